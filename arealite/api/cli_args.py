@@ -1,0 +1,257 @@
+"""Every configuration field, with its default and its documentation. Loaded by api/load_config.py.
+
+Seconds end in `_s`, counts start with `num_` or `max_`. A field's doc line is shown by `arealite check --explain`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(default: Any, doc: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+    """A documented field. `choices` are the allowed words, `low` the smallest allowed number.
+
+    A callable default is a factory (list, dict, or a config class).
+    """
+    notes = {"doc": doc, "choices": choices, "low": low}
+    if callable(default):
+        return field(default_factory=default, metadata=notes)
+    return field(default=default, metadata=notes)
+
+
+@dataclass
+class GenerationHyperparameters:
+    """How answers are sampled."""
+
+    n_samples: int = setting(8, "answers per prompt: the group size", low=1)
+    max_new_tokens: int = setting(512, "tokens per answer at most", low=1)
+    min_new_tokens: int = setting(0, "tokens per answer before a stop token may end it", low=0)
+    temperature: float = setting(1.0, "sampling temperature; 0 is greedy", low=0)
+    top_p: float = setting(1.0, "nucleus mass; below 1 the recorded logprobs are still those of the full vocabulary", low=0)
+    top_k: int = setting(-1, "sample among the k likeliest tokens; -1 is all", low=-1)
+    min_p: float = setting(0.0, "drop tokens less likely than this share of the likeliest", low=0)
+    stop: list[str] = setting(list, "strings that end an answer")
+    stop_token_ids: list[int] = setting(list, "token ids that end an answer, besides the model's own")
+
+
+@dataclass
+class DatasetConfig:
+    """Where tasks come from."""
+
+    path: str = setting("", "a JSONL / Parquet file, a folder of them, a hub id, or reasoning_gym:TASK")
+    split: str = setting("train", "split of a hub data set")
+    subset: str | None = setting(None, "configuration name of a hub data set (GSM8K: main)")
+    params: dict[str, Any] = setting(dict, "parameters of a reasoning_gym task")
+    num_rows: int | None = setting(None, "use the first rows only; the number of rows for reasoning_gym", low=1)
+    batch_size: int = setting(16, "prompts per optimiser step", low=1)
+    shuffle: bool = setting(True, "a new order every epoch, from the seed")
+    prompt_template: str = setting("{prompt}", "how the row's question becomes the user message; {prompt} is the question")
+    system_prompt: str | None = setting(None, "system message put before every chat prompt")
+    max_prompt_tokens: int | None = setting(None, "rows with longer prompts are left out, counted and reported", low=1)
+
+
+@dataclass
+class InferenceEngineConfig:
+    """The rollout head: client, executor, staleness."""
+
+    max_head_offpolicyness: int = setting(1, "eta: how many weight versions a trained token may be behind; 0 is synchronous", low=0)
+    consumer_batch_size: int | None = setting(None, "groups per step; the training data's batch_size if not given", low=1)
+    max_concurrent_rollouts: int | None = setting(None, "groups in flight at most; (eta + 1) steps' worth if not given", low=1)
+    stale_policy: str = setting("correct", "what happens at consumption to a group older than eta", ("correct", "requeue", "drop"))
+    request_timeout_s: float = setting(600.0, "longest time one request may take before it is sent again", low=0)
+    request_retries: int = setting(3, "times a request is sent again after a connection error", low=0)
+    setup_timeout_s: float = setting(300.0, "longest wait for the servers' health at start", low=0)
+    workflow_retries: int = setting(2, "times a failed episode is run again before it is counted and dropped", low=0)
+    max_failed_groups: int = setting(8, "groups that may fail in a row before the run stops with their error", low=1)
+    num_reward_workers: int = setting(1, "processes that run reward functions", low=1)
+    reward_timeout_s: float = setting(15.0, "hard limit of one reward call: its process is killed", low=0)
+    pause_mode: str = setting("retract", "what a weight update does to running requests", ("abort", "retract", "in_place"))
+
+
+@dataclass
+class ServerConfig:
+    """The inference servers that the launcher starts."""
+
+    dtype: str = setting("bfloat16", "compute type of the served model", ("bfloat16", "float32", "float16"))
+    context_length: int | None = setting(None, "tokens of prompt and answer at most; the model's own limit if not given", low=2)
+    max_running_requests: int = setting(64, "sequences decoded together by the native server", low=1)
+    kv_cache_tokens: int | None = setting(None, "tokens the native server's KV cache holds; from max_running_requests if not given", low=1)
+    deterministic: bool = setting(False, "results that do not depend on what else is in the batch (slower)")
+    args: dict[str, Any] = setting(dict, "further flags of the server's own, passed through as --key value")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = setting(1e-6, "peak learning rate", low=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
+    beta1: float = setting(0.9, "decay of the gradient's running mean", low=0)
+    beta2: float = setting(0.95, "decay of the squared gradient's running mean", low=0)
+    eps: float = setting(1e-8, "added to the root of the second moment", low=0)
+    lr_scheduler: str = setting("constant", "shape of the learning rate after warm-up", ("constant", "linear", "cosine"))
+    warmup_steps: int = setting(0, "optimiser steps of linear warm-up", low=0)
+    min_lr_ratio: float = setting(0.0, "final learning rate of linear and cosine as a share of lr", low=0)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm", low=0)
+
+
+@dataclass
+class TrainEngineConfig:
+    """One model on the trainer ranks."""
+
+    path: str = setting("", "a Hugging Face folder or hub id")
+    dtype: str = setting("bfloat16", "compute type; master weights are always float32", ("bfloat16", "float32"))
+    seed: int = setting(1, "seed of the trainer's own random numbers")
+    temperature: float | None = setting(None, "logits are divided by it before logprobs; gconfig.temperature if not given", low=0)
+    max_tokens_per_mb: int = setting(8192, "packed tokens per micro-batch", low=1)
+    logprob_chunk_tokens: int = setting(1024, "tokens whose logits exist at one time", low=1)
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    optimizer: OptimizerConfig = setting(OptimizerConfig, "optimiser and schedule")
+    collective_timeout_s: float = setting(600.0, "longest wait of one rank for the others", low=0)
+    max_bad_steps: int = setting(3, "NaN or infinite steps in a row before the run stops; each is skipped and counted", low=1)
+
+
+@dataclass
+class NormConfig:
+    """y = (x - mean) / (std + eps); a set without spread gives exactly 0."""
+
+    mean: str = setting("group", "whose mean is subtracted", ("group", "batch", "none"))
+    std: str = setting("group", "whose standard deviation divides", ("group", "batch", "none"))
+    leave_one_out: bool = setting(False, "the mean leaves the sequence itself out (RLOO)")
+    eps: float = setting(1e-6, "added to the standard deviation", low=0)
+
+
+@dataclass
+class PPOActorConfig(TrainEngineConfig):
+    """The policy and its loss."""
+
+    ppo_n_minibatches: int = setting(1, "optimiser updates per step, each on its own groups", low=1)
+    eps_clip: float = setting(0.2, "the ratio is clipped below at 1 - eps_clip", low=0)
+    eps_clip_higher: float | None = setting(None, "the ratio is clipped above at 1 + eps_clip_higher; eps_clip if not given", low=0)
+    c_clip: float | None = setting(None, "dual clip: bound of the loss at negative advantages", low=1)
+    loss_aggregation: str = setting(
+        "token-mean", "what the loss is a mean over", ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+    )
+    importance_sampling_level: str = setting("token", "ratio per token, or per sequence (GSPO)", ("token", "sequence"))
+    use_decoupled_loss: bool = setting(True, "trust region around the recomputed policy, importance weight to the behaviour policy")
+    behav_imp_correction: str = setting("truncate", "what is done to importance weights above the cap", ("none", "mask", "truncate"))
+    behav_imp_weight_cap: float = setting(5.0, "cap of the importance weight", low=1)
+    reward_norm: NormConfig = setting(NormConfig, "normalisation of rewards (GRPO: by group)")
+    adv_norm: NormConfig | None = setting(None, "normalisation of advantages over tokens, after reward_norm")
+    reward_bias: float = setting(0.0, "added to every reward, before scaling")
+    reward_scaling: float = setting(1.0, "every reward is multiplied by it")
+    reward_clip: float | None = setting(None, "rewards are clipped to +- this after scaling", low=0)
+    overlong_tokens: int = setting(0, "DAPO: width of the soft penalty before max_new_tokens; 0 is off", low=0)
+    overlong_penalty_factor: float = setting(1.0, "DAPO: penalty at full length", low=0)
+    mask_truncated: bool = setting(False, "leave answers cut off at max_new_tokens out of the loss")
+    kl_weight: float = setting(0.0, "weight of the KL to the reference; needs `ref`", low=0)
+    kl_estimator: str = setting("k2", "estimator: k1, k2, k3 (algorithms: http://joschu.net/blog/kl-approx.html)", ("k1", "k2", "k3"))
+    kl_in: str = setting("loss", "KL as a term of the loss, or subtracted from the reward", ("loss", "reward"))
+    entropy_weight: float = setting(0.0, "weight of the entropy bonus", low=0)
+    gamma: float = setting(1.0, "discount per token (of KL in the reward)", low=0)
+
+
+@dataclass
+class FrequencyConfig:
+    """When something happens; any of the three. Nothing given: never."""
+
+    freq_steps: int | None = setting(None, "every so many steps", low=1)
+    freq_epochs: int | None = setting(None, "every so many epochs", low=1)
+    freq_s: float | None = setting(None, "every so many seconds", low=0)
+
+
+@dataclass
+class SaverConfig(FrequencyConfig):
+    """Hugging Face checkpoints."""
+
+    num_kept: int | None = setting(None, "newest checkpoints kept; all if not given", low=1)
+
+
+@dataclass
+class EvaluatorConfig(FrequencyConfig):
+    """Evaluation on held-out tasks during training."""
+
+    at_start: bool = setting(True, "evaluate before the first step")
+    at_end: bool = setting(True, "evaluate after the last step")
+    max_tasks: int | None = setting(None, "held-out tasks used; all if not given", low=1)
+
+
+@dataclass
+class RecoverConfig(FrequencyConfig):
+    """Recovery points and what to do with them."""
+
+    mode: str = setting("auto", "auto: resume where a recovery point exists; fresh: refuse a used folder; off", ("auto", "fresh", "off"))
+    num_kept: int = setting(2, "newest recovery points kept", low=1)
+    max_restarts: int = setting(3, "times the launcher restarts a run whose process died", low=0)
+
+
+@dataclass
+class StatsLoggerConfig:
+    """What is written about each step."""
+
+    tensorboard: bool = setting(True, "TensorBoard events in the run folder")
+    save_rollouts: bool = setting(True, "one JSONL file of rollouts per step")
+    probe_every_steps: int = setting(10, "steps between comparisons of trainer and server logprobs; 0 is never", low=0)
+    mismatch_warn: float = setting(0.05, "mean |logprob difference| above which a warning is given", low=0)
+    mismatch_stop: float | None = setting(None, "mean |logprob difference| above which the run stops", low=0)
+
+
+@dataclass
+class WatchdogConfig:
+    """Limits of waits."""
+
+    heartbeat_s: float = setting(1.0, "how often each process reports its waits", low=0.05)
+    stall_s: float = setting(300.0, "a wait or a silent process older than this is a stall", low=1)
+    action: str = setting("stop", "on a stall: stop with the report, or kill the culprit and recover", ("stop", "restart"))
+
+
+@dataclass
+class ClusterSpecConfig:
+    """The machines."""
+
+    fileroot: str = setting("runs", "folder that holds all runs (shared by all nodes)")
+    num_nodes: int = setting(1, "nodes", low=1)
+    num_gpus_per_node: int | None = setting(None, "GPUs per node; what is found if not given", low=0)
+    num_cores_per_node: int | None = setting(None, "CPU cores per node; what is found if not given", low=1)
+
+
+@dataclass
+class LauncherConfig:
+    """How processes are started."""
+
+    pin_cores: bool = setting(True, "give each process its own cores on CPU-only machines")
+    env: dict[str, str] = setting(dict, "further environment variables of all processes")
+    stop_grace_s: float = setting(10.0, "time between SIGTERM and SIGKILL at the end", low=0)
+    startup_timeout_s: float = setting(600.0, "longest wait for servers to come up", low=1)
+
+
+@dataclass
+class GRPOConfig:
+    """One run."""
+
+    experiment_name: str = setting("experiment", "first folder under cluster.fileroot")
+    trial_name: str = setting("trial", "second folder: one run")
+    allocation_mode: str = setting("native:d1+fsdp:d1", "who runs where; see docs/allocation.md")
+    seed: int = setting(1, "seed of data order and sampling")
+    total_train_steps: int | None = setting(None, "optimiser steps; from total_train_epochs if not given", low=1)
+    total_train_epochs: int = setting(1, "passes over the training data", low=1)
+    tokenizer_path: str | None = setting(None, "tokenizer; actor.path if not given")
+    weight_update: str = setting("shm", "how weights reach the servers", ("shm", "disk"))
+    train_dataset: DatasetConfig = setting(DatasetConfig, "training tasks")
+    valid_dataset: DatasetConfig | None = setting(None, "held-out tasks")
+    gconfig: GenerationHyperparameters = setting(GenerationHyperparameters, "sampling of training answers")
+    eval_gconfig: GenerationHyperparameters = setting(
+        lambda: GenerationHyperparameters(n_samples=1, temperature=0.0), "sampling of held-out answers"
+    )
+    rollout: InferenceEngineConfig = setting(InferenceEngineConfig, "rollout head")
+    server: ServerConfig = setting(ServerConfig, "inference servers")
+    actor: PPOActorConfig = setting(PPOActorConfig, "policy")
+    ref: TrainEngineConfig | None = setting(None, "reference policy for the KL; frozen")
+    saver: SaverConfig = setting(SaverConfig, "checkpoints")
+    evaluator: EvaluatorConfig = setting(EvaluatorConfig, "evaluation")
+    recover: RecoverConfig = setting(RecoverConfig, "recovery")
+    stats_logger: StatsLoggerConfig = setting(StatsLoggerConfig, "metrics")
+    watchdog: WatchdogConfig = setting(WatchdogConfig, "stall detection")
+    cluster: ClusterSpecConfig = setting(ClusterSpecConfig, "machines")
+    launcher: LauncherConfig = setting(LauncherConfig, "processes")

@@ -1,0 +1,111 @@
+"""What a trainer and an inference engine must offer each other; everything else about them is private.
+
+Implemented by engine/ (TrainEngine), rollout/ (InferenceEngine, DataSource by dataset/); used by scripts, workflow/,
+evaluation/ and weights/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
+    from arealite.api.workflow import RolloutWorkflow
+
+
+class Collective(Protocol):
+    """The trainer ranks as the rollout head sees them. Every call is made by all ranks, in the same order."""
+
+    rank: int
+    world_size: int
+
+    def scatter(self, shares: list[Any] | None) -> Any:
+        """Rank 0 gives one object per rank (others None); returns this rank's object."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Returns rank 0's object on every rank."""
+
+    def barrier(self, what: str) -> None:
+        """Waits for all ranks, at most the configured limit; `what` names the wait in a stall report."""
+
+
+class DataSource(Protocol):
+    """An endless, resumable stream of tasks (dataset/loader.py)."""
+
+    def __next__(self) -> Task: ...
+
+    def __iter__(self) -> Iterator[Task]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class InferenceEngine(Protocol):
+    """One client over the run's inference servers; the rollout head when a trainer uses it."""
+
+    def initialize(self, collective: Collective | None = None, addresses: list[str] | None = None) -> None:
+        """Find the servers (argument, AREAL_LLM_SERVER_ADDRS), wait for their health, start the executor."""
+
+    def destroy(self) -> None: ...
+
+    async def agenerate(self, request: GenerationRequest) -> Completion:
+        """Sample one sequence; resumes through interruptions; never returns "abort" before the run ends."""
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Logprobs (temperature 1) of each sequence's tokens under the servers' current weights; first is 0."""
+
+    def rollout_batch(self, tasks: list[Task], workflow: RolloutWorkflow) -> Batch:
+        """Collective and synchronous: run exactly these tasks, return this rank's share."""
+
+    def prepare_batch(
+        self,
+        dataloader: DataSource,
+        workflow: RolloutWorkflow,
+        should_accept: Callable[[Group], bool] | None = None,
+    ) -> Batch:
+        """Collective and asynchronous: keep tasks in flight under the staleness bound, return this rank's share of
+        the next `consumer_batch_size` groups. `should_accept(group)` False drops the group (dynamic sampling)."""
+
+    def submit(self, task: Task, workflow: RolloutWorkflow) -> None: ...
+
+    def wait(self, num_groups: int, timeout_s: float | None = None) -> list[Group]: ...
+
+    def pause(self) -> None:
+        """Stop generation on all servers and hold new requests; running ones keep their tokens."""
+
+    def resume(self) -> None: ...
+
+    def update_weights(self, meta: WeightUpdateMeta) -> dict[str, dict[str, int]]:
+        """All servers load `meta`; returns {server id: {tensor name: CRC-32}} read from the live parameters."""
+
+    def get_version(self) -> int: ...
+
+    def set_version(self, version: int) -> None: ...
+
+
+class TrainEngine(Protocol):
+    """The SPMD trainer: the same calls on every rank, each with its share of the batch."""
+
+    collective: Collective
+
+    def initialize(self) -> None: ...
+
+    def destroy(self) -> None: ...
+
+    def compute_logp(self, batch: Batch) -> np.ndarray:
+        """float32 [T] logprobs of the batch's tokens at the generation temperature; 0 where loss_mask is False."""
+
+    def upload_weights(self, meta: WeightUpdateMeta | None = None) -> int:
+        """Send the weights to the connected inference engine and verify them; returns the new version."""
+
+    def save(self, path: str) -> None:
+        """Write a Hugging Face folder (safetensors, config, tokenizer), atomically."""
+
+    def save_state(self, path: str) -> None:
+        """Write model, optimizer, schedule and RNG of all ranks under `path` (part of a recovery point)."""
+
+    def load_state(self, path: str) -> None: ...

@@ -1,0 +1,218 @@
+"""The records that cross a boundary between processes or folders: plain Python and numpy, no torch.
+
+Convention for every per-token array: entry t speaks of token t itself. `logprobs[t]` is log p(token t | tokens < t);
+it is 0 and `versions[t]` is -1 where the token was not generated (prompt, tool output), that is where `loss_mask[t]`
+is False.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "abort"]
+Status = Literal["ok", "reward_error", "failed", "aborted"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of a data set, drawn once.
+
+    `id` is unique in a run: data set epoch and row, such as "e0-r17", so that each draw has its own line in the
+    ledger. Exactly one of `messages` (chat) and `prompt` (raw text) is set.
+    """
+
+    id: str
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | None = None
+    answer: str = ""
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to sample. `max_new_tokens` counts from the end of `input_ids`."""
+
+    rid: str
+    input_ids: list[int]
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    group_id: str = ""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a server sampled for one request, over all interruptions.
+
+    `token_ids`, `logprobs` (natural log, full vocabulary, after temperature) and `versions` (of the weights that
+    produced the token) have one entry per generated token, the matched stop token included.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    finish_reason: FinishReason
+    matched: int | str | None = None
+    text: str = ""
+    server_id: str = ""
+    latency_s: float = 0.0
+    num_interruptions: int = 0
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One attempt at a task, all turns in one token sequence.
+
+    `tokens` [T] int, `loss_mask` [T] bool (True where the policy produced the token), `logprobs` [T] float,
+    `versions` [T] int. `reward` is None unless `status` is "ok": a failed reward is never a reward of 0.
+    """
+
+    task_id: str
+    member: int
+    tokens: list[int]
+    loss_mask: list[bool]
+    logprobs: list[float]
+    versions: list[int]
+    reward: float | None
+    finish_reason: FinishReason
+    status: Status = "ok"
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    prompt_text: str = ""
+    completion_text: str = ""
+    error: str = ""
+    generate_s: float = 0.0
+    reward_s: float = 0.0
+
+    @property
+    def min_version(self) -> int:
+        """The oldest weight version among the generated tokens (-1 if there are none)."""
+        return min((v for v, m in zip(self.versions, self.loss_mask, strict=True) if m), default=-1)
+
+
+@dataclass(frozen=True)
+class Group:
+    """All finished attempts at one task. `ordinal` counts issued tasks from 0 over the whole run."""
+
+    task: Task
+    ordinal: int
+    trajectories: list[Trajectory]
+
+
+@dataclass
+class Batch:
+    """Trajectories packed end to end, without padding; T tokens in N sequences.
+
+    Sequence i covers tokens [cu_seqlens[i], cu_seqlens[i+1]). In a distributed run each rank holds its share, and
+    `group_ids` and `num_groups` still speak of the whole step, so that nothing depends on how the step was cut.
+    """
+
+    tokens: np.ndarray  # int64 [T]
+    loss_mask: np.ndarray  # bool [T]
+    logprobs: np.ndarray  # float32 [T], behaviour policy
+    versions: np.ndarray  # int32 [T], -1 where not generated
+    cu_seqlens: np.ndarray  # int64 [N + 1]
+    group_ids: np.ndarray  # int64 [N], position of the sequence's group in the step: 0 .. num_groups - 1
+    rewards: np.ndarray  # float64 [N]
+    truncated: np.ndarray  # bool [N], finish reason "length"
+    num_groups: int  # groups in the whole step, over all ranks
+    task_ids: list[str]  # N entries
+    prox_logp: np.ndarray | None = None  # float32 [T], trainer's logprob at the start of the step
+    ref_logp: np.ndarray | None = None  # float32 [T]
+    advantages: np.ndarray | None = None  # float32 [T]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per sequence, int64 [N]."""
+        return np.diff(self.cu_seqlens)
+
+    @classmethod
+    def pack(cls, groups: list[Group], first_group_id: int = 0, num_groups: int | None = None) -> Batch:
+        """Pack the `ok` trajectories of `groups`; group ids count from `first_group_id` in the order given."""
+        rows = [(first_group_id + g, t) for g, group in enumerate(groups) for t in group.trajectories if t.status == "ok"]
+        trajectories = [t for _, t in rows]
+
+        def flat(name: str, dtype: type) -> np.ndarray:
+            parts = [np.asarray(getattr(t, name), dtype=dtype) for t in trajectories]
+            return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+        return cls(
+            tokens=flat("tokens", np.int64),
+            loss_mask=flat("loss_mask", np.bool_),
+            logprobs=flat("logprobs", np.float32),
+            versions=flat("versions", np.int32),
+            cu_seqlens=np.cumsum([0, *(len(t.tokens) for t in trajectories)]).astype(np.int64),
+            group_ids=np.asarray([g for g, _ in rows], dtype=np.int64),
+            rewards=np.asarray([t.reward for t in trajectories], dtype=np.float64),
+            truncated=np.asarray([t.finish_reason == "length" for t in trajectories], dtype=np.bool_),
+            num_groups=len(groups) if num_groups is None else num_groups,
+            task_ids=[t.task_id for t in trajectories],
+        )
+
+    def select(self, sequences: np.ndarray | list[int]) -> Batch:
+        """The batch of the given sequences, in that order (group ids and num_groups unchanged)."""
+        chosen = [int(i) for i in sequences]
+        spans = [np.arange(self.cu_seqlens[i], self.cu_seqlens[i + 1]) for i in chosen]
+        at = np.concatenate(spans) if spans else np.zeros(0, np.int64)
+        per_token = ("tokens", "loss_mask", "logprobs", "versions", "prox_logp", "ref_logp", "advantages")
+        changes: dict[str, Any] = {}
+        for name in per_token:
+            array = getattr(self, name)
+            changes[name] = None if array is None else array[at]
+        for name in ("group_ids", "rewards", "truncated"):
+            changes[name] = getattr(self, name)[chosen]
+        changes["cu_seqlens"] = np.cumsum([0, *(int(self.lengths[i]) for i in chosen)]).astype(np.int64)
+        changes["task_ids"] = [self.task_ids[i] for i in chosen]
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class TensorSlot:
+    """Where one named tensor lies in a weight buffer. `dtype` is torch's name without "torch."."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class WeightUpdateMeta:
+    """One version of the weights, ready to be read by servers.
+
+    `kind` "disk": `path` is a Hugging Face folder. `kind` "shm": `path` is a file to be mapped, `slots` its layout.
+    `checksums` (CRC-32 of the raw bytes in the wire dtype) of the tensors that servers must confirm.
+    """
+
+    kind: Literal["disk", "shm"]
+    version: int
+    path: str
+    slots: tuple[TensorSlot, ...] = ()
+    checksums: dict[str, int] = field(default_factory=dict)
+
+
+def as_record(value: Any) -> dict[str, Any]:
+    """A frozen record as a JSON-ready dict, one level deep (lists of records included)."""
+    out: dict[str, Any] = {}
+    for f in fields(value):
+        entry = getattr(value, f.name)
+        if isinstance(entry, (list, tuple)) and entry and isinstance(entry[0], TensorSlot | Trajectory):
+            entry = [as_record(e) for e in entry]
+        elif isinstance(entry, Task):
+            entry = as_record(entry)
+        out[f.name] = entry
+    return out
