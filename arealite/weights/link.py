@@ -1,0 +1,139 @@
+"""The trainer's end of a weight link: put one version of the weights where servers can read it.
+
+Called by the train engine's `upload_weights`; the servers' end is receive.py.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+
+from arealite.api.errors import ConfigError, WeightSyncError
+from arealite.api.types import TensorSlot, WeightUpdateMeta
+from arealite.weights.checksum import checksum
+
+ALIGNMENT = 64  # bytes; a cache line, and a multiple of every dtype's size
+CHECKED_SHARE = 16  # one tensor in so many is confirmed at every version, and another one in so many by turns
+SHARD_BYTES = 2 << 30
+NUM_VERSIONS_KEPT = 2
+
+
+def is_checked(index: int, version: int) -> bool:
+    """Whether the tensor of this position in the stream is confirmed by checksum at this version."""
+    return index % CHECKED_SHARE in (0, version % CHECKED_SHARE)
+
+
+class WeightLink:
+    """One way from the trainer to all servers.
+
+    `kind` "shm": an anonymous file in memory that servers of the same host map through /proc; it has no name, so
+    nothing can be left behind however the trainer ends. `kind` "disk": Hugging Face safetensors under `folder`, on a
+    file system that the servers share; the two newest versions are kept.
+    """
+
+    def __init__(self, kind: Literal["disk", "shm"], folder: str | Path) -> None:
+        if kind not in ("disk", "shm"):
+            raise ConfigError(f"weight_update is {kind!r}; expected disk or shm")
+        self.kind = kind
+        self.folder = Path(folder)
+        self._segment = _Segment() if kind == "shm" else None
+
+    def publish(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], version: int, writer: bool = True
+    ) -> WeightUpdateMeta | None:
+        """Write all `tensors` (Hugging Face names, wire dtype) as `version`.
+
+        Every rank iterates, because producing a tensor may be a collective call; only the writer keeps them and gets
+        the description back.
+
+        Raises:
+            WeightSyncError: the shared memory or the folder has no room.
+        """
+        if not writer:
+            for _ in tensors:
+                pass
+            return None
+        try:
+            if self._segment is not None:
+                return self._segment.write(tensors, version)
+            return self._write_folder(tensors, version)
+        except OSError as error:
+            raise WeightSyncError(
+                f"cannot write weights of version {version} by {self.kind}"
+                f" ({self.folder if self.kind == 'disk' else 'memory'}): {error}; free room there,"
+                " or choose the other weight_update"
+            ) from error
+
+    def close(self) -> None:
+        """Release the memory; folders stay."""
+        if self._segment is not None:
+            self._segment.close()
+
+    def _write_folder(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightUpdateMeta:
+        final = self.folder / f"v{version:08d}"
+        partial = self.folder / f".v{version:08d}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        checksums: dict[str, int] = {}
+        shard: dict[str, torch.Tensor] = {}
+        num_bytes = num_shards = 0
+        for index, (name, tensor) in enumerate(tensors):
+            if is_checked(index, version):
+                checksums[name] = checksum(tensor)
+            if shard and num_bytes + tensor.nbytes > SHARD_BYTES:
+                save_file(shard, partial / f"model-{num_shards:05d}.safetensors", metadata={"format": "pt"})
+                shard, num_bytes, num_shards = {}, 0, num_shards + 1
+            shard[name] = tensor.detach().cpu().contiguous()
+            num_bytes += tensor.nbytes
+        save_file(shard, partial / f"model-{num_shards:05d}.safetensors", metadata={"format": "pt"})
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in sorted(self.folder.glob("v*"))[:-NUM_VERSIONS_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        return WeightUpdateMeta("disk", version, str(final.resolve()), checksums=checksums)
+
+
+class _Segment:
+    """An anonymous memory file that grows to the size of the weights and is written anew at each version."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("arealite-weights")
+        self._map: mmap.mmap | None = None
+        self._size = 0
+
+    def write(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightUpdateMeta:
+        slots: list[TensorSlot] = []
+        checksums: dict[str, int] = {}
+        offset = 0
+        for index, (name, tensor) in enumerate(tensors):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            slot = TensorSlot(name, dtype, tuple(tensor.shape), offset, tensor.nbytes)
+            offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            if tensor.nbytes:
+                self._reserve(offset)
+                assert self._map is not None
+                place = torch.frombuffer(self._map, dtype=torch.uint8, count=slot.nbytes, offset=slot.offset)
+                place.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+            if is_checked(index, version):
+                checksums[name] = checksum(tensor)
+            slots.append(slot)
+        return WeightUpdateMeta("shm", version, f"/proc/{os.getpid()}/fd/{self._fd}", tuple(slots), checksums)
+
+    def _reserve(self, num_bytes: int) -> None:
+        if num_bytes <= self._size:
+            return
+        # A tensor over an mmap keeps it open, so the map is replaced, never resized; doubling keeps that rare.
+        self._size = max(num_bytes, 2 * self._size)
+        os.ftruncate(self._fd, self._size)
+        self._map = mmap.mmap(self._fd, self._size)
+
+    def close(self) -> None:
+        self._map = None
+        os.close(self._fd)

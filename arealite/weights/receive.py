@@ -1,0 +1,63 @@
+"""A server's end of a weight link: read the tensors that a WeightUpdateMeta describes (trainer's end: link.py)."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from arealite.api.errors import WeightSyncError
+from arealite.api.types import WeightUpdateMeta
+
+
+def iterate_tensors(meta: WeightUpdateMeta) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (Hugging Face name, CPU tensor in the wire dtype).
+
+    A tensor from shared memory is a view that is valid until the trainer publishes the next version: copy it.
+
+    Raises:
+        WeightSyncError: nothing is there, or it is shorter than its description.
+    """
+    if meta.kind == "shm":
+        yield from _from_memory(meta)
+    else:
+        yield from _from_folder(Path(meta.path))
+
+
+def _from_memory(meta: WeightUpdateMeta) -> Iterator[tuple[str, torch.Tensor]]:
+    end = max((slot.offset + slot.nbytes for slot in meta.slots), default=0)
+    try:
+        with open(meta.path, "rb") as file:
+            size = file.seek(0, 2)
+            # A private map is writable, as torch wants it, and still shares the trainer's pages.
+            view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else None
+    except OSError as error:
+        raise WeightSyncError(
+            f"cannot map the trainer's weights at {meta.path}: {error}; shared memory needs trainer and server on one"
+            " host and under one user, otherwise set weight_update: disk"
+        ) from error
+    if view is None or end > size:
+        raise WeightSyncError(f"{meta.path} holds {size} bytes, the update describes {end}; publish the weights again")
+    for slot in meta.slots:
+        dtype: torch.dtype = getattr(torch, slot.dtype)
+        if slot.nbytes:
+            count = slot.nbytes // dtype.itemsize
+            yield slot.name, torch.frombuffer(view, dtype=dtype, count=count, offset=slot.offset).reshape(slot.shape)
+        else:
+            yield slot.name, torch.empty(slot.shape, dtype=dtype)
+
+
+def _from_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightSyncError(f"no *.safetensors file in {folder}; expected a Hugging Face model folder")
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise WeightSyncError(f"{path} is not a whole safetensors file: {error}") from error

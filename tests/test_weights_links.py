@@ -1,0 +1,123 @@
+"""Weight links: what the trainer publishes is what another process reads; what is wrong is named."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from arealite.api.errors import WeightSyncError
+from arealite.api.types import WeightUpdateMeta
+from arealite.weights.checksum import checksum
+from arealite.weights.handshake import compare_logprobs, verify
+from arealite.weights.link import WeightLink
+from arealite.weights.receive import iterate_tensors
+
+
+def make_tensors(seed: int = 0, num_tensors: int = 40) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {f"layers.{i}.weight": torch.randn(7 + i, 5, generator=generator) for i in range(num_tensors)}
+    tensors["half"] = torch.randn(33, generator=generator).to(torch.bfloat16)
+    tensors["scalar"] = torch.tensor(3.0)
+    tensors["empty"] = torch.empty(0, 4)
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["shm", "disk"])
+def test_every_version_arrives_whole_and_grown(kind, tmp_path):
+    link = WeightLink(kind, tmp_path / "weights")
+    for version, count in enumerate((2, 40, 9)):
+        sent = make_tensors(version, count)
+        meta = link.publish(sent.items(), version)
+        received = {name: tensor.clone() for name, tensor in iterate_tensors(meta)}
+        assert received.keys() == sent.keys()
+        for name, tensor in sent.items():
+            assert received[name].dtype == tensor.dtype and received[name].shape == tensor.shape
+            assert torch.equal(received[name], tensor), name
+        assert meta.checksums and all(checksum(received[name]) == value for name, value in meta.checksums.items())
+    link.close()
+
+
+def test_shared_memory_is_read_by_another_process(tmp_path):
+    link = WeightLink("shm", tmp_path)
+    sent = make_tensors(3)
+    meta = link.publish(sent.items(), 3)
+    program = (
+        "import sys, json; from arealite.api.types import *; from arealite.weights.receive import iterate_tensors;"
+        "from arealite.weights.checksum import checksum;"
+        "meta = WeightUpdateMeta('shm', 3, sys.argv[1], tuple(TensorSlot(**s) for s in json.loads(sys.argv[2])));"
+        "print(json.dumps({n: checksum(t) for n, t in iterate_tensors(meta)}))"
+    )
+    import json
+    from dataclasses import asdict
+
+    out = subprocess.run(
+        [sys.executable, "-c", program, meta.path, json.dumps([asdict(s) for s in meta.slots])],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert json.loads(out.stdout) == {name: checksum(tensor) for name, tensor in sent.items()}
+    link.close()
+
+
+def test_only_the_writer_keeps_tensors_but_every_rank_iterates(tmp_path):
+    link = WeightLink("disk", tmp_path)
+    produced = []
+
+    def stream():
+        for name, tensor in make_tensors().items():
+            produced.append(name)
+            yield name, tensor
+
+    assert link.publish(stream(), 0, writer=False) is None
+    assert len(produced) == 43 and not list(tmp_path.iterdir())
+
+
+def test_disk_keeps_two_versions_and_no_partial_folder(tmp_path):
+    link = WeightLink("disk", tmp_path)
+    for version in range(4):
+        link.publish(make_tensors(version, 3).items(), version)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v00000002", "v00000003"]
+
+
+def test_missing_and_truncated_weights_are_explained(tmp_path):
+    with pytest.raises(WeightSyncError, match="one\n? ?host"):
+        list(iterate_tensors(WeightUpdateMeta("shm", 1, str(tmp_path / "absent"))))
+    with pytest.raises(WeightSyncError, match="no .*safetensors"):
+        list(iterate_tensors(WeightUpdateMeta("disk", 1, str(tmp_path))))
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00")
+    with pytest.raises(WeightSyncError, match="not a whole safetensors"):
+        list(iterate_tensors(WeightUpdateMeta("disk", 1, str(tmp_path))))
+
+
+def test_checksum_sees_order_and_single_bits():
+    base = torch.arange(1000, dtype=torch.float32)
+    swapped = base.clone()
+    swapped[[1, 2]] = swapped[[2, 1]]
+    assert len({checksum(base), checksum(swapped), checksum(base + 1e-7 * (base == 1))}) == 3
+    assert checksum(base.reshape(10, 100).t()) == checksum(base.reshape(10, 100).t().contiguous())
+
+
+def test_handshake_names_what_is_wrong(tmp_path):
+    link = WeightLink("disk", tmp_path)
+    first = link.publish(make_tensors(0).items(), 1)
+    second = link.publish(make_tensors(1).items(), 2)
+    verify(second, {"server-0": dict(second.checksums)}, first, must_differ=True)
+    broken = dict(second.checksums)
+    victim = sorted(broken)[1]
+    broken[victim] ^= 1
+    with pytest.raises(WeightSyncError, match=rf"server-1 holds other weights.*{victim}"):
+        verify(second, {"server-0": dict(second.checksums), "server-1": broken}, first)
+    with pytest.raises(WeightSyncError, match=f"without confirming {victim}"):
+        verify(second, {"s": {n: c for n, c in second.checksums.items() if n != victim}})
+    again = link.publish(make_tensors(0).items(), 2)
+    with pytest.raises(WeightSyncError, match="changed nothing"):
+        verify(again, {"s": dict(again.checksums)}, first, must_differ=True)
+    verify(again, {"s": dict(again.checksums)}, first, must_differ=False)
+
+
+def test_mismatch_counts_only_masked_tokens_and_refuses_nan():
+    gap = compare_logprobs(np.array([0.0, -1.0, -2.0]), np.array([9.0, -1.1, -2.3]), np.array([False, True, True]))
+    assert gap.num_tokens == 2 and gap.mean == pytest.approx(0.2) and gap.max == pytest.approx(0.3)
+    with pytest.raises(WeightSyncError, match="NaN"):
+        compare_logprobs(np.array([np.nan]), np.array([0.0]), np.array([True]))
