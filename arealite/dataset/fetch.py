@@ -176,7 +176,7 @@ def check_tokenizer(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
-    text = "25 + 61"
+    text = "25 + 61 =\n  86"  # the white space before 86 shows whether digits are split off first
     ids = tokenizer.encode(text, add_special_tokens=False)
     pieces = [tokenizer.decode([i]) for i in ids]
     chat = tokenizer.apply_chat_template(
@@ -189,12 +189,14 @@ def check_tokenizer(folder: Path) -> None:
         "eos": tokenizer.eos_token,
     }
     expected = {
-        "tokens": ["2", "5", " +", " ", "6", "1"],
+        "tokens": ["2", "5", " +", " ", "6", "1", " =", "\n  ", "8", "6"],
         "text": text,
         "chat": f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
         "eos": "<|im_end|>",
     }
-    wrong = [f"{key}: found {found[key]!r}, expected {expected[key]!r}" for key in expected if found[key] != expected[key]]
+    wrong = [
+        f"{key}: found {found[key]!r}, expected {expected[key]!r}" for key in expected if found[key] != expected[key]
+    ]
     if wrong:
         raise DatasetError(
             f"the converted tokenizer in {folder} is wrong ({'; '.join(wrong)}): "

@@ -1,0 +1,71 @@
+"""Fixtures that several test files share: a real small chat model, a tiny random one, a free port.
+
+The environment is set before anything imports torch: processes that share cores must not spin, and no test may
+reach for a model hub.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import socket
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Folder of SmolLM2-135M-Instruct (bf16); fetched into the cache when it is not there yet."""
+    from arealite.dataset.fetch import fetch
+
+    return str(fetch("smollm2-135m"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random fp32 Llama: 2 layers, hidden 64, 4 heads / 2 KV heads, SmolLM2's tokenizer. Always the same
+    weights. They are wide enough (0.1) that the next-token distribution is far from uniform."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A loopback port that was free a moment ago. Servers that can bind port 0 themselves should do that instead."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parents[1]
