@@ -1,0 +1,159 @@
+"""Asks the current model the held-out tasks and writes down how many it gets right. Called by the training script.
+
+Collective: every trainer rank makes the same calls; the requests go out from rank 0, where the rollout head is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, Protocol
+
+from arealite.api.errors import ArealiteError, RewardError
+from arealite.evaluation.metrics import mean_and_stderr, pass_at_k
+from arealite.observe.evaluation_log import EvaluationResult, write_evaluation
+from arealite.observe.frequency import Frequency
+from arealite.observe.rollout_log import rollout_rows
+
+if TYPE_CHECKING:
+    from arealite.api.cli_args import EvaluatorConfig
+    from arealite.api.engine import Collective
+    from arealite.api.types import Group, Task
+    from arealite.api.workflow import RolloutWorkflow
+    from arealite.observe.run_folder import RunFolder
+
+CORRECT_REWARD = 1.0  # an answer counts for pass@k when its reward is at least this
+BEAT_S = 5.0  # how often rank 0 tells the waiting ranks that the evaluation goes on
+
+
+class GroupRunner(Protocol):
+    """The one call of the rollout head that is needed: outside staleness and ledger, on rank 0 only."""
+
+    def run_groups(self, tasks: list[Task], workflow: RolloutWorkflow) -> list[Group]: ...
+
+
+class Evaluator:
+    """Runs `tasks` with `workflow` (built with eval_gconfig) when it is due.
+
+    Results are in `evaluation/` of the run folder, so the accuracy before training outlives a restart.
+    """
+
+    def __init__(
+        self,
+        config: EvaluatorConfig,
+        folder: RunFolder,
+        rollout: GroupRunner,
+        workflow: RolloutWorkflow,
+        tasks: Sequence[Task],
+        collective: Collective,
+    ) -> None:
+        self.frequency = Frequency(config)
+        self._config = config
+        self._folder = folder
+        self._rollout = rollout
+        self._workflow = workflow
+        self._tasks = list(tasks)[: config.max_tasks]
+        self._collective = collective
+
+    def maybe_evaluate(self, step: int, epoch: int, last: bool = False) -> EvaluationResult | None:
+        """Evaluate if it is due after `step` finished steps: by frequency, before the first step (`at_start`), or when
+        this was the `last` one (`at_end`). Collective; None when it was not due."""
+        due = self.frequency.due(step, epoch, self._collective) if step > 0 else self._config.at_start
+        return self.evaluate(step) if due or (last and self._config.at_end) else None
+
+    def evaluate(self, step: int) -> EvaluationResult | None:
+        """Evaluate now; the result on every rank, None when there are no held-out tasks. Collective.
+
+        Raises RewardError when no answer could be scored, ArealiteError when the answers cannot be had or written.
+        """
+        if not self._tasks:
+            return None
+        if self._collective.world_size == 1:
+            return self._run(step)
+        if self._collective.rank != 0:
+            return self._await_rank_0(step)
+        # In a thread, so that this one can go on answering the other ranks, whose waits have a limit.
+        with ThreadPoolExecutor(1, thread_name_prefix="evaluate") as pool:
+            running = pool.submit(self._run, step)
+            while not wait([running], timeout=BEAT_S).done:
+                self._collective.broadcast(None)
+        self._collective.broadcast(_outcome(running))
+        return running.result()
+
+    def _await_rank_0(self, step: int) -> EvaluationResult:
+        """Consumes rank 0's broadcasts: None while it runs, at last the outcome.
+        Produces the result.
+        Waits for rank 0, each time at most the collective's limit.
+        Unblocked by: a beat every BEAT_S seconds, or the failure of the collective.
+        """
+        while True:
+            outcome = self._collective.broadcast(None)
+            if isinstance(outcome, EvaluationResult):
+                return outcome
+            if outcome is not None:
+                raise ArealiteError(f"the evaluation after step {step} failed on rank 0: {outcome}")
+
+    def _run(self, step: int) -> EvaluationResult:
+        start = time.monotonic()
+        groups = self._rollout.run_groups(self._tasks, self._workflow)
+        result = score(groups, step, len(self._tasks), time.monotonic() - start)
+        rows = rollout_rows(groups)
+        questions = {group.task.id: _question(group.task) for group in groups}
+        for row in rows:
+            row["question"] = questions[row["task"]]
+        try:
+            write_evaluation(self._folder, result, rows)
+        except OSError as error:
+            raise ArealiteError(
+                f"cannot write the evaluation to {self._folder.evaluation_dir}: {error.strerror}; make room there"
+            ) from error
+        return result
+
+
+def score(groups: Sequence[Group], step: int, num_tasks: int, evaluate_s: float) -> EvaluationResult:
+    """The result of the groups of one evaluation. Raises RewardError when no answer has a reward."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    rewards = [[t.reward for t in group.trajectories if t.reward is not None] for group in groups]
+    scored = [task_rewards for task_rewards in rewards if task_rewards]
+    if not scored:
+        first = next((t.error for t in trajectories if t.error), "no answer came back")
+        raise RewardError(
+            f"none of the {num_tasks} held-out tasks has a scored answer, expected some accuracy; first error: {first}"
+        )
+    accuracy, stderr = mean_and_stderr([sum(task_rewards) / len(task_rewards) for task_rewards in scored])
+    return EvaluationResult(
+        step=step,
+        accuracy=accuracy,
+        stderr=stderr,
+        num_tasks=num_tasks,
+        num_tasks_scored=len(scored),
+        num_samples=sum(len(task_rewards) for task_rewards in scored),
+        num_reward_errors=sum(t.status == "reward_error" for t in trajectories),
+        num_failed=sum(t.status in ("failed", "aborted") for t in trajectories) + num_tasks - len(groups),
+        evaluate_s=evaluate_s,
+        pass_at=_pass_at(scored),
+    )
+
+
+def _pass_at(scored: list[list[float]]) -> dict[int, float]:
+    """pass@k for k = 1, 2, 4, ... up to the samples of every task; empty for one sample per task."""
+    fewest = min(len(task_rewards) for task_rewards in scored)
+    if fewest < 2:
+        return {}
+    sizes = [2**i for i in range(fewest.bit_length()) if 2**i <= fewest]
+    correct = [sum(reward >= CORRECT_REWARD for reward in task_rewards) for task_rewards in scored]
+    return {
+        k: mean_and_stderr([pass_at_k(len(r), c, k) for r, c in zip(scored, correct, strict=True)])[0] for k in sizes
+    }
+
+
+def _outcome(running: Future[EvaluationResult]) -> Any:
+    """What the other ranks are told: the result, or the error as text (an exception need not survive pickling)."""
+    error = running.exception()
+    return running.result() if error is None else f"{type(error).__name__}: {error}"
+
+
+def _question(task: Task) -> str:
+    """What the user asked: the raw prompt, or the content of the last message."""
+    return task.prompt if task.prompt is not None else str((task.messages or [{"content": ""}])[-1]["content"])

@@ -1,0 +1,102 @@
+"""One line per step for the person who watches: reward, speed, staleness, where the time goes, what is left.
+
+Called by stats_logger.py. Styled on a terminal, plain text elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.text import Text
+
+TRAIN_TIMERS = ("logp_s", "ref_logp_s", "advantage_s", "train_s")
+
+
+def time_shares(stats: dict[str, float]) -> dict[str, float]:
+    """Shares of the step's wall time (`step_s`), by phase; empty when the step was not timed.
+
+    The wait for rollouts (`rollout_wait_s`) is split between "generate" and "reward" in the ratio in which the
+    finished groups spent their time (`generate_s`, `reward_s`): both go on in other processes while the trainer waits.
+    "train" is the sum of TRAIN_TIMERS, "sync" is `sync_s`, "other" the rest.
+    """
+    step_s = stats.get("step_s", 0.0)
+    if not step_s > 0:
+        return {}
+    generate_s, reward_s = stats.get("generate_s", 0.0), stats.get("reward_s", 0.0)
+    rewarding = reward_s / (generate_s + reward_s) if generate_s + reward_s > 0 else 0.0
+    wait = stats.get("rollout_wait_s", 0.0) / step_s
+    shares = {
+        "generate": wait * (1 - rewarding),
+        "reward": wait * rewarding,
+        "train": sum(stats.get(name, 0.0) for name in TRAIN_TIMERS) / step_s,
+        "sync": stats.get("sync_s", 0.0) / step_s,
+    }
+    shares["other"] = max(0.0, 1 - sum(shares.values()))
+    return shares
+
+
+def format_span(seconds: float) -> str:
+    """3:07 or 1:02:09."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """Prints the line of each step; the time left comes from the last ten steps, pauses between them included."""
+
+    def __init__(
+        self, total_steps: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total_steps = total_steps
+        self._console = console or Console(highlight=False)
+        self._clock = clock
+        self._ends: deque[float] = deque([clock()], maxlen=11)
+
+    def step(self, step: int, stats: dict[str, float]) -> None:
+        """Print the line of the finished step `step` (1 .. total_steps)."""
+        self._ends.append(self._clock())
+        # soft_wrap: a log file has no width, and a broken line cannot be searched.
+        self._console.print(self.line(step, stats), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Print a warning."""
+        self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+
+    def line(self, step: int, stats: dict[str, float]) -> Text:
+        """The line of the step, styled."""
+        width = len(str(self._total_steps))
+        text = Text.assemble(("step ", "dim"), (f"{step:>{width}}/{self._total_steps}", "bold"))
+        _put(text, "reward", stats.get("reward_mean"), "{:.3f}", "bold green")
+        _put(text, "tokens/s", stats.get("tokens_per_s"), "{:.0f}")
+        _put(text, "stale", stats.get("staleness_mean"), "{:.1f}")
+        _put(text, "max", stats.get("staleness_max"), "{:.0f}", separator=" ")
+        shares = time_shares(stats)
+        if shares:
+            _put(text, "step", stats["step_s"], "{:.1f}s")
+            for phase, share in shares.items():
+                if phase != "other" or share >= 0.05:
+                    _put(text, phase, 100 * share, "{:.0f}%", "cyan", separator=": " if phase == "generate" else " ")
+        left = self._total_steps - step
+        if left > 0 and len(self._ends) > 1:
+            per_step_s = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+            text.append("  left ", "dim").append(format_span(per_step_s * left))
+        for name, label in (
+            ("skipped", "STEP SKIPPED"),
+            ("num_reward_errors", "reward errors"),
+            ("num_failed", "failed"),
+        ):
+            if stats.get(name, 0) > 0:
+                text.append(f"  {label} {stats[name]:.0f}", "bold red")
+        return text
+
+
+def _put(text: Text, name: str, value: float | None, spec: str, style: str = "", separator: str = "  ") -> None:
+    if value is None:
+        return
+    shown = spec.format(value) if math.isfinite(value) else str(value)
+    text.append(f"{separator}{name} ", "dim").append(shown, style if math.isfinite(value) else "bold red")

@@ -1,0 +1,133 @@
+"""Rollouts as JSON rows for people to read, and the numbers of a step that come from its rollouts.
+
+Used by stats_logger.py (what a step trained on) and evaluation/evaluator.py (held-out answers).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from arealite.api.types import Group, Trajectory
+
+
+class Decoder(Protocol):
+    """The one call of a tokenizer that is needed here."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
+def version_spans(trajectory: Trajectory) -> list[list[int]]:
+    """[[version, number of tokens], ...] of the generated tokens, in order."""
+    generated = [v for v, m in zip(trajectory.versions, trajectory.loss_mask, strict=True) if m]
+    return [[version, len(list(run))] for version, run in groupby(generated)]
+
+
+def num_generated(trajectory: Trajectory) -> int:
+    """Tokens of the trajectory that the policy produced."""
+    return sum(trajectory.loss_mask)
+
+
+def rollout_rows(groups: Iterable[Group], tokenizer: Decoder | None = None) -> list[dict[str, Any]]:
+    """One JSON-ready row per trajectory. Texts the workflow did not keep are decoded when a tokenizer is given."""
+    return [_row(group, t, tokenizer) for group in groups for t in group.trajectories]
+
+
+def _row(group: Group, trajectory: Trajectory, tokenizer: Decoder | None) -> dict[str, Any]:
+    first = trajectory.loss_mask.index(True) if True in trajectory.loss_mask else len(trajectory.tokens)
+    prompt, completion = trajectory.prompt_text, trajectory.completion_text
+    if tokenizer is not None:
+        prompt = prompt or tokenizer.decode(trajectory.tokens[:first])
+        completion = completion or tokenizer.decode(trajectory.tokens[first:])
+    return {
+        "task": group.task.id,
+        "ordinal": group.ordinal,
+        "member": trajectory.member,
+        "status": trajectory.status,
+        "prompt": prompt,
+        "completion": completion,
+        "answer": group.task.answer,
+        "reward": trajectory.reward,
+        "reward_parts": trajectory.reward_parts,
+        "finish_reason": trajectory.finish_reason,
+        "num_tokens": num_generated(trajectory),
+        "versions": version_spans(trajectory),
+        "error": trajectory.error,
+    }
+
+
+def finite_json(value: Any) -> Any:
+    """`value` with every NaN and infinity inside replaced by None, and numpy numbers by Python's: valid JSON."""
+    if isinstance(value, dict):
+        return {str(k): finite_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_json(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write `path` so that a reader sees the old content or the new, never a part. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        with open(partial, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSONL, atomically. Raises OSError."""
+    lines = [json.dumps(finite_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    write_text_atomically(path, "".join(lines))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file written by `write_rows`; none when there is no such file."""
+    if not path.is_file():
+        return []
+    # Not splitlines: a completion may hold line separators of Unicode, which JSON leaves as they are.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def rollout_stats(groups: Sequence[Group]) -> dict[str, float]:
+    """What the rollouts of one step say: counts, and means over the trajectories that have a reward.
+
+    A trajectory without a reward is counted by its status and takes no part in any mean.
+    """
+    trajectories = [t for group in groups for t in group.trajectories]
+    scored = [t for t in trajectories if t.reward is not None]
+    out: dict[str, float] = {
+        "num_groups": len(groups),
+        "num_samples": len(scored),
+        "num_samples_reward_error": sum(t.status == "reward_error" for t in trajectories),
+        "num_samples_failed": sum(t.status in ("failed", "aborted") for t in trajectories),
+        "num_completion_tokens": sum(num_generated(t) for t in trajectories),
+    }
+    if not scored:
+        return out
+    rewards = np.asarray([t.reward for t in scored], dtype=np.float64)
+    out["reward_mean"], out["reward_std"] = float(rewards.mean()), float(rewards.std())
+    out["completion_tokens_mean"] = float(np.mean([num_generated(t) for t in scored]))
+    out["truncated_share"] = float(np.mean([t.finish_reason == "length" for t in scored]))
+    spreads = [{t.reward for t in group.trajectories if t.reward is not None} for group in groups]
+    out["num_groups_equal_rewards"] = sum(len(distinct) == 1 for distinct in spreads)
+    names = sorted({name for t in scored for name in t.reward_parts})
+    for name in names:
+        parts = [t.reward_parts[name] for t in scored if name in t.reward_parts]
+        out[f"reward_part_{name}"] = float(np.mean(parts))
+    return out

@@ -1,0 +1,123 @@
+"""Where the numbers of a step go: metrics.jsonl (the record), TensorBoard events (a copy). Used by stats_logger.py.
+
+metrics.jsonl is append-only. A run that starts again after step k appends {"event": "resumed", "step": k}, which voids
+the earlier lines of later steps; readers take `read_metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arealite.api.errors import ArealiteError
+from arealite.observe.rollout_log import finite_json
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class MetricsFile:
+    """The append-only metrics.jsonl of a run folder."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            used = path.is_file() and path.stat().st_size > 0
+            torn = used and not path.read_bytes().endswith(b"\n")
+        except OSError as error:
+            raise self._refusal(error) from error
+        if used:
+            self._append(("\n" if torn else "") + _line({"event": "resumed", "step": start_step, "at": time.time()}))
+
+    def write(self, step: int, epoch: int, stats: dict[str, float]) -> None:
+        """One line, handed to the system before this returns. Raises ArealiteError when it cannot be written."""
+        bad = sorted(name for name, value in stats.items() if not math.isfinite(value))
+        record: dict[str, Any] = {"step": step, "epoch": epoch, "at": time.time(), **stats}
+        if bad:
+            record["nonfinite"] = bad
+        self._append(_line(record))
+
+    def _append(self, line: str) -> None:
+        try:
+            with open(self._path, "ab") as out:
+                out.write(line.encode())
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> ArealiteError:
+        return ArealiteError(
+            f"cannot write {self._path}: {error.strerror}. The metrics are the record of the run, so it stops here; "
+            "make room or set cluster.fileroot to another disk, and start the same command again to go on"
+        )
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(finite_json(record), allow_nan=False) + "\n"
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    out = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:  # empty, or cut off by a kill
+            continue
+        if isinstance(record, dict):
+            out.append(record)
+    return out
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines that count, one per step, in order of steps; none when there is no file.
+
+    The last line of a step wins, and lines of steps that a resumed run did again are left out. A value that was NaN
+    or infinite is None, and its name is in "nonfinite".
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in _records(path):
+        if record.get("event") == "resumed":
+            by_step = {step: kept for step, kept in by_step.items() if step <= record["step"]}
+        elif "step" in record:
+            by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def num_restarts(path: Path) -> int:
+    """How often the run of this metrics.jsonl was started again."""
+    return sum(record.get("event") == "resumed" for record in _records(path))
+
+
+class TensorBoardSink:
+    """Scalar events; without the tensorboard package `open` says so and returns None."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self._writer = writer
+
+    @classmethod
+    def open(cls, folder: Path, start_step: int) -> tuple[TensorBoardSink | None, str]:
+        """The sink, or None and why there is none. Imports torch and tensorboard, which are slow to load."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            return (
+                None,
+                f"no TensorBoard events: {error}; pip install tensorboard, or set stats_logger.tensorboard=false",
+            )
+        try:
+            return cls(SummaryWriter(str(folder), purge_step=start_step + 1)), ""
+        except OSError as error:
+            return None, f"no TensorBoard events: cannot write {folder}: {error.strerror}"
+
+    def write(self, step: int, stats: dict[str, float]) -> None:
+        """The step's finite values. Raises OSError."""
+        for name, value in stats.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,185 @@
+"""What came out of a run: summary.json, the reward plot, and the table for the person who started it.
+
+Called by the training script at its end (rank 0). Everything is read from the run folder, so a run that was killed and
+resumed gets the same report as a straight one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from arealite.observe.evaluation_log import EvaluationResult, read_answers, read_evaluations
+from arealite.observe.plot import plot_reward
+from arealite.observe.progress import format_span, time_shares
+from arealite.observe.rollout_log import finite_json, write_text_atomically
+from arealite.observe.sinks import num_restarts, read_metrics
+
+if TYPE_CHECKING:
+    from arealite.observe.run_folder import RunFolder
+
+NUM_EXAMPLES = 3
+
+
+def summarise(folder: RunFolder) -> dict[str, Any]:
+    """The numbers of the whole run; None where the run folder says nothing.
+
+    `train_s` is the wall time of the finished steps (`step_s`), without evaluations, saves and lost work.
+    `accuracy_before` is the evaluation after 0 steps, `accuracy_after` the one after the most steps.
+    """
+    lines = read_metrics(folder.metrics)
+    evaluations = read_evaluations(folder)
+    before = next((e for e in evaluations if e.step == 0), None)
+    after = evaluations[-1] if evaluations and evaluations[-1].step > 0 else None
+    train_s = _total(lines, "step_s")
+    num_tokens, num_samples = _total(lines, "num_completion_tokens"), _total(lines, "num_samples")
+    return {
+        "accuracy_before": before.accuracy if before else None,
+        "accuracy_after": after.accuracy if after else None,
+        "accuracy_before_stderr": before.stderr if before else None,
+        "accuracy_after_stderr": after.stderr if after else None,
+        "num_held_out_tasks": after.num_tasks if after else (before.num_tasks if before else 0),
+        "steps": lines[-1]["step"] if lines else 0,
+        "train_s": train_s,
+        "tokens_per_s": num_tokens / train_s if train_s > 0 else None,
+        "samples_per_s": num_samples / train_s if train_s > 0 else None,
+        "num_samples": int(num_samples),
+        "num_tokens": int(num_tokens),
+        "reward_first": lines[0].get("reward_mean") if lines else None,
+        "reward_last": lines[-1].get("reward_mean") if lines else None,
+        "mismatch_mean": _over(lines, "mismatch_mean", lambda values: sum(values) / len(values)),
+        "mismatch_max": _over(lines, "mismatch_max", max),
+        "staleness_mean": _over(lines, "staleness_mean", lambda values: sum(values) / len(values)),
+        "staleness_max": _over(lines, "staleness_max", max),
+        "num_steps_skipped": int(_total(lines, "skipped")),
+        "num_reward_errors": int(_total(lines, "num_reward_errors")),
+        "num_failed": int(_total(lines, "num_failed")),
+        "num_rejected": int(_total(lines, "num_rejected")),
+        "num_interruptions": int(_total(lines, "num_interruptions")),
+        "num_restarts": num_restarts(folder.metrics),
+        "time_shares": _time_shares(lines),
+    }
+
+
+def write_summary(folder: RunFolder) -> dict[str, Any]:
+    """Write summary.json; returns what it holds. Raises OSError."""
+    summary = summarise(folder)
+    write_text_atomically(folder.summary_json, json.dumps(finite_json(summary), indent=2) + "\n")
+    return summary
+
+
+def report(folder: RunFolder, console: Console | None = None) -> dict[str, Any]:
+    """Write summary.json and the plot, print the table, the examples and where everything lies."""
+    console = console or Console(highlight=False)
+    summary = write_summary(folder)
+    no_plot = plot_reward(folder)
+    evaluations = read_evaluations(folder)
+    console.print()
+    console.print(_table(summary))
+    if len(evaluations) > 1 and evaluations[0].step == 0:
+        _print_examples(console, folder, evaluations[0], evaluations[-1])
+    if no_plot:
+        console.print(Text(f"warning: {no_plot}", style="yellow"), soft_wrap=True)
+    _print_places(console, folder)
+    return summary
+
+
+def _total(lines: list[dict[str, Any]], name: str) -> float:
+    return float(sum(line.get(name) or 0 for line in lines))
+
+
+def _over(lines: list[dict[str, Any]], name: str, form: Callable[[list[float]], float]) -> float | None:
+    values = [line[name] for line in lines if line.get(name) is not None]
+    return form(values) if values else None
+
+
+def _time_shares(lines: list[dict[str, Any]]) -> dict[str, float]:
+    names = {name for line in lines for name in line if name.endswith("_s") and not name.endswith("_per_s")}
+    return {phase: round(share, 4) for phase, share in time_shares({n: _total(lines, n) for n in names}).items()}
+
+
+def _accuracy(value: float | None, stderr: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f} ± {stderr or 0:.3f}"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else spec.format(value)
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    table = Table(title="The run", title_justify="left", title_style="bold", show_header=True)
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right", style="bold green")
+    table.add_row(
+        f"accuracy on {summary['num_held_out_tasks']} held-out tasks",
+        _accuracy(summary["accuracy_before"], summary["accuracy_before_stderr"]),
+        _accuracy(summary["accuracy_after"], summary["accuracy_after_stderr"]),
+    )
+    first, last = _number(summary["reward_first"], "{:.3f}"), _number(summary["reward_last"], "{:.3f}")
+    table.add_row("training reward, first and last step", first, last)
+    table.add_section()
+    shares = ", ".join(f"{phase} {100 * share:.0f}%" for phase, share in summary["time_shares"].items())
+    per_s = f"{_number(summary['samples_per_s'], '{:.1f}')} and {_number(summary['tokens_per_s'], '{:.0f}')}"
+    mean, most = _number(summary["staleness_mean"], "{:.2f}"), _number(summary["staleness_max"], "{:.0f}")
+    for name, value in (
+        ("optimiser steps (skipped)", f"{summary['steps']} ({summary['num_steps_skipped']})"),
+        ("training time", format_span(summary["train_s"])),
+        ("where it went", shares or "-"),
+        ("samples and tokens per second", per_s),
+        ("samples trained on", str(summary["num_samples"])),
+        ("staleness, mean and max", f"{mean} and {most}"),
+        ("trainer / server logprobs, mean |difference|", _number(summary["mismatch_mean"], "{:.2g}")),
+        ("reward errors, failed, restarts", "{num_reward_errors}, {num_failed}, {num_restarts}".format(**summary)),
+    ):
+        table.add_row(name, "", value)
+    return table
+
+
+def _print_examples(console: Console, folder: RunFolder, before: EvaluationResult, after: EvaluationResult) -> None:
+    """The first held-out tasks, not the ones that look best: their first answers before and after."""
+    earlier = {row["question"]: row for row in reversed(read_answers(folder, before.step))}
+    later = {row["question"]: row for row in reversed(read_answers(folder, after.step))}
+    shared = [question for question in reversed(later) if question in earlier]
+    table = Table(title="Sample answers", title_justify="left", title_style="bold", show_lines=True)
+    for heading in ("held-out task", "expected", "before", f"after {after.step} steps"):
+        table.add_column(heading, overflow="fold")
+    for question in shared[:NUM_EXAMPLES]:
+        old, new = earlier[question], later[question]
+        table.add_row(Text(_short(question)), Text(_short(old["answer"])), _answer(old), _answer(new))
+    if shared:
+        console.print(table)
+
+
+def _answer(row: dict[str, Any]) -> Text:
+    if row["reward"] is None:
+        return Text(_short(row["error"] or row["status"]), style="yellow")
+    return Text(f"{_short(row['completion'])}\n").append(f"reward {row['reward']:g}", "dim")
+
+
+def _short(text: str, max_characters: int = 160) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= max_characters else text[: max_characters - 1] + "…"
+
+
+def _print_places(console: Console, folder: RunFolder) -> None:
+    places: tuple[tuple[str, Path], ...] = (
+        ("reward plot", folder.reward_png),
+        ("numbers of each step", folder.metrics),
+        ("what was trained on", folder.rollouts_dir),
+        ("held-out answers", folder.evaluation_dir),
+        ("TensorBoard events", folder.tensorboard_dir),
+        ("checkpoints", folder.checkpoints_dir),
+        ("logs", folder.logs_dir),
+        ("summary", folder.summary_json),
+    )
+    for name, path in places:
+        if path.exists():
+            console.print(Text(f"{name:<22}{path}"), soft_wrap=True)
