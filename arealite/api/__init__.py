@@ -1,0 +1,1 @@
+"""The contracts between the parts; imports nothing heavy, is imported by everything."""
