@@ -55,6 +55,7 @@ class Evaluator:
         self._workflow = workflow
         self._tasks = list(tasks)[: config.max_tasks]
         self._collective = collective
+        self._latest: EvaluationResult | None = None
 
     def maybe_evaluate(self, step: int, epoch: int, last: bool = False) -> EvaluationResult | None:
         """Evaluate if it is due after `step` finished steps: by frequency, before the first step (`at_start`), or when
@@ -65,10 +66,17 @@ class Evaluator:
     def evaluate(self, step: int) -> EvaluationResult | None:
         """Evaluate now; the result on every rank, None when there are no held-out tasks. Collective.
 
+        Asked again after the same step, it returns the result it has: the weights are the same.
+
         Raises RewardError when no answer could be scored, ArealiteError when the answers cannot be had or written.
         """
         if not self._tasks:
             return None
+        if self._latest is None or self._latest.step != step:
+            self._latest = self._evaluate(step)
+        return self._latest
+
+    def _evaluate(self, step: int) -> EvaluationResult:
         if self._collective.world_size == 1:
             return self._run(step)
         if self._collective.rank != 0:

@@ -58,7 +58,7 @@ class Progress:
         self._ends: deque[float] = deque([clock()], maxlen=11)
 
     def step(self, step: int, stats: dict[str, float]) -> None:
-        """Print the line of the finished step `step` (1 .. total_steps)."""
+        """Print the line of step `step` (0 .. total_steps - 1)."""
         self._ends.append(self._clock())
         # soft_wrap: a log file has no width, and a broken line cannot be searched.
         self._console.print(self.line(step, stats), soft_wrap=True)
@@ -70,7 +70,7 @@ class Progress:
     def line(self, step: int, stats: dict[str, float]) -> Text:
         """The line of the step, styled."""
         width = len(str(self._total_steps))
-        text = Text.assemble(("step ", "dim"), (f"{step:>{width}}/{self._total_steps}", "bold"))
+        text = Text.assemble(("step ", "dim"), (f"{step + 1:>{width}}/{self._total_steps}", "bold"))
         _put(text, "reward", stats.get("reward_mean"), "{:.3f}", "bold green")
         _put(text, "tokens/s", stats.get("tokens_per_s"), "{:.0f}")
         _put(text, "stale", stats.get("staleness_mean"), "{:.1f}")
@@ -81,7 +81,7 @@ class Progress:
             for phase, share in shares.items():
                 if phase != "other" or share >= 0.05:
                     _put(text, phase, 100 * share, "{:.0f}%", "cyan", separator=": " if phase == "generate" else " ")
-        left = self._total_steps - step
+        left = self._total_steps - step - 1
         if left > 0 and len(self._ends) > 1:
             per_step_s = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
             text.append("  left ", "dim").append(format_span(per_step_s * left))

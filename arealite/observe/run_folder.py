@@ -96,7 +96,7 @@ class RunFolder:
         return self.root / "tensorboard"
 
     def rollouts(self, step: int) -> Path:
-        """The rollouts that step `step` trained on."""
+        """The rollouts that step `step` trained on; steps count from 0."""
         return self.rollouts_dir / f"step_{step:06d}.jsonl"
 
     def evaluation(self, step: int) -> Path:

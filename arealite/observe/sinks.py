@@ -1,7 +1,7 @@
 """Where the numbers of a step go: metrics.jsonl (the record), TensorBoard events (a copy). Used by stats_logger.py.
 
-metrics.jsonl is append-only. A run that starts again after step k appends {"event": "resumed", "step": k}, which voids
-the earlier lines of later steps; readers take `read_metrics`.
+metrics.jsonl is append-only. A run that goes on at step k after a restart first appends
+{"event": "resumed", "step": k}, which voids the earlier lines of steps k and later; readers take `read_metrics`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 class MetricsFile:
-    """The append-only metrics.jsonl of a run folder."""
+    """The append-only metrics.jsonl of a run folder, opened when its first line (of `first_step`) is at hand."""
 
-    def __init__(self, path: Path, start_step: int) -> None:
+    def __init__(self, path: Path, first_step: int) -> None:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            used = path.is_file() and path.stat().st_size > 0
-            torn = used and not path.read_bytes().endswith(b"\n")
+            earlier = path.read_bytes() if path.is_file() else b""
         except OSError as error:
             raise self._refusal(error) from error
-        if used:
-            self._append(("\n" if torn else "") + _line({"event": "resumed", "step": start_step, "at": time.time()}))
+        if earlier:
+            torn = "" if earlier.endswith(b"\n") else "\n"
+            self._append(torn + _line({"event": "resumed", "step": first_step, "at": time.time()}))
 
     def write(self, step: int, epoch: int, stats: dict[str, float]) -> None:
         """One line, handed to the system before this returns. Raises ArealiteError when it cannot be written."""
@@ -80,7 +80,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     by_step: dict[int, dict[str, Any]] = {}
     for record in _records(path):
         if record.get("event") == "resumed":
-            by_step = {step: kept for step, kept in by_step.items() if step <= record["step"]}
+            by_step = {step: kept for step, kept in by_step.items() if step < record["step"]}
         elif "step" in record:
             by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]
@@ -98,7 +98,7 @@ class TensorBoardSink:
         self._writer = writer
 
     @classmethod
-    def open(cls, folder: Path, start_step: int) -> tuple[TensorBoardSink | None, str]:
+    def open(cls, folder: Path, first_step: int) -> tuple[TensorBoardSink | None, str]:
         """The sink, or None and why there is none. Imports torch and tensorboard, which are slow to load."""
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -108,7 +108,7 @@ class TensorBoardSink:
                 f"no TensorBoard events: {error}; pip install tensorboard, or set stats_logger.tensorboard=false",
             )
         try:
-            return cls(SummaryWriter(str(folder), purge_step=start_step + 1)), ""
+            return cls(SummaryWriter(str(folder), purge_step=first_step)), ""
         except OSError as error:
             return None, f"no TensorBoard events: cannot write {folder}: {error.strerror}"
 

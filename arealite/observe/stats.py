@@ -6,7 +6,7 @@ Used by the training script, the engine and the workflows; `export()` feeds Stat
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,6 +29,11 @@ class StatsTracker:
         """The last value given counts."""
         self._claim(name, "scalar")
         self._values[name] = float(value)
+
+    def update(self, values: Mapping[str, float]) -> None:
+        """Every entry as a scalar: numbers that are formed already, such as those of the engine."""
+        for name, value in values.items():
+            self.scalar(name, value)
 
     def count(self, name: str, amount: float = 1) -> None:
         """Adds `amount`."""

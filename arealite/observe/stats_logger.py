@@ -1,6 +1,6 @@
 """Writes what happened in each step: metrics.jsonl, rollouts/, TensorBoard events, the progress line.
 
-Called by the training script on every rank; only rank 0 writes.
+Called by the training script on rank 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StatsLogger:
-    """One per process. Construct it after the recovery point is loaded: `start_step` steps are finished already.
+    """Opens its files at the first commit, so it may be constructed on every rank and before a run is recovered.
 
     metrics.jsonl is the record of the run: when it cannot be written the run stops. The rollouts and the TensorBoard
     events are for reading: when they cannot be written (disk full) the step's are dropped with a warning, counted in
@@ -28,27 +28,14 @@ class StatsLogger:
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        config: StatsLoggerConfig,
-        total_steps: int,
-        start_step: int = 0,
-        rank: int = 0,
-        progress: Progress | None = None,
+        self, folder: RunFolder, config: StatsLoggerConfig, total_steps: int, progress: Progress | None = None
     ) -> None:
         self._folder = folder
         self._config = config
         self._num_dropped = 0
-        self._writes = rank == 0
-        if not self._writes:
-            return
         self._progress = progress or Progress(total_steps)
-        self._metrics = MetricsFile(folder.metrics, start_step)
+        self._metrics: MetricsFile | None = None
         self._tensorboard: TensorBoardSink | None = None
-        if config.tensorboard:
-            self._tensorboard, why_not = TensorBoardSink.open(folder.tensorboard_dir, start_step)
-            if why_not:
-                self._progress.note(why_not)
 
     def commit(
         self,
@@ -58,14 +45,13 @@ class StatsLogger:
         groups: Sequence[Group] | None = None,
         tokenizer: Decoder | None = None,
     ) -> dict[str, float]:
-        """Write finished step `step` (1 .. total_steps); returns all its numbers ({} on other ranks).
+        """Write step `step` (0 .. total_steps - 1: as many optimiser steps were done before it); returns its numbers.
 
         `groups` are the groups it trained on: their numbers (reward_mean, num_samples, ...) are added unless `stats`
-        has them, and `tokens_per_s`, `samples_per_s` come from them and `step_s`. Raises ArealiteError when
-        metrics.jsonl cannot be written.
+        has them, and `tokens_per_s`, `samples_per_s` come from them and `step_s`. Call on rank 0. Raises ArealiteError
+        when metrics.jsonl cannot be written.
         """
-        if not self._writes:
-            return {}
+        metrics = self._metrics or self._open(step)
         merged = {name: float(value) for name, value in stats.items()}
         if groups is not None:
             merged = rollout_stats(groups) | merged
@@ -81,14 +67,22 @@ class StatsLogger:
                 self._tensorboard = None
         if self._num_dropped:
             merged["num_logs_dropped"] = self._num_dropped
-        self._metrics.write(step, epoch, merged)
+        metrics.write(step, epoch, merged)
         self._progress.step(step, merged)
         return merged
 
     def close(self) -> None:
         """Close what is open."""
-        if self._writes and self._tensorboard is not None:
+        if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _open(self, first_step: int) -> MetricsFile:
+        self._metrics = MetricsFile(self._folder.metrics, first_step)
+        if self._config.tensorboard:
+            self._tensorboard, why_not = TensorBoardSink.open(self._folder.tensorboard_dir, first_step)
+            if why_not:
+                self._progress.note(why_not)
+        return self._metrics
 
     def _write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: Decoder | None) -> None:
         if not self._config.save_rollouts:

@@ -46,7 +46,7 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
         "accuracy_before_stderr": before.stderr if before else None,
         "accuracy_after_stderr": after.stderr if after else None,
         "num_held_out_tasks": after.num_tasks if after else (before.num_tasks if before else 0),
-        "steps": lines[-1]["step"] if lines else 0,
+        "steps": lines[-1]["step"] + 1 if lines else 0,
         "train_s": train_s,
         "tokens_per_s": num_tokens / train_s if train_s > 0 else None,
         "samples_per_s": num_samples / train_s if train_s > 0 else None,
