@@ -1,0 +1,106 @@
+"""What one process of a run tells the others: its heartbeat file, its waits, its state in the process table.
+
+Written by observe/waits.py, read by the heartbeat threads and by the watchdog.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+STATES = {
+    "R": "running",
+    "S": "sleeping",
+    "D": "blocked in the kernel (state D: disk or device)",
+    "T": "frozen (state T: stopped by a signal; SIGCONT continues it)",
+    "t": "stopped by a debugger (state t)",
+    "Z": "dead, not yet reaped (state Z)",
+    "X": "dead",
+    "I": "idle",
+}
+
+
+@dataclass(frozen=True)
+class WaitRecord:
+    """One wait as others see it. `since` is wall time, `age_s` its age when the record was made."""
+
+    name: str
+    owner: str
+    since: float
+    age_s: float
+    limit_s: float
+    pending: list[str]
+
+    def line(self, process: str) -> str:
+        """Who waits for whom, for what, since when."""
+        clock = time.strftime("%H:%M:%S", time.localtime(self.since))
+        ids = f"; pending: {', '.join(self.pending)}" if self.pending else ""
+        return (
+            f"{process} waits for {self.owner}: {self.name}, since {clock}"
+            f" ({self.age_s:.1f} s, limit {self.limit_s:g} s){ids}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """One heartbeat file. `marks` are seconds since each kind of progress, when the beat was written."""
+
+    pid: int
+    process: str
+    num_beats: int
+    waits: list[WaitRecord] = field(default_factory=list)
+    marks: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Heartbeat | None:
+        """The newest beat; None where there is none (yet)."""
+        try:
+            content = json.loads(path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        waits = [WaitRecord(**w) for w in content["waits"]]
+        return cls(content["pid"], content["process"], content["beats"], waits, content["marks"])
+
+
+class BeatAge:
+    """How long ago a process last beat, by the reader's own clock: clocks that jump or differ do not matter."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, int] | None = None
+        self._seen = time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._seen
+
+    def update(self, beat: Heartbeat) -> float:
+        """Take a reading; returns the seconds since the beat last changed."""
+        if (beat.pid, beat.num_beats) != self._last:
+            self._last = (beat.pid, beat.num_beats)
+            self._seen = time.monotonic()
+        return self.age_s
+
+    def restart(self) -> None:
+        """Count from now again."""
+        self._seen = time.monotonic()
+
+
+def state_letter(pid: int) -> str:
+    """The state letter of /proc/PID/stat; "X" when there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+    return stat.rpartition(")")[2].split()[0]
+
+
+def process_state(pid: int) -> str:
+    """The state of a process in words."""
+    letter = state_letter(pid)
+    return STATES.get(letter, f"in state {letter}")

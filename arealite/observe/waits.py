@@ -1,0 +1,270 @@
+"""Named waits of this process, and the heartbeat that shows them to the launcher's watchdog.
+
+Whoever waits for another process, thread or request does it through `waiting`, `bounded`, `wait_event` or
+`wait_condition`; trainer and server mains call `configure_from_env()` once. Works unconfigured too: limits still hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from arealite.api.errors import WaitTimeout
+from arealite.observe.processes import BeatAge, Heartbeat, WaitRecord, process_state
+from arealite.observe.run_folder import RunFolder
+
+T = TypeVar("T")
+Pending = Iterable[str] | Callable[[], Iterable[str]]
+
+LAUNCHER = "launcher"
+MAX_PENDING_SHOWN = 8
+
+
+class Wait:
+    """One wait in progress.
+
+    `name` says what is waited for, `owner` who has to act to end it (a process, or a part of this one); `pending`
+    gives the ids still missing, oldest first: a list, or a callable read by the heartbeat thread.
+    """
+
+    def __init__(self, name: str, owner: str, limit_s: float, pending: Pending = ()) -> None:
+        if not (math.isfinite(limit_s) and limit_s >= 0):
+            raise ValueError(f"wait {name!r} has limit_s {limit_s}; every wait needs a finite limit in seconds")
+        self.name = name
+        self.owner = owner
+        self.limit_s = limit_s
+        self._pending = pending
+        self._since = time.time()
+        self._started = time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the limit; 0 when it has passed."""
+        return max(0.0, self.limit_s - self.age_s)
+
+    def check(self) -> None:
+        """Raise WaitTimeout if the limit has passed."""
+        if self.age_s >= self.limit_s:
+            raise self.expired()
+
+    def expired(self) -> WaitTimeout:
+        """The error of this wait; its message is its line of a stall report."""
+        return WaitTimeout(self.record().line(_registry.process))
+
+    def record(self) -> WaitRecord:
+        return WaitRecord(self.name, self.owner, self._since, self.age_s, self.limit_s, self._pending_ids())
+
+    def _pending_ids(self) -> list[str]:
+        try:
+            ids = [str(i) for i in (self._pending() if callable(self._pending) else self._pending)]
+        except Exception as error:  # boundary: the callable reads state that its owner may be changing right now
+            return [f"(unknown: {error!r})"]
+        if len(ids) > MAX_PENDING_SHOWN:
+            return [*ids[:MAX_PENDING_SHOWN], f"and {len(ids) - MAX_PENDING_SHOWN} more"]
+        return ids
+
+
+class _Registry:
+    """The waits and marks of this process."""
+
+    def __init__(self) -> None:
+        self.process = f"process {os.getpid()}"
+        self.lock = threading.Lock()
+        self.waits: dict[int, Wait] = {}
+        self.marks: dict[str, float] = {}
+        self.keys = itertools.count()
+        self.stack_file: IO[str] | None = None
+        self.stop: threading.Event | None = None
+        self.thread: threading.Thread | None = None
+
+    def open_waits(self) -> list[Wait]:
+        with self.lock:
+            return list(self.waits.values())
+
+
+_registry = _Registry()
+
+
+@contextmanager
+def waiting(name: str, owner: str, limit_s: float, pending: Pending = ()) -> Iterator[Wait]:
+    """Register a wait while the block runs; the block calls `check()` as often as it looks for the end of the wait."""
+    wait = Wait(name, owner, limit_s, pending)
+    key = next(_registry.keys)
+    with _registry.lock:
+        _registry.waits[key] = wait
+    try:
+        yield wait
+    finally:
+        with _registry.lock:
+            del _registry.waits[key]
+
+
+async def bounded(awaitable: Awaitable[T], name: str, owner: str, limit_s: float, pending: Pending = ()) -> T:
+    """Await under a name and a limit; cancels the awaitable and raises WaitTimeout when the limit passes."""
+    with waiting(name, owner, limit_s, pending) as wait:
+        try:
+            async with asyncio.timeout(limit_s) as limit:
+                return await awaitable
+        except TimeoutError:
+            if limit.expired():
+                raise wait.expired() from None
+            raise
+
+
+def wait_event(event: threading.Event, name: str, owner: str, limit_s: float, pending: Pending = ()) -> None:
+    """Wait until `event` is set; raises WaitTimeout."""
+    with waiting(name, owner, limit_s, pending) as wait:
+        if not event.wait(limit_s):
+            raise wait.expired()
+
+
+def wait_condition(
+    condition: threading.Condition,
+    predicate: Callable[[], bool],
+    name: str,
+    owner: str,
+    limit_s: float,
+    pending: Pending = (),
+) -> None:
+    """Wait until `predicate()` holds; the caller holds `condition`. `pending` must not need its lock: the heartbeat
+    thread reads it. Raises WaitTimeout."""
+    with waiting(name, owner, limit_s, pending) as wait:
+        if not condition.wait_for(predicate, limit_s):
+            raise wait.expired()
+
+
+def mark(what: str) -> None:
+    """Say that something was achieved just now ("token", "group", "step"): no stall while any process goes on doing
+    so, and the stall report says how long ago it was. Cheap: call it per decode step, not per token."""
+    _registry.marks[what] = time.monotonic()
+
+
+def lines() -> list[str]:
+    """This process's waits as lines of a stall report, oldest first."""
+    return [w.record().line(_registry.process) for w in sorted(_registry.open_waits(), key=lambda w: -w.age_s)]
+
+
+def configure(run_dir: str | Path, process_name: str, heartbeat_s: float, stall_s: float) -> None:
+    """Start the heartbeat of this process and let SIGUSR1 dump its stacks. Call once, from the main thread.
+
+    Writes waits/<process>.json every `heartbeat_s`; names the launcher when that is silent for `stall_s`.
+    """
+    if _registry.thread is not None:
+        raise RuntimeError(f"waits are configured already, as {_registry.process!r}; configure once per process")
+    folder = RunFolder(Path(run_dir))
+    folder.waits_dir.mkdir(parents=True, exist_ok=True)
+    folder.stacks_dir.mkdir(parents=True, exist_ok=True)
+    _registry.process = process_name
+    # Before the first heartbeat: SIGUSR1 kills a process that has not registered for it.
+    _registry.stack_file = open(folder.stacks_dir / f"{process_name}.txt", "a")  # noqa: SIM115 - lives as long as we
+    faulthandler.register(signal.SIGUSR1, file=_registry.stack_file, all_threads=True)
+    _registry.stop = threading.Event()
+    beat = _Beat(folder, process_name, heartbeat_s, stall_s)
+    beat.write()
+    _registry.thread = threading.Thread(target=beat.run, args=(_registry.stop,), name="heartbeat", daemon=True)
+    _registry.thread.start()
+
+
+def configure_from_env() -> None:
+    """`configure` from what the launcher put into the environment; does nothing in a process started by hand."""
+    run_dir, process = os.environ.get("AREALITE_RUN_DIR"), os.environ.get("AREALITE_PROCESS")
+    if not run_dir or not process or _registry.thread is not None:
+        return
+    heartbeat_s = float(os.environ.get("AREALITE_HEARTBEAT_S", "1.0"))
+    stall_s = float(os.environ.get("AREALITE_STALL_S", "300.0"))
+    configure(run_dir, process, heartbeat_s, stall_s)
+
+
+def shut_down() -> None:
+    """End the heartbeat and remove its file: this process has nothing more to report."""
+    if _registry.thread is None or _registry.stop is None or _registry.stack_file is None:
+        return
+    _registry.stop.set()
+    _registry.thread.join()
+    faulthandler.unregister(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a dump asked for just before must not kill
+    _registry.stack_file.close()
+    _registry.thread = _registry.stop = _registry.stack_file = None
+    _registry.process = f"process {os.getpid()}"
+
+
+class _Beat:
+    """The heartbeat thread.
+
+    Consumes: this process's waits and marks; the launcher's heartbeat file. Produces: waits/<process>.json, and a
+    note in stalls/ when the launcher is silent. Waits for: the next beat, `heartbeat_s`. Unblocked by: `shut_down`.
+    """
+
+    def __init__(self, folder: RunFolder, process: str, heartbeat_s: float, stall_s: float) -> None:
+        self.folder = folder
+        self.process = process
+        self.heartbeat_s = heartbeat_s
+        self.stall_s = stall_s
+        self.path = folder.waits_dir / f"{process}.json"
+        self.num_beats = 0
+        self.launcher = BeatAge()
+        self.told_pid = 0
+
+    def run(self, stop: threading.Event) -> None:
+        while not stop.wait(self.heartbeat_s):
+            try:
+                self.write()
+                if self.process != LAUNCHER:
+                    self.watch_launcher()
+            except OSError as error:  # a full disk must not end the heartbeat; the next beat tries again
+                print(f"{self.process}: heartbeat not written: {error}", file=sys.stderr, flush=True)
+        self.path.unlink(missing_ok=True)
+
+    def write(self) -> None:
+        self.num_beats += 1
+        now = time.monotonic()
+        content: dict[str, Any] = {
+            "pid": os.getpid(),
+            "process": self.process,
+            "at": time.time(),
+            "beats": self.num_beats,
+            "waits": [w.record().as_json() for w in _registry.open_waits()],
+            "marks": {what: now - at for what, at in _registry.marks.copy().items()},
+        }
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(content))
+        os.replace(scratch, self.path)
+
+    def watch_launcher(self) -> None:
+        beat = Heartbeat.read(self.folder.waits_dir / f"{LAUNCHER}.json")
+        if beat is None or self.launcher.update(beat) < self.stall_s:
+            self.told_pid = 0
+            return
+        if self.told_pid == beat.pid:
+            return
+        self.told_pid = beat.pid
+        line = (
+            f"STALL: the launcher (pid {beat.pid}) has been silent for {self.launcher.age_s:.0f} s: it is"
+            f" {process_state(beat.pid)}. Noticed by {self.process}, which goes on working; nobody watches the run"
+        )
+        print(line, file=sys.stderr, flush=True)
+        self.folder.stalls_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(self.folder.stalls_dir / f"launcher_{beat.pid}_{beat.num_beats}.txt", "x") as note:
+                note.write(line + "\n")
+        except FileExistsError:
+            return  # another process was first
+        # A frozen launcher cannot echo our log, so the line goes where it would have printed.
+        with open(f"/proc/{beat.pid}/fd/2", "a") as terminal:
+            terminal.write(line + "\n")
