@@ -138,8 +138,6 @@ class RecoverHandler:
         if isinstance(found, str):
             raise RecoveryError(found)
         if found is None:
-            if actor.collective.rank == 0:
-                _void_ledger(self._folder.ledger)
             return 0
         actor.load_state(str(self._folder.recovery_point(found["step"]) / "actor"))
         dataloader.load_state_dict(found["dataloader"])
@@ -282,16 +280,3 @@ def _clean(recover_dir: Path) -> None:
     for prefix in (PARTIAL, REMOVED):
         for leftover in recover_dir.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _void_ledger(ledger: Path) -> None:
-    """Without a point the run starts from step 0: the lines of an earlier, killed life no longer count."""
-    try:
-        earlier = ledger.read_bytes()
-    except FileNotFoundError:
-        return
-    if earlier:
-        torn = "" if earlier.endswith(b"\n") else "\n"
-        marker = {"event": "recovered", "step": 0, "kept_bytes": 0, "at": time.time()}
-        with open(ledger, "ab") as out:
-            out.write((torn + json.dumps(marker) + "\n").encode())

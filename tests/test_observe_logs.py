@@ -1,0 +1,232 @@
+"""What a run writes about itself: metrics through kills and full disks, rollouts, the progress line, TensorBoard."""
+
+import errno
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from arealite.api.cli_args import GRPOConfig, StatsLoggerConfig
+from arealite.api.errors import ArealiteError
+from arealite.api.types import Group, Task, Trajectory
+from arealite.observe.progress import Progress, format_span, time_shares
+from arealite.observe.rollout_log import read_rows, rollout_rows, rollout_stats, version_spans
+from arealite.observe.run_folder import RunFolder
+from arealite.observe.sinks import MetricsFile, num_restarts, read_metrics
+from arealite.observe.stats_logger import StatsLogger
+
+QUIET = StatsLoggerConfig(tensorboard=False)
+
+
+def trajectory(member=0, reward=1.0, status="ok", versions=(3, 3, 4), **changes) -> Trajectory:
+    num = len(versions)
+    fields = {
+        "task_id": "e0-r1", "member": member, "tokens": [7, 8, *range(num)], "loss_mask": [False, False] + [True] * num,
+        "logprobs": [0.0] * (2 + num), "versions": [-1, -1, *versions], "reward": reward, "finish_reason": "stop",
+        "status": status, "prompt_text": "2+3=", "completion_text": "5",
+    }  # fmt: skip
+    return Trajectory(**(fields | changes))
+
+
+def group(*trajectories, task="e0-r1", ordinal=0) -> Group:
+    return Group(Task(id=task, prompt="2+3=", answer="5"), ordinal, list(trajectories))
+
+
+def quiet_progress(total=10, clock=lambda: 0.0) -> tuple[Progress, io.StringIO]:
+    out = io.StringIO()
+    return Progress(total, Console(file=out, highlight=False), clock), out
+
+
+def logger(folder: RunFolder, config: StatsLoggerConfig = QUIET) -> tuple[StatsLogger, io.StringIO]:
+    progress, out = quiet_progress()
+    return StatsLogger(folder, config, 10, progress), out
+
+
+def test_run_folder_follows_config_and_environment(tmp_path, monkeypatch):
+    config = GRPOConfig(experiment_name="a", trial_name="b")
+    config.cluster.fileroot = str(tmp_path)
+    monkeypatch.delenv("AREALITE_RUN_DIR", raising=False)
+    assert RunFolder.of(config).metrics == tmp_path / "a" / "b" / "metrics.jsonl"
+    monkeypatch.setenv("AREALITE_RUN_DIR", str(tmp_path / "given"))
+    assert RunFolder.of(config).root == tmp_path / "given"
+
+
+def test_metrics_are_valid_json_also_when_values_are_not_finite(tmp_path):
+    folder = RunFolder(tmp_path)
+    log, out = logger(folder)
+    log.commit(0, 0, {"loss": math.nan, "grad_norm": math.inf, "lr": 1e-6})
+    line = folder.metrics.read_text().splitlines()[0]
+    record = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert (record["loss"], record["grad_norm"], record["lr"]) == (None, None, 1e-6)
+    assert record["nonfinite"] == ["grad_norm", "loss"]
+    assert read_metrics(folder.metrics) == [record]
+
+
+def test_resumed_run_voids_the_steps_it_does_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    first, _ = logger(folder)
+    for step in range(5):
+        first.commit(step, 0, {"life": 1})
+    second, _ = logger(folder)
+    second.commit(2, 0, {"life": 2})
+    assert [(r["step"], r["life"]) for r in read_metrics(folder.metrics)] == [(0, 1), (1, 1), (2, 2)]
+    assert num_restarts(folder.metrics) == 1
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_line_torn_by_a_kill_costs_only_itself(tmp_path, cut):
+    folder = RunFolder(tmp_path)
+    first, _ = logger(folder)
+    for step in range(3):
+        first.commit(step, 0, {})
+    folder.metrics.write_bytes(folder.metrics.read_bytes()[:-cut])
+    second, _ = logger(folder)
+    second.commit(2, 0, {"again": 1})
+    assert [r["step"] for r in read_metrics(folder.metrics)] == [0, 1, 2]
+    assert read_metrics(folder.metrics)[2]["again"] == 1
+
+
+def test_no_metrics_no_lines(tmp_path):
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_stops_at_the_metrics_with_a_clear_error():
+    with pytest.raises(ArealiteError, match=r"cannot write .*full: No space left .* make room"):
+        MetricsFile(Path("/dev/full"), 0).write(0, 0, {"loss": 1.0})
+
+
+def test_full_disk_drops_rollouts_visibly_and_goes_on(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    log, out = logger(folder)
+
+    def full(path, rows):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("arealite.observe.stats_logger.write_rows", full)
+    log.commit(0, 0, {}, [group(trajectory())])
+    log.commit(1, 0, {}, [group(trajectory())])
+    assert [r["num_logs_dropped"] for r in read_metrics(folder.metrics)] == [1, 2]
+    assert out.getvalue().count("No space left on device") == 2
+
+
+def test_failed_row_file_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = RunFolder(tmp_path)
+    log, _ = logger(folder)
+    log.commit(0, 0, {}, [group(trajectory())])
+    monkeypatch.setattr("os.fsync", full)
+    log.commit(1, 0, {}, [group(trajectory())])
+    assert [p.name for p in folder.rollouts_dir.iterdir()] == ["step_000000.jsonl"]
+
+
+def test_rollout_rows(tmp_path):
+    folder = RunFolder(tmp_path)
+    log, _ = logger(folder)
+    odd = "line\nbreak\u2028and\x85more"
+    members = [
+        trajectory(0, completion_text=odd, reward_parts={"format": 0.5}),
+        trajectory(1, reward=None, status="reward_error", error="Traceback"),
+    ]
+    log.commit(12, 0, {}, [group(*members)])
+    rows = read_rows(folder.rollouts_dir / "step_000012.jsonl")
+    assert [row["member"] for row in rows] == [0, 1]
+    assert rows[0]["completion"] == odd and rows[0]["versions"] == [[3, 2], [4, 1]]
+    assert rows[0]["reward_parts"] == {"format": 0.5} and rows[0]["num_tokens"] == 3
+    assert rows[1]["reward"] is None and rows[1]["status"] == "reward_error" and rows[1]["error"] == "Traceback"
+
+
+def test_texts_not_kept_are_decoded():
+    class Spell:
+        def decode(self, token_ids):
+            return "-".join(map(str, token_ids))
+
+    bare = trajectory(prompt_text="", completion_text="")
+    (row,) = rollout_rows([group(bare)], Spell())
+    assert (row["prompt"], row["completion"]) == ("7-8", "0-1-2")
+
+
+def test_version_spans_of_nothing_generated():
+    assert version_spans(trajectory(versions=())) == []
+
+
+def test_rollout_stats_keep_errors_out_of_means():
+    groups = [
+        group(trajectory(0, 1.0), trajectory(1, 0.0), trajectory(2, None, "reward_error")),
+        group(trajectory(0, 1.0), trajectory(1, 1.0, finish_reason="length")),
+    ]
+    stats = rollout_stats(groups)
+    assert stats["reward_mean"] == 0.75 and stats["num_samples"] == 4
+    assert stats["num_samples_reward_error"] == 1 and stats["num_completion_tokens"] == 15
+    assert stats["truncated_share"] == 0.25 and stats["num_groups_equal_rewards"] == 1
+    assert "reward_mean" not in rollout_stats([group(trajectory(0, None, "failed"))])
+
+
+def test_commit_adds_speed_and_keeps_given_numbers(tmp_path):
+    log, _ = logger(RunFolder(tmp_path))
+    numbers = log.commit(0, 0, {"step_s": 2.0, "reward_mean": 9.0}, [group(trajectory())])
+    assert numbers["tokens_per_s"] == 1.5 and numbers["samples_per_s"] == 0.5 and numbers["reward_mean"] == 9.0
+
+
+def test_time_shares_split_the_wait_and_add_up():
+    stats = {"step_s": 10.0, "rollout_wait_s": 4.0, "generate_s": 3.0, "reward_s": 1.0, "train_s": 3.0, "sync_s": 1.0}
+    shares = time_shares(stats)
+    assert shares == pytest.approx({"generate": 0.3, "reward": 0.1, "train": 0.3, "sync": 0.1, "other": 0.2})
+    assert time_shares({"train_s": 1.0}) == {}
+
+
+def test_progress_line_is_one_plain_line_without_a_terminal():
+    times = iter([0.0, 10.0, 20.0])
+    progress, out = quiet_progress(total=100, clock=lambda: next(times))
+    stats = {"reward_mean": 0.5, "tokens_per_s": 812.4, "staleness_mean": 0.6, "staleness_max": 1.0, "step_s": 10.0,
+             "rollout_wait_s": 4.0, "train_s": 5.0, "sync_s": 1.0, "skipped": 1.0, "num_reward_errors": 2.0}  # fmt: skip
+    progress.step(0, {"reward_mean": math.nan})
+    progress.step(1, stats)
+    first, second = out.getvalue().splitlines()
+    assert "reward nan" in first
+    for part in ("step   2/100", "reward 0.500", "tokens/s 812", "stale 0.6 max 1", "generate 40%", "train 50%",
+                 "sync 10%", "left 16:20", "STEP SKIPPED", "reward errors 2"):  # fmt: skip
+        assert part in second
+    assert "\x1b" not in out.getvalue()
+
+
+def test_spans():
+    assert [format_span(s) for s in (7, 187, 3729)] == ["0:07", "3:07", "1:02:09"]
+
+
+def test_tensorboard_events_of_a_resumed_run(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = RunFolder(tmp_path)
+    for life, steps in ((1, range(4)), (2, range(2, 4))):
+        log, _ = logger(folder, StatsLoggerConfig())
+        for step in steps:
+            log.commit(step, 0, {"life": life, "loss": math.nan})
+        log.close()
+    events = accumulator.EventAccumulator(str(folder.tensorboard_dir))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("life")] == [(0, 1), (1, 1), (2, 2), (3, 2)]
+    assert "loss" not in events.Tags()["scalars"]
+
+
+def test_missing_tensorboard_is_one_note(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log, out = logger(RunFolder(tmp_path), StatsLoggerConfig())
+    for step in range(3):
+        log.commit(step, 0, {"loss": 1.0})
+    assert out.getvalue().count("pip install tensorboard") == 1
+    assert len(read_metrics(RunFolder(tmp_path).metrics)) == 3
+
+
+def test_observe_does_not_load_torch():
+    import subprocess
+
+    modules = ["stats", "stats_logger", "sinks", "progress", "plot", "summary", "evaluation_log", "run_folder"]
+    code = "import sys\n" + "".join(f"import arealite.observe.{m}\n" for m in modules)
+    code += "assert not {'torch', 'matplotlib', 'tensorboard'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
