@@ -1,0 +1,227 @@
+"""The evaluator: what counts, what is written, several ranks, and the report before / after."""
+
+import io
+import json
+import threading
+
+import pytest
+from rich.console import Console
+
+from arealite.api.cli_args import EvaluatorConfig, StatsLoggerConfig
+from arealite.api.errors import ArealiteError, RewardError
+from arealite.api.types import Group, Task, Trajectory
+from arealite.evaluation import evaluator as evaluator_module
+from arealite.evaluation.evaluator import Evaluator
+from arealite.observe.evaluation_log import read_answers, read_evaluations
+from arealite.observe.progress import Progress
+from arealite.observe.run_folder import RunFolder
+from arealite.observe.stats_logger import StatsLogger
+from arealite.observe.summary import report, write_summary
+
+TASKS = [Task(id=f"e0-r{i}", messages=[{"role": "user", "content": f"{i}+1="}], answer=str(i + 1)) for i in range(4)]
+
+
+class Alone:
+    rank, world_size = 0, 1
+
+    def broadcast(self, value):
+        return value
+
+
+class Ranks:
+    """Threads as ranks: each broadcast is one meeting of all, with a limit."""
+
+    def __init__(self, world_size):
+        self.world_size = world_size
+        self.meeting = threading.Barrier(world_size)
+        self.value = None
+        self.num_broadcasts = 0
+
+    def of(self, rank):
+        ranks = self
+
+        class One:
+            world_size = ranks.world_size
+
+            def __init__(self):
+                self.rank = rank
+
+            def broadcast(self, value):
+                if rank == 0:
+                    ranks.value = value
+                    ranks.num_broadcasts += 1
+                ranks.meeting.wait(timeout=20)
+                result = ranks.value
+                ranks.meeting.wait(timeout=20)
+                return result
+
+        return One()
+
+
+class Rollout:
+    """Answers with the given rewards; a list per task, None is a failed reward."""
+
+    def __init__(self, rewards, before=lambda: None):
+        self.rewards, self.before, self.calls = rewards, before, 0
+
+    def run_groups(self, tasks, workflow):
+        self.calls += 1
+        self.before()
+        return [
+            Group(task, i, [self.answer(task, m, r) for m, r in enumerate(self.rewards[i])])
+            for i, task in enumerate(tasks)
+            if self.rewards[i] is not None
+        ]
+
+    def answer(self, task, member, reward):
+        status, error = ("ok", "") if reward is not None else ("reward_error", "ValueError: bad verifier")
+        return Trajectory(
+            task.id, member, [1, 2], [False, True], [0.0, -1.0], [-1, 0], reward, "stop", status,
+            prompt_text="<user>?", completion_text=f"answer {reward}", error=error,
+        )  # fmt: skip
+
+
+def make(folder, rewards, config=None, collective=None, tasks=TASKS, **rollout):
+    head = Rollout(rewards, **rollout)
+    return Evaluator(config or EvaluatorConfig(), RunFolder(folder), head, None, tasks, collective or Alone()), head
+
+
+def test_errors_are_not_zeros(tmp_path):
+    evaluator, _ = make(tmp_path, [[1.0], [None], [0.0], None])
+    result = evaluator.evaluate(0)
+    assert result.accuracy == 0.5 and result.stderr == pytest.approx(0.5)
+    assert (result.num_tasks, result.num_tasks_scored, result.num_samples) == (4, 2, 2)
+    assert (result.num_reward_errors, result.num_failed) == (1, 1)
+    rows = read_answers(RunFolder(tmp_path), 0)
+    assert [row["reward"] for row in rows] == [1.0, None, 0.0]
+    assert rows[0]["question"] == "0+1=" and rows[1]["error"].startswith("ValueError")
+    assert read_evaluations(RunFolder(tmp_path)) == [result]
+
+
+def test_tasks_weigh_the_same_whatever_their_samples(tmp_path):
+    evaluator, _ = make(tmp_path, [[1.0, 1.0, 1.0, 1.0], [0.0, None, None, 0.0]], tasks=TASKS[:2])
+    result = evaluator.evaluate(3)
+    assert result.accuracy == 0.5
+    assert result.pass_at == {1: 0.5, 2: 0.5}
+
+
+def test_nothing_scored_is_an_error_with_the_reason(tmp_path):
+    evaluator, _ = make(tmp_path, [[None]] * 4)
+    with pytest.raises(RewardError, match="none of the 4 held-out tasks .* bad verifier"):
+        evaluator.evaluate(0)
+    assert read_evaluations(RunFolder(tmp_path)) == []
+
+
+def test_when_it_evaluates(tmp_path):
+    config = EvaluatorConfig(freq_steps=4, max_tasks=2)
+    evaluator, head = make(tmp_path, [[1.0]] * 4, config)
+    asked = {step: evaluator.maybe_evaluate(step, 0, last=step == 9) is not None for step in range(10)}
+    assert [step for step, done in asked.items() if done] == [0, 4, 8, 9]
+    assert evaluator.evaluate(9).num_tasks == 2
+    assert head.calls == 4  # the same step is not asked twice
+    quiet, _ = make(tmp_path, [[1.0]] * 4, EvaluatorConfig(at_start=False, at_end=False))
+    assert not any(quiet.maybe_evaluate(step, 0, last=step == 9) for step in range(10))
+
+
+def test_no_tasks_no_result(tmp_path):
+    evaluator, head = make(tmp_path, [], tasks=[])
+    assert evaluator.evaluate(0) is None and head.calls == 0
+
+
+def on_ranks(ranks, call):
+    """Runs call(rank) in one thread per rank; what each returned or raised."""
+    outcomes = [None] * ranks.world_size
+
+    def run(rank):
+        try:
+            outcomes[rank] = call(rank)
+        except Exception as error:
+            outcomes[rank] = error
+            if not isinstance(error, ArealiteError):
+                ranks.meeting.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks.world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    return outcomes
+
+
+def test_ranks_wait_in_short_waits_and_get_the_same_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator_module, "BEAT_S", 0.01)
+    ranks = Ranks(3)
+    enough = threading.Event()
+
+    def slow():
+        assert enough.wait(20)
+
+    evaluators = [make(tmp_path, [[1.0]] * 4, collective=ranks.of(r), before=slow) for r in range(3)]
+    watch = threading.Thread(target=lambda: (wait_for(lambda: ranks.num_broadcasts > 3), enough.set()))
+    watch.start()
+    outcomes = on_ranks(ranks, lambda rank: evaluators[rank][0].evaluate(5))
+    watch.join()
+    assert outcomes[0].accuracy == 1.0 and outcomes[1] == outcomes[0] == outcomes[2]
+    assert [head.calls for _, head in evaluators] == [1, 0, 0]
+    assert ranks.num_broadcasts > 3
+
+
+def wait_for(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+
+
+def test_failure_on_rank_0_reaches_all_ranks(tmp_path):
+    ranks = Ranks(2)
+    evaluators = [make(tmp_path, [[None]] * 4, collective=ranks.of(r))[0] for r in range(2)]
+    outcomes = on_ranks(ranks, lambda rank: evaluators[rank].evaluate(5))
+    assert isinstance(outcomes[0], RewardError)
+    assert isinstance(outcomes[1], ArealiteError) and "bad verifier" in str(outcomes[1])
+
+
+def a_run(folder, steps=30):
+    make(folder.root, [[0.0], [0.0], [1.0], [0.0]])[0].evaluate(0)
+    log = StatsLogger(
+        folder, StatsLoggerConfig(tensorboard=False), steps, Progress(steps, Console(file=io.StringIO()))
+    )
+    for step in range(steps):
+        log.commit(step, 0, {"reward_mean": min(1.0, 0.2 + step / 30 + 0.1 * (step % 3)), "step_s": 2.0,
+                             "num_completion_tokens": 100, "num_samples": 8, "staleness_mean": 0.5, "staleness_max": 1,
+                             "mismatch_mean": 0.01, "rollout_wait_s": 1.0, "train_s": 0.8, "sync_s": 0.1,
+                             "num_reward_errors": 1, "skipped": float(step == 3)})  # fmt: skip
+
+
+def test_summary_and_report(tmp_path):
+    folder = RunFolder(tmp_path / "addition" / "first")
+    a_run(folder)
+    a_run(folder)  # killed and done again: accuracy_before stays, nothing is counted twice
+    make(folder.root, [[1.0], [1.0], [1.0], [None]])[0].evaluate(30)
+    out = io.StringIO()
+    report(folder, Console(file=out, width=120, highlight=False))
+    summary = json.loads(folder.summary_json.read_text())
+    assert summary["accuracy_before"] == 0.25 and summary["accuracy_after"] == 1.0
+    assert summary["steps"] == 30 and summary["train_s"] == 60.0 and summary["tokens_per_s"] == 50.0
+    assert summary["mismatch_mean"] == pytest.approx(0.01) and summary["staleness_max"] == 1
+    assert summary["num_samples"] == 240 and summary["num_steps_skipped"] == 1
+    assert summary["num_reward_errors"] == 30 and summary["num_restarts"] == 1
+    assert summary["time_shares"]["train"] == pytest.approx(0.4)
+    text = out.getvalue()
+    for part in ("0.250", "1.000", "0+1=", "answer 0.0", "answer 1.0", str(folder.summary_json)):
+        assert part in text
+    assert folder.reward_png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_summary_of_a_run_that_did_nothing(tmp_path):
+    summary = write_summary(RunFolder(tmp_path))
+    assert summary["accuracy_before"] is None and summary["steps"] == 0 and summary["train_s"] == 0
+
+
+def test_report_without_matplotlib_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    a_run(RunFolder(tmp_path), steps=2)
+    out = io.StringIO()
+    report(RunFolder(tmp_path), Console(file=out, width=200, highlight=False))
+    assert "pip install matplotlib" in out.getvalue()
