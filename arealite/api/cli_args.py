@@ -28,7 +28,9 @@ class GenerationHyperparameters:
     max_new_tokens: int = setting(512, "tokens per answer at most", low=1)
     min_new_tokens: int = setting(0, "tokens per answer before a stop token may end it", low=0)
     temperature: float = setting(1.0, "sampling temperature; 0 is greedy", low=0)
-    top_p: float = setting(1.0, "nucleus mass; below 1 the recorded logprobs are still those of the full vocabulary", low=0)
+    top_p: float = setting(
+        1.0, "nucleus mass; below 1 the recorded logprobs are still those of the full vocabulary", low=0
+    )
     top_k: int = setting(-1, "sample among the k likeliest tokens; -1 is all", low=-1)
     min_p: float = setting(0.0, "drop tokens less likely than this share of the likeliest", low=0)
     stop: list[str] = setting(list, "strings that end an answer")
@@ -46,7 +48,9 @@ class DatasetConfig:
     num_rows: int | None = setting(None, "use the first rows only; the number of rows for reasoning_gym", low=1)
     batch_size: int = setting(16, "prompts per optimiser step", low=1)
     shuffle: bool = setting(True, "a new order every epoch, from the seed")
-    prompt_template: str = setting("{prompt}", "how the row's question becomes the user message; {prompt} is the question")
+    prompt_template: str = setting(
+        "{prompt}", "how the row's question becomes the user message; {prompt} is the question"
+    )
     system_prompt: str | None = setting(None, "system message put before every chat prompt")
     max_prompt_tokens: int | None = setting(None, "rows with longer prompts are left out, counted and reported", low=1)
 
@@ -55,10 +59,18 @@ class DatasetConfig:
 class InferenceEngineConfig:
     """The rollout head: client, executor, staleness."""
 
-    max_head_offpolicyness: int = setting(1, "eta: how many weight versions a trained token may be behind; 0 is synchronous", low=0)
-    consumer_batch_size: int | None = setting(None, "groups per step; the training data's batch_size if not given", low=1)
-    max_concurrent_rollouts: int | None = setting(None, "groups in flight at most; (eta + 1) steps' worth if not given", low=1)
-    stale_policy: str = setting("correct", "what happens at consumption to a group older than eta", ("correct", "requeue", "drop"))
+    max_head_offpolicyness: int = setting(
+        1, "eta: how many weight versions a trained token may be behind; 0 is synchronous", low=0
+    )
+    consumer_batch_size: int | None = setting(
+        None, "groups per step; the training data's batch_size if not given", low=1
+    )
+    max_concurrent_rollouts: int | None = setting(
+        None, "groups in flight at most; (eta + 1) steps' worth if not given", low=1
+    )
+    stale_policy: str = setting(
+        "correct", "what happens at consumption to a group older than eta", ("correct", "requeue", "drop")
+    )
     request_timeout_s: float = setting(600.0, "longest time one request may take before it is sent again", low=0)
     request_retries: int = setting(3, "times a request is sent again after a connection error", low=0)
     setup_timeout_s: float = setting(300.0, "longest wait for the servers' health at start", low=0)
@@ -66,7 +78,9 @@ class InferenceEngineConfig:
     max_failed_groups: int = setting(8, "groups that may fail in a row before the run stops with their error", low=1)
     num_reward_workers: int = setting(1, "processes that run reward functions", low=1)
     reward_timeout_s: float = setting(15.0, "hard limit of one reward call: its process is killed", low=0)
-    pause_mode: str = setting("retract", "what a weight update does to running requests", ("abort", "retract", "in_place"))
+    pause_mode: str = setting(
+        "retract", "what a weight update does to running requests", ("abort", "retract", "in_place")
+    )
 
 
 @dataclass
@@ -74,9 +88,13 @@ class ServerConfig:
     """The inference servers that the launcher starts."""
 
     dtype: str = setting("bfloat16", "compute type of the served model", ("bfloat16", "float32", "float16"))
-    context_length: int | None = setting(None, "tokens of prompt and answer at most; the model's own limit if not given", low=2)
+    context_length: int | None = setting(
+        None, "tokens of prompt and answer at most; the model's own limit if not given", low=2
+    )
     max_running_requests: int = setting(64, "sequences decoded together by the native server", low=1)
-    kv_cache_tokens: int | None = setting(None, "tokens the native server's KV cache holds; from max_running_requests if not given", low=1)
+    kv_cache_tokens: int | None = setting(
+        None, "tokens the native server's KV cache holds; from max_running_requests if not given", low=1
+    )
     deterministic: bool = setting(False, "results that do not depend on what else is in the batch (slower)")
     args: dict[str, Any] = setting(dict, "further flags of the server's own, passed through as --key value")
 
@@ -90,7 +108,9 @@ class OptimizerConfig:
     beta1: float = setting(0.9, "decay of the gradient's running mean", low=0)
     beta2: float = setting(0.95, "decay of the squared gradient's running mean", low=0)
     eps: float = setting(1e-8, "added to the root of the second moment", low=0)
-    lr_scheduler: str = setting("constant", "shape of the learning rate after warm-up", ("constant", "linear", "cosine"))
+    lr_scheduler: str = setting(
+        "constant", "shape of the learning rate after warm-up", ("constant", "linear", "cosine")
+    )
     warmup_steps: int = setting(0, "optimiser steps of linear warm-up", low=0)
     min_lr_ratio: float = setting(0.0, "final learning rate of linear and cosine as a share of lr", low=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm", low=0)
@@ -103,13 +123,17 @@ class TrainEngineConfig:
     path: str = setting("", "a Hugging Face folder or hub id")
     dtype: str = setting("bfloat16", "compute type; master weights are always float32", ("bfloat16", "float32"))
     seed: int = setting(1, "seed of the trainer's own random numbers")
-    temperature: float | None = setting(None, "logits are divided by it before logprobs; gconfig.temperature if not given", low=0)
+    temperature: float | None = setting(
+        None, "logits are divided by it before logprobs; gconfig.temperature if not given", low=0
+    )
     max_tokens_per_mb: int = setting(8192, "packed tokens per micro-batch", low=1)
     logprob_chunk_tokens: int = setting(1024, "tokens whose logits exist at one time", low=1)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     optimizer: OptimizerConfig = setting(OptimizerConfig, "optimiser and schedule")
     collective_timeout_s: float = setting(600.0, "longest wait of one rank for the others", low=0)
-    max_bad_steps: int = setting(3, "NaN or infinite steps in a row before the run stops; each is skipped and counted", low=1)
+    max_bad_steps: int = setting(
+        3, "NaN or infinite steps in a row before the run stops; each is skipped and counted", low=1
+    )
 
 
 @dataclass
@@ -128,14 +152,20 @@ class PPOActorConfig(TrainEngineConfig):
 
     ppo_n_minibatches: int = setting(1, "optimiser updates per step, each on its own groups", low=1)
     eps_clip: float = setting(0.2, "the ratio is clipped below at 1 - eps_clip", low=0)
-    eps_clip_higher: float | None = setting(None, "the ratio is clipped above at 1 + eps_clip_higher; eps_clip if not given", low=0)
+    eps_clip_higher: float | None = setting(
+        None, "the ratio is clipped above at 1 + eps_clip_higher; eps_clip if not given", low=0
+    )
     c_clip: float | None = setting(None, "dual clip: bound of the loss at negative advantages", low=1)
     loss_aggregation: str = setting(
         "token-mean", "what the loss is a mean over", ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
     )
     importance_sampling_level: str = setting("token", "ratio per token, or per sequence (GSPO)", ("token", "sequence"))
-    use_decoupled_loss: bool = setting(True, "trust region around the recomputed policy, importance weight to the behaviour policy")
-    behav_imp_correction: str = setting("truncate", "what is done to importance weights above the cap", ("none", "mask", "truncate"))
+    use_decoupled_loss: bool = setting(
+        True, "trust region around the recomputed policy, importance weight to the behaviour policy"
+    )
+    behav_imp_correction: str = setting(
+        "truncate", "what is done to importance weights above the cap", ("none", "mask", "truncate")
+    )
     behav_imp_weight_cap: float = setting(5.0, "cap of the importance weight", low=1)
     reward_norm: NormConfig = setting(NormConfig, "normalisation of rewards (GRPO: by group)")
     adv_norm: NormConfig | None = setting(None, "normalisation of advantages over tokens, after reward_norm")
@@ -146,7 +176,9 @@ class PPOActorConfig(TrainEngineConfig):
     overlong_penalty_factor: float = setting(1.0, "DAPO: penalty at full length", low=0)
     mask_truncated: bool = setting(False, "leave answers cut off at max_new_tokens out of the loss")
     kl_weight: float = setting(0.0, "weight of the KL to the reference; needs `ref`", low=0)
-    kl_estimator: str = setting("k2", "estimator: k1, k2, k3 (algorithms: http://joschu.net/blog/kl-approx.html)", ("k1", "k2", "k3"))
+    kl_estimator: str = setting(
+        "k2", "estimator: k1, k2, k3 (algorithms: http://joschu.net/blog/kl-approx.html)", ("k1", "k2", "k3")
+    )
     kl_in: str = setting("loss", "KL as a term of the loss, or subtracted from the reward", ("loss", "reward"))
     entropy_weight: float = setting(0.0, "weight of the entropy bonus", low=0)
     gamma: float = setting(1.0, "discount per token (of KL in the reward)", low=0)
@@ -181,7 +213,9 @@ class EvaluatorConfig(FrequencyConfig):
 class RecoverConfig(FrequencyConfig):
     """Recovery points and what to do with them."""
 
-    mode: str = setting("auto", "auto: resume where a recovery point exists; fresh: refuse a used folder; off", ("auto", "fresh", "off"))
+    mode: str = setting(
+        "auto", "auto: resume where a recovery point exists; fresh: refuse a used folder; off", ("auto", "fresh", "off")
+    )
     num_kept: int = setting(2, "newest recovery points kept", low=1)
     max_restarts: int = setting(3, "times the launcher restarts a run whose process died", low=0)
 
@@ -203,7 +237,9 @@ class WatchdogConfig:
 
     heartbeat_s: float = setting(1.0, "how often each process reports its waits", low=0.05)
     stall_s: float = setting(300.0, "a wait or a silent process older than this is a stall", low=1)
-    action: str = setting("stop", "on a stall: stop with the report, or kill the culprit and recover", ("stop", "restart"))
+    action: str = setting(
+        "stop", "on a stall: stop with the report, or kill the culprit and recover", ("stop", "restart")
+    )
 
 
 @dataclass

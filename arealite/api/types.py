@@ -142,11 +142,13 @@ class Batch:
     @classmethod
     def pack(cls, groups: list[Group], first_group_id: int = 0, num_groups: int | None = None) -> Batch:
         """Pack the `ok` trajectories of `groups`; group ids count from `first_group_id` in the order given."""
-        rows = [(first_group_id + g, t) for g, group in enumerate(groups) for t in group.trajectories if t.status == "ok"]
+        rows = [
+            (first_group_id + g, t) for g, group in enumerate(groups) for t in group.trajectories if t.status == "ok"
+        ]
         trajectories = [t for _, t in rows]
 
         def flat(name: str, dtype: type) -> np.ndarray:
-            parts = [np.asarray(getattr(t, name), dtype=dtype) for t in trajectories]
+            parts: list[np.ndarray] = [np.asarray(getattr(t, name), dtype=dtype) for t in trajectories]
             return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
         return cls(

@@ -1,0 +1,271 @@
+"""What cannot be true of a configuration at the same time, each with its fix; and the values that follow from others.
+
+Called by api/load_config.py after the single values have been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from arealite.api.cli_args import (
+    DatasetConfig,
+    FrequencyConfig,
+    GenerationHyperparameters,
+    GRPOConfig,
+    NormConfig,
+    OptimizerConfig,
+)
+
+REASONING_GYM = "reasoning_gym:"
+
+
+def contradictions(config: GRPOConfig) -> list[str]:
+    """Every contradiction found; empty when the configuration can run."""
+    checks = (
+        paths,
+        generation,
+        datasets,
+        lengths,
+        batches,
+        normalisation,
+        loss,
+        optimizers,
+        schedule,
+        limits,
+        cluster,
+    )
+    return [problem for check in checks for problem in check(config)]
+
+
+def fill_derived(config: GRPOConfig, given: set[str]) -> None:
+    """Set what was left open and follows from other fields. `given` holds the keys that the user wrote."""
+    rollout = config.rollout
+    if rollout.consumer_batch_size is None:
+        rollout.consumer_batch_size = config.train_dataset.batch_size
+    if rollout.max_concurrent_rollouts is None:
+        rollout.max_concurrent_rollouts = (rollout.max_head_offpolicyness + 1) * rollout.consumer_batch_size
+    if config.tokenizer_path is None:
+        config.tokenizer_path = config.actor.path
+    if config.actor.temperature is None:
+        config.actor.temperature = config.gconfig.temperature
+    if "actor.seed" not in given:
+        config.actor.seed = config.seed
+    if config.ref is not None:
+        if config.ref.temperature is None:
+            config.ref.temperature = config.actor.temperature
+        if "ref.seed" not in given:
+            config.ref.seed = config.seed
+
+
+def paths(config: GRPOConfig) -> Iterator[str]:
+    if not config.actor.path:
+        yield "actor.path is missing: give a Hugging Face folder, a fetched model's name, or a hub id"
+    if not config.train_dataset.path:
+        yield "train_dataset.path is missing: give a JSONL / Parquet file, a hub id, or reasoning_gym:TASK"
+    if config.valid_dataset is not None and not config.valid_dataset.path:
+        yield "valid_dataset.path is missing: give it, or valid_dataset=null"
+    if config.ref is not None and not config.ref.path:
+        yield "ref.path is missing: the reference is usually the start model, ref.path=${actor.path}"
+    for key, name in (("experiment_name", config.experiment_name), ("trial_name", config.trial_name)):
+        if not name or "/" in name or name in (".", ".."):
+            yield f"{key} is {name!r}: it names a folder, so it needs at least one letter and no '/'"
+
+
+def generation(config: GRPOConfig) -> Iterator[str]:
+    for key, g in (("gconfig", config.gconfig), ("eval_gconfig", config.eval_gconfig)):
+        if g.min_new_tokens > g.max_new_tokens:
+            yield (
+                f"{key}.min_new_tokens ({g.min_new_tokens}) is above {key}.max_new_tokens ({g.max_new_tokens}):"
+                " lower the first or raise the second"
+            )
+        if not 0 < g.top_p <= 1:
+            yield f"{key}.top_p is {g.top_p}, expected above 0 and at most 1; 1 is off"
+        if g.min_p > 1:
+            yield f"{key}.min_p is {g.min_p}, expected at most 1; 0 is off"
+        if g.top_k == 0:
+            yield f"{key}.top_k is 0, which leaves no token: -1 is off"
+        if "" in g.stop:
+            yield f"{key}.stop holds an empty string, which ends every answer at once: remove it"
+        yield from greedy(key, g)
+    if config.gconfig.temperature == 0:
+        yield "gconfig.temperature is 0: greedy answers explore nothing and have no usable logprobs; set it above 0"
+    trained = config.actor.temperature
+    if trained is not None and trained != config.gconfig.temperature:
+        yield (
+            f"actor.temperature ({trained}) is not gconfig.temperature ({config.gconfig.temperature}): the trainer"
+            " would score another distribution than the one sampled from; leave actor.temperature out"
+        )
+
+
+def greedy(key: str, g: GenerationHyperparameters) -> Iterator[str]:
+    if g.temperature == 0 and g.n_samples > 1:
+        yield (
+            f"{key}.temperature is 0 and {key}.n_samples is {g.n_samples}: all answers of a group would be equal;"
+            f" set {key}.temperature above 0 or {key}.n_samples=1"
+        )
+
+
+def datasets(config: GRPOConfig) -> Iterator[str]:
+    named = [("train_dataset", config.train_dataset)]
+    if config.valid_dataset is not None:
+        named.append(("valid_dataset", config.valid_dataset))
+    for key, d in named:
+        if "{prompt}" not in d.prompt_template:
+            yield f"{key}.prompt_template is {d.prompt_template!r}: it must hold {{prompt}}, the place of the question"
+        if d.path.startswith(REASONING_GYM) and d.num_rows is None:
+            yield f"{key}.num_rows is missing: {d.path} makes as many tasks as asked for, such as {key}.num_rows=1000"
+        if d.params and not d.path.startswith(REASONING_GYM):
+            yield f"{key}.params are for reasoning_gym tasks, but {key}.path is {d.path!r}: remove them"
+    if config.valid_dataset is not None and same_generated_tasks(config.train_dataset, config.valid_dataset):
+        yield (
+            f"train_dataset and valid_dataset are both {config.train_dataset.path} of the same split, so the held-out"
+            " tasks would be training tasks: set valid_dataset.split=test, which draws from another seed"
+        )
+
+
+def same_generated_tasks(train: DatasetConfig, valid: DatasetConfig) -> bool:
+    stream = [(d.path, d.split, d.params.get("seed")) for d in (train, valid)]
+    return train.path.startswith(REASONING_GYM) and stream[0] == stream[1]
+
+
+def lengths(config: GRPOConfig) -> Iterator[str]:
+    context = config.server.context_length
+    if context is None:
+        return
+    valid = config.valid_dataset or DatasetConfig()
+    for key, g, rows_key, d in (
+        ("gconfig", config.gconfig, "train_dataset", config.train_dataset),
+        ("eval_gconfig", config.eval_gconfig, "valid_dataset", valid),
+    ):
+        if context <= g.max_new_tokens:
+            yield (
+                f"server.context_length ({context}) leaves no room for a prompt beside {key}.max_new_tokens"
+                f" ({g.max_new_tokens}): raise the first or lower the second"
+            )
+        elif d.max_prompt_tokens is not None and d.max_prompt_tokens + g.max_new_tokens > context:
+            yield (
+                f"{rows_key}.max_prompt_tokens ({d.max_prompt_tokens}) + {key}.max_new_tokens ({g.max_new_tokens}) is"
+                f" above server.context_length ({context}): set"
+                f" {rows_key}.max_prompt_tokens={context - g.max_new_tokens}"
+                f" or server.context_length={d.max_prompt_tokens + g.max_new_tokens}"
+            )
+
+
+def batches(config: GRPOConfig) -> Iterator[str]:
+    dataset_size, consumer_size = config.train_dataset.batch_size, config.rollout.consumer_batch_size
+    if consumer_size is not None and consumer_size != dataset_size:
+        yield (
+            f"rollout.consumer_batch_size ({consumer_size}) is not train_dataset.batch_size ({dataset_size}): both are"
+            " the prompts per step; leave rollout.consumer_batch_size out"
+        )
+    parts = config.actor.ppo_n_minibatches
+    if dataset_size % parts:
+        yield (
+            f"train_dataset.batch_size ({dataset_size}) is not divisible by actor.ppo_n_minibatches ({parts}): set"
+            f" train_dataset.batch_size={-(-dataset_size // parts) * parts} or another number of mini-batches"
+        )
+
+
+def normalisation(config: GRPOConfig) -> Iterator[str]:
+    n = config.gconfig.n_samples
+    norms: list[tuple[str, NormConfig]] = [("actor.reward_norm", config.actor.reward_norm)]
+    if config.actor.adv_norm is not None:
+        norms.append(("actor.adv_norm", config.actor.adv_norm))
+    for key, norm in norms:
+        by_group = [f"{key}.{field}" for field in ("mean", "std") if vars(norm)[field] == "group"]
+        if norm.leave_one_out and norm.mean == "none":
+            yield f"{key}.leave_one_out is about the mean, but {key}.mean is none: set {key}.mean=group"
+        if key == "actor.reward_norm" and n == 1 and (by_group or norm.leave_one_out):
+            yield (
+                f"gconfig.n_samples is 1, so normalisation by group ({', '.join(by_group) or key + '.leave_one_out'})"
+                " makes every advantage 0: raise gconfig.n_samples, or set actor.reward_norm.mean=batch"
+                " actor.reward_norm.std=batch actor.reward_norm.leave_one_out=false"
+            )
+
+
+def loss(config: GRPOConfig) -> Iterator[str]:
+    actor = config.actor
+    if actor.kl_weight > 0 and config.ref is None:
+        yield (
+            f"actor.kl_weight is {actor.kl_weight} but there is no reference: add ref.path=${{actor.path}}, or set"
+            " actor.kl_weight=0"
+        )
+    if actor.gamma != 1 and not (actor.kl_in == "reward" and actor.kl_weight > 0):
+        yield f"actor.gamma is {actor.gamma} but discounts only a KL in the reward: set actor.kl_in=reward or gamma=1"
+    if actor.gamma > 1:
+        yield f"actor.gamma is {actor.gamma}, expected at most 1"
+    if not actor.use_decoupled_loss:
+        fresh = type(actor)()
+        for field in ("behav_imp_correction", "behav_imp_weight_cap"):
+            if vars(actor)[field] != vars(fresh)[field]:
+                yield (
+                    f"actor.{field} is {vars(actor)[field]!r} but actor.use_decoupled_loss is false, so nothing uses"
+                    f" it: set actor.use_decoupled_loss=true or leave actor.{field} out"
+                )
+    if actor.eps_clip >= 1:
+        yield f"actor.eps_clip is {actor.eps_clip}, expected below 1: the lower bound of the ratio is 1 - eps_clip"
+    if actor.overlong_tokens > config.gconfig.max_new_tokens:
+        yield (
+            f"actor.overlong_tokens ({actor.overlong_tokens}) is above gconfig.max_new_tokens"
+            f" ({config.gconfig.max_new_tokens}): every answer would be punished; lower the first"
+        )
+    if actor.reward_clip == 0 or actor.reward_scaling == 0:
+        yield "actor.reward_clip or actor.reward_scaling is 0, which makes every reward 0: leave it out"
+
+
+def optimizers(config: GRPOConfig) -> Iterator[str]:
+    optimizer: OptimizerConfig = config.actor.optimizer
+    for field in ("beta1", "beta2"):
+        if vars(optimizer)[field] >= 1:
+            yield f"actor.optimizer.{field} is {vars(optimizer)[field]}, expected below 1"
+    if optimizer.max_grad_norm == 0:
+        yield "actor.optimizer.max_grad_norm is 0, which makes every update 0: raise it (inf is off)"
+    if optimizer.min_lr_ratio > 1:
+        yield f"actor.optimizer.min_lr_ratio is {optimizer.min_lr_ratio}, expected at most 1"
+    steps = config.total_train_steps
+    if steps is not None and 0 < steps <= optimizer.warmup_steps:
+        yield (
+            f"actor.optimizer.warmup_steps ({optimizer.warmup_steps}) leaves nothing of total_train_steps ({steps}):"
+            " lower the first"
+        )
+
+
+def schedule(config: GRPOConfig) -> Iterator[str]:
+    if is_set(config.evaluator) and config.valid_dataset is None:
+        yield "evaluator has a frequency but there is no valid_dataset: add valid_dataset.path, or remove the frequency"
+    if config.recover.mode == "off" and is_set(config.recover):
+        yield "recover has a frequency but recover.mode is off: set recover.mode=auto, or remove the frequency"
+    if config.watchdog.action == "restart" and config.recover.mode != "auto":
+        yield (
+            f"watchdog.action is restart but recover.mode is {config.recover.mode}: a restart needs recovery points;"
+            " set recover.mode=auto or watchdog.action=stop"
+        )
+
+
+def is_set(frequency: FrequencyConfig) -> bool:
+    return any(f is not None for f in (frequency.freq_steps, frequency.freq_epochs, frequency.freq_s))
+
+
+def limits(config: GRPOConfig) -> Iterator[str]:
+    waits = {
+        "rollout.request_timeout_s": config.rollout.request_timeout_s,
+        "rollout.setup_timeout_s": config.rollout.setup_timeout_s,
+        "rollout.reward_timeout_s": config.rollout.reward_timeout_s,
+        "actor.collective_timeout_s": config.actor.collective_timeout_s,
+    }
+    for key, limit_s in waits.items():
+        if limit_s == 0:
+            yield f"{key} is 0, so that every wait fails at once: give seconds above 0"
+    if config.watchdog.heartbeat_s >= config.watchdog.stall_s:
+        yield (
+            f"watchdog.heartbeat_s ({config.watchdog.heartbeat_s}) is not below watchdog.stall_s"
+            f" ({config.watchdog.stall_s}): every process would look stalled; lower the first"
+        )
+
+
+def cluster(config: GRPOConfig) -> Iterator[str]:
+    if config.weight_update == "shm" and config.cluster.num_nodes > 1:
+        yield (
+            f"weight_update is shm, which works within one machine, but cluster.num_nodes is"
+            f" {config.cluster.num_nodes}: set weight_update=disk"
+        )

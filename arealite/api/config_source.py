@@ -1,0 +1,217 @@
+"""Reads a YAML file and `key=value` overrides into a flat list of settings, each with the place it came from.
+
+Called by api/load_config.py. Unknown keys and values of the wrong kind are collected, not raised, so that a user
+sees all of them at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+
+from arealite.api.errors import ConfigError
+
+NUM_SUGGESTIONS = 3
+
+
+@dataclass(frozen=True)
+class Given:
+    """One value that the user wrote: `where` is "file:line" or "command line"."""
+
+    key: str
+    value: Any
+    where: str
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Field name -> type of a config class, None removed from optional ones."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: without_none(hints[f.name]) for f in dataclasses.fields(cls)}
+
+
+def without_none(hint: Any) -> Any:
+    """`X | None` -> X; every other type as it is."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        kept = [a for a in typing.get_args(hint) if a is not type(None)]
+        return kept[0] if len(kept) == 1 else hint
+    return hint
+
+
+def is_config_class(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def type_at(cls: type, key: str) -> Any:
+    """The type of the field at dotted `key` (None removed); Any for keys inside a dict field."""
+    hint: Any = cls
+    for name in key.split("."):
+        if not is_config_class(hint):
+            return Any
+        hint = field_types(hint)[name]
+    return hint
+
+
+def type_name(hint: Any) -> str:
+    """How a type is called in an error message."""
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    if hint in names:
+        return names[hint]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list:
+        return f"a list, each entry {type_name(args[0])}"
+    if origin is dict or is_config_class(hint):
+        return "a mapping"
+    return str(hint)
+
+
+def all_keys(cls: type, prefix: str = "") -> list[str]:
+    """Every dotted key that leads to a value or a section."""
+    keys = []
+    for name, hint in field_types(cls).items():
+        keys.append(prefix + name)
+        if is_config_class(hint):
+            keys += all_keys(hint, f"{prefix}{name}.")
+    return keys
+
+
+def nearest_keys(key: str, cls: type) -> list[str]:
+    """Valid dotted keys that the user may have meant: similar siblings, the same or a similar name elsewhere."""
+    parent, _, name = key.rpartition(".")
+    keys = all_keys(cls)
+    names = [k.rpartition(".")[2] for k in keys]
+    siblings = [n for k, n in zip(keys, names, strict=True) if k.rpartition(".")[0] == parent]
+    close = difflib.get_close_matches(name, siblings, NUM_SUGGESTIONS, 0.6)
+    found = [f"{parent}.{n}" if parent else n for n in close]
+    for n in [name, *difflib.get_close_matches(name, sorted(set(names)), NUM_SUGGESTIONS, 0.85)]:
+        found += [k for k, last in zip(keys, names, strict=True) if last == n]
+    return list(dict.fromkeys(found))[:NUM_SUGGESTIONS]
+
+
+def section_of(key: str, cls: type) -> tuple[str, type]:
+    """The dotted key and the class of the section that holds `key`."""
+    parent = key.rpartition(".")[0]
+    return parent, type_at(cls, parent) if parent else cls
+
+
+class Reader:
+    """Turns nested values into `givens`, collecting `problems`. One per configuration being loaded."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        self.givens: list[Given] = []
+        self.problems: list[str] = []
+
+    def read_file(self, path: Path) -> None:
+        """Raises ConfigError where the file is missing or is not YAML: nothing else can be checked then."""
+        try:
+            text = path.read_text()
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if node else {}
+        except FileNotFoundError:
+            raise ConfigError(f"configuration file {path} does not exist: check --config") from None
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, GrammarParseError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from None
+        if not isinstance(tree, dict) or (node and not isinstance(node, yaml.MappingNode)):
+            raise ConfigError(f"{path}:1: expected `key: value` lines, found {type(tree).__name__}")
+        lines: dict[str, int] = {}
+        mark_lines(node, "", lines)
+        self.walk(tree, self.cls, "", lambda key: f"{path}:{line_of(key, lines)}")
+
+    def read_override(self, override: str) -> None:
+        """One `dotted.key=value`; the value is YAML, but text fields take it as it stands."""
+        where = "command line"
+        key, equals, text = override.partition("=")
+        key = key.strip().removeprefix("--").removeprefix("+")
+        if not equals or not key or not all(key.split(".")):
+            self.problems.append(f"{where}: {override!r} is not an override: write key=value")
+            return
+        try:
+            hint = type_at(self.cls, key)
+        except KeyError:
+            self.unknown(key, where)
+            return
+        try:
+            value = text if hint is str and not text.startswith(("'", '"')) else parse_value(text)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            self.problems.append(f"{where}: the value of {key}={text} is not YAML: {str(error).splitlines()[0]}")
+            return
+        if text == "null":
+            value = None
+        self.add(key, value, hint, lambda _: where)
+
+    def walk(self, tree: dict[Any, Any], cls: type, prefix: str, where: Any) -> None:
+        hints = field_types(cls)
+        for name, value in tree.items():
+            key = f"{prefix}{name}"
+            if name not in hints:
+                self.unknown(key, where(key))
+            else:
+                self.add(key, value, hints[name], where)
+
+    def add(self, key: str, value: Any, hint: Any, where: Any) -> None:
+        """Sections are entered; a mapping for a dict field is added entry by entry, so that overrides add to it."""
+        if is_config_class(hint) and isinstance(value, dict):
+            self.givens.append(Given(key, hint, where(key)))
+            self.walk(value, hint, f"{key}.", where)
+        elif typing.get_origin(hint) is dict and isinstance(value, dict) and value:
+            self.givens += [Given(f"{key}.{name}", entry, where(f"{key}.{name}")) for name, entry in value.items()]
+        elif complaint := wrong_kind(value, hint):
+            self.problems.append(f"{where(key)}: {key} is {value!r}: {complaint}")
+        else:
+            self.givens.append(Given(key, value, where(key)))
+
+    def unknown(self, key: str, where: str) -> None:
+        if nearest := nearest_keys(key, self.cls):
+            hint = f"did you mean {' or '.join(nearest)}?"
+        else:
+            parent, section = section_of(key, self.cls)
+            hint = f"{parent or 'the top level'} has {', '.join(field_types(section))}"
+        self.problems.append(f"{where}: unknown key {key!r}: {hint}")
+
+
+def parse_value(text: str) -> Any:
+    """The value of a command-line override, read as YAML with OmegaConf's numbers (1e-5 is a number)."""
+    return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]  # type: ignore[index, call-overload]
+
+
+def wrong_kind(value: Any, hint: Any) -> str | None:
+    """What OmegaConf would convert silently although it is a mistake; None if the kind is right."""
+    if isinstance(value, str) and "${" in value:
+        return None  # an interpolation: its target is checked when it is resolved
+    if isinstance(value, bool) and hint in (int, float, str):
+        hint_text = ", in quotes if it is meant as text" if hint is str else ""
+        return f"expected {type_name(hint)}, found true or false{hint_text}"
+    if hint is bool and not isinstance(value, bool | str | None):
+        return f"expected true or false, found {type(value).__name__}"
+    if is_config_class(hint) and value is not None:
+        return f"expected a mapping of {', '.join(field_types(hint))}, found {type(value).__name__}"
+    return None
+
+
+def mark_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
+    """Fill `lines` with dotted key -> line number (from 1)."""
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}{key_node.value}"
+            lines[key] = key_node.start_mark.line + 1
+            mark_lines(value_node, f"{key}.", lines)
+
+
+def line_of(key: str, lines: dict[str, int]) -> int:
+    """The line of `key`, or of the nearest section around it (keys that come from a YAML merge have none)."""
+    while key not in lines and "." in key:
+        key = key.rpartition(".")[0]
+    return lines.get(key, 1)

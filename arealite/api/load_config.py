@@ -1,0 +1,135 @@
+"""From YAML and command line to a checked configuration; every problem is reported at once, each with its fix.
+
+Called by training scripts (`load_config`), by the launcher and by `arealite check`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+
+from arealite.api.cli_args import GRPOConfig
+from arealite.api.config_rules import contradictions, fill_derived
+from arealite.api.config_source import Given, Reader, is_config_class, type_at, type_name
+from arealite.api.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_config(argv: list[str], cls: type[T]) -> T:
+    """The configuration of `--config FILE key=value ...`. Raises ConfigError; nothing has been started then."""
+    path: str | None = None
+    overrides: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if word == "--config":
+            path = next(rest, None)
+        elif word.startswith("--config="):
+            path = word.partition("=")[2]
+        else:
+            overrides.append(word)
+    if not path:
+        raise ConfigError(f"no configuration file in {' '.join(argv)!r}: give --config FILE key=value ...")
+    return load_config_file(Path(path), overrides, cls)
+
+
+def load_config_file(path: str | Path, overrides: list[str], cls: type[T]) -> T:
+    """The configuration of a YAML file with `dotted.key=value` overrides. Raises ConfigError naming every problem."""
+    reader = Reader(cls)
+    reader.read_file(Path(path))
+    for override in overrides:
+        reader.read_override(override)
+    problems = list(reader.problems)
+    config = apply_givens(reader.givens, cls, problems)
+    where = {given.key: given.where for given in reader.givens}
+    out_of_range = [f"{where.get(key, 'default')}: {key} {said}" for key, said in check_ranges(config)]
+    problems += out_of_range
+    if isinstance(config, GRPOConfig) and not out_of_range:
+        problems += contradictions(config)
+    if problems:
+        num = len(problems)
+        raise ConfigError(f"{num} problem{'s' * (num != 1)} in the configuration:\n  " + "\n  ".join(problems))
+    if isinstance(config, GRPOConfig):
+        fill_derived(config, set(where))
+    return config
+
+
+def apply_givens(givens: list[Given], cls: type[T], problems: list[str]) -> T:
+    """An instance of `cls` with the values set in order. What cannot be set is added to `problems` and left out."""
+    tree = OmegaConf.structured(cls)
+    kept = []
+    for given in givens:
+        try:
+            if not is_config_class(given.value):
+                OmegaConf.update(tree, given.key, given.value, merge=False)
+            elif OmegaConf.select(tree, given.key) is None:
+                OmegaConf.update(tree, given.key, OmegaConf.structured(given.value))
+            kept.append(given)
+        except (OmegaConfBaseException, GrammarParseError) as error:
+            problems.append(wrong_type(given, cls, error))
+    complaints = {given.key: said for given in kept if (said := unresolvable(tree, given))}
+    if complaints:
+        problems += complaints.values()
+        return apply_givens([given for given in kept if given.key not in complaints], cls, problems)
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, cls)
+    return config
+
+
+def wrong_type(given: Given, cls: type, error: Exception) -> str:
+    found = "nothing (null)" if given.value is None else f"{given.value!r} ({type(given.value).__name__})"
+    if "interpolation" in type(error).__name__.lower():
+        return f"{given.where}: {given.key} is {given.value!r}: {str(error).splitlines()[0]}"
+    return f"{given.where}: {given.key} is {found}, expected {type_name(type_at(cls, given.key))}"
+
+
+def unresolvable(tree: DictConfig, given: Given) -> str | None:
+    """What is wrong with the interpolation in `given`; None when there is none or it resolves."""
+    if not (isinstance(given.value, str) and "${" in given.value):
+        return None
+    try:
+        OmegaConf.select(tree, given.key, throw_on_missing=True)
+    except (OmegaConfBaseException, GrammarParseError) as error:
+        return f"{given.where}: {given.key} is {given.value!r}: {str(error).splitlines()[0]}"
+    return None
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """(dotted key, value, field) of every value; sections are entered, an absent section is one value None."""
+    for f in dataclasses.fields(config):
+        value = vars(config)[f.name]
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value, f
+
+
+def check_ranges(config: Any) -> Iterator[tuple[str, str]]:
+    """(key, complaint) of values outside a field's `choices` or below its `low`."""
+    for key, value, f in walk(config):
+        choices, low = f.metadata.get("choices"), f.metadata.get("low")
+        if value is None:
+            continue
+        if choices and value not in choices:
+            yield key, f"is {value!r}, expected one of {', '.join(choices)}"
+        elif isinstance(value, float) and math.isnan(value):
+            yield key, "is not a number (nan)"
+        elif low is not None and value < low:
+            yield key, f"is {value}, expected at least {low}"
+
+
+def explain(config: Any) -> list[tuple[str, Any, str]]:
+    """(dotted key, value, documentation) of every value of a configuration, in declaration order."""
+    return [(key, value, f.metadata.get("doc", "")) for key, value, f in walk(config)]
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML that `load_config_file` reads back to an equal one."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
