@@ -184,9 +184,7 @@ def test_failure_on_rank_0_reaches_all_ranks(tmp_path):
 
 def a_run(folder, steps=30):
     make(folder.root, [[0.0], [0.0], [1.0], [0.0]])[0].evaluate(0)
-    log = StatsLogger(
-        folder, StatsLoggerConfig(tensorboard=False), steps, Progress(steps, Console(file=io.StringIO()))
-    )
+    log = StatsLogger(folder, StatsLoggerConfig(tensorboard=False), steps, Progress(steps, Console(file=io.StringIO())))
     for step in range(steps):
         log.commit(step, 0, {"reward_mean": min(1.0, 0.2 + step / 30 + 0.1 * (step % 3)), "step_s": 2.0,
                              "num_completion_tokens": 100, "num_samples": 8, "staleness_mean": 0.5, "staleness_max": 1,

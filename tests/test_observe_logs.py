@@ -57,7 +57,7 @@ def test_run_folder_follows_config_and_environment(tmp_path, monkeypatch):
 
 def test_metrics_are_valid_json_also_when_values_are_not_finite(tmp_path):
     folder = RunFolder(tmp_path)
-    log, out = logger(folder)
+    log, _ = logger(folder)
     log.commit(0, 0, {"loss": math.nan, "grad_norm": math.inf, "lr": 1e-6})
     line = folder.metrics.read_text().splitlines()[0]
     record = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
@@ -185,7 +185,8 @@ def test_progress_line_is_one_plain_line_without_a_terminal():
     times = iter([0.0, 10.0, 20.0])
     progress, out = quiet_progress(total=100, clock=lambda: next(times))
     stats = {"reward_mean": 0.5, "tokens_per_s": 812.4, "staleness_mean": 0.6, "staleness_max": 1.0, "step_s": 10.0,
-             "rollout_wait_s": 4.0, "train_s": 5.0, "sync_s": 1.0, "skipped": 1.0, "num_reward_errors": 2.0}  # fmt: skip
+             "rollout_wait_s": 4.0, "train_s": 5.0, "sync_s": 1.0, "skipped": 1.0,
+             "num_reward_errors": 2.0}  # fmt: skip
     progress.step(0, {"reward_mean": math.nan})
     progress.step(1, stats)
     first, second = out.getvalue().splitlines()

@@ -16,7 +16,7 @@ REWARD_COLOR = "#2a6fbb"
 HELD_OUT_COLOR = "#d1495b"
 
 
-def smooth(values: list[float], weight: float = 0.7) -> list[float]:
+def smooth(values: list[float], weight: float = 0.6) -> list[float]:
     """Exponential running mean, corrected for its start (the first value is kept as it is)."""
     out, running, total = [], 0.0, 0.0
     for value in values:
@@ -50,7 +50,7 @@ def plot_reward(folder: RunFolder, title: str = "") -> str:
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.02)
+    axes.margins(x=0.04)
     low, high = axes.get_ylim()
     if low > -0.1 and high < 1.1:
         axes.set_ylim(-0.03, 1.05)
@@ -86,6 +86,6 @@ def _draw_evaluations(axes: Any, evaluations: list[EvaluationResult]) -> None:
     )  # fmt: skip
     for step, value in {steps[0]: accuracy[0], steps[-1]: accuracy[-1]}.items():
         axes.annotate(
-            f"{value:.2f}", (step, value), xytext=(0, 9), textcoords="offset points", ha="center",
+            f"{value:.2f}", (step, value), xytext=(9, -15), textcoords="offset points", ha="left",
             color=HELD_OUT_COLOR, fontweight="bold", annotation_clip=False,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,8 @@ def write_summary(folder: RunFolder) -> dict[str, Any]:
 
 def report(folder: RunFolder, console: Console | None = None) -> dict[str, Any]:
     """Write summary.json and the plot, print the table, the examples and where everything lies."""
-    console = console or Console(highlight=False)
+    # A pipe has no width of its own, and 80 columns would fold the tables.
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     summary = write_summary(folder)
     no_plot = plot_reward(folder)
     evaluations = read_evaluations(folder)

@@ -1,0 +1,326 @@
+"""Recovery points: whole or not there, through kills, full disks, several ranks and changed configurations."""
+
+import errno
+import json
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from arealite.api.cli_args import GRPOConfig, RecoverConfig
+from arealite.api.errors import ArealiteError, RecoveryError
+from arealite.engine import recover as recover_module
+from arealite.engine.recover import COMPLETE, RecoverHandler
+from arealite.observe.run_folder import RunFolder
+
+
+class Alone:
+    rank, world_size = 0, 1
+
+    def broadcast(self, value):
+        return value
+
+    def barrier(self, what):
+        pass
+
+
+class Counter:
+    """A dataloader or a rollout head that is one number."""
+
+    def __init__(self, value=0):
+        self.value, self.num_loads = value, 0
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value, self.num_loads = state["value"], self.num_loads + 1
+
+
+class FakeActor:
+    """Writes real files, one per rank, whose whole content is the value."""
+
+    def __init__(self, collective, value=0, num_bytes=1000):
+        self.collective, self.value, self.num_bytes, self.broken = collective, value, num_bytes, False
+
+    def save_state(self, path):
+        if self.broken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        text = f"{self.value:8d}"
+        (Path(path) / f"rank_{self.collective.rank}.txt").write_text(text * (self.num_bytes // len(text)))
+
+    def load_state(self, path):
+        text = (Path(path) / f"rank_{self.collective.rank}.txt").read_text()
+        assert len(text) == self.num_bytes and len({text[i : i + 8] for i in range(0, len(text), 8)}) == 1
+        self.value = int(text[:8])
+
+
+def run_config(**changes) -> GRPOConfig:
+    config = GRPOConfig(seed=7)
+    config.actor.path = "model"
+    config.train_dataset.path = "data.jsonl"
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+class Life:
+    """One process's parts over a run folder."""
+
+    def __init__(self, root, config=None, collective=None, **settings):
+        self.folder = RunFolder(Path(root))
+        self.actor, self.rollout, self.dataloader = FakeActor(collective or Alone()), Counter(), Counter()
+        settings = {"freq_steps": 1} | settings
+        self.recover = RecoverHandler(RecoverConfig(**settings), self.folder, config or run_config())
+
+    def train(self, step, epoch=0):
+        self.actor.value = self.rollout.value = self.dataloader.value = step
+        return self.recover.maybe_save(step, epoch, self.actor, self.rollout, self.dataloader)
+
+    def load(self):
+        return self.recover.load(self.actor, self.rollout, self.dataloader)
+
+    def points(self):
+        return sorted(p.name for p in self.folder.recover_dir.iterdir())
+
+
+def test_round_trip(tmp_path):
+    first = Life(tmp_path, freq_steps=2)
+    assert first.load() == 0 and first.actor.value == 0 and first.rollout.num_loads == 0
+    assert [first.train(step, epoch=3) is not None for step in range(1, 8)] == [step % 2 == 0 for step in range(1, 8)]
+    assert first.points() == ["point_000004", "point_000006"]
+    second = Life(tmp_path)
+    assert second.load() == 6
+    assert (second.actor.value, second.rollout.value, second.dataloader.value, second.recover.epoch) == (6, 6, 6, 3)
+
+
+def test_mode_off_neither_writes_nor_reads(tmp_path):
+    assert Life(tmp_path, mode="off").train(1) is None
+    Life(tmp_path).train(1)
+    assert Life(tmp_path, mode="off").load() == 0
+
+
+def test_mode_fresh_refuses_a_used_folder(tmp_path):
+    assert Life(tmp_path, mode="fresh").load() == 0
+    Life(tmp_path, mode="fresh").train(1)
+    with pytest.raises(RecoveryError, match=r"point_000001 of an earlier run.*trial_name"):
+        Life(tmp_path, mode="fresh").load()
+
+
+def test_another_configuration_is_refused_by_name(tmp_path):
+    Life(tmp_path).train(1)
+    other = run_config(seed=8)
+    other.gconfig.n_samples = 4
+    with pytest.raises(RecoveryError) as raised:
+        Life(tmp_path, other).load()
+    assert "gconfig.n_samples: 8 in the point, 4 in this configuration" in str(raised.value)
+    assert "seed: 7 in the point, 8" in str(raised.value)
+    assert "train_dataset" not in str(raised.value)
+    faster = run_config()
+    faster.actor.optimizer.lr = 1.0
+    assert Life(tmp_path, faster).load() == 1
+
+
+def test_parameters_of_a_task_survive_json(tmp_path):
+    config = run_config()
+    config.train_dataset.params = {"range": (1, 9), 3: None}
+    Life(tmp_path, config).train(1)
+    assert Life(tmp_path, config).load() == 1
+
+
+def cut_file(point):
+    (point / "actor" / "rank_0.txt").write_text("7")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda point: (point / COMPLETE).unlink(),
+        lambda point: (point / COMPLETE).write_text("{"),
+        lambda point: (point / "actor" / "rank_0.txt").unlink(),
+        cut_file,
+        lambda point: (point / "point.json").unlink(),
+    ],
+)
+def test_damaged_point_is_passed_over_and_never_counts_as_kept(tmp_path, damage):
+    life = Life(tmp_path, num_kept=1)
+    life.train(1)
+    shutil.copytree(tmp_path / "recover/point_000001", tmp_path / "recover/point_000002")
+    damage(tmp_path / "recover/point_000002")
+    assert Life(tmp_path).load() == 1
+    life.recover._prune()
+    assert Life(tmp_path).load() == 1
+    damage(tmp_path / "recover/point_000001")
+    with pytest.raises(RecoveryError, match="none of the recovery points .* is complete"):
+        Life(tmp_path).load()
+
+
+def test_full_disk_keeps_the_point_before_and_the_second_in_a_row_stops(tmp_path):
+    life = Life(tmp_path, num_kept=1)
+    life.train(1)
+    life.actor.broken = True
+    assert life.train(2) is None and life.recover.num_failed == 1
+    life.actor.broken = False
+    assert life.train(3) is not None
+    life.actor.broken = True
+    assert life.train(4) is None
+    with pytest.raises(ArealiteError, match=r"point_000005 could not .*No space left.* second in a row"):
+        life.train(5)
+    assert life.points() == ["point_000003"]
+    assert Life(tmp_path).load() == 3
+
+
+@pytest.mark.parametrize("step", ["_sync", "_begin"])
+def test_full_disk_at_rank_0s_own_files(tmp_path, monkeypatch, step):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    life = Life(tmp_path)
+    life.train(1)
+    if step == "_sync":
+        monkeypatch.setattr(recover_module, "_sync", full)
+    else:
+        monkeypatch.setattr(Path, "write_text", full)
+    assert life.train(2) is None
+    monkeypatch.undo()
+    assert life.points() == ["point_000001"]
+
+
+def test_step_saved_again_replaces_its_point(tmp_path):
+    life = Life(tmp_path)
+    life.train(1)
+    life.rollout.value = 41
+    life.recover.save(1, 0, life.actor, life.rollout, life.dataloader)
+    assert life.points() == ["point_000001"]
+    again = Life(tmp_path)
+    assert again.load() == 1 and again.rollout.value == 41
+
+
+def test_kill_between_the_two_renames_of_a_replacement(tmp_path):
+    Life(tmp_path).train(1)
+    recover_dir = tmp_path / "recover"
+    (recover_dir / "point_000001").rename(recover_dir / ".replaced-point_000001")
+    (recover_dir / ".tmp-point_000001").mkdir()
+    life = Life(tmp_path)
+    assert life.load() == 1
+    assert life.points() == ["point_000001"]
+
+
+def test_killed_at_random_moments_a_complete_point_of_the_newest_finished_step_exists(tmp_path):
+    """The fake actor's files are checked byte by byte on every load, here and in the next life."""
+    choose = random.Random(0)
+    finished, leftovers = 0, 0
+    for _ in range(10):
+        child = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("recover_child.py")), str(tmp_path)],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            loaded = child.stdout.readline().split()
+            assert loaded[:1] == ["loaded"] and len(set(loaded[1:])) == 1
+            assert int(loaded[1]) in (finished, finished + 1)  # one more: killed before it could say so
+            for _ in range(choose.randint(1, 4)):
+                finished = int(child.stdout.readline().split()[1])
+            time.sleep(choose.random() * 0.02)
+        finally:
+            child.kill()
+            rest = child.stdout.read()
+            child.wait(timeout=20)
+        whole = [line for line in rest.split("\n")[:-1] if line]
+        finished = int(whole[-1].split()[1]) if whole else finished
+        leftovers += any(p.name.startswith(".") for p in (tmp_path / "recover").iterdir())
+        copy = tmp_path.with_name(tmp_path.name + "-copy")
+        shutil.copytree(tmp_path, copy)
+        life = Life(copy)
+        life.actor.num_bytes = 200_000
+        assert life.load() in (finished, finished + 1)
+        assert len({life.actor.value, life.rollout.value, life.dataloader.value}) == 1
+        assert all(name.startswith("point_") for name in life.points())
+        shutil.rmtree(copy)
+    assert leftovers, "no kill hit a save: the test proves nothing"
+
+
+class Meeting:
+    """Threads as ranks; every call is a meeting of all with a limit."""
+
+    def __init__(self, world_size):
+        self.world_size, self.value = world_size, None
+        self.gate = threading.Barrier(world_size)
+
+    def of(self, rank):
+        meeting = self
+
+        class One:
+            world_size = meeting.world_size
+
+            def __init__(self):
+                self.rank = rank
+
+            def broadcast(self, value):
+                if rank == 0:
+                    meeting.value = json.loads(json.dumps(value))
+                self.barrier("value is there")
+                result = meeting.value
+                self.barrier("value is read")
+                return result
+
+            def barrier(self, what):
+                meeting.gate.wait(timeout=20)
+
+        return One()
+
+
+def on_ranks(lives, call):
+    outcomes = [None] * len(lives)
+
+    def run(rank):
+        try:
+            outcomes[rank] = call(lives[rank])
+        except ArealiteError as error:
+            outcomes[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(lives))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    return outcomes
+
+
+def lives_of(tmp_path, num_ranks, **settings):
+    meeting = Meeting(num_ranks)
+    return [Life(tmp_path, collective=meeting.of(rank), **settings) for rank in range(num_ranks)]
+
+
+def test_two_ranks_each_save_and_load_their_part(tmp_path):
+    lives = lives_of(tmp_path, 2)
+    points = on_ranks(lives, lambda life: life.train(3))
+    assert points == [tmp_path / "recover/point_000003"] * 2
+    again = lives_of(tmp_path, 2)
+    assert on_ranks(again, lambda life: life.load()) == [3, 3]
+    assert [life.actor.value for life in again] == [3, 3]
+    assert [life.rollout.num_loads for life in again] == [1, 0]  # the head's ledger is opened once
+    assert [life.dataloader.value for life in again] == [3, 3]
+
+
+def test_part_missing_on_another_rank_is_no_point(tmp_path):
+    lives = lives_of(tmp_path, 3)
+    on_ranks(lives, lambda life: life.train(1))
+    lives[2].actor.broken = True
+    assert on_ranks(lives, lambda life: life.train(2)) == [None] * 3
+    assert [life.recover.num_failed for life in lives] == [1, 1, 1]
+    assert lives[0].points() == ["point_000001"]
+    outcomes = on_ranks(lives, lambda life: life.train(3))
+    assert all(isinstance(o, ArealiteError) and "ranks without their part: [2]" in str(o) for o in outcomes)
+
+
+def test_refusal_reaches_all_ranks(tmp_path):
+    Life(tmp_path).train(1)
+    outcomes = on_ranks(lives_of(tmp_path, 2, mode="fresh"), lambda life: life.load())
+    assert all(isinstance(o, RecoveryError) for o in outcomes)

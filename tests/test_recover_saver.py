@@ -1,0 +1,76 @@
+"""Checkpoints: which are kept, what a failed save does."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from arealite.api.cli_args import SaverConfig
+from arealite.api.errors import ArealiteError
+from arealite.engine.checkpoint import Saver
+from arealite.observe.run_folder import RunFolder
+
+
+class Alone:
+    rank, world_size = 0, 1
+
+    def broadcast(self, value):
+        return value
+
+
+class FakeActor:
+    def __init__(self):
+        self.collective, self.error = Alone(), None
+
+    def save(self, path):
+        if self.error:
+            raise self.error
+        Path(path).mkdir()
+        (Path(path) / "config.json").write_text("{}")
+
+
+def kept(tmp_path):
+    return sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+
+
+def test_newest_are_kept(tmp_path):
+    saver, actor = Saver(SaverConfig(freq_steps=2, num_kept=2), RunFolder(tmp_path)), FakeActor()
+    saved = [saver.maybe_save(step, 0, actor) for step in range(1, 9)]
+    assert [path.name for path in saved if path] == [f"step_00000{i}" for i in (2, 4, 6, 8)]
+    assert kept(tmp_path) == ["step_000006", "step_000008"]
+
+
+def test_all_are_kept_by_default(tmp_path):
+    saver, actor = Saver(SaverConfig(freq_steps=1), RunFolder(tmp_path)), FakeActor()
+    for step in range(1, 5):
+        saver.maybe_save(step, 0, actor)
+    assert len(kept(tmp_path)) == 4
+
+
+def test_the_one_just_saved_is_never_deleted(tmp_path):
+    """After a resume the folder may hold checkpoints of later steps of the killed life."""
+    (tmp_path / "checkpoints/step_000030").mkdir(parents=True)
+    saver, actor = Saver(SaverConfig(freq_steps=1, num_kept=1), RunFolder(tmp_path)), FakeActor()
+    saver.maybe_save(21, 0, actor)
+    assert kept(tmp_path) == ["step_000021"]
+
+
+def test_half_removed_checkpoint_is_swept_up(tmp_path):
+    (tmp_path / "checkpoints/.removed-step_000001").mkdir(parents=True)
+    Saver(SaverConfig(), RunFolder(tmp_path)).save(2, FakeActor())
+    assert kept(tmp_path) == ["step_000002"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed: No space left")],
+)
+def test_failed_save_warns_then_stops(tmp_path, caplog, error):
+    saver, actor = Saver(SaverConfig(freq_steps=1, num_kept=1), RunFolder(tmp_path)), FakeActor()
+    saver.maybe_save(1, 0, actor)
+    actor.error = error
+    assert saver.maybe_save(2, 0, actor) is None
+    assert "Training goes on" in caplog.text and saver.num_failed == 1
+    with pytest.raises(ArealiteError, match="No space left.* second in a row"):
+        saver.maybe_save(3, 0, actor)
+    assert kept(tmp_path) == ["step_000001"]
