@@ -1,0 +1,248 @@
+"""The engine thread: it alone touches the model, the KV cache and the queue; everyone else sends it requests and calls.
+
+Made by serve.py, fed by routes.py. Between two steps it takes what came in; paused or idle it sleeps on its inbox.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from arealite.api.errors import ArealiteError, WeightSyncError
+from arealite.api.types import WeightUpdateMeta
+from arealite.inference import receiver
+from arealite.inference.batcher import Batcher, abort_reason
+from arealite.inference.requests import GenerateRequest
+from arealite.inference.sequence import Sequence
+from arealite.observe import waits
+
+logger = logging.getLogger(__name__)
+
+IDLE_SLICE_S = 5.0  # an idle engine starts its wait anew this often, so that idleness never looks like a stall
+IDLE_LIMIT_S = 60.0
+STEP_LIMIT_S = 600.0  # one forward pass; shown, not enforced: nothing can interrupt it
+SHUTDOWN = "the server is shutting down"
+
+PauseMode = Literal["abort", "retract", "in_place"]
+T = TypeVar("T")
+
+
+class EngineFailure(Exception):
+    """The engine thread has ended; the message is its traceback, or says that the server shuts down."""
+
+
+@dataclass
+class _Call:
+    """Work for the engine thread between two steps."""
+
+    run: Callable[[], Any]
+    future: Future[Any]
+
+
+class Engine:
+    """Owner of a Batcher. `submit`, `call`, `start` and `stop` may be called from any thread; the methods that change
+    what is served (pause, abort, update_weights, ...) run on the engine thread, through `call`."""
+
+    def __init__(self, batcher: Batcher, seed: int) -> None:
+        """`seed` starts the stream of seeds for requests that bring none."""
+        self.batcher = batcher
+        self.paused: PauseMode | None = None
+        self.failure = ""
+        self.stopped = threading.Event()
+        self._inbox: queue.SimpleQueue[Sequence | _Call | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # nothing enters the inbox after a failure or the stop
+        self._closed = False
+        self._seeds = random.Random(seed)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, limit_s: float) -> None:
+        """Abort what is in flight and end the thread; waits at most `limit_s` for the current step."""
+        self._inbox.put(None)
+        self._thread.join(limit_s)
+
+    def submit(self, request: GenerateRequest) -> Sequence:
+        """Queue a request; the sequence's future is resolved with the sequence itself, once it has ended.
+
+        Raises:
+            EngineFailure: the engine has ended.
+        """
+        sequence = Sequence(request)
+        sequence.future.set_running_or_notify_cancel()
+        with self._lock:
+            seed = request.params.seed
+            sequence.seed = self._seeds.getrandbits(63) if seed is None else seed
+            self._put(sequence)
+        return sequence
+
+    def call(self, run: Callable[[], T]) -> Future[T]:
+        """Run a function on the engine thread between two steps. An ArealiteError is its answer; any other exception
+        ends the engine, since nobody knows what it left behind."""
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            self._put(_Call(run, future))
+        return future
+
+    def _put(self, entry: Sequence | _Call) -> None:
+        if self._closed:
+            raise EngineFailure(self.failure or SHUTDOWN)
+        self._inbox.put(entry)
+
+    def pause(self, mode: PauseMode) -> None:
+        """Stop stepping. abort: end all requests with what they have; retract: drop their keys and values, keep their
+        tokens; in_place: keep both."""
+        self.paused = mode
+        if mode == "abort":
+            self.abort(everything=True)
+        elif mode == "retract":
+            self.batcher.retract_all()
+
+    def resume(self) -> None:
+        self.paused = None
+
+    def abort(self, rid: str = "", everything: bool = False) -> int:
+        """End the requests whose id starts with `rid` (or all); returns how many."""
+        chosen = [s for s in self.batcher.in_flight() if everything or (rid and s.request.rid.startswith(rid))]
+        for sequence in chosen:
+            self.abort_sequence(sequence)
+        return len(chosen)
+
+    def abort_sequence(self, sequence: Sequence) -> None:
+        """End one request as aborted; nothing happens when it has ended already."""
+        if sequence.finish_reason is None:
+            begun = bool(sequence.pages) or sequence.num_output > 0
+            self.batcher.finish(sequence, abort_reason("Aborted" if begun else "Abort in waiting queue"))
+
+    def flush_cache(self) -> bool:
+        """Forget computed prompts; False while keys and values are in use."""
+        if self.batcher.scheduler.running:
+            return False
+        self.batcher.scheduler.index.clear()
+        return True
+
+    def set_weight_version(self, version: str, abort_all: bool) -> None:
+        if abort_all:
+            self.abort(everything=True)
+        self.batcher.weight_version = version
+
+    def update_weights(
+        self,
+        meta: WeightUpdateMeta,
+        weight_version: str | None,
+        flush_cache: bool,
+        abort_all: bool,
+        partial: bool,
+        checksum_names: list[str],
+    ) -> dict[str, int]:
+        """Load new weights; returns the CRC-32 of the named live tensors.
+
+        Running requests are aborted (`abort_all`) or retracted, unless paused in place, where they keep the keys and
+        values of the old weights. Computed prompts are forgotten in any case.
+
+        Raises:
+            WeightSyncError: the update was refused; weights and version are as before.
+        """
+        scheduler = self.batcher.scheduler
+        keep_running = self.paused == "in_place" and not abort_all
+        if keep_running and flush_cache and scheduler.running:
+            raise WeightSyncError(
+                "paused in_place with requests running: their cache cannot be flushed; send flush_cache: false, or"
+                " pause with mode retract"
+            )
+        receiver.check_names(self.batcher.model, checksum_names)
+        staged = receiver.stage(self.batcher.model, meta, partial)
+        if abort_all:
+            self.abort(everything=True)
+        elif not keep_running:
+            self.batcher.retract_all()
+        scheduler.index.clear()
+        receiver.load(staged)
+        if weight_version is not None:
+            self.batcher.weight_version = weight_version
+        return receiver.checksums(self.batcher.model, checksum_names)
+
+    def _run(self) -> None:
+        """Consumes: the inbox (requests, calls, the stop mark).
+        Produces: resolved futures.
+        Waits for: the inbox, when idle or paused.
+        Unblocked by: submit, call and stop, each of which puts an entry there.
+        """
+        try:
+            with torch.inference_mode():
+                while self._take_inbox():
+                    if self.paused is None and self.batcher.has_work:
+                        with waits.waiting("engine step", "model", STEP_LIMIT_S, self._rids):
+                            self.batcher.step()
+            self._close("")
+        except Exception:  # supervisor: whatever happened, every client must hear of it and the process must end
+            logger.exception("the engine thread failed")
+            self._close(traceback.format_exc())
+
+    def _take_inbox(self) -> bool:
+        """Take everything that came in, sleeping while there is nothing to do; False at the stop mark."""
+        idle = self.paused is not None or not self.batcher.has_work
+        while True:
+            try:
+                entry = self._sleep() if idle else self._inbox.get_nowait()
+            except queue.Empty:
+                return True
+            idle = False
+            if entry is None:
+                return False
+            if isinstance(entry, Sequence):
+                self.batcher.add(entry)
+            else:
+                self._answer(entry)
+
+    def _sleep(self) -> Sequence | _Call | None:
+        """One slice of idleness, visible as a wait that tells when the last token was made."""
+        state = "idle" if self.paused is None else f"paused ({self.paused})"
+        last = self.batcher.counters.last_token_at
+        since = time.strftime("%H:%M:%S", time.localtime(last)) if last else "never"
+        with waits.waiting(f"engine {state}, last token {since}", "clients", IDLE_LIMIT_S, self._rids):
+            return self._inbox.get(timeout=IDLE_SLICE_S)
+
+    def _rids(self) -> list[str]:
+        return [s.request.rid for s in self.batcher.in_flight()]
+
+    def _answer(self, call: _Call) -> None:
+        try:
+            call.future.set_result(call.run())
+        except ArealiteError as error:
+            call.future.set_exception(error)
+        except Exception:  # answered here, judged by the supervisor in _run
+            call.future.set_exception(EngineFailure(traceback.format_exc()))
+            raise
+
+    def _close(self, failure: str) -> None:
+        """End every request: as aborted on a stop, with the traceback on a failure."""
+        with self._lock:
+            self._closed = True
+            self.failure = failure
+        pending = self.batcher.in_flight()
+        while not self._inbox.empty():
+            entry = self._inbox.get()
+            if isinstance(entry, Sequence):
+                pending.append(entry)
+            elif entry is not None:
+                entry.future.set_exception(EngineFailure(failure or SHUTDOWN))
+        for sequence in pending:
+            if failure:
+                sequence.future.set_exception(EngineFailure(failure))
+            else:
+                sequence.finish(abort_reason(SHUTDOWN), self.batcher.weight_version)
+                sequence.future.set_result(sequence)
+        self.stopped.set()

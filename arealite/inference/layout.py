@@ -1,0 +1,161 @@
+"""Where the tokens of one forward pass lie, and the attention that reads it: one packed row, no padding.
+
+Built by model.py for each pass and handed through the Hugging Face modelling code as the keyword `kv_layout`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from arealite.api.errors import ConfigError
+from arealite.inference.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, pages_for
+from arealite.inference.sequence import Sequence
+
+ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attention`
+KEYS_PER_CALL = 4096  # keys gathered at one time in decode: stays in a core's cache
+_UNSUPPORTED = ("softcap", "sliding_window", "s_aux", "position_bias")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Decode rows [first, last) that read equally many pages. `table` [rows * pages] page numbers, row by row;
+    `mask` [rows, 1, 1, pages * PAGE_TOKENS] additive, -inf past each row's own length."""
+
+    first: int
+    last: int
+    table: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass
+class KVLayout:
+    """One packed pass of T tokens. `slots` [T]: the pool's token place of each. Either `segments` (prefill: whole
+    sequences as [start, end) of the pass) or `buckets` (decode: one token each) say what attends to what.
+
+    Without a pool nothing is stored, and the shapes of keys and values are noted in `seen`, per layer.
+    """
+
+    pool: PagePool | None = None
+    slots: torch.Tensor | None = None
+    segments: list[tuple[int, int]] = field(default_factory=list)
+    buckets: list[Bucket] = field(default_factory=list)
+    seen: dict[int, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    kv_layout: KVLayout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer in transformers' attention interface.
+
+    Args:
+        query: [1, heads, T, head dim]; `key` and `value` [1, kv heads, T, head dim].
+
+    Returns:
+        [1, T, heads, head dim], and None for the weights.
+    """
+    if kv_layout is None:
+        raise ConfigError("this model's code does not pass attention keywords on: the native server cannot serve it")
+    odd = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if odd:
+        raise ConfigError(f"this model's attention uses {', '.join(odd)}, which the native server does not support yet")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, heads, head dim]
+    if kv_layout.pool is None or kv_layout.slots is None:
+        kv_layout.seen[layer] = (k.shape, v.shape)
+        return _prefill(q, k, v, [(0, q.shape[0])], scaling)[None], None
+    kv_layout.pool.keys[layer].index_copy_(0, kv_layout.slots, k)
+    kv_layout.pool.values[layer].index_copy_(0, kv_layout.slots, v)
+    if kv_layout.segments:
+        return _prefill(q, k, v, kv_layout.segments, scaling)[None], None
+    return _decode(q, kv_layout.pool, layer, kv_layout.buckets, scaling)[None], None
+
+
+def _prefill(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: list[tuple[int, int]], scaling: float | None
+) -> torch.Tensor:
+    """Causal attention within each segment; [T, heads, head dim] in and out."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for start, end in segments:
+        one_q, one_k, one_v = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        causal = end - start > 1
+        result = F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=causal, scale=scaling, enable_gqa=True)
+        out[start:end] = result[0].transpose(0, 1)
+    return out
+
+
+def _decode(q: torch.Tensor, pool: PagePool, layer: int, buckets: list[Bucket], scaling: float | None) -> torch.Tensor:
+    """Each row's one query over its own pages; padding rows get zeros. [T, heads, head dim] in and out."""
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    keys, values = pool.tensor[layer]
+    kv_heads, head_dim = keys.shape[-2:]
+    for bucket in buckets:
+        rows = bucket.last - bucket.first
+        # Query heads that share a kv head stand as queries of one sequence: one key, several queries, no repetition.
+        grouped = q[bucket.first : bucket.last].reshape(rows, kv_heads, -1, head_dim)
+        k = keys.index_select(0, bucket.table).view(rows, -1, kv_heads, head_dim).transpose(1, 2)
+        v = values.index_select(0, bucket.table).view(rows, -1, kv_heads, head_dim).transpose(1, 2)
+        result = F.scaled_dot_product_attention(grouped, k, v, attn_mask=bucket.mask, scale=scaling)
+        out[bucket.first : bucket.last] = result.reshape(rows, -1, head_dim)
+    return out
+
+
+def bucket_pages(num_tokens: int) -> int:
+    """Pages a decode row of this length reads: 1, 2, 3, 4, 6, 8, 12, 16, ... so that at most a third is masked and
+    the shape depends on nothing but the row's own length."""
+    wanted = pages_for(num_tokens)
+    power = 1
+    while power < wanted:
+        power *= 2
+    return 3 * power // 4 if power >= 4 and 3 * power // 4 >= wanted else power
+
+
+def prefill_layout(pool: PagePool, sequences: list[Sequence], lengths: list[int]) -> KVLayout:
+    """The first `lengths[i]` tokens of each sequence, end to end."""
+    slots: list[int] = []
+    segments = []
+    for sequence, length in zip(sequences, lengths, strict=True):
+        segments.append((len(slots), len(slots) + length))
+        slots += [sequence.pages[t // PAGE_TOKENS] * PAGE_TOKENS + t % PAGE_TOKENS for t in range(length)]
+    return KVLayout(pool, torch.tensor(slots, device=pool.tensor.device), segments)
+
+
+def decode_layout(pool: PagePool, sequences: list[Sequence], num_rows: int, keys_per_call: int) -> KVLayout:
+    """One token of each sequence, at position `num_computed`; `sequences` must be sorted by `decode_order`. Rows from
+    len(sequences) to `num_rows` are padding."""
+    device = pool.tensor.device
+    slots = [s.pages[s.num_computed // PAGE_TOKENS] * PAGE_TOKENS + s.num_computed % PAGE_TOKENS for s in sequences] + [
+        SCRATCH_PAGE * PAGE_TOKENS
+    ] * (num_rows - len(sequences))
+    buckets = []
+    first = 0
+    while first < len(sequences):
+        num_pages = bucket_pages(sequences[first].num_computed + 1)
+        last = first
+        most = first + max(1, keys_per_call // (num_pages * PAGE_TOKENS))
+        while last < min(most, len(sequences)) and bucket_pages(sequences[last].num_computed + 1) == num_pages:
+            last += 1
+        rows = sequences[first:last]
+        table = [page for s in rows for page in s.pages + [SCRATCH_PAGE] * (num_pages - len(s.pages))]
+        lengths = torch.tensor([s.num_computed + 1 for s in rows])
+        past = torch.arange(num_pages * PAGE_TOKENS)[None] >= lengths[:, None]
+        mask = torch.zeros(past.shape, dtype=pool.tensor.dtype).masked_fill_(past, -torch.inf)[:, None, None]
+        buckets.append(Bucket(first, last, torch.tensor(table, device=device), mask.to(device)))
+        first = last
+    return KVLayout(pool, torch.tensor(slots, device=device), buckets=buckets)
+
+
+def decode_order(sequence: Sequence) -> int:
+    """Sort key that puts rows of one bucket side by side."""
+    return bucket_pages(sequence.num_computed + 1)

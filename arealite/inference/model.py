@@ -1,0 +1,231 @@
+"""The served model: the Hugging Face modelling code that the trainer runs, with attention over the page pool.
+
+Loaded by serve.py, run by the engine thread. What cannot be served faithfully is refused here, before the server
+listens: the packed pass is compared with the plain Hugging Face pass on a few tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from arealite.api.errors import ConfigError
+from arealite.inference.cache import KVShape, PagePool
+from arealite.inference.layout import (
+    ATTENTION_NAME,
+    KEYS_PER_CALL,
+    KVLayout,
+    decode_layout,
+    packed_attention,
+    prefill_layout,
+)
+from arealite.inference.requests import GenerateRequest, SamplingParams
+from arealite.inference.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention)
+
+HEAD_CHUNK = 256  # rows of [rows, vocabulary] logits that exist at one time when a whole prompt is scored
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_PROBE_LENGTHS = (9, 5)  # tokens of the two packed sequences of the check at load
+_PROBE_PREFILL = 4  # tokens of each that are computed in one pass; the others one by one
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest logit
+
+
+class ServedModel:
+    """A causal language model, its tokenizer (None when the folder has none) and its limits in tokens."""
+
+    def __init__(
+        self, path: str, dtype: torch.dtype, device: torch.device, context_length: int | None, deterministic: bool
+    ) -> None:
+        """Load and check.
+
+        Raises:
+            ConfigError: the folder cannot be read, or the architecture is one that the packed pass cannot serve.
+        """
+        self.path = path
+        self.device = device
+        self.dtype = dtype
+        self.deterministic = deterministic
+        self.config = _read_config(path, context_length, deterministic)
+        self.tokenizer = _load_tokenizer(path)
+        self.module = _load_module(path, dtype).to(device).eval()
+        self.module.requires_grad_(False)
+        self.head = self.module.get_output_embeddings()
+        self.vocab_size = int(self.module.get_input_embeddings().weight.shape[0])
+        self.context_length = context_length or int(self.config.max_position_embeddings)
+        self.eos_token_ids = _eos_ids(self.module, self.tokenizer)
+        with torch.inference_mode():
+            self.kv_shape = self._discover_kv_shape()
+            self._check_against_plain_pass()
+
+    def live_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers by checkpoint name, each tensor once (a tied head is absent)."""
+        seen: set[int] = set()
+        named: dict[str, torch.Tensor] = {}
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                named[name] = tensor
+        return named
+
+    def tied_names(self) -> set[str]:
+        """Checkpoint names that are a second name of a tensor in `live_tensors`."""
+        return set(self.module.state_dict(keep_vars=True)) - set(self.live_tensors())
+
+    def prefill(self, pool: PagePool, sequences: list[Sequence], lengths: list[int]) -> torch.Tensor:
+        """One pass over the first `lengths[i]` tokens of each sequence; hidden states [sum of lengths, hidden]."""
+        tokens = [t for s, n in zip(sequences, lengths, strict=True) for t in s.tokens[:n]]
+        positions = [p for n in lengths for p in range(n)]
+        return self._forward(tokens, positions, prefill_layout(pool, sequences, lengths))
+
+    def decode(self, pool: PagePool, sequences: list[Sequence], num_rows: int) -> torch.Tensor:
+        """One token (number `num_computed`) of each sequence, sorted by decode_order, padded to `num_rows` rows.
+
+        Returns:
+            Logits [len(sequences), V] in the model's dtype.
+        """
+        padding = [0] * (num_rows - len(sequences))
+        tokens = [s.tokens[s.num_computed] for s in sequences] + padding
+        positions = [s.num_computed for s in sequences] + padding
+        layout = decode_layout(pool, sequences, num_rows, 0 if self.deterministic else KEYS_PER_CALL)
+        return self.logits(self._forward(tokens, positions, layout))[: len(sequences)]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """LM head; [N, V] in the model's dtype."""
+        return self.head(hidden)
+
+    def score(self, hidden: torch.Tensor, targets: list[int]) -> list[float]:
+        """Logprobs at temperature 1 of targets[i] after hidden state i; float32, in chunks over the LM head."""
+        logprobs: list[float] = []
+        for start in range(0, len(targets), HEAD_CHUNK):
+            wanted = torch.tensor(targets[start : start + HEAD_CHUNK], device=self.device)
+            rows = self.logits(hidden[start : start + len(wanted)]).float()
+            chosen = rows.gather(1, wanted[:, None])[:, 0] - rows.logsumexp(-1)
+            logprobs += chosen.clamp_(min=torch.finfo(torch.float32).min).tolist()
+        return logprobs
+
+    def _forward(self, tokens: list[int], positions: list[int], layout: KVLayout) -> torch.Tensor:
+        """Last hidden states [T, hidden] of one packed pass."""
+        output = self.module.base_model(
+            input_ids=torch.tensor([tokens], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+            kv_layout=layout,
+        )
+        return output.last_hidden_state[0]
+
+    def _discover_kv_shape(self) -> KVShape:
+        """Heads and layers as the modelling code itself hands them to attention."""
+        layout = KVLayout()
+        self._forward([0], [0], layout)
+        shapes = set(layout.seen.values())
+        if sorted(layout.seen) != list(range(len(layout.seen))) or len(shapes) != 1:
+            raise ConfigError(
+                f"{self._name}: attention was called by layers {sorted(layout.seen)} with {len(shapes)} different"
+                " key / value shapes; the native server needs standard attention of one shape in every layer"
+            )
+        key, value = shapes.pop()
+        if key != value or len(layout.seen) != self.config.get_text_config().num_hidden_layers:
+            raise ConfigError(
+                f"{self._name}: {len(layout.seen)} of {self.config.get_text_config().num_hidden_layers} layers use"
+                f" standard attention, key shape {tuple(key)}, value shape {tuple(value)}; not supported"
+            )
+        return KVShape(len(layout.seen), key[1], key[2], self.dtype, self.device)
+
+    def _check_against_plain_pass(self) -> None:
+        """Packed prefill and decode must give the logits of the plain Hugging Face pass."""
+        pool = PagePool(self.kv_shape, sum(_PROBE_LENGTHS) * 16)
+        probes = []
+        for i, length in enumerate(_PROBE_LENGTHS):
+            tokens = [(31 * (t + 1) + 17 * i) % self.vocab_size for t in range(length)]
+            probe = Sequence(GenerateRequest("probe", tokens, SamplingParams(1)))
+            probe.pages = pool.take(1) or []
+            probes.append(probe)
+        packed = [[row] for row in self._probe_prefill(pool, probes)]
+        for position in range(_PROBE_PREFILL, max(_PROBE_LENGTHS)):
+            rows = [p for p in probes if position < len(p.tokens)]
+            for probe, row in zip(rows, self.decode(pool, rows, len(rows)), strict=True):
+                packed[probes.index(probe)].append(row)
+                probe.num_computed += 1
+        self.module.set_attn_implementation("sdpa")
+        for probe, steps in zip(probes, packed, strict=True):
+            plain = self.module(input_ids=torch.tensor([probe.tokens], device=self.device), use_cache=False).logits[0]
+            ours = torch.stack(steps).float()
+            difference = float((plain[_PROBE_PREFILL - 1 :].float() - ours).abs().max() / plain.abs().max())
+            if not difference <= _PROBE_TOLERANCE[self.dtype]:
+                raise ConfigError(
+                    f"{self._name}: logits of the packed pass differ from the plain Hugging Face pass by"
+                    f" {difference:.3g} of the largest logit (allowed {_PROBE_TOLERANCE[self.dtype]}); this"
+                    " architecture (unusual attention, or logits changed after the head) is not supported"
+                )
+        self.module.set_attn_implementation(ATTENTION_NAME)
+
+    def _probe_prefill(self, pool: PagePool, probes: list[Sequence]) -> list[torch.Tensor]:
+        hidden = self.prefill(pool, probes, [_PROBE_PREFILL] * len(probes))
+        for probe in probes:
+            probe.num_computed = _PROBE_PREFILL
+        return [self.logits(hidden[(i + 1) * _PROBE_PREFILL - 1]) for i in range(len(probes))]
+
+    @property
+    def _name(self) -> str:
+        return f"{self.path} ({type(self.module).__name__})"
+
+
+def _read_config(path: str, context_length: int | None, deterministic: bool) -> Any:
+    """The model's configuration, if it is one that can be served."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no model configuration at {path!r}: {error}") from error
+    text = config.get_text_config().to_dict()
+    limit = text.get("max_position_embeddings")
+    if limit is None:
+        raise ConfigError(f"{path}: the model states no max_position_embeddings; not supported by the native server")
+    if context_length is not None and context_length > limit:
+        raise ConfigError(f"--context-length {context_length} is more than the model's own limit, {limit}")
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    layer_kinds = set(text.get("layer_types") or ["full_attention"])
+    if layer_kinds != {"full_attention"} or (window is not None and window < (context_length or limit)):
+        raise ConfigError(
+            f"{path}: sliding windows and other special layers ({', '.join(sorted(layer_kinds))}; window {window}) are"
+            " not supported by the native server"
+        )
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", "default")
+    if kind in _BATCH_DEPENDENT_ROPE:
+        raise ConfigError(f"{path}: rotary embedding {kind!r} depends on the whole batch's length; not supported")
+    if deterministic and (text.get("num_experts") or text.get("num_local_experts")):
+        raise ConfigError(f"{path}: --deterministic is not possible for a mixture of experts; leave the flag out")
+    return config
+
+
+def _load_module(path: str, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be loaded as a causal language model: {error}") from error
+
+
+def _load_tokenizer(path: str) -> Any:
+    """The folder's tokenizer; None for a local folder that has none."""
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        logger.warning("%s has no tokenizer: only token ids are served", path)
+        return None
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _eos_ids(module: Any, tokenizer: Any) -> frozenset[int]:
+    """Every id that the generation config, the model config or the tokenizer names as end of sequence."""
+    ids: set[int] = set()
+    given = [module.generation_config.eos_token_id, module.config.get_text_config().eos_token_id]
+    for value in [*given, None if tokenizer is None else tokenizer.eos_token_id]:
+        ids |= set(value) if isinstance(value, list) else set() if value is None else {value}
+    return frozenset(ids)

@@ -1,0 +1,79 @@
+"""What /generate answers for a request that has ended, and how its text is made. Called by routes.py and batcher.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from arealite.inference.sequence import Sequence
+
+BYTES_PER_CHARACTER = 4  # UTF-8 at most; a token is at least one byte
+
+
+def find_stop_string(tokenizer: Any, sequence: Sequence) -> str | None:
+    """The stop string that the newest token completes, the earliest in the text if there are several.
+
+    Only the end of the answer is decoded; a hit counts when the whole answer's text has it too.
+    """
+    stop = sequence.request.params.stop
+    window = (max(len(s) for s in stop) + 1) * BYTES_PER_CHARACTER
+    if not any(s in _decode(tokenizer, sequence, sequence.output_ids[-window:]) for s in stop):
+        return None
+    text = _decode(tokenizer, sequence, sequence.output_ids)
+    found = [(text.find(s), s) for s in stop if s in text]
+    return min(found)[1] if found else None
+
+
+def _decode(tokenizer: Any, sequence: Sequence, token_ids: list[int]) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=sequence.request.params.skip_special_tokens))
+
+
+def answer_text(tokenizer: Any, sequence: Sequence) -> str:
+    """The decoded answer without what stopped it (unless no_stop_trim); "" without a tokenizer."""
+    if tokenizer is None:
+        return ""
+    ids = sequence.output_ids
+    reason = sequence.finish_reason or {}
+    trim = reason.get("type") == "stop" and not sequence.request.params.no_stop_trim
+    if trim and isinstance(reason["matched"], int):
+        return _decode(tokenizer, sequence, ids[:-1])
+    text = _decode(tokenizer, sequence, ids)
+    return text[: text.find(reason["matched"])] if trim else text
+
+
+def version_spans(versions: list[str]) -> list[dict[str, Any]]:
+    """Runs of equal versions: {"version", "start", "end"} in generated-token positions."""
+    spans: list[dict[str, Any]] = []
+    for i, version in enumerate(versions):
+        if spans and spans[-1]["version"] == version:
+            spans[-1]["end"] = i + 1
+        else:
+            spans.append({"version": version, "start": i, "end": i + 1})
+    return spans
+
+
+def render(tokenizer: Any, sequence: Sequence) -> dict[str, Any]:
+    """One entry of the /generate answer."""
+    request = sequence.request
+    finished: dict[str, Any] = {
+        "id": request.rid,
+        "finish_reason": sequence.finish_reason,
+        "prompt_tokens": sequence.num_prompt,
+        "completion_tokens": sequence.num_output,
+        "cached_tokens": sequence.num_cached,
+        "weight_version": sequence.weight_version,
+        "weight_versions": version_spans(sequence.versions),
+        "num_retractions": sequence.num_retractions,
+        "e2e_latency": sequence.finished_at - sequence.submitted_at,
+    }
+    if request.return_logprob:
+        first = request.logprob_start
+        scored = [] if first is None else zip(sequence.input_logprobs, request.prompt_ids[first:], strict=False)
+        finished["input_token_logprobs"] = [[logprob, token, None] for logprob, token in scored]
+        finished["output_token_logprobs"] = [
+            [logprob, token, None] for logprob, token in zip(sequence.logprobs, sequence.output_ids, strict=True)
+        ]
+        finished["output_token_logprobs_length"] = sequence.num_output
+    answer = {"text": answer_text(tokenizer, sequence), "output_ids": sequence.output_ids, "meta_info": finished}
+    if request.return_prompt_token_ids:
+        answer["prompt_token_ids"] = request.prompt_ids
+    return answer

@@ -1,0 +1,64 @@
+"""One request while it is served: its tokens so far, where its keys and values lie, and how it ended.
+
+Made by routes.py's submission, owned by the engine thread until `future` is resolved, read by responses.py after that.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from arealite.inference.cache import PromptIndex
+from arealite.inference.requests import GenerateRequest
+
+
+@dataclass(eq=False)
+class Sequence:
+    """`tokens` is the prompt and everything generated; the first `num_computed` of them have keys and values in
+    `pages`. `logprobs` and `versions` (a weight version string per token) have one entry per generated token."""
+
+    request: GenerateRequest
+    future: Future[Sequence] = field(default_factory=Future)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[str] = field(default_factory=list)
+    input_logprobs: list[float | None] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0  # prompt tokens that another request had computed
+    num_retractions: int = 0
+    seed: int = 0
+    finish_reason: dict[str, Any] | None = None
+    weight_version: str = ""  # of the server when it ended
+    submitted_at: float = field(default_factory=time.perf_counter)
+    finished_at: float = 0.0
+    prompt_key: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_ids)
+        self.prompt_key = PromptIndex.key(self.tokens)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def needs_input_logprobs(self) -> bool:
+        """Still to be computed: then the prompt cannot come from the index."""
+        return self.request.logprob_start is not None and not self.input_logprobs
+
+    def finish(self, reason: dict[str, Any], weight_version: str) -> None:
+        """Mark as ended; the engine resolves the future after its pages are free."""
+        self.finish_reason = reason
+        self.weight_version = weight_version
+        self.finished_at = time.perf_counter()

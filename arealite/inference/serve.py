@@ -1,0 +1,114 @@
+"""`arealite serve` and `python -m arealite.inference.serve`: load, listen, serve until a signal or a failure."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+
+import torch
+from aiohttp import web
+
+from arealite.api.errors import ConfigError
+from arealite.inference.batcher import Batcher
+from arealite.inference.cache import PAGE_TOKENS
+from arealite.inference.engine import Engine
+from arealite.inference.model import ServedModel
+from arealite.inference.routes import ServerSettings, build_app
+from arealite.observe import waits
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DEFAULT_TOKENS_PER_REQUEST = 2048  # sizes the KV cache when --kv-cache-tokens is not given
+STOP_LIMIT_S = 5.0  # for the current step to end, and for answers to reach their clients
+POLL_S = 0.2  # how often the engine's end is looked for
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="arealite serve", description="Serve a Hugging Face model to RL clients.")
+    parser.add_argument("--model", required=True, help="a Hugging Face folder or hub id")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one and prints it")
+    parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES), help="compute type")
+    parser.add_argument("--context-length", type=int, help="tokens of prompt and answer at most; default: the model's")
+    parser.add_argument("--max-running-requests", type=int, default=64, help="sequences decoded together")
+    parser.add_argument(
+        "--kv-cache-tokens",
+        type=int,
+        help=f"tokens of the KV cache; default: {DEFAULT_TOKENS_PER_REQUEST} per sequence",
+    )
+    parser.add_argument("--deterministic", action="store_true", help="results independent of the batch (slower)")
+    parser.add_argument("--weight-version", default="0", help="version of the weights loaded at start")
+    parser.add_argument("--seed", type=int, default=0, help="seed of requests that bring none")
+    parser.add_argument("--served-model-name", help="name in /v1/models; default: --model")
+    parser.add_argument("--hold-limit-s", type=float, default=600.0, help="longest hold of a request while paused")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    args = parser.parse_args(argv)
+    for name in ("context_length", "max_running_requests", "kv_cache_tokens"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+    return args
+
+
+def build_engine(args: argparse.Namespace) -> Engine:
+    """The engine, loaded and checked, not started."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = ServedModel(args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic)
+    per_request = min(model.context_length, DEFAULT_TOKENS_PER_REQUEST)
+    kv_tokens = args.kv_cache_tokens or max(args.max_running_requests * per_request, model.context_length)
+    kv_tokens = -(-kv_tokens // PAGE_TOKENS) * PAGE_TOKENS
+    return Engine(Batcher(model, args.max_running_requests, kv_tokens, args.weight_version), args.seed)
+
+
+async def serve(engine: Engine, settings: ServerSettings, host: str, port: int) -> int:
+    """Listen until SIGTERM or SIGINT (returns 0) or the engine's failure (returns 1).
+
+    Consumes: signals, the engine's end.
+    Produces: the exit status.
+    Waits for: either of them, looking every POLL_S.
+    Unblocked by: the operating system's signal, or the engine thread's `stopped`.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stopping.set)
+    runner = web.AppRunner(
+        build_app(engine, settings), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_LIMIT_S
+    )
+    await runner.setup()
+    site = web.TCPSite(runner, host, port, backlog=1024)
+    await site.start()
+    bound_host, bound_port = runner.addresses[0][:2]
+    print(f"listening on http://{bound_host}:{bound_port}", flush=True)
+    while not stopping.is_set() and not engine.stopped.is_set():
+        await asyncio.sleep(POLL_S)
+    failed = bool(engine.failure)
+    await asyncio.to_thread(engine.stop, STOP_LIMIT_S)
+    await runner.cleanup()  # lets the answers of ended requests out
+    return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 after a signal, 1 after a failure, 2 for a model that cannot be served."""
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    waits.configure_from_env()
+    try:
+        engine = build_engine(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    engine.start()
+    settings = ServerSettings(args.served_model_name or args.model, vars(args), hold_limit_s=args.hold_limit_s)
+    try:
+        return asyncio.run(serve(engine, settings, args.host, args.port))
+    finally:
+        waits.shut_down()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""What the tests of the inference server share: tiny models, a byte tokenizer, a server on a real socket, a client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from aiohttp import web
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from arealite.inference.batcher import Batcher
+from arealite.inference.engine import Engine
+from arealite.inference.model import ServedModel
+from arealite.inference.routes import ServerSettings, build_app
+
+VOCAB = 260  # 256 bytes, then pad, bos, eos and one unused
+EOS = 258
+WAIT_S = 60
+
+
+def save_tiny_llama(folder: Path, seed: int = 0, tied: bool = True, context: int = 512, **changes: Any) -> Path:
+    """A random two-layer Llama over bytes, with its tokenizer. The weights are large, so that logits differ."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    special = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": EOS}
+    config = LlamaConfig(
+        **{**sizes, **special, "max_position_embeddings": context, "tie_word_embeddings": tied, **changes}
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Token i is byte i of the byte-level alphabet, in sorted order; no merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {symbol: i for i, symbol in enumerate(alphabet)}
+    words.update({"<pad>": 256, "<bos>": 257, "<eos>": EOS})
+    backend = Tokenizer(models.BPE(vocab=words, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def served(folder: Path, dtype: torch.dtype = torch.float32, deterministic: bool = False) -> ServedModel:
+    return ServedModel(str(folder), dtype, torch.device("cpu"), None, deterministic)
+
+
+class LocalServer:
+    """The server in this process, on a real socket, its event loop in a thread of its own."""
+
+    def __init__(
+        self, model: ServedModel, max_running: int = 8, kv_tokens: int = 2048, hold_limit_s: float = WAIT_S
+    ) -> None:
+        self.engine = Engine(Batcher(model, max_running, kv_tokens, "0"), seed=0)
+        self.batcher = self.engine.batcher
+        self._settings = ServerSettings("tiny", {}, hold_limit_s=hold_limit_s)
+        self._ready = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self.pool = ThreadPoolExecutor(32)
+        self.engine.start()
+        self._thread.start()
+        assert self._ready.wait(WAIT_S)
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+
+        async def start() -> None:
+            self._runner = web.AppRunner(
+                build_app(self.engine, self._settings), handler_cancellation=True, shutdown_timeout=1.0
+            )
+            await self._runner.setup()
+            await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+            self.url = "http://127.0.0.1:{}".format(self._runner.addresses[0][1])
+            self._ready.set()
+
+        self._loop.run_until_complete(start())
+        self._loop.run_forever()
+
+    def close(self) -> None:
+        self.engine.stop(WAIT_S)
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(WAIT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(WAIT_S)
+        self._loop.close()
+        self.pool.shutdown()
+
+    def __enter__(self) -> LocalServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return fetch(self.url + path, None)
+
+    def post(self, path: str, body: Any) -> tuple[int, Any]:
+        return fetch(self.url + path, body)
+
+    def generate(self, input_ids: Any, logprobs: bool = True, top: dict[str, Any] | None = None, **params: Any) -> Any:
+        """One request that must succeed; keyword arguments are sampling parameters."""
+        body = {"input_ids": input_ids, "sampling_params": params, "return_logprob": logprobs, **(top or {})}
+        status, answer = self.post("/generate", body)
+        assert status == 200, answer
+        return answer
+
+    def generate_many(self, bodies: list[dict[str, Any]]) -> list[Any]:
+        """All at once, each over its own connection; answers in order."""
+        futures = [self.pool.submit(self.post, "/generate", {"return_logprob": True, **body}) for body in bodies]
+        answers = [future.result(WAIT_S) for future in futures]
+        assert all(status == 200 for status, _ in answers), answers
+        return [answer for _, answer in answers]
+
+
+def fetch(url: str, body: Any) -> tuple[int, Any]:
+    """Status and parsed body; `body` None is GET, bytes are sent as they are, anything else as JSON."""
+    raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=raw, headers={"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+            status, content = response.status, response.read()
+    except urllib.error.HTTPError as error:
+        status, content = error.code, error.read()
+    try:
+        return status, json.loads(content) if content else None
+    except ValueError:
+        return status, content.decode()
+
+
+def output_logprobs(answer: Any) -> list[float]:
+    return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
