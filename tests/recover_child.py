@@ -1,6 +1,6 @@
 """Saves recovery points in a loop until it is killed. Run by test_recover_points.py as a process of its own.
 
-argv: run folder, first step. Prints a line after each finished step.
+argv: run folder. Prints a line after each finished step.
 """
 
 import sys
@@ -15,7 +15,7 @@ from arealite.observe.run_folder import RunFolder
 
 def main(root: str) -> None:
     config = run_config()
-    actor, rollout, dataloader = FakeActor(Alone(), num_bytes=200_000), Counter(), Counter()
+    actor, rollout, dataloader = FakeActor(Alone(), num_bytes=200_000, pause_s=0.003), Counter(), Counter()
     recover = RecoverHandler(RecoverConfig(freq_steps=1, num_kept=2), RunFolder(Path(root)), config)
     step = recover.load(actor, rollout, dataloader)
     print(f"loaded {step} {actor.value} {rollout.value} {dataloader.value}", flush=True)

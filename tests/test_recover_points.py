@@ -43,16 +43,20 @@ class Counter:
 
 
 class FakeActor:
-    """Writes real files, one per rank, whose whole content is the value."""
+    """Writes real files, one per rank, whose whole content is the value; `pause_s` between two parts of a file."""
 
-    def __init__(self, collective, value=0, num_bytes=1000):
-        self.collective, self.value, self.num_bytes, self.broken = collective, value, num_bytes, False
+    def __init__(self, collective, value=0, num_bytes=800, pause_s=0.0):
+        self.collective, self.value, self.num_bytes, self.pause_s = collective, value, num_bytes, pause_s
+        self.broken = False
 
     def save_state(self, path):
         if self.broken:
             raise OSError(errno.ENOSPC, "No space left on device")
-        text = f"{self.value:8d}"
-        (Path(path) / f"rank_{self.collective.rank}.txt").write_text(text * (self.num_bytes // len(text)))
+        with open(Path(path) / f"rank_{self.collective.rank}.txt", "w", buffering=1) as out:
+            for _ in range(10):
+                out.write(f"{self.value:8d}" * (self.num_bytes // 80))
+                out.flush()
+                time.sleep(self.pause_s)
 
     def load_state(self, path):
         text = (Path(path) / f"rank_{self.collective.rank}.txt").read_text()
@@ -226,7 +230,7 @@ def test_killed_at_random_moments_a_complete_point_of_the_newest_finished_step_e
             assert int(loaded[1]) in (finished, finished + 1)  # one more: killed before it could say so
             for _ in range(choose.randint(1, 4)):
                 finished = int(child.stdout.readline().split()[1])
-            time.sleep(choose.random() * 0.02)
+            time.sleep(choose.random() * 0.05)
         finally:
             child.kill()
             rest = child.stdout.read()
