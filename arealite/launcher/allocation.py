@@ -1,0 +1,283 @@
+"""The allocation mode: who runs where, as one short string, in every spelling in use. Called by plan.py and scripts.
+
+mode      := group ("+" group)*                 groups have their own devices
+group     := component ("|" component)*         components of a group share devices
+component := [backend ["[" name "]"] (":" | ".")] layout
+layout    := dims | "(" "attn:" dims "|" "ffn:" dims ")"
+dims      := (letter number)+                   d data, t or m tensor, p pipeline, c context, e expert
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+from arealite.api.errors import ConfigError
+
+INFERENCE_BACKENDS = ("native", "sglang", "vllm")
+TRAIN_BACKENDS = ("fsdp", "megatron", "archon")
+DEFAULT_TRAIN_BACKEND = "fsdp"
+DIMENSIONS = {"d": "data", "t": "tensor", "p": "pipeline", "c": "context", "e": "expert"}
+SYNONYMS = {"m": "t"}
+MAX_DIGITS = 6
+DIGITS = frozenset("0123456789")
+WORD_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
+
+Role = Literal["inference", "train"]
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Parallel degrees: d data (replicas; servers for inference), t tensor, p pipeline, c context, e expert."""
+
+    d: int = 1
+    t: int = 1
+    p: int = 1
+    c: int = 1
+    e: int = 1
+
+    def __str__(self) -> str:
+        sizes = {"t": self.t, "p": self.p, "c": self.c, "e": self.e}
+        return f"d{self.d}" + "".join(f"{letter}{size}" for letter, size in sizes.items() if size > 1)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One set of like processes. `ffn` is the expert layers' own layout (MoE form); `dims` then is the attention's."""
+
+    backend: str
+    dims: Dims
+    name: str = ""
+    ffn: Dims | None = None
+
+    @property
+    def role(self) -> Role:
+        return "inference" if self.backend in INFERENCE_BACKENDS else "train"
+
+    @property
+    def label(self) -> str:
+        """Its name; "rollout" or "actor" when none is given."""
+        return self.name or ("rollout" if self.role == "inference" else "actor")
+
+    @property
+    def world_size(self) -> int:
+        """Devices it uses. Outside the MoE form experts are spread over devices that are there anyway."""
+        return self.dims.d * self.dims.t * self.dims.p * self.dims.c
+
+    @property
+    def num_servers(self) -> int:
+        return self.dims.d if self.role == "inference" else 0
+
+    @property
+    def devices_per_replica(self) -> int:
+        """Devices of one server, or of one data-parallel replica of the trainer."""
+        return self.world_size // self.dims.d
+
+    def __str__(self) -> str:
+        layout = str(self.dims) if self.ffn is None else f"(attn:{self.dims}|ffn:{self.ffn})"
+        return f"{self.backend}{f'[{self.name}]' if self.name else ''}:{layout}"
+
+
+@dataclass(frozen=True)
+class AllocationMode:
+    """A parsed allocation mode. `str(mode)` is its one canonical spelling."""
+
+    groups: tuple[tuple[Component, ...], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> AllocationMode:
+        """Raises ConfigError, which shows `text` with a caret under the character at fault."""
+        return _Parser(text).mode()
+
+    def __str__(self) -> str:
+        return "+".join("|".join(map(str, group)) for group in self.groups)
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return tuple(c for group in self.groups for c in group)
+
+    @property
+    def inference(self) -> Component | None:
+        """The rollout servers; None when only training is allocated."""
+        return next((c for c in self.components if c.role == "inference"), None)
+
+    @property
+    def train(self) -> Component | None:
+        """The policy's trainer: the first training component."""
+        return next((c for c in self.components if c.role == "train"), None)
+
+    @property
+    def colocated(self) -> bool:
+        """Whether servers and the policy's trainer share devices."""
+        return any(self.inference in group and self.train in group for group in self.groups)
+
+    @property
+    def num_servers(self) -> int:
+        return sum(c.num_servers for c in self.components)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all groups together."""
+        return sum(group[0].world_size for group in self.groups)
+
+
+class _Parser:
+    """Recursive descent: one method per rule of the grammar, `at` is the next character."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+
+    def mode(self) -> AllocationMode:
+        labels: dict[str, int] = {}
+        groups = [self.group(labels)]
+        while self.take("+"):
+            groups.append(self.group(labels))
+        if self.at < len(self.text):
+            self.fail(f"unexpected {self.peek!r}; expected a dimension, '+', '|' or the end")
+        return AllocationMode(tuple(groups))
+
+    def group(self, labels: dict[str, int]) -> tuple[Component, ...]:
+        components: list[Component] = []
+        while not components or self.take("|"):
+            start = self.at
+            component = self.component()
+            if component.label in labels:
+                self.fail(
+                    f"a second {component.role} component called {component.label!r}; name them apart,"
+                    f" such as {component.backend}[other]:{component.dims}",
+                    start,
+                )
+            labels[component.label] = start
+            if components and component.world_size != components[0].world_size:
+                self.fail(
+                    f"{component} has {component.world_size} devices and {components[0]} has"
+                    f" {components[0].world_size}; components joined by '|' share their devices, so the products of"
+                    " their dimensions must be equal (use '+' for separate devices)",
+                    start,
+                )
+            components.append(component)
+        return tuple(components)
+
+    def component(self) -> Component:
+        start = self.at
+        word = self.text[start : self.end_of_word(start)]
+        if word[:1] in DIMENSIONS | SYNONYMS and self.text[start + 1 : start + 2] in DIGITS:
+            return self.checked(Component(DEFAULT_TRAIN_BACKEND, self.dims()), start)
+        if not word:
+            self.fail(f"expected a backend or a dimension, found {self.peek!r}" if self.peek else "unfinished")
+        self.at += len(word)
+        if word not in INFERENCE_BACKENDS + TRAIN_BACKENDS:
+            self.fail_unknown_backend(word, start)
+        name = self.name()
+        if not (self.take(":") or self.take(".")):
+            self.fail(f"expected ':' and dimensions after {word!r}, such as {word}:d1")
+        if self.peek != "(":
+            return self.checked(Component(word, self.dims(), name), start)
+        if word in INFERENCE_BACKENDS:
+            self.fail(f"the form (attn:...|ffn:...) is for training; {word} serves")
+        attn, ffn = self.moe()
+        return Component(word, attn, name, ffn)
+
+    def checked(self, component: Component, start: int) -> Component:
+        dims = component.dims
+        if component.world_size // dims.p % dims.e:
+            self.fail(
+                f"e{dims.e} does not divide d{dims.d} x t{dims.t} x c{dims.c}: experts are spread over these devices",
+                start,
+            )
+        return component
+
+    def name(self) -> str:
+        if not self.take("["):
+            return ""
+        start = self.at
+        while self.peek in WORD_LETTERS | DIGITS and self.peek:
+            self.at += 1
+        if self.at == start:
+            self.fail("expected a name of letters, digits, '_' or '-'")
+        name = self.text[start : self.at]
+        if not self.take("]"):
+            self.fail("expected ']' after the name")
+        return name
+
+    def moe(self) -> tuple[Dims, Dims]:
+        self.expect("(attn:")
+        attn = self.dims("dtpc", "attn; experts have their layout in ffn")
+        self.expect("|ffn:")
+        start = self.at
+        ffn = self.dims("dtpe", "ffn")
+        attn_total, ffn_total = attn.d * attn.t * attn.p * attn.c, ffn.d * ffn.t * ffn.p * ffn.e
+        if attn_total != ffn_total:
+            self.fail(f"ffn has {ffn_total} devices and attn has {attn_total}; they are the same devices", start)
+        if attn.p != ffn.p:
+            self.fail(f"ffn has p{ffn.p} and attn has p{attn.p}; pipeline stages are common to both", start)
+        self.expect(")")
+        return attn, ffn
+
+    def dims(self, allowed: str = "dtpce", where: str = "") -> Dims:
+        sizes: dict[str, int] = {}
+        while self.peek and self.peek not in "+|)":
+            start = self.at
+            letter = SYNONYMS.get(self.peek, self.peek)
+            if letter not in DIMENSIONS:
+                known = ", ".join(f"{k} {v}" for k, v in DIMENSIONS.items())
+                self.fail(f"unknown dimension {self.peek!r}; known are {known} (m is t)")
+            if letter not in allowed:
+                self.fail(f"dimension {letter!r} is not allowed in {where}")
+            if letter in sizes:
+                self.fail(f"dimension {letter!r} ({DIMENSIONS[letter]}) is given twice", start)
+            self.at += 1
+            sizes[letter] = self.number(letter)
+        if not sizes:
+            self.fail("expected dimensions, such as d1")
+        return Dims(**sizes)
+
+    def number(self, letter: str) -> int:
+        start = self.at
+        while self.peek in DIGITS:
+            self.at += 1
+        digits = self.text[start : self.at]
+        if not digits:
+            self.fail(f"expected a number after {letter!r}")
+        if len(digits) > MAX_DIGITS:
+            self.fail(f"a size has at most {MAX_DIGITS} digits", start)
+        if int(digits) == 0:
+            self.fail(f"{letter}0: a size is at least 1", start)
+        return int(digits)
+
+    @property
+    def peek(self) -> str:
+        """The next character; empty at the end."""
+        return self.text[self.at : self.at + 1]
+
+    def take(self, literal: str) -> bool:
+        if not self.text.startswith(literal, self.at):
+            return False
+        self.at += len(literal)
+        return True
+
+    def expect(self, literal: str) -> None:
+        if not self.take(literal):
+            self.fail(f"expected {literal!r}; the form is (attn:d4p2t2c2|ffn:d2p2t4e2)")
+
+    def end_of_word(self, start: int) -> int:
+        end = start
+        while self.text[end : end + 1] in WORD_LETTERS and end < len(self.text):
+            end += 1
+        return end
+
+    def fail_unknown_backend(self, word: str, start: int) -> NoReturn:
+        known = INFERENCE_BACKENDS + TRAIN_BACKENDS
+        near = difflib.get_close_matches(word.lower(), known, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        self.fail(
+            f"unknown backend {word!r}{guess} Inference: {', '.join(INFERENCE_BACKENDS)};"
+            f" training: {', '.join(TRAIN_BACKENDS)}",
+            start,
+        )
+
+    def fail(self, what: str, at: int | None = None) -> NoReturn:
+        caret = " " * (self.at if at is None else at) + "^"
+        raise ConfigError(f"allocation_mode: {what}\n  {self.text}\n  {caret}")
