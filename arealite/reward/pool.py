@@ -1,0 +1,188 @@
+"""Worker processes that run a reward function with a hard time limit. Called by workflows.
+
+A process, because only a process can be ended: a parser in an endless loop does not notice a thread's time limit, and
+libraries that use signals (math-verify) work only in a main thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from typing import Any
+
+from arealite.api.errors import ConfigError, RewardError
+from arealite.observe.waits import waiting
+from arealite.reward.worker import Call, Score, Setup
+
+START_LIMIT_S = 120.0  # a worker may import torch for the function's sake
+END_LIMIT_S = 5.0
+
+RewardFunction = Callable[..., float | dict[str, float]]
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """A finite reward and its named parts."""
+
+    reward: float
+    parts: dict[str, float]
+
+
+class RewardPool:
+    """Runs `reward_fn(prompt, completion, prompt_ids, completion_ids, answer=..., **extras)` in worker processes.
+
+    Args:
+        reward_fn: picklable by its module's name (a function at the top of a module or of the script).
+        num_workers: processes; started when first needed.
+        limit_s: of one call, imports not counted. A worker that passes it is killed and replaced.
+    """
+
+    def __init__(self, reward_fn: RewardFunction, num_workers: int = 1, limit_s: float = 15.0) -> None:
+        self.limit_s = limit_s
+        self._setup = _setup_for(reward_fn)
+        self._num_workers = num_workers
+        self._lock = threading.Lock()
+        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()  # None: a place without a process
+        self._alive: set[_Worker] = set()
+        self._is_closed = False
+        for _ in range(num_workers):
+            self._idle.put(None)
+        # One thread per worker waits on its pipe. The threads also are the workers' parents in the kernel's eyes, so
+        # they must live as long as the pool does: worker processes die with the thread that started them.
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="reward")
+
+    async def score(
+        self,
+        prompt: str,
+        completion: str,
+        prompt_ids: list[int],
+        completion_ids: list[int],
+        answer: str = "",
+        extras: dict[str, Any] | None = None,
+    ) -> ScoredAnswer:
+        """The reward of one answer.
+
+        Raises:
+            RewardError: the function raised (with its traceback), returned something that is not a finite number,
+                passed the limit, or its process died.
+        """
+        if self._is_closed:
+            raise RewardError("the reward workers are closed")
+        call = Call(prompt, completion, prompt_ids, completion_ids, answer, extras or {})
+        score = await asyncio.get_running_loop().run_in_executor(self._threads, self._score, call)
+        if score.error:
+            raise RewardError(score.error)
+        return ScoredAnswer(score.reward, score.parts)
+
+    def close(self) -> None:
+        """End all workers; calls that wait fail with RewardError. May be called again, from any thread."""
+        with self._lock:
+            self._is_closed = True
+            workers = list(self._alive)
+        for worker in workers:
+            worker.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _score(self, call: Call) -> Score:
+        """One call on an idle worker. There are as many threads as workers, so `get` never waits."""
+        worker = self._idle.get()
+        try:
+            if worker is None:
+                worker = self._start()
+            return worker.call(call, self.limit_s)
+        except RewardError as error:
+            if worker is not None:
+                self._end(worker)
+                worker = None
+            return Score(error=str(error))
+        finally:
+            self._idle.put(worker)
+
+    def _start(self) -> _Worker:
+        worker = _Worker()
+        with self._lock:
+            self._alive.add(worker)
+            is_closed = self._is_closed
+        try:
+            if is_closed:
+                raise RewardError("the reward workers are closed")
+            worker.set_up(self._setup)
+        except RewardError:
+            self._end(worker)
+            raise
+        return worker
+
+    def _end(self, worker: _Worker) -> None:
+        worker.kill()
+        with self._lock:
+            self._alive.discard(worker)
+
+
+class _Worker:
+    """One process and the pipe to it. Used by one thread at a time; `kill` may come from another."""
+
+    def __init__(self) -> None:
+        self.pipe, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "arealite.reward.worker", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                start_new_session=True,  # so that what the function starts can be killed with it
+            )
+
+    def set_up(self, setup: Setup) -> None:
+        score = self._exchange(setup, START_LIMIT_S, "reward.start")
+        if score.error:
+            raise RewardError(f"the reward function cannot be loaded in a worker process:\n{score.error}")
+
+    def call(self, call: Call, limit_s: float) -> Score:
+        return self._exchange(call, limit_s, "reward.call")
+
+    def kill(self) -> None:
+        """Kill the process and whatever it started, and reap it."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(END_LIMIT_S)
+
+    def _exchange(self, message: Setup | Call, limit_s: float, name: str) -> Score:
+        try:
+            with waiting(name, f"reward worker {self.process.pid}", limit_s):
+                self.pipe.send(message)
+                if not self.pipe.poll(limit_s):
+                    raise RewardError(
+                        f"no answer within {limit_s} s; the worker process was killed. Make the reward function"
+                        " faster, or raise rollout.reward_timeout_s"
+                    )
+                return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            self.kill()
+            code = self.process.returncode
+            how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            raise RewardError(f"the worker process ended during the call ({how})") from error
+
+
+def _setup_for(reward_fn: RewardFunction) -> Setup:
+    main = sys.modules["__main__"]
+    try:
+        pickled = pickle.dumps(reward_fn)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"the reward function {reward_fn!r} cannot be sent to a worker process ({error}); define it with `def` at"
+            " the top of a module or of the script: no lambda, no function inside a function"
+        ) from error
+    needs_main = b"__main__" in pickled
+    return Setup(list(sys.path), vars(main).get("__file__") if needs_main else None, pickled)

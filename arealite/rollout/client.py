@@ -1,0 +1,298 @@
+"""The public client: one object over all inference servers, and the rollout head on trainer rank 0.
+
+Scripts create RemoteNativeEngine or RemoteSGLangEngine; workflows get it as their `engine`. The work is done by
+generate.py (requests), fleet.py (control) and executor.py (tasks in flight).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from arealite.api.cli_args import InferenceEngineConfig
+from arealite.api.engine import Collective, DataSource
+from arealite.api.errors import ConfigError, WorkflowError
+from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
+from arealite.api.workflow import RolloutWorkflow
+from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
+from arealite.rollout.connection import Connection
+from arealite.rollout.episodes import EpisodeFailed, failed_group, run_episode
+from arealite.rollout.sglang import Backend, NativeBackend, SGLangBackend
+from arealite.rollout.share import take_and_share
+from arealite.rollout.state import ExecutorState
+from arealite.rollout.transport import servers_at
+
+ADDRESSES_VARIABLE = "AREAL_LLM_SERVER_ADDRS"
+
+
+class RemoteInferenceEngine:
+    """Implements api.engine.InferenceEngine over HTTP.
+
+    In a distributed run all ranks make the same calls, and rank 0 does the work: it alone talks to the servers. On the
+    other ranks `prepare_batch` and `rollout_batch` receive shares, and control calls return at once.
+
+    Args:
+        config: rollout settings.
+        backend: the servers' wire format.
+        seed: of sampling; each request's seed depends on it and on the request's name only.
+        ledger_path: file of the ledger; the run folder's when the launcher set one, else none is kept.
+    """
+
+    def __init__(
+        self, config: InferenceEngineConfig, backend: Backend, seed: int = 1, ledger_path: Path | None = None
+    ) -> None:
+        run_dir = os.environ.get(RUN_DIR_VARIABLE)
+        if ledger_path is None and run_dir:
+            ledger_path = RunFolder(Path(run_dir)).ledger
+        self.config = config
+        self.backend = backend
+        self.seed = seed
+        self.last_groups: list[Group] = []
+        self._collective: Collective | None = None
+        self._version = 0
+        self._ledger_path = ledger_path
+        self._connection: Connection | None = None
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def initialize(self, collective: Collective | None = None, addresses: list[str] | None = None) -> None:
+        """Find the servers (argument, else AREAL_LLM_SERVER_ADDRS) and wait for their health. Only rank 0 connects.
+
+        Raises:
+            ConfigError: no address was given.
+            ServerUnreachable: a server is not healthy after `setup_timeout_s`.
+        """
+        self._collective = collective
+        if not self.is_head:
+            return
+        servers = servers_at(addresses or os.environ.get(ADDRESSES_VARIABLE, "").split(","))
+        if not servers:
+            raise ConfigError(
+                f"no inference server is known: start the script with `arealite run`, or set {ADDRESSES_VARIABLE} to"
+                " host:port,host:port"
+            )
+        self._connection = Connection(self, servers, self.backend, self.config, self.seed, self._ledger_path)
+
+    def destroy(self) -> None:
+        """Cancel what runs, note in the ledger what was not trained, and close all connections. May be called again."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this process is the rollout head: trainer rank 0, or a client on its own."""
+        return self._collective is None or self._collective.rank == 0
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    async def agenerate(self, request: GenerationRequest) -> Completion:
+        """Sample one sequence; awaited by workflows, in the client's own loop. Errors: see generate.py."""
+        return await self._live.generator.generate(request)
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Logprobs (temperature 1) of each sequence's own tokens; the first is 0."""
+        return self._live.run(self._live.fleet.score(sequences), "rollout.score")
+
+    # -- groups --------------------------------------------------------------------------------------------------
+
+    def prepare_batch(
+        self,
+        dataloader: DataSource,
+        workflow: RolloutWorkflow,
+        should_accept: Callable[[Group], bool] | None = None,
+    ) -> Batch:
+        """Collective: the next `consumer_batch_size` groups under the staleness bound; this rank's share of them.
+
+        Tasks are drawn in the calling thread, and only here, so that the data position does not move between calls.
+        An error of the head is raised on all ranks.
+        """
+        return self._share(lambda: self._next_groups(dataloader, workflow, should_accept))
+
+    def rollout_batch(self, tasks: list[Task], workflow: RolloutWorkflow) -> Batch:
+        """Collective: run exactly rank 0's `tasks` with the current weights; this rank's share of the groups that
+        succeeded."""
+        return self._share(lambda: self._live.run(self._live.executor.run_all(tasks, workflow), "rollout.batch"))
+
+    def run_groups(self, tasks: list[Task], workflow: RolloutWorkflow) -> list[Group]:
+        """One group per task, in order, outside staleness and ledger (evaluation). A task that failed has one
+        trajectory of status "failed" with the error. Rank 0 only."""
+
+        async def all_groups() -> list[Group]:
+            slots = asyncio.Semaphore(self._live.max_concurrent)
+
+            async def one(ordinal: int, task: Task) -> Group:
+                async with slots:
+                    try:
+                        found = await run_episode(
+                            self, task, workflow, self.config.workflow_retries, lambda reason: None
+                        )
+                    except EpisodeFailed as failure:
+                        return failed_group(task, ordinal, failure)
+                    return Group(task, ordinal, found)
+
+            return list(await asyncio.gather(*(one(i, task) for i, task in enumerate(tasks))))
+
+        return self._live.run(all_groups(), "rollout.groups")
+
+    def submit(self, task: Task, workflow: RolloutWorkflow) -> None:
+        """Put one task in flight, under the staleness bound. Rank 0 only."""
+        executor = self._live.executor
+        self._live.call(lambda: executor.submit([task], workflow), "rollout.submit")
+
+    def wait(self, num_groups: int, timeout_s: float | None = None) -> list[Group]:
+        """The next finished groups of submitted tasks. Rank 0 only.
+
+        Raises:
+            WaitTimeout: fewer were finished after `timeout_s`; none is lost by that.
+        """
+        groups = self._live.run(self._live.executor.collect(num_groups), "rollout.wait", timeout_s)
+        assert groups is not None
+        return groups
+
+    def mark_trained(self, step: int, skipped: bool = False) -> None:
+        """Note in the ledger that the batch taken last was trained on in `step` (from 0), or dropped with it."""
+        if self.is_head:
+            executor = self._live.executor
+            self._live.call(lambda: executor.mark_trained(step, skipped), "rollout.mark_trained")
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop generation on all servers and hold new requests; running ones keep their tokens. Twice is once."""
+        if not self.is_head:
+            return
+        live = self._live
+
+        async def pause() -> None:
+            live.generator.gate.close()
+            if live.has_executor:
+                live.executor.hold()
+            await live.fleet.pause()
+
+        live.run(pause(), "rollout.pause")
+
+    def resume(self) -> None:
+        """Go on where `pause` stopped."""
+        if not self.is_head:
+            return
+        live = self._live
+
+        async def resume() -> None:
+            await live.fleet.resume()
+            live.generator.gate.open()
+            if live.has_executor:
+                live.executor.release()
+
+        live.run(resume(), "rollout.resume")
+
+    def update_weights(self, meta: WeightUpdateMeta) -> dict[str, dict[str, int]]:
+        """All servers load `meta`; then its version is the current one. Returns {server id: {tensor: CRC-32 of the
+        live parameter}} of the servers that can tell (SGLang cannot).
+
+        Raises:
+            WeightSyncError: names the server that did not take the weights, and what it said.
+        """
+        if not self.is_head:
+            self.set_version(meta.version)
+            return {}
+        live = self._live
+
+        async def update() -> dict[str, dict[str, int]]:
+            live.generator.announced_version = max(live.generator.announced_version, meta.version)
+            return await live.fleet.update_weights(meta)
+
+        receipts = live.run(update(), "rollout.update_weights")
+        self.set_version(meta.version)
+        return receipts
+
+    def get_version(self) -> int:
+        return self._version
+
+    def set_version(self, version: int) -> None:
+        """The servers hold the weights of `version` now; makes room for new groups."""
+        self._version = version
+        live = self._connection
+        if live is None:
+            return
+
+        def apply() -> None:
+            live.generator.version = version
+            live.generator.announced_version = max(live.generator.announced_version, version)
+            if live.has_executor:
+                live.executor.set_version(version)
+
+        live.call(apply, "rollout.set_version")
+
+    # -- records -------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, float]:
+        """Counts and means since the last call (rank 0; empty elsewhere)."""
+        if not self.is_head:
+            return {}
+        found = self._live.call(self._live.counters.drain, "rollout.stats")
+        known = {"staleness": "staleness_mean"}
+        return {known.get(name, name): value for name, value in found.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state for a recovery point: what is in flight, and finished groups that were not trained on."""
+        if not self.is_head or not self._live.has_executor:
+            return {"version": self._version}
+        return self._live.call(self._live.executor.state, "rollout.state").to_json()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, before the first batch. Unfinished tasks run again, under their old ordinals."""
+        if self.is_head and self._live.has_executor:
+            executor, restored = self._live.executor, ExecutorState.from_json(state)
+            self._live.call(lambda: executor.restore(restored), "rollout.restore")
+        self.set_version(state["version"])
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _next_groups(
+        self, source: DataSource, workflow: RolloutWorkflow, should_accept: Callable[[Group], bool] | None
+    ) -> list[Group]:
+        live, executor = self._live, self._live.executor
+        live.call(lambda: executor.adopt(workflow, should_accept), "rollout.adopt")
+        may_draw = True
+        while True:
+            num_wanted = live.call(executor.num_wanted, "rollout.num_wanted") if may_draw else 0
+            drawn = [next(source, None) for _ in range(num_wanted)]
+            tasks = [task for task in drawn if task is not None]
+            may_draw = may_draw and len(tasks) == len(drawn)  # fewer: a finite source has ended
+            live.call(partial(executor.submit, tasks, workflow), "rollout.submit")
+            size = executor.staleness.consumer_batch_size
+            groups = live.run(executor.collect(size, may_draw), "rollout.batch")
+            if groups is not None:
+                return groups
+
+    def _share(self, take: Callable[[], list[Group]]) -> Batch:
+        def remembered() -> list[Group]:
+            self.last_groups = take()
+            return self.last_groups
+
+        return take_and_share(remembered, self._collective)
+
+    @property
+    def _live(self) -> Connection:
+        if self._connection is None:
+            raise WorkflowError("the rollout engine is not connected: call initialize() first; only rank 0 connects")
+        return self._connection
+
+
+class RemoteNativeEngine(RemoteInferenceEngine):
+    """Client of built-in servers (`arealite serve`)."""
+
+    def __init__(self, config: InferenceEngineConfig, seed: int = 1, ledger_path: Path | None = None) -> None:
+        super().__init__(config, NativeBackend(), seed, ledger_path)
+
+
+class RemoteSGLangEngine(RemoteInferenceEngine):
+    """Client of SGLang servers."""
+
+    def __init__(self, config: InferenceEngineConfig, seed: int = 1, ledger_path: Path | None = None) -> None:
+        super().__init__(config, SGLangBackend(), seed, ledger_path)

@@ -1,0 +1,123 @@
+"""Control of all servers together: health, pause, resume, weight update, scoring.
+
+Called by client.py; runs in the client's asyncio loop. Requests themselves are sent by generate.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from arealite.api.cli_args import InferenceEngineConfig
+from arealite.api.errors import ArealiteError, RequestError, ServerUnreachable, WeightSyncError
+from arealite.api.types import WeightUpdateMeta
+from arealite.rollout.sglang import Backend
+from arealite.rollout.transport import Server, Transport
+
+HEALTH_POLL_S = 0.2
+HEALTH_LIMIT_S = 30.0  # of one probe: SGLang generates a token for it
+
+T = TypeVar("T")
+
+
+class Fleet:
+    """The run's servers as one."""
+
+    def __init__(
+        self, servers: list[Server], backend: Backend, transport: Transport, config: InferenceEngineConfig
+    ) -> None:
+        self.servers = servers
+        self.backend = backend
+        self.transport = transport
+        self.config = config
+        self.unhealthy: dict[str, str] = {}  # server id to what is wrong, for the stall report
+
+    def pending(self) -> list[str]:
+        """Lines about servers that are not healthy yet."""
+        return [f"{server_id}: {reason}" for server_id, reason in sorted(self.unhealthy.items())]
+
+    def owner(self) -> str:
+        """The first server that is not healthy yet."""
+        return min(self.unhealthy, default="servers")
+
+    async def wait_healthy(self) -> None:
+        """Consumes: answers of /health. Produces: nothing. Waits for: 200 from every server, at most
+        `setup_timeout_s`. Unblocked by: the servers, or the limit.
+
+        Raises:
+            ServerUnreachable: names the servers that did not come up and what was wrong last.
+        """
+        deadline = time.monotonic() + self.config.setup_timeout_s
+        self.unhealthy = {server.id: f"{server.url} not asked yet" for server in self.servers}
+
+        async def come_up(server: Server) -> None:
+            while wrong := await self.transport.alive(server, "/health", HEALTH_LIMIT_S):
+                self.unhealthy[server.id] = f"{server.url}/health: {wrong}"
+                if time.monotonic() > deadline:
+                    return
+                await asyncio.sleep(HEALTH_POLL_S)
+            del self.unhealthy[server.id]
+
+        await asyncio.gather(*(come_up(server) for server in self.servers))
+        if self.unhealthy:
+            raise ServerUnreachable(
+                f"not healthy after {self.config.setup_timeout_s} s: {'; '.join(self.pending())}. Look into the"
+                " servers' logs, or raise rollout.setup_timeout_s"
+            )
+
+    async def pause(self) -> None:
+        """Stop generation everywhere, as `pause_mode` says."""
+        body = {"mode": self.config.pause_mode}
+        await self._everywhere(lambda server: self._control(server, "/pause_generation", body))
+
+    async def resume(self) -> None:
+        """Let all servers generate again."""
+        await self._everywhere(lambda server: self._control(server, "/continue_generation", {}))
+
+    async def update_weights(self, meta: WeightUpdateMeta) -> dict[str, dict[str, int]]:
+        """All servers load `meta` at the same time; receipts of those that give one.
+
+        Raises:
+            WeightSyncError: names the server that did not take the weights, and its message.
+        """
+        path, body = self.backend.update_call(meta, self.config.pause_mode)
+
+        async def load(server: Server) -> dict[str, int] | None:
+            try:
+                answer = await self._control(server, path, body)
+            except (RequestError, ServerUnreachable) as error:
+                raise WeightSyncError(f"version {meta.version} did not reach {server.id}: {error}") from error
+            return self.backend.parse_receipt(answer, meta, server.id)
+
+        receipts = await self._everywhere(load)
+        return {server_id: receipt for server_id, receipt in receipts.items() if receipt is not None}
+
+    async def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Logprobs of each sequence's own tokens, the sequences dealt out to the servers in turn."""
+
+        async def one(index: int, tokens: list[int]) -> list[float]:
+            server = self.servers[index % len(self.servers)]
+            body = self.backend.score_body(tokens, uuid.uuid4().hex)
+            answer = await self.transport.post(server, "/generate", body, self.config.request_timeout_s)
+            return self.backend.parse_scores(answer, len(tokens), server.id)
+
+        return list(await asyncio.gather(*(one(i, tokens) for i, tokens in enumerate(sequences))))
+
+    async def _control(self, server: Server, path: str, body: dict[str, Any]) -> Any:
+        return await self.transport.post(server, path, body, self.config.setup_timeout_s)
+
+    async def _everywhere(self, act: Callable[[Server], Awaitable[T]]) -> dict[str, T]:
+        """`act` on all servers at once. All are waited for before the first error is raised, so that none is still
+        loading weights when the caller reacts."""
+        results = await asyncio.gather(*(act(server) for server in self.servers), return_exceptions=True)
+        outcomes: dict[str, T] = {}
+        for server, result in zip(self.servers, results, strict=True):
+            if isinstance(result, BaseException):
+                if isinstance(result, ArealiteError):
+                    raise result
+                raise ServerUnreachable(f"{server.id} ({server.url}): {result!r}") from result
+            outcomes[server.id] = result
+        return outcomes

@@ -1,0 +1,276 @@
+"""One sequence from request to completion, through interruptions, lost connections and silent servers.
+
+Called by client.py; runs in the client's asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+import uuid
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from arealite.api.cli_args import InferenceEngineConfig
+from arealite.api.errors import ServerUnreachable
+from arealite.api.types import Completion, FinishReason, GenerationRequest
+from arealite.observe.waits import mark
+from arealite.rollout.counters import Counters
+from arealite.rollout.router import Router
+from arealite.rollout.sglang import Backend, Part
+from arealite.rollout.transport import Server, Transport
+
+ABORT_GRACE_S = 10.0  # how long an aborted request may take to hand over the tokens it has
+FIRST_BACKOFF_S = 0.1  # doubled after each failure in a row
+MAX_BACKOFF_S = 5.0
+MAX_EMPTY_ABORTS = 50  # interruptions in a row that brought no token, before the server counts as broken
+
+
+class Gate:
+    """Open or closed, and a clock that stands still while it is closed."""
+
+    def __init__(self) -> None:
+        self._open = asyncio.Event()
+        self._open.set()
+        self._closed_s = 0.0
+        self._closed_at = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return self._open.is_set()
+
+    def close(self) -> None:
+        if self._open.is_set():
+            self._open.clear()
+            self._closed_at = time.monotonic()
+
+    def open(self) -> None:
+        if not self._open.is_set():
+            self._closed_s += time.monotonic() - self._closed_at
+            self._open.set()
+
+    async def passed(self) -> None:
+        """Returns when the gate is open. Unblocked by `open` (resume), or cancelled by destroy."""
+        await self._open.wait()
+
+    def clock_s(self) -> float:
+        """Seconds on a clock that only runs while the gate is open."""
+        return (time.monotonic() if self._open.is_set() else self._closed_at) - self._closed_s
+
+
+@dataclass
+class Flight:
+    """A request on its way, with what it has so far."""
+
+    request: GenerationRequest
+    server_id: str = "no server yet"
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    text: str = ""
+    num_interruptions: int = 0
+    num_failures: int = 0  # in a row
+    num_empty_aborts: int = 0  # in a row
+    started: float = field(default_factory=time.monotonic)
+    last_answer: float = field(default_factory=time.monotonic)
+
+    def add(self, part: Part) -> None:
+        self.token_ids += part.token_ids
+        self.logprobs += part.logprobs
+        self.versions += part.versions
+        self.text += part.text
+        self.last_answer = time.monotonic()
+        mark("token")
+
+    def line(self, now: float) -> str:
+        """Its line in a stall report."""
+        group, rid = self.request.group_id, self.request.rid
+        who = f"task {group} member {rid.removeprefix(group + '.')}" if group else f"request {rid}"
+        silent_s = now - self.last_answer
+        return f"{who} on {self.server_id}, {len(self.token_ids)} tokens, last answer {silent_s:.1f} s ago"
+
+
+class Generator:
+    """Sends requests to servers until they are done. `version` is that of the weights the servers hold."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        transport: Transport,
+        router: Router,
+        config: InferenceEngineConfig,
+        counters: Counters,
+        seed: int,
+    ) -> None:
+        self.backend = backend
+        self.transport = transport
+        self.router = router
+        self.config = config
+        self.counters = counters
+        self.seed = seed
+        self.gate = Gate()
+        self.version = 0
+        self.announced_version = 0  # the newest version that any server may hold already
+        self.num_events = 0  # answers and failures so far: shows a waiting caller that something happens
+        self._flights: dict[str, Flight] = {}
+        self._aborts: set[asyncio.Task[None]] = set()
+
+    def pending(self) -> list[str]:
+        """Lines about the requests on their way, those without an answer for longest first. Any thread may call."""
+        now = time.monotonic()
+        flights = sorted(self._flights.values(), key=lambda f: f.last_answer)
+        return [flight.line(now) for flight in flights]
+
+    def owner(self) -> str:
+        """Who has to act next: the server with the oldest silent request. Any thread may call."""
+        oldest = min(self._flights.values(), key=lambda f: f.last_answer, default=None)
+        if oldest is None:
+            return "workflow and reward workers"
+        return oldest.server_id if self.gate.is_open else "resume()"
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """Sample one sequence.
+
+        Consumes: answers of the servers. Produces: one Completion. Waits for: an open gate, then the answer to each
+        sending, at most `request_timeout_s`. Unblocked by: the answer, the time limit, a lost connection, resume().
+
+        Raises:
+            RequestError: a server refused the request.
+            ServerUnreachable: sending it `request_retries` times more brought no token.
+        """
+        if request.seed is None:
+            request = replace(request, seed=seed_of(self.seed, request.rid))
+        flight = Flight(request)
+        wire_id = f"{uuid.uuid4().hex}-{request.rid}"  # uuid first: servers abort by prefix
+        self._flights[wire_id] = flight
+        try:
+            while True:
+                part = await self._send(flight, wire_id)
+                if part is None:
+                    continue
+                flight.add(part)
+                if part.finish_reason != "abort":
+                    return self._completion(flight, part.finish_reason, part.matched)
+                if len(flight.token_ids) >= request.max_new_tokens:
+                    return self._completion(flight, "length", None)
+                await self._interrupted(flight, part)
+        finally:
+            del self._flights[wire_id]
+
+    async def _send(self, flight: Flight, wire_id: str) -> Part | None:
+        """One sending; None when it failed and the request may be sent again."""
+        await self.gate.passed()
+        request = flight.request
+        num_left = request.max_new_tokens - len(flight.token_ids)
+        num_queued = len(request.input_ids) + len(flight.token_ids) + num_left
+        oldest_version = self.version
+        server = self.router.acquire(request.group_id, num_queued)
+        flight.server_id = server.id
+        failed = False
+        try:
+            part = await self._answer(flight, server, wire_id)
+        except ServerUnreachable as error:
+            failed = True
+            flight.num_failures += 1
+            self.counters.add("num_request_failures", 1)
+            if flight.num_failures > self.config.request_retries:
+                raise ServerUnreachable(
+                    f"request {request.rid} got no token in {flight.num_failures} sendings; the last: {error}"
+                ) from error
+            await asyncio.sleep(backoff_s(flight.num_failures))
+            return None
+        finally:
+            self.num_events += 1
+            self.router.release(server, num_queued, failed)
+        if part.token_ids:
+            flight.num_failures = 0
+        strange = sum(not oldest_version <= v <= self.announced_version for v in part.versions)
+        self.counters.add("num_unexpected_versions", strange)
+        return part
+
+    async def _answer(self, flight: Flight, server: Server, wire_id: str) -> Part:
+        """The server's answer within `request_timeout_s` of unpaused time; after that it is asked for what it has."""
+        body = self.backend.generate_body(flight.request, wire_id, flight.token_ids)
+        call = asyncio.ensure_future(self.transport.post(server, "/generate", body))
+        started = self.gate.clock_s()
+        try:
+            while not call.done():
+                left_s = self.config.request_timeout_s - (self.gate.clock_s() - started)
+                if left_s <= 0:
+                    break
+                await asyncio.wait({call}, timeout=left_s)
+            if not call.done():
+                self.counters.add("num_request_timeouts", 1)
+                await self._abort(server, wire_id)
+                await asyncio.wait({call}, timeout=ABORT_GRACE_S)
+            if not call.done():
+                raise ServerUnreachable(
+                    f"{server.id} ({server.url}) gave no answer to {flight.request.rid} within"
+                    f" {self.config.request_timeout_s} s, nor when asked to abort it"
+                )
+            part = self.backend.parse_part(call.result(), server.id)
+            if part.finish_reason == "abort" and not part.token_ids and self._is_over(started):
+                raise ServerUnreachable(
+                    f"{server.id} ({server.url}) sampled no token of {flight.request.rid} within"
+                    f" {self.config.request_timeout_s} s"
+                )
+            return part
+        except asyncio.CancelledError:
+            self._spawn(self._abort(server, wire_id))
+            raise
+        finally:
+            call.cancel()
+
+    def _is_over(self, started: float) -> bool:
+        return self.gate.clock_s() - started >= self.config.request_timeout_s
+
+    async def _abort(self, server: Server, wire_id: str) -> None:
+        try:
+            await self.transport.post(server, "/abort_request", {"rid": wire_id}, limit_s=ABORT_GRACE_S)
+        except ServerUnreachable:
+            self.counters.add("num_request_failures", 1)  # the sending itself reports what is wrong
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+    async def _interrupted(self, flight: Flight, part: Part) -> None:
+        flight.num_interruptions += 1
+        flight.num_empty_aborts = 0 if part.token_ids else flight.num_empty_aborts + 1
+        if flight.num_empty_aborts > MAX_EMPTY_ABORTS:
+            raise ServerUnreachable(
+                f"{flight.server_id} aborted {flight.request.rid} {flight.num_empty_aborts} times in a row without"
+                " sampling a token; expected it to hold requests while it is paused"
+            )
+        if flight.num_empty_aborts > 1:
+            await asyncio.sleep(backoff_s(flight.num_empty_aborts - 1))
+
+    def _completion(self, flight: Flight, reason: FinishReason, matched: int | str | None) -> Completion:
+        latency_s = time.monotonic() - flight.started
+        self.counters.add("num_generated_tokens", len(flight.token_ids))
+        self.counters.add("num_interruptions", flight.num_interruptions)
+        self.counters.observe("request_s", latency_s)
+        return Completion(
+            token_ids=flight.token_ids,
+            logprobs=flight.logprobs,
+            versions=flight.versions,
+            finish_reason=reason,
+            matched=matched,
+            text=flight.text,
+            server_id=flight.server_id,
+            latency_s=latency_s,
+            num_interruptions=flight.num_interruptions,
+        )
+
+
+def backoff_s(num_failures: int) -> float:
+    """Seconds to wait after so many failures in a row."""
+    return min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (num_failures - 1))
+
+
+def seed_of(seed: int, rid: str) -> int:
+    """A sampling seed of 31 bits that depends on the run's seed and the request's name only."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{rid}".encode(), digest_size=4).digest(), "big") >> 1
