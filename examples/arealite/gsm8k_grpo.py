@@ -1,0 +1,80 @@
+"""GRPO on GSM8K, with the training loop spelled out: change what you like between two lines.
+
+    arealite run examples/arealite/gsm8k_grpo.py --config examples/arealite/gsm8k_grpo.yaml
+
+Every trainer rank runs this file; `prepare_batch` hands each rank its share of one batch of finished groups.
+"""
+
+import sys
+
+from arealite.api.cli_args import GRPOConfig
+from arealite.api.load_config import load_config
+from arealite.dataset.loader import StatefulDataLoader, load_tasks
+from arealite.engine.checkpoint import Saver
+from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.engine.recover import RecoverHandler
+from arealite.evaluation.evaluator import Evaluator
+from arealite.observe import waits
+from arealite.observe.run_folder import RunFolder
+from arealite.observe.stats_logger import StatsLogger
+from arealite.observe.summary import report
+from arealite.reward.math import gsm8k_reward
+from arealite.trainer import load_tokenizer, remote_engine, total_steps
+from arealite.weights.link import WeightLink
+from arealite.workflow.rlvr import RLVRWorkflow
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(argv, GRPOConfig)
+    waits.configure_from_env()
+    folder = RunFolder.of(config)
+    tokenizer = load_tokenizer(config)
+
+    actor = FSDPPPOActor(config.actor)
+    actor.initialize()
+    rollout = remote_engine(config)  # RemoteSGLangEngine, RemoteNativeEngine: as allocation_mode says
+    rollout.initialize(actor.collective)
+    actor.connect_engine(rollout, WeightLink(config.weight_update, folder.root / "weights"))
+
+    dataloader = StatefulDataLoader(load_tasks(config.train_dataset, tokenizer, config.seed), config)
+    workflow = RLVRWorkflow(gsm8k_reward, config.gconfig, tokenizer, config=config.rollout)
+    eval_workflow = RLVRWorkflow(gsm8k_reward, config.eval_gconfig, tokenizer, config=config.rollout)
+    eval_tasks = load_tasks(config.valid_dataset, tokenizer, config.seed)
+    evaluator = Evaluator(config.evaluator, folder, rollout, eval_workflow, eval_tasks, actor.collective)
+    saver = Saver(config.saver, folder)
+    recover = RecoverHandler(config.recover, folder, config)
+    num_steps = total_steps(config, dataloader)
+    logger = StatsLogger(folder, config.stats_logger, num_steps)
+
+    start = recover.load(actor, rollout, dataloader)
+    actor.upload_weights()
+    if start == 0:
+        evaluator.maybe_evaluate(0, 0)
+    for step in range(start, num_steps):
+        batch = rollout.prepare_batch(dataloader, workflow)  # rollout_batch(tasks, workflow) is synchronous
+        batch.prox_logp = actor.compute_logp(batch)
+        actor.compute_advantages(batch)
+        stats = actor.grpo_update(batch)
+        rollout.mark_trained(step, skipped=bool(stats["skipped"]))
+
+        rollout.pause()
+        actor.upload_weights()
+        rollout.resume()
+
+        epoch = dataloader.epoch
+        saver.maybe_save(step + 1, epoch, actor)
+        evaluator.maybe_evaluate(step + 1, epoch, last=step + 1 == num_steps)
+        if actor.collective.rank == 0:
+            logger.commit(step, epoch, stats | rollout.stats(), rollout.last_groups, tokenizer)
+        recover.maybe_save(step + 1, epoch, actor, rollout, dataloader)
+
+    if actor.collective.rank == 0:
+        logger.close()
+        report(folder)
+    workflow.close()
+    rollout.destroy()
+    actor.destroy()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
