@@ -174,6 +174,12 @@ def test_commit_adds_speed_and_keeps_given_numbers(tmp_path):
     assert numbers["tokens_per_s"] == 1.5 and numbers["samples_per_s"] == 0.5 and numbers["reward_mean"] == 9.0
 
 
+def test_loop_without_timers_gets_the_time_between_commits(tmp_path):
+    log, _ = logger(RunFolder(tmp_path))
+    assert log.commit(0, 0, {})["step_s"] > 0
+    assert log.commit(1, 0, {"step_s": 7.0})["step_s"] == 7.0
+
+
 def test_time_shares_split_the_wait_and_add_up():
     stats = {"step_s": 10.0, "rollout_wait_s": 4.0, "generate_s": 3.0, "reward_s": 1.0, "train_s": 3.0, "sync_s": 1.0}
     shares = time_shares(stats)

@@ -32,7 +32,7 @@ REPLACED = ".replaced-"
 
 
 class Stateful(Protocol):
-    """The rollout head: its state is a JSON-ready dict on rank 0."""
+    """The rollout client: its state is a JSON-ready dict, saved on rank 0 (the head) and given back to every rank."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -141,8 +141,8 @@ class RecoverHandler:
             return 0
         actor.load_state(str(self._folder.recovery_point(found["step"]) / "actor"))
         dataloader.load_state_dict(found["dataloader"])
-        if actor.collective.rank == 0:  # the rollout head; the other ranks have none
-            rollout.load_state_dict(found["rollout"])
+        rollout.load_state_dict(found["rollout"])
+        if actor.collective.rank == 0:
             logger.warning("going on after step %d, from %s", found["step"], self._folder.recovery_point(found["step"]))
         self.epoch = found["epoch"]
         self.frequency.restart(self.epoch)

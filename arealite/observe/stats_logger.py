@@ -5,6 +5,7 @@ Called by the training script on rank 0.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from arealite.observe.progress import Progress
@@ -33,6 +34,7 @@ class StatsLogger:
         self._folder = folder
         self._config = config
         self._num_dropped = 0
+        self._last_commit_s = time.monotonic()
         self._progress = progress or Progress(total_steps)
         self._metrics: MetricsFile | None = None
         self._tensorboard: TensorBoardSink | None = None
@@ -48,15 +50,18 @@ class StatsLogger:
         """Write step `step` (0 .. total_steps - 1: as many optimiser steps were done before it); returns its numbers.
 
         `groups` are the groups it trained on: their numbers (reward_mean, num_samples, ...) are added unless `stats`
-        has them, and `tokens_per_s`, `samples_per_s` come from them and `step_s`. Call on rank 0. Raises ArealiteError
-        when metrics.jsonl cannot be written.
+        has them, and `tokens_per_s`, `samples_per_s` come from them and `step_s`; a loop that does not time its steps
+        gets the time since the last commit as `step_s`. Call on rank 0. Raises ArealiteError when metrics.jsonl cannot
+        be written.
         """
         metrics = self._metrics or self._open(step)
         merged = {name: float(value) for name, value in stats.items()}
         if groups is not None:
             merged = rollout_stats(groups) | merged
             self._write_rollouts(step, groups, tokenizer)
-        if merged.get("step_s", 0.0) > 0 and "num_completion_tokens" in merged:
+        since_s, self._last_commit_s = time.monotonic() - self._last_commit_s, time.monotonic()
+        merged.setdefault("step_s", since_s)
+        if merged["step_s"] > 0 and "num_completion_tokens" in merged:
             merged.setdefault("tokens_per_s", merged["num_completion_tokens"] / merged["step_s"])
             merged.setdefault("samples_per_s", merged["num_samples"] / merged["step_s"])
         if self._tensorboard is not None:
