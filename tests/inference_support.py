@@ -92,7 +92,7 @@ class LocalServer:
             )
             await self._runner.setup()
             await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-            self.url = "http://127.0.0.1:{}".format(self._runner.addresses[0][1])
+            self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
             self._ready.set()
 
         self._loop.run_until_complete(start())

@@ -1,0 +1,173 @@
+"""Every malformed /generate body is refused with a message that names the field; neutral values pass."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arealite.api.errors import RequestError
+from arealite.inference.requests import ServedLimits, parse_generate
+
+LIMITS = ServedLimits(vocab_size=100, context_length=64, kv_cache_tokens=48, encode=lambda text: [1] * len(text))
+
+
+def parse(body: Any) -> Any:
+    return parse_generate(body, LIMITS)
+
+
+def one(**params: Any) -> Any:
+    return parse({"input_ids": [1, 2, 3], "sampling_params": params})[0][0].params
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ([], "body"),
+        ({}, "text and input_ids"),
+        ({"text": "a", "input_ids": [1]}, "text and input_ids"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [[]]}, "input_ids[0]"),
+        ({"input_ids": [[1], []]}, "input_ids[1]"),
+        ({"input_ids": [1, [2]]}, "input_ids"),
+        ({"input_ids": [[1], 2]}, "input_ids[1]"),
+        ({"input_ids": [1, 100]}, "input_ids"),
+        ({"input_ids": [-1]}, "input_ids"),
+        ({"input_ids": [1.0]}, "input_ids"),
+        ({"input_ids": [True]}, "input_ids"),
+        ({"input_ids": [10**400]}, "input_ids"),
+        ({"input_ids": "12"}, "input_ids"),
+        ({"text": ""}, "empty"),
+        ({"text": []}, "text"),
+        ({"text": 3}, "text"),
+        ({"input_ids": [1] * 64}, "64 tokens"),
+        ({"input_ids": [1] * 48}, "48 tokens"),
+        ({"input_ids": [1], "stream": True}, "stream"),
+        ({"input_ids": [1], "top_logprobs_num": 2}, "top_logprobs_num"),
+        ({"input_ids": [1], "lora_path": "x"}, "lora_path"),
+        ({"input_ids": [1], "rid": 3}, "rid"),
+        ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, "rid"),
+        ({"input_ids": [1], "return_logprob": 1}, "return_logprob"),
+        ({"input_ids": [1], "return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
+        ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "sampling_params"),
+        ({"input_ids": [1], "sampling_params": [1]}, "sampling_params"),
+        ({"input_ids": [1], "sampling_params": "x"}, "sampling_params"),
+    ],
+)
+def test_wrong_bodies_are_refused_by_name(body: Any, named: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(body)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_new_tokens", 10.0),
+        ("max_new_tokens", -1),
+        ("max_new_tokens", 46),
+        ("max_new_tokens", True),
+        ("min_new_tokens", 129),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "1"),
+        ("temperature", 10**400),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", 0),
+        ("top_k", -2),
+        ("top_k", 2.5),
+        ("min_p", 2),
+        ("stop", [1]),
+        ("stop", ["a"] * 33),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", ["5"]),
+        ("ignore_eos", 1),
+        ("sampling_seed", 2**63),
+        ("n", 2),
+        ("n", True),
+        ("frequency_penalty", 0.5),
+        ("presence_penalty", 0.1),
+        ("repetition_penalty", 1.1),
+        ("logit_bias", {"3": 1.0}),
+        ("stop_regex", "a+"),
+        ("regex", "a"),
+        ("json_schema", "{}"),
+    ],
+)
+def test_wrong_sampling_values_are_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=key):
+        one(**{key: value})
+
+
+def test_unknown_sampling_keys_name_the_nearest() -> None:
+    with pytest.raises(RequestError, match="max_tokens.*max_new_tokens"):
+        one(max_tokens=5)
+
+
+def test_null_and_neutral_values_pass_for_every_key() -> None:
+    keys = ["temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "ignore_eos", "sampling_seed", "n"]
+    keys += ["min_new_tokens", "frequency_penalty", "logit_bias", "regex", "custom_params", "stream_interval"]
+    params = one(**dict.fromkeys(keys), max_new_tokens=5)
+    assert (params.temperature, params.top_p, params.top_k, params.min_p, params.seed) == (1.0, 1.0, 0, 0.0, None)
+    one(n=1, frequency_penalty=0, presence_penalty=0.0, repetition_penalty=1, logit_bias={}, top_k=-1, max_new_tokens=5)
+    parse({"input_ids": [1], "stream": False, "top_logprobs_num": 0, "lora_path": None, "routing_key": "g", "xyz": 3})
+
+
+def test_lengths_default_to_the_protocol_and_to_what_fits() -> None:
+    assert one().max_new_tokens == 45, "128 by default, but the KV cache leaves 48 - 3"
+    assert one(max_new_tokens=None).max_new_tokens == 45
+    assert one(max_new_tokens=45).max_new_tokens == 45
+
+
+def test_tiny_temperatures_are_greedy() -> None:
+    assert one(temperature=1e-7).temperature == 0.0
+    assert one(temperature=1e-5).temperature == 1e-5
+
+
+def test_batches_get_ids_and_params_of_their_own() -> None:
+    requests, batched = parse(
+        {
+            "input_ids": [[1], [2, 3]],
+            "rid": "r",
+            "sampling_params": [{"top_k": 5}, None],
+            "return_logprob": [True, False],
+        }
+    )
+    assert batched and [r.rid for r in requests] == ["r_0", "r_1"]
+    assert [r.params.top_k for r in requests] == [5, 0] and [r.return_logprob for r in requests] == [True, False]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    body=json_values
+    | st.fixed_dictionaries(
+        {},
+        optional={
+            "input_ids": json_values | st.just([1, 2]),
+            "text": json_values,
+            "rid": json_values,
+            "return_logprob": json_values,
+            "logprob_start_len": json_values,
+            "sampling_params": json_values
+            | st.dictionaries(st.sampled_from(["max_new_tokens", "top_k", "stop", "min_p", "n"]), json_values),
+        },
+    )
+)
+def test_no_body_does_anything_but_pass_or_be_refused(body: Any) -> None:
+    try:
+        requests, _ = parse(json.loads(json.dumps(body)))
+    except RequestError:
+        return
+    assert all(r.prompt_ids and len(r.prompt_ids) + r.params.max_new_tokens <= 48 for r in requests)

@@ -1,0 +1,142 @@
+"""The sampler draws from the right distribution, whatever the restriction, and every row for itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arealite.inference.requests import SamplingParams
+from arealite.inference.sampler import NUM_LIKELIEST, sample, uniform
+
+NUM_DRAWS = 20_000
+
+
+def reference_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The restricted distribution, the slow and plain way."""
+    probs = torch.softmax(logits.double() / params.temperature, -1)
+    order = probs.argsort(descending=True)
+    kept = torch.zeros_like(probs)
+    mass = 0.0
+    for rank, token in enumerate(order.tolist()):
+        p = float(probs[token])
+        if (params.top_k and rank >= params.top_k) or mass >= params.top_p or p < params.min_p * float(probs.max()):
+            break
+        kept[token] = p
+        mass += p
+    return kept / kept.sum()
+
+
+def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """Pearson's statistic in standard deviations above its mean; draws outside of the support are infinitely far."""
+    support = probs > 0
+    if bool(counts[~support].any()):
+        return math.inf
+    expected = probs[support] * counts.sum()
+    statistic = float(((counts[support] - expected) ** 2 / expected).sum())
+    freedom = max(int(support.sum()) - 1, 1)
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(1),
+        SamplingParams(1, temperature=0.5),
+        SamplingParams(1, temperature=1.7, top_k=7),
+        SamplingParams(1, top_p=0.6),
+        SamplingParams(1, min_p=0.2),
+        SamplingParams(1, top_k=20, top_p=0.8, min_p=0.05),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(params: SamplingParams) -> None:
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(3)) * 1.5
+    uniforms = [uniform(7, i) for i in range(NUM_DRAWS)]
+    drawn = sample(logits.expand(NUM_DRAWS, -1), [params] * NUM_DRAWS, uniforms, [None] * NUM_DRAWS)
+    counts = torch.bincount(torch.tensor(drawn.tokens), minlength=300).double()
+    probs = reference_probs(logits, params)
+    likely = probs * NUM_DRAWS >= 5  # the statistic needs a few expected draws in each cell
+    rest = torch.tensor([float(counts[~likely].sum()), float(probs[~likely].sum())])
+    assert not bool(counts[probs == 0].any())
+    assert chi_square(torch.cat([counts[likely], rest[:1]]), torch.cat([probs[likely], rest[1:].double()])) < 4
+    full = torch.log_softmax(logits.double() / params.temperature, -1)
+    error = max(abs(lp - float(full[t])) for t, lp in zip(drawn.tokens, drawn.logprobs, strict=True))
+    assert error < 1e-5, "the logprob is that of the full vocabulary after temperature"
+
+
+def test_a_nucleus_wider_than_the_sorted_head_is_exact() -> None:
+    vocab = 4 * NUM_LIKELIEST
+    logits = torch.zeros(64, vocab)
+    params = [SamplingParams(1, top_p=0.9)] * 64
+    drawn = sample(logits, params, [(i + 0.5) / 64 for i in range(64)], [None] * 64)
+    assert len(set(drawn.tokens)) == 64, "equal probabilities: different uniforms must reach all over the nucleus"
+
+
+def test_greedy_is_argmax_with_logprobs_at_temperature_one() -> None:
+    logits = torch.randn(5, 1000)
+    drawn = sample(logits, [SamplingParams(1, temperature=0.0)] * 5, [0.0] * 5, [None] * 5)
+    assert drawn.tokens == logits.argmax(-1).tolist()
+    wanted = torch.log_softmax(logits, -1).max(-1).values.tolist()
+    assert drawn.logprobs == pytest.approx(wanted, abs=1e-5)
+
+
+def test_banned_tokens_are_never_drawn() -> None:
+    logits = torch.zeros(200, 4)
+    uniforms = [i / 200 for i in range(200)]
+    drawn = sample(logits, [SamplingParams(1)] * 200, uniforms, [frozenset({1, 3, 99})] * 200)
+    assert set(drawn.tokens) == {0, 2}
+    assert drawn.logprobs == pytest.approx([math.log(0.5)] * 200)
+
+
+@pytest.mark.parametrize("at", [0.0, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("vocab", [3, 256, 257, 1000])
+def test_extreme_uniforms_never_reach_impossible_tokens(at: float, vocab: int) -> None:
+    logits = torch.full((1, vocab), -torch.inf)
+    logits[0, vocab // 2] = 1.0
+    drawn = sample(logits, [SamplingParams(1)], [at], [None])
+    assert (drawn.tokens, drawn.logprobs, drawn.ok) == ([vocab // 2], [0.0], [True])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(bad: float) -> None:
+    logits = torch.randn(3, 50)
+    alone = sample(logits[2:], [SamplingParams(1)], [0.3], [None])
+    logits[1, 7] = bad
+    drawn = sample(logits, [SamplingParams(1)] * 3, [0.1, 0.2, 0.3], [None] * 3)
+    assert drawn.ok == [True, False, True]
+    assert (drawn.tokens[2], drawn.logprobs[2]) == (alone.tokens[0], alone.logprobs[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    num_rows=st.integers(1, 70),
+    vocab=st.sampled_from([5, 255, 256, 1000, 49152 // 16]),
+    seed=st.integers(0, 2**31),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_a_row_does_not_depend_on_the_others(
+    num_rows: int, vocab: int, seed: int, temperature: float, top_p: float, dtype: torch.dtype
+) -> None:
+    logits = torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    params = [SamplingParams(1, temperature=temperature, top_p=top_p)] * num_rows
+    uniforms = [uniform(seed, i) for i in range(num_rows)]
+    together = sample(logits, params, uniforms, [None] * num_rows)
+    for i in {0, num_rows // 2, num_rows - 1}:
+        alone = sample(logits[i : i + 1], params[:1], uniforms[i : i + 1], [None])
+        assert (alone.tokens[0], alone.logprobs[0]) == (together.tokens[i], together.logprobs[i])
+
+
+def test_uniforms_are_uniform_and_differ_between_seeds_and_positions() -> None:
+    grid = torch.tensor([[uniform(seed, i) for i in range(200)] for seed in (*range(49), -1)], dtype=torch.float64)
+    assert len(set(grid.flatten().tolist())) == grid.numel()
+    counts = torch.histc(grid.flatten(), bins=20, min=0, max=1)
+    assert chi_square(counts.double(), torch.full((20,), 0.05, dtype=torch.float64)) < 4
+    along = torch.corrcoef(torch.stack([grid[:, :-1].flatten(), grid[:, 1:].flatten()]))[0, 1]
+    across = torch.corrcoef(torch.stack([grid[:-1].flatten(), grid[1:].flatten()]))[0, 1]
+    assert abs(float(along)) < 0.04 and abs(float(across)) < 0.04
