@@ -1,0 +1,100 @@
+"""Reads rows, as they stand, from local JSONL / Parquet files, from the hub, or from reasoning_gym.
+
+Called by dataset/loader.py. Every row comes with the words that an error message needs to find it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from arealite.api.cli_args import DatasetConfig
+from arealite.api.errors import DatasetError
+from arealite.dataset.reasoning_gym_source import PREFIX, generated_rows
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: `number` counts from 0 over the whole source, `where` is "file:line" or "file row n"."""
+
+    number: int
+    where: str
+    values: dict[str, Any]
+
+
+def read_rows(config: DatasetConfig, seed: int) -> Iterator[Row]:
+    """The first `num_rows` rows of the configured source, in its own order. Raises DatasetError."""
+    if config.path.startswith(PREFIX):
+        found = generated_rows(config, seed)
+    elif Path(config.path).exists():
+        found = local_rows(Path(config.path))
+    elif config.path.startswith((".", "/", "~")) or config.path.endswith(SUFFIXES):
+        raise DatasetError(f"data set {config.path!r} does not exist: give a JSONL / Parquet file or a folder of them")
+    else:
+        found = hub_rows(config)
+    for number, (where, values) in enumerate(islice(found, config.num_rows)):
+        if not isinstance(values, dict):
+            raise DatasetError(f"{where}: found {type(values).__name__}, expected one mapping of columns per row")
+        yield Row(number, where, values)
+
+
+def local_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of one file, or of all JSONL and Parquet files directly in a folder, in the order of their names."""
+    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise DatasetError(f"{path} holds no {' or '.join(SUFFIXES)} file: give the folder that does")
+    for file in files:
+        if file.suffix == ".parquet":
+            yield from parquet_rows(file)
+        elif file.suffix == ".jsonl":
+            yield from jsonl_rows(file)
+        else:
+            raise DatasetError(f"{file} ends in {file.suffix or 'nothing'!r}, expected {' or '.join(SUFFIXES)}")
+
+
+def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{file}:{number}"
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DatasetError(f"{where}: not JSON ({error.msg}, column {error.colno}): mend the line") from None
+
+
+def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            number = 0
+            for batch in table.iter_batches():
+                for values in batch.to_pylist():
+                    yield f"{file} row {number}", values
+                    number += 1
+    except pyarrow.ArrowException as error:
+        raise DatasetError(f"{file} is not a readable Parquet file: {error}") from None
+
+
+def hub_rows(config: DatasetConfig) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    named = f"{config.path} (subset {config.subset}, split {config.split})"
+    try:
+        rows = datasets.load_dataset(config.path, config.subset, split=config.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DatasetError(
+            f"data set {named} is neither a local file or folder nor found on the hub: {str(error).strip()[:500]}."
+            " Check path, subset and split, and the network"
+        ) from None
+    for number, values in enumerate(rows):
+        yield f"{named} row {number}", values
