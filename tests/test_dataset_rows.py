@@ -1,0 +1,154 @@
+"""Rows become tasks: every accepted form, and for every malformed one an error that names the place and the fix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from arealite.api.cli_args import DatasetConfig
+from arealite.api.errors import DatasetError
+from arealite.dataset.rows import task_of
+from arealite.dataset.sources import Row, read_rows
+
+USER = {"role": "user", "content": "What is 2 + 3?"}
+
+
+def task(values, chat=True, **settings):
+    return task_of(Row(7, "f.jsonl:8", values), DatasetConfig(**settings), chat)
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("column", ["question", "problem", "prompt"])
+@pytest.mark.parametrize("answer_column", ["answer", "solution", "ground_truth"])
+def test_questions_become_user_messages(column, answer_column):
+    made = task({column: "What is 2 + 3?", answer_column: 5})
+    assert (made.id, made.messages, made.prompt, made.answer, made.extras) == ("r7", [USER], None, "5", {})
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt", "question"])
+def test_lists_are_messages(column):
+    chat = [{"role": "system", "content": "Be brief."}, USER]
+    assert task({column: chat, "answer": "5"}).messages == chat
+
+
+def test_text_is_raw_and_so_is_everything_without_a_chat_template():
+    assert task({"text": "2 + 3 =", "answer": "5"}).prompt == "2 + 3 ="
+    made = task({"question": "2 + 3", "answer": "5"}, chat=False, prompt_template="{prompt} =")
+    assert (made.prompt, made.messages) == ("2 + 3 =", None)
+
+
+def test_gsm8k_answers_are_what_follows_the_mark():
+    made = task({"question": "?", "answer": "600 + 678 = <<600+678=1278>>\n#### 1,278"})
+    assert made.answer == "1278"
+    assert made.extras == {"solution": "600 + 678 = <<600+678=1278>>\n#### 1,278"}
+
+
+def test_other_columns_are_kept_but_none_that_would_shadow_a_reward_argument():
+    made = task({"question": "?", "answer": "5", "level": 3, "tags": ["a"], "completion": "x", "none": None})
+    assert made.extras == {"level": 3, "tags": ["a"], "none": None}
+
+
+def test_template_and_system_prompt():
+    made = task({"question": "2 {+} 3", "answer": "5"}, prompt_template="Q: {prompt} {x}", system_prompt="Be brief.")
+    assert made.messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Q: 2 {+} 3 {x}"},
+    ]
+
+
+MALFORMED = [
+    ({"answer": "5"}, {}, "no question: found the columns answer, expected a question in one of messages, question"),
+    ({"question": "?", "answer": None, "n": 1}, {}, "no answer: found the columns question, answer, n"),
+    ({"question": {"a": 1}, "answer": "5"}, {}, "column 'question' is dict, expected text or a number"),
+    ({"question": "?", "answer": [5]}, {}, "column 'answer' is list"),
+    ({"question": "?", "answer": True}, {}, "column 'answer' is bool"),
+    ({"messages": "hi", "answer": "5"}, {"system_prompt": "s", "chat": False}, "system_prompt needs a chat"),
+    ({"messages": [{"content": "hi"}], "answer": "5"}, {}, r"messages\[0\] is .* expected .*role"),
+    ({"messages": [], "answer": "5"}, {}, "messages is empty"),
+    ({"messages": [{"role": "assistant", "content": "5"}], "answer": "5"}, {}, "ends with an assistant's turn"),
+    ({"messages": [USER], "answer": "5"}, {"chat": False}, "needs a chat template"),
+    ({"messages": [USER], "answer": "5"}, {"prompt_template": "Q {prompt}"}, "prompt_template is for rows with a"),
+    (
+        {"messages": [{"role": "system", "content": "a"}, USER], "answer": "5"},
+        {"system_prompt": "b"},
+        "has a system message of its own",
+    ),
+    ({"text": "2 + 3 =", "answer": "5"}, {"system_prompt": "b"}, "raw text: leave system_prompt out"),
+    ({"question": "?", "answer": "5", "image": b"x"}, {}, "column 'image' is no JSON"),
+]
+
+
+@pytest.mark.parametrize(("values", "settings", "complaint"), MALFORMED)
+def test_malformed_rows_name_place_column_and_fix(values, settings, complaint):
+    with pytest.raises(DatasetError, match=complaint) as raised:
+        task(values, **settings)
+    assert str(raised.value).startswith("f.jsonl:8: ")
+
+
+def read(path, **settings):
+    return list(read_rows(DatasetConfig(path=str(path), **settings), seed=1))
+
+
+def test_files_and_folders_in_the_order_of_their_names(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    write_jsonl(tmp_path / "b.jsonl", [{"question": "b0"}, {"question": "b1"}])
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a0", "a1"], "n": [1, 2]}), tmp_path / "a.parquet")
+    (tmp_path / "README.md").write_text("not a data file")
+    rows = read(tmp_path)
+    assert [(r.number, r.values["question"]) for r in rows] == [(0, "a0"), (1, "a1"), (2, "b0"), (3, "b1")]
+    assert rows[1].where.endswith("a.parquet row 1")
+    assert rows[3].where.endswith("b.jsonl:2")
+    assert [r.number for r in read(tmp_path, num_rows=3)] == [0, 1, 2]
+    assert [r.values["question"] for r in read(tmp_path / "b.jsonl")] == ["b0", "b1"]
+
+
+def test_unreadable_sources_say_where(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "a"}\n\n{"question": \n')
+    with pytest.raises(DatasetError, match=r"bad\.jsonl:3: not JSON"):
+        read(bad)
+    with pytest.raises(DatasetError, match=r"list\.jsonl:1: found list, expected one mapping"):
+        read(write_jsonl(tmp_path / "list.jsonl", [[1]]))
+    (tmp_path / "bad.parquet").write_text("not parquet")
+    with pytest.raises(DatasetError, match="not a readable Parquet file"):
+        read(tmp_path / "bad.parquet")
+    with pytest.raises(DatasetError, match="does not exist"):
+        read(tmp_path / "absent.jsonl")
+    (tmp_path / "rows.txt").write_text("")
+    with pytest.raises(DatasetError, match="ends in '.txt', expected .jsonl or .parquet"):
+        read(tmp_path / "rows.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="holds no .jsonl or .parquet file"):
+        read(tmp_path / "empty")
+
+
+def test_hub_data_sets_are_read_by_subset_and_split(tmp_path, monkeypatch):
+    """A data set in the hub's folder layout, loaded by the library that loads hub ids."""
+    import datasets
+
+    rows = [{"question": "How many?", "answer": "It is\n#### 42"}]
+    (tmp_path / "main").mkdir()
+    write_jsonl(tmp_path / "main" / "test.jsonl", rows)
+    real = datasets.load_dataset
+
+    def from_folder(path, subset, split):
+        assert path == "openai/gsm8k"
+        return real(str(tmp_path), data_dir=subset, split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", from_folder)
+    found = read("openai/gsm8k", subset="main", split="test")
+    assert [r.values for r in found] == rows
+    assert task_of(found[0], DatasetConfig(), chat=True).answer == "42"
+
+
+def test_an_unknown_hub_id_says_what_was_tried():
+    with pytest.raises(DatasetError, match=r"nobody/nothing \(subset None, split train\) is neither a local file"):
+        read("nobody/nothing")
