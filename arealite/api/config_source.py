@@ -25,7 +25,8 @@ NUM_SUGGESTIONS = 3
 
 @dataclass(frozen=True)
 class Given:
-    """One value that the user wrote: `where` is "file:line" or "command line"."""
+    """One value that the user wrote: `where` is "file:line" or "command line". The value of a section is its class:
+    an optional section comes into being where the user names it."""
 
     key: str
     value: Any
@@ -150,6 +151,10 @@ class Reader:
             return
         if text == "null":
             value = None
+        sections = [key[:at] for at, letter in enumerate(key) if letter == "."]
+        self.givens += [
+            Given(k, type_at(self.cls, k), where) for k in sections if is_config_class(type_at(self.cls, k))
+        ]
         self.add(key, value, hint, lambda _: where)
 
     def walk(self, tree: dict[Any, Any], cls: type, prefix: str, where: Any) -> None:

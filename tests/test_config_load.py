@@ -1,0 +1,203 @@
+"""Loading a configuration: values arrive where they belong, and every mistake is named with its place and remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from arealite.api.cli_args import GRPOConfig, TrainEngineConfig, setting
+from arealite.api.errors import ConfigError
+from arealite.api.load_config import explain, load_config, load_config_file, to_yaml
+
+MINIMAL = "actor:\n  path: model\ntrain_dataset:\n  path: rows.jsonl\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def load(folder: Path, text: str = "", *overrides: str) -> GRPOConfig:
+    return load_config_file(write(folder, MINIMAL + text), list(overrides), GRPOConfig)
+
+
+def problems_of(folder: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        load_config_file(write(folder, text), list(overrides), GRPOConfig)
+    first, *rest = str(raised.value).replace(str(folder) + "/", "").split("\n  ")
+    assert first == f"{len(rest)} problem{'s' * (len(rest) != 1)} in the configuration:"
+    return rest
+
+
+def test_values_come_from_file_then_command_line(tmp_path):
+    path = write(tmp_path, MINIMAL + "seed: 3\nserver: {args: {a: 1, b: 2}, context_length: 600}\nref: {path: base}\n")
+    config = load_config(
+        ["seed=4", "--config", str(path), "actor.optimizer.lr=1e-5", "server.args.b=3", "gconfig.stop=[a, b]"],
+        GRPOConfig,
+    )
+    assert (config.seed, config.actor.path, config.actor.optimizer.lr) == (4, "model", 1e-5)
+    assert config.server.args == {"a": 1, "b": 3}
+    assert config.gconfig.stop == ["a", "b"]
+    assert isinstance(config.ref, TrainEngineConfig)
+    assert load_config([f"--config={path}", "ref=null"], GRPOConfig).ref is None
+
+
+def test_text_is_taken_as_it_stands(tmp_path):
+    config = load(tmp_path, "", "train_dataset.prompt_template=Q: {prompt} = ?", "trial_name=007", "actor.path='a b'")
+    assert config.train_dataset.prompt_template == "Q: {prompt} = ?"
+    assert (config.trial_name, config.actor.path) == ("007", "a b")
+
+
+def test_interpolation_and_yaml_anchors(tmp_path):
+    text = "ref: {path: '${actor.path}'}\nvalid_dataset: {path: x}\n"
+    config = load(tmp_path, text, "rollout.consumer_batch_size=${train_dataset.batch_size}")
+    assert config.ref is not None and config.ref.path == "model"
+    assert config.rollout.consumer_batch_size == 16
+    text = "gconfig: &g {max_new_tokens: 9}\neval_gconfig: {<<: *g, temperature: 0.5}\n"
+    assert load(tmp_path, text).eval_gconfig.max_new_tokens == 9
+
+
+def test_open_values_are_filled_in(tmp_path):
+    config = load(tmp_path, "seed: 7\nref: {path: base}\ngconfig: {temperature: 0.7}\n", "train_dataset.batch_size=6")
+    assert config.rollout.consumer_batch_size == 6
+    assert config.rollout.max_concurrent_rollouts == 12
+    assert (config.actor.temperature, config.ref.temperature) == (0.7, 0.7)
+    assert (config.actor.seed, config.ref.seed) == (7, 7)
+    assert config.tokenizer_path == "model"
+    assert load(tmp_path, "", "actor.seed=5").actor.seed == 5
+
+
+def test_unknown_keys_name_file_line_and_nearest(tmp_path):
+    text = MINIMAL + "actr: {path: x}\ngconfig:\n  temperatur: 1\noptimizer: {}\nzzz: 1\n"
+    found = problems_of(tmp_path, text, "actor.lr=1", "rollout.etaa=1")
+    assert found[0] == "run.yaml:5: unknown key 'actr': did you mean actor?"
+    assert found[1].startswith("run.yaml:7: unknown key 'gconfig.temperatur': did you mean gconfig.temperature or")
+    assert found[2] == "run.yaml:8: unknown key 'optimizer': did you mean actor.optimizer or ref.optimizer?"
+    assert found[3].startswith("run.yaml:9: unknown key 'zzz': the top level has experiment_name, trial_name,")
+    assert found[4] == "command line: unknown key 'actor.lr': did you mean actor.optimizer.lr or ref.optimizer.lr?"
+    assert found[5].startswith("command line: unknown key 'rollout.etaa': rollout has max_head_offpolicyness,")
+    assert len(found) == 6
+
+
+WRONG = [
+    ("seed: 1.5", "seed is 1.5 (float), expected an integer"),
+    ("seed: many", "seed is 'many' (str), expected an integer"),
+    ("seed: true", "seed is True: expected an integer, found true or false"),
+    ("seed: null", "seed is nothing (null), expected an integer"),
+    ("trial_name: yes", "trial_name is True: expected text, found true or false, in quotes if it is meant as text"),
+    ("trial_name: [a]", "trial_name is ['a'] (list), expected text"),
+    ("evaluator: {at_start: 3}", "evaluator.at_start is 3: expected true or false, found int"),
+    ("evaluator: {at_start: maybe}", "evaluator.at_start is 'maybe' (str), expected true or false"),
+    ("gconfig: {top_p: high}", "gconfig.top_p is 'high' (str), expected a number"),
+    ("gconfig: {stop: x}", "gconfig.stop is 'x' (str), expected a list, each entry text"),
+    (
+        "gconfig: {stop_token_ids: [x]}",
+        "gconfig.stop_token_ids is ['x'] (list), expected a list, each entry an integer",
+    ),
+    ("gconfig: 3", "gconfig is 3: expected a mapping of n_samples, max_new_tokens,"),
+    ("gconfig:", "gconfig is nothing (null), expected a mapping"),
+    ("ref: model", "ref is 'model': expected a mapping of path,"),
+    ("server: {args: 3}", "server.args is 3 (int), expected a mapping"),
+    ("seed: ${nowhere}", "seed is '${nowhere}': Interpolation key 'nowhere' not found"),
+    ("seed: ${trial_name}", "seed is '${trial_name}': "),
+    ("weight_update: nccl", "weight_update is 'nccl', expected one of shm, disk"),
+    ("recover: {num_kept: 0}", "recover.num_kept is 0, expected at least 1"),
+    ("gconfig: {temperature: .nan}", "gconfig.temperature is not a number (nan)"),
+]
+
+
+@pytest.mark.parametrize(("text", "complaint"), WRONG)
+def test_wrong_values_name_line_and_expectation(text, complaint, tmp_path):
+    found = problems_of(tmp_path, MINIMAL + "\n" + text)
+    assert len(found) == 1
+    assert found[0].startswith(f"run.yaml:6: {complaint}")
+
+
+def test_wrong_overrides(tmp_path):
+    found = problems_of(tmp_path, MINIMAL, "seed", "a..b=1", "server.args.x=[", "seed=x", "=3")
+    assert found[0] == "command line: 'seed' is not an override: write key=value"
+    assert found[1] == "command line: 'a..b=1' is not an override: write key=value"
+    assert found[2].startswith("command line: the value of server.args.x=[ is not YAML")
+    assert found[3] == "command line: '=3' is not an override: write key=value"
+    assert found[4] == "command line: seed is 'x' (str), expected an integer"
+
+
+def test_everything_wrong_is_reported_at_once(tmp_path):
+    found = problems_of(tmp_path, "sed: 1\nseed: x\ngconfig: {n_samples: 1}\n")
+    kinds = (
+        "unknown key 'sed'",
+        "expected an integer",
+        "actor.path is missing",
+        "train_dataset.path",
+        "n_samples is 1",
+    )
+    assert len(found) == len(kinds)
+    assert all(kind in said for kind, said in zip(kinds, found, strict=True))
+
+
+def test_unreadable_files(tmp_path):
+    for text, complaint in (
+        ("a: [1\n", r"run.yaml:2: not valid YAML"),
+        ("seed: 1\nseed: 2\n", r"run.yaml:2: not valid YAML: found duplicate key seed"),
+        ("- 1\n", r"run.yaml:1: expected `key: value` lines, found list"),
+        ("word\n", r"run.yaml:1: expected `key: value` lines"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            load_config_file(write(tmp_path, text), [], GRPOConfig)
+    with pytest.raises(ConfigError, match=r"absent.yaml does not exist: check --config"):
+        load_config_file(tmp_path / "absent.yaml", [], GRPOConfig)
+    for argv in ([], ["--config"], ["seed=1"]):
+        with pytest.raises(ConfigError, match="give --config FILE"):
+            load_config(argv, GRPOConfig)
+    assert len(problems_of(tmp_path, "")) == 2
+
+
+def test_resolved_yaml_reads_back_equal(tmp_path):
+    config = load(
+        tmp_path,
+        "ref: {path: base}\nvalid_dataset: {path: v, system_prompt: 'a: b\n c'}\nlauncher: {env: {A: '1'}}\n",
+        *("seed=3", "actor.optimizer.lr=3e-7", "gconfig.stop=['\\n']", "actor.adv_norm={mean: batch}"),
+    )
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config_file(tmp_path / "again.yaml", [], GRPOConfig) == config
+
+
+def test_explain_documents_every_value(tmp_path):
+    rows = explain(load(tmp_path, "", "seed=9"))
+    table = {key: (value, doc) for key, value, doc in rows}
+    assert table["seed"] == (9, "seed of data order and sampling")
+    assert table["actor.optimizer.lr"][0] == 1e-6
+    assert table["ref"][0] is None
+    assert all(doc for _, _, doc in rows)
+
+
+@dataclass
+class MyConfig(GRPOConfig):
+    """A script's own fields."""
+
+    num_hints: int = setting(2, "hints per prompt", low=0)
+    plain: float = 0.5
+
+
+def test_a_script_may_extend_the_configuration(tmp_path):
+    path = write(tmp_path, MINIMAL + "num_hints: 3\n")
+    config = load_config_file(path, ["plain=0.25"], MyConfig)
+    assert (config.num_hints, config.plain, config.tokenizer_path) == (3, 0.25, "model")
+    with pytest.raises(ConfigError, match="num_hints is -1, expected at least 0"):
+        load_config_file(path, ["num_hints=-1"], MyConfig)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "gsm8k_grpo"])
+def test_the_examples_load(name, repository):
+    load_config_file(repository / "examples" / "arealite" / f"{name}.yaml", [], GRPOConfig)
+
+
+def test_loading_needs_no_torch():
+    script = "import sys, arealite.api.load_config; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.split() == ["False", "False"]
