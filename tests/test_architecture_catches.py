@@ -16,7 +16,7 @@ BROKEN = [
         "from ..engine import b",
         "observe imports arealite.engine",
     ),
-    (rules.test_no_import_circles, "arealite/api/a.py", "import arealite.api.a", "arealite.api.a -> arealite.api.a"),
+    (rules.test_no_import_circles, "arealite/api/a.py", "import arealite.api", "arealite.api.a -> arealite.api -> "),
     (rules.test_no_torch_at_import, "arealite/api/a.py", "import torch.nn", "TORCH arealite.api.a"),
     (rules.test_no_torch_at_import, "arealite/cli.py", "import arealite.absent", "BROKEN arealite.cli"),
     (rules.test_files_and_functions_are_short, "arealite/api/a.py", "\n" * 400, "401 lines, at most 400"),
@@ -33,13 +33,13 @@ BROKEN = [
     (
         rules.test_broad_excepts_stand_at_boundaries_with_their_reason,
         "arealite/cli.py",
-        "try:\n    pass\nexcept (ValueError, Exception):\n    pass",
+        "try:\n    pass\nexcept (ValueError, Exception):  # noqa: BLE001, B902\n    pass",
         "cli.py:4: a broad except without its reason",
     ),
     (
         rules.test_broad_excepts_stand_at_boundaries_with_their_reason,
         "arealite/weights/a.py",
-        "try:\n    pass\nexcept Exception:  # boundary: user code may raise anything\n    pass",
+        "try:\n    pass\nexcept Exception:  # user code may raise anything\n    pass",
         "where no boundary is",
     ),
     (rules.test_names_say_what_they_are, "arealite/api/a.py", "def f(user_data): pass", "'user_data'"),
@@ -59,6 +59,8 @@ def test_a_broken_rule_is_reported(rule, name, text, complaint, tmp_path, monkey
     path.write_text(DOC + text)
     if name.startswith("arealite"):
         (tmp_path / "arealite" / "__init__.py").write_text(DOC)
+    if rule is rules.test_no_import_circles:
+        path.with_name("__init__.py").write_text(DOC + "def f():\n    from . import a")
     monkeypatch.setattr(rules, "ROOT", tmp_path)
     with pytest.raises(AssertionError) as raised:
         rule()
@@ -76,7 +78,7 @@ def test_a_file_without_docstring_is_reported(tmp_path, monkeypatch):
 def test_what_is_allowed_is_not_reported(tmp_path, monkeypatch):
     text = (
         "try:\n    from typing import TYPE_CHECKING\n"
-        "except Exception:  # boundary: a plug-in's import may raise anything\n    pass\n"
+        "except Exception:  # a plug-in's import may raise anything\n    pass\n"
         "def update(meta, timeout_s, num_tokens, dataset, metadata): return [v for v in meta.items()]\n"
         "if TYPE_CHECKING:\n    import arealite.engine.b\n    import torch\n"
     )

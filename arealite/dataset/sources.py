@@ -32,8 +32,8 @@ def read_rows(config: DatasetConfig, seed: int) -> Iterator[Row]:
     """The first `num_rows` rows of the configured source, in its own order. Raises DatasetError."""
     if config.path.startswith(PREFIX):
         found = generated_rows(config, seed)
-    elif Path(config.path).exists():
-        found = local_rows(Path(config.path))
+    elif (path := Path(config.path).expanduser()).exists():
+        found = local_rows(path)
     elif config.path.startswith((".", "/", "~")) or config.path.endswith(SUFFIXES):
         raise DatasetError(f"data set {config.path!r} does not exist: give a JSONL / Parquet file or a folder of them")
     else:
