@@ -6,6 +6,7 @@ Written by observe/waits.py, read by the heartbeat threads and by the watchdog.
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -104,3 +105,24 @@ def process_state(pid: int) -> str:
     """The state of a process in words."""
     letter = state_letter(pid)
     return STATES.get(letter, f"in state {letter}")
+
+
+def processes_of_run(run_dir: Path) -> dict[int, str]:
+    """Living processes that were started for this run, with the name they were given: {pid: "trainer-0"}.
+
+    Known by their environment, so children of a trainer are among them, under the trainer's name, even when they
+    have outlived it. The launcher is not: its own environment has no AREALITE_PROCESS.
+    """
+    wanted = f"AREALITE_RUN_DIR={run_dir}".encode()
+    found = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        try:
+            variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+        except OSError:  # ended meanwhile, or belongs to somebody else
+            continue
+        names = [v.partition(b"=")[2].decode() for v in variables if v.startswith(b"AREALITE_PROCESS=")]
+        if wanted in variables and names:
+            found[int(entry)] = names[0]
+    return found

@@ -1,0 +1,117 @@
+"""The `arealite` command: run, serve, check, fetch. Starts in well under a second: nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from arealite.api.errors import ArealiteError
+
+EXIT_REFUSED = 2
+
+RUN_EXAMPLES = """examples:
+  arealite run examples/arealite/quickstart.py --config examples/arealite/quickstart.yaml
+  arealite run train.py --config run.yaml rollout.max_head_offpolicyness=0       synchronous
+  arealite run train.py --config run.yaml 'allocation_mode=native:d1|fsdp:d1'    server and trainer take turns
+  arealite run train.py --config run.yaml allocation_mode=sglang:d4+fsdp:d4      eight GPUs
+
+exit codes: 0 done; 1 a process failed (its first error is printed); 2 refused before anything started;
+            130, 143 stopped by Ctrl-C or SIGTERM. After a stop or a kill the same command goes on from the last
+            recovery point (recover.mode=auto)."""
+
+CHECK_EXAMPLES = """examples:
+  arealite check examples/arealite/quickstart.yaml
+  arealite check run.yaml allocation_mode=sglang:d4+fsdp:d4 cluster.num_gpus_per_node=8
+  arealite check run.yaml --explain     every field with its value and what it means"""
+
+SERVE_EXAMPLES = """examples:
+  arealite serve --model smollm2-135m --port 8000
+  arealite serve --help                 all options of the server"""
+
+FETCH_EXAMPLES = """examples:
+  arealite fetch smollm2-135m"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code. Errors that are meant for the user are one block on stderr, without a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] == ["serve"]:  # the server has options of its own
+            return serve(words[1:])
+        arguments = parse(words)
+        if arguments.command == "run":
+            from arealite.launcher.local import run
+
+            return run(arguments.script, arguments.config, arguments.overrides)
+        if arguments.command == "check":
+            from arealite.launcher.describe import check
+
+            print(check(arguments.config, arguments.overrides, arguments.explain))
+            return 0
+        from arealite.dataset.fetch import fetch
+
+        print(fetch(arguments.model))
+        return 0
+    except ArealiteError as error:
+        print(f"arealite: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `arealite check ... | head`
+        sys.stderr.close()
+        return 0
+
+
+def serve(words: list[str]) -> int:
+    """Hand everything to the built-in server; a fetched model may be given by its name."""
+    from arealite.dataset.fetch import resolve_model
+    from arealite.inference.serve import main as serve_main
+
+    before = ["", *words]
+    return serve_main([resolve_model(w) if b == "--model" else w for b, w in zip(before, words, strict=False)])
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The parsed command line; overrides may stand before and after options."""
+    top = parser()
+    arguments, rest = top.parse_known_args(words)
+    overrides = {"run", "check"} & {arguments.command}
+    wrong = [word for word in rest if not overrides or word.startswith("-") or "=" not in word]
+    if wrong:
+        top.error(f"{arguments.command} does not know {' '.join(wrong)}; overrides are key=value")
+    if overrides:
+        arguments.overrides += rest
+    return arguments
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="arealite",
+        description="Reinforcement learning from verifiable rewards for language models.",
+        epilog="`arealite COMMAND --help` shows examples.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, what: str, examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=what, description=what, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    overrides = {"nargs": "*", "metavar": "key=value", "help": "overrides, such as actor.optimizer.lr=1e-5"}
+    command = add("run", "start servers and trainers, watch them, stop them", RUN_EXAMPLES)
+    command.add_argument("script", help="the training script")
+    command.add_argument("--config", required=True, metavar="YAML", help="the configuration")
+    command.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    add("serve", "serve a model over HTTP with the built-in server", SERVE_EXAMPLES)
+    command = add("check", "show configuration, processes and memory; start nothing", CHECK_EXAMPLES)
+    command.add_argument("config", metavar="YAML", help="the configuration")
+    command.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    command.add_argument("--explain", action="store_true", help="document every field")
+    command = add("fetch", "make a small pretrained model available locally", FETCH_EXAMPLES)
+    command.add_argument("model", help="its name, such as smollm2-135m")
+    return top
+
+
+if __name__ == "__main__":
+    sys.exit(main())

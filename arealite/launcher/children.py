@@ -1,0 +1,114 @@
+"""The launcher's child processes: start, exit status, logs, and an end that leaves nothing behind.
+
+Called by supervisor.py, from the main thread only: the kernel ties a child to the thread that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from arealite.launcher import child as shim
+from arealite.launcher.failures import describe_exit, first_error, read_log
+from arealite.launcher.plan import ProcessPlan
+from arealite.observe.processes import processes_of_run
+from arealite.observe.run_folder import RunFolder
+
+POLL_S = 0.05
+KILL_LIMIT_S = 10.0  # for the kernel to end a process after SIGKILL
+
+
+@dataclass
+class Child:
+    """One started process. `offset` is where this start begins in its log, in bytes."""
+
+    plan: ProcessPlan
+    process: subprocess.Popen[bytes]
+    log: Path
+    offset: int
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it lives."""
+        return self.process.poll()
+
+    def output(self) -> str:
+        """What it wrote since its start."""
+        return read_log(self.log, self.offset)
+
+    def obituary(self) -> str:
+        """How it ended, and its first real error."""
+        returncode = self.process.poll()
+        how = "still runs" if returncode is None else describe_exit(returncode)
+        error = first_error(self.output()).replace("\n", "\n  ")
+        return f"{self.name} (pid {self.pid}) {how}. Its log, {self.log}, says:\n  {error}"
+
+
+def start(plan: ProcessPlan, folder: RunFolder, attempt: int) -> Child:
+    """Start one process in a session of its own, its output appended to logs/<name>.log."""
+    folder.logs_dir.mkdir(parents=True, exist_ok=True)
+    path = folder.logs_dir / f"{plan.name}.log"
+    cores = ",".join(map(str, plan.cores)) or "-"
+    command = [sys.executable, "-I", "-S", str(Path(shim.__file__)), str(os.getpid()), cores, *plan.command]
+    env = {**os.environ, **plan.env, "AREALITE_RUN_DIR": str(folder.root), "AREALITE_PROCESS": plan.name}
+    with open(path, "ab") as log:
+        log.write(f"=== start {attempt + 1} of {plan.name}: {' '.join(plan.command)}\n".encode())
+        offset = log.tell()
+        log.flush()
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    return Child(plan, process, path, offset)
+
+
+def stop(children: list[Child], folder: RunFolder, grace_s: Callable[[], float]) -> None:
+    """SIGTERM to all, SIGKILL after `grace_s()` seconds, then whatever they have left behind.
+
+    `grace_s` is asked again and again, so that an impatient user can cut it short.
+    """
+    began = time.monotonic()
+    living = [c for c in children if c.poll() is None]
+    for c in living:
+        _signal_group(c, signal.SIGTERM)
+        _signal_group(c, signal.SIGCONT)  # a frozen process acts on SIGTERM only when it goes on
+    while any(c.poll() is None for c in living) and time.monotonic() - began < grace_s():
+        time.sleep(POLL_S)
+    for c in living:
+        if c.poll() is None:
+            _signal_group(c, signal.SIGKILL)
+            c.process.wait(KILL_LIMIT_S)
+    kill_leftovers(folder)
+
+
+def kill_leftovers(folder: RunFolder) -> list[str]:
+    """End processes of this run that nobody owns any more; returns their names."""
+    names = []
+    end = time.monotonic() + KILL_LIMIT_S
+    while (left := processes_of_run(folder.root)) and time.monotonic() < end:
+        for pid, name in left.items():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            if f"{name} (pid {pid})" not in names:
+                names.append(f"{name} (pid {pid})")
+        time.sleep(POLL_S)
+    return names
+
+
+def _signal_group(c: Child, number: int) -> None:
+    if c.poll() is None:  # reaped: the number may belong to somebody else by now
+        with suppress(ProcessLookupError):
+            os.killpg(c.pid, number)

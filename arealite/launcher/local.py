@@ -1,0 +1,155 @@
+"""`arealite run` on one machine: the run folder, the lock, starts and restarts, signals. Called by cli.py.
+
+Exit codes: 0 all trainers are done; 1 a process failed (its first real error is printed); 2 refused before anything
+started; 128 + n stopped by signal n.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from arealite.api.cli_args import GRPOConfig
+from arealite.api.errors import ConfigError
+from arealite.api.load_config import load_config_file, to_yaml
+from arealite.dataset.fetch import resolve_model
+from arealite.launcher import children
+from arealite.launcher.failures import RunFailed
+from arealite.launcher.machine import Machine
+from arealite.launcher.plan import Plan, make_plan
+from arealite.launcher.supervisor import StopRequested, Supervisor
+from arealite.observe import waits
+from arealite.observe.run_folder import RunFolder
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run(script: str, config_path: str, overrides: list[str]) -> int:
+    """Run a training script with its servers; returns the exit code. Raises ConfigError, DatasetError."""
+    if not Path(script).is_file():
+        raise ConfigError(f"no training script {script!r}: expected a Python file")
+    config = load_config_file(config_path, overrides, GRPOConfig)
+    model = resolve_model(config.actor.path)
+    plan = make_plan(config, Machine.local(config.cluster), model, [script, "--config", config_path, *overrides])
+    return launch(plan, config, RunFolder.of(config))
+
+
+def launch(plan: Plan, config: GRPOConfig, folder: RunFolder) -> int:
+    """Run a plan in `folder` to its end, with the restarts that `recover` allows; returns the exit code.
+
+    Call from the main thread. Raises ConfigError when the folder is in use, or used and recover.mode is fresh.
+    """
+    folder = RunFolder(folder.root.absolute()).create()
+    with _exclusive(folder), _StopSignals() as stop:
+        _refuse_used(folder, config)
+        if left := children.kill_leftovers(folder):
+            _say(f"ended what an earlier launcher of this run left behind: {', '.join(left)}")
+        folder.config_yaml.write_text(to_yaml(config))
+        folder.plan_json.write_text(plan.as_json())
+        waits.configure(folder.root, waits.LAUNCHER, config.watchdog.heartbeat_s, config.watchdog.stall_s)
+        try:
+            return _start_and_restart(plan, config, folder, stop)
+        finally:
+            waits.shut_down()
+
+
+def _start_and_restart(plan: Plan, config: GRPOConfig, folder: RunFolder, stop: _StopSignals) -> int:
+    """Consumes: ends of starts. Produces: the exit code. Waits for: Supervisor.run. Unblocked by: its return."""
+    max_restarts = config.recover.max_restarts if config.recover.mode == "auto" else 0
+
+    def grace_s() -> float:
+        return config.launcher.stop_grace_s if stop.num_asked < 2 else 0.0
+
+    _say(f"run folder {folder.root}: {', '.join(p.name for p in plan.processes)}")
+    for attempt in itertools.count():
+        try:
+            Supervisor(plan, config, folder, attempt, stop.requested, grace_s).run()
+            return 0
+        except StopRequested as stopped:
+            _say(f"{stopped}; all processes have ended. The same command goes on {_last_point(folder)}")
+            return 128 + stopped.number
+        except RunFailed as failure:
+            _say(f"the run stopped: {failure}")
+            if stop.requested() is not None:
+                return 128 + int(stop.requested() or 0)
+            if not failure.may_restart:
+                return 1
+            if attempt >= max_restarts:
+                _say(f"no restart: {_why_no_restart(config, attempt)}")
+                return 1
+            _say(f"restart {attempt + 1} of at most {max_restarts}, {_last_point(folder)}")
+    raise AssertionError("unreachable: the loop returns")
+
+
+def _why_no_restart(config: GRPOConfig, num_restarts: int) -> str:
+    if config.recover.mode != "auto":
+        return f"recover.mode is {config.recover.mode}; with auto the run would go on from its last recovery point"
+    return f"{num_restarts} restarts were made, and recover.max_restarts is {config.recover.max_restarts}"
+
+
+def _last_point(folder: RunFolder) -> str:
+    points = sorted(folder.recover_dir.glob("point_*"))
+    return f"from recovery point {points[-1].name}" if points else "from the start: there is no recovery point yet"
+
+
+def _refuse_used(folder: RunFolder, config: GRPOConfig) -> None:
+    if config.recover.mode == "fresh" and (folder.ledger.exists() or folder.metrics.exists()):
+        raise ConfigError(
+            f"recover.mode is fresh, and {folder.root} holds an earlier run: choose another trial_name, or"
+            " recover.mode=auto to go on with that run"
+        )
+
+
+@contextmanager
+def _exclusive(folder: RunFolder) -> Iterator[None]:
+    """Hold the run folder's lock; the kernel releases it when this process ends, however that happens."""
+    with open(folder.root / "lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(
+                f"{folder.root} is in use by the launcher with pid {lock.read().strip()}: stop that one, or choose"
+                " another trial_name"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+class _StopSignals:
+    """Notes SIGINT, SIGTERM and SIGHUP while it is entered; the supervision loop looks at it every tick."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+        self._first: int | None = None
+        self._earlier: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def requested(self) -> int | None:
+        return self._first
+
+    def __enter__(self) -> _StopSignals:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, earlier in self._earlier.items():
+            signal.signal(number, earlier)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.num_asked += 1
+        self._first = self._first or number
+
+
+def _say(text: str) -> None:
+    print(f"arealite: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,55 @@
+"""What this machine has: cores, GPUs, memory. Called by cli.py and local.py; the plan itself only sees the record."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from arealite.api.cli_args import ClusterSpecConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`cores` are ids as the kernel counts them, `gpus` names for CUDA_VISIBLE_DEVICES; memory in bytes, 0: unknown."""
+
+    cores: tuple[int, ...]
+    gpus: tuple[str, ...] = ()
+    memory_bytes: int = 0
+    name: str = "localhost"
+
+    @classmethod
+    def local(cls, cluster: ClusterSpecConfig) -> Machine:
+        """This machine as far as this process may use it, cut to what `cluster` allows."""
+        cores = tuple(sorted(os.sched_getaffinity(0)))[: _quota_cores()]
+        return cls(
+            cores=cores[: cluster.num_cores_per_node],
+            gpus=_gpus()[: cluster.num_gpus_per_node],
+            memory_bytes=_memory_bytes(),
+        )
+
+
+def _quota_cores() -> int | None:
+    """Cores worth of time that the control group grants; None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else max(1, round(int(quota) / int(period)))
+
+
+def _gpus() -> tuple[str, ...]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return tuple(v.strip() for v in visible.split(",") if v.strip() not in ("", "-1"))
+    found = sum(1 for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name))
+    return tuple(map(str, range(found)))
+
+
+def _memory_bytes() -> int:
+    try:
+        amount = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(amount[1]) * 1024 if amount else 0

@@ -1,0 +1,259 @@
+"""From configuration and machine to the list of processes: commands, environment, cores, devices. Pure.
+
+Called by local.py, which starts them, and by describe.py, which shows them. Ports are chosen at the start: PORT in a
+command and MASTER_PORT in an environment stand for them until then.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from arealite.api.cli_args import GRPOConfig
+from arealite.api.errors import ConfigError
+from arealite.launcher.allocation import AllocationMode, Component
+from arealite.launcher.machine import Machine
+
+PORT = "{port}"
+HOST = "127.0.0.1"
+LAYOUT_WORDS = {"t": "tensor", "p": "pipeline", "c": "context", "e": "expert"}
+# Which letters above 1 a backend can be given today.
+SUPPORTED = {"native": "", "sglang": "tpe", "fsdp": ""}
+
+
+@dataclass(frozen=True)
+class ProcessPlan:
+    """One process. `cores` it may run on (empty: all), `devices` it computes on (empty: the CPU)."""
+
+    name: str
+    kind: Literal["server", "trainer"]
+    command: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+    cores: tuple[int, ...] = ()
+    devices: tuple[str, ...] = ()
+    port: int | None = None
+    node: str = "localhost"
+
+    def on_port(self, port: int) -> ProcessPlan:
+        """This process with its port filled in."""
+        return replace(self, port=port, command=tuple(str(port) if word == PORT else word for word in self.command))
+
+    def with_env(self, env: Mapping[str, str]) -> ProcessPlan:
+        return replace(self, env={**self.env, **env})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All processes of a run. `takes_turns`: servers and trainers share cores or devices, one side at a time."""
+
+    allocation: str
+    processes: tuple[ProcessPlan, ...]
+    colocated: bool = False
+    takes_turns: bool = False
+
+    @property
+    def servers(self) -> tuple[ProcessPlan, ...]:
+        return tuple(p for p in self.processes if p.kind == "server")
+
+    @property
+    def trainers(self) -> tuple[ProcessPlan, ...]:
+        return tuple(p for p in self.processes if p.kind == "trainer")
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def make_plan(config: GRPOConfig, machine: Machine, model: str, trainer_command: Sequence[str]) -> Plan:
+    """The processes of a run on one machine.
+
+    `model` is what servers load (folder or hub id), `trainer_command` the script with its arguments, without the
+    interpreter. Raises ConfigError for what this version or this machine cannot run.
+    """
+    mode = AllocationMode.parse(config.allocation_mode)
+    rollout, actor = _components(mode)
+    _check_supported(config, rollout, actor)
+    _check_devices(config, mode, rollout, machine)
+    takes_turns = mode.colocated or config.rollout.max_head_offpolicyness == 0
+    num_servers, num_trainers = rollout.num_servers, actor.world_size
+    cores = share_cores(machine.cores, num_servers, num_trainers, takes_turns)
+    devices = _share_devices(mode, rollout, actor, machine)
+    common = _common_env(config, mode)
+    processes = []
+    for i in range(num_servers + num_trainers):
+        is_server = i < num_servers
+        env = {**common, "OMP_NUM_THREADS": str(len(cores[i]))}
+        if is_server:
+            name, command, visible = f"server-{i}", server_command(config, rollout, model), devices[i]
+        else:
+            rank = i - num_servers
+            name, command = f"trainer-{rank}", (sys.executable, *trainer_command)
+            env |= _rank_env(rank, num_trainers)
+            # As torchrun does it: all ranks see all trainer devices, LOCAL_RANK picks one.
+            visible = tuple(d for own in devices[num_servers:] for d in own)
+        if machine.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
+        env |= {"AREALITE_PROCESS": name, **config.launcher.env}
+        pinned = cores[i] if config.launcher.pin_cores and not machine.gpus else ()
+        kind: Literal["server", "trainer"] = "server" if is_server else "trainer"
+        processes.append(ProcessPlan(name, kind, command, env, pinned, devices[i], node=machine.name))
+    return Plan(str(mode), tuple(processes), mode.colocated, takes_turns)
+
+
+def _components(mode: AllocationMode) -> tuple[Component, Component]:
+    """The rollout servers and the policy's trainer; refuses everything beside them."""
+    rollout, actor = mode.inference, mode.train
+    if rollout is None or actor is None:
+        missing = "inference servers" if rollout is None else "a trainer"
+        raise ConfigError(
+            f"allocation_mode {mode} has no {missing}: GRPO needs both, such as native:d1+fsdp:d1 (separate devices)"
+            " or native:d1|fsdp:d1 (shared)"
+        )
+    others = [c for c in mode.components if c not in (rollout, actor)]
+    if others:
+        raise ConfigError(
+            f"allocation_mode {mode}: nothing would run on {', '.join(map(str, others))}; this version runs one"
+            " inference and one training component"
+        )
+    return rollout, actor
+
+
+def _check_supported(config: GRPOConfig, rollout: Component, actor: Component) -> None:
+    for component in (rollout, actor):
+        if component.backend not in SUPPORTED:
+            same_role = [b for b in SUPPORTED if Component(b, component.dims).role == component.role]
+            raise ConfigError(
+                f"allocation_mode: this version cannot run {component.backend}; for {component.role} it has"
+                f" {' and '.join(same_role)}"
+            )
+        sizes = asdict(component.dims)
+        too_wide = [k for k in LAYOUT_WORDS if sizes[k] > 1 and k not in SUPPORTED[component.backend]]
+        if too_wide or component.ffn is not None:
+            what = (
+                ", ".join(f"{LAYOUT_WORDS[k]} parallelism ({k}{sizes[k]})" for k in too_wide) or "the attn / ffn form"
+            )
+            raise ConfigError(
+                f"allocation_mode: {component.backend} has no {what} in this version; use"
+                f" {component.backend}:d{component.world_size}"
+            )
+    if config.cluster.num_nodes > 1:
+        raise ConfigError(
+            f"cluster.num_nodes is {config.cluster.num_nodes}, but the local launcher starts processes on this machine"
+            " only: set it to 1"
+        )
+    if rollout.backend != "native" and config.weight_update == "shm":
+        raise ConfigError(f"weight_update is shm, which {rollout.backend} servers do not read: set weight_update=disk")
+
+
+def _check_devices(config: GRPOConfig, mode: AllocationMode, rollout: Component, machine: Machine) -> None:
+    if not machine.gpus:
+        if rollout.backend != "native":
+            raise ConfigError(f"{rollout.backend} servers need GPUs and this machine has none: use native")
+        return
+    if mode.num_devices > len(machine.gpus):
+        groups = ", ".join(f"{'|'.join(map(str, group))} {group[0].world_size}" for group in mode.groups)
+        raise ConfigError(
+            f"allocation_mode {mode} needs {mode.num_devices} GPUs ({groups}), and there are {len(machine.gpus)}"
+            f" (cluster.num_gpus_per_node: {config.cluster.num_gpus_per_node}): lower the dimensions, or join"
+            " components by '|' so that they share devices"
+        )
+
+
+def share_cores(cores: Sequence[int], num_servers: int, num_trainers: int, takes_turns: bool) -> list[tuple[int, ...]]:
+    """The cores of each process, servers first.
+
+    Side by side: disjoint shares. Taking turns: servers share all cores among themselves, trainers too. More
+    processes than cores: one core each, by turns, so that no core has two more than another.
+    """
+    if takes_turns:
+        return _split(cores, num_servers) + _split(cores, num_trainers)
+    return _split(cores, num_servers + num_trainers)
+
+
+def _split(cores: Sequence[int], num_parts: int) -> list[tuple[int, ...]]:
+    if num_parts > len(cores):
+        return [(cores[i % len(cores)],) for i in range(num_parts)]
+    bounds = [i * len(cores) // num_parts for i in range(num_parts + 1)]
+    return [tuple(cores[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+def _share_devices(
+    mode: AllocationMode, rollout: Component, actor: Component, machine: Machine
+) -> list[tuple[str, ...]]:
+    """The GPUs of each server, then of each trainer rank; empty tuples without GPUs."""
+    if not machine.gpus:
+        return [()] * (rollout.num_servers + actor.world_size)
+    first: dict[str, int] = {}
+    offset = 0
+    for group in mode.groups:
+        first |= {component.label: offset for component in group}
+        offset += group[0].world_size
+    width = rollout.devices_per_replica
+    starts = [first[rollout.label] + i * width for i in range(rollout.num_servers)]
+    servers = [machine.gpus[start : start + width] for start in starts]
+    return servers + [(machine.gpus[first[actor.label] + rank],) for rank in range(actor.world_size)]
+
+
+def _common_env(config: GRPOConfig, mode: AllocationMode) -> dict[str, str]:
+    env = {
+        # Threads that spin while they wait take the cores of the other side.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "AREALITE_HEARTBEAT_S": str(config.watchdog.heartbeat_s),
+        "AREALITE_STALL_S": str(config.watchdog.stall_s),
+    }
+    return env | ({"AREALITE_COLOCATED": "1"} if mode.colocated else {})
+
+
+def _rank_env(rank: int, world_size: int) -> dict[str, str]:
+    """torchrun's variables; MASTER_PORT is set at the start."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": HOST,
+    }
+
+
+def server_command(config: GRPOConfig, rollout: Component, model: str) -> tuple[str, ...]:
+    """How one inference server is started; PORT stands for its port."""
+    server = config.server
+    if rollout.backend == "sglang":
+        words = ["-m", "sglang.launch_server", "--model-path", model, "--tp-size", str(rollout.dims.t)]
+        words += ["--pp-size", str(rollout.dims.p), "--ep-size", str(rollout.dims.e), "--random-seed", str(config.seed)]
+        deterministic = "--enable-deterministic-inference"
+    else:
+        words = ["-m", "arealite.inference.serve", "--model", model, "--weight-version", "0"]
+        words += ["--seed", str(config.seed)]
+        deterministic = "--deterministic"
+    words += ["--host", HOST, "--port", PORT, "--dtype", server.dtype]
+    words += ["--max-running-requests", str(server.max_running_requests)]
+    if server.context_length is not None:
+        words += ["--context-length", str(server.context_length)]
+    if server.kv_cache_tokens is not None:
+        words += ["--max-total-tokens" if rollout.backend == "sglang" else "--kv-cache-tokens"]
+        words += [str(server.kv_cache_tokens)]
+    if server.deterministic:
+        words.append(deterministic)
+    return (sys.executable, *words, *flags(server.args))
+
+
+def flags(args: Mapping[str, Any]) -> list[str]:
+    """A server's own flags: `{mem_fraction_static: 0.8, trust_remote_code: true}` as --key value and --key."""
+    words: list[str] = []
+    for key, value in args.items():
+        flag = "--" + key.lstrip("-").replace("_", "-")
+        if value is None or value is False:
+            continue
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list | tuple):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words

@@ -1,0 +1,178 @@
+"""Small real processes for the launcher's tests: servers, trainers, a launcher to be killed. Used by test_launcher_*.
+
+python dummies.py server PORT BEHAVIOUR
+python dummies.py trainer FOLDER BEHAVIOUR
+python dummies.py launch FOLDER '{"trainers": [...], "servers": [...], "overrides": {...}}'
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from arealite.api.cli_args import GRPOConfig
+from arealite.api.errors import ConfigError
+from arealite.launcher.local import launch
+from arealite.launcher.plan import PORT, Plan, ProcessPlan
+from arealite.observe import waits
+from arealite.observe.processes import Heartbeat
+from arealite.observe.run_folder import RunFolder
+
+LIMIT_S = 60.0
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def server(port: int, behaviour: str) -> None:
+    if behaviour == "die":
+        raise RuntimeError("no such model")
+    if behaviour == "silent":
+        time.sleep(LIMIT_S)
+    if behaviour == "port_taken" and not (marker := Path(os.environ["AREALITE_RUN_DIR"]) / "taken").exists():
+        marker.touch()
+        raise OSError(98, "Address already in use")
+    if behaviour == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    waits.configure_from_env()
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Health).serve_forever()
+
+
+def trainer(folder: Path, behaviour: str) -> None:
+    waits.configure_from_env()
+    print(f"hello from {behaviour}", flush=True)
+    if behaviour == "raise":
+        raise ValueError("first real error")
+    if behaviour == "refuse":
+        raise ConfigError("batch_size is 3\nexpected a multiple of 2")
+    if behaviour == "orphan":
+        command = [sys.executable, "-c", f"import time; time.sleep({LIMIT_S})"]
+        (folder / "orphan").write_text(str(subprocess.Popen(command, start_new_session=True).pid))
+    if behaviour == "environment":
+        (folder / f"{os.environ['AREALITE_PROCESS']}.env").write_text(
+            json.dumps({**os.environ, "cores": sorted(os.sched_getaffinity(0)), "argv": sys.argv})
+        )
+    if behaviour == "step":
+        for number in range(2):
+            waits.mark("step")
+            print(f"step {number}", flush=True)
+    if behaviour == "wait":
+        with waits.waiting("groups of step 3", "server-0", LIMIT_S, ["e0-r17 on server-0"]) as wait:
+            while not (folder / "go").exists():
+                time.sleep(0.02)
+                wait.check()
+
+
+def config_with(overrides: dict[str, object]) -> GRPOConfig:
+    config = GRPOConfig()
+    config.launcher.stop_grace_s = 3.0
+    config.launcher.startup_timeout_s = 20.0
+    config.watchdog.heartbeat_s = 0.1
+    for key, value in overrides.items():
+        section, _, name = key.rpartition(".")
+        setattr(vars(config)[section] if section else config, name, value)
+    return config
+
+
+def plan_of(folder: Path, trainers: list[str], servers: list[str]) -> Plan:
+    me = str(Path(__file__).resolve())
+    env = {"AREALITE_HEARTBEAT_S": "0.1", "AREALITE_STALL_S": "2"}
+    processes = [
+        ProcessPlan(f"server-{i}", "server", (sys.executable, me, "server", PORT, behaviour), env)
+        for i, behaviour in enumerate(servers)
+    ]
+    processes += [
+        ProcessPlan(f"trainer-{i}", "trainer", (sys.executable, me, "trainer", str(folder), behaviour), env)
+        for i, behaviour in enumerate(trainers)
+    ]
+    return Plan("native:d1+fsdp:d1", tuple(processes))
+
+
+class Launched:
+    """A launcher in a process of its own; the context manager ends whatever is left of it."""
+
+    def __init__(self, folder: Path, trainers: list[str], servers: list[str], **overrides: object) -> None:
+        self.folder = RunFolder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder.parent / f"{folder.name}.launcher.log"
+        wanted = json.dumps({"trainers": trainers, "servers": servers, "overrides": overrides})
+        me = str(Path(__file__).resolve())
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, me, "launch", str(folder), wanted], stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(30)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def until(self, condition, what: str) -> None:
+        end = time.monotonic() + LIMIT_S
+        while not condition():
+            assert time.monotonic() < end, f"no {what}; log:\n{self.text()}"
+            time.sleep(0.02)
+
+    def pid(self, name: str, old: tuple[int, ...] = ()) -> int:
+        """The process of this name, once it beats and is none of the `old` ones."""
+        path = self.folder.waits_dir / f"{name}.json"
+
+        def newest() -> int:
+            beat = Heartbeat.read(path)
+            return 0 if beat is None or beat.pid in old else beat.pid
+
+        self.until(newest, f"heartbeat of {name}")
+        return newest()
+
+    def pids(self, *names: str, old: tuple[int, ...] = ()) -> list[int]:
+        return [self.pid(name, old) for name in names]
+
+    def wait(self) -> int:
+        return self.process.wait(LIMIT_S)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def main(argv: list[str]) -> int:
+    if argv[0] == "server":
+        server(int(argv[1]), argv[2])
+    elif argv[0] == "trainer":
+        trainer(Path(argv[1]), argv[2])
+    else:
+        wanted = json.loads(argv[2])
+        plan = plan_of(Path(argv[1]), wanted["trainers"], wanted["servers"])
+        return launch(plan, config_with(wanted["overrides"]), RunFolder(Path(argv[1])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,174 @@
+"""The local launcher with real processes and real signals: who died, what is said, and that nothing stays behind."""
+
+import json
+import os
+import signal
+import socket
+import time
+
+import dummies
+import pytest
+from dummies import Launched, config_with, is_alive, plan_of
+
+from arealite.api.errors import ConfigError
+from arealite.launcher.local import launch
+from arealite.observe.processes import processes_of_run
+from arealite.observe.run_folder import RunFolder
+
+WAITING = ["wait"]
+OK = ["ok"]
+
+
+def gone(*pids: int) -> bool:
+    end = time.monotonic() + 20
+    while any(is_alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(is_alive(pid) for pid in pids)
+
+
+def test_success_leaves_logs_and_nothing_else(tmp_path, capfd):
+    folder = RunFolder(tmp_path / "run")
+    assert launch(plan_of(folder.root, ["step", "step"], OK), config_with({}), folder) == 0
+    assert processes_of_run(folder.root) == {}
+    out = capfd.readouterr().out
+    assert out == "hello from step\nstep 0\nstep 1\n"  # trainer-0 only, and nothing after its last line
+    assert {p.name for p in folder.logs_dir.iterdir()} == {"server-0.log", "trainer-0.log", "trainer-1.log"}
+    assert folder.config_yaml.exists() and json.loads(folder.plan_json.read_text())["processes"]
+    assert not list(folder.waits_dir.glob("*launcher*"))
+
+
+def test_environment_of_a_trainer(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    plan = plan_of(folder.root, ["environment"], OK)
+    core = max(os.sched_getaffinity(0))
+    trainer = plan.trainers[0]
+    plan = dummies.Plan("", (plan.servers[0], dummies.ProcessPlan(**{**vars(trainer), "cores": (core,)})))
+    assert launch(plan, config_with({}), folder) == 0
+    env = json.loads((folder.root / "trainer-0.env").read_text())
+    host, port = env["AREAL_LLM_SERVER_ADDRS"].split(":")
+    assert host == "127.0.0.1" and int(port) > 0 and int(env["MASTER_PORT"]) > 0
+    assert env["AREALITE_RUN_DIR"] == str(folder.root) and env["cores"] == [core]
+    with socket.socket() as probe:  # the server's port is free again
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, int(port)))
+
+
+def test_first_error_of_the_first_dead_process_is_shown(tmp_path, capfd):
+    folder = RunFolder(tmp_path / "run")
+    assert launch(plan_of(folder.root, ["wait", "raise"], OK), config_with({}), folder) == 1
+    said = capfd.readouterr().err
+    assert "trainer-1 (pid" in said and "ended with exit code 1" in said
+    assert "Traceback" in said and "ValueError: first real error" in said
+    assert "restart" not in said  # the same error would come again
+    assert processes_of_run(folder.root) == {}
+
+
+def test_an_error_meant_for_people_is_shown_without_its_traceback(tmp_path, capfd):
+    folder = RunFolder(tmp_path / "run")
+    assert launch(plan_of(folder.root, ["refuse"], OK), config_with({}), folder) == 1
+    said = capfd.readouterr().err
+    assert "ConfigError: batch_size is 3\n  expected a multiple of 2" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(("behaviour", "said"), [("die", "RuntimeError: no such model"), ("silent", "health at start")])
+def test_server_that_does_not_come_up(behaviour, said, tmp_path, capfd):
+    folder = RunFolder(tmp_path / "run")
+    limit_s = 1.0 if behaviour == "silent" else 20.0
+    config = config_with({"launcher.startup_timeout_s": limit_s})
+    assert launch(plan_of(folder.root, ["step"], ["ok", behaviour]), config, folder) == 1
+    err = capfd.readouterr().err
+    assert said in err and "server-1" in err
+    assert not (folder.logs_dir / "trainer-0.log").exists()
+    assert processes_of_run(folder.root) == {}
+
+
+def test_a_taken_port_is_tried_again_on_another(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert launch(plan_of(folder.root, ["step"], ["port_taken"]), config_with({}), folder) == 0
+    assert (folder.logs_dir / "server-0.log").read_text().count("=== start 1 of server-0") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signals_end_everything(number, tmp_path):
+    with Launched(tmp_path / "run", WAITING, ["deaf"], **{"launcher.stop_grace_s": 0.5}) as run:
+        pids = run.pids("server-0", "trainer-0")
+        run.process.send_signal(number)
+        assert run.wait() == 128 + number
+        assert not any(map(is_alive, pids))
+        assert "goes on from the start" in run.text()
+
+
+def test_second_ctrl_c_does_not_wait_for_the_grace(tmp_path):
+    with Launched(tmp_path / "run", WAITING, ["deaf"], **{"launcher.stop_grace_s": 600.0}) as run:
+        pids = run.pids("server-0", "trainer-0")
+        run.process.send_signal(signal.SIGINT)
+        run.until(lambda: not is_alive(pids[1]), "end of the trainer")
+        assert is_alive(pids[0])  # it ignores SIGTERM
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait() == 130 and not is_alive(pids[0])
+
+
+def test_killed_launcher_takes_all_with_it_and_the_next_one_cleans_up(tmp_path):
+    with Launched(tmp_path / "run", ["orphan", "wait"], OK) as run:
+        pids = run.pids("server-0", "trainer-1")
+        trainer = run.pid("trainer-0")
+        run.until(lambda: not is_alive(trainer) and (run.folder.root / "orphan").exists(), "the orphan")
+        run.process.kill()
+        run.wait()
+        assert gone(*pids)
+    orphan = int((run.folder.root / "orphan").read_text())
+    assert processes_of_run(run.folder.root) == {orphan: "trainer-0"}  # a grandchild in a session of its own
+    with Launched(tmp_path / "run", ["step"], OK) as run:
+        assert run.wait() == 0
+        assert "left behind: trainer-0" in run.text()
+    assert gone(orphan)
+
+
+def test_orphans_of_a_finished_run_are_ended(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert launch(plan_of(folder.root, ["orphan"], OK), config_with({}), folder) == 0
+    assert gone(int((folder.root / "orphan").read_text()))
+
+
+def test_two_launchers_never_share_a_folder(tmp_path):
+    with Launched(tmp_path / "run", WAITING, OK) as run:
+        run.pids("trainer-0")
+        with pytest.raises(ConfigError, match=f"in use by the launcher with pid {run.process.pid}"):
+            launch(plan_of(run.folder.root, ["step"], OK), config_with({}), run.folder)
+        (run.folder.root / "go").touch()
+        assert run.wait() == 0
+
+
+@pytest.mark.parametrize("victim", ["server-0", "trainer-1"])
+def test_killed_process_restarts_the_run(victim, tmp_path):
+    with Launched(tmp_path / "run", ["wait", "wait"], OK) as run:
+        (run.folder.recover_dir / "point_000008").mkdir(parents=True)
+        first = run.pids("server-0", "trainer-0", "trainer-1")
+        os.kill(run.pid(victim), signal.SIGKILL)
+        run.until(lambda: "restart 1 of at most 3, from recovery point point_000008" in run.text(), "restart")
+        second = run.pids("server-0", "trainer-0", "trainer-1", old=tuple(first))
+        (run.folder.root / "go").touch()
+        assert run.wait() == 0
+        assert f"{victim} (pid" in run.text() and "was killed by SIGKILL" in run.text()
+        assert not any(map(is_alive, first + second))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"recover.max_restarts": 0}, "recover.max_restarts is 0"),
+        ({"recover.mode": "off"}, "recover.mode is off"),
+    ],
+)
+def test_restarts_end_where_the_configuration_says(overrides, said, tmp_path):
+    with Launched(tmp_path / "run", WAITING, OK, **overrides) as run:
+        os.kill(run.pid("trainer-0"), signal.SIGKILL)
+        assert run.wait() == 1
+        assert said in run.text()
+
+
+def test_fresh_refuses_a_used_folder(tmp_path):
+    folder = RunFolder(tmp_path / "run").create()
+    folder.ledger.write_text("{}\n")
+    with pytest.raises(ConfigError, match="holds an earlier run"):
+        launch(plan_of(folder.root, ["step"], OK), config_with({"recover.mode": "fresh"}), folder)
