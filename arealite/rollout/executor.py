@@ -91,13 +91,16 @@ class RolloutExecutor:
 
     def pump(self) -> None:
         """Start queued episodes, oldest first, while there is capacity."""
-        while not self._is_held and self._queue and self._queue[0].workflow and self.staleness.capacity() > 0:
+        while self._may_start() and self._queue and self._queue[0].workflow and self.staleness.capacity() > 0:
             episode = heapq.heappop(self._queue)
             self.staleness.start(episode.ordinal)
             self._running[episode.ordinal] = episode
             future = asyncio.ensure_future(self._run(episode))
             self._futures.add(future)
             future.add_done_callback(self._ended)
+
+    def _may_start(self) -> bool:
+        return not self._is_held and self._error is None
 
     # -- groups out ----------------------------------------------------------------------------------------------
 
@@ -137,6 +140,8 @@ class RolloutExecutor:
 
         async def one(episode: Episode) -> Group | None:
             async with slots:
+                if self._error is not None:
+                    return None  # the run stops; `close` drops the task
                 group = await self._generate(episode)
             del self._running[episode.ordinal]
             self._notify()
@@ -182,6 +187,7 @@ class RolloutExecutor:
     async def close(self, reason: str) -> None:
         """Cancel what runs and drop, with the reason, every task that was not trained."""
         self._is_held = True
+        self._error = self._error or WorkflowError(f"no groups any more: {reason}")
         for future in list(self._futures):
             future.cancel()
         await asyncio.gather(*self._futures, return_exceptions=True)
@@ -189,7 +195,6 @@ class RolloutExecutor:
         for task in [*(g.task for g, _ in live), *(e.task for e in [*self._running.values(), *self._queue])]:
             self._drop(task.id, reason)
         self._queue, self._running, self._ready, self._untrained = [], {}, {}, {}
-        self._error = self._error or WorkflowError(f"no groups any more: {reason}")
         self._notify()
 
     def pending(self) -> list[str]:
@@ -280,7 +285,7 @@ class RolloutExecutor:
         self.counters.add("num_failed", 1)
         self._drop(task.id, failure.reason)
         self._num_failed_in_a_row += 1
-        if self._num_failed_in_a_row >= self.config.max_failed_groups:
+        if self._num_failed_in_a_row >= self.config.max_failed_groups and self._error is None:
             self._error = WorkflowError(
                 f"{self._num_failed_in_a_row} groups in a row failed (rollout.max_failed_groups); the last was task"
                 f" {task.id}: {failure.reason}\n{failure.detail}"
@@ -289,7 +294,9 @@ class RolloutExecutor:
     def _ended(self, future: asyncio.Task[None]) -> None:
         self._futures.discard(future)
         if not future.cancelled() and future.exception() is not None:
-            self._error = future.exception()  # not an episode's: the filter's or our own; collect raises it
+            self._error = (
+                self._error or future.exception()
+            )  # not an episode's: the filter's or our own; collect raises it
         self._notify()
 
     def _sift_stale(self, ordinals: list[int]) -> bool:

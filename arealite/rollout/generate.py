@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import time
 import uuid
 from collections.abc import Coroutine
@@ -25,7 +26,7 @@ from arealite.rollout.transport import Server, Transport
 ABORT_GRACE_S = 10.0  # how long an aborted request may take to hand over the tokens it has
 FIRST_BACKOFF_S = 0.1  # doubled after each failure in a row
 MAX_BACKOFF_S = 5.0
-MAX_EMPTY_ABORTS = 50  # interruptions in a row that brought no token, before the server counts as broken
+MAX_EMPTY_ABORTS = 20  # interruptions in a row that brought no token, before the server counts as broken
 
 
 class Gate:
@@ -114,7 +115,8 @@ class Generator:
         self.version = 0
         self.announced_version = 0  # the newest version that any server may hold already
         self.num_events = 0  # answers and failures so far: shows a waiting caller that something happens
-        self._flights: dict[str, Flight] = {}
+        self._flights: dict[int, Flight] = {}
+        self._keys = itertools.count()
         self._aborts: set[asyncio.Task[None]] = set()
 
     def pending(self) -> list[str]:
@@ -143,11 +145,11 @@ class Generator:
         if request.seed is None:
             request = replace(request, seed=seed_of(self.seed, request.rid))
         flight = Flight(request)
-        wire_id = f"{uuid.uuid4().hex}-{request.rid}"  # uuid first: servers abort by prefix
-        self._flights[wire_id] = flight
+        key = next(self._keys)
+        self._flights[key] = flight
         try:
             while True:
-                part = await self._send(flight, wire_id)
+                part = await self._send(flight)
                 if part is None:
                     continue
                 flight.add(part)
@@ -157,9 +159,9 @@ class Generator:
                     return self._completion(flight, "length", None)
                 await self._interrupted(flight, part)
         finally:
-            del self._flights[wire_id]
+            del self._flights[key]
 
-    async def _send(self, flight: Flight, wire_id: str) -> Part | None:
+    async def _send(self, flight: Flight) -> Part | None:
         """One sending; None when it failed and the request may be sent again."""
         await self.gate.passed()
         request = flight.request
@@ -170,7 +172,7 @@ class Generator:
         flight.server_id = server.id
         failed = False
         try:
-            part = await self._answer(flight, server, wire_id)
+            part = await self._answer(flight, server)
         except ServerUnreachable as error:
             failed = True
             flight.num_failures += 1
@@ -190,8 +192,10 @@ class Generator:
         self.counters.add("num_unexpected_versions", strange)
         return part
 
-    async def _answer(self, flight: Flight, server: Server, wire_id: str) -> Part:
+    async def _answer(self, flight: Flight, server: Server) -> Part:
         """The server's answer within `request_timeout_s` of unpaused time; after that it is asked for what it has."""
+        # A new id for each sending, lest a late abort of the one before hits it; uuid first: servers abort by prefix.
+        wire_id = f"{uuid.uuid4().hex}-{flight.request.rid}"
         body = self.backend.generate_body(flight.request, wire_id, flight.token_ids)
         call = asyncio.ensure_future(self.transport.post(server, "/generate", body))
         started = self.gate.clock_s()

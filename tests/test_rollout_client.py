@@ -1,0 +1,313 @@
+"""The client against servers on real sockets that interrupt, hang, drop connections, refuse and die."""
+
+import threading
+
+import pytest
+from aiohttp import web
+from rollout_fakes import FakeServer, MembersWorkflow, expected_token, quick_config
+
+from arealite.api.errors import (
+    ConfigError,
+    RequestError,
+    ServerUnreachable,
+    WaitTimeout,
+    WeightSyncError,
+    WorkflowError,
+)
+from arealite.api.types import GenerationRequest, Task, WeightUpdateMeta
+from arealite.rollout import generate as generate_module
+from arealite.rollout.client import RemoteNativeEngine, RemoteSGLangEngine
+from arealite.rollout.generate import Flight, seed_of
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(generate_module, "ABORT_GRACE_S", 0.3)
+    monkeypatch.setattr(generate_module, "FIRST_BACKOFF_S", 0.01)
+
+
+@pytest.fixture
+def connect(request):
+    """connect(servers, **config) -> a connected client; all are destroyed at the end."""
+    engines = []
+
+    def connect(servers, kind=RemoteNativeEngine, ledger_path=None, **changes):
+        engine = kind(quick_config(**changes), ledger_path=ledger_path)
+        engines.append(engine)
+        engine.initialize(addresses=[s.address for s in servers])
+        return engine
+
+    yield connect
+    for engine in engines:
+        engine.destroy()
+
+
+def one(engine, **changes):
+    """One request, waited for as a workflow would."""
+    fields = {"rid": "t.0", "input_ids": [1, 2, 3], "max_new_tokens": 20, "group_id": "t", **changes}
+    return engine._live.run(engine.agenerate(GenerationRequest(**fields)), "test")
+
+
+def expected(engine, rid, num_prompt, num_tokens):
+    seed = seed_of(engine.seed, rid)
+    return [expected_token(seed, num_prompt + i) for i in range(num_tokens)]
+
+
+def disk(version, path="/weights"):
+    return WeightUpdateMeta("disk", version, path, checksums={"w": 7})
+
+
+@pytest.mark.parametrize("pause_mode", ["abort", "retract"])
+def test_every_token_keeps_the_version_that_produced_it(connect, pause_mode):
+    with FakeServer() as a, FakeServer() as b:
+        a.interrupt_share = b.interrupt_share = 0.05
+        engine = connect([a, b], pause_mode=pause_mode, max_head_offpolicyness=8, consumer_batch_size=4)
+        workflow = MembersWorkflow(num_members=3, max_new_tokens=60)
+        for i in range(8):
+            engine.submit(Task(f"e0-r{i}", prompt="x"), workflow)
+        for version in range(1, 6):
+            engine.pause()
+            engine.update_weights(disk(version))
+            engine.resume()
+        groups = engine.wait(8, timeout_s=60)
+        stats = engine.stats()
+        truth = {}
+        for server in (a, b):
+            for rid, positions in server.truth.items():
+                truth.setdefault(rid, {}).update(positions)
+    assert [g.ordinal for g in groups] == list(range(8))
+    versions_seen = set()
+    for group in groups:
+        for t in group.trajectories:
+            rid = f"{group.task.id}.{t.member}"
+            assert t.tokens[3:] == expected(engine, rid, 3, 60)
+            assert t.logprobs[3:] == [-token / 1000 for token in t.tokens[3:]]
+            assert t.versions[3:] == [truth[rid][3 + i] for i in range(60)]
+            versions_seen |= set(t.versions[3:])
+    assert len(versions_seen) > 1
+    assert stats["num_interruptions"] > 0
+    assert stats["num_unexpected_versions"] == 0
+
+
+def test_a_server_with_the_wrong_version_is_counted(connect):
+    with FakeServer() as server:
+        server.version = 9
+        engine = connect([server])
+        assert one(engine).versions == [9] * 20
+        assert engine.stats()["num_unexpected_versions"] == 20
+
+
+def test_budget_used_up_by_an_interruption_is_length(connect):
+    with FakeServer() as server:
+        engine = connect([server])
+        answer = server._answer([1, 2], [0, 0], "abort")
+        server.answer_with = lambda: web.json_response(answer)
+        assert one(engine, max_new_tokens=2).finish_reason == "length"
+
+
+def test_lost_connections_are_tried_again_elsewhere(connect):
+    with FakeServer() as a, FakeServer() as b:
+        engine = connect([a, b])
+        a.num_drops = b.num_drops = 1
+        done = one(engine)
+        assert done.token_ids == expected(engine, "t.0", 3, 20)
+        assert len(a.requests) + len(b.requests) == 3
+        assert a.requests and b.requests
+        assert engine.stats()["num_request_failures"] == 2
+
+
+def test_a_dead_server_costs_nothing_while_another_lives(connect):
+    with FakeServer() as b:
+        with FakeServer() as a:
+            engine = connect([a, b])
+        results = [one(engine, rid=f"{i}.0", group_id=str(i)) for i in range(4)]
+        assert all(r.server_id == "server-1" for r in results)
+
+
+def test_endless_failure_ends_with_the_servers_words(connect):
+    with FakeServer() as server:
+        engine = connect([server], request_retries=2)
+        server.answer_with = lambda: web.Response(status=503, text="queue full")
+        with pytest.raises(ServerUnreachable, match=r"t\.0 got no token in 3 sendings.*server-0.*503.*queue full"):
+            one(engine)
+        assert len(server.requests) == 3
+
+
+def test_a_refused_request_is_not_sent_again(connect):
+    with FakeServer() as server:
+        engine = connect([server])
+        server.answer_with = lambda: web.json_response({"error": {"message": "too long"}}, status=400)
+        with pytest.raises(RequestError, match=r"server-0.*400.*too long"):
+            one(engine)
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output_ids": [1, 2]}, "do not belong together"),
+        ({"output_ids": None}, "without"),
+        ({"meta_info": {"finish_reason": None}}, "without"),
+    ],
+)
+def test_an_answer_outside_the_protocol_is_refused(connect, change, message):
+    with FakeServer() as server:
+        engine = connect([server])
+        answer = {**server._answer([1], [0], "length"), **change}
+        server.answer_with = lambda: web.json_response(answer)
+        with pytest.raises(RequestError, match=message):
+            one(engine)
+
+
+def test_a_logprob_that_is_nan_is_refused(connect):
+    with FakeServer() as server:
+        engine = connect([server])
+        answer = server._answer([1], [0], "length")
+        answer["meta_info"]["output_token_logprobs"][0][0] = None
+        server.answer_with = lambda: web.json_response(answer)
+        with pytest.raises(RequestError, match="not a finite number"):
+            one(engine)
+
+
+def test_a_slow_request_is_aborted_and_goes_on_with_its_tokens(connect):
+    """The server samples one token a sending and then falls silent: every sending must keep what came before."""
+    with FakeServer() as server:
+        engine = connect([server], request_timeout_s=0.1, request_retries=0)
+        server.is_silent = True
+        done = one(engine, max_new_tokens=4)
+        assert done.token_ids == expected(engine, "t.0", 3, 4)
+        assert [len(r["input_ids"]) for r in server.requests] == [3, 4, 5, 6]
+        assert [r["sampling_params"]["max_new_tokens"] for r in server.requests] == [4, 3, 2, 1]
+        assert len({r["sampling_params"]["sampling_seed"] for r in server.requests}) == 1
+        assert engine.stats()["num_request_timeouts"] == 3
+
+
+def test_a_server_that_never_answers_ends_in_an_error(connect):
+    with FakeServer() as server:
+        engine = connect([server], request_timeout_s=0.1, request_retries=1)
+        server.is_deaf = True
+        with pytest.raises(ServerUnreachable, match=r"server-0 .* within 0.1 s"):
+            one(engine)
+        assert server.calls.count("/abort_request") >= 2
+
+
+def test_time_spent_paused_does_not_count(connect):
+    with FakeServer(token_s=0.002) as server:
+        engine = connect([server], request_timeout_s=0.5, pause_mode="retract", request_retries=0)
+        engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow(max_new_tokens=20))
+        engine.pause()
+        engine.pause()
+        with pytest.raises(WaitTimeout):
+            engine._live.loop.run(_never(), "test.pause", 1.0, list, lambda: "test")
+        engine.resume()
+        assert engine.wait(1, timeout_s=30)[0].trajectories[0].status == "ok"
+        assert engine.stats()["num_request_timeouts"] == 0
+
+
+async def _never():
+    import asyncio
+
+    await asyncio.Event().wait()
+
+
+def test_a_waiting_caller_names_what_it_waits_for(connect):
+    with FakeServer() as server:
+        engine = connect([server])
+        server.is_deaf = True
+        engine.submit(Task("e0-r3", prompt="x"), MembersWorkflow(num_members=3))
+        with pytest.raises(WaitTimeout) as stall:
+            engine.wait(1, timeout_s=0.5)
+    line = str(stall.value)
+    assert "waits for server-0: rollout.wait" in line
+    assert "task e0-r3 (group 0)" in line
+    assert "task e0-r3 member 2 on server-0, 0 tokens, last answer 0." in line
+
+
+def test_the_line_of_a_request_says_how_far_it_is():
+    flight = Flight(GenerationRequest("e0-r3.2", [1], 64, group_id="e0-r3"), "server-0", token_ids=list(range(41)))
+    assert flight.line(flight.last_answer + 12.34) == (
+        "task e0-r3 member 2 on server-0, 41 tokens, last answer 12.3 s ago"
+    )
+
+
+def test_a_groups_members_share_a_server_and_groups_spread(connect):
+    with FakeServer() as a, FakeServer() as b:
+        engine = connect([a, b])
+        workflow = MembersWorkflow(num_members=4)
+        engine.run_groups([Task(f"e0-r{i}", prompt="x") for i in range(8)], workflow)
+        homes = [{r["routing_key"] for r in s.requests} for s in (a, b)]
+        assert not homes[0] & homes[1]
+        assert len(homes[0]) == len(homes[1]) == 4
+
+
+def test_weights_reach_all_servers_and_are_confirmed(connect):
+    with FakeServer() as a, FakeServer() as b:
+        engine = connect([a, b])
+        b.checksums = {"w": 8}
+        receipts = engine.update_weights(WeightUpdateMeta("shm", 3, "/proc/1/fd/9", checksums={"w": 7}))
+        assert receipts == {"server-0": {"w": 7}, "server-1": {"w": 8}}
+        assert engine.get_version() == a.version == b.version == 3
+        assert "/update_weights_from_shm" in a.calls
+        b.refuse_update = "no room left"
+        with pytest.raises(WeightSyncError, match=r"server-1.*no room left"):
+            engine.update_weights(disk(4))
+        assert engine.get_version() == 3
+
+
+def test_sglang_takes_weights_from_disk_only(connect):
+    with FakeServer() as server:
+        engine = connect([server], kind=RemoteSGLangEngine)
+        assert engine.update_weights(disk(1)) == {}  # it cannot confirm single tensors
+        with pytest.raises(ConfigError, match="weight_update=disk"):
+            engine.update_weights(WeightUpdateMeta("shm", 2, "/x"))
+
+
+def test_score_keeps_order_and_starts_with_zero(connect):
+    with FakeServer() as a, FakeServer() as b:
+        engine = connect([a, b])
+        assert engine.score([[5, 1], [5, 2, 3], [9]]) == [[0.0, -0.1], [0.0, -0.2, -0.3], [0.0]]
+
+
+def test_servers_that_do_not_come_up_are_named(connect):
+    with FakeServer() as a, FakeServer() as b:
+        b.health = 503
+        with pytest.raises(ServerUnreachable, match=r"server-1: http://.*/health: HTTP 503"):
+            connect([a, b], setup_timeout_s=0.5)
+    assert not [t for t in threading.enumerate() if t.name == "rollout"]
+
+
+def test_no_address_is_a_clear_error(monkeypatch):
+    monkeypatch.delenv("AREAL_LLM_SERVER_ADDRS", raising=False)
+    with pytest.raises(ConfigError, match="AREAL_LLM_SERVER_ADDRS"):
+        RemoteNativeEngine(quick_config()).initialize()
+    with pytest.raises(WorkflowError, match="initialize"):
+        RemoteNativeEngine(quick_config()).pause()
+
+
+def test_destroy_ends_a_wait_of_another_thread(connect):
+    with FakeServer() as server:
+        engine = connect([server])
+        server.is_deaf = True
+        engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow())
+        raised = []
+
+        def waiter():
+            try:
+                engine.wait(1)
+            except WorkflowError as error:
+                raised.append(str(error))
+
+        thread = threading.Thread(target=waiter)
+        thread.start()
+        while "rollout.wait" not in " ".join(_open_waits()):
+            pass
+        engine.destroy()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert raised and "the run ended" in raised[0]
+
+
+def _open_waits():
+    from arealite.observe import waits
+
+    return waits.lines()

@@ -1,0 +1,447 @@
+"""The rollout head: batches for all ranks, failures, filters, stale groups, the ledger and recovery."""
+
+import asyncio
+import json
+import threading
+
+import pytest
+from rollout_fakes import FakeServer, MembersWorkflow, Source, quick_config, simulate, trajectory
+
+from arealite.api.errors import ConfigError, RequestError, WorkflowError
+from arealite.api.types import Task
+from arealite.rollout.client import RemoteNativeEngine
+from arealite.rollout.counters import Counters
+from arealite.rollout.executor import RolloutExecutor
+from arealite.rollout.ledger import Ledger, audit
+from arealite.rollout.staleness import StalenessManager
+
+
+class Episodes:
+    """A workflow made of a function of the task (and of how often it was tried); no server."""
+
+    def __init__(self, act=None):
+        self.act = act or (lambda task, tries: [trajectory(task)])
+        self.tries = {}
+
+    async def arun_episode(self, engine, task):
+        self.tries[task.id] = self.tries.get(task.id, 0) + 1
+        await asyncio.sleep(0)
+        return self.act(task, self.tries[task.id])
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def head(tmp_path):
+    """head(**config) -> a client that has a server it does not need; its ledger is tmp_path/ledger.jsonl."""
+    engines = []
+    with FakeServer() as server:
+
+        def connect(collective=None, **changes):
+            engine = RemoteNativeEngine(quick_config(**changes), ledger_path=tmp_path / "ledger.jsonl")
+            engines.append(engine)
+            engine.initialize(collective, addresses=[server.address])
+            engine.server = server
+            return engine
+
+        yield connect
+        for engine in engines:
+            engine.destroy()
+
+
+def ordinals(engine):
+    return [g.ordinal for g in engine.last_groups]
+
+
+def test_synchronous_steps_are_the_tasks_in_order(head, tmp_path):
+    engine, source, workflow = head(max_head_offpolicyness=0), Source(), MembersWorkflow(num_members=2)
+    for step in range(3):
+        batch = engine.prepare_batch(source, workflow)
+        assert ordinals(engine) == [4 * step + i for i in range(4)]
+        assert batch.num_groups == 4 and batch.num_sequences == 8
+        assert batch.group_ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        engine.mark_trained(step)
+        engine.set_version(step + 1)
+        engine.server.version = step + 1
+    stats = engine.stats()
+    assert stats["num_generated_tokens"] >= 24 * 12
+    assert stats["staleness_max"] == 0
+    engine.destroy()
+    report = audit(tmp_path / "ledger.jsonl")
+    assert not report.violations
+    assert report.counts["trained"] == 12
+    assert set(report.trained_at.values()) == {0, 1, 2}
+    assert report.reasons == {"the run ended": source.position - 12}
+
+
+def test_two_batches_at_one_version_are_refused_when_the_bound_forbids_them(head):
+    engine, source = head(max_head_offpolicyness=0), Source()
+    engine.prepare_batch(source, Episodes())
+    with pytest.raises(WorkflowError, match="send new weights"):
+        engine.prepare_batch(source, Episodes())
+
+
+def test_a_batch_while_paused_is_an_error_and_not_a_hang(head):
+    engine = head()
+    engine.pause()
+    with pytest.raises(WorkflowError, match="call resume"):
+        engine.prepare_batch(Source(), Episodes())
+    engine.resume()
+    assert engine.prepare_batch(Source(), Episodes()).num_groups == 4
+
+
+def test_a_source_that_ends_is_an_error_and_not_a_hang(head):
+    engine = head()
+    with pytest.raises(WorkflowError, match=r"3 of 4 groups are ready, and no task is left"):
+        engine.prepare_batch(Source(limit=3), Episodes())
+
+
+def test_no_batch_size_is_a_clear_error(head):
+    with pytest.raises(ConfigError, match="consumer_batch_size"):
+        head(consumer_batch_size=None).prepare_batch(Source(), Episodes())
+
+
+def test_filtered_groups_are_replaced(head, tmp_path):
+    engine, source = head(max_head_offpolicyness=0), Source()
+    engine.prepare_batch(source, Episodes(), lambda group: group.ordinal % 3 == 0)
+    assert ordinals(engine) == [0, 3, 6, 9]
+    stats = engine.stats()
+    assert (stats["num_accepted"], stats["num_rejected"], stats["num_failed"]) == (4, 6, 0)
+    assert audit(tmp_path / "ledger.jsonl").reasons == {"filtered": 6}
+
+
+def test_a_filter_that_raises_is_reported(head):
+    with pytest.raises(ZeroDivisionError):
+        head().prepare_batch(Source(), Episodes(), lambda group: 1 / 0)
+
+
+def test_failed_episodes_are_retried_then_dropped_with_the_reason(head, tmp_path):
+    def act(task, tries):
+        if task.id == "e0-r1" or (task.id == "e0-r2" and tries < 3):
+            raise OSError("disk on fire")
+        return [trajectory(task)]
+
+    engine, workflow = head(max_head_offpolicyness=0, workflow_retries=2), Episodes(act)
+    engine.prepare_batch(Source(), workflow)
+    assert ordinals(engine) == [0, 2, 3, 4]
+    assert workflow.tries["e0-r1"] == workflow.tries["e0-r2"] == 3
+    stats = engine.stats()
+    assert (stats["num_failed"], stats["num_retries"]) == (1, 4)
+    assert audit(tmp_path / "ledger.jsonl").reasons == {"OSError: disk on fire": 1}
+
+
+def test_what_cannot_succeed_is_not_retried(head):
+    def act(task, tries):
+        if task.id == "e0-r0":
+            raise RequestError("the prompt is too long")
+        return [trajectory(task)]
+
+    engine, workflow = head(), Episodes(act)
+    engine.prepare_batch(Source(), workflow)
+    assert workflow.tries["e0-r0"] == 1
+
+
+@pytest.mark.parametrize("call", ["prepare_batch", "rollout_batch"])
+def test_a_run_whose_episodes_all_fail_stops_with_their_traceback(head, call):
+    def act(task, tries):
+        raise ValueError("no such column")
+
+    engine = head(max_failed_groups=5, workflow_retries=0)
+    with pytest.raises(WorkflowError, match=r"(?s)5 groups in a row failed.*Traceback.*no such column"):
+        if call == "prepare_batch":
+            engine.prepare_batch(Source(), Episodes(act))
+        else:
+            engine.rollout_batch([Task(str(i), prompt="x") for i in range(9)], Episodes(act))
+
+
+def test_reward_errors_are_not_zeros(head, tmp_path):
+    def act(task, tries):
+        bad = trajectory(task, 1, reward=None, status="reward_error", error="Traceback ...\nValueError: no number")
+        good = trajectory(task, 0)
+        return [bad, bad] if task.id == "e0-r1" else [good, bad]
+
+    engine = head(max_head_offpolicyness=0)
+    batch = engine.prepare_batch(Source(), Episodes(act))
+    assert batch.num_sequences == batch.num_groups == 4
+    assert batch.rewards.tolist() == [1.0] * 4
+    assert all(len(g.trajectories) == 2 for g in engine.last_groups)  # the log shows the failed ones too
+    stats = engine.stats()
+    assert (stats["num_reward_errors"], stats["num_failed"]) == (4, 1)
+    assert audit(tmp_path / "ledger.jsonl").reasons == {"reward_error for all 2 members: ValueError: no number": 1}
+
+
+def test_a_workflow_that_breaks_its_contract_is_told(head):
+    wrong = Episodes(lambda task, tries: [trajectory(task, logprobs=[0.0])])
+    with pytest.raises(WorkflowError, match=r"2 tokens, 2 mask entries, 1 logprobs"):
+        head(max_failed_groups=1, workflow_retries=0).prepare_batch(Source(), wrong)
+    without_reward = Episodes(lambda task, tries: [trajectory(task, reward=None)])
+    with pytest.raises(WorkflowError, match="without a reward"):
+        head(max_failed_groups=1, workflow_retries=0).prepare_batch(Source(), without_reward)
+
+
+def test_evaluation_is_outside_ledger_and_bound_and_keeps_every_task(head, tmp_path):
+    def act(task, tries):
+        if task.id == "2":
+            raise ValueError("broken task")
+        return [trajectory(task)]
+
+    engine = head(max_head_offpolicyness=0, workflow_retries=0, max_failed_groups=1)
+    groups = engine.run_groups([Task(str(i), prompt="x") for i in range(30)], Episodes(act))
+    assert [g.task.id for g in groups] == [str(i) for i in range(30)]
+    assert [g.trajectories[0].status for g in groups].count("failed") == 1
+    assert "broken task" in groups[2].trajectories[0].error
+    assert not (tmp_path / "ledger.jsonl").exists()
+    assert engine.prepare_batch(Source(), Episodes()).num_groups == 4
+
+
+class Ranks:
+    """Collectives of `size` threads."""
+
+    def __init__(self, size):
+        self.size, self.barrier, self.shares = size, threading.Barrier(size), None
+
+    def rank(self, rank):
+        ranks = self
+
+        class One:
+            world_size = ranks.size
+
+            def scatter(self, shares):
+                if rank == 0:
+                    ranks.shares = shares
+                ranks.barrier.wait(20)
+                return ranks.shares[rank]
+
+        one = One()
+        one.rank = rank
+        return one
+
+
+def on_all_ranks(head, size, act, **config):
+    """Runs `act(engine)` on each rank in a thread; results or errors by rank."""
+    ranks, outcomes = Ranks(size), [None] * size
+    engines = [head(ranks.rank(r), **config) for r in range(size)]
+
+    def run(rank):
+        try:
+            outcomes[rank] = act(engines[rank])
+        except Exception as error:
+            outcomes[rank] = error
+
+    threads = [threading.Thread(target=run, args=(r,)) for r in range(size)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(30)
+        assert not t.is_alive()
+    return outcomes
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_ranks_get_whole_groups_of_one_step(head, size):
+    workflow = Episodes(lambda task, tries: [trajectory(task, m, [0] * int(task.id[4:])) for m in range(2)])
+    source = Source(position=1)
+    shares = on_all_ranks(head, size, lambda e: e.prepare_batch(source, workflow), max_head_offpolicyness=0)
+    assert all(s.num_groups == 4 for s in shares)
+    found = [(g, task) for s in shares for g, task in zip(s.group_ids.tolist(), s.task_ids, strict=True)]
+    assert sorted(found) == sorted((g, f"e0-r{g + 1}") for g in range(4) for _ in range(2))
+    assert all(len({i for i, s in enumerate(shares) if g in s.group_ids}) == 1 for g in range(4))
+    assert sum(s.num_sequences == 0 for s in shares) == max(0, size - 4)
+    if size == 2:
+        assert [len(s.tokens) for s in shares] == [14, 14]  # groups of 4, 6, 8 and 10 tokens
+
+
+def test_an_error_of_the_head_reaches_all_ranks(head):
+    def act(task, tries):
+        raise ValueError("no such column")
+
+    config = {"max_failed_groups": 1, "workflow_retries": 0}
+    outcomes = on_all_ranks(head, 3, lambda e: e.prepare_batch(Source(), Episodes(act)), **config)
+    assert all(isinstance(o, WorkflowError) and "no such column" in str(o) for o in outcomes)
+    assert str(outcomes[1]).startswith("on rank 0")
+
+
+def test_other_ranks_need_no_server(head):
+    engine = head(Ranks(2).rank(1))
+    engine.pause()
+    engine.resume()
+    engine.mark_trained(0)
+    assert engine.stats() == {}
+    engine.load_state_dict({"version": 4, "ready": "ignored"})
+    assert engine.state_dict() == {"version": 4} and engine.get_version() == 4
+
+
+# -- stale groups ----------------------------------------------------------------------------------------------
+
+
+async def jump(policy, ledger):
+    """Two steps with eta = 1, and a version that jumps by five between them."""
+    staleness = StalenessManager(1, 2, 10)
+    config = quick_config(consumer_batch_size=2, stale_policy=policy)
+    counters = Counters()
+    executor = RolloutExecutor(None, staleness, ledger, config, counters)
+    workflow = Episodes(lambda task, tries: [trajectory(task, versions=[staleness.version])])
+    executor.adopt(workflow, None)
+    executor.submit([Task(f"e0-r{i}", prompt="x") for i in range(12)], workflow)
+    first = await executor.collect(2)
+    executor.mark_trained(0)
+    executor.set_version(5)
+    second = await executor.collect(2)
+    executor.mark_trained(1)
+    await executor.close("the end")
+    return [[g.ordinal for g in groups] for groups in (first, second)], counters.drain()["num_stale"], workflow.tries
+
+
+@pytest.mark.parametrize(
+    ("policy", "second", "reasons"),
+    [
+        ("correct", [2, 3], {"the end": 8}),
+        ("drop", [4, 5], {"the end": 6, "stale: 5 versions old, at most 1 allowed": 2}),
+        ("requeue", [2, 3], {"the end": 8}),
+    ],
+)
+def test_groups_that_became_too_old_are_dealt_with_as_configured(policy, second, reasons, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    batches, num_stale, tries = simulate(jump(policy, ledger))
+    assert batches == [[0, 1], second]
+    assert num_stale == 2
+    assert tries["e0-r2"] == (2 if policy == "requeue" else 1)
+    report = audit(tmp_path / "ledger.jsonl")
+    assert not report.violations
+    assert report.reasons == reasons
+
+
+# -- ledger and recovery -----------------------------------------------------------------------------------------
+
+
+def run_steps(engine, source, workflow, first, last, save_at=()):
+    """Trains; returns {step: (recovery state, data position)} and the ordinals of each step."""
+    points, batches = {}, {}
+    for step in range(first, last):
+        engine.prepare_batch(source, workflow)
+        batches[step] = ordinals(engine)
+        engine.mark_trained(step)
+        engine.server.version = step + 1
+        engine.set_version(step + 1)
+        if step + 1 in save_at:
+            points[step + 1] = json.loads(json.dumps([engine.state_dict(), source.state_dict()]))
+    return points, batches
+
+
+def kill(engine):
+    """End the head as kill -9 would, as far as its ledger can tell: nothing is written any more."""
+    engine._connection.loop.call(engine._connection.executor.ledger.close, "test.kill")
+    engine._connection.executor.ledger.path = None
+    engine.destroy()
+
+
+@pytest.mark.parametrize("eta", [0, 2])
+def test_recovery_trains_every_task_exactly_once(head, tmp_path, eta):
+    workflow = MembersWorkflow(num_members=2, max_new_tokens=5)
+    engine, source = head(max_head_offpolicyness=eta), Source()
+    points, straight = run_steps(engine, source, workflow, 0, 6, save_at=(3,))
+    state, position = points[3]
+    kill(engine)
+
+    resumed, source = head(max_head_offpolicyness=eta), Source()
+    source.load_state_dict(position)
+    resumed.load_state_dict(state)
+    assert resumed.get_version() == 3
+    _, again = run_steps(resumed, source, workflow, 3, 8)
+    if eta == 0:
+        assert all(again[step] == straight[step] for step in range(3, 6))
+    resumed.destroy()
+
+    report = audit(tmp_path / "ledger.jsonl")
+    assert not report.violations
+    assert report.num_recoveries == 1
+    assert report.counts["trained"] == 8 * 4
+    drawn = {f"e0-r{i}" for i in range(source.position)}
+    assert set(report.states) == drawn  # no task was lost
+
+
+def test_finished_groups_survive_a_recovery_without_being_run_again(head):
+    workflow = Episodes()
+    engine, source = head(max_head_offpolicyness=1), Source()
+    engine.prepare_batch(source, workflow)  # consumed, not trained: belongs to the point
+    state = json.loads(json.dumps(engine.state_dict()))
+    assert {r["group"]["ordinal"] for r in state["ready"]} >= {0, 1, 2, 3}
+    assert state["num_consumed"] == 0
+
+    resumed, fresh = head(max_head_offpolicyness=1), Episodes()
+    resumed.load_state_dict(state)
+    resumed.prepare_batch(source, fresh)
+    assert ordinals(resumed) == [0, 1, 2, 3]
+    assert not fresh.tries.keys() & {"e0-r0", "e0-r1", "e0-r2", "e0-r3"}
+
+
+def test_a_restart_without_a_recovery_point_voids_the_old_ledger(head, tmp_path):
+    for _ in range(2):
+        run_steps(head(max_head_offpolicyness=1), Source(), Episodes(), 0, 2)
+    report = audit(tmp_path / "ledger.jsonl")
+    assert not report.violations and report.counts["trained"] == 8
+
+
+def test_a_skipped_step_drops_its_tasks(head, tmp_path):
+    engine = head()
+    engine.prepare_batch(Source(), Episodes())
+    engine.mark_trained(0, skipped=True)
+    report = audit(tmp_path / "ledger.jsonl")
+    assert len(report.tasks("dropped")) == 4 and not report.violations
+    assert "not finite" in next(iter(report.reasons))
+
+
+def test_new_weights_imply_that_the_batch_before_was_trained(head, tmp_path):
+    engine, source = head(), Source()
+    for step in range(2):
+        engine.prepare_batch(source, Episodes())
+        engine.set_version(step + 1)
+    report = audit(tmp_path / "ledger.jsonl")
+    assert sorted(report.trained_at.values()) == [0] * 4 + [1] * 4 and not report.violations
+
+
+LIFE = ["issued", "generating", "rewarded", "consumed", "trained"]
+
+
+def write_life(ledger, task, events):
+    for event in events:
+        ledger.record(task, event, step=0 if event == "trained" else None)
+
+
+@pytest.mark.parametrize(
+    ("events", "violation"),
+    [
+        ([*LIFE, "trained"], "trained after trained"),
+        ([*LIFE[:4], "consumed"], "consumed after consumed"),
+        (["issued", "issued"], "issued after issued"),
+        (["generating"], "generating after None"),
+        (["issued", "dropped", "generating"], "generating after dropped"),
+    ],
+)
+def test_audit_finds_what_must_not_happen(tmp_path, events, violation):
+    ledger = Ledger(tmp_path / "l.jsonl")
+    write_life(ledger, "ok", LIFE)
+    write_life(ledger, "bad", events)
+    assert audit(tmp_path / "l.jsonl").violations == [f"bad: {violation}"]
+
+
+def test_audit_leaves_out_what_a_recovery_voided_and_tolerates_torn_lines(tmp_path):
+    path = tmp_path / "l.jsonl"
+    ledger = Ledger(path)
+    write_life(ledger, "a", LIFE[:2])
+    kept = ledger.num_bytes()
+    write_life(ledger, "a", LIFE[2:])
+    ledger.close()
+    with open(path, "a") as file:
+        file.write('{"task": "a", "ev')  # killed while writing
+    assert audit(path).counts == {"trained": 1} and not audit(path).violations
+    again = Ledger(path)
+    again.resume(kept, step=1)
+    write_life(again, "a", LIFE[1:])
+    report = audit(path)
+    assert report.counts == {"trained": 1} and not report.violations and report.num_recoveries == 1
+    again.close()
+    text = path.read_text()
+    path.write_text(text.replace('"recovered"', '"recovered'))
+    assert audit(path).violations

@@ -1,0 +1,181 @@
+"""The staleness bound, proven by simulation with random latencies, and against a plain search for feasible steps."""
+
+import asyncio
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rollout_fakes import quick_config, simulate, tasks_from, trajectory
+
+from arealite.rollout.counters import Counters
+from arealite.rollout.executor import RolloutExecutor
+from arealite.rollout.ledger import Ledger, audit
+from arealite.rollout.staleness import StalenessManager
+
+
+class World:
+    """Servers of one weight version; a task's tokens come at random times, each with the version of that time."""
+
+    def __init__(self, seed: int, failing: float) -> None:
+        self.version = 0
+        self.random = random.Random(seed)
+        self.failing = failing
+        self.started: list[str] = []
+
+    async def arun_episode(self, engine, task):
+        self.started.append(task.id)
+        slow = self.random.random() < 0.2
+        versions = []
+        for _ in range(self.random.randint(1, 5)):
+            versions.append(self.version)
+            await asyncio.sleep(self.random.expovariate(1.0) * (8.0 if slow else 0.3))
+        if self.random.random() < self.failing:
+            raise RuntimeError("this episode is broken")
+        return [trajectory(task, versions=versions)]
+
+    def close(self):
+        pass
+
+
+class Naive(StalenessManager):
+    """Waits only for groups that are due at this very step."""
+
+    def _due(self):
+        return [(v, n) for v, n in super()._due() if v + self.max_staleness <= self.version]
+
+
+async def run_steps(world, staleness, ledger, num_steps, should_accept=None):
+    """Train on virtual time; returns the ages at consumption, in versions, and the counters."""
+    config = quick_config(consumer_batch_size=staleness.consumer_batch_size, max_failed_groups=1000, workflow_retries=1)
+    counters = Counters()
+    executor = RolloutExecutor(None, staleness, ledger, config, counters)
+    executor.adopt(world, should_accept)
+    source, ages = tasks_from(), []
+    size = staleness.consumer_batch_size
+    for step in range(num_steps):
+        groups = None
+        while groups is None:
+            executor.submit(list(itertools.islice(source, executor.num_wanted())), world)
+            groups = await executor.collect(size, may_draw=True)
+        ordinals = [g.ordinal for g in groups]
+        assert len(groups) == size and ordinals == sorted(ordinals)
+        ages += [staleness.version - g.trajectories[0].min_version for g in groups]
+        await asyncio.sleep(world.random.expovariate(1.0))
+        executor.mark_trained(step)
+        world.version += 1
+        await asyncio.sleep(world.random.random())  # the servers have new weights before the head knows
+        executor.set_version(step + 1)
+    await executor.close("the simulation ended")
+    return ages, counters.drain()
+
+
+@pytest.mark.parametrize("eta", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("max_concurrent", [3, 100])
+def test_nothing_is_older_than_eta_at_consumption(eta, max_concurrent, tmp_path):
+    oldest = 0
+    for seed in range(12):
+        staleness = StalenessManager(eta, 4, max_concurrent)
+        ledger = Ledger(tmp_path / f"{seed}.jsonl")
+        world = World(seed, failing=0.1)
+        rng = random.Random(seed)
+        ages, counts = simulate(run_steps(world, staleness, ledger, 25, lambda group: rng.random() > 0.2))
+        ledger.close()
+        assert max(ages) <= eta, (seed, ages)
+        oldest = max(oldest, *ages)
+
+        report = audit(tmp_path / f"{seed}.jsonl")
+        assert not report.violations
+        assert report.counts["trained"] == 100
+        # Nothing is thrown away for being slow: only by the filter, by failure, or at the end.
+        allowed = ("filtered", "RuntimeError", "the simulation ended")
+        assert all(reason.startswith(allowed) for reason in report.reasons), report.reasons
+        assert counts["num_stale"] == 0
+        # First issued, first started.
+        started = [int(t.split("-r")[1]) for t in dict.fromkeys(world.started)]
+        assert started == sorted(started)
+    assert oldest > 0 or eta == 0  # the bound is used, not avoided by being synchronous
+
+
+def test_waiting_only_for_groups_that_are_due_would_break_the_bound(tmp_path):
+    """The simulation can fail: with the naive rule it finds groups that are too old."""
+    worst = max(max(simulate(run_steps(World(seed, 0.0), Naive(2, 4, 100), Ledger(None), 25))[0]) for seed in range(12))
+    assert worst > 2
+
+
+def test_a_step_leaves_no_older_ready_group_behind():
+    staleness = StalenessManager(2, 2, 100)
+    for ordinal in range(6):
+        staleness.start(ordinal)
+    for ordinal in (5, 3, 1, 4):
+        staleness.accept(ordinal)
+    assert staleness.select(2) == [1, 3]
+
+
+@st.composite
+def situations(draw):
+    """A reachable state: groups started under the bound at each version, any of them finished, steps taken by select."""
+    eta, size = draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    staleness = StalenessManager(eta, size, draw(st.integers(1, 20)))
+    ordinal = 0
+    for _ in range(draw(st.integers(1, 6))):
+        for _ in range(draw(st.integers(0, 12))):
+            if staleness.capacity() > 0:
+                staleness.start(ordinal)
+                ordinal += 1
+        for running in list(staleness._running):
+            fate = draw(st.sampled_from(["runs", "ready", "rejected"]))
+            if fate == "ready":
+                staleness.accept(running)
+            elif fate == "rejected":
+                staleness.reject(running)
+        chosen = staleness.select(size)
+        if chosen is None:
+            break
+        if draw(st.booleans()):
+            staleness.consume(chosen)
+            staleness.version += 1
+    return staleness
+
+
+def can_still_be_in_time(staleness, taken):
+    """Plain reference: after this step, can the rest be trained, B a step, each group by its deadline?"""
+    rest = {**staleness._running, **staleness._ready}
+    deadlines = sorted(version + staleness.max_staleness for o, version in rest.items() if o not in taken)
+    first = staleness.version + 1
+    return all(first + i // staleness.consumer_batch_size <= deadline for i, deadline in enumerate(deadlines))
+
+
+@settings(max_examples=400, deadline=None)
+@given(situations())
+def test_a_step_waits_exactly_when_going_on_would_make_a_group_too_old(staleness):
+    size = staleness.consumer_batch_size
+    chosen = staleness.select(size)
+    if chosen is not None:
+        assert can_still_be_in_time(staleness, chosen)
+    elif staleness.num_ready >= size:
+        steps = itertools.combinations(sorted(staleness._ready), size)
+        assert not any(can_still_be_in_time(staleness, taken) for taken in steps)
+        assert staleness.awaited()
+    # What must be trained at this step always fits into it.
+    assert all(due <= size for _, due in staleness._due())
+
+
+@settings(max_examples=200, deadline=None)
+@given(situations())
+def test_capacity_is_the_published_formula_while_every_version_has_its_batch(staleness):
+    if staleness.num_consumed != staleness.version * staleness.consumer_batch_size:
+        return
+    formula = min(
+        staleness.max_concurrent - staleness.num_running,
+        (staleness.max_staleness + staleness.version + 1) * staleness.consumer_batch_size
+        - (staleness.num_accepted + staleness.num_running),
+    )
+    assert staleness.capacity() == formula
+
+
+def test_versions_without_a_batch_give_no_credit():
+    staleness = StalenessManager(1, 4, 100)
+    staleness.version = 50  # a run that starts at a high version, without a recovery point
+    assert staleness.capacity() == 8
