@@ -108,6 +108,11 @@ CASES = [
     ),
     (["actor.eps_clip=1"], "actor.eps_clip is 1.0, expected below 1", ["actor.eps_clip=0.2"]),
     (["actor.overlong_tokens=513"], "actor.overlong_tokens (513) is above", ["actor.overlong_tokens=128"]),
+    (
+        ["actor.max_new_tokens=9"],
+        "actor.max_new_tokens (9) is not gconfig.max_new_tokens (512)",
+        ["actor.max_new_tokens=null"],
+    ),
     (["actor.reward_scaling=0"], "makes every reward 0", ["actor.reward_scaling=1"]),
     (["actor.optimizer.beta2=1"], "actor.optimizer.beta2 is 1.0, expected below 1", ["actor.optimizer.beta2=0.9"]),
     (["actor.optimizer.max_grad_norm=0"], "makes every update 0", ["actor.optimizer.max_grad_norm=inf"]),

@@ -156,6 +156,7 @@ class PPOActorConfig(TrainEngineConfig):
         None, "the ratio is clipped above at 1 + eps_clip_higher; eps_clip if not given", low=0
     )
     c_clip: float | None = setting(None, "dual clip: bound of the loss at negative advantages", low=1)
+    max_new_tokens: int | None = setting(None, "tokens per answer at most; gconfig.max_new_tokens if not given", low=1)
     loss_aggregation: str = setting(
         "token-mean", "what the loss is a mean over", ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
     )

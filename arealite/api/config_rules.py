@@ -48,6 +48,8 @@ def fill_derived(config: GRPOConfig, given: set[str]) -> None:
         config.tokenizer_path = config.actor.path
     if config.actor.temperature is None:
         config.actor.temperature = config.gconfig.temperature
+    if config.actor.max_new_tokens is None:
+        config.actor.max_new_tokens = config.gconfig.max_new_tokens
     if "actor.seed" not in given:
         config.actor.seed = config.seed
     if config.ref is not None:
@@ -204,6 +206,11 @@ def loss(config: GRPOConfig) -> Iterator[str]:
                 )
     if actor.eps_clip >= 1:
         yield f"actor.eps_clip is {actor.eps_clip}, expected below 1: the lower bound of the ratio is 1 - eps_clip"
+    if actor.max_new_tokens not in (None, config.gconfig.max_new_tokens):
+        yield (
+            f"actor.max_new_tokens ({actor.max_new_tokens}) is not gconfig.max_new_tokens"
+            f" ({config.gconfig.max_new_tokens}): leave actor.max_new_tokens out"
+        )
     if actor.overlong_tokens > config.gconfig.max_new_tokens:
         yield (
             f"actor.overlong_tokens ({actor.overlong_tokens}) is above gconfig.max_new_tokens"
