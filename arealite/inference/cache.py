@@ -34,17 +34,17 @@ class KVShape:
 
 
 class PagePool:
-    """All keys and values, `tensor` [layers, 2, pages, PAGE_TOKENS, kv heads, head dim], and who holds which page.
+    """All keys and values, `tensor` [layers, 2, kv heads, pages, PAGE_TOKENS, head dim], and who holds which page.
 
     A page with more than one holder is never written at positions that another holder reads.
     """
 
     def __init__(self, shape: KVShape, num_tokens: int) -> None:
         self.num_pages = pages_for(num_tokens)
-        dims = (shape.num_layers, 2, self.num_pages + 1, PAGE_TOKENS, shape.num_kv_heads, shape.head_dim)
+        dims = (shape.num_layers, 2, shape.num_kv_heads, self.num_pages + 1, PAGE_TOKENS, shape.head_dim)
         self.tensor = _lazy_zeros(dims, shape.dtype, shape.device)
-        # Row views per layer, [pages * PAGE_TOKENS, kv heads, head dim]: what a step writes its new tokens to.
-        flat = self.tensor.flatten(2, 3)
+        # Views per layer, [kv heads, pages * PAGE_TOKENS, head dim]: what a step writes its new tokens to.
+        flat = self.tensor.flatten(3, 4)
         self.keys = [flat[layer, 0] for layer in range(shape.num_layers)]
         self.values = [flat[layer, 1] for layer in range(shape.num_layers)]
         self._holders = [0] * (self.num_pages + 1)
@@ -79,12 +79,12 @@ class PagePool:
                 self._free.append(page)
 
     def copy_page(self, source: int, target: int) -> None:
-        self.tensor[:, :, target].copy_(self.tensor[:, :, source])
+        self.tensor[:, :, :, target].copy_(self.tensor[:, :, :, source])
 
     def clean(self, pages: list[int]) -> None:
         """Zero the pages that nobody else holds. A NaN left behind would reach later holders through masked positions
         (0 * NaN)."""
-        self.tensor[:, :, [SCRATCH_PAGE, *(page for page in pages if self._holders[page] == 1)]] = 0
+        self.tensor[:, :, :, [SCRATCH_PAGE, *(page for page in pages if self._holders[page] == 1)]] = 0
 
 
 def _lazy_zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from arealite.api.errors import ConfigError
 from arealite.inference.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, pages_for
 from arealite.inference.sequence import Sequence
 
 ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attention`
+QUERIES_PER_CALL = 512  # queries of a long prompt whose scores exist at one time
 KEYS_PER_CALL = 4096  # keys gathered at one time in decode: stays in a core's cache
 _UNSUPPORTED = ("softcap", "sliding_window", "s_aux", "position_bias")
 
@@ -23,7 +23,7 @@ _UNSUPPORTED = ("softcap", "sliding_window", "s_aux", "position_bias")
 @dataclass(frozen=True)
 class Bucket:
     """Decode rows [first, last) that read equally many pages. `table` [rows * pages] page numbers, row by row;
-    `mask` [rows, 1, 1, pages * PAGE_TOKENS] additive, -inf past each row's own length."""
+    `mask` [kv heads * rows, 1, pages * PAGE_TOKENS] additive float32, -inf past each row's own length."""
 
     first: int
     last: int
@@ -71,43 +71,61 @@ def packed_attention(
     if odd:
         raise ConfigError(f"this model's attention uses {', '.join(odd)}, which the native server does not support yet")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, heads, head dim]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = query[0], key[0], value[0]  # [heads, T, head dim]
     if kv_layout.pool is None or kv_layout.slots is None:
         kv_layout.seen[layer] = (k.shape, v.shape)
-        return _prefill(q, k, v, [(0, q.shape[0])], scaling)[None], None
-    kv_layout.pool.keys[layer].index_copy_(0, kv_layout.slots, k)
-    kv_layout.pool.values[layer].index_copy_(0, kv_layout.slots, v)
+        return _prefill(q, k, v, [(0, q.shape[1])], scale)[None], None
+    kv_layout.pool.keys[layer].index_copy_(1, kv_layout.slots, k)
+    kv_layout.pool.values[layer].index_copy_(1, kv_layout.slots, v)
     if kv_layout.segments:
-        return _prefill(q, k, v, kv_layout.segments, scaling)[None], None
-    return _decode(q, kv_layout.pool, layer, kv_layout.buckets, scaling)[None], None
+        return _prefill(q, k, v, kv_layout.segments, scale)[None], None
+    return _decode(q, kv_layout.pool, layer, kv_layout.buckets, scale)[None], None
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Softmax attention of a batch: q [n, queries, D], k and v [n, keys, D], `mask` additive and float32, of a shape
+    that broadcasts to [n, queries, keys]; [n, queries, D].
+
+    Plain matrix products with the softmax in float32, as in the trainer. One query alone gives bit for bit what it
+    gives among many, which fused kernels do not: so a token's logprob in decode is that of the trainer's packed pass.
+    """
+    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale).add_(mask)
+    return torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
 
 
 def _prefill(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: list[tuple[int, int]], scaling: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: list[tuple[int, int]], scale: float
 ) -> torch.Tensor:
-    """Causal attention within each segment; [T, heads, head dim] in and out."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    """Causal attention within each segment; heads first in, [T, heads, head dim] out."""
+    heads, num_tokens, head_dim = q.shape
+    kv_heads = k.shape[0]
+    out = q.new_empty(num_tokens, heads, head_dim)
     for start, end in segments:
-        one_q, one_k, one_v = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-        causal = end - start > 1
-        result = F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=causal, scale=scaling, enable_gqa=True)
-        out[start:end] = result[0].transpose(0, 1)
+        for first in range(start, end, QUERIES_PER_CALL):
+            last = min(first + QUERIES_PER_CALL, end)
+            mask = torch.full((last - first, last - start), -torch.inf, device=q.device).triu_(first - start + 1)
+            # The query heads of one key head stand below each other: keys are not repeated.
+            block = q[:, first:last].reshape(kv_heads, -1, head_dim)
+            result = _attend(block, k[:, start:last], v[:, start:last], mask.repeat(heads // kv_heads, 1), scale)
+            out[first:last] = result.view(heads, last - first, head_dim).transpose(0, 1)
     return out
 
 
-def _decode(q: torch.Tensor, pool: PagePool, layer: int, buckets: list[Bucket], scaling: float | None) -> torch.Tensor:
-    """Each row's one query over its own pages; padding rows get zeros. [T, heads, head dim] in and out."""
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+def _decode(q: torch.Tensor, pool: PagePool, layer: int, buckets: list[Bucket], scale: float) -> torch.Tensor:
+    """Each row's one query over its own pages; padding rows get zeros. [heads, T, head dim] in, [T, heads, head dim]
+    out."""
+    heads, num_rows, head_dim = q.shape
     keys, values = pool.tensor[layer]
-    kv_heads, head_dim = keys.shape[-2:]
+    kv_heads = keys.shape[0]
+    out = q.new_zeros(num_rows, heads, head_dim)
     for bucket in buckets:
         rows = bucket.last - bucket.first
-        # Query heads that share a kv head stand as queries of one sequence: one key, several queries, no repetition.
-        grouped = q[bucket.first : bucket.last].reshape(rows, kv_heads, -1, head_dim)
-        k = keys.index_select(0, bucket.table).view(rows, -1, kv_heads, head_dim).transpose(1, 2)
-        v = values.index_select(0, bucket.table).view(rows, -1, kv_heads, head_dim).transpose(1, 2)
-        result = F.scaled_dot_product_attention(grouped, k, v, attn_mask=bucket.mask, scale=scaling)
-        out[bucket.first : bucket.last] = result.reshape(rows, -1, head_dim)
+        grouped = q[:, bucket.first : bucket.last].view(kv_heads, -1, rows, head_dim).transpose(1, 2)
+        k = keys.index_select(1, bucket.table).view(kv_heads * rows, -1, head_dim)
+        v = values.index_select(1, bucket.table).view(kv_heads * rows, -1, head_dim)
+        result = _attend(grouped.reshape(kv_heads * rows, -1, head_dim), k, v, bucket.mask, scale)
+        out[bucket.first : bucket.last] = result.view(kv_heads, rows, -1, head_dim).transpose(0, 1).flatten(1, 2)
     return out
 
 
@@ -150,7 +168,7 @@ def decode_layout(pool: PagePool, sequences: list[Sequence], num_rows: int, keys
         table = [page for s in rows for page in s.pages + [SCRATCH_PAGE] * (num_pages - len(s.pages))]
         lengths = torch.tensor([s.num_computed + 1 for s in rows])
         past = torch.arange(num_pages * PAGE_TOKENS)[None] >= lengths[:, None]
-        mask = torch.zeros(past.shape, dtype=pool.tensor.dtype).masked_fill_(past, -torch.inf)[:, None, None]
+        mask = torch.zeros(past.shape).masked_fill_(past, -torch.inf).repeat(pool.tensor.shape[2], 1)[:, None]
         buckets.append(Bucket(first, last, torch.tensor(table, device=device), mask.to(device)))
         first = last
     return KVLayout(pool, torch.tensor(slots, device=device), buckets=buckets)

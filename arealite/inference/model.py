@@ -137,7 +137,7 @@ class ServedModel:
                 f"{self._name}: {len(layout.seen)} of {self.config.get_text_config().num_hidden_layers} layers use"
                 f" standard attention, key shape {tuple(key)}, value shape {tuple(value)}; not supported"
             )
-        return KVShape(len(layout.seen), key[1], key[2], self.dtype, self.device)
+        return KVShape(len(layout.seen), key[0], key[2], self.dtype, self.device)
 
     def _check_against_plain_pass(self) -> None:
         """Packed prefill and decode must give the logits of the plain Hugging Face pass."""

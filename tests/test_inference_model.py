@@ -1,0 +1,194 @@
+"""What the server returns is what the Hugging Face model computes; what it cannot serve faithfully it refuses."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inference_support import EOS, VOCAB, LocalServer, byte_tokenizer, output_logprobs, save_tiny_llama, served
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
+
+from arealite.api.errors import ConfigError
+from arealite.inference.cache import PagePool
+from arealite.inference.layout import bucket_pages
+
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+}
+
+
+def plain_logprobs(
+    folder: str | Path, tokens: list[int], dtype: torch.dtype, temperature: float = 1.0, attention: str = "sdpa"
+) -> torch.Tensor:
+    """log p(token t | tokens < t) for t >= 1, by the plain Hugging Face pass over the whole sequence."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1].float() / temperature
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+def prompts(num: int, vocab: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab) for _ in range(rng.randint(1, longest))] for _ in range(num)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_fp32_logprobs_are_those_of_the_plain_pass(folder: Path, deterministic: bool) -> None:
+    asked = prompts(12, 256)
+    with LocalServer(served(folder, deterministic=deterministic)) as server:
+        answers = server.generate_many(
+            [
+                {
+                    "input_ids": ids,
+                    "sampling_params": {"max_new_tokens": 5 * i + 1, "temperature": 0.8, "ignore_eos": True},
+                    "logprob_start_len": i % 3,
+                }
+                for i, ids in enumerate(asked)
+            ]
+        )
+    for i, (ids, answer) in enumerate(zip(asked, answers, strict=True)):
+        tokens = ids + answer["output_ids"]
+        assert len(answer["output_ids"]) == 5 * i + 1
+        wanted = plain_logprobs(folder, tokens, torch.float32, temperature=0.8)[len(ids) - 1 :]
+        assert output_logprobs(answer) == pytest.approx(wanted.tolist(), abs=1e-4)
+        scored = answer["meta_info"]["input_token_logprobs"]
+        if i % 3 < len(ids):
+            assert [entry[1] for entry in scored] == ids[i % 3 :] and scored[0][0] is None
+            wanted = plain_logprobs(folder, tokens, torch.float32)[i % 3 : len(ids) - 1]
+            assert [entry[0] for entry in scored[1:]] == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+def test_greedy_equals_generate_on_the_real_model(smollm2: str) -> None:
+    model = served(Path(smollm2), torch.float32)
+    texts = ["What is 3 + 4?", "Name a colour.", "The capital of France is"]
+    ids = [model.tokenizer(text).input_ids for text in texts]
+    with LocalServer(model) as server:
+        answers = server.generate(ids, max_new_tokens=20, temperature=0)
+    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for prompt, answer in zip(ids, answers, strict=True):
+        whole = plain.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist()
+        assert answer["output_ids"] == whole[len(prompt) :]
+
+
+def test_bf16_logprobs_are_those_of_one_pass_over_the_whole_sequence(smollm2: str) -> None:
+    """Decode and a packed pass run the same products with the softmax in float32, and so does the plain eager pass: in
+    bf16 any other order of operations moves these logprobs by about 0.04."""
+    model = served(Path(smollm2), torch.bfloat16)
+    texts = ["What is 3 + 4?", "Write a poem about rain.", "def add(a, b):", "Once upon a time", "2 4 6 8"]
+    ids = [model.tokenizer(text).input_ids for text in texts]
+    with LocalServer(model) as server:
+        answers = server.generate(ids, max_new_tokens=24, sampling_seed=5, ignore_eos=True)
+        whole = [prompt + answer["output_ids"] for prompt, answer in zip(ids, answers, strict=True)]
+        scored = server.generate(whole, max_new_tokens=0, top={"logprob_start_len": 0})
+    to_own_pass, to_plain = [], []
+    for prompt, tokens, answer, score in zip(ids, whole, answers, scored, strict=True):
+        logprobs = torch.tensor(output_logprobs(answer))
+        own = torch.tensor([entry[0] for entry in score["meta_info"]["input_token_logprobs"][len(prompt) :]])
+        plain = plain_logprobs(smollm2, tokens, torch.bfloat16, attention="eager")[len(prompt) - 1 :]
+        to_own_pass.append((logprobs - own).abs())
+        to_plain.append((logprobs - plain).abs())
+    assert float(torch.cat(to_own_pass).mean()) < 0.02
+    assert float(torch.cat(to_plain).mean()) < 0.02
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, Qwen2MoeConfig, GemmaConfig], ids=lambda c: c.__name__)
+def test_other_architectures_are_served_by_the_same_code(config: Any, tmp_path: Path) -> None:
+    extra = {"moe_intermediate_size": 32, "num_experts": 4, "shared_expert_intermediate_size": 32, "head_dim": 16}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config(**SMALL, **extra)).save_pretrained(tmp_path)
+    ids = [5, 6, 7, 8, 9]
+    with LocalServer(served(tmp_path)) as server:
+        answer = server.generate(ids, max_new_tokens=30, ignore_eos=True)
+    wanted = plain_logprobs(tmp_path, ids + answer["output_ids"], torch.float32)[len(ids) - 1 :]
+    assert output_logprobs(answer) == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert answer["text"] == "", "no tokenizer, no text"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (lambda: MistralConfig(**SMALL, sliding_window=32), "sliding"),
+        (lambda: MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2), "max_position_embeddings"),
+        (
+            lambda: Qwen2Config(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "dynamic",
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_load(config: Any, reason: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config()).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=reason):
+        served(tmp_path)
+
+
+def test_changed_logits_are_noticed_at_load(tmp_path: Path) -> None:
+    """Granite divides its logits after the head, which the packed pass would not see."""
+    from transformers import GraniteConfig
+
+    config = GraniteConfig(**SMALL, logits_scaling=8.0)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="differ from the plain Hugging Face pass"):
+        served(tmp_path)
+
+
+def test_deterministic_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(Qwen2MoeConfig(**SMALL, num_experts=4)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="deterministic"):
+        served(tmp_path, deterministic=True)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no model configuration"):
+        served(tmp_path)
+
+
+def test_the_byte_tokenizer_of_these_tests_is_one_token_per_byte() -> None:
+    assert len(byte_tokenizer()("hé").input_ids) == 3
+
+
+def test_buckets_mask_at_most_a_third_and_grow_with_the_length() -> None:
+    for length in range(1, 3000):
+        pages = bucket_pages(length)
+        needed = -(-length // 16)
+        assert needed <= pages <= max(needed * 1.5, needed + 1)
+        assert pages <= bucket_pages(length + 1)
+
+
+def test_pages_are_counted_and_copied(folder: Path) -> None:
+    pool = PagePool(served(folder).kv_shape, 64)
+    pages = pool.take(3)
+    assert pages is not None and pool.num_free == 1 and pool.take(2) is None
+    pool.hold(pages[:1])
+    pool.drop(pages)
+    assert pool.num_free == 3, "one page has another holder"
+    pool.tensor[:, :, :, pages[0]] = 7
+    pool.copy_page(pages[0], pages[1])
+    assert bool((pool.tensor[:, :, :, pages[1]] == 7).all()) and not bool((pool.tensor[:, :, :, pages[2]] == 7).any())
+    pool.drop(pages[:1])
+    assert pool.num_free == 4
