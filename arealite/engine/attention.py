@@ -1,0 +1,235 @@
+"""Attention over a prefix tree of packed sequences, plugged into transformers under the name ATTENTION.
+
+Called by the layers of the Hugging Face model; engine/model.py passes the `Layout` through the model's keyword
+arguments. No T x T mask exists at any time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface
+
+from arealite.algorithm.packing import PrefixTree
+from arealite.api.errors import ConfigError
+
+ATTENTION = "arealite_tree"
+MAX_SCORES = 1 << 18  # query-key pairs per head that exist at one time: bounds memory, and keeps them in cache
+MAX_QUERIES = 512  # queries per block of a long sequence
+PADDING_SLACK = 1.25  # pairs computed per pair needed, at most, when sequences of different lengths share a block
+
+
+@dataclass(frozen=True)
+class Block:
+    """n runs of queries of similar size. Padding queries point to node S (one past the last), padding keys to node 0,
+    where no query sees them."""
+
+    queries: torch.Tensor  # int64 [n, Lq], nodes
+    keys: torch.Tensor  # int64 [n, Lk], nodes from the root on
+    hidden: torch.Tensor  # bool [n, 1, Lq, Lk], True where the key comes after the query
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the S nodes of a PrefixTree see each other: each its ancestors and itself."""
+
+    blocks: list[Block]  # for the portable path
+    key_nodes: torch.Tensor  # int64, the paths of all rows end to end, for the varlen kernel
+    cu_queries: torch.Tensor  # int32 [rows + 1]
+    cu_keys: torch.Tensor  # int32 [rows + 1]
+    max_queries: int
+    max_keys: int
+
+
+def plan_layout(tree: PrefixTree, device: torch.device) -> Layout:
+    """Plan the attention of `tree`. A row (sequence) asks only for the nodes that it adds to the tree."""
+    rows = [r for r in range(len(tree.paths)) if tree.first_node[r + 1] > tree.first_node[r]]
+    added = [int(tree.first_node[r + 1] - tree.first_node[r]) for r in rows]
+    lengths = [len(tree.paths[r]) for r in rows]
+    on_cpu = device.type == "cpu"
+    key_nodes = np.concatenate([tree.paths[r] for r in rows]) if rows and not on_cpu else np.zeros(0, np.int64)
+    return Layout(
+        blocks=_blocks(tree, device),
+        key_nodes=torch.from_numpy(key_nodes).to(device),
+        cu_queries=torch.tensor(np.cumsum([0, *added]), dtype=torch.int32, device=device),
+        cu_keys=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device),
+        max_queries=max(added, default=0),
+        max_keys=max(lengths, default=0),
+    )
+
+
+def _blocks(tree: PrefixTree, device: torch.device) -> list[Block]:
+    runs: list[tuple[int, int, int]] = []  # (number of queries, number of keys, row); queries are the last ones
+    for row, path in enumerate(tree.paths):
+        end = len(path)
+        begin = end - int(tree.first_node[row + 1] - tree.first_node[row])
+        for stop in range(end, begin, -MAX_QUERIES):
+            runs.append((min(MAX_QUERIES, stop - begin), stop, row))
+    runs.sort()
+    blocks: list[Block] = []
+    chosen: list[tuple[int, int, int]] = []
+    needed = 0
+    for run in runs:
+        num_keys = max([run[1], *(keys for _, keys, _ in chosen)])
+        computed = (len(chosen) + 1) * run[0] * num_keys
+        if chosen and (computed > MAX_SCORES or computed > PADDING_SLACK * (needed + run[0] * run[1])):
+            blocks.append(_block(tree, chosen, device))
+            chosen, needed = [], 0
+        chosen.append(run)
+        needed += run[0] * run[1]
+    return [*blocks, _block(tree, chosen, device)] if chosen else blocks
+
+
+def _block(tree: PrefixTree, runs: list[tuple[int, int, int]], device: torch.device) -> Block:
+    num_queries, num_keys = max(r[0] for r in runs), max(r[1] for r in runs)
+    queries = np.full((len(runs), num_queries), len(tree.tokens), dtype=np.int64)
+    keys = np.zeros((len(runs), num_keys), dtype=np.int64)
+    position = np.zeros((len(runs), num_queries), dtype=np.int64)
+    for i, (asked, seen, row) in enumerate(runs):
+        queries[i, :asked] = tree.paths[row][seen - asked : seen]
+        keys[i, :seen] = tree.paths[row][:seen]
+        position[i, :asked] = np.arange(seen - asked, seen)
+    hidden = np.arange(num_keys)[None, None, :] > position[:, :, None]
+    return Block(
+        torch.from_numpy(queries).to(device),
+        torch.from_numpy(keys).to(device),
+        torch.from_numpy(hidden)[:, None].to(device),
+    )
+
+
+class _TreeAttention(torch.autograd.Function):
+    """Softmax attention block by block, in matrix products; probabilities are computed again in the backward pass.
+
+    (PyTorch's fused attention for CPU takes ten times as long in the backward pass of short sequences, and computes
+    what sequences share once per sequence.) Shapes: q [S, H, D], k and v [S, K, D], S nodes, H heads, K key heads.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: list[Block], scale: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.blocks, ctx.scale = blocks, scale
+        out = q.new_empty(len(q) + 1, *q.shape[1:])
+        for block in blocks:
+            probs, _, _, values = _attend(q, k, v, block, scale)
+            rows = _ungroup(probs @ values, block, q.shape)
+            out.index_copy_(0, block.queries.reshape(-1), rows)
+        return out[:-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        q, k, v = ctx.saved_tensors
+        grad_q = q.new_empty(len(q) + 1, *q.shape[1:])
+        # A prompt's keys collect from all its answers: a sum in float32.
+        grad_k = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+        grad_v = torch.zeros_like(grad_k)
+        grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, 0, 1))  # padding queries: no gradient
+        for block in ctx.blocks:
+            probs, queries, keys, values = _attend(q, k, v, block, ctx.scale)
+            above = _group(_pick(grad, block.queries), k.shape[1])
+            by_value = (probs.transpose(1, 2) @ above).float()
+            slopes = above @ values.transpose(1, 2)
+            scores = torch._softmax_backward_data(slopes, probs, -1, probs.dtype).mul_(ctx.scale)
+            grad_q.index_copy_(0, block.queries.reshape(-1), _ungroup(scores @ keys, block, q.shape))
+            flat = block.keys.reshape(-1)
+            grad_v.index_add_(0, flat, _to_nodes(by_value, block))
+            grad_k.index_add_(0, flat, _to_nodes((scores.transpose(1, 2) @ queries).float(), block))
+        return grad_q[:-1], grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def _pick(x: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+    """x[nodes] with any row for padding; [n, L, heads, D]."""
+    return x.index_select(0, nodes.reshape(-1).clamp(max=len(x) - 1)).view(*nodes.shape, *x.shape[1:])
+
+
+def _group(x: torch.Tensor, num_key_heads: int) -> torch.Tensor:
+    """[n, L, H, D] -> [n * K, H / K * L, D]: the query heads of one key head, below each other."""
+    n, length, heads, dim = x.shape
+    x = x.view(n, length, num_key_heads, heads // num_key_heads, dim)
+    return x.permute(0, 2, 3, 1, 4).reshape(n * num_key_heads, -1, dim)
+
+
+def _ungroup(x: torch.Tensor, block: Block, shape: torch.Size) -> torch.Tensor:
+    """The inverse of `_group`, as rows [n * L, H, D]."""
+    n, length = block.queries.shape
+    return x.view(n, shape[1], length, shape[2]).transpose(1, 2).reshape(n * length, shape[1], shape[2])
+
+
+def _to_nodes(x: torch.Tensor, block: Block) -> torch.Tensor:
+    """[n * K, Lk, D] -> rows [n * Lk, K, D]."""
+    n, length = block.keys.shape
+    return x.view(n, -1, length, x.shape[-1]).transpose(1, 2).reshape(n * length, -1, x.shape[-1])
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Probabilities [n * K, G * Lq, Lk], queries [n * K, G * Lq, D], keys and values [n * K, Lk, D] of one block."""
+    num_key_heads = k.shape[1]
+    queries = _group(_pick(q, block.queries), num_key_heads)
+    keys = _group(_pick(k, block.keys), num_key_heads)
+    values = _group(_pick(v, block.keys), num_key_heads)
+    scores = (queries @ keys.transpose(1, 2)).float().mul_(scale)
+    n, _, num_queries, num_keys = block.hidden.shape
+    scores.view(n, -1, num_queries, num_keys).masked_fill_(block.hidden, -math.inf)
+    return torch.softmax(scores, -1).to(q.dtype), queries, keys, values
+
+
+def _varlen_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Layout, scale: float) -> torch.Tensor:
+    """PyTorch's FlashAttention kernel for sequences of any length; a row's queries are the last of its keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    k, v = k.index_select(0, where.key_nodes), v.index_select(0, where.key_nodes)
+    out = varlen_attn(
+        q, k, v, where.cu_queries, where.cu_keys, where.max_queries, where.max_keys,
+        scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    tree_layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query [1, H, S, D], key and value [1, K, S, D]; returns [1, S, H, D].
+
+    Dropout is never applied: it would make the trained policy differ from the one that sampled.
+
+    Raises:
+        ConfigError: the model's attention is of a kind that this function does not compute.
+    """
+    assert tree_layout is not None, "the model is called through engine/model.py, which passes the layout"
+    if softcap is not None or s_aux is not None:
+        raise ConfigError(
+            f"{type(module).__name__} uses attention soft-capping or sinks, which packed training does not compute yet;"
+            " choose a model without them"
+        )
+    if sliding_window is not None and sliding_window < tree_layout.max_keys:
+        raise ConfigError(
+            f"a sequence of {tree_layout.max_keys} tokens is longer than the model's sliding window of"
+            f" {sliding_window}; packed training computes full attention only: shorten prompts or max_new_tokens"
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    if q.is_cuda and q.dtype != torch.float32:
+        return _varlen_attention(q, k, v, tree_layout, scale)[None], None
+    return _TreeAttention.apply(q, k, v, tree_layout.blocks, scale)[None], None
+
+
+# No mask function is registered under this name, so that transformers builds no mask.
+AttentionInterface.register(ATTENTION, tree_attention)

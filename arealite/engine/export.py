@@ -1,0 +1,71 @@
+"""Whole tensors out of a sharded model: for the servers, and as a Hugging Face folder. For engine/fsdp_engine.py."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from torch.distributed.tensor import DTensor
+
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model"
+)  # fmt: skip
+
+
+def full_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(checkpoint name, CPU tensor in `dtype`) of a transformers model; a tied weight comes once, by its first name.
+
+    Every rank must iterate to the end: gathering a sharded tensor is a collective call.
+    """
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        whole = tensor.detach()
+        if whole.is_floating_point():
+            whole = whole.to(dtype)  # before gathering: half the bytes travel
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        yield name, whole.cpu()
+
+
+def write_folder(path: str, tensors: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, source: str) -> None:
+    """Write a Hugging Face folder: weights, config, generation config, and the tokenizer files of `source`.
+
+    It is written beside `path` and renamed, so that `path` is whole or absent at any time. Raises OSError.
+    """
+    final = Path(path)
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_torch_state_dict(tensors, partial, metadata={"format": "pt"})
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.use_cache = True
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(partial)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(partial)
+    for file in tokenizer_files(source):
+        shutil.copy2(file, partial / file.name)
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def tokenizer_files(source: str) -> list[Path]:
+    """The tokenizer files of a model folder or hub id."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=list(TOKENIZER_FILES)))
+    return sorted({f for pattern in TOKENIZER_FILES for f in folder.glob(pattern) if f.is_file()})

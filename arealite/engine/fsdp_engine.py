@@ -1,0 +1,270 @@
+"""One Hugging Face model on the trainer ranks: scoring, updates, weights out, recovery. For scripts, ppo/actor.py."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from arealite.api.cli_args import TrainEngineConfig
+from arealite.api.engine import InferenceEngine
+from arealite.api.errors import ConfigError, NumericalError, WeightSyncError
+from arealite.api.types import Batch, WeightUpdateMeta
+from arealite.dataset.fetch import resolve_model
+from arealite.engine import export, state
+from arealite.engine.micro_batch import MicroBatch, cut, idle
+from arealite.engine.model import PackedLanguageModel, load_model
+from arealite.engine.optim import gradient_norm, learning_rate, local, make_optimizer, scale_down
+from arealite.engine.parallel import RankCollective, join_ranks, pick_device, shard
+from arealite.weights.handshake import verify
+from arealite.weights.link import WeightLink
+
+logger = logging.getLogger(__name__)
+
+# (micro-batch, logp [P], entropy [R]) -> (loss, statistics). Over micro-batches and ranks statistics are added up; of
+# those whose name ends in _max the largest is taken.
+LossFn = Callable[[MicroBatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimiser update did, the same on all ranks."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+    statistics: dict[str, float]
+
+
+class FSDPEngine:
+    """Implements api.engine.TrainEngine. Every method but the properties is a collective call: all ranks, same order.
+
+    `version` counts the weights: 0 at the start, one more after every step of training.
+    """
+
+    collective: RankCollective
+
+    def __init__(self, config: TrainEngineConfig, trainable: bool = True) -> None:
+        if config.temperature == 0:
+            raise ConfigError("actor.temperature is 0: greedy answers have no logprobs to train on; set it above 0")
+        self.config = config
+        self.trainable = trainable
+        self.dtype: torch.dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
+        self.version = 0
+        self.num_updates = 0  # optimiser updates applied
+        self._planned_updates: int | None = None
+        self._num_bad_steps = 0  # in a row
+        self._rollout: InferenceEngine | None = None
+        self._link: WeightLink | None = None
+        self._sent: WeightUpdateMeta | None = None
+        self._changed_since_sent = False
+
+    def initialize(self) -> None:
+        """Join the ranks, load the model, shard it, make the optimizer."""
+        config = self.config
+        self.device = pick_device()
+        self._made_group = join_ranks(self.device, config.collective_timeout_s)
+        self.collective = RankCollective(config.collective_timeout_s)
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(config.seed + self.collective.rank)
+        self.folder = resolve_model(config.path)
+        self.hf_model = load_model(self.folder, config.gradient_checkpointing and self.trainable)
+        self.model = PackedLanguageModel(self.hf_model, config.logprob_chunk_tokens).to(self.device)
+        self.model.requires_grad_(self.trainable)
+        self._sharded = shard(self.model, set(self.hf_model._no_split_modules), self.device, self.dtype)
+        self._parameters = list(self.model.parameters())
+        self.optimizer = make_optimizer(self._parameters, config.optimizer) if self.trainable else None
+
+    def destroy(self) -> None:
+        """Release shared memory and leave the ranks."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        if self._made_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def plan_updates(self, num_updates: int) -> None:
+        """How many optimiser updates the whole run makes: where a linear or cosine schedule ends."""
+        self._planned_updates = num_updates
+
+    # --- passes over the data
+
+    def compute_logp(self, batch: Batch, temperature: float | None = None) -> np.ndarray:
+        """float32 [T] logprobs of the batch's tokens at `temperature` (config's if not given, else 1); 0 where
+        loss_mask is False."""
+        out = np.zeros(len(batch.tokens), dtype=np.float32)
+        with torch.no_grad():
+            for micro in self._micro_batches(batch, "compute_logp"):
+                logp, _ = self.model(micro.packed, temperature or self._temperature)
+                out[micro.at] = logp.cpu().numpy()
+        return out
+
+    def update(self, batch: Batch, loss_fn: LossFn) -> Update:
+        """One optimiser update with the sum of `loss_fn` over all micro-batches of all ranks.
+
+        A NaN or infinite loss or gradient on any rank skips the update on all, with a warning that says where.
+
+        Raises:
+            NumericalError: `max_bad_steps` updates in a row were skipped.
+        """
+        assert self.optimizer is not None, "the engine was made with trainable=False"
+        lr = learning_rate(self.config.optimizer, self.num_updates, self._planned_updates)
+        losses: list[float] = []
+        columns: dict[str, list[float]] = {}
+        micro_batches = self._micro_batches(batch, "update")
+        for micro in micro_batches:
+            logp, entropy = self.model(micro.packed, self._temperature)
+            loss, parts = loss_fn(micro, logp, entropy)
+            loss.backward()
+            losses.append(float(loss.detach()))
+            for name, value in parts.items():
+                columns.setdefault(name, []).append(float(value))
+        columns["loss"] = losses
+        statistics = self._over_ranks(columns)
+        loss_sum = statistics.pop("loss")
+        norm, grads = gradient_norm(self._parameters, self.collective.reduce)
+        skipped = not (math.isfinite(loss_sum) and math.isfinite(norm))
+        if skipped:
+            self._skip(batch, micro_batches, losses, loss_sum, norm)
+        else:
+            self._num_bad_steps = 0
+            scale_down(grads, norm, self.config.optimizer.max_grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.num_updates += 1
+            self._changed_since_sent |= lr > 0 and norm > 0
+        self.optimizer.zero_grad(set_to_none=True)
+        for module in self._sharded:
+            module.reshard()  # the compute copies are of the old weights
+        return Update(loss_sum, norm, lr, skipped, statistics)
+
+    def _over_ranks(self, columns: dict[str, list[float]]) -> dict[str, float]:
+        """One number per statistic from its values in this rank's micro-batches; no rank has no micro-batch."""
+        out: dict[str, float] = {}
+        for op, reduce in (("max", max), ("sum", sum)):
+            names = [name for name in columns if name.endswith("_max") == (op == "max")]
+            local_values = torch.tensor([reduce(columns[name]) for name in names], dtype=torch.float64)
+            out |= dict(zip(names, self.collective.reduce(local_values, op).tolist(), strict=True))
+        return out
+
+    @property
+    def _temperature(self) -> float:
+        return 1.0 if self.config.temperature is None else self.config.temperature
+
+    def _micro_batches(self, batch: Batch, what: str) -> list[MicroBatch]:
+        """This rank's micro-batches, filled up with idle ones to the largest number on any rank."""
+        own = cut(batch, self.config.max_tokens_per_mb, self.device)
+        most = int(self.collective.reduce(torch.tensor([len(own)]), "max"))
+        return own + [idle(self.device) for _ in range(most - len(own))]
+
+    def _skip(
+        self, batch: Batch, micro_batches: list[MicroBatch], losses: list[float], loss: float, norm: float
+    ) -> None:
+        """Count and explain a bad update; raise on all ranks at the configured number in a row."""
+        self._num_bad_steps += 1
+        bad = [i for i, value in enumerate(losses) if not math.isfinite(value)]
+        tasks = sorted({batch.task_ids[s] for i in bad for s in micro_batches[i].sequences})
+        where = ""
+        if bad:
+            where = (
+                f"; loss of micro-batch {bad[0]} of {len(losses)} (tasks {', '.join(tasks[:8])}) is {losses[bad[0]]}"
+            )
+        for name, parameter in self.hf_model.named_parameters():
+            if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all()):
+                where += f"; first bad gradient is that of {name}"
+                if not bool(torch.isfinite(local(parameter.detach())).all()):
+                    where += ", whose weight is NaN or infinite itself"
+                break
+        found = self.collective.gather(where)
+        places = "".join(f"\n  rank {rank}{text}" for rank, text in enumerate(found) if text)
+        told = (
+            f"update {self.num_updates} skipped on all ranks ({self._num_bad_steps} in a row): "
+            f"{'loss' if not math.isfinite(loss) else 'gradient'} is not finite (loss {loss}, gradient norm {norm})"
+            f"{places}"
+        )
+        if self.collective.rank == 0:
+            logger.warning(told)
+        if self._num_bad_steps >= self.config.max_bad_steps:
+            raise NumericalError(
+                f"{told}\nmax_bad_steps={self.config.max_bad_steps} reached: lower optimizer.lr or max_grad_norm, or"
+                " look at the rewards and logprobs of these tasks"
+            )
+
+    # --- weights out
+
+    def named_full_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """(checkpoint name, whole CPU tensor in `dtype`, the compute dtype if not given); tied weights once."""
+        return export.full_tensors(self.hf_model, dtype or self.dtype)
+
+    def connect_engine(self, rollout: InferenceEngine, link: WeightLink) -> None:
+        """Where `upload_weights` sends the weights, and by which way."""
+        self._rollout, self._link = rollout, link
+
+    def upload_weights(self, meta: WeightUpdateMeta | None = None) -> int:
+        """Publish the weights as the current version, have all servers load them, and verify that they did.
+
+        `meta` None: publish over the link. Otherwise the weights that it describes are already published. Returns the
+        version. Raises WeightSyncError (or what the servers' client raises) on all ranks.
+        """
+        if self._rollout is None or self._link is None:
+            raise WeightSyncError("no inference engine to send weights to: call connect_engine(rollout, link) first")
+        rollout, is_head = self._rollout, self.collective.rank == 0
+        self.collective.barrier("upload_weights")
+        failure: WeightSyncError | None = None
+        if meta is None:
+            tensors = self.named_full_tensors()
+            try:
+                meta = self._link.publish(tensors, self.version, writer=is_head)
+            except WeightSyncError as error:
+                failure = error
+                for _ in tensors:  # the other ranks are gathering
+                    pass
+
+        def load() -> WeightUpdateMeta:
+            if failure is not None:
+                raise failure
+            assert meta is not None
+            receipts = rollout.update_weights(meta)
+            verify(meta, receipts, self._sent, must_differ=self._changed_since_sent)
+            return meta
+
+        self._sent = self.collective.on_head(load)
+        self._changed_since_sent = False
+        if not is_head:
+            rollout.set_version(self._sent.version)
+        return self._sent.version
+
+    def save(self, path: str) -> None:
+        """Write a Hugging Face folder in the compute dtype, atomically. OSError on rank 0 when it cannot be written."""
+        tensors = dict(self.named_full_tensors()) if self.collective.rank == 0 else None
+        if tensors is None:
+            for _ in self.named_full_tensors():
+                pass
+            return
+        export.write_folder(path, tensors, self.hf_model, self.dtype, self.folder)
+
+    # --- recovery
+
+    def save_state(self, path: str) -> None:
+        """Write weights, moments, counters and random numbers of all ranks under `path`."""
+        counters = {"version": self.version, "num_updates": self.num_updates, "num_bad_steps": self._num_bad_steps}
+        rank, group = self.collective.rank, self.collective.group
+        state.save_state(path, self.model, self.optimizer, counters, rank, group)
+        self.collective.barrier("save_state")
+
+    def load_state(self, path: str) -> None:
+        """Go on exactly where `save_state` was called. Raises RecoveryError."""
+        counters = state.load_state(path, self.model, self.optimizer, self.collective.rank, self.collective.group)
+        self.version, self.num_updates = counters["version"], counters["num_updates"]
+        self._num_bad_steps = counters["num_bad_steps"]
+        self._sent, self._changed_since_sent = None, False
+        for module in self._sharded:
+            module.reshard()

@@ -1,0 +1,107 @@
+"""Logprobs of given tokens straight from hidden states, never a [tokens, vocabulary] array. For engine/model.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+ROWS_IN_CACHE = 32  # logit rows that are worked on at one time: their float32 copy stays in the processor's cache
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """See `token_logprobs`. The backward pass computes the logits of each chunk again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        row_of: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, pairs = len(hidden), len(targets)
+        logsum = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logsum)
+        logp = torch.empty(pairs, dtype=torch.float32, device=hidden.device)
+        # Pairs are sorted by row, so each block of rows owns one slice of them.
+        edges = torch.searchsorted(row_of, torch.arange(rows + 1, device=row_of.device)).tolist()
+        for start in range(0, rows, chunk):
+            logits = hidden[start : start + chunk] @ weight.t()
+            for begin, block in _blocks(logits, start, temperature):
+                stop = begin + len(block)
+                span = slice(edges[begin], edges[stop])
+                largest = block.amax(-1, keepdim=True)
+                picked = block[row_of[span] - begin, targets[span]]
+                block.sub_(largest)
+                exponentials = block.exp()
+                total = exponentials.sum(-1)
+                logsum[begin:stop] = total.log() + largest[:, 0]
+                logp[span] = picked - logsum[row_of[span]]
+                # H = logsumexp(z) - sum(p * z), with z shifted by its maximum
+                entropy[begin:stop] = total.log() - exponentials.mul_(block).sum(-1) / total
+        ctx.save_for_backward(hidden, weight, row_of, targets, logsum, entropy)
+        ctx.temperature, ctx.chunk, ctx.edges = temperature, chunk, edges
+        return logp, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logp: torch.Tensor, grad_entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None, None]:
+        hidden, weight, row_of, targets, logsum, entropy = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        # Chunks add up in float32; one chunk alone needs no sum.
+        grad_weight: torch.Tensor | None = None
+        row_grad = torch.zeros_like(logsum).index_add_(0, row_of, grad_logp)
+        has_entropy = bool(grad_entropy.any())
+        for start in range(0, len(hidden), ctx.chunk):
+            part = hidden[start : start + ctx.chunk]
+            logits = part @ weight.t()
+            for begin, block in _blocks(logits, start, ctx.temperature):
+                stop = begin + len(block)
+                span = slice(ctx.edges[begin], ctx.edges[stop])
+                block.sub_(logsum[begin:stop, None])
+                if has_entropy:  # dH/dz_j = -p_j (log p_j + H)
+                    scale = (block + entropy[begin:stop, None]).mul_(grad_entropy[begin:stop, None])
+                    scale.add_(row_grad[begin:stop, None])
+                    block.exp_().mul_(scale).neg_()
+                else:
+                    block.exp_().mul_(-row_grad[begin:stop, None])
+                block.index_put_((row_of[span] - begin, targets[span]), grad_logp[span], accumulate=True)
+                logits[begin - start : stop - start] = block.div_(ctx.temperature)
+            grad_hidden[start : start + ctx.chunk] = logits @ weight
+            by_chunk = logits.t() @ part
+            if len(hidden) <= ctx.chunk:
+                return grad_hidden, by_chunk, None, None, None, None
+            grad_weight = by_chunk.float() if grad_weight is None else grad_weight.add_(by_chunk)
+        if grad_weight is None:
+            return grad_hidden, torch.zeros_like(weight), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _blocks(logits: torch.Tensor, start: int, temperature: float) -> Any:
+    """(first row, float32 logits / temperature [<= ROWS_IN_CACHE, V]) of a chunk that begins at row `start`."""
+    step = ROWS_IN_CACHE if logits.device.type == "cpu" else len(logits)
+    for offset in range(0, len(logits), step):
+        block = logits[offset : offset + step].to(torch.float32, copy=True)
+        yield start + offset, block.div_(temperature) if temperature != 1.0 else block
+
+
+def token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    row_of: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logprobs of `targets` and entropies of the rows, under softmax(hidden @ weight.T / temperature).
+
+    `hidden` [R, H] and `weight` [V, H] in the compute dtype; `targets` int64 [P] with their rows `row_of` int64 [P],
+    ascending (a row may be asked for several tokens, or none). Returns float32 logp [P] and entropy [R], both
+    differentiable. Logits are products in the compute dtype, as the model's own head makes them; all that follows is
+    float32. At most `chunk` rows of logits exist at one time, in the backward pass too.
+    """
+    return _TokenLogprobs.apply(hidden, weight, row_of, targets, temperature, chunk)

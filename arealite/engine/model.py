@@ -1,0 +1,93 @@
+"""The Hugging Face causal language model as the trainer calls it: packed tokens in, logprobs out.
+
+Called by engine/fsdp_engine.py. The head is applied inside this module's forward, where FSDP has gathered its weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from arealite.api.errors import ConfigError
+from arealite.engine.attention import ATTENTION, Layout
+from arealite.engine.logprobs import token_logprobs
+
+HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """One micro-batch as the model sees it: the S nodes of a prefix tree, and P tokens whose logprobs are wanted."""
+
+    tokens: torch.Tensor  # int64 [S]
+    positions: torch.Tensor  # int64 [S], from 0 in each sequence
+    layout: Layout
+    predicting: torch.Tensor  # int64 [R], nodes whose next-token distribution is wanted, each once
+    row_of: torch.Tensor  # int64 [P], ascending, index into `predicting`
+    targets: torch.Tensor  # int64 [P]
+
+
+class PackedLanguageModel(nn.Module):
+    """`model` is any transformers causal language model whose attention goes through its attention interface."""
+
+    def __init__(self, model: Any, chunk: int) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk = chunk
+
+    def forward(self, packed: PackedTokens, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 logp [P] of the targets and entropy [R] of the predicting nodes."""
+        hidden = self.model.base_model(
+            input_ids=packed.tokens[None],
+            position_ids=packed.positions[None],
+            use_cache=False,
+            tree_layout=packed.layout,
+        ).last_hidden_state[0]
+        head = self.model.get_output_embeddings()
+        return token_logprobs(
+            hidden.index_select(0, packed.predicting),
+            head.weight,
+            packed.row_of,
+            packed.targets,
+            temperature,
+            self.chunk,
+        )
+
+
+def load_model(folder: str, gradient_checkpointing: bool) -> Any:
+    """The model of a Hugging Face folder or hub id on CPU in float32, without dropout.
+
+    Raises:
+        ConfigError: the path holds no such model, or its architecture cannot be trained on packed sequences.
+    """
+    where = folder if Path(folder).is_dir() else f"{folder} (not a local folder, so a hub id)"
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=ATTENTION, low_cpu_mem_usage=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no causal language model can be loaded from {where}: {error}") from error
+    if not model._supports_attention_backend:
+        raise ConfigError(
+            f"{type(model).__name__} does not route attention through transformers' attention interface, so its"
+            " sequences cannot be packed; choose another architecture"
+        )
+    settings = model.config.to_dict()
+    special = [key for key in HEAD_SETTINGS if settings.get(key) not in (None, 1.0)]
+    special += ["lm_head.bias"] if model.get_output_embeddings().bias is not None else []
+    if special:
+        raise ConfigError(f"the head of {where} uses {', '.join(special)}, which packed training does not compute yet")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.config.use_cache = False
+    # Without dropout both modes compute the same; checkpointing is only active in training mode.
+    model.train(gradient_checkpointing)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model

@@ -1,0 +1,157 @@
+"""The trainer ranks: joining them, talking among them, sharding a model over them. Called by engine/fsdp_engine.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from arealite.api.errors import ArealiteError
+from arealite.observe.waits import waiting
+
+T = TypeVar("T")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def pick_device() -> torch.device:
+    """This rank's accelerator where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def join_ranks(device: torch.device, timeout_s: float) -> bool:
+    """Join the process group that torchrun's environment variables describe, or be its only rank where they are unset.
+
+    Returns whether this call made the group (False: it existed). Waits for all ranks, at most `timeout_s`.
+    """
+    if dist.is_initialized():
+        return False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout_s)
+    if all(name in os.environ for name in RANK_VARIABLES):
+        pending = [f"rank {r}" for r in range(int(os.environ["WORLD_SIZE"])) if r != int(os.environ["RANK"])]
+        with waiting("trainer ranks joining", "trainers", timeout_s, pending):
+            dist.init_process_group(backend, timeout=limit)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    return True
+
+
+class RankCollective:
+    """api.engine.Collective over a gloo group of its own, so that objects never share a queue with gradients.
+
+    Consumes: objects of the other ranks. Produces: the same outcome on all ranks. Waits for: every rank to make the
+    same call, at most `timeout_s`, under the call's name. Unblocked by: that call, or the death of a rank.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    @contextmanager
+    def _waiting(self, what: str, ranks: list[int]) -> Iterator[None]:
+        pending = [f"rank {r}" for r in ranks if r != self.rank]
+        with waiting(f"collective: {what}", "trainers", self.timeout_s, pending) as wait:
+            try:
+                yield
+            except RuntimeError as error:  # gloo has no error class for its time limit
+                if wait.left_s > 0:
+                    raise
+                raise wait.expired() from error
+
+    @property
+    def _everyone(self) -> list[int]:
+        return list(range(self.world_size))
+
+    def scatter(self, shares: list[Any] | None) -> Any:
+        if self.world_size == 1:
+            assert shares is not None
+            return shares[0]
+        received = [None]
+        with self._waiting("scatter", self._everyone if self.rank == 0 else [0]):
+            dist.scatter_object_list(received, shares, src=0, group=self.group)
+        return received[0]
+
+    def broadcast(self, value: Any) -> Any:
+        if self.world_size == 1:
+            return value
+        box = [value]
+        with self._waiting("broadcast", self._everyone if self.rank == 0 else [0]):
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's object, on every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with self._waiting("gather", self._everyone):
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def barrier(self, what: str) -> None:
+        if self.world_size == 1:
+            return
+        with self._waiting(what, self._everyone):
+            dist.monitored_barrier(self.group, wait_all_ranks=True)
+
+    def reduce(self, values: torch.Tensor, op: str) -> torch.Tensor:
+        """The "sum" or "max" of a CPU tensor over all ranks."""
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        with self._waiting(op, self._everyone):
+            dist.all_reduce(total, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)
+        return total
+
+    def on_head(self, act: Callable[[], T]) -> T:
+        """Run `act` on rank 0 and return its result on every rank; an ArealiteError that it raises is raised on all."""
+        outcome: Any = None
+        if self.rank == 0:
+            try:
+                outcome = act()
+            except ArealiteError as error:
+                # The others wait in broadcast and must hear of it; the text only, no live object travels.
+                self.broadcast(type(error)(str(error)))
+                raise
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, ArealiteError):
+            raise outcome
+        return outcome
+
+
+def shard(model: nn.Module, layer_classes: set[str], device: torch.device, dtype: torch.dtype) -> list[FSDPModule]:
+    """Shard float32 `model` over all ranks by FSDP2, computing in `dtype`; returns its sharded modules, root last.
+
+    Layers of `layer_classes` are gathered one at a time. Gradients are summed over ranks in float32, not averaged:
+    losses carry global denominators. One rank keeps its compute copy between the passes, which costs one copy of the
+    weights in `dtype` and saves two passes over all of them.
+    """
+    world_size = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers = [m for m in model.modules() if type(m).__name__ in layer_classes]
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=world_size > 1)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    sharded: list[FSDPModule] = [m for m in (*layers, model) if isinstance(m, FSDPModule)]
+    for module in sharded:
+        if world_size > 1:
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        else:
+            module.set_reshard_after_backward(False, recurse=False)
+    return sharded
