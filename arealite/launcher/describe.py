@@ -1,0 +1,170 @@
+"""What a run will be, in words, without starting anything: `arealite check`. Called by cli.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from arealite.api.cli_args import DatasetConfig, GRPOConfig
+from arealite.api.errors import DatasetError
+from arealite.api.load_config import explain, load_config_file, to_yaml
+from arealite.dataset.fetch import resolve_model
+from arealite.dataset.reasoning_gym_source import PREFIX
+from arealite.dataset.sources import local_rows
+from arealite.launcher.allocation import AllocationMode
+from arealite.launcher.machine import Machine
+from arealite.launcher.memory import ModelShape, Part, server_parts, trainer_parts
+from arealite.launcher.plan import Plan, make_plan
+from arealite.observe.run_folder import RunFolder
+
+SCRIPT = "SCRIPT"
+
+
+def check(config_path: str, overrides: list[str], explained: bool) -> str:
+    """The whole answer of `arealite check`. Raises ConfigError, DatasetError."""
+    config = load_config_file(config_path, overrides, GRPOConfig)
+    machine = Machine.local(config.cluster)
+    model, model_note = config.actor.path, ""
+    try:
+        model = resolve_model(config.actor.path)
+    except DatasetError as error:
+        model_note = str(error)
+    plan = make_plan(config, machine, model, [SCRIPT, "--config", config_path, *overrides])
+    if explained:
+        rows = [(key, str(value), doc) for key, value, doc in explain(config)]
+        settings = table(rows)
+    else:
+        settings = to_yaml(config).splitlines()
+    return "\n".join(["CONFIGURATION", *indented(settings), "", *describe(plan, config, machine, model, model_note)])
+
+
+def describe(plan: Plan, config: GRPOConfig, machine: Machine, model: str, model_note: str = "") -> list[str]:
+    """Run, processes and memory of a plan as lines."""
+    shape = ModelShape.read(model)
+    if shape is not None:
+        model_note = f"{shape.num_parameters / 1e6:,.1f} M parameters, {shape.where}"
+    facts = [
+        ("folder", str(RunFolder.of(config).root)),
+        ("model", f"{model} ({model_note or 'size unknown: not a folder on this machine'})"),
+        ("machine", f"{len(machine.cores)} cores, {len(machine.gpus)} GPUs, {amount(machine.memory_bytes)} available"),
+        ("wiring", f"{plan.allocation}: {wiring(plan, config)}"),
+        ("steps", steps(config)),
+        ("staleness", staleness(config)),
+    ]
+    return [
+        "RUN",
+        *indented(table(facts)),
+        "",
+        "PROCESSES",
+        *indented(processes(plan)),
+        "",
+        "MEMORY (estimates, expect 25% either way)",
+        *indented(memory(plan, config, machine, shape)),
+    ]
+
+
+def wiring(plan: Plan, config: GRPOConfig) -> str:
+    if plan.colocated:
+        return "colocated; servers and trainers share devices and take turns"
+    if config.rollout.max_head_offpolicyness == 0:
+        return "synchronous; servers and trainers take turns, each with all cores of the machine"
+    return "servers generate while trainers train, side by side"
+
+
+def steps(config: GRPOConfig) -> str:
+    """Optimiser steps and what each consumes."""
+    data = config.train_dataset
+    each = f"each {data.batch_size} prompts x {config.gconfig.n_samples} answers"
+    rows = num_rows(data)
+    found = "unknown here (not a local data set)" if rows is None else str(rows)
+    if data.max_prompt_tokens is not None and rows is not None:
+        found += f", less those with prompts above {data.max_prompt_tokens} tokens"
+    if config.total_train_steps is not None:
+        count = f"{config.total_train_steps} (total_train_steps)"
+        if rows:
+            count += f", {config.total_train_steps * data.batch_size / rows:.1f} passes over the data"
+    elif rows is None:
+        count = f"unknown: {config.total_train_epochs} passes over the data"
+    else:
+        per_epoch = math.ceil(rows / data.batch_size)
+        count = f"{config.total_train_epochs * per_epoch} ({config.total_train_epochs} x {per_epoch})"
+    return f"{count}; {each}; rows: {found}"
+
+
+def num_rows(data: DatasetConfig) -> int | None:
+    """Rows of a data set that is on this machine; None when counting would need a download. Raises DatasetError."""
+    path = Path(data.path).expanduser()
+    if data.path.startswith(PREFIX):
+        return data.num_rows
+    if not data.path or not path.exists():
+        return None
+    count = sum(1 for _ in local_rows(path))
+    return count if data.num_rows is None else min(count, data.num_rows)
+
+
+def staleness(config: GRPOConfig) -> str:
+    """The bound that admission keeps, in words."""
+    eta, batch = config.rollout.max_head_offpolicyness, config.train_dataset.batch_size
+    bound = (eta + 1) * batch
+    concurrent = min(config.rollout.max_concurrent_rollouts or bound, bound)
+    if eta == 0:
+        return f"0: every token is trained by the weights that made it; {concurrent} groups in flight at most"
+    return (
+        f"at most {eta} weight version(s) between a group's start and its training; (eta + 1) x B ="
+        f" {eta + 1} x {batch} = {bound} groups issued and not yet trained at most, {concurrent} of them in flight"
+    )
+
+
+def processes(plan: Plan) -> list[str]:
+    rows = [("name", "where", "devices", "cores", "threads", "port", "command")]
+    for p in plan.processes:
+        cores = ",".join(map(str, p.cores)) or "all"
+        port = str(p.port or ("chosen at start" if p.kind == "server" else "-"))
+        command = " ".join(p.command[1:])
+        rows.append((p.name, p.node, ",".join(p.devices) or "cpu", cores, p.env["OMP_NUM_THREADS"], port, command))
+    return table(rows)
+
+
+def memory(plan: Plan, config: GRPOConfig, machine: Machine, shape: ModelShape | None) -> list[str]:
+    """What each kind of process takes, part by part, and whether it fits."""
+    if shape is None:
+        return ["unknown: the model's config.json is not on this machine"]
+    mode = AllocationMode.parse(config.allocation_mode)
+    assert mode.inference is not None and mode.train is not None, "make_plan refuses a run without both"
+    ref = ModelShape.read(resolve_model(config.ref.path)) if config.ref is not None else None
+    kinds: list[tuple[str, int, list[Part]]] = [
+        ("server", len(plan.servers), server_parts(config, shape, mode.inference.devices_per_replica)),
+        ("trainer", len(plan.trainers), trainer_parts(config, shape, mode.train.world_size, ref)),
+    ]
+    lines, total = [], 0.0
+    for kind, count, parts in kinds:
+        each = sum(part.num_bytes for part in parts)
+        total += count * each
+        lines.append(f"each {kind} ({count}): {amount(each)}")
+        lines += indented(table([(part.name, amount(part.num_bytes), part.assumption) for part in parts]))
+    if machine.gpus:
+        return [*lines, f"all processes: {amount(total)}, on the GPUs that PROCESSES names"]
+    lines.append(f"all processes: {amount(total)} of {amount(machine.memory_bytes)} available")
+    if machine.memory_bytes and total > machine.memory_bytes:
+        lines.append(
+            "WARNING: this does not fit. Lower actor.max_tokens_per_mb or server.kv_cache_tokens, or set"
+            " actor.gradient_checkpointing=true"
+        )
+    return lines
+
+
+def amount(num_bytes: float) -> str:
+    return "unknown" if not num_bytes else f"{num_bytes / 2**30:.2f} GiB"
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns as wide as their widest cell; the last one is free."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    ]
+
+
+def indented(lines: list[str]) -> list[str]:
+    return ["  " + line for line in lines]
