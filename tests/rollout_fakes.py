@@ -165,7 +165,7 @@ class FakeServer:
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
-        return "127.0.0.1:{}".format(self._runner.addresses[0][1])
+        return f"127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def _close(self) -> None:
         self.is_deaf = self.is_silent = False

@@ -331,8 +331,13 @@ def run_steps(engine, source, workflow, first, last, save_at=()):
 
 def kill(engine):
     """End the head as kill -9 would, as far as its ledger can tell: nothing is written any more."""
-    engine._connection.loop.call(engine._connection.executor.ledger.close, "test.kill")
-    engine._connection.executor.ledger.path = None
+    ledger = engine._connection.executor.ledger
+
+    def cut_off():
+        ledger.close()
+        ledger.path = None
+
+    engine._connection.call(cut_off, "test.kill")
     engine.destroy()
 
 

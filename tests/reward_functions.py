@@ -1,0 +1,43 @@
+"""Reward functions that misbehave, importable by worker processes. Used by test_reward_pool.py and workflow tests."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+
+def length_reward(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
+    return {"reward": len(completion), "num_ids": len(completion_ids), "extra": extras.get("bonus", 0)}
+
+
+def by_word(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
+    """Does what the completion says."""
+    if completion == "hang":
+        while True:
+            time.sleep(1)
+    if completion == "spin":
+        while True:
+            pass
+    if completion == "child":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        with open(answer, "w") as file:
+            file.write(str(child.pid))
+        time.sleep(600)
+    if completion == "raise":
+        raise KeyError("no such answer")
+    if completion == "exit":
+        os._exit(3)
+    if completion == "sys.exit":
+        sys.exit(1)
+    if completion == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if completion == "print":
+        print("words on stdout must not disturb the protocol")
+    if completion == "pid":
+        return os.getpid()
+    if completion == "alarm":
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # raises outside a main thread
+    strange = {"nan": float("nan"), "inf": float("inf"), "text": "1.0", "none": None, "list": [1.0]}
+    strange |= {"no_reward": {"format": 1.0}, "bad_part": {"reward": 1.0, "format": "good"}}
+    return strange.get(completion, 1.0)
