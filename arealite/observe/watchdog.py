@@ -85,7 +85,10 @@ class Watchdog:
             for watched in self._watched.values():
                 watched.age.restart()
             return None
-        stalls = self._silent() or self._stalled_waits()
+        stalls = self._silent(self.stall_s)
+        if not stalls and (late := self._stalled_waits()):
+            # Whoever is frozen explains the waits of the others, even if its own silence is still young.
+            stalls = self._silent(max(self.stall_s / 4, 3 * self.heartbeat_s)) + late
         return self._report(stalls) if stalls else None
 
     def _read(self, processes: Mapping[str, int]) -> None:
@@ -103,11 +106,11 @@ class Watchdog:
                 watched.age.restart()
             self._watched[name] = watched
 
-    def _silent(self) -> list[_Stall]:
+    def _silent(self, limit_s: float) -> list[_Stall]:
         return [
             _Stall(w.name, f"{w.name} (pid {w.pid}) has been silent for {w.age.age_s:.0f} s: it is {w.state}")
             for w in self._watched.values()
-            if w.age.age_s >= self.stall_s
+            if w.age.age_s >= limit_s
         ]
 
     def _stalled_waits(self) -> list[_Stall]:
