@@ -90,7 +90,8 @@ class InferenceEngine(Protocol):
 class TrainEngine(Protocol):
     """The SPMD trainer: the same calls on every rank, each with its share of the batch."""
 
-    collective: Collective
+    @property
+    def collective(self) -> Collective: ...
 
     def initialize(self) -> None: ...
 

@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -38,7 +37,7 @@ class WeightLink:
     file system that the servers share; the two newest versions are kept.
     """
 
-    def __init__(self, kind: Literal["disk", "shm"], folder: str | Path) -> None:
+    def __init__(self, kind: str, folder: str | Path) -> None:
         if kind not in ("disk", "shm"):
             raise ConfigError(f"weight_update is {kind!r}; expected disk or shm")
         self.kind = kind

@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
     logger = StatsLogger(folder, config.stats_logger, num_steps)
 
     start = recover.load(actor, rollout, dataloader)
+    saver.frequency.restart(recover.epoch)
+    evaluator.frequency.restart(recover.epoch)
     actor.upload_weights()
     if start == 0:
         evaluator.maybe_evaluate(0, 0)
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> None:
         actor.upload_weights()
         rollout.resume()
 
-        epoch = dataloader.epoch
+        epoch = (step + 1) // dataloader.steps_per_epoch
         saver.maybe_save(step + 1, epoch, actor)
         evaluator.maybe_evaluate(step + 1, epoch, last=step + 1 == num_steps)
         if actor.collective.rank == 0:

@@ -1,0 +1,214 @@
+"""The GRPO loop with everything around it: probe, checkpoints, evaluation, recovery, metrics, summary.
+
+Scripts that need no loop of their own call `PPOTrainer(config, reward_fn).train()`; the loop itself, spelled out, is
+examples/arealite/gsm8k_grpo.py. Every trainer rank runs this code.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
+from arealite.api.errors import WeightSyncError
+from arealite.api.types import Batch, Group
+from arealite.dataset.fetch import resolve_model
+from arealite.dataset.loader import StatefulDataLoader, load_tasks
+from arealite.engine.checkpoint import Saver
+from arealite.engine.fsdp_engine import FSDPEngine
+from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.engine.recover import RecoverHandler
+from arealite.evaluation.evaluator import Evaluator
+from arealite.launcher.allocation import AllocationMode
+from arealite.observe import waits
+from arealite.observe.run_folder import RunFolder
+from arealite.observe.stats import StatsTracker
+from arealite.observe.stats_logger import StatsLogger
+from arealite.observe.summary import report
+from arealite.reward.pool import RewardFunction
+from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine
+from arealite.weights.handshake import compare_logprobs
+from arealite.weights.link import WeightLink
+from arealite.workflow.rlvr import RLVRWorkflow
+
+NUM_PROBE_SEQUENCES = 4
+ENGINES: dict[str, Callable[..., RemoteInferenceEngine]] = {"native": RemoteNativeEngine, "sglang": RemoteSGLangEngine}
+
+
+def load_tokenizer(config: GRPOConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `tokenizer_path`, else of the policy."""
+    return AutoTokenizer.from_pretrained(resolve_model(config.tokenizer_path or config.actor.path))
+
+
+def remote_engine(config: GRPOConfig) -> RemoteInferenceEngine:
+    """The client that speaks the wire protocol of the allocation's inference backend."""
+    component = AllocationMode.parse(config.allocation_mode).inference
+    assert component is not None, "the launcher's plan refuses a GRPO run without inference servers"
+    return ENGINES[component.backend](config.rollout, seed=config.seed)
+
+
+def total_steps(config: GRPOConfig, dataloader: StatefulDataLoader) -> int:
+    """Optimiser steps of the whole run."""
+    return config.total_train_steps or config.total_train_epochs * dataloader.steps_per_epoch
+
+
+class PPOTrainer:
+    """One rank of a run: owns the policy, the rollout client and the records of the run."""
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        reward_fn: RewardFunction,
+        should_accept: Callable[[Group], bool] | None = None,
+    ) -> None:
+        waits.configure_from_env()
+        self.config = config
+        self.should_accept = should_accept
+        self.folder = RunFolder.of(config)
+        self.takes_turns = os.environ.get("AREALITE_COLOCATED") == "1"
+        self.tokenizer = load_tokenizer(config)
+
+        self.actor = FSDPPPOActor(config.actor)
+        self.actor.initialize()
+        self.collective = self.actor.collective
+        self.is_head = self.collective.rank == 0
+        self.ref: FSDPEngine | None = None
+        if config.ref is not None:
+            self.ref = FSDPEngine(config.ref, trainable=False)
+            self.ref.initialize()
+
+        self.rollout = remote_engine(config)
+        self.rollout.initialize(self.collective)
+        self.actor.connect_engine(self.rollout, WeightLink(config.weight_update, self.folder.root / "weights"))
+
+        self.dataloader = StatefulDataLoader(load_tasks(config.train_dataset, self.tokenizer, config.seed), config)
+        self.workflow = self._make_workflow(reward_fn, config.gconfig)
+        self.total_steps = total_steps(config, self.dataloader)
+        self.stats = StatsTracker()
+        self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
+        self.saver = Saver(config.saver, self.folder)
+        self.recover = RecoverHandler(config.recover, self.folder, config)
+        self.evaluator = self._make_evaluator(reward_fn)
+
+    def _make_workflow(self, reward_fn: RewardFunction, gconfig: GenerationHyperparameters) -> RLVRWorkflow:
+        config = self.config
+        return RLVRWorkflow(
+            reward_fn, gconfig, self.tokenizer, config=config.rollout, context_length=config.server.context_length
+        )
+
+    def _make_evaluator(self, reward_fn: RewardFunction) -> Evaluator | None:
+        config = self.config
+        if config.valid_dataset is None:
+            return None
+        tasks = load_tasks(config.valid_dataset, self.tokenizer, config.seed)
+        workflow = self._make_workflow(reward_fn, config.eval_gconfig)
+        return Evaluator(config.evaluator, self.folder, self.rollout, workflow, tasks, self.collective)
+
+    def train(self) -> None:
+        """Run all steps that are left and write the summary.
+
+        Consumes: finished groups. Produces: weights, checkpoints, metrics. Waits for: `consumer_batch_size` groups
+        within the staleness bound (a named wait of the rollout head). Unblocked by: servers finishing answers, or by
+        an error of the rollout head.
+        """
+        try:
+            step = self.recover.load(self.actor, self.rollout, self.dataloader)
+            for timed in (self.saver, self.evaluator):
+                if timed is not None:
+                    timed.frequency.restart(self.recover.epoch)
+            self.actor.upload_weights()
+            if self.evaluator is not None and step == 0:
+                self.evaluator.maybe_evaluate(step, 0)
+            while step < self.total_steps:
+                self.train_step(step)
+                step += 1
+                self.after_step(step)
+            self.finish()
+        finally:
+            self.close()
+
+    def train_step(self, step: int) -> None:
+        """One optimiser step: a batch, its advantages, the update, and the new weights on the servers."""
+        stats = self.stats
+        with stats.timer("step"):
+            with stats.timer("rollout_wait"):
+                batch = self.rollout.prepare_batch(self.dataloader, self.workflow, self.should_accept)
+            if self.takes_turns:
+                self.rollout.pause()
+            with stats.timer("train"):
+                batch.prox_logp = self.actor.compute_logp(batch)
+                if self.ref is not None:
+                    batch.ref_logp = self.ref.compute_logp(batch)
+                self.actor.compute_advantages(batch)
+                update = self.actor.grpo_update(batch)
+            self.rollout.mark_trained(step, skipped=bool(update["skipped"]))
+            with stats.timer("sync"):
+                self.rollout.pause()
+                self.actor.upload_weights()
+                self.rollout.resume()
+            every = self.config.stats_logger.probe_every_steps
+            if every and step % every == 0:
+                with stats.timer("probe"):
+                    self.probe(batch)
+        stats.update(update)
+
+    def probe(self, batch: Batch) -> None:
+        """Score a few trajectories on the servers and on the trainer, with the weights both have now.
+
+        Collective. Warns or raises WeightSyncError on all ranks when the mean difference passes its limit.
+        """
+        chosen = range(min(NUM_PROBE_SEQUENCES, batch.num_sequences)) if self.is_head else ()
+        part = batch.select(list(chosen))
+        ours = self.actor.compute_logp(part, temperature=1.0)
+        gap_mean = 0.0
+        if self.is_head:
+            rows = np.split(part.tokens, part.cu_seqlens[1:-1])
+            theirs = np.concatenate([np.asarray(row) for row in self.rollout.score([r.tolist() for r in rows])])
+            gap = compare_logprobs(ours, theirs, part.loss_mask)
+            self.stats.scalar("mismatch_mean", gap.mean)
+            self.stats.scalar("mismatch_max", gap.max)
+            gap_mean = gap.mean
+        gap_mean = self.collective.broadcast(gap_mean)
+        limits = self.config.stats_logger
+        told = (
+            f"trainer and server logprobs of the same tokens differ by {gap_mean:.4f} on average at version"
+            f" {self.actor.version}"
+        )
+        if gap_mean > (limits.mismatch_stop or math.inf):
+            raise WeightSyncError(
+                f"{told}; stats_logger.mismatch_stop allows {limits.mismatch_stop}. Compare dtypes of server and"
+                " actor, and the server's logprob temperature"
+            )
+        if gap_mean > limits.mismatch_warn and self.is_head:
+            warnings.warn(f"{told}; expected below {limits.mismatch_warn}", stacklevel=2)
+
+    def after_step(self, step: int) -> None:
+        """Everything that happens between steps; `step` counts finished ones."""
+        epoch = step // self.dataloader.steps_per_epoch
+        with self.stats.timer("save"):
+            self.saver.maybe_save(step, epoch, self.actor)
+        if self.evaluator is not None:
+            with self.stats.timer("eval"):
+                result = self.evaluator.maybe_evaluate(step, epoch, last=step == self.total_steps)
+            if result is not None:
+                self.stats.scalar("eval_accuracy", result.accuracy)
+        if self.is_head:
+            self.stats.update(self.rollout.stats())
+            self.logger.commit(step - 1, epoch, self.stats.export(), self.rollout.last_groups, self.tokenizer)
+        self.recover.maybe_save(step, epoch, self.actor, self.rollout, self.dataloader)
+
+    def finish(self) -> None:
+        """The summary, the plot, and the table for the person who started the run."""
+        if self.is_head:
+            self.logger.close()
+            report(self.folder)
+
+    def close(self) -> None:
+        self.workflow.close()
+        self.rollout.destroy()
+        self.actor.destroy()

@@ -1,0 +1,105 @@
+"""Real runs for tests: `arealite run` on a tiny model, in its own process group, ended by id. Used by test_run_*.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 300.0
+
+TINY = [
+    "total_train_steps=4",
+    "train_dataset.batch_size=4",
+    "gconfig.n_samples=4",
+    "gconfig.max_new_tokens=8",
+    "eval_gconfig.max_new_tokens=8",
+    "valid_dataset.num_rows=4",
+    "server.dtype=float32",
+    "server.max_running_requests=16",
+    "server.context_length=128",
+    "actor.dtype=float32",
+    "actor.optimizer.lr=1e-3",
+    "saver.freq_steps=2",
+    "recover.freq_steps=1",
+    "evaluator.freq_steps=2",
+    "stats_logger.probe_every_steps=2",
+    "watchdog.stall_s=60",
+    "launcher.stop_grace_s=5",
+]
+
+
+class Run:
+    """One `arealite run` of the quickstart script under `root`; the context manager ends whatever is left of it."""
+
+    def __init__(self, root: Path, model: Path, *overrides: str) -> None:
+        self.folder = root / "quickstart" / "addition"
+        self.log = root / "launcher.log"
+        self.command = [
+            sys.executable, "-m", "arealite.cli", "run", "examples/arealite/quickstart.py",
+            "--config", "examples/arealite/quickstart.yaml", f"cluster.fileroot={root}", f"actor.path={model}",
+            *TINY, *overrides,
+        ]  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Run:
+        return self.start()
+
+    def start(self) -> Run:
+        env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(self.command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+        return self
+
+    def wait(self, limit_s: float = LIMIT_S) -> int:
+        assert self.process is not None
+        return self.process.wait(timeout=limit_s)
+
+    def succeed(self, limit_s: float = LIMIT_S) -> dict:
+        """Wait for exit code 0; returns summary.json."""
+        code = self.wait(limit_s)
+        assert code == 0, f"exit code {code}; log:\n{self.text()[-4000:]}"
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def metrics(self) -> list[dict]:
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def pids(self) -> dict[str, int]:
+        """Living processes of the run by name, as they report themselves."""
+        found = {}
+        for path in (self.folder / "waits").glob("*.json"):
+            try:
+                beat = json.loads(path.read_text())
+                os.kill(beat["pid"], 0)
+                found[beat["process"]] = beat["pid"]
+            except (ValueError, OSError):
+                continue
+        return found
+
+    def until(self, condition, what: str, limit_s: float = 120.0) -> None:
+        """Poll `condition()` while the launcher lives."""
+        assert self.process is not None
+        end = time.monotonic() + limit_s
+        while not condition():
+            assert self.process.poll() is None, f"run ended before {what}; log:\n{self.text()[-4000:]}"
+            assert time.monotonic() < end, f"no {what} within {limit_s} s; log:\n{self.text()[-4000:]}"
+            time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(timeout=30)

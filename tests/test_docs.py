@@ -1,0 +1,66 @@
+"""Every snippet of the README and of docs/ runs, and every file or folder they name exists."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def snippets(language: str) -> list:
+    found = []
+    for page in PAGES:
+        for number, (kind, text) in enumerate(FENCE.findall(page.read_text())):
+            if kind == language:
+                found.append(pytest.param(text, id=f"{page.name}-{number}"))
+    return found
+
+
+@pytest.mark.parametrize("text", snippets("python"))
+def test_python_snippet_runs(text, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", snippets("bash"))
+def test_shell_snippet_is_valid(text, smollm2):
+    """`make` targets exist, `arealite run` becomes `arealite check` of the same arguments, scripts answer --help."""
+    makefile = (ROOT / "Makefile").read_text()
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
+        elif words[:2] in (["arealite", "run"], ["arealite", "check"]):
+            arguments = words[words.index("--config") + 1 :] if words[1] == "run" else words[2:]
+            if words[1] == "run":
+                assert (ROOT / words[2]).is_file(), line
+            command = [sys.executable, "-m", "arealite.cli", "check", *arguments]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        elif words[0] == "arealite":
+            command = [sys.executable, "-m", "arealite.cli", words[1], "--help"]
+            assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False).returncode == 0, (
+                line
+            )
+        elif words[0] == "python":
+            command = [sys.executable, words[1], "--help"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+        else:
+            assert words[0] in ("git", "cd", "pip", "source"), f"no check for: {line}"
+
+
+def test_named_paths_exist():
+    for page in PAGES:
+        for path in re.findall(r"`((?:arealite|examples|benchmarks|tests|docs)/[\w./-]*)`", page.read_text()):
+            assert (ROOT / path).exists(), f"{page.name} names {path}, which does not exist"
