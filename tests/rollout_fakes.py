@@ -7,12 +7,15 @@ import asyncio
 import random
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.types import GenerationRequest, Task, Trajectory
+from arealite.rollout.client import RemoteNativeEngine
 
 
 class VirtualClockLoop(asyncio.SelectorEventLoop):
@@ -90,6 +93,22 @@ class Source:
 def quick_config(**changes: Any) -> InferenceEngineConfig:
     fields = {"consumer_batch_size": 4, "setup_timeout_s": 20.0, "request_timeout_s": 30.0}
     return InferenceEngineConfig(**{**fields, **changes})
+
+
+class Episodes:
+    """A workflow made of a function of the task (and of how often it was tried); no server."""
+
+    def __init__(self, act: Callable[[Task, int], list[Trajectory]] | None = None) -> None:
+        self.act = act or (lambda task, tries: [trajectory(task)])
+        self.tries: dict[str, int] = {}
+
+    async def arun_episode(self, engine: Any, task: Task) -> list[Trajectory]:
+        self.tries[task.id] = self.tries.get(task.id, 0) + 1
+        await asyncio.sleep(0)
+        return self.act(task, self.tries[task.id])
+
+    def close(self) -> None:
+        pass
 
 
 class MembersWorkflow:
@@ -249,3 +268,26 @@ class FakeServer:
             "output_token_logprobs": [[-t / 1000, t, None] for t in tokens],
         }
         return {"text": "", "output_ids": tokens, "meta_info": {**notes, **(more or {})}}
+
+
+@contextmanager
+def heads(folder: Path) -> Iterator[Callable[..., RemoteNativeEngine]]:
+    """head(collective, **config) -> a client on a fake server (its field `server`), with `folder`/ledger.jsonl."""
+    engines = []
+    with FakeServer() as server:
+
+        def connect(collective: Any = None, **changes: Any) -> Any:
+            engine: Any = RemoteNativeEngine(quick_config(**changes), ledger_path=folder / "ledger.jsonl")
+            engines.append(engine)
+            engine.initialize(collective, addresses=[server.address])
+            engine.server = server
+            return engine
+
+        yield connect
+        for engine in engines:
+            engine.destroy()
+
+
+def ordinals(engine: RemoteNativeEngine) -> list[int]:
+    """Of the batch taken last."""
+    return [g.ordinal for g in engine.last_groups]
