@@ -74,33 +74,33 @@ def wiring(plan: Plan, config: GRPOConfig) -> str:
 
 def steps(config: GRPOConfig) -> str:
     """Optimiser steps and what each consumes."""
-    data = config.train_dataset
-    each = f"each {data.batch_size} prompts x {config.gconfig.n_samples} answers"
-    rows = num_rows(data)
+    source = config.train_dataset
+    each = f"each {source.batch_size} prompts x {config.gconfig.n_samples} answers"
+    rows = num_rows(source)
     found = "unknown here (not a local data set)" if rows is None else str(rows)
-    if data.max_prompt_tokens is not None and rows is not None:
-        found += f", less those with prompts above {data.max_prompt_tokens} tokens"
+    if source.max_prompt_tokens is not None and rows is not None:
+        found += f", less those with prompts above {source.max_prompt_tokens} tokens"
     if config.total_train_steps is not None:
         count = f"{config.total_train_steps} (total_train_steps)"
         if rows:
-            count += f", {config.total_train_steps * data.batch_size / rows:.1f} passes over the data"
+            count += f", {config.total_train_steps * source.batch_size / rows:.1f} passes over the data"
     elif rows is None:
         count = f"unknown: {config.total_train_epochs} passes over the data"
     else:
-        per_epoch = math.ceil(rows / data.batch_size)
+        per_epoch = math.ceil(rows / source.batch_size)
         count = f"{config.total_train_epochs * per_epoch} ({config.total_train_epochs} x {per_epoch})"
     return f"{count}; {each}; rows: {found}"
 
 
-def num_rows(data: DatasetConfig) -> int | None:
+def num_rows(source: DatasetConfig) -> int | None:
     """Rows of a data set that is on this machine; None when counting would need a download. Raises DatasetError."""
-    path = Path(data.path).expanduser()
-    if data.path.startswith(PREFIX):
-        return data.num_rows
-    if not data.path or not path.exists():
+    path = Path(source.path).expanduser()
+    if source.path.startswith(PREFIX):
+        return source.num_rows
+    if not source.path or not path.exists():
         return None
     count = sum(1 for _ in local_rows(path))
-    return count if data.num_rows is None else min(count, data.num_rows)
+    return count if source.num_rows is None else min(count, source.num_rows)
 
 
 def staleness(config: GRPOConfig) -> str:

@@ -107,7 +107,7 @@ def _components(mode: AllocationMode) -> tuple[Component, Component]:
     """The rollout servers and the policy's trainer; refuses everything beside them."""
     rollout, actor = mode.inference, mode.train
     if rollout is None or actor is None:
-        missing = "inference servers" if rollout is None else "a trainer"
+        missing = "inference servers" if rollout is None else "trainer"
         raise ConfigError(
             f"allocation_mode {mode} has no {missing}: GRPO needs both, such as native:d1+fsdp:d1 (separate devices)"
             " or native:d1|fsdp:d1 (shared)"

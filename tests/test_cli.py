@@ -1,0 +1,130 @@
+"""The command line: fast, helpful, and errors as one block; `check` tells the whole plan and starts nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from arealite.cli import main, parse
+
+
+@pytest.fixture
+def config_file(tmp_path, tiny_llama):
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"question": str(i), "answer": "1"}) + "\n" for i in range(10))
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "actor": {"path": tiny_llama},
+                "cluster": {"fileroot": str(tmp_path / "runs"), "num_gpus_per_node": 0},
+                "train_dataset": {"path": str(tmp_path / "train.jsonl"), "batch_size": 4},
+                "total_train_epochs": 2,
+            }
+        )
+    )
+    return path
+
+
+def test_help_needs_nothing_heavy():
+    code = (
+        "import sys; from arealite.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'omegaconf', 'aiohttp', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    for command in ("run", "serve", "check", "fetch"):
+        assert command in ran.stdout
+
+
+def test_check_needs_no_torch(config_file):
+    code = "import sys; from arealite.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", code, "check", str(config_file)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "check", "fetch"])
+def test_each_command_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"arealite {command} " in capsys.readouterr().out.partition("examples:")[2]
+
+
+def test_check_tells_the_plan(config_file, capsys):
+    assert main(["check", str(config_file), "seed=5"]) == 0
+    out = capsys.readouterr().out
+    for said in (
+        "seed: 5",
+        "native:d1+fsdp:d1: servers generate while trainers train",
+        "6 (2 x 3); each 4 prompts x 8 answers; rows: 10",
+        "(eta + 1) x B = 2 x 4 = 8 groups",
+        "server-0",
+        "trainer-0",
+        "arealite.inference.serve",
+        "counted in its safetensors",
+        "each trainer (1)",
+    ):
+        assert said in out
+    assert not (config_file.parent / "runs").exists()
+
+
+def test_check_of_other_wirings(config_file, capsys):
+    assert main(["check", str(config_file), "rollout.max_head_offpolicyness=0", "total_train_steps=5"]) == 0
+    out = capsys.readouterr().out
+    assert "synchronous; servers and trainers take turns" in out and "0: every token is trained by the weights" in out
+    assert "5 (total_train_steps), 2.0 passes" in out
+    assert main(["check", str(config_file), "allocation_mode=native:d1|fsdp:d1", "train_dataset.num_rows=5"]) == 0
+    out = capsys.readouterr().out
+    assert "colocated" in out and "rows: 5" in out
+
+
+def test_check_without_the_model_or_the_data(config_file, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("AREALITE_CACHE", str(tmp_path / "empty"))
+    words = ["actor.path=smollm2-135m", "train_dataset.path=openai/gsm8k", "train_dataset.subset=main"]
+    assert main(["check", str(config_file), *words]) == 0
+    out = capsys.readouterr().out
+    assert "arealite fetch smollm2-135m" in out and "unknown: 2 passes over the data" in out
+    assert "unknown: the model's config.json is not on this machine" in out
+
+
+def test_check_explains_every_field(config_file, capsys):
+    assert main(["check", str(config_file), "--explain"]) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.strip().startswith("actor.optimizer.lr "))
+    assert "peak learning rate" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["check", "absent.yaml"], "absent.yaml"),
+        (["run", "absent.py", "--config", "CONFIG"], "no training script 'absent.py'"),
+        (["check", "CONFIG", "allocation_mode=native:d1+fsdp:d1x2"], "  native:d1+fsdp:d1x2\n                   ^"),
+        (["check", "CONFIG", "seeed=2"], "seed"),
+        (["fetch", "unheard-of"], "unknown model"),
+    ],
+)
+def test_errors_are_one_block_without_traceback(words, said, config_file, capsys):
+    assert main([str(config_file) if w == "CONFIG" else w for w in words]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
+
+
+def test_overrides_stand_anywhere():
+    arguments = parse(["run", "train.py", "a=1", "--config", "x.yaml", "b.c=2", "allocation_mode=native:d1|fsdp:d1"])
+    assert (arguments.script, arguments.config) == ("train.py", "x.yaml")
+    assert sorted(arguments.overrides) == ["a=1", "allocation_mode=native:d1|fsdp:d1", "b.c=2"]
+
+
+@pytest.mark.parametrize("word", ["--unknown", "plain"])
+def test_words_that_are_no_overrides_are_refused(word, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["run", "train.py", "--config", "x.yaml", word])
+    assert end.value.code == 2 and word in capsys.readouterr().err

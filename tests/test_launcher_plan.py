@@ -1,0 +1,192 @@
+"""The process plan: cores, devices, environments and commands, and what is refused before anything starts."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arealite.api.cli_args import GRPOConfig
+from arealite.api.errors import ConfigError
+from arealite.launcher.machine import Machine
+from arealite.launcher.memory import ModelShape, server_parts, trainer_parts
+from arealite.launcher.plan import PORT, flags, make_plan, share_cores
+
+SCRIPT = ("train.py", "--config", "run.yaml", "seed=2")
+
+
+def plan_for(allocation, machine=None, eta=1, **settings):
+    config = GRPOConfig(allocation_mode=allocation, **settings)
+    config.rollout.max_head_offpolicyness = eta
+    return make_plan(config, machine or Machine((0, 1)), "model", SCRIPT)
+
+
+def gpu_machine(num_gpus):
+    return Machine(tuple(range(16)), tuple(map(str, range(num_gpus))))
+
+
+def test_side_by_side_gets_a_core_each():
+    server, trainer = plan_for("native:d1+fsdp:d1").processes
+    assert (server.cores, trainer.cores) == ((0,), (1,))
+    for process in (server, trainer):
+        assert process.env["OMP_NUM_THREADS"] == "1" and process.env["OMP_WAIT_POLICY"] == "PASSIVE"
+        assert process.env["AREALITE_PROCESS"] == process.name
+        assert "CUDA_VISIBLE_DEVICES" not in process.env and "AREALITE_COLOCATED" not in process.env
+
+
+@pytest.mark.parametrize(("allocation", "eta"), [("native:d1|fsdp:d1", 1), ("native:d1+fsdp:d1", 0)])
+def test_taking_turns_gives_everybody_everything(allocation, eta):
+    plan = plan_for(allocation, eta=eta)
+    assert plan.takes_turns and plan.colocated == ("|" in allocation)
+    for process in plan.processes:
+        assert process.cores == (0, 1) and process.env["OMP_NUM_THREADS"] == "2"
+        assert (process.env.get("AREALITE_COLOCATED") == "1") == plan.colocated
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 6), st.booleans())
+def test_cores_are_shared_fairly(num_cores, num_servers, num_trainers, takes_turns):
+    cores = list(range(100, 100 + num_cores))
+    shares = share_cores(cores, num_servers, num_trainers, takes_turns)
+    assert len(shares) == num_servers + num_trainers and all(shares)
+    sides = [shares[:num_servers], shares[num_servers:]] if takes_turns else [shares]
+    for side in sides:
+        load = {core: sum(core in share for share in side) for core in cores}
+        if len(side) <= num_cores:
+            assert set(load.values()) == {1}  # disjoint, and no core idle
+            assert max(map(len, side)) - min(map(len, side)) <= 1
+        else:
+            assert all(len(share) == 1 for share in side)
+            assert max(load.values()) - min(load.values()) <= 1
+
+
+def test_gpus_of_servers_and_ranks():
+    plan = plan_for("sglang:d2t2+fsdp:d4", gpu_machine(8), weight_update="disk")
+    assert [p.devices for p in plan.servers] == [("0", "1"), ("2", "3")]
+    assert [p.env["CUDA_VISIBLE_DEVICES"] for p in plan.servers] == ["0,1", "2,3"]
+    assert [p.devices for p in plan.trainers] == [("4",), ("5",), ("6",), ("7",)]
+    for rank, p in enumerate(plan.trainers):  # torchrun's convention: LOCAL_RANK picks from what all ranks see
+        assert p.env["CUDA_VISIBLE_DEVICES"] == "4,5,6,7" and p.env["LOCAL_RANK"] == p.env["RANK"] == str(rank)
+        assert p.env["WORLD_SIZE"] == p.env["LOCAL_WORLD_SIZE"] == "4"
+        assert p.cores == ()  # pinning is for CPU-only machines
+    colocated = plan_for("native:d2|fsdp:d2", gpu_machine(2))
+    assert [p.devices for p in colocated.processes] == [("0",), ("1",), ("0",), ("1",)]
+
+
+def test_no_device_is_given_twice_unless_shared():
+    plan = plan_for("fsdp:d3+native:d2", gpu_machine(5))
+    assert sorted(d for p in plan.processes for d in p.devices) == ["0", "1", "2", "3", "4"]
+    assert [p.devices for p in plan.trainers] == [("0",), ("1",), ("2",)]
+
+
+def test_native_command():
+    config = GRPOConfig(seed=7)
+    config.server.context_length = 256
+    config.server.kv_cache_tokens = 4096
+    config.server.deterministic = True
+    config.server.args = {"hold_limit_s": 5}
+    plan = make_plan(config, Machine((0, 1)), "folder", SCRIPT)
+    server, trainer = plan.processes
+    words = list(server.command[1:])
+    assert words[:4] == ["-m", "arealite.inference.serve", "--model", "folder"]
+    for pair in ("--port " + PORT, "--dtype bfloat16", "--context-length 256", "--kv-cache-tokens 4096", "--seed 7"):
+        assert pair in " ".join(words)
+    assert "--deterministic" in words and words[-2:] == ["--hold-limit-s", "5"]
+    assert server.on_port(31000).command[words.index("--port") + 2] == "31000" and server.on_port(31000).port == 31000
+    assert trainer.command[1:] == SCRIPT
+
+
+def test_native_command_is_one_the_server_understands():
+    from arealite.inference.serve import parse_arguments
+
+    config = GRPOConfig()
+    config.server.context_length, config.server.kv_cache_tokens, config.server.deterministic = 128, 1024, True
+    server = make_plan(config, Machine((0,)), "folder", SCRIPT).servers[0].on_port(31000)
+    arguments = parse_arguments(list(server.command[3:]))
+    assert (arguments.port, arguments.context_length, arguments.kv_cache_tokens) == (31000, 128, 1024)
+    assert arguments.model == "folder" and arguments.deterministic and arguments.weight_version == "0"
+
+
+def test_sglang_command_passes_flags_through():
+    config = GRPOConfig(allocation_mode="sglang:d1t2+fsdp:d2", weight_update="disk")
+    config.server.args = {"mem_fraction_static": 0.8, "trust_remote_code": True, "off": False, "ports": [1, 2]}
+    server = make_plan(config, gpu_machine(4), "hub/model", SCRIPT).servers[0]
+    words = " ".join(server.command)
+    assert "-m sglang.launch_server --model-path hub/model --tp-size 2" in words
+    assert words.endswith("--mem-fraction-static 0.8 --trust-remote-code --ports 1 2")
+    assert flags({"json": {"a": 1}, "none": None}) == ["--json", '{"a": 1}']
+
+
+def test_environment_of_the_user_comes_last():
+    config = GRPOConfig()
+    config.launcher.env = {"OMP_WAIT_POLICY": "ACTIVE"}
+    assert all(p.env["OMP_WAIT_POLICY"] == "ACTIVE" for p in make_plan(config, Machine((0,)), "m", SCRIPT).processes)
+    config.launcher.pin_cores = False
+    assert all(p.cores == () for p in make_plan(config, Machine((0,)), "m", SCRIPT).processes)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "machine", "said"),
+    [
+        ("fsdp:d1", None, "no inference servers"),
+        ("native:d1", None, "has no trainer"),
+        ("native:d1+megatron:d2", None, "cannot run megatron; for train it has fsdp"),
+        ("vllm:d1+fsdp:d1", None, "cannot run vllm; for inference it has native and sglang"),
+        ("native:d1t2+fsdp:d1", None, r"native has no tensor parallelism \(t2\)"),
+        ("native:d1+fsdp:d2p2c2", None, r"pipeline parallelism \(p2\), context parallelism \(c2\).*use fsdp:d8"),
+        ("native:d1+fsdp:(attn:d2|ffn:d2)", None, "attn / ffn form"),
+        ("native:d1+fsdp[actor]:d1|fsdp[critic]:d1", None, r"nothing would run on fsdp\[critic\]:d1"),
+        ("sglang:d1+fsdp:d1", None, "need GPUs"),
+        ("native:d4+fsdp:d8", gpu_machine(8), "needs 12 GPUs .*there are 8"),
+    ],
+)
+def test_refusals(allocation, machine, said):
+    with pytest.raises(ConfigError, match=said):
+        plan_for(allocation, machine, weight_update="disk")
+
+
+def test_shared_memory_and_several_nodes_are_refused_where_they_cannot_work():
+    with pytest.raises(ConfigError, match="set weight_update=disk"):
+        plan_for("sglang:d1+fsdp:d1", gpu_machine(2))
+    config = GRPOConfig()
+    config.cluster.num_nodes = 2
+    with pytest.raises(ConfigError, match="num_nodes is 2"):
+        make_plan(config, Machine((0,)), "m", SCRIPT)
+
+
+def test_machine_is_cut_to_the_configuration(monkeypatch):
+    config = GRPOConfig().cluster
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    config.num_gpus_per_node, config.num_cores_per_node = 2, 1
+    machine = Machine.local(config)
+    assert machine.gpus == ("3", "5") and len(machine.cores) == 1 and machine.memory_bytes > 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert Machine.local(config).gpus == ()
+
+
+def test_parameters_by_formula_equal_those_counted(tiny_llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    counted = ModelShape.read(tiny_llama)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert counted.num_parameters == sum(p.numel() for p in model.parameters())  # tied parameters come once
+    with open(f"{tiny_llama}/config.json") as file:
+        (tmp_path / "config.json").write_text(file.read())
+    by_formula = ModelShape.read(tmp_path)
+    assert by_formula.num_parameters == counted.num_parameters and "formula" in by_formula.where
+    assert (counted.kv_width, counted.num_layers, counted.hidden) == (32, 2, 64)
+    assert ModelShape.read(tmp_path / "absent") is None
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vision"}))
+    assert ModelShape.read(tmp_path) is None
+
+
+def test_memory_grows_with_what_is_said_to_drive_it(tiny_llama):
+    shape = ModelShape.read(tiny_llama)
+    config = GRPOConfig()
+    config.server.kv_cache_tokens = 1000
+    kv = {p.name: p.num_bytes for p in server_parts(config, shape, 1)}["KV cache"]
+    assert kv == 1000 * 2 * 2 * 32 * 2  # tokens x (K and V) x layers x width x bfloat16
+    parts = {p.name: p.num_bytes for p in trainer_parts(config, shape, 2, shape)}
+    assert parts["Adam"] == 8 * shape.num_parameters / 2 and parts["reference"] == 2 * shape.num_parameters
+    config.actor.gradient_checkpointing = True
+    less = {p.name: p.num_bytes for p in trainer_parts(config, shape, 2, None)}
+    assert less["activations"] < parts["activations"] and "reference" not in less
