@@ -47,8 +47,9 @@ def verify(
         if common and all(meta.checksums[name] == previous.checksums[name] for name in common):
             raise WeightSyncError(
                 f"the update from version {previous.version} to {meta.version} changed nothing:"
-                f" {_listed(sorted(common))} are the same bytes although the optimiser made a step. Either the trainer sends a stale copy, or the"
-                " learning rate is too small to move a weight in the wire dtype"
+                f" {_listed(sorted(common))} are the same bytes although the optimiser made a step."
+                " Either the trainer sends a stale copy, or the learning rate is too small to move a weight in the wire"
+                " dtype"
             )
 
 
