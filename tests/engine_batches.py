@@ -1,0 +1,106 @@
+"""Batches and actors for tests of the trainer, and a script of one trainer rank. Used by test_engine_*.py.
+
+As a script: `python engine_batches.py OUT MODEL` with torchrun's environment trains one step on this rank's share of
+`random_batch` for every case and writes the outcome to OUT.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+
+from arealite.api.cli_args import OptimizerConfig, PPOActorConfig
+from arealite.api.types import Batch
+
+RANK_CASES = {
+    "whole": {},
+    "small budget": {"max_tokens_per_mb": 24},
+    "sequence mean, two updates": {"loss_aggregation": "seq-mean-token-mean", "ppo_n_minibatches": 2},
+    "all on one rank": {},
+}
+
+
+def actor_config(path, **changes) -> PPOActorConfig:
+    changes = {"dtype": "float32", "optimizer": OptimizerConfig(lr=1e-3), **changes}
+    return PPOActorConfig(path=str(path), **changes)
+
+
+def random_batch(num_groups=4, size=3, prompt=7, longest=9, seed=0, vocabulary=49152) -> Batch:
+    """Groups with a prompt each; some answers share their first tokens, one has a turn of the user in the middle."""
+    rng = np.random.default_rng(seed)
+    rows, masks, groups = [], [], []
+    for group in range(num_groups):
+        start = rng.integers(1, vocabulary, prompt + group)
+        first = rng.integers(1, vocabulary)
+        for member in range(size):
+            answer = rng.integers(1, vocabulary, rng.integers(3, longest + 1))
+            answer[0] = first if member % 2 else answer[0]
+            mask = np.ones(len(answer), bool)
+            mask[1:2] = member != 2
+            rows.append(np.concatenate([start, answer]))
+            masks.append(np.concatenate([np.zeros(len(start), bool), mask]))
+            groups.append(group)
+    cu = np.cumsum([0, *map(len, rows)])
+    mask = np.concatenate(masks)
+    noise = rng.normal(size=(2, len(mask))).astype(np.float32) * 0.2
+    return Batch(
+        tokens=np.concatenate(rows),
+        loss_mask=mask,
+        logprobs=np.where(mask, -9 + noise[0], 0).astype(np.float32),
+        versions=np.where(mask, 0, -1).astype(np.int32),
+        cu_seqlens=cu,
+        group_ids=np.asarray(groups),
+        rewards=rng.integers(0, 3, len(rows)).astype(np.float64),
+        truncated=np.arange(len(rows)) % 5 == 4,
+        num_groups=num_groups,
+        task_ids=[f"task-{g}" for g in groups],
+        prox_logp=np.where(mask, -9 + noise[1], 0).astype(np.float32),
+    )
+
+
+def share(batch: Batch, rank: int, world_size: int, lopsided: bool = False) -> Batch:
+    """This rank's groups; all of them on rank 0 if `lopsided`."""
+    owner = batch.group_ids * 0 if lopsided else batch.group_ids % world_size
+    return batch.select(np.flatnonzero(owner == rank))
+
+
+def train_one_step(actor, batch: Batch) -> dict[str, float]:
+    mine = replace(batch)
+    mine.prox_logp = actor.compute_logp(mine)
+    actor.compute_advantages(mine)
+    return actor.grpo_update(mine)
+
+
+def outcome(path: str, case: str, rank: int, world_size: int) -> dict:
+    """Statistics of one step from a fresh model, and numbers that stand for all weights after it."""
+    from arealite.engine.ppo.actor import FSDPPPOActor
+
+    actor = FSDPPPOActor(actor_config(path, **RANK_CASES[case]))
+    actor.initialize()
+    stats = train_one_step(actor, share(random_batch(), rank, world_size, case == "all on one rank"))
+    weights = {name: t.double() for name, t in actor.named_full_tensors()}
+    del stats["update_s"]
+    sums = {name: [float(t.sum()), float(t.square().sum()), float(t.flatten()[7])] for name, t in weights.items()}
+    return {"stats": stats, "weights": sums}
+
+
+def main(out: str, path: str) -> None:
+    import os
+
+    import torch
+
+    from arealite.engine.parallel import join_ranks
+
+    join_ranks(torch.device("cpu"), 120.0)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    found = {case: outcome(path, case, rank, world_size) for case in RANK_CASES}
+    with open(f"{out}.{rank}", "w") as file:
+        json.dump(found, file)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
