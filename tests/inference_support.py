@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,9 @@ class LocalServer:
     ) -> None:
         self.engine = Engine(Batcher(model, max_running, kv_tokens, "0"), seed=0)
         self.batcher = self.engine.batcher
+        self.step_delay_s = 0.0  # a test that acts on a running request slows the engine down meanwhile
+        self._plain_step = self.batcher.step
+        self.batcher.step = self._slow_step  # type: ignore[method-assign]
         self._settings = ServerSettings("tiny", {}, hold_limit_s=hold_limit_s)
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -82,6 +86,10 @@ class LocalServer:
         self.engine.start()
         self._thread.start()
         assert self._ready.wait(WAIT_S)
+
+    def _slow_step(self) -> None:
+        time.sleep(self.step_delay_s)
+        self._plain_step()
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -26,10 +26,10 @@ def failed_control(message: str) -> web.Response:
 
 
 @web.middleware
-async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def answer_errors(request: web.Request, **called: Handler) -> web.StreamResponse:
     """Turn whatever a route raises into a JSON answer; the server keeps serving."""
     try:
-        return await handler(request)
+        return await called["handler"](request)  # the keyword by which aiohttp hands it over
     except RequestError as error:
         return error_response(400, str(error))
     except WeightSyncError as error:

@@ -207,10 +207,15 @@ def _read_config(path: str, context_length: int | None, deterministic: bool) -> 
 
 
 def _load_module(path: str, dtype: torch.dtype) -> Any:
+    """The model in memory of its own: transformers may hand out a map of the file, which changes when the file does."""
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
+        module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be loaded as a causal language model: {error}") from error
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.set_(tensor.clone())
+    return module
 
 
 def _load_tokenizer(path: str) -> Any:

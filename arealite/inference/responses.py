@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from arealite.inference.sequence import Sequence
@@ -51,6 +52,11 @@ def version_spans(versions: list[str]) -> list[dict[str, Any]]:
     return spans
 
 
+def _json_number(value: float | None) -> float | None:
+    """JSON has no NaN: a prompt scored by broken weights reads null, and its request ends as aborted."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def render(tokenizer: Any, sequence: Sequence) -> dict[str, Any]:
     """One entry of the /generate answer."""
     request = sequence.request
@@ -68,7 +74,7 @@ def render(tokenizer: Any, sequence: Sequence) -> dict[str, Any]:
     if request.return_logprob:
         first = request.logprob_start
         scored = [] if first is None else zip(sequence.input_logprobs, request.prompt_ids[first:], strict=False)
-        finished["input_token_logprobs"] = [[logprob, token, None] for logprob, token in scored]
+        finished["input_token_logprobs"] = [[_json_number(logprob), token, None] for logprob, token in scored]
         finished["output_token_logprobs"] = [
             [logprob, token, None] for logprob, token in zip(sequence.logprobs, sequence.output_ids, strict=True)
         ]

@@ -53,6 +53,7 @@ class ServerRoutes:
         self._settings = settings
         self._resumed = asyncio.Event()
         self._resumed.set()
+        self._num_pauses = 0
         self._started_at = time.time()
         self.limits = ServedLimits(
             vocab_size=model.vocab_size,
@@ -127,13 +128,16 @@ class ServerRoutes:
         if mode not in PAUSE_MODES:
             raise RequestError(f"mode: expected one of {', '.join(PAUSE_MODES)}, found {mode[:60]!r}")
         self._resumed.clear()
+        self._num_pauses += 1
         await asyncio.wrap_future(self._engine.call(lambda: self._engine.pause(mode)))
         return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def resume(self, request: web.Request) -> web.Response:
         await read_object(request)
+        num_pauses = self._num_pauses
         await asyncio.wrap_future(self._engine.call(self._engine.resume))
-        self._resumed.set()
+        if self._num_pauses == num_pauses:  # otherwise the next pause has come meanwhile
+            self._resumed.set()
         return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
 
     async def health(self, request: web.Request) -> web.Response:

@@ -81,7 +81,14 @@ async def serve(engine: Engine, settings: ServerSettings, host: str, port: int) 
     )
     await runner.setup()
     site = web.TCPSite(runner, host, port, backlog=1024)
-    await site.start()
+    try:
+        await site.start()
+    except OSError as error:
+        engine.stop(STOP_LIMIT_S)
+        await runner.cleanup()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error}; choose another --port, or 0 for a free one"
+        ) from error
     bound_host, bound_port = runner.addresses[0][:2]
     print(f"listening on http://{bound_host}:{bound_port}", flush=True)
     while not stopping.is_set() and not engine.stopped.is_set():
@@ -93,19 +100,19 @@ async def serve(engine: Engine, settings: ServerSettings, host: str, port: int) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 after a signal, 1 after a failure, 2 for a model that cannot be served."""
+    """Returns the exit status: 0 after a signal, 1 after a failure, 2 for a model or a port that cannot be
+    served."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     waits.configure_from_env()
     try:
         engine = build_engine(args)
+        engine.start()
+        settings = ServerSettings(args.served_model_name or args.model, vars(args), hold_limit_s=args.hold_limit_s)
+        return asyncio.run(serve(engine, settings, args.host, args.port))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    engine.start()
-    settings = ServerSettings(args.served_model_name or args.model, vars(args), hold_limit_s=args.hold_limit_s)
-    try:
-        return asyncio.run(serve(engine, settings, args.host, args.port))
     finally:
         waits.shut_down()
 

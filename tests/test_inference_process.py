@@ -1,0 +1,111 @@
+"""The server as a process: its ready line, its exit statuses, its heartbeat."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inference_support import WAIT_S, fetch, save_tiny_llama
+
+from arealite.inference.serve import main, parse_arguments
+
+BROKEN_ENGINE = """
+import sys
+from arealite.inference.batcher import Batcher
+from arealite.inference.serve import main
+def broken(self):
+    raise RuntimeError("the cable is unplugged")
+Batcher.step = broken
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"), context=8192)
+
+
+@contextmanager
+def server_process(
+    folder: Path, *flags: str, code: str | None = None, env: dict[str, str] | None = None
+) -> Iterator[tuple[Any, str]]:
+    """The process and its address."""
+    command = [sys.executable, *(["-c", code] if code else ["-m", "arealite.inference.serve"])]
+    command += ["--model", str(folder), "--port", "0", "--dtype", "float32", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("listening on http://127.0.0.1:"), line
+        yield process, line.removeprefix("listening on ").strip()
+    finally:
+        process.kill()
+        process.wait(WAIT_S)
+
+
+def test_it_serves_says_how_it_waits_and_ends_on_sigterm(folder: Path, tmp_path: Path) -> None:
+    env = {"AREALITE_RUN_DIR": str(tmp_path), "AREALITE_PROCESS": "server-0", "AREALITE_HEARTBEAT_S": "0.05"}
+    with server_process(folder, "--weight-version", "3", env=env) as (process, url):
+        status, answer = fetch(url + "/generate", {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 3}})
+        assert status == 200 and answer["meta_info"]["weight_version"] == "3"
+        beat = tmp_path / "waits" / "server-0.json"
+        end = time.monotonic() + WAIT_S
+        names: list[str] = []
+        while not any("engine idle, last token" in name for name in names):
+            assert time.monotonic() < end, names
+            content = json.loads(beat.read_text())
+            names = [wait["name"] for wait in content["waits"]]
+        assert content["marks"]["token"] >= 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+        assert not beat.exists()
+
+
+def test_sigterm_answers_what_is_running(folder: Path) -> None:
+    with server_process(folder) as (process, url), ThreadPoolExecutor() as pool:
+        body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 8000, "ignore_eos": True}}
+        future = pool.submit(fetch, url + "/generate", body)
+        end = time.monotonic() + WAIT_S
+        while fetch(url + "/v1/loads", None)[1]["loads"][0]["num_running_reqs"] == 0:
+            assert time.monotonic() < end and not future.done()
+        process.send_signal(signal.SIGTERM)
+        status, answer = future.result(WAIT_S)
+        assert status == 200 and answer["meta_info"]["finish_reason"]["type"] == "abort"
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_failed_engine_ends_the_process_with_an_error(folder: Path) -> None:
+    with server_process(folder, code=BROKEN_ENGINE) as (process, url):
+        status, answer = fetch(url + "/generate", {"input_ids": [1]})
+        assert status == 500 and "the cable is unplugged" in answer["error"]["message"]
+        assert process.wait(WAIT_S) == 1
+
+
+def test_a_model_that_cannot_be_served_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(tmp_path)]) == 2
+    assert "no model configuration" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["--model", str(folder), "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_flags_are_checked() -> None:
+    assert parse_arguments(["--model", "m"]).max_running_requests == 64
+    for wrong in (["--kv-cache-tokens", "0"], ["--dtype", "int8"], ["--max-running-requests", "-1"]):
+        with pytest.raises(SystemExit):
+            parse_arguments(["--model", "m", *wrong])

@@ -1,0 +1,279 @@
+"""The server over real sockets: generation, sharing, the cache budget, stopping, errors, determinism."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inference_support import EOS, WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served
+
+from arealite.inference.responses import version_spans
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LocalServer]:
+    with LocalServer(served(folder)) as running:
+        yield running
+
+
+def wait_until(condition: Any, limit_s: float = WAIT_S) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "the awaited state did not come"
+        time.sleep(0.005)
+
+
+def bodies(num: int, seed: int = 0, **params: Any) -> list[dict[str, Any]]:
+    """Requests of mixed lengths, each with a seed of its own."""
+    rng = random.Random(seed)
+    return [
+        {
+            "input_ids": [rng.randrange(256) for _ in range(rng.randint(1, 70))],
+            "sampling_params": {"max_new_tokens": rng.randint(1, 50), "sampling_seed": i, "ignore_eos": True, **params},
+        }
+        for i in range(num)
+    ]
+
+
+def results(answers: list[Any]) -> list[tuple[list[int], list[float]]]:
+    return [(a["output_ids"], output_logprobs(a)) for a in answers]
+
+
+def test_the_answer_has_every_field_of_the_protocol(server: LocalServer) -> None:
+    body = {"rid": "abc", "input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4}, "return_logprob": True}
+    status, answer = server.post("/generate", {**body, "logprob_start_len": 1, "return_prompt_token_ids": True})
+    assert status == 200 and set(answer) == {"text", "output_ids", "meta_info", "prompt_token_ids"}
+    about = answer["meta_info"]
+    assert about["id"] == "abc" and about["prompt_tokens"] == 3 and about["completion_tokens"] == 4
+    assert about["finish_reason"] == {"type": "length", "length": 4}
+    assert about["weight_version"] == "0" and about["weight_versions"] == [{"version": "0", "start": 0, "end": 4}]
+    assert about["output_token_logprobs_length"] == 4 and about["num_retractions"] == 0 and about["e2e_latency"] > 0
+    assert [entry[1:] for entry in about["output_token_logprobs"]] == [[t, None] for t in answer["output_ids"]]
+    assert [entry[1] for entry in about["input_token_logprobs"]] == [2, 3]
+    assert about["input_token_logprobs"][0][0] is None and about["input_token_logprobs"][1][0] < 0
+
+
+def test_a_batch_answers_in_order_and_text_is_tokenised(server: LocalServer) -> None:
+    params = {"max_new_tokens": 3, "temperature": 0}
+    _, many = server.post("/generate", {"text": ["abc", "xy"], "sampling_params": params})
+    singles = [server.post("/generate", {"text": text, "sampling_params": params})[1] for text in ("abc", "xy")]
+    assert [a["output_ids"] for a in many] == [a["output_ids"] for a in singles]
+    assert [a["meta_info"]["prompt_tokens"] for a in many] == [3, 2]
+
+
+def test_a_group_shares_one_prefill_of_its_prompt(folder: Path) -> None:
+    with LocalServer(served(folder), max_running=16) as server:
+        prompt = list(range(37))
+        requests = [
+            {"input_ids": prompt, "routing_key": "g", "sampling_params": {"max_new_tokens": 20, "sampling_seed": i}}
+            for i in range(8)
+        ]
+        answers = server.generate_many(requests)
+        assert server.batcher.counters.num_prefill_tokens == len(prompt)
+        assert sorted(a["meta_info"]["cached_tokens"] for a in answers) == [0] + [37] * 7
+        assert server.post("/flush_cache", {})[0] == 200
+        alone = []
+        for request in requests:
+            alone += server.generate_many([request])
+            server.post("/flush_cache", {})
+    for (tokens, logprobs), (own_tokens, own_logprobs) in zip(results(answers), results(alone), strict=True):
+        assert tokens == own_tokens and logprobs == pytest.approx(own_logprobs, abs=1e-5)
+
+
+def test_a_full_cache_makes_requests_wait_or_retract_and_changes_nothing(folder: Path) -> None:
+    model = served(folder)
+    requests = bodies(24, seed=1)
+    with LocalServer(model, max_running=8, kv_tokens=4096) as server:
+        wanted = server.generate_many(requests)
+        assert server.batcher.counters.num_retractions == 0
+    with LocalServer(model, max_running=8, kv_tokens=160) as server:
+        answers = server.generate_many(requests)
+        assert server.batcher.counters.num_retractions > 0, "the budget must have been exhausted in this test"
+        assert sum(a["meta_info"]["num_retractions"] for a in answers) == server.batcher.counters.num_retractions
+        server.post("/flush_cache", {})
+        assert server.batcher.scheduler.num_used_tokens == 0, "every page comes back"
+    for (tokens, logprobs), (own_tokens, own_logprobs) in zip(results(answers), results(wanted), strict=True):
+        assert tokens == own_tokens and logprobs == pytest.approx(own_logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic_results_do_not_depend_on_company(folder: Path, dtype: torch.dtype) -> None:
+    """Bit for bit: alone, together, in another order, and with a cache so small that requests are retracted."""
+    model = served(folder, dtype, deterministic=True)
+    requests = bodies(12, seed=2) + [{**body, "input_ids": list(range(20))} for body in bodies(4, seed=3)]
+    with LocalServer(model, max_running=8) as server:
+        alone = [server.generate_many([body])[0] for body in requests]
+        together = server.generate_many(requests)
+        backwards = server.generate_many(requests[::-1])[::-1]
+    with LocalServer(model, max_running=8, kv_tokens=144) as server:
+        squeezed = server.generate_many(requests)
+        assert server.batcher.counters.num_retractions > 0
+    assert results(alone) == results(together) == results(backwards) == results(squeezed)
+
+
+def test_a_seed_gives_one_stream_that_resumption_continues(server: LocalServer) -> None:
+    prompt = list(range(30))
+    whole = server.generate(prompt, max_new_tokens=20, sampling_seed=9, ignore_eos=True)["output_ids"]
+    head = server.generate(prompt, max_new_tokens=7, sampling_seed=9, ignore_eos=True)["output_ids"]
+    tail = server.generate(prompt + head, max_new_tokens=13, sampling_seed=9, ignore_eos=True)["output_ids"]
+    assert head + tail == whole
+    other = server.generate(prompt, max_new_tokens=20, sampling_seed=10, ignore_eos=True)["output_ids"]
+    assert other != whole
+
+
+def test_stop_strings_match_across_tokens_and_trim_the_text(server: LocalServer) -> None:
+    params = {"max_new_tokens": 60, "sampling_seed": 4, "ignore_eos": True}
+    free = server.generate(list(b"abc"), **params)
+    text = free["text"]
+    position = next(i for i in range(20, 50) if text[i : i + 3].isascii() and text.find(text[i : i + 3]) == i)
+    stop = text[position : position + 3]
+    answer = server.generate(list(b"abc"), **params, stop=["never there", stop])
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+    assert answer["text"] == text[:position]
+    assert answer["output_ids"] == free["output_ids"][: len(answer["output_ids"])]
+    kept = server.generate(list(b"abc"), **params, stop=stop, no_stop_trim=True)
+    assert kept["text"] == text[:position] + stop and kept["output_ids"] == answer["output_ids"]
+
+
+def test_stop_tokens_end_unless_ignored_or_too_early(server: LocalServer) -> None:
+    params = {"max_new_tokens": 30, "sampling_seed": 5}
+    free = server.generate([7, 8], **params, ignore_eos=True)["output_ids"]
+    at = next(i for i in range(5, 30) if free.index(free[i]) == i)
+    answer = server.generate([7, 8], **params, stop_token_ids=[free[at]])
+    assert answer["output_ids"] == free[: at + 1] and answer["meta_info"]["finish_reason"] == {
+        "type": "stop",
+        "matched": free[at],
+    }
+    assert server.generate([7, 8], **params, stop_token_ids=[free[at]], ignore_eos=True)["output_ids"] == free
+    late = server.generate([7, 8], **params, stop_token_ids=[free[at]], min_new_tokens=at + 3)["output_ids"]
+    assert len(late) >= at + 3 and free[at] not in late[: at + 3]
+
+
+def test_the_end_of_sequence_token_ends(server: LocalServer) -> None:
+    answers = [server.generate([i], max_new_tokens=400, temperature=5.0, sampling_seed=i) for i in range(8)]
+    ended = [a for a in answers if a["meta_info"]["finish_reason"] == {"type": "stop", "matched": EOS}]
+    assert ended and all(a["output_ids"].index(EOS) == len(a["output_ids"]) - 1 for a in ended)
+    assert all("<eos>" not in a["text"] for a in ended)
+    assert all(EOS not in a["output_ids"] for a in answers if a not in ended)
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        (b"", "JSON"),
+        (b"{", "JSON"),
+        (b"\xff\xfe", "JSON"),
+        (b"[" * 100_000, "JSON"),
+        (b'{"input_ids": [' + b"9" * 5000 + b"]}", "JSON"),
+        (b"[1]", "body"),
+        (b'{"input_ids": [1], "sampling_params": {"temprature": 1}}', "temperature"),
+        (b'{"input_ids": [1], "sampling_params": {"temperature": NaN}}', "temperature"),
+        (json.dumps({"input_ids": [1] * 512}).encode(), "512 tokens"),
+        (json.dumps({"input_ids": [1] * 500, "sampling_params": {"max_new_tokens": 13}}).encode(), "max_new_tokens"),
+    ],
+)
+def test_malformed_requests_get_400_and_the_server_goes_on(server: LocalServer, raw: bytes, named: str) -> None:
+    status, answer = server.post("/generate", raw)
+    assert status == 400 and named in answer["error"]["message"]
+    assert len(server.generate([1, 2], max_new_tokens=3, ignore_eos=True)["output_ids"]) == 3
+
+
+@settings(max_examples=40, deadline=None)
+@given(raw=st.binary(max_size=60), path=st.sampled_from(["generate", "pause_generation", "update_weights_from_shm"]))
+def test_random_bytes_are_refused(server: LocalServer, raw: bytes, path: str) -> None:
+    status, _ = server.post(f"/{path}", b"\x00" + raw)
+    assert status == 400
+
+
+def test_unknown_paths_and_methods_answer_json(server: LocalServer) -> None:
+    assert server.get("/nowhere")[0] == 404 and server.get("/generate")[0] == 405
+    assert "error" in server.get("/nowhere")[1]
+
+
+def test_introspection_endpoints(server: LocalServer) -> None:
+    for path in ("/health", "/health_generate", "/ready", "/ping"):
+        assert server.get(path) == (200, None)
+    _, about = server.get("/model_info")
+    assert about == server.get("/get_model_info")[1] and about["weight_version"] == "0" and about["vocab_size"] == 260
+    assert server.get("/server_info")[1]["max_total_num_tokens"] == 2048
+    assert server.get("/get_server_info")[1]["version"].startswith("arealite")
+    assert server.get("/v1/models")[1]["data"][0]["max_model_len"] == 512
+    load = server.get("/v1/loads?include=core")[1]["loads"][0]
+    assert load["num_running_reqs"] == 0 and load["max_running_requests"] == 8
+    assert server.get("/flush_cache")[0] == 200
+    for path in ("/begin_weight_update", "/end_weight_update"):
+        assert server.post(path, {})[1]["success"]
+    for path in ("/release_memory_occupation", "/resume_memory_occupation"):
+        assert server.post(path, {}) == (200, None)
+
+
+def test_a_client_that_goes_away_frees_its_place(folder: Path) -> None:
+    with LocalServer(served(folder), max_running=1) as server:
+        address = urlsplit(server.url)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=WAIT_S)
+        body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 500, "ignore_eos": True}}
+        server.step_delay_s = 0.02
+        connection.request("POST", "/generate", json.dumps(body))
+        wait_until(lambda: server.batcher.scheduler.running)
+        connection.close()
+        wait_until(lambda: not server.batcher.scheduler.running)
+        assert server.batcher.counters.num_generated_tokens < 500
+
+
+def test_logits_that_are_not_finite_end_the_request_only(folder: Path) -> None:
+    model = served(folder)
+    with LocalServer(model) as server:
+        norm = model.module.model.norm.weight
+        good = server.generate(list(range(40)), max_new_tokens=20, sampling_seed=1, ignore_eos=True)
+        with torch.no_grad():
+            norm.fill_(torch.nan)
+            model.module.model.layers[0].input_layernorm.weight.fill_(torch.nan)
+        server.post("/flush_cache", {})
+        answer = server.generate(list(range(40)), max_new_tokens=5)
+        assert answer["output_ids"] == [] and answer["meta_info"]["finish_reason"]["type"] == "abort"
+        assert "not finite" in answer["meta_info"]["finish_reason"]["message"]
+        assert server.get("/v1/loads")[1]["loads"][0]["num_nan_reqs"] == 1
+        with torch.no_grad():
+            norm.fill_(1)
+            model.module.model.layers[0].input_layernorm.weight.fill_(1)
+        again = server.generate(list(range(40)), max_new_tokens=20, sampling_seed=1, ignore_eos=True)
+        assert results([again]) == results([good]), "nothing of it is left in the cache"
+
+
+def test_an_engine_failure_answers_everyone_and_shows_in_health(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LocalServer(served(folder)) as server:
+
+        def broken() -> None:
+            raise RuntimeError("the cable is unplugged")
+
+        monkeypatch.setattr(server.batcher, "step", broken)
+        futures = [server.pool.submit(server.post, "/generate", {"input_ids": [i]}) for i in range(3)]
+        for future in futures:
+            status, answer = future.result(WAIT_S)
+            assert status == 500 and "the cable is unplugged" in answer["error"]["message"]
+        status, answer = server.get("/health")
+        assert status == 503 and "the cable is unplugged" in answer["error"]["message"]
+        assert server.post("/generate", {"input_ids": [1]})[0] == 500
+
+
+def test_spans_are_runs_of_equal_versions() -> None:
+    assert version_spans([]) == []
+    assert version_spans(["3", "3", "4"]) == [
+        {"version": "3", "start": 0, "end": 2},
+        {"version": "4", "start": 2, "end": 3},
+    ]
