@@ -18,6 +18,7 @@ MAX_ERROR_LINES = 60
 NUM_TAIL_LINES = 20
 MAX_LOG_BYTES = 4 << 20
 OWN_ERROR = re.compile(r"^arealite\.\S+?\.(\w+): ")
+RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch.distributed puts it before each line of a traceback
 ADDRESS_IN_USE = re.compile(r"address already in use|EADDRINUSE", re.IGNORECASE)
 
 
@@ -52,7 +53,7 @@ def read_log(path: Path, offset: int) -> str:
 def first_error(log: str) -> str:
     """The last traceback of a log, as it stands; only the message when the error is one of ours, raised to be read by
     a person; the last lines when there is no traceback."""
-    lines = [line.rstrip() for line in log.splitlines()]
+    lines = [RANK_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
     starts = [i for i, line in enumerate(lines) if line.endswith(TRACEBACK)]
     if not starts:
         return "\n".join([line for line in lines if line][-NUM_TAIL_LINES:]) or "(the log is empty)"
