@@ -234,6 +234,6 @@ class ServerRoutes:
 
 def build_app(engine: Engine, settings: ServerSettings) -> web.Application:
     """The application; its runner needs handler_cancellation=True so that a client's disconnect aborts."""
-    app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)  # type: ignore[list-item]
     app.add_routes([*ServerRoutes(engine, settings).routes(), *ControlRoutes(engine).routes()])
     return app
