@@ -79,8 +79,10 @@ class FSDPEngine:
         self.model = PackedLanguageModel(self.hf_model, config.logprob_chunk_tokens).to(self.device)
         self.model.requires_grad_(self.trainable)
         self._sharded = shard(self.model, set(self.hf_model._no_split_modules), self.device, self.dtype)
-        self._parameters = list(self.model.parameters())
-        self.optimizer = make_optimizer(self._parameters, config.optimizer) if self.trainable else None
+        # Taken here, because modules hold the gathered compute copies instead between the passes.
+        self._parameters = dict(self.hf_model.named_parameters())
+        weights = list(self._parameters.values())
+        self.optimizer = make_optimizer(weights, config.optimizer) if self.trainable else None
 
     def destroy(self) -> None:
         """Release shared memory and leave the ranks."""
@@ -102,7 +104,8 @@ class FSDPEngine:
         out = np.zeros(len(batch.tokens), dtype=np.float32)
         with torch.no_grad():
             for micro in self._micro_batches(batch, "compute_logp"):
-                logp, _ = self.model(micro.packed, temperature or self._temperature)
+                with self.collective.computing("compute_logp"):
+                    logp, _ = self.model(micro.packed, temperature or self._temperature)
                 out[micro.at] = logp.cpu().numpy()
         return out
 
@@ -120,16 +123,17 @@ class FSDPEngine:
         columns: dict[str, list[float]] = {}
         micro_batches = self._micro_batches(batch, "update")
         for micro in micro_batches:
-            logp, entropy = self.model(micro.packed, self._temperature)
-            loss, parts = loss_fn(micro, logp, entropy)
-            loss.backward()
+            with self.collective.computing("update"):
+                logp, entropy = self.model(micro.packed, self._temperature)
+                loss, parts = loss_fn(micro, logp, entropy)
+                loss.backward()
             losses.append(float(loss.detach()))
             for name, value in parts.items():
                 columns.setdefault(name, []).append(float(value))
         columns["loss"] = losses
         statistics = self._over_ranks(columns)
         loss_sum = statistics.pop("loss")
-        norm, grads = gradient_norm(self._parameters, self.collective.reduce)
+        norm, grads = gradient_norm(list(self._parameters.values()), self.collective.reduce)
         skipped = not (math.isfinite(loss_sum) and math.isfinite(norm))
         if skipped:
             self._skip(batch, micro_batches, losses, loss_sum, norm)
@@ -161,6 +165,7 @@ class FSDPEngine:
 
     def _micro_batches(self, batch: Batch, what: str) -> list[MicroBatch]:
         """This rank's micro-batches, filled up with idle ones to the largest number on any rank."""
+        self.collective.barrier(what)
         own = cut(batch, self.config.max_tokens_per_mb, self.device)
         most = int(self.collective.reduce(torch.tensor([len(own)]), "max"))
         return own + [idle(self.device) for _ in range(most - len(own))]
@@ -177,12 +182,11 @@ class FSDPEngine:
             where = (
                 f"; loss of micro-batch {bad[0]} of {len(losses)} (tasks {', '.join(tasks[:8])}) is {losses[bad[0]]}"
             )
-        for name, parameter in self.hf_model.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all()):
-                where += f"; first bad gradient is that of {name}"
-                if not bool(torch.isfinite(local(parameter.detach())).all()):
-                    where += ", whose weight is NaN or infinite itself"
-                break
+        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        for what, tensors in (("gradient", gradients), ("weight", self._parameters)):
+            found_bad = (name for name, t in tensors.items() if not bool(torch.isfinite(local(t.detach())).all()))
+            name = next(found_bad, None)
+            where += "" if name is None else f"; first bad {what} is {name}"
         found = self.collective.gather(where)
         places = "".join(f"\n  rank {rank}{text}" for rank, text in enumerate(found) if text)
         told = (
@@ -257,12 +261,13 @@ class FSDPEngine:
         """Write weights, moments, counters and random numbers of all ranks under `path`."""
         counters = {"version": self.version, "num_updates": self.num_updates, "num_bad_steps": self._num_bad_steps}
         rank, group = self.collective.rank, self.collective.group
-        state.save_state(path, self.model, self.optimizer, counters, rank, group)
+        state.save_state(path, self._parameters, self.optimizer, counters, rank, group)
         self.collective.barrier("save_state")
 
     def load_state(self, path: str) -> None:
         """Go on exactly where `save_state` was called. Raises RecoveryError."""
-        counters = state.load_state(path, self.model, self.optimizer, self.collective.rank, self.collective.group)
+        rank, group = self.collective.rank, self.collective.group
+        counters = state.load_state(path, self._parameters, self.optimizer, rank, group)
         self.version, self.num_updates = counters["version"], counters["num_updates"]
         self._num_bad_steps = counters["num_bad_steps"]
         self._sent, self._changed_since_sent = None, False

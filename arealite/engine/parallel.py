@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from arealite.api.errors import ArealiteError
-from arealite.observe.waits import waiting
+from arealite.observe.waits import mark, waiting
 
 T = TypeVar("T")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -106,7 +106,17 @@ class RankCollective:
         if self.world_size == 1:
             return
         with self._waiting(what, self._everyone):
-            dist.monitored_barrier(self.group, wait_all_ranks=True)
+            dist.monitored_barrier(self.group, timedelta(seconds=self.timeout_s), wait_all_ranks=True)
+
+    @contextmanager
+    def computing(self, what: str) -> Iterator[None]:
+        """Around one micro-batch: sharded layers wait for the other ranks in the midst of their work."""
+        if self.world_size == 1:
+            yield
+        else:
+            with self._waiting(f"weights and gradients of the other ranks in {what}", self._everyone):
+                yield
+        mark("micro-batch")
 
     def reduce(self, values: torch.Tensor, op: str) -> torch.Tensor:
         """The "sum" or "max" of a CPU tensor over all ranks."""

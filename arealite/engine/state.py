@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from arealite.api.errors import RecoveryError
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+def _tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
     """Live tensors by name: loading writes into them."""
     found: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         found[f"model.{name}"] = parameter.detach()
         if optimizer is not None:
             for key in ("exp_avg", "exp_avg_sq"):
@@ -33,7 +33,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
 
 def save_state(
     path: str,
-    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
     counters: dict[str, int],
     rank: int,
@@ -43,7 +43,7 @@ def save_state(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        dcp.save(_tensors(model, optimizer), checkpoint_id=folder / "tensors", process_group=group)
+        dcp.save(_tensors(parameters, optimizer), checkpoint_id=folder / "tensors", process_group=group)
     except CheckpointException as error:  # no Exception in torch's class tree
         raise OSError(f"cannot write the trainer's state under {folder}: {error}") from None
     randoms = {
@@ -58,7 +58,7 @@ def save_state(
 
 
 def load_state(
-    path: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int, group: Any
+    path: str, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None, rank: int, group: Any
 ) -> dict[str, int]:
     """Read what `save_state` wrote into the live tensors; returns its counters. Collective.
 
@@ -68,7 +68,7 @@ def load_state(
     folder = Path(path)
     try:
         counters = json.loads((folder / "counters.json").read_text())
-        dcp.load(_tensors(model, optimizer), checkpoint_id=folder / "tensors", process_group=group)
+        dcp.load(_tensors(parameters, optimizer), checkpoint_id=folder / "tensors", process_group=group)
     except (OSError, ValueError, CheckpointException) as error:
         raise RecoveryError(
             f"cannot read the trainer's state under {folder}: {error}; expected one written with this model and"

@@ -1,0 +1,315 @@
+"""The policy on one process: scoring, advantages, updates, bad numbers, and what must not change a result."""
+
+import logging
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from engine_batches import actor_config, random_batch, train_one_step
+from transformers import AutoModelForCausalLM
+
+from arealite.api.cli_args import NormConfig, OptimizerConfig
+from arealite.api.errors import ConfigError, NumericalError
+from arealite.engine.fsdp_engine import FSDPEngine
+from arealite.engine.ppo.actor import FSDPPPOActor
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def make(path, **changes):
+    actor = FSDPPPOActor(actor_config(path, **changes))
+    actor.initialize()
+    return actor
+
+
+def weights_of(actor):
+    return {name: tensor.clone() for name, tensor in actor.named_full_tensors()}
+
+
+def plain_logp(model, batch, temperature=1.0):
+    """Every sequence by itself through transformers."""
+    out = np.zeros(len(batch.tokens), np.float32)
+    for i in range(batch.num_sequences):
+        span = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
+        ids = torch.from_numpy(batch.tokens[span])[None]
+        with torch.no_grad():
+            logp = (model(ids).logits[0].float() / temperature).log_softmax(-1)
+        out[span][1:] = logp[:-1].gather(1, ids[0, 1:, None])[:, 0].numpy()
+    return np.where(batch.loss_mask, out, 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_compute_logp_equals_transformers(tiny_llama, temperature):
+    batch = random_batch()
+    actor = make(tiny_llama, max_tokens_per_mb=40, logprob_chunk_tokens=5)
+    expected = plain_logp(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), batch, temperature)
+    np.testing.assert_allclose(actor.compute_logp(batch, temperature), expected, atol=1e-5)
+
+
+def test_an_untied_head_and_checkpointing_change_nothing(tiny_llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 1.5)
+    model.save_pretrained(tmp_path / "untied")
+    batch = random_batch()
+    straight = make(tmp_path / "untied")
+    np.testing.assert_allclose(straight.compute_logp(batch), plain_logp(model, batch), atol=1e-5)
+    stats = train_one_step(straight, batch)
+    saving = make(tmp_path / "untied", gradient_checkpointing=True)
+    again = train_one_step(saving, batch)
+    assert again["grad_norm"] == pytest.approx(stats["grad_norm"], rel=1e-5)
+    assert "lm_head.weight" in weights_of(saving)
+    assert "lm_head.weight" not in weights_of(make(tiny_llama))
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_results_do_not_depend_on_the_micro_batch_budget(tiny_llama, aggregation, level):
+    batch = random_batch()
+    batch.ref_logp = batch.logprobs - 0.1
+    outcomes = []
+    for budget in (4096, 30, 1):
+        actor = make(
+            tiny_llama, max_tokens_per_mb=budget, loss_aggregation=aggregation, importance_sampling_level=level,
+            kl_weight=0.1, entropy_weight=0.01, max_new_tokens=9, logprob_chunk_tokens=16, mask_truncated=True,
+        )  # fmt: skip
+        mine = replace(batch)
+        actor.compute_advantages(mine)
+        outcomes.append((actor.grpo_update(mine), weights_of(actor)))
+    (first, weights), *others = outcomes
+    for stats, theirs in others:
+        for name in ("loss", "grad_norm", "entropy", "kl", "importance_weight_max", "num_tokens"):
+            assert stats[name] == pytest.approx(first[name], rel=1e-5), name
+        for name, tensor in weights.items():
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_order_of_sequences_does_not_matter(tiny_llama):
+    batch = random_batch()
+    shuffled = batch.select(np.random.default_rng(1).permutation(batch.num_sequences))
+    a, b = (train_one_step(make(tiny_llama), x) for x in (batch, shuffled))
+    assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+
+
+def test_the_gradient_is_that_of_the_plain_loss(tiny_llama):
+    """Against autograd through transformers, sequence by sequence, with every part of the loss switched on."""
+    batch = random_batch(num_groups=2)
+    batch.ref_logp = batch.logprobs - 0.1
+    actor = make(tiny_llama, kl_weight=0.2, kl_estimator="k2", entropy_weight=0.05, optimizer=OptimizerConfig(lr=0.0))
+    batch.prox_logp = actor.compute_logp(batch) + 0.05
+    batch.logprobs = np.where(batch.loss_mask, batch.prox_logp - 0.1, 0).astype(np.float32)
+    actor.compute_advantages(batch)
+    stats = actor.grpo_update(batch)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    total = 0.0
+    for i in range(batch.num_sequences):
+        span = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
+        ids = torch.from_numpy(batch.tokens[span])[None]
+        all_logp = model(ids).logits[0].log_softmax(-1)[:-1]
+        keep = torch.from_numpy(batch.loss_mask[span][1:])
+        logp = all_logp.gather(1, ids[0, 1:, None])[:, 0][keep]
+        entropy = -(all_logp.exp() * all_logp).sum(-1)[keep]
+        prox, old, ref, adv = (
+            torch.from_numpy(x[span][1:])[keep]
+            for x in (batch.prox_logp, batch.logprobs, batch.ref_logp, batch.advantages)
+        )
+        ratio, weight = (logp - prox).exp(), (prox - old).exp()
+        loss = weight * torch.maximum(-adv * ratio, -adv * ratio.clamp(0.8, 1.2))
+        importance = (ratio * weight).detach()
+        loss = loss + 0.2 * importance * (logp - ref).square() / 2 - 0.05 * entropy
+        total = total + loss.sum() / batch.loss_mask.sum()
+    total.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert stats["loss"] == pytest.approx(total.item(), rel=1e-4)
+    assert stats["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_without_prox_logp_the_proximal_policy_is_the_current_one(tiny_llama):
+    batch = random_batch()
+    given, left_out = make(tiny_llama), make(tiny_llama)
+    assert not given.needs_prox_logp
+    a = train_one_step(given, batch)
+    mine = replace(batch, prox_logp=None)
+    left_out.compute_advantages(mine)
+    b = left_out.grpo_update(mine)
+    for name in ("loss", "grad_norm", "importance_weight_mean", "importance_weight_max"):
+        assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    with pytest.raises(ConfigError, match="prox_logp"):
+        two = make(tiny_llama, ppo_n_minibatches=2)
+        assert two.needs_prox_logp
+        two.grpo_update(mine)
+
+
+def test_advantages(tiny_llama):
+    batch = random_batch(num_groups=3, size=4)
+    batch.rewards = np.asarray([1, 0, 0, 0, 0.7, 0.7, 0.7, 0.7, 0, 1, 0, 1], np.float64)
+    actor = make(tiny_llama)
+    actor.compute_advantages(batch)
+    rows = np.split(batch.advantages, batch.cu_seqlens[1:-1])
+    masks = np.split(batch.loss_mask, batch.cu_seqlens[1:-1])
+    assert batch.advantages.dtype == np.float32
+    for row, mask in zip(rows, masks, strict=True):
+        assert len(set(row[mask].tolist())) == 1
+        assert not row[~mask].any()
+    values = [row[mask][0] for row, mask in zip(rows, masks, strict=True)]
+    assert values[:4] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4)
+    assert values[4:8] == [0.0] * 4
+    shaped = make(
+        tiny_llama, reward_bias=-0.5, reward_scaling=4.0, reward_clip=1.5, reward_norm=NormConfig("none", "none")
+    )
+    shaped.compute_advantages(batch)
+    firsts = [row[mask][0] for row, mask in zip(np.split(batch.advantages, batch.cu_seqlens[1:-1]), masks, strict=True)]
+    assert firsts == pytest.approx([1.5, -1.5, -1.5, -1.5, 0.8, 0.8, 0.8, 0.8, -1.5, 1.5, -1.5, 1.5])
+
+
+def test_kl_in_the_reward_and_token_whitening(tiny_llama):
+    batch = random_batch(num_groups=2)
+    actor = make(
+        tiny_llama, kl_weight=0.5, kl_in="reward", kl_estimator="k1", gamma=0.5, adv_norm=NormConfig("batch", "batch")
+    )
+    assert actor.needs_prox_logp
+    with pytest.raises(ConfigError, match="ref_logp"):
+        actor.compute_advantages(batch)
+    batch.ref_logp = batch.prox_logp - 0.3
+    actor.compute_advantages(batch)
+    got = batch.advantages[batch.loss_mask]
+    assert got.mean() == pytest.approx(0, abs=1e-5) and got.std(ddof=1) == pytest.approx(1, abs=1e-4)
+    plain = make(tiny_llama)
+    plain.compute_advantages(batch)
+    outcome = batch.advantages.copy()
+    expected = []
+    for i in range(batch.num_sequences):
+        at = np.flatnonzero(batch.loss_mask[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]]) + batch.cu_seqlens[i]
+        left = range(len(at))
+        expected += [outcome[at[t]] - 0.15 * sum(0.5 ** (k - t) for k in left if k >= t) for t in left]
+    expected = (np.asarray(expected) - np.mean(expected)) / (np.std(expected, ddof=1) + 1e-6)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_truncated_answers_leave_the_loss_by_their_finish_reason(tiny_llama):
+    batch = random_batch()
+    masked = make(tiny_llama, mask_truncated=True)
+    stats = train_one_step(masked, batch)
+    kept = np.repeat(~batch.truncated, batch.lengths) & batch.loss_mask
+    assert stats["num_tokens"] == kept.sum() < batch.loss_mask.sum()
+    by_hand = make(tiny_llama)
+    mine = replace(batch)
+    mine.prox_logp = by_hand.compute_logp(mine)
+    by_hand.compute_advantages(mine)
+    mine.loss_mask = kept
+    assert by_hand.grpo_update(mine)["grad_norm"] == pytest.approx(stats["grad_norm"], rel=1e-5)
+    everything = make(tiny_llama, mask_truncated=True)
+    nothing = train_one_step(everything, replace(batch, truncated=np.ones(batch.num_sequences, bool)))
+    assert nothing["skipped"] == 1 and everything.version == 1 and everything.num_updates == 0
+
+
+def test_overlong_answers_are_penalised(tiny_llama):
+    batch = random_batch(num_groups=1, size=4)
+    batch.rewards = np.ones(4)
+    lengths = [int(m.sum()) for m in np.split(batch.loss_mask, batch.cu_seqlens[1:-1])]
+    actor = make(tiny_llama, overlong_tokens=4, max_new_tokens=max(lengths), reward_norm=NormConfig("none", "none"))
+    actor.compute_advantages(batch)
+    spans = zip(*(np.split(x, batch.cu_seqlens[1:-1]) for x in (batch.advantages, batch.loss_mask)), strict=True)
+    got = [row[mask][0] for row, mask in spans]
+    assert got == pytest.approx([1 - min(max((n - (max(lengths) - 4)) / 4, 0), 1) for n in lengths])
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        FSDPPPOActor(actor_config(tiny_llama, overlong_tokens=4))
+
+
+def test_two_updates_are_made_on_their_own_groups(tiny_llama):
+    batch = random_batch()
+    both = make(tiny_llama, ppo_n_minibatches=2)
+    stats = train_one_step(both, batch)
+    assert both.num_updates == 2 and both.version == 1 and stats["num_tokens"] == batch.loss_mask.sum()
+    one_by_one = make(tiny_llama)
+    mine = replace(batch)
+    mine.prox_logp = one_by_one.compute_logp(mine)
+    one_by_one.compute_advantages(mine)
+    for groups in ([0, 1], [2, 3]):
+        one_by_one.grpo_update(mine.select(np.flatnonzero(np.isin(mine.group_ids, groups))))
+    for (name, a), b in zip(weights_of(both).items(), weights_of(one_by_one).values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("where", ["loss", "weight"])
+def test_bad_numbers_skip_the_update_and_stop_the_run_at_the_third(tiny_llama, caplog, where):
+    batch = random_batch()
+    actor = make(tiny_llama)
+    batch.prox_logp = actor.compute_logp(batch)
+    actor.compute_advantages(batch)
+    good, good_batch = weights_of(actor), replace(batch)
+    if where == "loss":
+        batch.logprobs = batch.logprobs.copy()
+        batch.logprobs[np.flatnonzero(batch.loss_mask & np.repeat(batch.group_ids == 2, batch.lengths))[0]] = np.nan
+        expected = "loss is not finite.*micro-batch 0 of 1 .tasks .*task-2"
+    else:
+        with torch.no_grad():
+            actor.hf_model.model.layers[1].mlp.up_proj.weight.to_local()[3, 3] = np.inf
+        for module in actor._sharded:
+            module.reshard()
+        expected = "first bad gradient is model.*first bad weight is model.layers.1.mlp.up_proj.weight"
+    with caplog.at_level(logging.WARNING):
+        stats = actor.grpo_update(batch)
+    assert stats["skipped"] == 1 and stats["num_skipped_updates"] == 1 and actor.version == 1
+    assert re.search(expected, caplog.text, re.DOTALL), caplog.text
+    if where == "loss":
+        for name, tensor in weights_of(actor).items():
+            assert torch.equal(tensor, good[name])
+        assert actor.grpo_update(good_batch)["skipped"] == 0  # a good one in between starts the count anew
+        actor.grpo_update(batch)
+    actor.grpo_update(batch)
+    with pytest.raises(NumericalError, match="3 in a row"):
+        actor.grpo_update(batch)
+
+
+def test_no_sequences_at_all(tiny_llama):
+    actor = make(tiny_llama)
+    empty = random_batch().select([])
+    assert len(actor.compute_logp(empty)) == 0
+    actor.compute_advantages(empty)
+    assert actor.grpo_update(empty)["skipped"] == 1
+
+
+def test_a_frozen_reference_scores_and_does_not_train(tiny_llama):
+    ref = FSDPEngine(actor_config(tiny_llama), trainable=False)
+    ref.initialize()
+    batch = random_batch()
+    np.testing.assert_allclose(ref.compute_logp(batch), make(tiny_llama).compute_logp(batch), atol=1e-6)
+    assert not any(p.requires_grad for p in ref.model.parameters())
+
+
+def test_wrong_models_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no causal language model"):
+        make(tmp_path)
+    with pytest.raises(ConfigError, match="temperature"):
+        FSDPPPOActor(actor_config(tmp_path, temperature=0.0))
+
+
+def test_bfloat16_learns_a_fixed_batch_with_the_real_model(smollm2):
+    """Scores as close to float32 as transformers' own bfloat16, and rewarded answers become likelier."""
+    batch = random_batch(num_groups=2, prompt=12)
+    batch.rewards = np.asarray([1, 0, 0, 0, 1, 0], np.float64)
+    exact, rounded = (
+        plain_logp(AutoModelForCausalLM.from_pretrained(smollm2, dtype=d), batch)
+        for d in (torch.float32, torch.bfloat16)
+    )
+    actor = make(smollm2, dtype="bfloat16", optimizer=OptimizerConfig(lr=2e-5))
+    before = actor.compute_logp(batch)
+    mask = batch.loss_mask
+    assert np.abs(before - exact)[mask].mean() < 1.5 * np.abs(rounded - exact)[mask].mean()
+    batch.logprobs = before
+    batch.prox_logp = before
+    actor.compute_advantages(batch)
+    losses = [actor.grpo_update(batch)["loss"] for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+    rewarded = mask & np.repeat(batch.rewards > 0, batch.lengths)
+    assert (actor.compute_logp(batch) - before)[rewarded].mean() > 0

@@ -1,0 +1,138 @@
+"""Weights on their way out of the trainer: Hugging Face folders, recovery points, and uploads that are verified."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+from engine_batches import actor_config, random_batch, train_one_step
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from arealite.api.errors import RecoveryError, WeightSyncError
+from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.weights.checksum import checksum
+from arealite.weights.link import WeightLink
+from arealite.weights.receive import iterate_tensors
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def make(path, **changes):
+    actor = FSDPPPOActor(actor_config(path, **changes))
+    actor.initialize()
+    return actor
+
+
+class Servers:
+    """The end of the link: two servers that load what they are told to; `loads` False: the second one does not."""
+
+    def __init__(self):
+        self.loads = True
+        self.live = {"server-0": {}, "server-1": {}}
+
+    def update_weights(self, meta):
+        for name, held in self.live.items():
+            if name == "server-0" or self.loads:
+                held.update((key, tensor.clone()) for key, tensor in iterate_tensors(meta))
+        return {s: {key: checksum(held[key]) for key in meta.checksums} for s, held in self.live.items()}
+
+
+@pytest.mark.parametrize("kind", ["shm", "disk"])
+def test_upload_is_verified(tiny_llama, tmp_path, kind):
+    actor, servers = make(tiny_llama), Servers()
+    with pytest.raises(WeightSyncError, match="connect_engine"):
+        actor.upload_weights()
+    actor.connect_engine(servers, WeightLink(kind, tmp_path))
+    assert actor.upload_weights() == 0
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    names = {name for name, _ in plain.named_parameters()}
+    assert servers.live["server-0"].keys() == names
+    assert actor.upload_weights() == 0  # nothing was trained in between: the same bytes are right
+    train_one_step(actor, random_batch())
+    assert actor.upload_weights() == 1
+    for name, tensor in actor.named_full_tensors():
+        assert torch.equal(servers.live["server-1"][name], tensor)
+    train_one_step(actor, random_batch(seed=1))
+    servers.loads = False
+    with pytest.raises(WeightSyncError, match="server-1"):
+        actor.upload_weights()
+    actor.destroy()
+
+
+def test_a_stale_copy_is_noticed(tiny_llama, tmp_path, monkeypatch):
+    actor, servers = make(tiny_llama), Servers()
+    actor.connect_engine(servers, WeightLink("disk", tmp_path))
+    actor.upload_weights()
+    stale = [(name, tensor.clone()) for name, tensor in actor.named_full_tensors()]
+    train_one_step(actor, random_batch())
+    monkeypatch.setattr(actor, "named_full_tensors", lambda: iter(stale))
+    with pytest.raises(WeightSyncError, match="changed nothing"):
+        actor.upload_weights()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_folder_is_the_model(tiny_llama, tmp_path, dtype):
+    actor = make(tiny_llama, dtype=dtype)
+    train_one_step(actor, random_batch())
+    for _ in range(2):  # the second save replaces the first
+        actor.save(str(tmp_path / "step"))
+    assert [p.name for p in tmp_path.iterdir()] == ["step"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "step")
+    assert loaded.dtype == getattr(torch, dtype)
+    state = loaded.state_dict()
+    for name, tensor in actor.named_full_tensors():
+        assert torch.equal(state[name], tensor), name
+    assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+    if dtype == "float32":
+        batch = random_batch()
+        np.testing.assert_allclose(make(tmp_path / "step").compute_logp(batch), actor.compute_logp(batch), atol=1e-6)
+    old, new = (AutoTokenizer.from_pretrained(p) for p in (tiny_llama, tmp_path / "step"))
+    chat = [{"role": "user", "content": "12 + 3"}]
+    assert new.apply_chat_template(chat) == old.apply_chat_template(chat)
+
+
+def test_recovery_goes_on_bit_for_bit(tiny_llama, tmp_path):
+    batches = [random_batch(seed=s) for s in range(4)]
+    straight = make(tiny_llama)
+    for batch in batches[:2]:
+        train_one_step(straight, batch)
+    draws = [torch.rand(3), random.random(), np.random.rand()]  # the point holds the state after these
+    straight.compute_logp(batches[0])  # leaves gathered compute copies behind, which are not the state
+    straight.save_state(str(tmp_path / "point"))
+    after = [torch.rand(3), random.random(), np.random.rand()]
+    for batch in batches[2:]:
+        train_one_step(straight, batch)
+
+    resumed = make(tiny_llama)
+    resumed.load_state(str(tmp_path / "point"))
+    assert (resumed.version, resumed.num_updates) == (2, 2)
+    drawn = [torch.rand(3), random.random(), np.random.rand()]
+    assert torch.equal(drawn[0], after[0]) and drawn[1:] == after[1:] != draws[1:]
+    for batch in batches[2:]:
+        train_one_step(resumed, batch)
+    for (name, a), (_, b) in zip(straight.named_full_tensors(), resumed.named_full_tensors(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_an_incomplete_point_is_refused(tiny_llama, tmp_path):
+    actor = make(tiny_llama)
+    with pytest.raises(RecoveryError, match="cannot read"):
+        actor.load_state(str(tmp_path / "nothing"))
+    actor.save_state(str(tmp_path / "point"))
+    for file in (tmp_path / "point" / "tensors").glob("*.distcp"):
+        file.unlink()
+    with pytest.raises(RecoveryError, match="cannot read"):
+        actor.load_state(str(tmp_path / "point"))
+
+
+def test_config_is_not_shared_between_engines(tiny_llama):
+    config = actor_config(tiny_llama)
+    before = dataclasses.asdict(config)
+    FSDPPPOActor(config).initialize()
+    assert dataclasses.asdict(config) == before
