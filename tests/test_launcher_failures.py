@@ -32,6 +32,7 @@ def test_the_last_traceback_is_the_error():
     found = first_error(CRASH)
     assert found.startswith("Traceback") and found.endswith("ValueError: bad\n  with a second line")
     assert "handled" not in found
+    assert first_error(CRASH, brief=True) == "ValueError: bad\n  with a second line"
 
 
 def test_prefixes_of_ranks_are_taken_off():

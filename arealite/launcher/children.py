@@ -50,11 +50,11 @@ class Child:
         """What it wrote since its start."""
         return read_log(self.log, self.offset)
 
-    def obituary(self) -> str:
-        """How it ended, and its first real error."""
+    def obituary(self, brief: bool = False) -> str:
+        """How it ended, and its first real error; without the traceback when `brief`."""
         returncode = self.process.poll()
         how = "still runs" if returncode is None else describe_exit(returncode)
-        error = first_error(self.output()).replace("\n", "\n  ")
+        error = first_error(self.output(), brief).replace("\n", "\n  ")
         return f"{self.name} (pid {self.pid}) {how}. Its log, {self.log}, says:\n  {error}"
 
 

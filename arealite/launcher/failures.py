@@ -50,9 +50,9 @@ def read_log(path: Path, offset: int) -> str:
         return file.read().decode(errors="replace")
 
 
-def first_error(log: str) -> str:
+def first_error(log: str, brief: bool = False) -> str:
     """The last traceback of a log, as it stands; only the message when the error is one of ours, raised to be read by
-    a person; the last lines when there is no traceback."""
+    a person, or when `brief`; the last lines when there is no traceback."""
     lines = [RANK_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
     starts = [i for i, line in enumerate(lines) if line.endswith(TRACEBACK)]
     if not starts:
@@ -62,6 +62,8 @@ def first_error(log: str) -> str:
     if own := OWN_ERROR.match(block[at]):
         message = [f"{own[1]}: {block[at][own.end() :]}", *block[at + 1 :]]
         return "\n".join(message[:MAX_ERROR_LINES]).rstrip()
+    if brief:
+        block = block[at:]
     if len(block) > MAX_ERROR_LINES:
         half = MAX_ERROR_LINES // 2
         block = [*block[:half], f"    ... {len(block) - 2 * half} more lines in the log ...", *block[-half:]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import http.client
+import itertools
 import os
 import signal
 import socket
@@ -41,6 +43,7 @@ class LogEcho:
     def __init__(self, path: Path, offset: int) -> None:
         self.path = path
         self.offset = offset
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end inside a character
 
     def copy(self) -> None:
         with open(self.path, "rb") as log:
@@ -48,7 +51,7 @@ class LogEcho:
             gained = log.read()
         if gained:
             self.offset += len(gained)
-            sys.stdout.write(gained.decode(errors="replace"))
+            sys.stdout.write(self.decoder.decode(gained))
             sys.stdout.flush()
 
 
@@ -59,9 +62,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def is_healthy(port: int) -> bool:
+def is_healthy(port: int, limit_s: float) -> bool:
     """Whether /health answers 200. Without proxies: the server is on this machine."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=PROBE_LIMIT_S)
+    connection = http.client.HTTPConnection(HOST, port, timeout=limit_s)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
@@ -136,13 +139,14 @@ class Supervisor:
 
         limit_s = self.config.launcher.startup_timeout_s
         with waits.waiting("health at start", "servers", limit_s, pending) as wait:
-            while pending():
+            for turn in itertools.count():
+                if not pending():
+                    return
                 for i, c in enumerate(self.servers):
                     if c.poll() and tries[c.name] < MAX_PORT_TRIES and ADDRESS_IN_USE.search(c.output()):
                         tries[c.name] += 1
                         self.servers[i] = self._start(self.plan.servers[i].on_port(free_port()))
-                    elif c.name not in self.healthy and c.plan.port is not None and is_healthy(c.plan.port):
-                        self.healthy.add(c.name)
+                self._probe(turn)
                 self.look()
                 try:
                     wait.check()
@@ -150,6 +154,14 @@ class Supervisor:
                     late = [c.obituary() for c in self.servers if c.name not in self.healthy]
                     raise RunFailed("\n".join([f"{error}; see launcher.startup_timeout_s", *late])) from None
                 time.sleep(TICK_S)
+
+    def _probe(self, turn: int) -> None:
+        """Ask one server that is not healthy yet; only one, so that frozen ones cannot hold up the watchdog."""
+        waiting = [c for c in self.servers if c.name not in self.healthy]
+        asked = waiting[turn % len(waiting)]
+        limit_s = min(PROBE_LIMIT_S, self.config.watchdog.stall_s / 4)
+        if asked.plan.port is not None and is_healthy(asked.plan.port, limit_s):
+            self.healthy.add(asked.name)
 
     def start_trainers(self) -> None:
         addresses = ",".join(f"{HOST}:{c.plan.port}" for c in self.servers)
@@ -194,7 +206,8 @@ class Supervisor:
         by_signal = returncode is not None and returncode < 0
         may_restart = by_signal or first.name in self.healthy
         others = [f"{c.name} ended too (exit code {c.poll()})" for c in dead if c is not first]
-        return RunFailed("\n".join([first.obituary(), *others]), may_restart)
+        echoed = bool(self.trainers) and first is self.trainers[0]  # the terminal has its traceback already
+        return RunFailed("\n".join([first.obituary(brief=echoed), *others]), may_restart)
 
     def _stalled(self, report: StallReport, living: dict[str, int]) -> RunFailed:
         print(f"{report.text}(kept in {report.path})", file=sys.stderr, flush=True)
