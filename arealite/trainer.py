@@ -87,8 +87,10 @@ class PPOTrainer:
         self.actor.connect_engine(self.rollout, WeightLink(config.weight_update, self.folder.root / "weights"))
 
         self.dataloader = StatefulDataLoader(load_tasks(config.train_dataset, self.tokenizer, config.seed), config)
+        self._workflows: list[RLVRWorkflow] = []
         self.workflow = self._make_workflow(reward_fn, config.gconfig)
         self.total_steps = total_steps(config, self.dataloader)
+        self.actor.plan_updates(self.total_steps * config.actor.ppo_n_minibatches)
         self.stats = StatsTracker()
         self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
         self.saver = Saver(config.saver, self.folder)
@@ -96,10 +98,10 @@ class PPOTrainer:
         self.evaluator = self._make_evaluator(reward_fn)
 
     def _make_workflow(self, reward_fn: RewardFunction, gconfig: GenerationHyperparameters) -> RLVRWorkflow:
-        config = self.config
-        return RLVRWorkflow(
-            reward_fn, gconfig, self.tokenizer, config=config.rollout, context_length=config.server.context_length
-        )
+        limit = self.config.server.context_length
+        workflow = RLVRWorkflow(reward_fn, gconfig, self.tokenizer, config=self.config.rollout, context_length=limit)
+        self._workflows.append(workflow)
+        return workflow
 
     def _make_evaluator(self, reward_fn: RewardFunction) -> Evaluator | None:
         config = self.config
@@ -209,6 +211,7 @@ class PPOTrainer:
             report(self.folder)
 
     def close(self) -> None:
-        self.workflow.close()
         self.rollout.destroy()
+        for workflow in self._workflows:
+            workflow.close()
         self.actor.destroy()

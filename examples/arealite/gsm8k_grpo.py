@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     saver = Saver(config.saver, folder)
     recover = RecoverHandler(config.recover, folder, config)
     num_steps = total_steps(config, dataloader)
+    actor.plan_updates(num_steps * config.actor.ppo_n_minibatches)
     logger = StatsLogger(folder, config.stats_logger, num_steps)
 
     start = recover.load(actor, rollout, dataloader)
@@ -73,8 +74,9 @@ def main(argv: list[str]) -> None:
     if actor.collective.rank == 0:
         logger.close()
         report(folder)
-    workflow.close()
     rollout.destroy()
+    workflow.close()
+    eval_workflow.close()
     actor.destroy()
 
 
