@@ -20,6 +20,11 @@ import sys, threading, time
 from arealite.observe import waits
 folder, name, owner, limit_s, marking = sys.argv[1:]
 waits.configure(folder, name, heartbeat_s=0.05, stall_s=60)
+def also_waits():
+    with waits.waiting("groups of step 3", owner, float(limit_s), ["e0-r18 on server-0"]):
+        time.sleep(600)
+for _ in range(9):
+    threading.Thread(target=also_waits, daemon=True).start()
 def named_function_of_the_test():
     with waits.waiting("groups of step 3", owner, float(limit_s), ["e0-r17 on server-0"]):
         while True:
@@ -76,10 +81,12 @@ def test_silence_names_the_frozen_process_and_the_others_show_stacks(processes):
     report = processes.look_until_report(watchdog)
     assert report.culprits == ("server-0",)
     assert "STALL: server-0" in report.headline and "frozen (state T" in report.headline
-    assert "trainer-0 waits for server-0: groups of step 3" in report.text and "e0-r17 on server-0" in report.text
+    assert report.text.count("trainer-0 waits for server-0: groups of step 3") == 1  # ten waits in one line
+    assert "and 2 more [10 such waits]" in report.text and "e0-r18 on server-0" in report.text
     stacks = report.text[report.text.index("stacks of") :]
     assert "stacks of server-0: none, the process is frozen" in stacks
-    assert "named_function_of_the_test" in stacks[stacks.index("stacks of trainer-0") :]
+    dump = stacks[stacks.index("stacks of trainer-0") :]
+    assert 0 < dump.index("named_function_of_the_test") < dump.index("also_waits")  # the main thread comes first
     with open(report.path) as kept:
         assert kept.read() == report.text
 

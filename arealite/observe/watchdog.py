@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arealite.observe import waits
 from arealite.observe.processes import (
@@ -21,6 +21,7 @@ from arealite.observe.processes import (
     state_letter,
 )
 from arealite.observe.run_folder import RunFolder
+from arealite.observe.waits import MAX_PENDING_SHOWN
 
 OVERDUE_GRACE_S = 5.0  # for a wait past its limit to raise its own error, which says more
 STACKS_LIMIT_S = 3.0  # for all processes to write their stacks
@@ -137,6 +138,19 @@ class Watchdog:
         ]
         return sorted(found, key=lambda f: -f[0])
 
+    def _wait_lines(self) -> list[str]:
+        """One line for all waits of a process under one name: the age of the oldest, the oldest ids of all."""
+        alike: dict[tuple[str, str, str], list[WaitRecord]] = {}
+        for _, record, watched in self._waits():
+            alike.setdefault((watched.name, record.owner, record.name), []).append(record)
+        lines = []
+        for (process, _, _), records in alike.items():
+            ids = [i for record in records for i in record.pending]
+            rest = [f"and {len(ids) - MAX_PENDING_SHOWN} more"] if ids[MAX_PENDING_SHOWN:] else []
+            line = replace(records[0], pending=ids[:MAX_PENDING_SHOWN] + rest).line(process)
+            lines.append(f"{line} [{len(records)} such waits]" if len(records) > 1 else line)
+        return lines
+
     def _marks(self) -> list[tuple[str, float, str]]:
         """(what was achieved, seconds ago, by whom)."""
         return [
@@ -151,8 +165,7 @@ class Watchdog:
         culprits = tuple(dict.fromkeys(s.culprit for s in stalls))
         parts = [headline, *(f"       {s.line}" for s in stalls[1:])]
         parts += ["", "who waits for whom (oldest first):"]
-        parts += [f"  {record.line(w.name)}" for _, record, w in self._waits()]
-        parts += [f"  {line}" for line in waits.lines()]
+        parts += [f"  {line}" for line in self._wait_lines() + waits.lines()]
         parts += ["", "last progress:"]
         parts += [f"  {name}: {what} {ago_s:.1f} s ago" for what, ago_s, name in self._marks()] or ["  none marked"]
         parts += ["", "processes:", *self._process_lines(), "", *self._stacks()]
@@ -187,7 +200,8 @@ class Watchdog:
                 asked[w.name] = path.stat().st_size
                 os.kill(w.pid, signal.SIGUSR1)
         for name, dump in self._collect(asked).items():
-            lines = dump.splitlines()
+            # The thread that answers, the main one, comes last in the dump and matters most.
+            lines = "\n\n".join(reversed(dump.strip().split("\n\n"))).splitlines()
             more = [f"    ... {len(lines) - MAX_STACK_LINES} more lines in the file"] if lines[MAX_STACK_LINES:] else []
             shown = [f"    {line}" for line in lines[:MAX_STACK_LINES]] + more
             parts += [f"stacks of {name}:", *(shown or [f"    no answer within {STACKS_LIMIT_S:g} s"])]
