@@ -11,6 +11,7 @@ import http.server
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +69,11 @@ def trainer(folder: Path, behaviour: str) -> None:
         for number in range(2):
             waits.mark("step")
             print(f"step {number}", flush=True)
+    if behaviour == "follow":  # fails as soon as its server is gone
+        host, port = os.environ["AREAL_LLM_SERVER_ADDRS"].split(":")
+        while True:
+            socket.create_connection((host, int(port))).close()
+            time.sleep(0.01)
     if behaviour == "wait":
         with waits.waiting("groups of step 3", "server-0", LIMIT_S, ["e0-r17 on server-0"]) as wait:
             while not (folder / "go").exists():

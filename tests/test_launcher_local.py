@@ -153,6 +153,14 @@ def test_killed_process_restarts_the_run(victim, tmp_path):
         assert not any(map(is_alive, first + second))
 
 
+def test_the_killed_process_is_blamed_not_its_victim(tmp_path):
+    with Launched(tmp_path / "run", ["follow"], OK, **{"recover.max_restarts": 0}) as run:
+        run.pid("trainer-0")
+        os.kill(run.pid("server-0"), signal.SIGKILL)
+        assert run.wait() == 1
+        assert "the run stopped: server-0 (pid" in run.text() and "trainer-0 ended too (exit code 1)" in run.text()
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
