@@ -89,6 +89,30 @@ def outcome(path: str, case: str, rank: int, world_size: int) -> dict:
     return {"stats": stats, "weights": sums}
 
 
+def trouble(path: str, folder: str, rank: int) -> dict:
+    """What two ranks make of a recovery point, and of a NaN that only rank 1 sees."""
+    from arealite.api.errors import NumericalError
+    from arealite.engine.ppo.actor import FSDPPPOActor
+
+    first, second = (FSDPPPOActor(actor_config(path, max_bad_steps=2)) for _ in range(2))
+    mine = share(random_batch(), rank, 2)
+    first.initialize()
+    train_one_step(first, mine)
+    first.save_state(folder)
+    second.initialize()
+    second.load_state(folder)
+    runs = [train_one_step(actor, mine)["grad_norm"] for actor in (first, second)]
+    if rank == 1:
+        mine.logprobs = np.full_like(mine.logprobs, np.nan)
+    skipped = train_one_step(first, mine)["skipped"]
+    try:
+        train_one_step(first, mine)
+        error = ""
+    except NumericalError as raised:
+        error = str(raised)
+    return {"resumed": runs, "skipped": skipped, "error": error, "updates": [first.num_updates, second.num_updates]}
+
+
 def main(out: str, path: str) -> None:
     import os
 
@@ -99,6 +123,7 @@ def main(out: str, path: str) -> None:
     join_ranks(torch.device("cpu"), 120.0)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {case: outcome(path, case, rank, world_size) for case in RANK_CASES}
+    found["trouble"] = trouble(path, f"{out}.state", rank)
     with open(f"{out}.{rank}", "w") as file:
         json.dump(found, file)
     torch.distributed.destroy_process_group()

@@ -60,6 +60,15 @@ def test_two_ranks_equal_one_process(two_ranks, tiny_llama, case):
             assert rank[case]["weights"][name] == pytest.approx(numbers, rel=1e-5, abs=1e-5), name
 
 
+def test_two_ranks_resume_and_agree_on_bad_numbers(two_ranks):
+    for rank in two_ranks:
+        found = rank["trouble"]
+        assert found["resumed"][0] == found["resumed"][1]
+        assert found["updates"] == [2, 2]
+        assert found["skipped"] == 1
+        assert "2 in a row" in found["error"] and "rank 1; loss of micro-batch 0" in found["error"]
+
+
 COLLECTIVE = """
 import sys, torch
 from arealite.api.errors import WaitTimeout, WeightSyncError
