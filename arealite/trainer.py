@@ -6,17 +6,13 @@ examples/arealite/gsm8k_grpo.py. Every trainer rank runs this code.
 
 from __future__ import annotations
 
-import math
 import os
-import warnings
 from collections.abc import Callable
 
-import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
-from arealite.api.errors import WeightSyncError
-from arealite.api.types import Batch, Group
+from arealite.api.types import Group
 from arealite.dataset.fetch import resolve_model
 from arealite.dataset.loader import StatefulDataLoader, load_tasks
 from arealite.engine.checkpoint import Saver
@@ -32,11 +28,10 @@ from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report
 from arealite.reward.pool import RewardFunction
 from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine
-from arealite.weights.handshake import compare_logprobs
+from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
 from arealite.workflow.rlvr import RLVRWorkflow
 
-NUM_PROBE_SEQUENCES = 4
 ENGINES: dict[str, Callable[..., RemoteInferenceEngine]] = {"native": RemoteNativeEngine, "sglang": RemoteSGLangEngine}
 
 
@@ -93,6 +88,7 @@ class PPOTrainer:
         self.actor.plan_updates(self.total_steps * config.actor.ppo_n_minibatches)
         self.stats = StatsTracker()
         self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
+        self.guard = MismatchGuard(config.stats_logger)
         self.saver = Saver(config.saver, self.folder)
         self.recover = RecoverHandler(config.recover, self.folder, config)
         self.evaluator = self._make_evaluator(reward_fn)
@@ -140,10 +136,13 @@ class PPOTrainer:
         with stats.timer("step"):
             with stats.timer("rollout_wait"):
                 batch = self.rollout.prepare_batch(self.dataloader, self.workflow, self.should_accept)
+            with stats.timer("probe"):
+                stats.update(self.guard.check(step, batch, self.actor, self.rollout))
             if self.takes_turns:
                 self.rollout.pause()
             with stats.timer("train"):
-                batch.prox_logp = self.actor.compute_logp(batch)
+                if self.actor.needs_prox_logp:
+                    batch.prox_logp = self.actor.compute_logp(batch)
                 if self.ref is not None:
                     batch.ref_logp = self.ref.compute_logp(batch)
                 self.actor.compute_advantages(batch)
@@ -153,41 +152,7 @@ class PPOTrainer:
                 self.rollout.pause()
                 self.actor.upload_weights()
                 self.rollout.resume()
-            every = self.config.stats_logger.probe_every_steps
-            if every and step % every == 0:
-                with stats.timer("probe"):
-                    self.probe(batch)
         stats.update(update)
-
-    def probe(self, batch: Batch) -> None:
-        """Score a few trajectories on the servers and on the trainer, with the weights both have now.
-
-        Collective. Warns or raises WeightSyncError on all ranks when the mean difference passes its limit.
-        """
-        chosen = range(min(NUM_PROBE_SEQUENCES, batch.num_sequences)) if self.is_head else ()
-        part = batch.select(list(chosen))
-        ours = self.actor.compute_logp(part, temperature=1.0)
-        gap_mean = 0.0
-        if self.is_head:
-            rows = np.split(part.tokens, part.cu_seqlens[1:-1])
-            theirs = np.concatenate([np.asarray(row) for row in self.rollout.score([r.tolist() for r in rows])])
-            gap = compare_logprobs(ours, theirs, part.loss_mask)
-            self.stats.scalar("mismatch_mean", gap.mean)
-            self.stats.scalar("mismatch_max", gap.max)
-            gap_mean = gap.mean
-        gap_mean = self.collective.broadcast(gap_mean)
-        limits = self.config.stats_logger
-        told = (
-            f"trainer and server logprobs of the same tokens differ by {gap_mean:.4f} on average at version"
-            f" {self.actor.version}"
-        )
-        if gap_mean > (limits.mismatch_stop or math.inf):
-            raise WeightSyncError(
-                f"{told}; stats_logger.mismatch_stop allows {limits.mismatch_stop}. Compare dtypes of server and"
-                " actor, and the server's logprob temperature"
-            )
-        if gap_mean > limits.mismatch_warn and self.is_head:
-            warnings.warn(f"{told}; expected below {limits.mismatch_warn}", stacklevel=2)
 
     def after_step(self, step: int) -> None:
         """Everything that happens between steps; `step` counts finished ones."""

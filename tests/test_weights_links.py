@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from arealite.api.cli_args import StatsLoggerConfig
 from arealite.api.errors import WeightSyncError
-from arealite.api.types import WeightUpdateMeta
+from arealite.api.types import Batch, Group, Task, Trajectory, WeightUpdateMeta
 from arealite.weights.checksum import checksum
-from arealite.weights.handshake import compare_logprobs, verify
+from arealite.weights.handshake import MismatchGuard, verify
 from arealite.weights.link import WeightLink
 from arealite.weights.receive import iterate_tensors
 
@@ -116,8 +117,51 @@ def test_handshake_names_what_is_wrong(tmp_path):
     verify(again, {"s": dict(again.checksums)}, first, must_differ=False)
 
 
-def test_mismatch_counts_only_masked_tokens_and_refuses_nan():
-    gap = compare_logprobs(np.array([0.0, -1.0, -2.0]), np.array([9.0, -1.1, -2.3]), np.array([False, True, True]))
-    assert gap.num_tokens == 2 and gap.mean == pytest.approx(0.2) and gap.max == pytest.approx(0.3)
+class Actor:
+    """A trainer of one rank whose logprobs are known."""
+
+    class collective:
+        rank = 0
+
+        @staticmethod
+        def on_head(work):
+            return work()
+
+    def __init__(self, at_one: float, at_sampling: float) -> None:
+        self.at_one, self.at_sampling = at_one, at_sampling
+
+    def compute_logp(self, batch, temperature=None):
+        return np.where(batch.loss_mask, self.at_one if temperature == 1.0 else self.at_sampling, 0.0)
+
+
+class Servers:
+    @staticmethod
+    def score(rows):
+        return [[-1.0] * len(row) for row in rows]
+
+    @staticmethod
+    def get_version():
+        return 3
+
+
+def make_batch(num_sequences: int = 6) -> Batch:
+    rows = [
+        Trajectory("t", i, [5, 6, 7], [False, True, True], [0.0, -2.0, -9.0], [-1, 3, 2], 1.0, "stop")
+        for i in range(num_sequences)
+    ]
+    return Batch.pack([Group(Task("t"), 0, rows)])
+
+
+def test_guard_compares_scored_tokens_and_those_sampled_by_this_version(caplog):
+    guard = MismatchGuard(StatsLoggerConfig(probe_every_steps=2, mismatch_warn=0.25, mismatch_stop=0.5))
+    # Two scored tokens off by 0.1, one freshly sampled token off by 0.4; the token of version 2 is not compared.
+    found = guard.check(0, make_batch(), Actor(-1.1, -2.4), Servers())
+    assert found["mismatch_mean"] == pytest.approx(0.2, abs=1e-6) and found["mismatch_max"] == pytest.approx(0.4)
+    assert not caplog.records and guard.check(1, make_batch(), Actor(-1.1, -2.4), Servers()) == {}
+    assert guard.check(2, make_batch(0), Actor(-1.1, -2.4), Servers()) == {}
+    guard.check(2, make_batch(), Actor(-1.4, -2.1), Servers())
+    assert "differ by 0.3000" in caplog.text
+    with pytest.raises(WeightSyncError, match="mismatch_stop allows 0.5"):
+        guard.check(2, make_batch(), Actor(-2.0, -2.0), Servers())
     with pytest.raises(WeightSyncError, match="NaN"):
-        compare_logprobs(np.array([np.nan]), np.array([0.0]), np.array([True]))
+        guard.check(2, make_batch(), Actor(float("nan"), -2.0), Servers())

@@ -28,6 +28,9 @@ class Collective(Protocol):
     def broadcast(self, value: Any) -> Any:
         """Returns rank 0's object on every rank."""
 
+    def on_head(self, work: Callable[[], Any]) -> Any:
+        """Runs `work` on rank 0 while the others wait; its result, or its error, on every rank."""
+
     def barrier(self, what: str) -> None:
         """Waits for all ranks, at most the configured limit; `what` names the wait in a stall report."""
 
@@ -97,8 +100,9 @@ class TrainEngine(Protocol):
 
     def destroy(self) -> None: ...
 
-    def compute_logp(self, batch: Batch) -> np.ndarray:
-        """float32 [T] logprobs of the batch's tokens at the generation temperature; 0 where loss_mask is False."""
+    def compute_logp(self, batch: Batch, temperature: float | None = None) -> np.ndarray:
+        """float32 [T] logprobs of the batch's tokens at `temperature` (the generation's if not given); 0 where
+        loss_mask is False."""
 
     def upload_weights(self, meta: WeightUpdateMeta | None = None) -> int:
         """Send the weights to the connected inference engine and verify them; returns the new version."""

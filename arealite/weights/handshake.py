@@ -1,16 +1,25 @@
 """Proof that the servers hold the trainer's weights: checksums after every update, logprobs of a probe now and then.
 
-Called by the train engine's `upload_weights` (verify) and by the trainer loop (compare_logprobs).
+Called by the train engine's `upload_weights` (verify) and by the training loop (MismatchGuard).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from arealite.api.errors import WeightSyncError
-from arealite.api.types import WeightUpdateMeta
+from arealite.api.types import Batch, WeightUpdateMeta
+
+if TYPE_CHECKING:
+    from arealite.api.cli_args import StatsLoggerConfig
+    from arealite.api.engine import InferenceEngine, TrainEngine
+
+logger = logging.getLogger(__name__)
+
+NUM_PROBE_SEQUENCES = 4
 
 
 def verify(
@@ -53,25 +62,69 @@ def verify(
             )
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """|logp_train - logp_infer| over the generated tokens of a probe, both at temperature 1 and the same weights."""
+class MismatchGuard:
+    """Compares trainer and servers on the same tokens and the same weights, now and then.
 
-    mean: float
-    max: float
-    num_tokens: int
+    Two comparisons: what the servers' prefill gives a few trajectories of the batch (at temperature 1), and what they
+    recorded when they sampled those tokens, for the tokens that the current version produced.
+    """
+
+    def __init__(self, config: StatsLoggerConfig) -> None:
+        self._every = config.probe_every_steps
+        self._warn, self._stop = config.mismatch_warn, config.mismatch_stop
+
+    def check(self, step: int, batch: Batch, actor: TrainEngine, rollout: InferenceEngine) -> dict[str, float]:
+        """Call between `prepare_batch` and the update. Collective; nothing ({}) when it is not due.
+
+        Returns mismatch_mean and mismatch_max of |logp_train - logp_infer| (natural log).
+
+        Raises:
+            WeightSyncError: on all ranks, the mean is above `mismatch_stop`, or a logprob is NaN or infinite.
+        """
+        if not self._every or step % self._every:
+            return {}
+        head = actor.collective.rank == 0
+        part = batch.select(list(range(min(NUM_PROBE_SEQUENCES, batch.num_sequences) if head else 0)))
+        ours = np.concatenate([actor.compute_logp(part, temperature=1.0), actor.compute_logp(part)])
+
+        def compare() -> dict[str, float]:
+            rows = [row.tolist() for row in np.split(part.tokens, part.cu_seqlens[1:-1])]
+            scored = [logp for row in (rollout.score(rows) if part.num_sequences else []) for logp in row]
+            version = rollout.get_version()
+            fresh = part.loss_mask & (part.versions == version)
+            theirs = np.concatenate([np.asarray(scored, np.float64), part.logprobs])
+            return self._judge(
+                logprob_gap(ours, theirs, np.concatenate([part.loss_mask, fresh])), rollout.get_version()
+            )
+
+        found: dict[str, float] = actor.collective.on_head(compare)
+        return found
+
+    def _judge(self, gap: np.ndarray, version: int) -> dict[str, float]:
+        if not gap.size:
+            return {}
+        mean = float(gap.mean())
+        told = f"trainer and server logprobs of {gap.size} tokens differ by {mean:.4f} on average at version {version}"
+        if self._stop is not None and mean > self._stop:
+            raise WeightSyncError(
+                f"{told}; stats_logger.mismatch_stop allows {self._stop}. Compare server.dtype with actor.dtype, and"
+                " the server's logprob temperature"
+            )
+        if mean > self._warn:
+            logger.warning("%s; expected at most %g (stats_logger.mismatch_warn)", told, self._warn)
+        return {"mismatch_mean": mean, "mismatch_max": float(gap.max())}
 
 
-def compare_logprobs(trainer: np.ndarray, server: np.ndarray, mask: np.ndarray) -> Mismatch:
-    """`trainer`, `server`: float [T] logprobs of the same tokens; `mask`: bool [T] where both are defined.
+def logprob_gap(trainer: np.ndarray, server: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """|trainer - server| where `mask` (bool [T]) is True; `trainer`, `server`: float [T] logprobs of the same tokens.
 
     Raises:
         WeightSyncError: a logprob is NaN or infinite.
     """
-    gap = np.abs(np.asarray(trainer, np.float64) - np.asarray(server, np.float64))[mask]
+    gap: np.ndarray = np.abs(np.asarray(trainer, np.float64) - np.asarray(server, np.float64))[mask]
     if not np.isfinite(gap).all():
         raise WeightSyncError("a probe's logprob is NaN or infinite: look for NaN in the weights of trainer and server")
-    return Mismatch(float(gap.mean()), float(gap.max()), gap.size) if gap.size else Mismatch(0.0, 0.0, 0)
+    return gap
 
 
 def _listed(names: list[str], most: int = 4) -> str:

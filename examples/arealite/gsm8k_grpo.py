@@ -20,6 +20,7 @@ from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report
 from arealite.reward.math import gsm8k_reward
 from arealite.trainer import load_tokenizer, remote_engine, total_steps
+from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
 from arealite.workflow.rlvr import RLVRWorkflow
 
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> None:
     eval_workflow = RLVRWorkflow(gsm8k_reward, config.eval_gconfig, tokenizer, config=config.rollout)
     eval_tasks = load_tasks(config.valid_dataset, tokenizer, config.seed)
     evaluator = Evaluator(config.evaluator, folder, rollout, eval_workflow, eval_tasks, actor.collective)
+    guard = MismatchGuard(config.stats_logger)
     saver = Saver(config.saver, folder)
     recover = RecoverHandler(config.recover, folder, config)
     num_steps = total_steps(config, dataloader)
@@ -55,7 +57,9 @@ def main(argv: list[str]) -> None:
         evaluator.maybe_evaluate(0, 0)
     for step in range(start, num_steps):
         batch = rollout.prepare_batch(dataloader, workflow)  # rollout_batch(tasks, workflow) is synchronous
-        batch.prox_logp = actor.compute_logp(batch)
+        mismatch = guard.check(step, batch, actor, rollout)
+        if actor.needs_prox_logp:  # a single update per step computes them anyway
+            batch.prox_logp = actor.compute_logp(batch)
         actor.compute_advantages(batch)
         stats = actor.grpo_update(batch)
         rollout.mark_trained(step, skipped=bool(stats["skipped"]))
@@ -68,7 +72,7 @@ def main(argv: list[str]) -> None:
         saver.maybe_save(step + 1, epoch, actor)
         evaluator.maybe_evaluate(step + 1, epoch, last=step + 1 == num_steps)
         if actor.collective.rank == 0:
-            logger.commit(step, epoch, stats | rollout.stats(), rollout.last_groups, tokenizer)
+            logger.commit(step, epoch, stats | mismatch | rollout.stats(), rollout.last_groups, tokenizer)
         recover.maybe_save(step + 1, epoch, actor, rollout, dataloader)
 
     if actor.collective.rank == 0:
