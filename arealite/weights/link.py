@@ -40,6 +40,8 @@ class WeightLink:
     def __init__(self, kind: str, folder: str | Path) -> None:
         if kind not in ("disk", "shm"):
             raise ConfigError(f"weight_update is {kind!r}; expected disk or shm")
+        if kind == "shm" and not Path("/proc/self/fd").is_dir():
+            raise ConfigError("weight_update: shm needs Linux (it maps memory through /proc); set weight_update: disk")
         self.kind = kind
         self.folder = Path(folder)
         self._segment = _Segment() if kind == "shm" else None
