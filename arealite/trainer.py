@@ -6,6 +6,7 @@ examples/arealite/gsm8k_grpo.py. Every trainer rank runs this code.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 
@@ -31,6 +32,8 @@ from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, R
 from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
 from arealite.workflow.rlvr import RLVRWorkflow
+
+logger = logging.getLogger(__name__)
 
 ENGINES: dict[str, Callable[..., RemoteInferenceEngine]] = {"native": RemoteNativeEngine, "sglang": RemoteSGLangEngine}
 
@@ -119,6 +122,12 @@ class PPOTrainer:
             for timed in (self.saver, self.evaluator):
                 if timed is not None:
                     timed.frequency.restart(self.recover.epoch)
+            if step >= self.total_steps and self.is_head:
+                logger.warning(
+                    "this run has made all its %d steps (%s): choose another trial_name for a new one, or raise"
+                    " total_train_steps to go on",
+                    *(step, self.folder.root),
+                )
             self.actor.upload_weights()
             if self.evaluator is not None and step == 0:
                 self.evaluator.maybe_evaluate(step, 0)

@@ -24,7 +24,7 @@ from pathlib import Path
 from arealite.rollout.ledger import audit
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_STEPS, NUM_PROMPTS = 16, 8
+NUM_STEPS, NUM_PROMPTS = 48, 8
 LIMIT_S = 3600.0
 
 
@@ -33,7 +33,7 @@ def command(folder: Path, overrides: list[str]) -> list[str]:
         sys.executable, "-m", "arealite.cli", "run", "examples/arealite/quickstart.py",
         "--config", "examples/arealite/quickstart.yaml", f"cluster.fileroot={folder}",
         f"total_train_steps={NUM_STEPS}", f"train_dataset.batch_size={NUM_PROMPTS}", "gconfig.n_samples=4",
-        "recover.freq_steps=2", "recover.max_restarts=20", "saver.freq_steps=4", "saver.num_kept=null",
+        "recover.freq_steps=2", "recover.max_restarts=20", "saver.freq_steps=8", "saver.num_kept=null",
         "evaluator.freq_steps=null", *overrides,
     ]  # fmt: skip
 
