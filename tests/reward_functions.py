@@ -19,10 +19,12 @@ def by_word(prompt, completion, prompt_ids, completion_ids, *, answer, **extras)
     if completion == "spin":
         while True:
             pass
-    if completion == "child":
+    if completion.startswith("child"):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         with open(answer, "w") as file:
             file.write(str(child.pid))
+        if completion.endswith("exit"):
+            os._exit(4)
         time.sleep(600)
     if completion == "raise":
         raise KeyError("no such answer")

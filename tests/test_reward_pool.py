@@ -55,9 +55,10 @@ def test_a_call_over_the_limit_is_killed_and_the_next_one_works(pool, word):
     assert score(pool, "fine").reward == 1.0
 
 
-def test_what_the_function_started_is_killed_with_it(pool, tmp_path):
-    with pytest.raises(RewardError, match="no answer within"):
-        score(pool, "child", str(tmp_path / "pid"))
+@pytest.mark.parametrize(("word", "told"), [("child", "no answer within"), ("child and exit", "exit code 4")])
+def test_what_the_function_started_is_killed_with_it(pool, tmp_path, word, told):
+    with pytest.raises(RewardError, match=told):
+        score(pool, word, str(tmp_path / "pid"))
     assert is_gone(int((tmp_path / "pid").read_text()))
 
 
@@ -116,6 +117,20 @@ def test_close_ends_workers_and_waiting_calls():
     assert is_gone(pid)
     with pytest.raises(RewardError, match="closed"):
         score(pool, "fine")
+
+
+def test_calls_that_wait_for_a_worker_fail_when_the_pool_is_closed():
+    """An error, not a cancellation: that would end the episode without a word."""
+    pool = RewardPool(by_word, limit_s=60.0)
+    assert score(pool, "fine").reward == 1.0
+
+    async def close_with_a_queue():
+        calls = [asyncio.ensure_future(pool.score("p", "hang", [], [])) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(pool.close)
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    assert [type(outcome) for outcome in asyncio.run(close_with_a_queue())] == [RewardError] * 3
 
 
 def test_a_function_that_workers_cannot_import_is_refused_at_once():

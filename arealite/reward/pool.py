@@ -17,8 +17,8 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import Pipe
+from multiprocessing.connection import wait
 from typing import Any
 
 from arealite.api.errors import ConfigError, RewardError
@@ -27,16 +27,9 @@ from arealite.reward.worker import Call, Score, Setup
 
 START_LIMIT_S = 120.0  # a worker may import torch for the function's sake
 END_LIMIT_S = 5.0
+CLOSED = "the reward workers are closed"
 
 RewardFunction = Callable[..., float | dict[str, float]]
-
-
-@dataclass(frozen=True)
-class ScoredAnswer:
-    """A finite reward and its named parts."""
-
-    reward: float
-    parts: dict[str, float]
 
 
 class RewardPool:
@@ -70,20 +63,27 @@ class RewardPool:
         completion_ids: list[int],
         answer: str = "",
         extras: dict[str, Any] | None = None,
-    ) -> ScoredAnswer:
-        """The reward of one answer.
+    ) -> Score:
+        """The reward of one answer and its named parts, all finite.
 
         Raises:
             RewardError: the function raised (with its traceback), returned something that is not a finite number,
-                passed the limit, or its process died.
+                passed the limit, its process died, or the pool is closed.
         """
-        if self._is_closed:
-            raise RewardError("the reward workers are closed")
         call = Call(prompt, completion, prompt_ids, completion_ids, answer, extras or {})
-        score = await asyncio.get_running_loop().run_in_executor(self._threads, self._score, call)
+        with self._lock:
+            if self._is_closed:
+                raise RewardError(CLOSED)
+            future = self._threads.submit(self._score, call)
+        try:
+            score = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if self._is_closed and future.cancelled():
+                raise RewardError(CLOSED) from None  # `close` cancelled it, not our caller
+            raise
         if score.error:
             raise RewardError(score.error)
-        return ScoredAnswer(score.reward, score.parts)
+        return score
 
     def close(self) -> None:
         """End all workers; calls that wait fail with RewardError. May be called again, from any thread."""
@@ -100,7 +100,7 @@ class RewardPool:
         try:
             if worker is None:
                 worker = self._start()
-            return worker.call(call, self.limit_s)
+            return worker.exchange(call, self.limit_s, "reward.call")
         except RewardError as error:
             if worker is not None:
                 self._end(worker)
@@ -116,7 +116,7 @@ class RewardPool:
             is_closed = self._is_closed
         try:
             if is_closed:
-                raise RewardError("the reward workers are closed")
+                raise RewardError(CLOSED)
             worker.set_up(self._setup)
         except RewardError:
             self._end(worker)
@@ -144,21 +144,25 @@ class _Worker:
             )
 
     def set_up(self, setup: Setup) -> None:
-        score = self._exchange(setup, START_LIMIT_S, "reward.start")
+        score = self.exchange(setup, START_LIMIT_S, "reward.start")
         if score.error:
             raise RewardError(f"the reward function cannot be loaded in a worker process:\n{score.error}")
 
-    def call(self, call: Call, limit_s: float) -> Score:
-        return self._exchange(call, limit_s, "reward.call")
-
     def kill(self) -> None:
-        """Kill the process and whatever it started, and reap it."""
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+        """Kill the process and whatever it started, and reap it. Until it is reaped its id belongs to nobody else."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(END_LIMIT_S)
 
-    def _exchange(self, message: Setup | Call, limit_s: float, name: str) -> Score:
+    def _let_end(self) -> None:
+        """Wait for a process that has closed its pipe to end, without reaping it."""
+        with contextlib.suppress(ProcessLookupError):
+            fd = os.pidfd_open(self.process.pid)
+            wait([fd], END_LIMIT_S)
+            os.close(fd)
+
+    def exchange(self, message: Setup | Call, limit_s: float, name: str) -> Score:
         try:
             with waiting(name, f"reward worker {self.process.pid}", limit_s):
                 self.pipe.send(message)
@@ -169,6 +173,7 @@ class _Worker:
                     )
                 return self.pipe.recv()
         except (EOFError, OSError) as error:
+            self._let_end()  # else the reason would be our own SIGKILL
             self.kill()
             code = self.process.returncode
             how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
