@@ -152,6 +152,7 @@ class FakeServer:
         self.answer_with: Callable[[], web.Response] | None = None
         self.is_silent = False  # /generate never answers by itself, but hands over on abort
         self.is_deaf = False  # nothing of /generate answers
+        self.is_frozen = False  # nothing of /pause_generation answers
         self.interrupt_share = 0.0  # chance per token that the request is aborted
         self.refuse_update = ""
         self.checksums: dict[str, int] = {"w": 7}
@@ -187,7 +188,7 @@ class FakeServer:
         return f"127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def _close(self) -> None:
-        self.is_deaf = self.is_silent = False
+        self.is_deaf = self.is_silent = self.is_frozen = False
         self.pause_mode = None
         await self._runner.cleanup()
         others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
@@ -204,6 +205,8 @@ class FakeServer:
         if request.path == "/abort_request":
             self._aborted.add(body["rid"])
             return web.Response()
+        while self.is_frozen:
+            await asyncio.sleep(self.token_s)
         self.pause_mode = body["mode"] if request.path == "/pause_generation" else None
         return web.json_response({"status": "ok"})
 

@@ -1,10 +1,12 @@
 """The client against servers on real sockets that interrupt, hang, drop connections, refuse and die."""
 
+import asyncio
+import sys
 import threading
 
 import pytest
 from aiohttp import web
-from rollout_fakes import FakeServer, MembersWorkflow, expected_token, quick_config
+from rollout_fakes import Episodes, FakeServer, MembersWorkflow, expected_token, quick_config
 
 from arealite.api.errors import (
     ConfigError,
@@ -162,11 +164,27 @@ def test_an_answer_outside_the_protocol_is_refused(connect, change, message):
 def test_a_logprob_that_is_nan_is_refused(connect):
     with FakeServer() as server:
         engine = connect([server])
-        answer = server._answer([1], [0], "length")
+        answer = server._answer([1], [0], "length", {"input_token_logprobs": [[None, 5, None], [None, 1, None]]})
         answer["meta_info"]["output_token_logprobs"][0][0] = None
         server.answer_with = lambda: web.json_response(answer)
-        with pytest.raises(RequestError, match="not a finite number"):
+        for act in (lambda: one(engine), lambda: engine.score([[5, 1]])):
+            with pytest.raises(RequestError, match="not a finite number"):
+                act()
+
+
+@pytest.mark.parametrize("tokens", [[], [1]])
+def test_a_servers_own_error_is_not_taken_for_an_interruption(connect, tokens):
+    """The built-in server ends a request whose logits are NaN so, with HTTP 200; going on would end the same way."""
+    with FakeServer() as server:
+        engine = connect([server])
+        answer = server._answer(tokens, [0] * len(tokens), "abort")
+        answer["meta_info"]["finish_reason"] |= {"message": "the logits were not finite", "err_type": "NumericalError"}
+        server.answer_with = lambda: web.json_response(answer)
+        with pytest.raises(RequestError, match=r"server-0.*NumericalError: the logits were not finite"):
             one(engine)
+        assert len(server.requests) == 1
+        with pytest.raises(RequestError, match="the logits were not finite"):
+            engine.score([[5, 1]])
 
 
 def test_a_slow_request_is_aborted_and_goes_on_with_its_tokens(connect):
@@ -198,16 +216,10 @@ def test_time_spent_paused_does_not_count(connect):
         engine.pause()
         engine.pause()
         with pytest.raises(WaitTimeout):
-            engine._live.loop.run(_never(), "test.pause", 1.0, list, lambda: "test")
+            engine._live.run(asyncio.Event().wait(), "test.pause", 1.0)
         engine.resume()
         assert engine.wait(1, timeout_s=30)[0].trajectories[0].status == "ok"
         assert engine.stats()["num_request_timeouts"] == 0
-
-
-async def _never():
-    import asyncio
-
-    await asyncio.Event().wait()
 
 
 def test_a_waiting_caller_names_what_it_waits_for(connect):
@@ -221,13 +233,6 @@ def test_a_waiting_caller_names_what_it_waits_for(connect):
     assert "waits for server-0: rollout.wait" in line
     assert "task e0-r3 (group 0)" in line
     assert "task e0-r3 member 2 on server-0, 0 tokens, last answer 0." in line
-
-
-def test_the_line_of_a_request_says_how_far_it_is():
-    flight = Flight(GenerationRequest("e0-r3.2", [1], 64, group_id="e0-r3"), "server-0", token_ids=list(range(41)))
-    assert flight.line(flight.last_answer + 12.34) == (
-        "task e0-r3 member 2 on server-0, 41 tokens, last answer 12.3 s ago"
-    )
 
 
 def test_a_groups_members_share_a_server_and_groups_spread(connect):
@@ -282,6 +287,86 @@ def test_no_address_is_a_clear_error(monkeypatch):
         RemoteNativeEngine(quick_config()).initialize()
     with pytest.raises(WorkflowError, match="initialize"):
         RemoteNativeEngine(quick_config()).pause()
+
+
+def test_a_frozen_server_is_named_while_weights_are_sent(connect):
+    """Not the request that hangs on another server, nor resume(), which would be called only afterwards."""
+    with FakeServer() as a, FakeServer() as b:
+        engine = connect([a, b])
+        a.is_deaf = True
+        engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow())
+        b.is_frozen = True
+        thread = threading.Thread(target=engine.pause)
+        thread.start()
+        try:
+            told = ""
+            while "waits for server-1: rollout.pause" not in told:
+                told = " ".join(line for line in _open_waits() if "rollout.pause" in line)
+                assert thread.is_alive(), f"pause ended; the last line was {told!r}"
+            assert f"server-1: http://{b.address}/pause_generation not answered yet" in told
+        finally:
+            b.is_frozen = False
+            thread.join(20)
+
+
+def test_who_is_waited_for_can_be_asked_while_requests_come_and_go(connect):
+    """The waiting thread asks while the loop's thread works."""
+    with FakeServer() as server:
+        generator = connect([server])._live.generator
+        requests = [GenerationRequest(f"{i}.0", [1], 1) for i in range(50)]
+        stop, before = threading.Event(), sys.getswitchinterval()
+
+        def come_and_go():
+            while not stop.is_set():
+                for request in requests:
+                    generator._flights.add(Flight(request))
+                generator._flights.clear()
+
+        thread = threading.Thread(target=come_and_go)
+        sys.setswitchinterval(1e-6)
+        thread.start()
+        try:
+            for _ in range(3000):
+                generator.owner()
+                generator.pending()
+        finally:
+            sys.setswitchinterval(before)
+            stop.set()
+            thread.join(20)
+
+
+def test_a_result_that_comes_at_the_last_moment_is_not_lost(connect):
+    """What a timed-out wait was about to hand over has been taken from the head already."""
+
+    async def finishes_when_cancelled():
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return "groups"
+
+    with FakeServer() as server:
+        engine = connect([server])
+        assert engine._live.run(finishes_when_cancelled(), "test", 0.1) == "groups"
+
+
+def test_destroy_tells_the_servers_what_is_given_up(connect):
+    with FakeServer() as server:
+        engine = connect([server])
+        server.is_silent = True
+        engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow())
+        while not server.requests:
+            pass
+        engine.destroy()
+        assert "/abort_request" in server.calls
+
+
+def test_an_evaluation_shows_that_it_goes_on(connect):
+    """Groups that end count as something happening, lest slow rewards look like a stall."""
+    with FakeServer() as server:
+        engine = connect([server])
+        before = engine._live.counters.num_events
+        engine.run_groups([Task(str(i), prompt="x") for i in range(5)], Episodes())
+        assert engine._live.counters.num_events >= before + 5
 
 
 def test_destroy_ends_a_wait_of_another_thread(connect):

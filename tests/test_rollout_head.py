@@ -1,5 +1,6 @@
 """The rollout head: batches for all ranks, failures, filters, stale groups."""
 
+import asyncio
 import threading
 
 import pytest
@@ -7,6 +8,8 @@ from rollout_fakes import Episodes, MembersWorkflow, Source, heads, ordinals, qu
 
 from arealite.api.errors import ConfigError, RequestError, WorkflowError
 from arealite.api.types import Task
+from arealite.rollout import executor as executor_module
+from arealite.rollout import share
 from arealite.rollout.counters import Counters
 from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.ledger import Ledger, audit
@@ -74,6 +77,14 @@ def test_filtered_groups_are_replaced(head, tmp_path):
     stats = engine.stats()
     assert (stats["num_accepted"], stats["num_rejected"], stats["num_failed"]) == (4, 6, 0)
     assert audit(tmp_path / "ledger.jsonl").reasons == {"filtered": 6}
+
+
+def test_a_filter_that_accepts_nothing_is_an_error_and_not_an_endless_step(head, monkeypatch):
+    monkeypatch.setattr(executor_module, "MAX_REJECTED_STEPS", 5)
+    engine = head()
+    with pytest.raises(WorkflowError, match="refused 20 groups in a row"):
+        engine.prepare_batch(Source(limit=1000), Episodes(), lambda group: False)
+    assert engine.stats()["num_rejected"] < 100
 
 
 def test_a_filter_that_raises_is_reported(head):
@@ -163,8 +174,9 @@ def test_evaluation_is_outside_ledger_and_bound_and_keeps_every_task(head, tmp_p
 class Ranks:
     """Collectives of `size` threads."""
 
-    def __init__(self, size):
+    def __init__(self, size, on_scatter=lambda num: None):
         self.size, self.barrier, self.shares = size, threading.Barrier(size), None
+        self.on_scatter, self.num_scatters = on_scatter, 0
 
     def rank(self, rank):
         ranks = self
@@ -175,17 +187,21 @@ class Ranks:
             def scatter(self, shares):
                 if rank == 0:
                     ranks.shares = shares
-                ranks.barrier.wait(20)
-                return ranks.shares[rank]
+                    ranks.num_scatters += 1
+                    ranks.on_scatter(ranks.num_scatters)
+                ranks.barrier.wait(10)
+                mine = ranks.shares[rank]
+                ranks.barrier.wait(10)
+                return mine
 
         one = One()
         one.rank = rank
         return one
 
 
-def on_all_ranks(head, size, act, **config):
+def on_all_ranks(head, size, act, ranks=None, **config):
     """Runs `act(engine)` on each rank in a thread; results or errors by rank."""
-    ranks, outcomes = Ranks(size), [None] * size
+    ranks, outcomes = ranks or Ranks(size), [None] * size
     engines = [head(ranks.rank(r), **config) for r in range(size)]
 
     def run(rank):
@@ -227,6 +243,22 @@ def test_an_error_of_the_head_reaches_all_ranks(head):
     assert str(outcomes[1]).startswith("on rank 0")
 
 
+def test_other_ranks_hear_from_a_head_that_takes_its_time(head, monkeypatch):
+    """Their waits have a limit, which a long step must not reach."""
+    monkeypatch.setattr(share, "BEAT_S", 0.0)
+    enough = threading.Event()
+
+    class Slow(Episodes):
+        async def arun_episode(self, engine, task):
+            while not enough.is_set():
+                await asyncio.sleep(0.01)
+            return [trajectory(task)]
+
+    ranks = Ranks(2, on_scatter=lambda num: num > 3 and enough.set())
+    outcomes = on_all_ranks(head, 2, lambda e: e.prepare_batch(Source(), Slow()), ranks=ranks)
+    assert [o.num_groups for o in outcomes] == [4, 4]
+
+
 def test_other_ranks_need_no_server(head):
     engine = head(Ranks(2).rank(1))
     engine.pause()
@@ -247,7 +279,6 @@ async def jump(policy, ledger):
     counters = Counters()
     executor = RolloutExecutor(None, staleness, ledger, config, counters)
     workflow = Episodes(lambda task, tries: [trajectory(task, versions=[staleness.version])])
-    executor.adopt(workflow, None)
     executor.submit([Task(f"e0-r{i}", prompt="x") for i in range(12)], workflow)
     first = await executor.collect(2)
     executor.mark_trained(0)

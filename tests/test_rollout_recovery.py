@@ -1,11 +1,17 @@
 """The ledger, and recovery from a point: every task is trained exactly once."""
 
+import asyncio
 import json
 
 import pytest
-from rollout_fakes import Episodes, MembersWorkflow, Source, heads, ordinals
+from rollout_fakes import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
 
+from arealite.api.errors import RecoveryError
+from arealite.api.types import Task
+from arealite.rollout.counters import Counters
+from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.ledger import Ledger, audit
+from arealite.rollout.staleness import StalenessManager
 
 
 @pytest.fixture
@@ -30,13 +36,7 @@ def run_steps(engine, source, workflow, first, last, save_at=()):
 
 def kill(engine):
     """End the head as kill -9 would, as far as its ledger can tell: nothing is written any more."""
-    ledger = engine._connection.executor.ledger
-
-    def cut_off():
-        ledger.close()
-        ledger.path = None
-
-    engine._connection.call(cut_off, "test.kill")
+    engine._connection.call(engine._connection.executor.ledger.close, "test.kill")
     engine.destroy()
 
 
@@ -103,6 +103,42 @@ def test_new_weights_imply_that_the_batch_before_was_trained(head, tmp_path):
         engine.set_version(step + 1)
     report = audit(tmp_path / "ledger.jsonl")
     assert sorted(report.trained_at.values()) == [0] * 4 + [1] * 4 and not report.violations
+
+
+def test_what_ends_after_the_head_is_closed_changes_nothing(tmp_path):
+    """A synchronous batch is given up half way: one task is done, one runs on, and each is dropped exactly once."""
+
+    class Slow(Episodes):
+        async def arun_episode(self, engine, task):
+            if task.id == "slow":
+                await asyncio.sleep(5.0)
+            return [trajectory(task)]
+
+    async def give_up():
+        config, ledger = quick_config(), Ledger(tmp_path / "ledger.jsonl")
+        executor = RolloutExecutor(None, StalenessManager(1, 4, 8), ledger, config, Counters())
+        batch = asyncio.ensure_future(executor.run_all([Task("fast", prompt="x"), Task("slow", prompt="x")], Slow()))
+        await asyncio.sleep(1.0)
+        await executor.close("the run ended")
+        ledger.close()
+        await asyncio.sleep(10.0)
+        await asyncio.gather(batch, return_exceptions=True)
+
+    simulate(give_up())
+    report = audit(tmp_path / "ledger.jsonl")
+    assert not report.violations and report.num_recoveries == 0
+    assert report.states == {"fast": "dropped", "slow": "dropped"}
+
+
+def test_a_state_after_the_first_task_is_refused(head):
+    engine = head()
+    engine.prepare_batch(Source(), Episodes())
+    state = engine.state_dict()
+    with pytest.raises(RecoveryError, match="tasks were issued before"):
+        engine.load_state_dict(state)
+    del state["ready"]
+    with pytest.raises(RecoveryError, match="'ready'"):
+        head().load_state_dict(state)
 
 
 LIFE = ["issued", "generating", "rewarded", "consumed", "trained"]

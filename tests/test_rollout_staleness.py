@@ -51,7 +51,7 @@ async def run_steps(world, staleness, ledger, num_steps, should_accept=None):
     config = quick_config(consumer_batch_size=staleness.consumer_batch_size, max_failed_groups=1000, workflow_retries=1)
     counters = Counters()
     executor = RolloutExecutor(None, staleness, ledger, config, counters)
-    executor.adopt(world, should_accept)
+    executor.should_accept = should_accept
     source, ages = tasks_from(), []
     size = staleness.consumer_batch_size
     for step in range(num_steps):
@@ -124,7 +124,7 @@ def situations(draw):
             if staleness.capacity() > 0:
                 staleness.start(ordinal)
                 ordinal += 1
-        for running in list(staleness._running):
+        for running in list(staleness.running):
             fate = draw(st.sampled_from(["runs", "ready", "rejected"]))
             if fate == "ready":
                 staleness.accept(running)
@@ -141,7 +141,7 @@ def situations(draw):
 
 def can_still_be_in_time(staleness, taken):
     """Plain reference: after this step, can the rest be trained, B a step, each group by its deadline?"""
-    rest = {**staleness._running, **staleness._ready}
+    rest = {**staleness.running, **staleness.ready}
     deadlines = sorted(version + staleness.max_staleness for o, version in rest.items() if o not in taken)
     first = staleness.version + 1
     return all(first + i // staleness.consumer_batch_size <= deadline for i, deadline in enumerate(deadlines))
@@ -154,8 +154,8 @@ def test_a_step_waits_exactly_when_going_on_would_make_a_group_too_old(staleness
     chosen = staleness.select(size)
     if chosen is not None:
         assert can_still_be_in_time(staleness, chosen)
-    elif staleness.num_ready >= size:
-        steps = itertools.combinations(sorted(staleness._ready), size)
+    elif len(staleness.ready) >= size:
+        steps = itertools.combinations(sorted(staleness.ready), size)
         assert not any(can_still_be_in_time(staleness, taken) for taken in steps)
         assert staleness.awaited()
     # What must be trained at this step always fits into it.
@@ -168,9 +168,9 @@ def test_capacity_is_the_published_formula_while_every_version_has_its_batch(sta
     if staleness.num_consumed != staleness.version * staleness.consumer_batch_size:
         return
     formula = min(
-        staleness.max_concurrent - staleness.num_running,
+        staleness.max_concurrent - len(staleness.running),
         (staleness.max_staleness + staleness.version + 1) * staleness.consumer_batch_size
-        - (staleness.num_accepted + staleness.num_running),
+        - (staleness.num_consumed + len(staleness.ready) + len(staleness.running)),
     )
     assert staleness.capacity() == formula
 

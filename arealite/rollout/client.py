@@ -7,6 +7,7 @@ generate.py (requests), fleet.py (control) and executor.py (tasks in flight).
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +22,8 @@ from arealite.api.workflow import RolloutWorkflow
 from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
 from arealite.rollout.connection import Connection
 from arealite.rollout.episodes import EpisodeFailed, failed_group, run_episode
-from arealite.rollout.sglang import Backend, NativeBackend, SGLangBackend
-from arealite.rollout.share import take_and_share
-from arealite.rollout.state import ExecutorState
+from arealite.rollout.sglang import NativeBackend, SGLangBackend
+from arealite.rollout.share import Beat, take_and_share
 from arealite.rollout.transport import servers_at
 
 ADDRESSES_VARIABLE = "AREAL_LLM_SERVER_ADDRS"
@@ -43,7 +43,7 @@ class RemoteInferenceEngine:
     """
 
     def __init__(
-        self, config: InferenceEngineConfig, backend: Backend, seed: int = 1, ledger_path: Path | None = None
+        self, config: InferenceEngineConfig, backend: SGLangBackend, seed: int = 1, ledger_path: Path | None = None
     ) -> None:
         run_dir = os.environ.get(RUN_DIR_VARIABLE)
         if ledger_path is None and run_dir:
@@ -111,33 +111,39 @@ class RemoteInferenceEngine:
         Tasks are drawn in the calling thread, and only here, so that the data position does not move between calls.
         An error of the head is raised on all ranks.
         """
-        return self._share(lambda: self._next_groups(dataloader, workflow, should_accept))
+        return self._share(lambda beat: self._next_groups(dataloader, workflow, should_accept, beat))
 
     def rollout_batch(self, tasks: list[Task], workflow: RolloutWorkflow) -> Batch:
         """Collective: run exactly rank 0's `tasks` with the current weights; this rank's share of the groups that
         succeeded."""
-        return self._share(lambda: self._live.run(self._live.executor.run_all(tasks, workflow), "rollout.batch"))
+
+        def groups(beat: Beat) -> list[Group]:
+            live = self._live
+            return live.run(live.executor.run_all(tasks, workflow), "rollout.batch", beat=beat)
+
+        return self._share(groups)
 
     def run_groups(self, tasks: list[Task], workflow: RolloutWorkflow) -> list[Group]:
         """One group per task, in order, outside staleness and ledger (evaluation). A task that failed has one
         trajectory of status "failed" with the error. Rank 0 only."""
 
+        live = self._live
+        slots = asyncio.Semaphore(live.max_concurrent)
+
+        async def one(ordinal: int, task: Task) -> Group:
+            async with slots:
+                try:
+                    found = await run_episode(self, task, workflow, self.config.workflow_retries)
+                except EpisodeFailed as failure:
+                    return failed_group(task, ordinal, failure)
+                finally:
+                    live.counters.num_events += 1
+                return Group(task, ordinal, found)
+
         async def all_groups() -> list[Group]:
-            slots = asyncio.Semaphore(self._live.max_concurrent)
+            return await asyncio.gather(*(one(i, task) for i, task in enumerate(tasks)))
 
-            async def one(ordinal: int, task: Task) -> Group:
-                async with slots:
-                    try:
-                        found = await run_episode(
-                            self, task, workflow, self.config.workflow_retries, lambda reason: None
-                        )
-                    except EpisodeFailed as failure:
-                        return failed_group(task, ordinal, failure)
-                    return Group(task, ordinal, found)
-
-            return list(await asyncio.gather(*(one(i, task) for i, task in enumerate(tasks))))
-
-        return self._live.run(all_groups(), "rollout.groups")
+        return live.run(all_groups(), "rollout.groups")
 
     def submit(self, task: Task, workflow: RolloutWorkflow) -> None:
         """Put one task in flight, under the staleness bound. Rank 0 only."""
@@ -234,45 +240,46 @@ class RemoteInferenceEngine:
         """Counts and means since the last call (rank 0; empty elsewhere)."""
         if not self.is_head:
             return {}
-        found = self._live.call(self._live.counters.drain, "rollout.stats")
-        known = {"staleness": "staleness_mean"}
-        return {known.get(name, name): value for name, value in found.items()}
+        return self._live.call(self._live.counters.drain, "rollout.stats")
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state for a recovery point: what is in flight, and finished groups that were not trained on."""
         if not self.is_head or not self._live.has_executor:
             return {"version": self._version}
-        return self._live.call(self._live.executor.state, "rollout.state").to_json()
+        return self._live.call(self._live.executor.state, "rollout.state")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, before the first batch. Unfinished tasks run again, under their old ordinals."""
         if self.is_head and self._live.has_executor:
-            executor, restored = self._live.executor, ExecutorState.from_json(state)
-            self._live.call(lambda: executor.restore(restored), "rollout.restore")
+            executor = self._live.executor
+            self._live.call(lambda: executor.restore(state), "rollout.restore")
         self.set_version(state["version"])
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _next_groups(
-        self, source: DataSource, workflow: RolloutWorkflow, should_accept: Callable[[Group], bool] | None
+        self,
+        source: DataSource,
+        workflow: RolloutWorkflow,
+        should_accept: Callable[[Group], bool] | None,
+        beat: Beat,
     ) -> list[Group]:
         live, executor = self._live, self._live.executor
-        live.call(lambda: executor.adopt(workflow, should_accept), "rollout.adopt")
+        executor.should_accept = should_accept
         may_draw = True
         while True:
             num_wanted = live.call(executor.num_wanted, "rollout.num_wanted") if may_draw else 0
-            drawn = [next(source, None) for _ in range(num_wanted)]
-            tasks = [task for task in drawn if task is not None]
-            may_draw = may_draw and len(tasks) == len(drawn)  # fewer: a finite source has ended
+            tasks = list(itertools.islice(source, num_wanted))
+            may_draw = may_draw and len(tasks) == num_wanted  # fewer: a finite source has ended
             live.call(partial(executor.submit, tasks, workflow), "rollout.submit")
-            size = executor.staleness.consumer_batch_size
-            groups = live.run(executor.collect(size, may_draw), "rollout.batch")
+            collecting = executor.collect(executor.staleness.consumer_batch_size, may_draw)
+            groups = live.run(collecting, "rollout.batch", beat=beat)
             if groups is not None:
                 return groups
 
-    def _share(self, take: Callable[[], list[Group]]) -> Batch:
-        def remembered() -> list[Group]:
-            self.last_groups = take()
+    def _share(self, take: Callable[[Beat], list[Group]]) -> Batch:
+        def remembered(beat: Beat) -> list[Group]:
+            self.last_groups = take(beat)
             return self.last_groups
 
         return take_and_share(remembered, self._collective)

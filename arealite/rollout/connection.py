@@ -1,33 +1,43 @@
-"""Everything that rank 0 has while it is connected to the servers: made by client.py's initialize, ended by destroy."""
+"""Everything that rank 0 has while it is connected to the servers: made by client.py's initialize, ended by destroy.
+
+All of it lives in one asyncio loop in a thread of its own; other threads use `run` and `call`.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.engine import InferenceEngine
-from arealite.api.errors import ConfigError
+from arealite.api.errors import ArealiteError, ConfigError, WaitTimeout, WorkflowError
+from arealite.observe.waits import waiting
 from arealite.rollout.counters import Counters
 from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.fleet import Fleet
 from arealite.rollout.generate import ABORT_GRACE_S, Generator
 from arealite.rollout.ledger import Ledger
-from arealite.rollout.loop import LoopThread
 from arealite.rollout.router import Router
-from arealite.rollout.sglang import Backend
+from arealite.rollout.sglang import SGLangBackend
 from arealite.rollout.staleness import StalenessManager
 from arealite.rollout.transport import Server, Transport
 
 DEFAULT_CONCURRENT_GROUPS = 64  # when neither max_concurrent_rollouts nor consumer_batch_size is given
-CLOSE_LIMIT_S = 60.0
+CALL_LIMIT_S = 60.0
+STOP_LIMIT_S = 10.0
+CHECK_S = 0.2  # how often a waiting caller looks at its limit
 
 T = TypeVar("T")
 
 
 class Connection:
-    """The loop thread and what lives in it. Only `run`, `call` and `pending` may be used from other threads.
+    """The loop thread and what lives in it.
+
+    Consumes: coroutines of other threads. Produces: their results. Waits for: the next event of the loop.
+    Unblocked by: `run`, `call`, sockets and timers; ends with `close`.
 
     Raises:
         ServerUnreachable: a server is not healthy after `setup_timeout_s`.
@@ -37,32 +47,31 @@ class Connection:
         self,
         engine: InferenceEngine,
         servers: list[Server],
-        backend: Backend,
+        backend: SGLangBackend,
         config: InferenceEngineConfig,
         seed: int,
         ledger_path: Path | None,
     ) -> None:
-        self.config = config
+        size, eta = config.consumer_batch_size, config.max_head_offpolicyness
+        planned = DEFAULT_CONCURRENT_GROUPS if size is None else (eta + 1) * size
+        self.max_concurrent = config.max_concurrent_rollouts or planned  # groups running at one time
         self.counters = Counters()
-        self.loop = LoopThread("rollout")
+        self.transport = Transport()
+        self.fleet = Fleet(servers, backend, self.transport, config)
+        self.generator = Generator(backend, self.transport, Router(servers), config, self.counters, seed)
         self._executor: RolloutExecutor | None = None
-
-        def connect() -> None:
-            self.transport = Transport()
-            self.fleet = Fleet(servers, backend, self.transport, config)
-            self.generator = Generator(backend, self.transport, Router(servers), config, self.counters, seed)
-            if config.consumer_batch_size is not None:
-                staleness = StalenessManager(
-                    config.max_head_offpolicyness, config.consumer_batch_size, self.max_concurrent
-                )
-                self._executor = RolloutExecutor(engine, staleness, Ledger(ledger_path), config, self.counters)
-
-        self.loop.call(connect, "rollout.connect")
+        if size is not None:
+            staleness = StalenessManager(eta, size, self.max_concurrent)
+            self._executor = RolloutExecutor(engine, staleness, Ledger(ledger_path), config, self.counters)
+        # A request, its abort, and then rewards: the longest time without any event while nothing is wrong.
+        self._silence_s = max(config.request_timeout_s, config.setup_timeout_s) + 2 * (
+            ABORT_GRACE_S + config.reward_timeout_s
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
+        self._thread.start()
         try:
-            limit_s = config.setup_timeout_s + 60.0
-            self.loop.run(
-                self.fleet.wait_healthy(), "rollout.servers_healthy", limit_s, self.fleet.pending, self.fleet.owner
-            )
+            self.run(self.fleet.wait_healthy(), "rollout.servers_healthy", config.setup_timeout_s + CALL_LIMIT_S)
         except BaseException:  # also on Ctrl-C: the thread and its sockets must not outlive a failed start
             self.close()
             raise
@@ -77,29 +86,57 @@ class Connection:
     def has_executor(self) -> bool:
         return self._executor is not None
 
-    @property
-    def max_concurrent(self) -> int:
-        """Groups running at one time."""
-        size = self.config.consumer_batch_size
-        planned = DEFAULT_CONCURRENT_GROUPS if size is None else (self.config.max_head_offpolicyness + 1) * size
-        return self.config.max_concurrent_rollouts or planned
+    def run(
+        self,
+        work: Coroutine[Any, Any, T],
+        name: str,
+        limit_s: float | None = None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> T:
+        """The coroutine's result, waited for under `name`, at most `limit_s`; without a limit as long as answers or
+        groups come in. `beat` is called several times a second meanwhile.
 
-    def run(self, work: Coroutine[Any, Any, T], name: str, limit_s: float | None = None) -> T:
-        """Run in the loop. Without a limit: as long as answers or finished groups come in."""
-        if limit_s is not None:
-            return self.loop.run(work, name, limit_s, self.pending, self.generator.owner)
-        config = self.config
-        limit_s = max(config.request_timeout_s, config.setup_timeout_s) + 2 * (ABORT_GRACE_S + config.reward_timeout_s)
-        return self.loop.run(work, name, limit_s, self.pending, self.generator.owner, self._num_events)
+        Raises:
+            WaitTimeout: the limit passed; the work is cancelled.
+            WorkflowError: `close` has ended the work.
+        """
+        assert threading.current_thread() is not self._thread, f"{name} would wait for the loop inside the loop"
+        started: list[asyncio.Task[T]] = []
+        ended = threading.Event()
+
+        def start() -> None:
+            started.append(self._loop.create_task(work))
+            started[0].add_done_callback(lambda _: ended.set())
+
+        self._loop.call_soon_threadsafe(start)
+        try:
+            self._wait(ended, name, limit_s, beat)
+        except BaseException as error:  # also on Ctrl-C: the work must not go on without its caller
+            self._loop.call_soon_threadsafe(lambda: started[0].cancel())
+            # What ends at the last moment has had its effects (groups are taken): its result must not get lost.
+            timed_out = isinstance(error, WaitTimeout) and ended.wait(STOP_LIMIT_S)
+            if not timed_out or started[0].cancelled():
+                raise
+        if started[0].cancelled():
+            raise WorkflowError(f"{name} was given up: the run ended")
+        return started[0].result()
 
     def call(self, function: Callable[[], T], name: str) -> T:
-        """Run a plain function in the loop."""
-        return self.loop.call(function, name)
+        """Run a plain function in the loop, so that it sees and changes state as the loop does."""
+
+        async def work() -> T:
+            return function()
+
+        return self.run(work(), name, CALL_LIMIT_S)
 
     def pending(self) -> list[str]:
-        """What is being waited for, for stall reports: groups, then requests without an answer for longest."""
+        """What is being waited for: servers, groups, then requests without an answer for longest. Any thread."""
         groups = [] if self._executor is None else self._executor.pending()
-        return [*groups, *self.generator.pending()]
+        return [*self.fleet.pending(), *groups, *self.generator.pending()]
+
+    def owner(self) -> str:
+        """Who has to act next. Any thread may call."""
+        return self.fleet.owner() or self.generator.owner()
 
     def close(self) -> None:
         """Cancel what runs, note in the ledger what was not trained, and close all connections."""
@@ -107,11 +144,29 @@ class Connection:
         async def end() -> None:
             if self._executor is not None:
                 await self._executor.close("the run ended")
-                self._executor.ledger.close()
+            others = asyncio.all_tasks() - {asyncio.current_task()} - self.generator.aborts
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await self.generator.close()
             await self.transport.close()
 
-        self.loop.run(end(), "rollout.close", CLOSE_LIMIT_S, list, self.generator.owner)
-        self.loop.stop()
+        try:
+            self.run(end(), "rollout.close", CALL_LIMIT_S)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(STOP_LIMIT_S)
+        self._loop.close()
 
-    def _num_events(self) -> int:
-        return self.generator.num_events + (0 if self._executor is None else self._executor.num_events)
+    def _wait(self, ended: threading.Event, name: str, limit_s: float | None, beat: Callable[[], None]) -> None:
+        while True:
+            before = self.counters.num_events
+            with waiting(name, self.owner(), self._silence_s if limit_s is None else limit_s, self.pending) as wait:
+                while limit_s is not None or self.counters.num_events == before:
+                    if ended.wait(CHECK_S):
+                        return
+                    if not self._thread.is_alive():
+                        raise ArealiteError(f"the loop thread has ended while {name} was waited for")
+                    wait.owner = self.owner()
+                    beat()
+                    wait.check()

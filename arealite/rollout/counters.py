@@ -1,11 +1,11 @@
 """What happened since the last step: counts and means, drained by the trainer after each step.
 
-Written by the client's asyncio loop, drained through it; so one thread only.
+Written and drained in the client's asyncio loop; other threads only look at `num_events`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 COUNTS = (
     "num_issued",
@@ -24,25 +24,26 @@ COUNTS = (
 
 
 class Counters:
-    """Counts of events (present even when 0), means and largest values of observations."""
+    """Counts (reported even when 0) and observations. `num_events`: answers, failures and ended groups since the
+    start; it shows a waiting caller that something happens."""
 
     def __init__(self) -> None:
+        self.num_events = 0
         self._counts: Counter[str] = Counter()
-        self._observed: dict[str, list[float]] = {}
+        self._observed: defaultdict[str, list[float]] = defaultdict(list)
 
-    def add(self, name: str, number: int) -> None:
-        if name not in COUNTS:
-            raise KeyError(name)
+    def add(self, name: str, number: int = 1) -> None:
         self._counts[name] += number
 
     def observe(self, name: str, value: float) -> None:
-        self._observed.setdefault(name, []).append(value)
+        self._observed[name].append(value)
 
     def drain(self) -> dict[str, float]:
-        """Counts under their names, observations as `NAME` (mean) and `NAME_max`; then all start from 0."""
+        """Counts under their names; observations as NAME_mean and NAME_max, the mean of seconds (NAME_s) as NAME_s.
+        Then all start from 0."""
         drained = {name: float(self._counts[name]) for name in COUNTS}
         for name, values in self._observed.items():
-            drained[name] = sum(values) / len(values)
+            drained[name if name.endswith("_s") else f"{name}_mean"] = sum(values) / len(values)
             drained[f"{name}_max"] = max(values)
         self._counts.clear()
         self._observed.clear()

@@ -29,7 +29,7 @@ async def run_episode(
     task: Task,
     workflow: RolloutWorkflow,
     num_retries: int,
-    on_retry: Callable[[str], None],
+    on_retry: Callable[[str], None] = lambda reason: None,
 ) -> list[Trajectory]:
     """The task's trajectories, at least one of them "ok". `on_retry(reason)` is called before each further try.
 

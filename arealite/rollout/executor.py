@@ -7,29 +7,36 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.engine import InferenceEngine
-from arealite.api.errors import WorkflowError
-from arealite.api.types import Group, Task
+from arealite.api.errors import RecoveryError, WorkflowError
+from arealite.api.types import Group, Task, Trajectory, as_record
 from arealite.api.workflow import RolloutWorkflow
 from arealite.observe.waits import mark
 from arealite.rollout.counters import Counters
 from arealite.rollout.episodes import EpisodeFailed, run_episode, usable
 from arealite.rollout.ledger import Ledger
 from arealite.rollout.staleness import StalenessManager
-from arealite.rollout.state import ExecutorState, WaitingTask
+
+MAX_REJECTED_STEPS = 100  # steps' worth of groups that should_accept may refuse in a row, before the run stops
 
 
 @dataclass(order=True)
 class Episode:
-    """A task that was issued and is not finished. `workflow` is None after a recovery, until a caller gives one."""
+    """An issued task until it is trained or dropped: queued, running, ready (`group` is set), taken for a step.
+
+    `workflow` None: whichever is given first (after a recovery). `version`: of the weights when it was started.
+    """
 
     ordinal: int
     task: Task = field(compare=False)
     workflow: RolloutWorkflow | None = field(compare=False, default=None)
+    version: int = field(compare=False, default=0)
+    group: Group | None = field(compare=False, default=None)
 
 
 class RolloutExecutor:
@@ -53,18 +60,17 @@ class RolloutExecutor:
         self.config = config
         self.counters = counters
         self.should_accept: Callable[[Group], bool] | None = None
-        self.num_events = 0
+        self._workflow: RolloutWorkflow | None = None  # the one given last
         self._num_issued = 0
         self._num_steps = 0
         self._num_failed_in_a_row = 0
+        self._num_rejected_in_a_row = 0
         self._is_held = False
         self._error: BaseException | None = None
-        self._queue: list[Episode] = []  # heap by ordinal
+        self._queue: list[Episode] = []  # heap
         self._running: dict[int, Episode] = {}
-        self._ready: dict[int, Group] = {}
-        self._workflows: dict[int, RolloutWorkflow | None] = {}  # of ready groups, should they be run again
-        self._adopted: RolloutWorkflow | None = None
-        self._untrained: dict[int, tuple[Group, int]] = {}  # consumed, not yet trained; with the starting version
+        self._ready: dict[int, Episode] = {}
+        self._untrained: dict[int, Episode] = {}  # taken for a step that is not trained yet
         self._futures: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
 
@@ -72,32 +78,25 @@ class RolloutExecutor:
 
     def submit(self, tasks: list[Task], workflow: RolloutWorkflow) -> None:
         """Issue `tasks`, in order; they start as soon as there is capacity."""
+        self._workflow = workflow
         for task in tasks:
             heapq.heappush(self._queue, self._issue(task, workflow))
-        self.pump()
-
-    def adopt(self, workflow: RolloutWorkflow, should_accept: Callable[[Group], bool] | None) -> None:
-        """The workflow for tasks of a recovery point, and the filter from now on."""
-        self.should_accept = should_accept
-        self._adopted = workflow
-        for episode in self._queue:
-            episode.workflow = episode.workflow or workflow
         self.pump()
 
     def num_wanted(self) -> int:
         """Tasks to draw now: what capacity allows, and one step's worth to fill places that become free before the
         caller draws again."""
-        return max(0, self.staleness.capacity()) + self.staleness.consumer_batch_size - len(self._queue)
+        num_places = max(0, self.staleness.capacity()) + self.staleness.consumer_batch_size
+        return max(0, num_places - len(self._queue))
 
     def pump(self) -> None:
         """Start queued episodes, oldest first, while there is capacity."""
-        while self._may_start() and self._queue and self._queue[0].workflow and self.staleness.capacity() > 0:
+        while self._queue and self._workflow and self._may_start() and self.staleness.capacity() > 0:
             episode = heapq.heappop(self._queue)
+            episode.workflow = episode.workflow or self._workflow
             self.staleness.start(episode.ordinal)
             self._running[episode.ordinal] = episode
-            future = asyncio.ensure_future(self._run(episode))
-            self._futures.add(future)
-            future.add_done_callback(self._ended)
+            self._spawn(self._run_bounded(episode))
 
     def _may_start(self) -> bool:
         return not self._is_held and self._error is None
@@ -108,10 +107,10 @@ class RolloutExecutor:
         """The next `num_groups` groups, in ordinal order; None (only if `may_draw`) when more tasks are needed.
 
         Consumes: finished groups. Produces: one step's groups. Waits for: enough of them, and those that would be too
-        old at the next step. Unblocked by: episodes that end, or an error.
+        old at a later step. Unblocked by: episodes that end, or an error.
 
         Raises:
-            WorkflowError: too many groups failed in a row, or nothing is left that could end the wait.
+            WorkflowError: too many groups in a row failed or were refused, or nothing is left that could end the wait.
         """
         while True:
             if self._error is not None:
@@ -136,36 +135,30 @@ class RolloutExecutor:
             WorkflowError: all of them failed, or too many in a row.
         """
         slots = asyncio.Semaphore(self.staleness.max_concurrent)
-        version = self.staleness.version
 
-        async def one(episode: Episode) -> Group | None:
+        async def one(episode: Episode) -> None:
             async with slots:
-                if self._error is not None:
-                    return None  # the run stops; `close` drops the task
-                group = await self._generate(episode)
-            del self._running[episode.ordinal]
-            self._notify()
-            return group
+                if self._error is None:  # else the run stops, and `close` drops the task
+                    await self._run(episode)
 
         episodes = [self._issue(task, workflow) for task in tasks]
         self._running.update({e.ordinal: e for e in episodes})
-        done = await asyncio.gather(*map(one, episodes))
+        await asyncio.gather(*(self._spawn(one(e)) for e in episodes), return_exceptions=True)
         if self._error is not None:
             raise self._error
-        groups = [group for group in done if group is not None]
-        if tasks and not groups:
+        done = [e for e in episodes if e.ordinal in self._ready]
+        if tasks and not done:
             raise WorkflowError(f"none of the batch's {len(tasks)} groups is left: all failed or were filtered out")
-        for group in groups:
-            self._take(group, version)
-        return groups
+        return [self._take(e.ordinal) for e in done]
 
     def mark_trained(self, step: int, skipped: bool = False) -> None:
         """The consumed groups have been trained on in `step`, or dropped by it."""
-        for group, _ in self._untrained.values():
+        for episode in self._untrained.values():
             if skipped:
-                self._drop(group.task.id, "the step was skipped: loss or gradient was not finite", step)
+                reason = "the step was skipped: loss or gradient was not finite"
+                self.ledger.record(episode.task.id, "dropped", step=step, reason=reason)
             else:
-                self.ledger.record(group.task.id, "trained", step=step)
+                self.ledger.record(episode.task.id, "trained", step=step)
         self._untrained.clear()
         self._num_steps = step + 1
 
@@ -185,16 +178,15 @@ class RolloutExecutor:
         self.pump()
 
     async def close(self, reason: str) -> None:
-        """Cancel what runs and drop, with the reason, every task that was not trained."""
-        self._is_held = True
+        """Cancel what runs, drop, with the reason, every task that was not trained, and end the ledger."""
         self._error = self._error or WorkflowError(f"no groups any more: {reason}")
-        for future in list(self._futures):
+        for future in self._futures:
             future.cancel()
         await asyncio.gather(*self._futures, return_exceptions=True)
-        live = [*self._untrained.values(), *((g, 0) for g in self._ready.values())]
-        for task in [*(g.task for g, _ in live), *(e.task for e in [*self._running.values(), *self._queue])]:
-            self._drop(task.id, reason)
+        for episode in [*self._untrained.values(), *self._ready.values(), *self._running.values(), *self._queue]:
+            self.ledger.record(episode.task.id, "dropped", reason=reason)
         self._queue, self._running, self._ready, self._untrained = [], {}, {}, {}
+        self.ledger.close()
         self._notify()
 
     def pending(self) -> list[str]:
@@ -207,65 +199,92 @@ class RolloutExecutor:
 
     # -- recovery ------------------------------------------------------------------------------------------------
 
-    def state(self) -> ExecutorState:
-        """What a recovery point must hold so that no task is lost or used twice."""
-        ready = {o: (g, self.staleness.started_version(o)) for o, g in self._ready.items()} | self._untrained
-        waiting = sorted([*self._running.values(), *self._queue])
-        return ExecutorState(
-            version=self.staleness.version,
-            num_issued=self._num_issued,
-            num_consumed=self.staleness.num_consumed - len(self._untrained),
-            num_steps=self._num_steps,
-            ledger_bytes=self.ledger.num_bytes(),
-            waiting=[WaitingTask(e.ordinal, e.task) for e in waiting],
-            ready=[(version, group) for _, (group, version) in sorted(ready.items())],
-        )
+    def state(self) -> dict[str, Any]:
+        """JSON-able: what a recovery point must hold so that no task is lost or used twice.
 
-    def restore(self, state: ExecutorState) -> None:
-        """Go on from `state`; its unfinished tasks start first, under their old ordinals, once `adopt` was called."""
-        self.ledger.resume(state.ledger_bytes, state.num_steps)
-        self._num_issued, self._num_steps = state.num_issued, state.num_steps
-        self.staleness.version, self.staleness.num_consumed = state.version, state.num_consumed
-        self._queue = [Episode(w.ordinal, w.task) for w in state.waiting]
-        heapq.heapify(self._queue)
-        for version, group in state.ready:
-            self._ready[group.ordinal] = group
-            self.staleness.restore(group.ordinal, version)
+        `ready`: finished groups not yet trained on, with the version at their start; `waiting`: the other tasks that
+        were issued; `ledger_bytes`: length of the ledger at this point, later lines are void after a recovery.
+        """
+        waiting = sorted([*self._running.values(), *self._queue])
+        ready = sorted([*self._ready.values(), *self._untrained.values()])
+        return {
+            "version": self.staleness.version,
+            "num_issued": self._num_issued,
+            "num_consumed": self.staleness.num_consumed - len(self._untrained),
+            "num_steps": self._num_steps,
+            "ledger_bytes": self.ledger.num_bytes(),
+            "waiting": [{"ordinal": e.ordinal, "task": as_record(e.task)} for e in waiting],
+            "ready": [{"started_version": e.version, "group": as_record(e.group)} for e in ready],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, before the first task; its unfinished tasks start first, under their old ordinals, once
+        a workflow is given.
+
+        Raises:
+            RecoveryError: a part of `state` is missing, or tasks were issued already.
+        """
+        if self._num_issued:
+            raise RecoveryError(f"{self._num_issued} tasks were issued before load_state_dict(); call it first")
+        try:
+            self._num_issued, self._num_steps = state["num_issued"], state["num_steps"]
+            self.staleness.version, self.staleness.num_consumed = state["version"], state["num_consumed"]
+            self._queue = [Episode(w["ordinal"], Task(**w["task"])) for w in state["waiting"]]  # sorted: a heap
+            for record in state["ready"]:
+                group, version = record["group"], record["started_version"]
+                task, trajectories = Task(**group["task"]), [Trajectory(**t) for t in group["trajectories"]]
+                ordinal = group["ordinal"]
+                self._ready[ordinal] = Episode(ordinal, task, None, version, Group(task, ordinal, trajectories))
+                self.staleness.ready[ordinal] = version
+            self.ledger.resume(state["ledger_bytes"], self._num_steps)
+        except (KeyError, TypeError) as error:
+            raise RecoveryError(f"the rollout state of this recovery point cannot be read: {error!r}") from error
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _issue(self, task: Task, workflow: RolloutWorkflow) -> Episode:
         episode = Episode(self._num_issued, task, workflow)
         self._num_issued += 1
-        self.counters.add("num_issued", 1)
+        self.counters.add("num_issued")
         self.ledger.record(task.id, "issued")
         return episode
 
-    async def _run(self, episode: Episode) -> None:
-        group = await self._generate(episode)
-        del self._running[episode.ordinal]
-        if group is None:
-            self.staleness.reject(episode.ordinal)
-        else:
-            self.staleness.accept(episode.ordinal)
-            self._ready[episode.ordinal] = group
-            self._workflows[episode.ordinal] = episode.workflow
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        future = asyncio.ensure_future(work)
+        self._futures.add(future)
+        future.add_done_callback(self._ended)
+        return future
+
+    def _ended(self, future: asyncio.Task[None]) -> None:
+        self._futures.discard(future)
+        if not future.cancelled() and future.exception() is not None:
+            self._error = self._error or future.exception()  # the filter's or our own; collect raises it
+        self._notify()
+
+    async def _run_bounded(self, episode: Episode) -> None:
+        await self._run(episode)
+        (self.staleness.accept if episode.group else self.staleness.reject)(episode.ordinal)
         self.pump()
 
+    async def _run(self, episode: Episode) -> None:
+        """From running to ready, or to nothing when it failed or was filtered out."""
+        episode.version = self.staleness.version
+        episode.group = await self._generate(episode)
+        del self._running[episode.ordinal]
+        if episode.group is not None:
+            self._ready[episode.ordinal] = episode
+
     async def _generate(self, episode: Episode) -> Group | None:
-        """The episode's group, or None when it failed or was filtered out."""
-        task, version = episode.task, self.staleness.version
-        assert episode.workflow is not None, "pump and run_all start only episodes that have a workflow"
+        task, version, workflow = episode.task, episode.version, episode.workflow
+        assert workflow is not None, "pump and run_all start only episodes that have a workflow"
 
         def on_retry(reason: str) -> None:
-            self.counters.add("num_retries", 1)
+            self.counters.add("num_retries")
             self.ledger.record(task.id, "generating", version=version, reason=reason)
 
         self.ledger.record(task.id, "generating", version=version)
         try:
-            trajectories = await run_episode(
-                self.engine, task, episode.workflow, self.config.workflow_retries, on_retry
-            )
+            trajectories = await run_episode(self.engine, task, workflow, self.config.workflow_retries, on_retry)
         except EpisodeFailed as failure:
             self._failed(task, failure)
             return None
@@ -274,16 +293,16 @@ class RolloutExecutor:
         group = Group(task, episode.ordinal, trajectories)
         self.counters.add("num_reward_errors", sum(t.status == "reward_error" for t in trajectories))
         if self.should_accept is not None and not self.should_accept(usable(group)):
-            self.counters.add("num_rejected", 1)
-            self._drop(task.id, "filtered")
+            self._rejected(task)
             return None
-        self.counters.add("num_accepted", 1)
+        self._num_rejected_in_a_row = 0
+        self.counters.add("num_accepted")
         mark("group")
         return group
 
     def _failed(self, task: Task, failure: EpisodeFailed) -> None:
-        self.counters.add("num_failed", 1)
-        self._drop(task.id, failure.reason)
+        self.counters.add("num_failed")
+        self.ledger.record(task.id, "dropped", reason=failure.reason)
         self._num_failed_in_a_row += 1
         if self._num_failed_in_a_row >= self.config.max_failed_groups and self._error is None:
             self._error = WorkflowError(
@@ -291,59 +310,58 @@ class RolloutExecutor:
                 f" {task.id}: {failure.reason}\n{failure.detail}"
             )
 
-    def _ended(self, future: asyncio.Task[None]) -> None:
-        self._futures.discard(future)
-        if not future.cancelled() and future.exception() is not None:
-            self._error = (
-                self._error or future.exception()
-            )  # not an episode's: the filter's or our own; collect raises it
-        self._notify()
+    def _rejected(self, task: Task) -> None:
+        self.counters.add("num_rejected")
+        self.ledger.record(task.id, "dropped", reason="filtered")
+        self._num_rejected_in_a_row += 1
+        if self._num_rejected_in_a_row >= MAX_REJECTED_STEPS * self.staleness.consumer_batch_size:
+            self._error = self._error or WorkflowError(
+                f"should_accept refused {self._num_rejected_in_a_row} groups in a row: no step can be filled. Look at"
+                " the rewards of the run's rollouts, or accept more"
+            )
 
     def _sift_stale(self, ordinals: list[int]) -> bool:
         """Deal with groups older than eta by `stale_policy`; whether some of `ordinals` are no longer ready."""
-        policy, limit = self.config.stale_policy, self.staleness.max_staleness
-        stale = [o for o in ordinals if self._age(self._ready[o]) > limit]
+        policy, limit, now = self.config.stale_policy, self.staleness.max_staleness, self.staleness.version
+        ages = {o: now - min(t.min_version for t in self._usable(o)) for o in ordinals}
+        stale = [o for o in ordinals if ages[o] > limit]
         self.counters.add("num_stale", len(stale))
         if policy == "correct" or not stale:
             return False
         for ordinal in stale:
-            group = self._ready.pop(ordinal)
-            workflow = self._workflows.pop(ordinal, None) or self._adopted
-            self.staleness.discard(ordinal)
-            told = f"stale: {self._age(group)} versions old, at most {limit} allowed"
+            episode = self._ready.pop(ordinal)
+            del self.staleness.ready[ordinal]
+            told = f"stale: {ages[ordinal]} versions old, at most {limit} allowed"
             if policy == "drop":
-                self._drop(group.task.id, told)
+                self.ledger.record(episode.task.id, "dropped", reason=told)
             else:
-                self.ledger.record(group.task.id, "generating", version=self.staleness.version, reason=f"again, {told}")
-                heapq.heappush(self._queue, Episode(ordinal, group.task, workflow))
+                self.ledger.record(episode.task.id, "generating", version=now, reason=f"again, {told}")
+                heapq.heappush(self._queue, Episode(ordinal, episode.task, episode.workflow))
         self.pump()
         return True
-
-    def _age(self, group: Group) -> int:
-        return self.staleness.version - min(t.min_version for t in usable(group).trajectories)
 
     def _consume(self, ordinals: list[int]) -> list[Group]:
         if self._untrained:
             self.mark_trained(self._num_steps)  # asked for the next batch: the one before is done with
-        started = {o: self.staleness.started_version(o) for o in ordinals}
         self.staleness.consume(ordinals)
-        groups = [self._ready.pop(o) for o in ordinals]
-        for group in groups:
-            self._workflows.pop(group.ordinal, None)
-            self._take(group, started[group.ordinal])
+        groups = [self._take(ordinal) for ordinal in ordinals]
         self.pump()
         return groups
 
-    def _take(self, group: Group, started_version: int) -> None:
-        self.ledger.record(group.task.id, "consumed", version=self.staleness.version)
-        self._untrained[group.ordinal] = (group, started_version)
-        for t in usable(group).trajectories:
+    def _take(self, ordinal: int) -> Group:
+        for t in self._usable(ordinal):
             self.counters.observe("staleness", self.staleness.version - t.min_version)
             self.counters.observe("generate_s", t.generate_s)
             self.counters.observe("reward_s", t.reward_s)
+        episode = self._untrained[ordinal] = self._ready.pop(ordinal)
+        assert episode.group is not None
+        self.ledger.record(episode.task.id, "consumed", version=self.staleness.version)
+        return episode.group
 
-    def _drop(self, task_id: str, reason: str, step: int | None = None) -> None:
-        self.ledger.record(task_id, "dropped", step=step, reason=reason)
+    def _usable(self, ordinal: int) -> list[Trajectory]:
+        group = self._ready[ordinal].group
+        assert group is not None, "ready episodes have a group"
+        return usable(group).trajectories
 
     def _stuck(self, num_groups: int) -> str | None:
         """Why no amount of waiting would bring `num_groups` groups; None while something may still happen."""
@@ -358,8 +376,8 @@ class RolloutExecutor:
                 f" {self.staleness.max_staleness}): send new weights (upload_weights) between two batches, or raise"
                 " rollout.max_head_offpolicyness"
             )
-        return f"{have}, and " + ("the queued tasks have no workflow" if self._queue else "no task is left to run")
+        return f"{have}, and no task is left to run"
 
     def _notify(self) -> None:
-        self.num_events += 1
+        self.counters.num_events += 1
         self._changed.set()

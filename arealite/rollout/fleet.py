@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import ArealiteError, RequestError, ServerUnreachable, WeightSyncError
 from arealite.api.types import WeightUpdateMeta
-from arealite.rollout.sglang import Backend
+from arealite.rollout.sglang import SGLangBackend
 from arealite.rollout.transport import Server, Transport
 
 HEALTH_POLL_S = 0.2
@@ -27,21 +27,21 @@ class Fleet:
     """The run's servers as one."""
 
     def __init__(
-        self, servers: list[Server], backend: Backend, transport: Transport, config: InferenceEngineConfig
+        self, servers: list[Server], backend: SGLangBackend, transport: Transport, config: InferenceEngineConfig
     ) -> None:
         self.servers = servers
         self.backend = backend
         self.transport = transport
         self.config = config
-        self.unhealthy: dict[str, str] = {}  # server id to what is wrong, for the stall report
+        self._unanswered: dict[object, tuple[str, str]] = {}  # key -> server id and its line, oldest first
 
     def pending(self) -> list[str]:
-        """Lines about servers that are not healthy yet."""
-        return [f"{server_id}: {reason}" for server_id, reason in sorted(self.unhealthy.items())]
+        """Lines about servers that have not answered. Any thread may call."""
+        return [f"{server_id}: {line}" for server_id, line in list(self._unanswered.values())]
 
     def owner(self) -> str:
-        """The first server that is not healthy yet."""
-        return min(self.unhealthy, default="servers")
+        """The server that has not answered for longest; empty when nothing was asked. Any thread may call."""
+        return next((server_id for server_id, _ in list(self._unanswered.values())), "")
 
     async def wait_healthy(self) -> None:
         """Consumes: answers of /health. Produces: nothing. Waits for: 200 from every server, at most
@@ -51,18 +51,19 @@ class Fleet:
             ServerUnreachable: names the servers that did not come up and what was wrong last.
         """
         deadline = time.monotonic() + self.config.setup_timeout_s
-        self.unhealthy = {server.id: f"{server.url} not asked yet" for server in self.servers}
+        for server in self.servers:
+            self._unanswered[server] = (server.id, f"{server.url}/health not asked yet")
 
         async def come_up(server: Server) -> None:
-            while wrong := await self.transport.alive(server, "/health", HEALTH_LIMIT_S):
-                self.unhealthy[server.id] = f"{server.url}/health: {wrong}"
+            while wrong := await self.transport.wrong_with(server, "/health", HEALTH_LIMIT_S):
+                self._unanswered[server] = (server.id, f"{server.url}/health: {wrong}")
                 if time.monotonic() > deadline:
                     return
                 await asyncio.sleep(HEALTH_POLL_S)
-            del self.unhealthy[server.id]
+            del self._unanswered[server]
 
-        await asyncio.gather(*(come_up(server) for server in self.servers))
-        if self.unhealthy:
+        await asyncio.gather(*map(come_up, self.servers))
+        if self._unanswered:
             raise ServerUnreachable(
                 f"not healthy after {self.config.setup_timeout_s} s: {'; '.join(self.pending())}. Look into the"
                 " servers' logs, or raise rollout.setup_timeout_s"
@@ -70,12 +71,11 @@ class Fleet:
 
     async def pause(self) -> None:
         """Stop generation everywhere, as `pause_mode` says."""
-        body = {"mode": self.config.pause_mode}
-        await self._everywhere(lambda server: self._control(server, "/pause_generation", body))
+        await self._everywhere(lambda server: self._ask(server, "/pause_generation", {"mode": self.config.pause_mode}))
 
     async def resume(self) -> None:
         """Let all servers generate again."""
-        await self._everywhere(lambda server: self._control(server, "/continue_generation", {}))
+        await self._everywhere(lambda server: self._ask(server, "/continue_generation", {}))
 
     async def update_weights(self, meta: WeightUpdateMeta) -> dict[str, dict[str, int]]:
         """All servers load `meta` at the same time; receipts of those that give one.
@@ -87,7 +87,7 @@ class Fleet:
 
         async def load(server: Server) -> dict[str, int] | None:
             try:
-                answer = await self._control(server, path, body)
+                answer = await self._ask(server, path, body)
             except (RequestError, ServerUnreachable) as error:
                 raise WeightSyncError(f"version {meta.version} did not reach {server.id}: {error}") from error
             return self.backend.parse_receipt(answer, meta, server.id)
@@ -100,24 +100,29 @@ class Fleet:
 
         async def one(index: int, tokens: list[int]) -> list[float]:
             server = self.servers[index % len(self.servers)]
-            body = self.backend.score_body(tokens, uuid.uuid4().hex)
-            answer = await self.transport.post(server, "/generate", body, self.config.request_timeout_s)
+            answer = await self._ask(server, "/generate", self.backend.score_body(tokens, uuid.uuid4().hex))
             return self.backend.parse_scores(answer, len(tokens), server.id)
 
         return list(await asyncio.gather(*(one(i, tokens) for i, tokens in enumerate(sequences))))
 
-    async def _control(self, server: Server, path: str, body: dict[str, Any]) -> Any:
-        return await self.transport.post(server, path, body, self.config.setup_timeout_s)
+    async def _ask(self, server: Server, path: str, body: dict[str, Any]) -> Any:
+        limit_s = self.config.request_timeout_s if path == "/generate" else self.config.setup_timeout_s
+        key = object()
+        self._unanswered[key] = (server.id, f"{server.url}{path} not answered yet")
+        try:
+            return await self.transport.post(server, path, body, limit_s)
+        finally:
+            del self._unanswered[key]
 
     async def _everywhere(self, act: Callable[[Server], Awaitable[T]]) -> dict[str, T]:
         """`act` on all servers at once. All are waited for before the first error is raised, so that none is still
         loading weights when the caller reacts."""
-        results = await asyncio.gather(*(act(server) for server in self.servers), return_exceptions=True)
+        results = await asyncio.gather(*map(act, self.servers), return_exceptions=True)
         outcomes: dict[str, T] = {}
         for server, result in zip(self.servers, results, strict=True):
+            if isinstance(result, ArealiteError):
+                raise result
             if isinstance(result, BaseException):
-                if isinstance(result, ArealiteError):
-                    raise result
                 raise ServerUnreachable(f"{server.id} ({server.url}): {result!r}") from result
             outcomes[server.id] = result
         return outcomes

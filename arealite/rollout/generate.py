@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import time
 import uuid
-from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.errors import ServerUnreachable
+from arealite.api.errors import RequestError, ServerUnreachable
 from arealite.api.types import Completion, FinishReason, GenerationRequest
 from arealite.observe.waits import mark
 from arealite.rollout.counters import Counters
 from arealite.rollout.router import Router
-from arealite.rollout.sglang import Backend, Part
+from arealite.rollout.sglang import Part, SGLangBackend
 from arealite.rollout.transport import Server, Transport
 
+CLOSE_GRACE_S = 1.0  # how long destroy waits for servers to hear that requests were given up
 ABORT_GRACE_S = 10.0  # how long an aborted request may take to hand over the tokens it has
 FIRST_BACKOFF_S = 0.1  # doubled after each failure in a row
 MAX_BACKOFF_S = 5.0
+MIN_WAIT_S = 0.1  # while the gate is closed, time does not get shorter: look again only so often
 MAX_EMPTY_ABORTS = 20  # interruptions in a row that brought no token, before the server counts as broken
 
 
@@ -61,7 +60,7 @@ class Gate:
         return (time.monotonic() if self._open.is_set() else self._closed_at) - self._closed_s
 
 
-@dataclass
+@dataclass(eq=False)
 class Flight:
     """A request on its way, with what it has so far."""
 
@@ -94,11 +93,12 @@ class Flight:
 
 
 class Generator:
-    """Sends requests to servers until they are done. `version` is that of the weights the servers hold."""
+    """Sends requests to servers until they are done. `version` is that of the weights the servers hold,
+    `announced_version` the newest that any of them may hold already."""
 
     def __init__(
         self,
-        backend: Backend,
+        backend: SGLangBackend,
         transport: Transport,
         router: Router,
         config: InferenceEngineConfig,
@@ -113,24 +113,21 @@ class Generator:
         self.seed = seed
         self.gate = Gate()
         self.version = 0
-        self.announced_version = 0  # the newest version that any server may hold already
-        self.num_events = 0  # answers and failures so far: shows a waiting caller that something happens
-        self._flights: dict[int, Flight] = {}
-        self._keys = itertools.count()
-        self._aborts: set[asyncio.Task[None]] = set()
+        self.announced_version = 0
+        self._flights: set[Flight] = set()
+        self.aborts: set[asyncio.Task[None]] = set()  # of requests that were cancelled
 
     def pending(self) -> list[str]:
         """Lines about the requests on their way, those without an answer for longest first. Any thread may call."""
         now = time.monotonic()
-        flights = sorted(self._flights.values(), key=lambda f: f.last_answer)
-        return [flight.line(now) for flight in flights]
+        return [flight.line(now) for flight in self._by_silence()]
 
     def owner(self) -> str:
         """Who has to act next: the server with the oldest silent request. Any thread may call."""
-        oldest = min(self._flights.values(), key=lambda f: f.last_answer, default=None)
-        if oldest is None:
+        flights = self._by_silence()
+        if not flights:
             return "workflow and reward workers"
-        return oldest.server_id if self.gate.is_open else "resume()"
+        return flights[0].server_id if self.gate.is_open else "resume()"
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Sample one sequence.
@@ -139,14 +136,13 @@ class Generator:
         sending, at most `request_timeout_s`. Unblocked by: the answer, the time limit, a lost connection, resume().
 
         Raises:
-            RequestError: a server refused the request.
+            RequestError: a server refused the request, or failed at it in a way that would come again.
             ServerUnreachable: sending it `request_retries` times more brought no token.
         """
         if request.seed is None:
             request = replace(request, seed=seed_of(self.seed, request.rid))
         flight = Flight(request)
-        key = next(self._keys)
-        self._flights[key] = flight
+        self._flights.add(flight)
         try:
             while True:
                 part = await self._send(flight)
@@ -159,14 +155,21 @@ class Generator:
                     return self._completion(flight, "length", None)
                 await self._interrupted(flight, part)
         finally:
-            del self._flights[key]
+            self._flights.discard(flight)
+
+    async def close(self) -> None:
+        """Give the servers a moment to hear of the requests that were cancelled."""
+        if self.aborts:
+            await asyncio.wait(self.aborts, timeout=CLOSE_GRACE_S)
+
+    def _by_silence(self) -> list[Flight]:
+        return sorted(self._flights, key=lambda f: f.last_answer)  # copies first: other threads call this
 
     async def _send(self, flight: Flight) -> Part | None:
         """One sending; None when it failed and the request may be sent again."""
         await self.gate.passed()
         request = flight.request
-        num_left = request.max_new_tokens - len(flight.token_ids)
-        num_queued = len(request.input_ids) + len(flight.token_ids) + num_left
+        num_queued = len(request.input_ids) + request.max_new_tokens
         oldest_version = self.version
         server = self.router.acquire(request.group_id, num_queued)
         flight.server_id = server.id
@@ -176,7 +179,7 @@ class Generator:
         except ServerUnreachable as error:
             failed = True
             flight.num_failures += 1
-            self.counters.add("num_request_failures", 1)
+            self.counters.add("num_request_failures")
             if flight.num_failures > self.config.request_retries:
                 raise ServerUnreachable(
                     f"request {request.rid} got no token in {flight.num_failures} sendings; the last: {error}"
@@ -184,7 +187,7 @@ class Generator:
             await asyncio.sleep(backoff_s(flight.num_failures))
             return None
         finally:
-            self.num_events += 1
+            self.counters.num_events += 1
             self.router.release(server, num_queued, failed)
         if part.token_ids:
             flight.num_failures = 0
@@ -198,48 +201,34 @@ class Generator:
         wire_id = f"{uuid.uuid4().hex}-{flight.request.rid}"
         body = self.backend.generate_body(flight.request, wire_id, flight.token_ids)
         call = asyncio.ensure_future(self.transport.post(server, "/generate", body))
-        started = self.gate.clock_s()
+        deadline = self.gate.clock_s() + self.config.request_timeout_s
+        told = f"{server.id} ({server.url}) {{}} {flight.request.rid} within {self.config.request_timeout_s} s"
         try:
-            while not call.done():
-                left_s = self.config.request_timeout_s - (self.gate.clock_s() - started)
-                if left_s <= 0:
-                    break
-                await asyncio.wait({call}, timeout=left_s)
+            while not call.done() and (left_s := deadline - self.gate.clock_s()) > 0:
+                await asyncio.wait({call}, timeout=max(left_s, MIN_WAIT_S))
             if not call.done():
-                self.counters.add("num_request_timeouts", 1)
+                self.counters.add("num_request_timeouts")
                 await self._abort(server, wire_id)
                 await asyncio.wait({call}, timeout=ABORT_GRACE_S)
             if not call.done():
-                raise ServerUnreachable(
-                    f"{server.id} ({server.url}) gave no answer to {flight.request.rid} within"
-                    f" {self.config.request_timeout_s} s, nor when asked to abort it"
-                )
+                raise ServerUnreachable(f"{told.format('gave no answer to')}, nor when asked to abort it")
             part = self.backend.parse_part(call.result(), server.id)
-            if part.finish_reason == "abort" and not part.token_ids and self._is_over(started):
-                raise ServerUnreachable(
-                    f"{server.id} ({server.url}) sampled no token of {flight.request.rid} within"
-                    f" {self.config.request_timeout_s} s"
-                )
+            if part.finish_reason == "abort" and not part.token_ids and self.gate.clock_s() >= deadline:
+                raise ServerUnreachable(told.format("sampled no token of"))
             return part
         except asyncio.CancelledError:
-            self._spawn(self._abort(server, wire_id))
+            abort = asyncio.ensure_future(self._abort(server, wire_id))
+            self.aborts.add(abort)
+            abort.add_done_callback(self.aborts.discard)
             raise
         finally:
             call.cancel()
 
-    def _is_over(self, started: float) -> bool:
-        return self.gate.clock_s() - started >= self.config.request_timeout_s
-
     async def _abort(self, server: Server, wire_id: str) -> None:
         try:
             await self.transport.post(server, "/abort_request", {"rid": wire_id}, limit_s=ABORT_GRACE_S)
-        except ServerUnreachable:
-            self.counters.add("num_request_failures", 1)  # the sending itself reports what is wrong
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._aborts.add(task)
-        task.add_done_callback(self._aborts.discard)
+        except (ServerUnreachable, RequestError):
+            self.counters.add("num_request_failures")  # the sending itself reports what is wrong
 
     async def _interrupted(self, flight: Flight, part: Part) -> None:
         flight.num_interruptions += 1

@@ -34,57 +34,47 @@ class Ledger:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
+        self._path = path
         self._file: int | None = None
 
     def record(
-        self, task_id: str, event: Event, version: int | None = None, step: int | None = None, reason: str = ""
+        self, task_id: str, event: Event, version: int | None = None, step: int | None = None, reason: str | None = None
     ) -> None:
-        line: dict[str, Any] = {"task": task_id, "event": event}
-        if version is not None:
-            line["version"] = version
-        if step is not None:
-            line["step"] = step
-        if reason:
-            line["reason"] = reason
-        self._append(line)
+        self._open()
+        line = {"task": task_id, "event": event, "version": version, "step": step, "reason": reason}
+        self._append({key: value for key, value in line.items() if value is not None})
 
     def resume(self, kept_bytes: int, step: int) -> None:
-        """Void what was written after the recovery point of `step` finished steps, whose `num_bytes` was given."""
-        self._open()
-        self._append({"event": "recovered", "step": step, "kept_bytes": kept_bytes})
+        """Before anything is recorded: void what was written after the recovery point of `step` finished steps, whose
+        `num_bytes` was given."""
+        self._open(kept_bytes, step)
 
     def num_bytes(self) -> int:
         """Length of the file: what is written later is void if the run recovers from here."""
-        self._open_fresh()
+        self._open()
         return 0 if self._file is None else os.fstat(self._file).st_size
 
     def close(self) -> None:
+        """Nothing is kept from now on: a late line would stand for a task that was dropped already."""
         if self._file is not None:
             os.close(self._file)
-            self._file = None
+        self._path = self._file = None
+
+    def _open(self, kept_bytes: int = 0, step: int = 0) -> None:
+        if self._path is None or self._file is not None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        size = os.fstat(self._file).st_size
+        if not size:
+            return
+        if os.pread(self._file, 1, size - 1) != b"\n":
+            os.write(self._file, b"\n")  # end the line that a kill tore
+        self._append({"event": "recovered", "step": step, "kept_bytes": kept_bytes})
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._open_fresh()
         if self._file is not None:
             os.write(self._file, (json.dumps({**line, "at": round(time.time(), 3)}) + "\n").encode())
-
-    def _open_fresh(self) -> None:
-        if self.path is None or self._file is not None:
-            return
-        self._open()
-        assert self._file is not None
-        if os.fstat(self._file).st_size:
-            self._append({"event": "recovered", "step": 0, "kept_bytes": 0})
-
-    def _open(self) -> None:
-        if self.path is None or self._file is not None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")  # end the line that a kill tore
 
 
 @dataclass

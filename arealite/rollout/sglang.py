@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
 from arealite.api.types import FinishReason, GenerationRequest, WeightUpdateMeta, as_record
@@ -27,28 +27,8 @@ class Part:
     text: str
 
 
-class Backend(Protocol):
-    """What the client must know about a server's protocol. Bodies are JSON-ready dicts."""
-
-    name: str
-
-    def generate_body(self, request: GenerationRequest, wire_id: str, so_far: list[int]) -> dict[str, Any]: ...
-
-    def parse_part(self, answer: Any, server_id: str) -> Part: ...
-
-    def score_body(self, tokens: list[int], wire_id: str) -> dict[str, Any]: ...
-
-    def parse_scores(self, answer: Any, num_tokens: int, server_id: str) -> list[float]: ...
-
-    def update_call(self, meta: WeightUpdateMeta, pause_mode: str) -> tuple[str, dict[str, Any]]: ...
-
-    def parse_receipt(self, answer: Any, meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None: ...
-
-
 class SGLangBackend:
-    """SGLang as released. It cannot confirm single tensors, so its updates have no receipt."""
-
-    name = "sglang"
+    """SGLang as released. It cannot confirm single tensors, so its updates have no receipt. Bodies are JSON-ready."""
 
     def generate_body(self, request: GenerationRequest, wire_id: str, so_far: list[int]) -> dict[str, Any]:
         """Body of POST /generate that continues after `so_far`, the tokens sampled before an interruption."""
@@ -79,7 +59,7 @@ class SGLangBackend:
         """Read an answer of /generate.
 
         Raises:
-            RequestError: the answer breaks the protocol, or holds a logprob that is not a number.
+            RequestError: the answer breaks the protocol, holds a logprob that is not a number, or is an error.
         """
         try:
             notes = answer["meta_info"]
@@ -92,19 +72,17 @@ class SGLangBackend:
                 f"{server_id} answered /generate without {error}; expected output_ids and meta_info with"
                 " finish_reason, as SGLang sends them"
             ) from error
+        _check_error(finish, server_id)
         if len(entries) != len(token_ids) or [e[1] for e in entries] != token_ids:
             raise RequestError(
                 f"{server_id} sent {len(token_ids)} tokens and {len(entries)} logprobs that do not belong together"
             )
         if reason not in ("stop", "length", "abort"):
             raise RequestError(f"{server_id} sent the finish reason {reason!r}; expected stop, length or abort")
-        logprobs = [entry[0] for entry in entries]
-        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in logprobs):
-            raise RequestError(f"{server_id} sent a logprob that is not a finite number: its weights may hold NaN")
         matched = finish.get("matched")
         return Part(
             token_ids=token_ids,
-            logprobs=[float(x) for x in logprobs],
+            logprobs=_finite([entry[0] for entry in entries], server_id),
             versions=_token_versions(notes, len(token_ids), server_id),
             finish_reason=reason,
             matched=matched[0] if isinstance(matched, list) else matched,
@@ -122,15 +100,15 @@ class SGLangBackend:
         }
 
     def parse_scores(self, answer: Any, num_tokens: int, server_id: str) -> list[float]:
-        """`num_tokens` logprobs; the first, which has no context, is 0."""
+        """`num_tokens` logprobs; the first, which has no context, is 0. Raises RequestError as `parse_part` does."""
         try:
-            entries = answer["meta_info"]["input_token_logprobs"]
-            values = [float("nan") if entry[0] is None else float(entry[0]) for entry in entries]
+            _check_error(answer["meta_info"]["finish_reason"], server_id)
+            values = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]]
         except (KeyError, TypeError, IndexError) as error:
             raise RequestError(f"{server_id} answered a scoring request without input_token_logprobs") from error
         if len(values) != num_tokens:
             raise RequestError(f"{server_id} scored {len(values)} tokens; expected {num_tokens}")
-        return [0.0, *values[1:]] if values else []
+        return [0.0, *_finite(values[1:], server_id)][:num_tokens]
 
     def update_call(self, meta: WeightUpdateMeta, pause_mode: str) -> tuple[str, dict[str, Any]]:
         """Path and body of the request that loads `meta`."""
@@ -155,8 +133,6 @@ class SGLangBackend:
 class NativeBackend(SGLangBackend):
     """The built-in server (`arealite serve`): the same protocol, shared memory, and checksums of live parameters."""
 
-    name = "native"
-
     def update_call(self, meta: WeightUpdateMeta, pause_mode: str) -> tuple[str, dict[str, Any]]:
         names = sorted(meta.checksums)
         if meta.kind == "disk":
@@ -176,6 +152,18 @@ class NativeBackend(SGLangBackend):
         if not isinstance(checksums, dict):
             raise WeightSyncError(f"{server_id} took version {meta.version} without checksums of its parameters")
         return {name: int(value) for name, value in checksums.items()}
+
+
+def _check_error(finish: dict[str, Any], server_id: str) -> None:
+    """An abort with an error class is the server's failure (NaN logits, say), not an interruption to go on from."""
+    if finish["type"] == "abort" and finish.get("err_type"):
+        raise RequestError(f"{server_id} ended the request with {finish['err_type']}: {finish.get('message')}")
+
+
+def _finite(values: list[Any], server_id: str) -> list[float]:
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in values):
+        raise RequestError(f"{server_id} sent a logprob that is not a finite number: its weights may hold NaN")
+    return [float(x) for x in values]
 
 
 def _token_versions(notes: dict[str, Any], num_tokens: int, server_id: str) -> list[int]:

@@ -1,33 +1,70 @@
-"""One answer for all trainer ranks: rank 0 takes a step's groups, every rank gets its share, or rank 0's error.
+"""One step's groups for all trainer ranks: rank 0 takes them, every rank gets its packed share, or rank 0's error.
 
 Called by client.py.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+
+import numpy as np
 
 from arealite.api.engine import Collective
 from arealite.api.errors import ArealiteError, WorkflowError
 from arealite.api.types import Batch, Group
-from arealite.rollout.batching import split_batch
+
+BEAT_S = 5.0  # how often rank 0 tells the waiting ranks that it goes on
+
+Beat = Callable[[], None]
 
 
-def take_and_share(take: Callable[[], list[Group]], collective: Collective | None) -> Batch:
-    """Collective: `take` runs on rank 0 only; returns this rank's share. What `take` raises is raised on all ranks."""
+def take_and_share(take: Callable[[Beat], list[Group]], collective: Collective | None) -> Batch:
+    """Collective: `take` runs on rank 0 only; what it raises is raised on all ranks. While it waits it calls the
+    function that it is given at least every BEAT_S, so that the other ranks' waits do not reach their limit.
+
+    Consumes: rank 0's groups. Produces: this rank's share. Waits for: rank 0, each time at most the collective's
+    limit. Unblocked by: a share, a beat (None), rank 0's error, or the failure of the collective.
+    """
     if collective is None or collective.world_size == 1:
-        return split_batch(take(), 1)[0]
+        return Batch.pack(take(lambda: None))
+    size = collective.world_size
     if collective.rank != 0:
-        share = collective.scatter(None)
+        while (share := collective.scatter(None)) is None:
+            pass
         if isinstance(share, Exception):
             raise share
         return share
+    last = time.monotonic()
+
+    def beat() -> None:
+        nonlocal last
+        if time.monotonic() - last >= BEAT_S:
+            collective.scatter([None] * size)
+            last = time.monotonic()
+
     try:
-        shares = split_batch(take(), collective.world_size)
+        shares = split_batch(take(beat), size)
     except Exception as error:  # user code lies below: the other ranks wait in scatter and must hear of it
-        collective.scatter([_for_other_ranks(error)] * collective.world_size)
+        collective.scatter([_for_other_ranks(error)] * size)
         raise
     return collective.scatter(list(shares))
+
+
+def split_batch(groups: list[Group], num_ranks: int) -> list[Batch]:
+    """Whole groups, packed, one batch per rank; group ids and `num_groups` are those of the whole step.
+
+    The longest group first, each to the rank with the fewest tokens: the fullest rank has at most 4/3 of the best
+    possible (Graham 1969). A rank gets an empty batch when there are fewer groups than ranks.
+    """
+    whole = Batch.pack(groups)
+    num_tokens = np.bincount(whole.group_ids, weights=whole.lengths, minlength=len(groups))
+    rank_of = np.zeros(len(groups), np.int64)
+    load = np.zeros(num_ranks)
+    for group in np.argsort(-num_tokens, kind="stable"):
+        rank_of[group] = rank = load.argmin()
+        load[rank] += num_tokens[group]
+    return [whole.select(np.flatnonzero(rank_of[whole.group_ids] == rank)) for rank in range(num_ranks)]
 
 
 def _for_other_ranks(error: Exception) -> Exception:

@@ -34,15 +34,14 @@ def servers_at(addresses: list[str]) -> list[Server]:
 
 
 class Transport:
-    """The HTTP session. Lives in one asyncio loop."""
+    """The HTTP session; made when it is first used, because it belongs to the asyncio loop of that moment."""
 
     def __init__(self) -> None:
-        # limit=0: the default pool of 100 connections would silently queue requests in the client.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
-        await self._session.close()
+        if self._session is not None:
+            await self._session.close()
 
     async def post(self, server: Server, path: str, body: dict[str, Any], limit_s: float | None = None) -> Any:
         """The JSON answer of a POST (None when empty). `limit_s` None: the caller bounds the wait.
@@ -51,46 +50,39 @@ class Transport:
             RequestError: HTTP 4xx, or an answer that is not JSON.
             ServerUnreachable: no connection, HTTP 5xx, 408, 425 or 429, or no answer within the limit.
         """
-        return await self._exchange("POST", server, path, body, limit_s)
-
-    async def get(self, server: Server, path: str, limit_s: float | None = None) -> Any:
-        """The JSON answer of a GET; errors as in `post`."""
-        return await self._exchange("GET", server, path, None, limit_s)
-
-    async def alive(self, server: Server, path: str, limit_s: float) -> str:
-        """What is wrong with GET `path`; empty when it answers 200."""
-        try:
-            async with asyncio.timeout(limit_s), self._session.get(server.url + path) as answer:
-                return "" if answer.status == 200 else f"HTTP {answer.status}"
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            return described(error)
-
-    async def _exchange(
-        self, method: str, server: Server, path: str, body: dict[str, Any] | None, limit_s: float | None
-    ) -> Any:
         where = f"{server.id} ({server.url}{path})"
         try:
-            async with (
-                asyncio.timeout(limit_s),
-                self._session.request(method, server.url + path, json=body) as answer,
-            ):
+            async with asyncio.timeout(limit_s), self._opened().post(server.url + path, json=body) as answer:
                 status, text = answer.status, await answer.text()
         except TimeoutError as error:
             raise ServerUnreachable(f"{where} gave no answer within {limit_s} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerUnreachable(f"{where} cannot be reached: {described(error)}") from error
+            raise ServerUnreachable(f"{where} cannot be reached: {_described(error)}") from error
         if status >= 500 or status in RETRYABLE_STATUS:
             raise ServerUnreachable(f"{where} failed with HTTP {status}: {text[:MAX_SHOWN]}")
         if status >= 400:
             raise RequestError(f"{where} refused the request with HTTP {status}: {text[:MAX_SHOWN]}")
-        if not text.strip():
-            return None
         try:
-            return json.loads(text)
+            return json.loads(text) if text.strip() else None
         except ValueError as error:
             raise RequestError(f"{where} answered something that is not JSON: {text[:MAX_SHOWN]}") from error
 
+    async def wrong_with(self, server: Server, path: str, limit_s: float) -> str:
+        """What is wrong with GET `path`; empty when it answers 200."""
+        try:
+            async with asyncio.timeout(limit_s), self._opened().get(server.url + path) as answer:
+                return "" if answer.status == 200 else f"HTTP {answer.status}"
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            return _described(error)
 
-def described(error: BaseException) -> str:
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            # limit=0: the default pool of 100 connections would silently queue requests in the client.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        return self._session
+
+
+def _described(error: BaseException) -> str:
     """The error's text, or its class where it has none."""
     return str(error) or type(error).__name__
