@@ -15,9 +15,3 @@ def format_reward(
     """1.0 for `<think>...</think><answer>...</answer>` with each tag once and nothing around, else 0.0."""
     once = all(completion.count(tag) == 1 for tag in TAGS)
     return float(once and THINK_ANSWER.fullmatch(completion) is not None)
-
-
-def answer_in_tags(completion: str) -> str:
-    """What stands between the last pair of answer tags; the whole completion without them."""
-    found = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-    return found[-1].strip() if found else completion

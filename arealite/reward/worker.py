@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import math
@@ -53,7 +54,7 @@ class Score:
 
 def checked_score(result: Any) -> Score:
     """The reward function's result as a Score; `error` is set when it is not a finite number or a dict of such."""
-    values = dict(result) if isinstance(result, dict) else {"reward": result}
+    values = result if isinstance(result, dict) else {"reward": result}
     if "reward" not in values:
         return Score(error=f'the reward function returned a dict without "reward": it has {sorted(map(str, values))}')
     for name, value in values.items():
@@ -67,10 +68,8 @@ def checked_score(result: Any) -> Score:
 def run_call(reward_fn: Callable[..., Any], call: Call) -> Score:
     """Call the function; whatever it raises becomes text."""
     try:
-        result = reward_fn(
-            call.prompt, call.completion, call.prompt_ids, call.completion_ids, **{**call.extras, "answer": call.answer}
-        )
-        return checked_score(result)
+        named = {**call.extras, "answer": call.answer}
+        return checked_score(reward_fn(call.prompt, call.completion, call.prompt_ids, call.completion_ids, **named))
     except BaseException:  # user code: sys.exit() or its own alarm must not end the worker, and the text is reported
         return Score(error=traceback.format_exc())
 
@@ -98,12 +97,9 @@ def serve(pipe: Connection) -> None:
         pipe.send(Score(error=traceback.format_exc()))
         return
     pipe.send(Score())
-    while True:
-        try:
-            call = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(run_call(reward_fn, call))
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(run_call(reward_fn, pipe.recv()))
 
 
 def die_with(parent_pid: int) -> None:

@@ -45,8 +45,7 @@ class RemoteInferenceEngine:
     def __init__(
         self, config: InferenceEngineConfig, backend: SGLangBackend, seed: int = 1, ledger_path: Path | None = None
     ) -> None:
-        run_dir = os.environ.get(RUN_DIR_VARIABLE)
-        if ledger_path is None and run_dir:
+        if ledger_path is None and (run_dir := os.environ.get(RUN_DIR_VARIABLE)):
             ledger_path = RunFolder(Path(run_dir)).ledger
         self.config = config
         self.backend = backend
@@ -156,9 +155,7 @@ class RemoteInferenceEngine:
         Raises:
             WaitTimeout: fewer were finished after `timeout_s`; none is lost by that.
         """
-        groups = self._live.run(self._live.executor.collect(num_groups), "rollout.wait", timeout_s)
-        assert groups is not None
-        return groups
+        return self._live.run(self._live.executor.collect(num_groups), "rollout.wait", timeout_s) or []
 
     def mark_trained(self, step: int, skipped: bool = False) -> None:
         """Note in the ledger that the batch taken last was trained on in `step` (from 0), or dropped with it."""

@@ -52,7 +52,7 @@ class Gate:
             self._open.set()
 
     async def passed(self) -> None:
-        """Returns when the gate is open. Unblocked by `open` (resume), or cancelled by destroy."""
+        """Waits until the gate is open. Unblocked by `open` (resume), or cancelled by destroy."""
         await self._open.wait()
 
     def clock_s(self) -> float:

@@ -21,7 +21,7 @@ class Router:
         self.servers = servers
         self.num_queued_tokens = {server.id: 0 for server in servers}
         self._home: OrderedDict[str, Server] = OrderedDict()
-        self._avoided_until: dict[str, float] = {}
+        self._avoided_until = {server.id: 0.0 for server in servers}
 
     def acquire(self, group_id: str, num_tokens: int) -> Server:
         """The server for a request of about `num_tokens`; give it back with `release`."""
@@ -39,10 +39,7 @@ class Router:
     def release(self, server: Server, num_tokens: int, failed: bool = False) -> None:
         """The request has left the server; `failed`: it could not be reached, so others go first for a while."""
         self.num_queued_tokens[server.id] -= num_tokens
-        if failed:
-            self._avoided_until[server.id] = time.monotonic() + AVOIDED_S
-        else:
-            self._avoided_until.pop(server.id, None)
+        self._avoided_until[server.id] = time.monotonic() + AVOIDED_S if failed else 0.0
 
     def _avoided(self, server: Server) -> bool:
-        return self._avoided_until.get(server.id, 0.0) > time.monotonic()
+        return self._avoided_until[server.id] > time.monotonic()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,14 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from arealite.api.cli_args import GenerationHyperparameters, InferenceEngineConfig
 from arealite.api.engine import InferenceEngine
 from arealite.api.errors import ConfigError, RequestError, RewardError
-from arealite.api.types import Completion, GenerationRequest, Task, Trajectory
+from arealite.api.types import GenerationRequest, Task, Trajectory
 from arealite.reward.pool import RewardFunction, RewardPool
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    text: str
-    ids: list[int]
 
 
 class RLVRWorkflow:
@@ -61,12 +54,12 @@ class RLVRWorkflow:
         Raises:
             RequestError: prompt and answer do not fit into the context, or the server refused the request.
         """
-        prompt = self._prompt(task)
+        text, ids = self._prompt(task)
         members = [
-            asyncio.ensure_future(self._run_member(engine, task, prompt, i)) for i in range(self.gconfig.n_samples)
+            asyncio.ensure_future(self._run_member(engine, task, i, text, ids)) for i in range(self.gconfig.n_samples)
         ]
         try:
-            return list(await asyncio.gather(*members))
+            return await asyncio.gather(*members)
         finally:
             for member in members:
                 member.cancel()  # one has failed, or the episode is cancelled: the others' answers are of no use
@@ -75,7 +68,7 @@ class RLVRWorkflow:
         """End the reward workers."""
         self.pool.close()
 
-    def _prompt(self, task: Task) -> _Prompt:
+    def _prompt(self, task: Task) -> tuple[str, list[int]]:
         if task.messages is not None:
             text = self.tokenizer.apply_chat_template(
                 task.messages, tokenize=False, add_generation_prompt=True, **self.template_options
@@ -93,15 +86,17 @@ class RLVRWorkflow:
                 f" is more than the context of {self.context_length}. Set train_dataset.max_prompt_tokens, lower"
                 " gconfig.max_new_tokens, or raise server.context_length"
             )
-        return _Prompt(text, ids)
+        return text, ids
 
-    async def _run_member(self, engine: InferenceEngine, task: Task, prompt: _Prompt, member: int) -> Trajectory:
+    async def _run_member(
+        self, engine: InferenceEngine, task: Task, member: int, prompt_text: str, prompt_ids: list[int]
+    ) -> Trajectory:
         g = self.gconfig
         started = time.monotonic()
         completion = await engine.agenerate(
             GenerationRequest(
                 rid=f"{task.id}.{member}",
-                input_ids=prompt.ids,
+                input_ids=prompt_ids,
                 max_new_tokens=g.max_new_tokens,
                 min_new_tokens=g.min_new_tokens,
                 temperature=g.temperature,
@@ -114,30 +109,26 @@ class RLVRWorkflow:
             )
         )
         generated = time.monotonic()
-        text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        outcome = await self._reward(task, prompt, completion, text)
-        num_prompt, num_new = len(prompt.ids), len(completion.token_ids)
+        ids, num_prompt = completion.token_ids, len(prompt_ids)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        outcome: dict[str, Any] = {"status": "failed", "error": f"{completion.server_id} sampled no token"}
+        if ids:
+            try:
+                score = await self.pool.score(prompt_text, text, prompt_ids, ids, task.answer, task.extras)
+                outcome = {"reward": score.reward, "reward_parts": score.parts}
+            except RewardError as error:
+                outcome = {"status": "reward_error", "error": str(error)}
         return Trajectory(
             task_id=task.id,
             member=member,
-            tokens=[*prompt.ids, *completion.token_ids],
-            loss_mask=[False] * num_prompt + [True] * num_new,
+            tokens=[*prompt_ids, *ids],
+            loss_mask=[False] * num_prompt + [True] * len(ids),
             logprobs=[0.0] * num_prompt + completion.logprobs,
             versions=[-1] * num_prompt + completion.versions,
             finish_reason=completion.finish_reason,
-            prompt_text=prompt.text,
+            prompt_text=prompt_text,
             completion_text=text,
             generate_s=generated - started,
             reward_s=time.monotonic() - generated,
-            **outcome,
+            **{"reward": None, **outcome},
         )
-
-    async def _reward(self, task: Task, prompt: _Prompt, completion: Completion, text: str) -> dict[str, Any]:
-        """Reward, parts, status and error of one answer, as fields of its trajectory."""
-        if not completion.token_ids:
-            return {"reward": None, "status": "failed", "error": f"{completion.server_id} sampled no token"}
-        try:
-            score = await self.pool.score(prompt.text, text, prompt.ids, completion.token_ids, task.answer, task.extras)
-        except RewardError as error:
-            return {"reward": None, "status": "reward_error", "error": str(error)}
-        return {"reward": score.reward, "reward_parts": score.parts}
