@@ -31,7 +31,8 @@ def actor_config(path, **changes) -> PPOActorConfig:
 
 
 def random_batch(num_groups=4, size=3, prompt=7, longest=9, seed=0, vocabulary=49152) -> Batch:
-    """Groups with a prompt each; some answers share their first tokens, one has a turn of the user in the middle."""
+    """Groups with a prompt each; some answers share their first tokens, one has a turn of the user in the middle. In
+    the second group the second answer equals the first one, and the others are its beginning."""
     rng = np.random.default_rng(seed)
     rows, masks, groups = [], [], []
     for group in range(num_groups):
@@ -40,6 +41,8 @@ def random_batch(num_groups=4, size=3, prompt=7, longest=9, seed=0, vocabulary=4
         for member in range(size):
             answer = rng.integers(1, vocabulary, rng.integers(3, longest + 1))
             answer[0] = first if member % 2 else answer[0]
+            if group == 1 and member:
+                answer = rows[-member][len(start) :][: None if member == 1 else 2]
             mask = np.ones(len(answer), bool)
             mask[1:2] = member != 2
             rows.append(np.concatenate([start, answer]))
@@ -83,6 +86,7 @@ def outcome(path: str, case: str, rank: int, world_size: int) -> dict:
     actor = FSDPPPOActor(actor_config(path, **RANK_CASES[case]))
     actor.initialize()
     stats = train_one_step(actor, share(random_batch(), rank, world_size, case == "all on one rank"))
+    actor.compute_logp(share(random_batch(), rank, world_size))  # leaves gathered copies, which are not the state
     weights = {name: t.double() for name, t in actor.named_full_tensors()}
     del stats["update_s"]
     sums = {name: [float(t.sum()), float(t.square().sum()), float(t.flatten()[7])] for name, t in weights.items()}

@@ -7,16 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arealite.algorithm.advantage import broadcast_to_tokens, kl_to_go
-from arealite.algorithm.kl import kl_loss, kl_value
+from arealite.algorithm.advantage import kl_to_go, overlong_penalty, shape_rewards
 from arealite.algorithm.policy_loss import (
     Denominators,
     behaviour_weight,
     clipped_loss,
+    kl_loss,
+    kl_value,
     policy_ratio,
     token_weights,
 )
-from arealite.algorithm.reward import overlong_penalty, shape_rewards
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 LENGTHS = st.lists(st.integers(1, 5), min_size=1, max_size=6)
@@ -126,6 +126,15 @@ def test_extreme_ratios_stay_finite():
     assert not is_clipped.any()
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("correction", ["none", "mask", "truncate"])
+def test_no_correction_hides_a_nan(correction, level):
+    """A server's NaN logprob must reach the loss, where it stops the update; it must not look like a masked token."""
+    zeros, behaviour = torch.zeros(3), torch.tensor([0.0, math.nan, -9.0])
+    weight = behaviour_weight(zeros, behaviour, torch.tensor([0, 1, 2]), level, correction, 2.0)
+    assert [math.isnan(w) for w in weight.tolist()] == [False, True, False]
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_values_and_gradients_are_those_of_the_divergence(estimator):
     """Over all tokens of a small distribution, weighed by their probability: value (k1, k3) and gradient of KL."""
@@ -183,7 +192,6 @@ def test_kl_to_go_equals_the_plain_loop(lengths, seed, gamma):
         at += length
         expected += [sum(gamma ** (k - t) * own[k] for k in range(t, length)) for t in range(length)]
     assert kl_to_go(rewards, sequence_of, gamma).tolist() == pytest.approx(expected, abs=1e-12)
-    assert broadcast_to_tokens(torch.arange(len(lengths)), sequence_of).tolist() == sequence_of.tolist()
 
 
 def test_kl_to_go_of_sequences_without_tokens():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_batches import actor_config, random_batch, train_one_step
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 from arealite.api.cli_args import NormConfig, OptimizerConfig
 from arealite.api.errors import ConfigError, NumericalError
@@ -99,56 +99,6 @@ def test_order_of_sequences_does_not_matter(tiny_llama):
     assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
 
 
-def test_the_gradient_is_that_of_the_plain_loss(tiny_llama):
-    """Against autograd through transformers, sequence by sequence, with every part of the loss switched on."""
-    batch = random_batch(num_groups=2)
-    batch.ref_logp = batch.logprobs - 0.1
-    actor = make(tiny_llama, kl_weight=0.2, kl_estimator="k2", entropy_weight=0.05, optimizer=OptimizerConfig(lr=0.0))
-    batch.prox_logp = actor.compute_logp(batch) + 0.05
-    batch.logprobs = np.where(batch.loss_mask, batch.prox_logp - 0.1, 0).astype(np.float32)
-    actor.compute_advantages(batch)
-    stats = actor.grpo_update(batch)
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    total = 0.0
-    for i in range(batch.num_sequences):
-        span = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
-        ids = torch.from_numpy(batch.tokens[span])[None]
-        all_logp = model(ids).logits[0].log_softmax(-1)[:-1]
-        keep = torch.from_numpy(batch.loss_mask[span][1:])
-        logp = all_logp.gather(1, ids[0, 1:, None])[:, 0][keep]
-        entropy = -(all_logp.exp() * all_logp).sum(-1)[keep]
-        prox, old, ref, adv = (
-            torch.from_numpy(x[span][1:])[keep]
-            for x in (batch.prox_logp, batch.logprobs, batch.ref_logp, batch.advantages)
-        )
-        ratio, weight = (logp - prox).exp(), (prox - old).exp()
-        loss = weight * torch.maximum(-adv * ratio, -adv * ratio.clamp(0.8, 1.2))
-        importance = (ratio * weight).detach()
-        loss = loss + 0.2 * importance * (logp - ref).square() / 2 - 0.05 * entropy
-        total = total + loss.sum() / batch.loss_mask.sum()
-    total.backward()
-    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    assert stats["loss"] == pytest.approx(total.item(), rel=1e-4)
-    assert stats["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-
-
-def test_without_prox_logp_the_proximal_policy_is_the_current_one(tiny_llama):
-    batch = random_batch()
-    given, left_out = make(tiny_llama), make(tiny_llama)
-    assert not given.needs_prox_logp
-    a = train_one_step(given, batch)
-    mine = replace(batch, prox_logp=None)
-    left_out.compute_advantages(mine)
-    b = left_out.grpo_update(mine)
-    for name in ("loss", "grad_norm", "importance_weight_mean", "importance_weight_max"):
-        assert b[name] == pytest.approx(a[name], rel=1e-4), name
-    with pytest.raises(ConfigError, match="prox_logp"):
-        two = make(tiny_llama, ppo_n_minibatches=2)
-        assert two.needs_prox_logp
-        two.grpo_update(mine)
-
-
 def test_advantages(tiny_llama):
     batch = random_batch(num_groups=3, size=4)
     batch.rewards = np.asarray([1, 0, 0, 0, 0.7, 0.7, 0.7, 0.7, 0, 1, 0, 1], np.float64)
@@ -201,6 +151,10 @@ def test_truncated_answers_leave_the_loss_by_their_finish_reason(tiny_llama):
     stats = train_one_step(masked, batch)
     kept = np.repeat(~batch.truncated, batch.lengths) & batch.loss_mask
     assert stats["num_tokens"] == kept.sum() < batch.loss_mask.sum()
+    whitened = replace(batch)
+    make(tiny_llama, mask_truncated=True, adv_norm=NormConfig("batch", "batch")).compute_advantages(whitened)
+    left = whitened.advantages[kept]
+    assert left.mean() == pytest.approx(0, abs=1e-5) and left.std(ddof=1) == pytest.approx(1, abs=1e-4)
     by_hand = make(tiny_llama)
     mine = replace(batch)
     mine.prox_logp = by_hand.compute_logp(mine)
@@ -256,7 +210,7 @@ def test_bad_numbers_skip_the_update_and_stop_the_run_at_the_third(tiny_llama, c
             actor.hf_model.model.layers[1].mlp.up_proj.weight.to_local()[3, 3] = np.inf
         for module in actor._sharded:
             module.reshard()
-        expected = "first bad gradient is model.*first bad weight is model.layers.1.mlp.up_proj.weight"
+        expected = "weight model.layers.1.mlp.up_proj.weight is not finite; gradient of model"
     with caplog.at_level(logging.WARNING):
         stats = actor.grpo_update(batch)
     assert stats["skipped"] == 1 and stats["num_skipped_updates"] == 1 and actor.version == 1
@@ -269,6 +223,17 @@ def test_bad_numbers_skip_the_update_and_stop_the_run_at_the_third(tiny_llama, c
     actor.grpo_update(batch)
     with pytest.raises(NumericalError, match="3 in a row"):
         actor.grpo_update(batch)
+
+
+def test_gradients_are_clipped_by_their_norm_over_all_weights(tiny_llama):
+    norm = train_one_step(make(tiny_llama), random_batch())["grad_norm"]
+    moments = []
+    for limit in (1e9, norm / 4):
+        actor = make(tiny_llama, optimizer=OptimizerConfig(lr=1e-3, beta1=0.0, max_grad_norm=limit))
+        assert train_one_step(actor, random_batch())["grad_norm"] == pytest.approx(norm)
+        moments.append([actor.optimizer.state[p]["exp_avg"].to_local() for p in actor.optimizer.state])
+    for straight, clipped in zip(*moments, strict=True):
+        torch.testing.assert_close(clipped, straight / 4, rtol=1e-4, atol=1e-8)
 
 
 def test_no_sequences_at_all(tiny_llama):
@@ -285,6 +250,19 @@ def test_a_frozen_reference_scores_and_does_not_train(tiny_llama):
     batch = random_batch()
     np.testing.assert_allclose(ref.compute_logp(batch), make(tiny_llama).compute_logp(batch), atol=1e-6)
     assert not any(p.requires_grad for p in ref.model.parameters())
+
+
+@pytest.mark.parametrize("layer", ["conv", "chunked_attention"])
+def test_models_whose_tokens_meet_outside_of_full_attention_are_refused(tmp_path, layer):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": [layer, "full_attention"]}
+    if layer == "conv":
+        model = Lfm2ForCausalLM(Lfm2Config(**sizes, **heads))
+    else:
+        model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, num_local_experts=2, intermediate_size_mlp=32))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"outside of full attention .*{layer}"):
+        make(tmp_path)
 
 
 def test_wrong_models_are_refused(tmp_path):

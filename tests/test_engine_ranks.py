@@ -13,13 +13,13 @@ from engine_batches import RANK_CASES, outcome
 LIMIT_S = 240.0
 
 
-def run_ranks(code: list[str], port: int, world_size: int = 2) -> list[str]:
-    """Start one process per rank; returns their output, ends them all in any case."""
+def run_ranks(code: list[str], port: int, num_started: int = 2) -> list[str]:
+    """Start one process per rank, of two; returns their output, ends them all in any case."""
     ranks = []
     try:
-        for rank in range(world_size):
+        for rank in range(num_started):
             env = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}",
             }  # fmt: skip
@@ -66,7 +66,7 @@ def test_two_ranks_resume_and_agree_on_bad_numbers(two_ranks):
         assert found["resumed"][0] == found["resumed"][1]
         assert found["updates"] == [2, 2]
         assert found["skipped"] == 1
-        assert "2 in a row" in found["error"] and "rank 1; loss of micro-batch 0" in found["error"]
+        assert "2 in a row" in found["error"] and "rank 1: loss of micro-batch 0" in found["error"]
 
 
 COLLECTIVE = """
@@ -98,6 +98,21 @@ if c.rank == 0:
         print("STALL", error)
 c.barrier("end")
 """
+
+ALONE = """
+import torch
+from arealite.api.errors import WaitTimeout
+from arealite.engine.parallel import join_ranks
+try:
+    join_ranks(torch.device("cpu"), 1.0)
+except WaitTimeout as error:
+    print("STALL", error)
+"""
+
+
+def test_a_rank_that_never_joins_is_named(free_port):
+    (output,) = run_ranks(["-c", ALONE], free_port, num_started=1)
+    assert "STALL" in output and "trainer ranks joining" in output and "rank 1" in output
 
 
 def test_collective(free_port):

@@ -34,47 +34,32 @@ def normalise(
     point their mean can differ from them by a rounding error, which a tiny deviation would blow up to order 1.
     """
     x = x.to(torch.float64)
+    moments = {level: _moments(x, groups, level, all_reduce) for level in dict.fromkeys((mean, std)) if level != "none"}
     y = x
-    flat = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
     if mean != "none":
-        sets, reduce = _sets(mean, groups, all_reduce)
-        count, total, constant = _moments(x, sets, reduce)
-        if leave_one_out:
-            y = x - (total - x) / (count - 1).clamp(min=1)
-        else:
-            y = x - total / count
-        flat |= constant
+        count, total, _, _ = moments[mean]
+        y = x - ((total - x) / (count - 1).clamp(min=1) if leave_one_out else total / count)
     if std != "none":
-        sets, reduce = _sets(std, groups, all_reduce)
-        count, total, constant = _moments(x, sets, reduce)
-        squares = _sum_by(sets, (x - total / count).square(), reduce)[sets]
-        y = y / ((squares / (count - 1).clamp(min=1)).sqrt() + eps)
-        flat |= constant
-    return torch.where(flat, torch.zeros_like(y), y)
-
-
-def _sets(level: str, groups: torch.Tensor, all_reduce: AllReduce) -> tuple[torch.Tensor, AllReduce]:
-    if level == "batch":
-        return torch.zeros_like(groups), all_reduce
-    return groups, alone
-
-
-def _num_sets(sets: torch.Tensor) -> int:
-    return int(sets.max()) + 1 if sets.numel() else 1
-
-
-def _sum_by(sets: torch.Tensor, values: torch.Tensor, all_reduce: AllReduce) -> torch.Tensor:
-    """Sum of `values` for every set id, over all ranks."""
-    return all_reduce(values.new_zeros(_num_sets(sets)).index_add_(0, sets, values), "sum")
+        y = y / (moments[std][2] + eps)
+    for *_, constant in moments.values():
+        y = torch.where(constant, 0.0, y)
+    return y
 
 
 def _moments(
-    x: torch.Tensor, sets: torch.Tensor, all_reduce: AllReduce
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For every entry: count and sum of its set, and whether the set's largest and smallest entries are equal."""
-    count = _sum_by(sets, torch.ones_like(x), all_reduce)
-    total = _sum_by(sets, x, all_reduce)
-    lowest = x.new_full((_num_sets(sets),), -torch.inf)
-    largest = all_reduce(lowest.scatter_reduce(0, sets, x, "amax"), "max")
-    smallest = -all_reduce(lowest.scatter_reduce(0, sets, -x, "amax"), "max")
-    return count[sets], total[sets], (largest == smallest)[sets]
+    x: torch.Tensor, groups: torch.Tensor, level: str, all_reduce: AllReduce
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For every entry: count, sum and standard deviation of its set, and whether all entries of the set are equal."""
+    sets, reduce = (torch.zeros_like(groups), all_reduce) if level == "batch" else (groups, alone)
+    num_sets = int(sets.max()) + 1 if sets.numel() else 1
+
+    def sum_of(values: torch.Tensor) -> torch.Tensor:
+        return reduce(values.new_zeros(num_sets).index_add_(0, sets, values), "sum")[sets]
+
+    def largest_of(values: torch.Tensor) -> torch.Tensor:
+        lowest = values.new_full((num_sets,), -torch.inf)
+        return reduce(lowest.scatter_reduce(0, sets, values, "amax"), "max")[sets]
+
+    count, total = sum_of(torch.ones_like(x)), sum_of(x)
+    squares = sum_of((x - total / count).square())
+    return count, total, (squares / (count - 1).clamp(min=1)).sqrt(), largest_of(x) == -largest_of(-x)

@@ -42,11 +42,8 @@ def prefix_tree(sequences: Sequence[np.ndarray]) -> PrefixTree:
     """
     keys = [s.astype(">i8").tobytes() for s in sequences]
     order = np.asarray(sorted(range(len(sequences)), key=keys.__getitem__), dtype=np.int64)
-    paths: list[np.ndarray] = []
-    tokens: list[np.ndarray] = []
-    depth: list[np.ndarray] = []
-    first_node = [0]
-    previous, path = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    previous = path = np.zeros(0, np.int64)
+    paths, tokens, depth, first_node = [], [previous], [previous], [0]
     for i in order.tolist():
         row = sequences[i]
         shared = common_prefix(previous, row)
@@ -57,14 +54,7 @@ def prefix_tree(sequences: Sequence[np.ndarray]) -> PrefixTree:
         first_node.append(first_node[-1] + added)
         paths.append(path)
         previous = row
-    empty = [np.zeros(0, np.int64)]
-    return PrefixTree(
-        tokens=np.concatenate(tokens or empty),
-        depth=np.concatenate(depth or empty),
-        order=order,
-        first_node=np.asarray(first_node, dtype=np.int64),
-        paths=paths,
-    )
+    return PrefixTree(np.concatenate(tokens), np.concatenate(depth), order, np.asarray(first_node), paths)
 
 
 def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -93,7 +83,7 @@ def micro_batches(sequences: Sequence[np.ndarray], group_ids: np.ndarray, capaci
     lexicographic order, where neighbours share most. `group_ids` int64 [n].
     """
     pieces: list[list[int]] = []
-    sizes: list[int] = []
+    sizes: list[int] = []  # tree nodes of each piece
     for group in np.unique(group_ids):
         members = np.flatnonzero(group_ids == group)
         tree = prefix_tree([sequences[i] for i in members.tolist()])

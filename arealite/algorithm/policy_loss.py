@@ -1,4 +1,4 @@
-"""The policy gradient losses of the PPO family, per token, and how tokens are weighed into one number.
+"""The policy gradient losses of the PPO family and the KL to a reference, per token, and how tokens are weighed.
 
 Called by engine/ppo/actor.py. All tensors here hold loss tokens only, end to end: nothing is masked by a product, so
 that a NaN outside the loss cannot leak in.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from arealite.algorithm.kl import MAX_LOG_RATIO
+MAX_LOG_RATIO = 20.0  # beyond it exp() is as good as infinite, and would become one
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ def token_weights(sequence_of: torch.Tensor, aggregation: str, over: Denominator
     1 / (N * T_max). M loss tokens, N sequences, T_i loss tokens of the token's own sequence, which must be whole.
     `sequence_of` int64 [T].
     """
-    ones = torch.ones(sequence_of.shape, dtype=torch.float64, device=sequence_of.device)
+    divisor = torch.ones(sequence_of.shape, dtype=torch.float64, device=sequence_of.device)
     if aggregation == "token-mean":
-        weights = ones / max(over.num_tokens, 1)
+        divisor *= over.num_tokens
     elif aggregation == "seq-mean-token-mean":
-        weights = ones / (max(over.num_sequences, 1) * torch.bincount(sequence_of)[sequence_of])
+        divisor *= over.num_sequences * torch.bincount(sequence_of)[sequence_of]
     else:
-        weights = ones / (max(over.num_sequences, 1) * over.max_tokens)
-    return weights.float()
+        divisor *= over.num_sequences * over.max_tokens
+    return divisor.reciprocal().float()
 
 
 def sequence_mean(x: torch.Tensor, sequence_of: torch.Tensor) -> torch.Tensor:
@@ -76,8 +76,8 @@ def behaviour_weight(
     if level == "sequence":
         log_weight = sequence_mean(log_weight, sequence_of)
     weight = log_weight.exp()
-    if correction == "mask":
-        return torch.where(weight <= cap, weight, torch.zeros_like(weight))
+    if correction == "mask":  # written so that a NaN stays one: the update must not go on without its token
+        return torch.where(weight > cap, 0.0, weight)
     return weight.clamp(max=cap) if correction == "truncate" else weight
 
 
@@ -99,3 +99,32 @@ def clipped_loss(
         loss = torch.where(is_bounded, bound, loss)
         is_clipped = is_clipped | is_bounded
     return loss, is_clipped
+
+
+def kl_value(logp: torch.Tensor, ref_logp: torch.Tensor, estimator: str) -> torch.Tensor:
+    """Per-token estimate, with d = logp - ref_logp and tokens sampled from the policy; any shape.
+
+    k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (http://joschu.net/blog/kl-approx.html). k1 and k3 are unbiased values,
+    k3 and k2 are never negative. -d is bounded by 20 inside exp, which would overflow where the policies have parted.
+    """
+    d = logp - ref_logp
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    return (-d).clamp(max=MAX_LOG_RATIO).exp() - 1 + d
+
+
+def kl_loss(
+    logp: torch.Tensor, ref_logp: torch.Tensor, estimator: str, importance: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """Per-token KL term: the value of `estimator`, with the gradient of KL(policy || reference).
+
+    The gradient of KL is E[d * grad logp], which is that of k2. Differentiating the others as they stand goes wrong:
+    k1's gradient is 0 on average, k3's is that of the reverse divergence. So k1 and k3 keep their value and take k2's
+    gradient. `importance` (no gradient) is policy / behaviour for tokens sampled from an older policy; it makes value
+    and gradient unbiased there (DeepSeek-V3.2, section 3.1).
+    """
+    slope = kl_value(logp, ref_logp, "k2")
+    value = kl_value(logp.detach(), ref_logp, estimator)
+    return importance * (value + slope - slope.detach())

@@ -18,6 +18,11 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that is sharded over the ranks. Collective if it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def full_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, CPU tensor in `dtype`) of a transformers model; a tied weight comes once, by its first name.
 
@@ -28,12 +33,10 @@ def full_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        whole = tensor.detach()
-        if whole.is_floating_point():
-            whole = whole.to(dtype)  # before gathering: half the bytes travel
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
-        yield name, whole.cpu()
+        tensor = tensor.detach()
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)  # before gathering: half the bytes travel
+        yield name, whole(tensor).cpu()
 
 
 def write_folder(path: str, tensors: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, source: str) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from arealite.api.cli_args import TrainEngineConfig
 from arealite.api.engine import InferenceEngine
@@ -18,9 +21,10 @@ from arealite.api.errors import ConfigError, NumericalError, WeightSyncError
 from arealite.api.types import Batch, WeightUpdateMeta
 from arealite.dataset.fetch import resolve_model
 from arealite.engine import export, state
+from arealite.engine.export import whole
 from arealite.engine.micro_batch import MicroBatch, cut, idle
 from arealite.engine.model import PackedLanguageModel, load_model
-from arealite.engine.optim import gradient_norm, learning_rate, local, make_optimizer, scale_down
+from arealite.engine.optim import learning_rate, make_optimizer
 from arealite.engine.parallel import RankCollective, join_ranks, pick_device, shard
 from arealite.weights.handshake import verify
 from arealite.weights.link import WeightLink
@@ -52,11 +56,12 @@ class FSDPEngine:
     collective: RankCollective
 
     def __init__(self, config: TrainEngineConfig, trainable: bool = True) -> None:
-        if config.temperature == 0:
-            raise ConfigError("actor.temperature is 0: greedy answers have no logprobs to train on; set it above 0")
         self.config = config
         self.trainable = trainable
         self.dtype: torch.dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
+        self.temperature: float = 1.0 if config.temperature is None else config.temperature
+        if not self.temperature > 0:
+            raise ConfigError("actor.temperature is 0: greedy answers have no logprobs to train on; set it above 0")
         self.version = 0
         self.num_updates = 0  # optimiser updates applied
         self._planned_updates: int | None = None
@@ -81,8 +86,7 @@ class FSDPEngine:
         self._sharded = shard(self.model, set(self.hf_model._no_split_modules), self.device, self.dtype)
         # Taken here, because modules hold the gathered compute copies instead between the passes.
         self._parameters = dict(self.hf_model.named_parameters())
-        weights = list(self._parameters.values())
-        self.optimizer = make_optimizer(weights, config.optimizer) if self.trainable else None
+        self.optimizer = make_optimizer(self._parameters.values(), config.optimizer) if self.trainable else None
 
     def destroy(self) -> None:
         """Release shared memory and leave the ranks."""
@@ -105,7 +109,7 @@ class FSDPEngine:
         with torch.no_grad():
             for micro in self._micro_batches(batch, "compute_logp"):
                 with self.collective.computing("compute_logp"):
-                    logp, _ = self.model(micro.packed, temperature or self._temperature)
+                    logp, _ = self.model(micro.packed, self.temperature if temperature is None else temperature)
                 out[micro.at] = logp.cpu().numpy()
         return out
 
@@ -119,27 +123,26 @@ class FSDPEngine:
         """
         assert self.optimizer is not None, "the engine was made with trainable=False"
         lr = learning_rate(self.config.optimizer, self.num_updates, self._planned_updates)
-        losses: list[float] = []
-        columns: dict[str, list[float]] = {}
+        columns: dict[str, list[float]] = defaultdict(list)
         micro_batches = self._micro_batches(batch, "update")
         for micro in micro_batches:
             with self.collective.computing("update"):
-                logp, entropy = self.model(micro.packed, self._temperature)
+                logp, entropy = self.model(micro.packed, self.temperature)
                 loss, parts = loss_fn(micro, logp, entropy)
                 loss.backward()
-            losses.append(float(loss.detach()))
-            for name, value in parts.items():
-                columns.setdefault(name, []).append(float(value))
-        columns["loss"] = losses
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                columns[name].append(float(value))
         statistics = self._over_ranks(columns)
         loss_sum = statistics.pop("loss")
-        norm, grads = gradient_norm(list(self._parameters.values()), self.collective.reduce)
+        with self.collective.computing("update"):
+            total_norm = get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+            norm = float(whole(total_norm))
         skipped = not (math.isfinite(loss_sum) and math.isfinite(norm))
         if skipped:
-            self._skip(batch, micro_batches, losses, loss_sum, norm)
+            self._skip(batch, micro_batches, columns["loss"], loss_sum, norm)
         else:
             self._num_bad_steps = 0
-            scale_down(grads, norm, self.config.optimizer.max_grad_norm)
+            clip_grads_with_norm_(self._parameters.values(), self.config.optimizer.max_grad_norm, total_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -155,13 +158,9 @@ class FSDPEngine:
         out: dict[str, float] = {}
         for op, reduce in (("max", max), ("sum", sum)):
             names = [name for name in columns if name.endswith("_max") == (op == "max")]
-            local_values = torch.tensor([reduce(columns[name]) for name in names], dtype=torch.float64)
-            out |= dict(zip(names, self.collective.reduce(local_values, op).tolist(), strict=True))
+            own = torch.tensor([reduce(columns[name]) for name in names], dtype=torch.float64)
+            out |= dict(zip(names, self.collective.reduce(own, op).tolist(), strict=True))
         return out
-
-    @property
-    def _temperature(self) -> float:
-        return 1.0 if self.config.temperature is None else self.config.temperature
 
     def _micro_batches(self, batch: Batch, what: str) -> list[MicroBatch]:
         """This rank's micro-batches, filled up with idle ones to the largest number on any rank."""
@@ -175,25 +174,20 @@ class FSDPEngine:
     ) -> None:
         """Count and explain a bad update; raise on all ranks at the configured number in a row."""
         self._num_bad_steps += 1
-        bad = [i for i, value in enumerate(losses) if not math.isfinite(value)]
-        tasks = sorted({batch.task_ids[s] for i in bad for s in micro_batches[i].sequences})
-        where = ""
-        if bad:
-            where = (
-                f"; loss of micro-batch {bad[0]} of {len(losses)} (tasks {', '.join(tasks[:8])}) is {losses[bad[0]]}"
-            )
-        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        for what, tensors in (("gradient", gradients), ("weight", self._parameters)):
-            found_bad = (name for name, t in tensors.items() if not bool(torch.isfinite(local(t.detach())).all()))
-            name = next(found_bad, None)
-            where += "" if name is None else f"; first bad {what} is {name}"
-        found = self.collective.gather(where)
-        places = "".join(f"\n  rank {rank}{text}" for rank, text in enumerate(found) if text)
+        where: list[str] = []
+        bad = next((i for i, value in enumerate(losses) if not math.isfinite(value)), None)
+        if bad is not None:
+            tasks = sorted({batch.task_ids[s] for s in micro_batches[bad].sequences})
+            where = [f"loss of micro-batch {bad} of {len(losses)} (tasks {', '.join(tasks[:8])}) is {losses[bad]}"]
+        tensors = [(f"weight {name}", p.detach()) for name, p in self._parameters.items()]
+        tensors += [(f"gradient of {name}", p.grad) for name, p in self._parameters.items() if p.grad is not None]
+        shards = ((what, t.to_local()) for what, t in tensors if isinstance(t, DTensor))
+        where += [f"{what} is not finite" for what, shard in shards if not bool(shard.isfinite().all())][:2]
+        found = self.collective.gather("; ".join(where))
         told = (
             f"update {self.num_updates} skipped on all ranks ({self._num_bad_steps} in a row): "
-            f"{'loss' if not math.isfinite(loss) else 'gradient'} is not finite (loss {loss}, gradient norm {norm})"
-            f"{places}"
-        )
+            f"{'gradient' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})"
+        ) + "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(found) if text)
         if self.collective.rank == 0:
             logger.warning(told)
         if self._num_bad_steps >= self.config.max_bad_steps:

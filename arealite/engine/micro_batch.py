@@ -22,10 +22,6 @@ class MicroBatch:
     sequences: np.ndarray  # int64, the batch's sequences in this micro-batch
     sequence_of: torch.Tensor  # int64 [P], index into `sequences`
 
-    @property
-    def num_nodes(self) -> int:
-        return len(self.packed.tokens)
-
 
 def cut(batch: Batch, capacity: int, device: torch.device) -> list[MicroBatch]:
     """Micro-batches of at most `capacity` computed tokens over all sequences that have loss tokens.
@@ -48,37 +44,28 @@ def cut(batch: Batch, capacity: int, device: torch.device) -> list[MicroBatch]:
         chosen.append(i)
         inputs.append(batch.tokens[begin : begin + positions[-1]])
         targets.append(positions)
-    plans = micro_batches(inputs, batch.group_ids[chosen], capacity)
     out = []
-    for members in plans:
+    for members in micro_batches(inputs, batch.group_ids[chosen], capacity):
         tree = prefix_tree([inputs[m] for m in members])
-        sequences = np.asarray([chosen[m] for m in members], dtype=np.int64)
-        nodes, at, sequence_of = _pairs(batch, tree, sequences, [targets[m] for m in members])
-        out.append(_assemble(batch.tokens[at], tree, nodes, at, sequences, sequence_of, device))
+        sequences = np.asarray([chosen[m] for m in members])
+        wanted = [targets[members[m]] for m in tree.order]
+        # For every loss token: the node that predicts it, its place in the batch, its sequence; by ascending node.
+        nodes = np.concatenate([path[positions - 1] for path, positions in zip(tree.paths, wanted, strict=True)])
+        owner = np.repeat(tree.order, [len(positions) for positions in wanted])
+        at = batch.cu_seqlens[sequences[owner]] + np.concatenate(wanted)
+        by_node = np.argsort(nodes, kind="stable")
+        out.append(_assemble(batch.tokens, tree, nodes[by_node], at[by_node], sequences, owner[by_node], device))
     return out
 
 
 def idle(device: torch.device) -> MicroBatch:
     """A micro-batch that asks for nothing: a rank without work takes part in the others' collectives with it."""
-    tree = prefix_tree([np.zeros(1, np.int64)])
     none = np.zeros(0, np.int64)
-    return _assemble(none, tree, none, none, none, none, device)
-
-
-def _pairs(
-    batch: Batch, tree: PrefixTree, sequences: np.ndarray, targets: list[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every loss token: the node that predicts it, its place in the batch, its sequence; by ascending node."""
-    nodes = [path[targets[m] - 1] for m, path in zip(tree.order, tree.paths, strict=True)]
-    at = [batch.cu_seqlens[sequences[m]] + targets[m] for m in tree.order]
-    owner = [np.full(len(targets[m]), m) for m in tree.order]
-    flat = [np.concatenate(x) for x in (nodes, at, owner)]
-    by_node = np.argsort(flat[0], kind="stable")
-    return flat[0][by_node], flat[1][by_node], flat[2][by_node]
+    return _assemble(none, prefix_tree([np.zeros(1, np.int64)]), none, none, none, none, device)
 
 
 def _assemble(
-    targets: np.ndarray,
+    all_tokens: np.ndarray,
     tree: PrefixTree,
     nodes: np.ndarray,
     at: np.ndarray,
@@ -90,7 +77,7 @@ def _assemble(
     predicting, row_of = np.unique(nodes, return_inverse=True) if len(nodes) else (np.zeros(1, np.int64), nodes)
 
     def tensor(x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)).to(device)
+        return torch.from_numpy(x).to(device)
 
     packed = PackedTokens(
         tokens=tensor(tree.tokens),
@@ -98,6 +85,6 @@ def _assemble(
         layout=plan_layout(tree, device),
         predicting=tensor(predicting),
         row_of=tensor(row_of),
-        targets=tensor(targets),
+        targets=tensor(all_tokens[at]),
     )
     return MicroBatch(packed, at, sequences, tensor(sequence_of))

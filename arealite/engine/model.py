@@ -18,6 +18,7 @@ from arealite.engine.attention import ATTENTION, Layout
 from arealite.engine.logprobs import token_logprobs
 
 HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,14 @@ def load_model(folder: str, gradient_checkpointing: bool) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"no causal language model can be loaded from {where}: {error}") from error
-    if not model._supports_attention_backend:
-        raise ConfigError(
-            f"{type(model).__name__} does not route attention through transformers' attention interface, so its"
-            " sequences cannot be packed; choose another architecture"
-        )
     settings = model.config.to_dict()
+    others = sorted(set(settings.get("layer_types") or ()) - ATTENTION_LAYERS)
+    if not model._supports_attention_backend or model._is_stateful or others:
+        why = f"its layers are {', '.join(others)}" if others else "it does not use transformers' attention interface"
+        raise ConfigError(
+            f"tokens of {type(model).__name__} see each other outside of full attention ({why}), so its sequences"
+            " cannot be packed; choose another architecture"
+        )
     special = [key for key in HEAD_SETTINGS if settings.get(key) not in (None, 1.0)]
     special += ["lm_head.bias"] if model.get_output_embeddings().bias is not None else []
     if special:

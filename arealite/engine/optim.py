@@ -1,13 +1,12 @@
-"""AdamW on sharded float32 weights, its schedule, and the global gradient norm. Called by engine/fsdp_engine.py."""
+"""AdamW on sharded float32 weights, and its schedule. Called by engine/fsdp_engine.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from arealite.api.cli_args import OptimizerConfig
 from arealite.api.errors import ConfigError
@@ -34,8 +33,9 @@ def learning_rate(config: OptimizerConfig, update: int, num_updates: int | None)
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) with its moments in place, so that a recovery point can be read into them."""
+    parameters = list(parameters)
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.lr,
@@ -51,23 +51,3 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> t
             "exp_avg_sq": torch.zeros_like(p),
         }
     return optimizer
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gradient_norm(
-    parameters: list[nn.Parameter], all_reduce: Callable[[torch.Tensor, str], torch.Tensor]
-) -> tuple[float, list[torch.Tensor]]:
-    """2-norm over all parameters and ranks, and this rank's gradient shards. NaN or infinite where any gradient is."""
-    grads = [local(p.grad) for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads)).double() if grads else torch.zeros(0, dtype=torch.float64)
-    return math.sqrt(float(all_reduce(norms.square().sum().cpu(), "sum"))), grads
-
-
-def scale_down(grads: list[torch.Tensor], norm: float, max_norm: float) -> None:
-    """Scale gradients of global norm `norm` in place so that it is at most `max_norm`."""
-    if grads and norm > max_norm:
-        torch._foreach_mul_(grads, max_norm / norm)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -40,12 +40,24 @@ def join_ranks(device: torch.device, timeout_s: float) -> bool:
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout_s)
     if all(name in os.environ for name in RANK_VARIABLES):
-        pending = [f"rank {r}" for r in range(int(os.environ["WORLD_SIZE"])) if r != int(os.environ["RANK"])]
-        with waiting("trainer ranks joining", "trainers", timeout_s, pending):
+        others = set(range(int(os.environ["WORLD_SIZE"]))) - {int(os.environ["RANK"])}
+        with _bounded("trainer ranks joining", timeout_s, others):
             dist.init_process_group(backend, timeout=limit)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     return True
+
+
+@contextmanager
+def _bounded(what: str, limit_s: float, ranks: Iterable[int]) -> Iterator[None]:
+    """A named wait for `ranks` around calls that torch ends after `limit_s`."""
+    with waiting(what, "trainers", limit_s, [f"rank {r}" for r in sorted(ranks)]) as wait:
+        try:
+            yield
+        except RuntimeError as error:  # torch has no error class for the time limits of its stores and of gloo
+            if wait.left_s > 0:
+                raise
+            raise wait.expired() from error
 
 
 class RankCollective:
@@ -61,27 +73,17 @@ class RankCollective:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
-    @contextmanager
-    def _waiting(self, what: str, ranks: list[int]) -> Iterator[None]:
-        pending = [f"rank {r}" for r in ranks if r != self.rank]
-        with waiting(f"collective: {what}", "trainers", self.timeout_s, pending) as wait:
-            try:
-                yield
-            except RuntimeError as error:  # gloo has no error class for its time limit
-                if wait.left_s > 0:
-                    raise
-                raise wait.expired() from error
-
-    @property
-    def _everyone(self) -> list[int]:
-        return list(range(self.world_size))
+    def _waiting(self, what: str, from_head: bool = False) -> AbstractContextManager[None]:
+        """A wait for all others, or for rank 0 only where it sends."""
+        ranks = {0} if from_head and self.rank != 0 else range(self.world_size)
+        return _bounded(f"collective: {what}", self.timeout_s, set(ranks) - {self.rank})
 
     def scatter(self, shares: list[Any] | None) -> Any:
         if self.world_size == 1:
             assert shares is not None
             return shares[0]
         received = [None]
-        with self._waiting("scatter", self._everyone if self.rank == 0 else [0]):
+        with self._waiting("scatter", from_head=True):
             dist.scatter_object_list(received, shares, src=0, group=self.group)
         return received[0]
 
@@ -89,7 +91,7 @@ class RankCollective:
         if self.world_size == 1:
             return value
         box = [value]
-        with self._waiting("broadcast", self._everyone if self.rank == 0 else [0]):
+        with self._waiting("broadcast", from_head=True):
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
@@ -98,14 +100,14 @@ class RankCollective:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        with self._waiting("gather", self._everyone):
+        with self._waiting("gather"):
             dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self, what: str) -> None:
         if self.world_size == 1:
             return
-        with self._waiting(what, self._everyone):
+        with self._waiting(what):
             dist.monitored_barrier(self.group, timedelta(seconds=self.timeout_s), wait_all_ranks=True)
 
     @contextmanager
@@ -114,7 +116,7 @@ class RankCollective:
         if self.world_size == 1:
             yield
         else:
-            with self._waiting(f"weights and gradients of the other ranks in {what}", self._everyone):
+            with self._waiting(f"weights and gradients of the other ranks in {what}"):
                 yield
         mark("micro-batch")
 
@@ -123,7 +125,7 @@ class RankCollective:
         if self.world_size == 1:
             return values
         total = values.clone()
-        with self._waiting(op, self._everyone):
+        with self._waiting(op):
             dist.all_reduce(total, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)
         return total
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from arealite.algorithm.advantage import broadcast_to_tokens, kl_to_go
-from arealite.algorithm.kl import kl_loss, kl_value
+from arealite.algorithm.advantage import kl_to_go, overlong_penalty, shape_rewards
 from arealite.algorithm.norm import normalise
 from arealite.algorithm.policy_loss import (
     Denominators,
     behaviour_weight,
     clipped_loss,
+    kl_loss,
+    kl_value,
     policy_ratio,
     token_weights,
 )
-from arealite.algorithm.reward import overlong_penalty, shape_rewards
 from arealite.api.cli_args import NormConfig, PPOActorConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch
@@ -32,7 +32,7 @@ class TokenColumns:
 
     advantages: torch.Tensor
     behaviour_logp: torch.Tensor
-    prox_logp: torch.Tensor | None  # None: the proximal policy is the current one
+    prox_logp: torch.Tensor | None  # None: the proximal policy is the current one. Used if the loss is decoupled
     ref_logp: torch.Tensor | None
     sequence_of: torch.Tensor  # int64 [P]
 
@@ -43,18 +43,17 @@ def grpo_loss_fn(
     """Share of one micro-batch in the loss of the whole update, and sums for the statistics.
 
     Per token: w * max(-A r, -A clip(r)) + kl_weight * KL - entropy_weight * H, with r = policy / proximal and
-    w = proximal / behaviour policy (1 unless the loss is decoupled), weighed by `token_weights`. `logp`, `entropy`
-    float32 [P] with gradient.
+    w = proximal / behaviour policy, weighed by `token_weights`. Unless the loss is decoupled, the behaviour policy
+    takes the proximal one's place, and w = 1. `logp`, `entropy` float32 [P] with gradient.
     """
     level = config.importance_sampling_level
-    sequence_of, behaviour = columns.sequence_of, columns.behaviour_logp
-    prox = logp.detach() if columns.prox_logp is None else columns.prox_logp
-    if config.use_decoupled_loss:
-        weight = behaviour_weight(
-            prox, behaviour, sequence_of, level, config.behav_imp_correction, config.behav_imp_weight_cap
-        )
-    else:
-        weight = torch.ones_like(logp)
+    sequence_of, prox, behaviour = columns.sequence_of, columns.prox_logp, columns.behaviour_logp
+    if not config.use_decoupled_loss:
+        prox = behaviour
+    elif prox is None:
+        prox = logp.detach()
+    correction, cap = config.behav_imp_correction, config.behav_imp_weight_cap
+    weight = behaviour_weight(prox, behaviour, sequence_of, level, correction, cap)
     ratio = policy_ratio(logp, prox, sequence_of, level)
     high = config.eps_clip if config.eps_clip_higher is None else config.eps_clip_higher
     surrogate, is_clipped = clipped_loss(ratio, columns.advantages, config.eps_clip, high, config.c_clip)
@@ -74,7 +73,7 @@ def grpo_loss_fn(
         "kl": kl.sum(),
         "clip_ratio": is_clipped.sum(),
         "importance_weight_mean": raw_weight.sum(),
-        "importance_weight_max": raw_weight.amax() if len(raw_weight) else raw_weight.new_zeros(()),
+        "importance_weight_max": torch.cat([raw_weight, raw_weight.new_zeros(1)]).amax(),
         "behav_kl": kl_value(behaviour, logp.detach(), "k3").sum(),
     }
 
@@ -86,11 +85,12 @@ class FSDPPPOActor(FSDPEngine):
 
     def __init__(self, config: PPOActorConfig) -> None:
         super().__init__(config, trainable=True)
-        if config.overlong_tokens and config.max_new_tokens is None:
-            raise ConfigError("actor.overlong_tokens needs actor.max_new_tokens, where the penalty is full: set it")
-        if config.loss_aggregation == "seq-mean-token-sum-norm" and config.max_new_tokens is None:
+        if config.max_new_tokens is None and (
+            config.overlong_tokens or config.loss_aggregation == "seq-mean-token-sum-norm"
+        ):
             raise ConfigError(
-                "loss_aggregation seq-mean-token-sum-norm divides by actor.max_new_tokens, which is not given: set it"
+                "actor.max_new_tokens is not given, but overlong_tokens counts back from it and loss_aggregation"
+                " seq-mean-token-sum-norm divides by it: set it"
             )
 
     @property
@@ -98,7 +98,7 @@ class FSDPPPOActor(FSDPEngine):
         """Whether batch.prox_logp must be computed before the update.
 
         With one update per step the proximal policy is the very policy that the update's forward pass computes, so
-        `prox_logp` None means the same at no cost.
+        `prox_logp` None means the same (but for rounding, where micro-batches differ) at no cost.
         """
         config = self.config
         later = config.ppo_n_minibatches > 1 and config.use_decoupled_loss
@@ -110,27 +110,31 @@ class FSDPPPOActor(FSDPEngine):
         overlong penalty -> bias, scale, clip -> reward_norm -> (+ KL to go, when kl_in is "reward") -> adv_norm.
         """
         config = self.config
-        sequence_of = np.repeat(np.arange(batch.num_sequences), batch.lengths)[batch.loss_mask]
-        owner = torch.from_numpy(sequence_of)
+        mask, sequence_of = self._in_loss(batch), np.repeat(np.arange(batch.num_sequences), batch.lengths)
+        owner = torch.from_numpy(sequence_of[mask])
         groups = torch.from_numpy(batch.group_ids)
         rewards = torch.from_numpy(batch.rewards)
         if config.overlong_tokens:
             assert config.max_new_tokens is not None
-            num_tokens = torch.bincount(owner, minlength=batch.num_sequences)
+            generated = torch.from_numpy(np.bincount(sequence_of[batch.loss_mask], minlength=batch.num_sequences))
             factor = config.overlong_penalty_factor
-            rewards = rewards + overlong_penalty(num_tokens, config.max_new_tokens, config.overlong_tokens, factor)
+            rewards = rewards + overlong_penalty(generated, config.max_new_tokens, config.overlong_tokens, factor)
         shaped = shape_rewards(rewards, config.reward_bias, config.reward_scaling, config.reward_clip)
-        tokens = broadcast_to_tokens(self._normalise(shaped, groups, config.reward_norm), owner)
+        tokens = self._normalise(shaped, groups, config.reward_norm)[owner]
         if config.kl_in == "reward" and config.kl_weight:
-            old = batch.logprobs if batch.prox_logp is None else batch.prox_logp
-            ref = _required(batch.ref_logp, "ref_logp", "the KL in the reward")
-            old, ref = old[batch.loss_mask].astype(np.float64), ref[batch.loss_mask].astype(np.float64)
-            kl = kl_value(torch.from_numpy(old), torch.from_numpy(ref), config.kl_estimator)
+            old = torch.from_numpy(_required(batch.prox_logp, "prox_logp")[mask]).double()
+            ref = torch.from_numpy(_required(batch.ref_logp, "ref_logp")[mask]).double()
+            kl = kl_value(old, ref, config.kl_estimator)
             tokens = tokens + kl_to_go(-config.kl_weight * kl, owner, config.gamma)
         if config.adv_norm is not None:
             tokens = self._normalise(tokens, groups[owner], config.adv_norm)
         batch.advantages = np.zeros(len(batch.tokens), dtype=np.float32)
-        batch.advantages[batch.loss_mask] = tokens.float().numpy()
+        batch.advantages[mask] = tokens.float().numpy()
+
+    def _in_loss(self, batch: Batch) -> np.ndarray:
+        """bool [T]: generated tokens, but for those of truncated answers where `mask_truncated` leaves them out."""
+        left_out = batch.truncated & self.config.mask_truncated
+        return batch.loss_mask & ~np.repeat(left_out, batch.lengths)
 
     def _normalise(self, x: torch.Tensor, groups: torch.Tensor, norm: NormConfig) -> torch.Tensor:
         return normalise(x, groups, norm.mean, norm.std, norm.leave_one_out, norm.eps, self.collective.reduce)
@@ -142,15 +146,12 @@ class FSDPPPOActor(FSDPEngine):
         """
         started = time.perf_counter()
         config = self.config
-        _required(batch.advantages, "advantages", "grpo_update")
-        if batch.prox_logp is None and self.needs_prox_logp:
-            raise ConfigError("batch.prox_logp is not set: call batch.prox_logp = actor.compute_logp(batch) first")
+        _required(batch.advantages, "advantages")
+        if self.needs_prox_logp:
+            _required(batch.prox_logp, "prox_logp")
         if config.kl_weight:
-            _required(batch.ref_logp, "ref_logp", "kl_weight above 0")
-        mask = batch.loss_mask
-        if config.mask_truncated:
-            mask = mask & ~np.repeat(batch.truncated, batch.lengths)
-        whole = replace(batch, loss_mask=mask)
+            _required(batch.ref_logp, "ref_logp")
+        whole = replace(batch, loss_mask=self._in_loss(batch))
         mini_batch_of = batch.group_ids * config.ppo_n_minibatches // max(batch.num_groups, 1)
         updates: list[tuple[Update, int]] = []
         for index in range(config.ppo_n_minibatches):
@@ -170,21 +171,17 @@ class FSDPPPOActor(FSDPEngine):
         return Denominators(num_tokens, num_sequences, self.config.max_new_tokens or 1)
 
     def _update_on(self, part: Batch, over: Denominators) -> Update:
-        def column(values: np.ndarray, micro: MicroBatch) -> torch.Tensor:
-            return torch.from_numpy(values[micro.at]).to(self.device)
-
         def loss_fn(
             micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            assert part.advantages is not None
-            prox = part.prox_logp
-            if prox is None and not self.config.use_decoupled_loss:
-                prox = part.logprobs
+            def column(values: np.ndarray) -> torch.Tensor:
+                return torch.from_numpy(values[micro.at]).to(self.device)
+
             columns = TokenColumns(
-                advantages=column(part.advantages, micro),
-                behaviour_logp=column(part.logprobs, micro),
-                prox_logp=None if prox is None else column(prox, micro),
-                ref_logp=None if part.ref_logp is None else column(part.ref_logp, micro),
+                advantages=column(_required(part.advantages, "advantages")),
+                behaviour_logp=column(part.logprobs),
+                prox_logp=None if part.prox_logp is None else column(part.prox_logp),
+                ref_logp=None if part.ref_logp is None else column(part.ref_logp),
                 sequence_of=micro.sequence_of,
             )
             return grpo_loss_fn(logp, entropy[micro.packed.row_of], columns, self.config, over)
@@ -192,9 +189,16 @@ class FSDPPPOActor(FSDPEngine):
         return self.update(part, loss_fn)
 
 
-def _required(values: np.ndarray | None, name: str, purpose: str) -> np.ndarray:
+SOURCES = {
+    "advantages": "actor.compute_advantages(batch)",
+    "prox_logp": "batch.prox_logp = actor.compute_logp(batch)",
+    "ref_logp": "batch.ref_logp = ref.compute_logp(batch)",
+}
+
+
+def _required(values: np.ndarray | None, name: str) -> np.ndarray:
     if values is None:
-        raise ConfigError(f"batch.{name} is not set, but {purpose} needs it: compute it before")
+        raise ConfigError(f"batch.{name} is not set, but this configuration needs it: call {SOURCES[name]} before")
     return values
 
 

@@ -1,0 +1,180 @@
+"""One step's objective and its gradient against autograd through transformers, one sequence and one token at a time."""
+
+import math
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from engine_batches import actor_config, random_batch
+from transformers import AutoModelForCausalLM
+
+from arealite.api.cli_args import OptimizerConfig
+from arealite.api.errors import ConfigError
+from arealite.engine.ppo.actor import FSDPPPOActor
+
+STILL = OptimizerConfig(lr=0.0, max_grad_norm=math.inf)
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def make(path, **changes):
+    actor = FSDPPPOActor(actor_config(path, **{"optimizer": STILL, **changes}))
+    actor.initialize()
+    return actor
+
+
+def crooked_batch():
+    """Groups of 5, 4, 1, 2 and 1 answers, equal rewards in one, an answer without tokens in the loss, equal answers."""
+    batch = random_batch(num_groups=5, size=5)
+    sizes = [5, 4, 1, 2, 1]
+    batch = batch.select([5 * g + m for g, size in enumerate(sizes) for m in range(size)])
+    batch.rewards[batch.group_ids == 3] = 0.7
+    batch.loss_mask[batch.cu_seqlens[1] : batch.cu_seqlens[2]] = False
+    return batch
+
+
+def plain_advantages(batch):
+    """(R - mean) / std by group, 0 where there is no spread."""
+    out = []
+    for reward, group in zip(batch.rewards, batch.group_ids, strict=True):
+        own = [r for r, g in zip(batch.rewards, batch.group_ids, strict=True) if g == group]
+        spread = len(set(own)) > 1
+        out.append((reward - statistics.fmean(own)) / (statistics.stdev(own) + 1e-6) if spread else 0.0)
+    return out
+
+
+def rows_of(model, batch, temperature):
+    """Per sequence: logp and entropy of its loss tokens with gradient, and where these stand in the batch."""
+    for i in range(batch.num_sequences):
+        begin, end = batch.cu_seqlens[i : i + 2]
+        ids = torch.from_numpy(batch.tokens[begin:end])
+        logp = (model(ids[None]).logits[0] / temperature).log_softmax(-1)[:-1]
+        keep = np.flatnonzero(batch.loss_mask[begin:end])
+        entropy = -(logp.exp() * logp).sum(-1)[keep - 1]
+        yield logp[keep - 1, ids[keep]], entropy, keep + begin
+
+
+def plain_losses(model, batch, advantages, config):
+    """The loss of every mini-batch, with gradient."""
+    kept = [i for i in range(batch.num_sequences) if not (config.mask_truncated and batch.truncated[i])]
+    batch, advantages = batch.select(kept), [advantages[i] for i in kept]
+    rows = list(rows_of(model, batch, config.temperature))
+    sequence_level = config.importance_sampling_level == "sequence"
+    part_of = [g * config.ppo_n_minibatches // batch.num_groups for g in batch.group_ids]
+    for part in range(config.ppo_n_minibatches):
+        own = [i for i in range(len(rows)) if part_of[i] == part and len(rows[i][2])]
+        total = torch.zeros(())
+        for i in own:
+            logp, entropy, at = rows[i]
+            prox, behaviour, ref = (torch.from_numpy(x[at]) for x in (batch.prox_logp, batch.logprobs, batch.ref_logp))
+            prox = prox if config.use_decoupled_loss else behaviour
+            log_w, log_r = prox - behaviour, logp - prox
+            if sequence_level:
+                log_w, log_r = log_w.mean().expand(len(at)), log_r.detach().mean() + logp - logp.detach()
+            w, r, losses = log_w.exp(), log_r.exp(), []
+            for t in range(len(at)):
+                weight = w[t]
+                if weight > config.behav_imp_weight_cap:
+                    weight = {"none": weight, "mask": 0.0, "truncate": config.behav_imp_weight_cap}[
+                        config.behav_imp_correction
+                    ]
+                a = advantages[i]
+                surrogate = torch.min(r[t] * a, r[t].clamp(1 - config.eps_clip, 1 + config.eps_clip_higher) * a)
+                if config.c_clip and a < 0:
+                    surrogate = torch.max(surrogate, torch.tensor(config.c_clip * a))
+                kl = (r[t] * weight).detach() * (logp[t] - ref[t]).square() / 2
+                losses.append(-weight * surrogate + config.kl_weight * kl - config.entropy_weight * entropy[t])
+            divisor = {
+                "token-mean": sum(len(rows[j][2]) for j in own),
+                "seq-mean-token-mean": len(own) * len(losses),
+                "seq-mean-token-sum-norm": len(own) * (config.max_new_tokens or 0),
+            }[config.loss_aggregation]
+            total = total + sum(losses) / divisor
+        yield total
+
+
+CASES = {
+    "grpo": {},
+    "everything": {"kl_weight": 0.2, "entropy_weight": 0.05, "c_clip": 1.1, "behav_imp_weight_cap": 1.05},
+    "temperature": {"temperature": 0.7, "kl_weight": 0.2, "entropy_weight": 0.05},
+    "gspo": {"importance_sampling_level": "sequence", "loss_aggregation": "seq-mean-token-mean", "kl_weight": 0.1},
+    "mask": {"behav_imp_correction": "mask", "behav_imp_weight_cap": 1.05, "mask_truncated": True},
+    "none": {"behav_imp_correction": "none", "loss_aggregation": "seq-mean-token-sum-norm", "max_new_tokens": 9},
+    "not decoupled": {"use_decoupled_loss": False, "kl_weight": 0.2, "mask_truncated": True},
+    "three updates": {"ppo_n_minibatches": 3, "loss_aggregation": "seq-mean-token-mean", "mask_truncated": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("budget", [4096, 25])
+def test_the_objective_is_the_plain_one(tiny_llama, case, budget):
+    config = {"temperature": 1.0, "eps_clip": 0.1, "eps_clip_higher": 0.15, **CASES[case]}
+    actor = make(tiny_llama, max_tokens_per_mb=budget, **config)
+    batch, rng = crooked_batch(), np.random.default_rng(7)
+    near = actor.compute_logp(batch)
+    for name in ("prox_logp", "logprobs", "ref_logp"):
+        setattr(batch, name, (near + rng.normal(size=len(near)) * 0.15).astype(np.float32) * batch.loss_mask)
+    actor.compute_advantages(batch)
+    stats = actor.grpo_update(batch)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    losses, norms = [], []
+    for loss in plain_losses(model, batch, plain_advantages(batch), actor.config):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        losses.append(loss.item())
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
+    assert stats["loss"] == pytest.approx(statistics.fmean(losses), rel=1e-4, abs=1e-7)
+    assert stats["grad_norm"] == pytest.approx(statistics.fmean(norms), rel=1e-4)
+
+
+@pytest.mark.parametrize("correction", ["none", "mask", "truncate"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_without_prox_logp_the_proximal_policy_is_the_current_one(tiny_llama, correction, level):
+    """Also after a step that was skipped: it left the weights as they were."""
+    batch = random_batch()
+    choice = {"behav_imp_correction": correction, "importance_sampling_level": level, "behav_imp_weight_cap": 1.1}
+    outcomes = []
+    for with_prox in (True, False):
+        actor = make(tiny_llama, optimizer=OptimizerConfig(lr=1e-3, eps=1e-3), max_bad_steps=9, **choice)
+        assert not actor.needs_prox_logp
+        mine = replace(batch, logprobs=np.where(batch.loss_mask, batch.logprobs - 2.0, 0).astype(np.float32))
+        found = []
+        for bad in (False, True, False):
+            mine.prox_logp = actor.compute_logp(mine) if with_prox else None
+            actor.compute_advantages(mine)
+            used = replace(mine, logprobs=np.full_like(mine.logprobs, np.nan)) if bad else mine
+            stats = actor.grpo_update(used)
+            names = ("loss", "grad_norm", "importance_weight_mean", "importance_weight_max", "clip_ratio")
+            found += [stats["skipped"], *([] if bad else [stats[name] for name in names])]
+        outcomes.append((found, {name: t.clone() for name, t in actor.named_full_tensors()}))
+    (given, weights), (left_out, others) = outcomes
+    assert given[6] == left_out[6] == 1
+    assert left_out == pytest.approx(given, rel=1e-4, abs=1e-7)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_several_updates_need_prox_logp(tiny_llama):
+    batch = replace(random_batch(), prox_logp=None)
+    actor = make(tiny_llama, ppo_n_minibatches=2)
+    actor.compute_advantages(batch)
+    assert actor.needs_prox_logp
+    with pytest.raises(ConfigError, match="prox_logp"):
+        actor.grpo_update(batch)
+
+
+def test_prox_logp_plays_no_part_unless_the_loss_is_decoupled(tiny_llama):
+    batch = random_batch()
+    actor = make(tiny_llama, use_decoupled_loss=False)
+    actor.compute_advantages(batch)
+    given = actor.grpo_update(batch)
+    left_out = actor.grpo_update(replace(batch, prox_logp=None))
+    assert given["loss"] == left_out["loss"] and given["grad_norm"] == left_out["grad_norm"]
