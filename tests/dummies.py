@@ -109,7 +109,9 @@ def plan_of(folder: Path, trainers: list[str], servers: list[str]) -> Plan:
 class Launched:
     """A launcher in a process of its own; the context manager ends whatever is left of it."""
 
-    def __init__(self, folder: Path, trainers: list[str], servers: list[str], **overrides: object) -> None:
+    def __init__(
+        self, folder: Path, trainers: list[str], servers: list[str], stdout: int | None = None, **overrides: object
+    ) -> None:
         self.folder = RunFolder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder.parent / f"{folder.name}.launcher.log"
@@ -117,7 +119,9 @@ class Launched:
         me = str(Path(__file__).resolve())
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, me, "launch", str(folder), wanted], stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, me, "launch", str(folder), wanted],
+                stdout=log if stdout is None else stdout,
+                stderr=log,
             )
 
     def __enter__(self) -> Launched:

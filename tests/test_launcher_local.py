@@ -1,5 +1,6 @@
 """The local launcher with real processes and real signals: who died, what is said, and that nothing stays behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -122,6 +123,71 @@ def test_killed_launcher_takes_all_with_it_and_the_next_one_cleans_up(tmp_path):
         assert run.wait() == 0
         assert "left behind: trainer-0" in run.text()
     assert gone(orphan)
+
+
+def test_starting_again_after_everything_was_killed(tmp_path):
+    with Launched(tmp_path / "run", WAITING, OK) as run:
+        pids = run.pids("server-0", "trainer-0")
+        run.process.kill()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    waits_dir = run.folder.waits_dir
+    assert {p.name for p in waits_dir.iterdir()} >= {"launcher.json", "server-0.json", "trainer-0.json"}
+    (waits_dir / "trainer-7.json").write_text(f'{{"pid": {os.getpid()}, "process": "trainer-7"}}')  # ours by now
+    (run.folder.root / "go").touch()
+    with Launched(tmp_path / "run", WAITING, OK) as run:  # at once: the first may not have given back its lock yet
+        assert run.wait() == 0, run.text()
+    assert not list(waits_dir.glob("*.json"))
+
+
+def test_leftovers_are_known_by_whatever_path_the_folder_is_given(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with Launched(tmp_path / "link" / "run", ["orphan"], OK) as run:
+        run.until(lambda: (run.folder.root / "orphan").exists(), "the orphan")
+        run.process.kill()
+        run.wait()
+    orphan = int((run.folder.root / "orphan").read_text())
+    with Launched(tmp_path / "real" / "run", ["step"], OK) as run:
+        assert run.wait() == 0 and f"left behind: trainer-0 (pid {orphan})" in run.text()
+    assert gone(orphan)
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
+    read_end, write_end = os.pipe()
+    with Launched(tmp_path / "run", ["wait"], OK, stdout=write_end) as run:
+        os.close(write_end)
+        os.close(read_end)
+        run.pid("trainer-0")
+        (run.folder.root / "go").touch()
+        assert run.wait() == 0, run.text()
+
+
+def test_a_terminal_that_takes_nothing_does_not_hold_up_the_run(tmp_path):
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, bytes(4096))
+    os.set_blocking(write_end, True)
+    with Launched(tmp_path / "run", ["wait"], OK, stdout=write_end) as run:
+        pids = run.pids("server-0", "trainer-0")
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 128 + signal.SIGTERM
+        assert not any(map(is_alive, pids))
+    os.close(write_end)
+    os.close(read_end)
+
+
+def test_a_removed_log_does_not_end_the_run(tmp_path):
+    with Launched(tmp_path / "run", ["wait"], OK) as run:
+        run.pid("trainer-0")
+        (run.folder.logs_dir / "trainer-0.log").unlink()
+        os.kill(run.pid("server-0"), signal.SIGKILL)
+        run.until(lambda: "restart 1 of at most 3" in run.text(), "restart")
+        (run.folder.root / "go").touch()
+        assert run.wait() == 0, run.text()
 
 
 def test_orphans_of_a_finished_run_are_ended(tmp_path):

@@ -18,11 +18,12 @@ from pathlib import Path
 from arealite.launcher import child as shim
 from arealite.launcher.failures import describe_exit, first_error, read_log
 from arealite.launcher.plan import ProcessPlan
-from arealite.observe.processes import processes_of_run
+from arealite.launcher.terminal import say
+from arealite.observe.processes import DEAD, process_state, processes_of_run, state_letter
 from arealite.observe.run_folder import RunFolder
 
 POLL_S = 0.05
-KILL_LIMIT_S = 10.0  # for the kernel to end a process after SIGKILL
+KILL_LIMIT_S = 10.0  # for the kernel to end all processes after SIGKILL
 
 
 @dataclass
@@ -63,7 +64,7 @@ def start(plan: ProcessPlan, folder: RunFolder, attempt: int) -> Child:
     folder.logs_dir.mkdir(parents=True, exist_ok=True)
     path = folder.logs_dir / f"{plan.name}.log"
     cores = ",".join(map(str, plan.cores)) or "-"
-    command = [sys.executable, "-I", "-S", str(Path(shim.__file__)), str(os.getpid()), cores, *plan.command]
+    command = [sys.executable, "-I", "-S", shim.__file__, str(os.getpid()), cores, *plan.command]
     env = {**os.environ, **plan.env, "AREALITE_RUN_DIR": str(folder.root), "AREALITE_PROCESS": plan.name}
     with open(path, "ab") as log:
         log.write(f"=== start {attempt + 1} of {plan.name}: {' '.join(plan.command)}\n".encode())
@@ -81,31 +82,38 @@ def stop(children: list[Child], folder: RunFolder, grace_s: Callable[[], float])
     `grace_s` is asked again and again, so that an impatient user can cut it short.
     """
     began = time.monotonic()
-    living = [c for c in children if c.poll() is None]
-    for c in living:
+    for c in children:
         _signal_group(c, signal.SIGTERM)
         _signal_group(c, signal.SIGCONT)  # a frozen process acts on SIGTERM only when it goes on
-    while any(c.poll() is None for c in living) and time.monotonic() - began < grace_s():
+    while any(c.poll() is None for c in children) and time.monotonic() - began < grace_s():
         time.sleep(POLL_S)
-    for c in living:
-        if c.poll() is None:
-            _signal_group(c, signal.SIGKILL)
-            c.process.wait(KILL_LIMIT_S)
+    for c in children:
+        _signal_group(c, signal.SIGKILL)
     kill_leftovers(folder)
+    for c in children:
+        c.poll()  # reaps
+        (folder.waits_dir / f"{c.name}.json").unlink(missing_ok=True)  # its number may soon be somebody else's
 
 
 def kill_leftovers(folder: RunFolder) -> list[str]:
-    """End processes of this run that nobody owns any more; returns their names."""
-    names = []
+    """End all processes of this run and wait until they have given back memory, ports and devices; returns their
+    names."""
+    found: dict[int, str] = {}
     end = time.monotonic() + KILL_LIMIT_S
-    while (left := processes_of_run(folder.root)) and time.monotonic() < end:
-        for pid, name in left.items():
+    while True:
+        left = processes_of_run(folder.root)
+        found |= left
+        for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            if f"{name} (pid {pid})" not in names:
-                names.append(f"{name} (pid {pid})")
+        # A dying process loses its environment, by which it is found, before it gives back the rest.
+        living = [pid for pid in found if state_letter(pid) not in DEAD]
+        if not (left or living) or time.monotonic() > end:
+            break
         time.sleep(POLL_S)
-    return names
+    for pid in living:
+        say(f"{found[pid]} (pid {pid}) does not end after SIGKILL: it is {process_state(pid)}")
+    return [f"{name} (pid {pid})" for pid, name in found.items()]
 
 
 def _signal_group(c: Child, number: int) -> None:

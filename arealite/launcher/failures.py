@@ -7,6 +7,7 @@ which would come again: the run ends with it.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from pathlib import Path
@@ -43,11 +44,14 @@ def describe_exit(returncode: int) -> str:
 
 
 def read_log(path: Path, offset: int) -> str:
-    """What a process wrote since `offset`; the last part only when that is very long."""
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(offset, size - MAX_LOG_BYTES))
-        return file.read().decode(errors="replace")
+    """What a process wrote since `offset`; the last part only when that is very long, nothing when it was removed."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(offset, size - MAX_LOG_BYTES))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def first_error(log: str, brief: bool = False) -> str:

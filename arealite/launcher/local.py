@@ -9,12 +9,10 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
@@ -24,11 +22,13 @@ from arealite.launcher import children
 from arealite.launcher.failures import RunFailed
 from arealite.launcher.machine import Machine
 from arealite.launcher.plan import Plan, make_plan
-from arealite.launcher.supervisor import StopRequested, Supervisor
+from arealite.launcher.supervisor import StopRequested, StopSignals, Supervisor
+from arealite.launcher.terminal import say
 from arealite.observe import waits
 from arealite.observe.run_folder import RunFolder
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOCK_LIMIT_S = 2.0  # for the kernel to take the lock from a launcher that was killed just now
+LOCK_POLL_S = 0.05
 
 
 def run(script: str, config_path: str, overrides: list[str]) -> int:
@@ -46,11 +46,13 @@ def launch(plan: Plan, config: GRPOConfig, folder: RunFolder) -> int:
 
     Call from the main thread. Raises ConfigError when the folder is in use, or used and recover.mode is fresh.
     """
-    folder = RunFolder(folder.root.absolute()).create()
-    with _exclusive(folder), _StopSignals() as stop:
+    folder = RunFolder(folder.root.resolve()).create()  # one name: leftovers are known by it
+    with _exclusive(folder), StopSignals() as stop:
         _refuse_used(folder, config)
         if left := children.kill_leftovers(folder):
-            _say(f"ended what an earlier launcher of this run left behind: {', '.join(left)}")
+            say(f"ended what an earlier launcher of this run left behind: {', '.join(left)}")
+        for beat in folder.waits_dir.glob("*.json"):  # of processes that are gone; their numbers may be others' by now
+            beat.unlink(missing_ok=True)
         folder.config_yaml.write_text(to_yaml(config))
         folder.plan_json.write_text(plan.as_json())
         waits.configure(folder.root, waits.LAUNCHER, config.watchdog.heartbeat_s, config.watchdog.stall_s)
@@ -60,38 +62,34 @@ def launch(plan: Plan, config: GRPOConfig, folder: RunFolder) -> int:
             waits.shut_down()
 
 
-def _start_and_restart(plan: Plan, config: GRPOConfig, folder: RunFolder, stop: _StopSignals) -> int:
+def _start_and_restart(plan: Plan, config: GRPOConfig, folder: RunFolder, stop: StopSignals) -> int:
     """Consumes: ends of starts. Produces: the exit code. Waits for: Supervisor.run. Unblocked by: its return."""
     max_restarts = config.recover.max_restarts if config.recover.mode == "auto" else 0
-
-    def grace_s() -> float:
-        return config.launcher.stop_grace_s if stop.num_asked < 2 else 0.0
-
-    _say(f"run folder {folder.root}: {', '.join(p.name for p in plan.processes)}")
+    say(f"run folder {folder.root}: {', '.join(p.name for p in plan.processes)}")
     for attempt in itertools.count():
         try:
-            Supervisor(plan, config, folder, attempt, stop.requested, grace_s).run()
+            Supervisor(plan, config, folder, attempt, stop).run()
             return 0
         except StopRequested as stopped:
-            _say(f"{stopped}; all processes have ended. The same command goes on {_last_point(folder)}")
+            say(f"{stopped}; all processes have ended. The same command goes on {_last_point(folder)}")
             return 128 + stopped.number
         except RunFailed as failure:
-            _say(f"the run stopped: {failure}")
-            if stop.requested() is not None:
-                return 128 + int(stop.requested() or 0)
+            say(f"the run stopped: {failure}")
+            if stop.first:
+                return 128 + stop.first
             if not failure.may_restart:
                 return 1
             if attempt >= max_restarts:
-                _say(f"no restart: {_why_no_restart(config, attempt)}")
+                say(f"no restart: {_why_no_restart(config)}")
                 return 1
-            _say(f"restart {attempt + 1} of at most {max_restarts}, {_last_point(folder)}")
+            say(f"restart {attempt + 1} of at most {max_restarts}, {_last_point(folder)}")
     raise AssertionError("unreachable: the loop returns")
 
 
-def _why_no_restart(config: GRPOConfig, num_restarts: int) -> str:
+def _why_no_restart(config: GRPOConfig) -> str:
     if config.recover.mode != "auto":
         return f"recover.mode is {config.recover.mode}; with auto the run would go on from its last recovery point"
-    return f"{num_restarts} restarts were made, and recover.max_restarts is {config.recover.max_restarts}"
+    return f"recover.max_restarts is {config.recover.max_restarts}"
 
 
 def _last_point(folder: RunFolder) -> str:
@@ -110,46 +108,22 @@ def _refuse_used(folder: RunFolder, config: GRPOConfig) -> None:
 @contextmanager
 def _exclusive(folder: RunFolder) -> Iterator[None]:
     """Hold the run folder's lock; the kernel releases it when this process ends, however that happens."""
+    end = time.monotonic() + LOCK_LIMIT_S
     with open(folder.root / "lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise ConfigError(
-                f"{folder.root} is in use by the launcher with pid {lock.read().strip()}: stop that one, or choose"
-                " another trial_name"
-            ) from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < end:
+                    time.sleep(LOCK_POLL_S)
+                    continue
+                lock.seek(0)
+                raise ConfigError(
+                    f"{folder.root} is in use by the launcher with pid {lock.read().strip()}: stop that one, or choose"
+                    " another trial_name"
+                ) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
-
-
-class _StopSignals:
-    """Notes SIGINT, SIGTERM and SIGHUP while it is entered; the supervision loop looks at it every tick."""
-
-    def __init__(self) -> None:
-        self.num_asked = 0
-        self._first: int | None = None
-        self._earlier: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-
-    def requested(self) -> int | None:
-        return self._first
-
-    def __enter__(self) -> _StopSignals:
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                self._earlier[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, earlier in self._earlier.items():
-            signal.signal(number, earlier)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.num_asked += 1
-        self._first = self._first or number
-
-
-def _say(text: str) -> None:
-    print(f"arealite: {text}", file=sys.stderr, flush=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import http.client
 import itertools
-import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import ExitStack
+from types import FrameType
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import WaitTimeout
@@ -19,10 +17,12 @@ from arealite.launcher import children
 from arealite.launcher.children import Child
 from arealite.launcher.failures import ADDRESS_IN_USE, RunFailed
 from arealite.launcher.plan import HOST, Plan, ProcessPlan
+from arealite.launcher.terminal import LogEcho, say
 from arealite.observe import waits
 from arealite.observe.run_folder import RunFolder
-from arealite.observe.watchdog import StallReport, Watchdog
+from arealite.observe.watchdog import Watchdog
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TICK_S = 0.1
 SETTLE_S = 0.5  # in which the victims of a killed process may show that they were not the first
 PROBE_LIMIT_S = 2.0  # of one look at /health
@@ -37,29 +37,36 @@ class StopRequested(Exception):
         self.number = number
 
 
-class LogEcho:
-    """Copies what a log gains to the terminal."""
+class StopSignals:
+    """Notes SIGINT, SIGTERM and SIGHUP while it is entered; `first` is the first one's number, 0 for none."""
 
-    def __init__(self, path: Path, offset: int) -> None:
-        self.path = path
-        self.offset = offset
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end inside a character
+    def __init__(self) -> None:
+        self.first = 0
+        self.num_asked = 0
+        self._earlier: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
-    def copy(self) -> None:
-        with open(self.path, "rb") as log:
-            log.seek(self.offset)
-            gained = log.read()
-        if gained:
-            self.offset += len(gained)
-            sys.stdout.write(self.decoder.decode(gained))
-            sys.stdout.flush()
+    def __enter__(self) -> StopSignals:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, earlier in self._earlier.items():
+            signal.signal(number, earlier)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.num_asked += 1
+        self.first = self.first or number
 
 
-def free_port() -> int:
-    """A port that the system says is free now; who binds it must be ready to find it taken."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different ports that the system says are free now; who binds one must be ready to find it taken."""
+    with ExitStack() as open_sockets:
+        probes = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def is_healthy(port: int, limit_s: float) -> bool:
@@ -75,24 +82,14 @@ def is_healthy(port: int, limit_s: float) -> bool:
 
 
 class Supervisor:
-    """Runs a plan once. `requested_stop()` is the signal that asked for the end, or None; `grace_s()` how long the
-    processes may take to end."""
+    """Runs a plan once. Who asks a second time by signal to stop is not made to wait for the processes' grace."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        config: GRPOConfig,
-        folder: RunFolder,
-        attempt: int,
-        requested_stop: Callable[[], int | None],
-        grace_s: Callable[[], float],
-    ) -> None:
+    def __init__(self, plan: Plan, config: GRPOConfig, folder: RunFolder, attempt: int, stop: StopSignals) -> None:
         self.plan = plan
         self.config = config
         self.folder = folder
         self.attempt = attempt
-        self.requested_stop = requested_stop
-        self.grace_s = grace_s
+        self.stop = stop
         self.servers: list[Child] = []
         self.trainers: list[Child] = []
         self.healthy: set[str] = set()
@@ -107,9 +104,6 @@ class Supervisor:
 
         Raises RunFailed or StopRequested.
         """
-        self.folder.waits_dir.mkdir(parents=True, exist_ok=True)
-        for process in self.plan.processes:  # beats of an earlier start would look alive
-            (self.folder.waits_dir / f"{process.name}.json").unlink(missing_ok=True)
         try:
             self.start_servers()
             self.start_trainers()
@@ -118,20 +112,23 @@ class Supervisor:
                 time.sleep(TICK_S)
             self.look()
         finally:
+            grace_s = self.config.launcher.stop_grace_s
+            children.stop(self.all, self.folder, lambda: grace_s if self.stop.num_asked < 2 else 0.0)
             if self.echo is not None:
-                self.echo.copy()
-            children.stop(self.all, self.folder, self.grace_s)
-            if self.echo is not None:
-                self.echo.copy()
+                self.echo.close()
 
     @property
     def all(self) -> list[Child]:
         return self.servers + self.trainers
 
     def start_servers(self) -> None:
-        """Start all servers and wait until each answers /health, at most `launcher.startup_timeout_s`."""
-        for process in self.plan.servers:
-            self.servers.append(self._start(process.on_port(free_port())))
+        """Start all servers and wait until each answers /health, at most `launcher.startup_timeout_s`.
+
+        Consumes: exit codes, answers of /health. Produces: healthy servers. Waits for: all of them, looking every
+        TICK_S. Unblocked by: their answers, any death, a signal, the limit.
+        """
+        for process, port in zip(self.plan.servers, free_ports(len(self.plan.servers)), strict=True):
+            self.servers.append(self._start(process.on_port(port)))
         tries = dict.fromkeys((c.name for c in self.servers), 1)
 
         def pending() -> list[str]:
@@ -145,7 +142,8 @@ class Supervisor:
                 for i, c in enumerate(self.servers):
                     if c.poll() and tries[c.name] < MAX_PORT_TRIES and ADDRESS_IN_USE.search(c.output()):
                         tries[c.name] += 1
-                        self.servers[i] = self._start(self.plan.servers[i].on_port(free_port()))
+                        self.healthy.discard(c.name)  # whoever has its port may have answered for it
+                        self.servers[i] = self._start(self.plan.servers[i].on_port(free_ports(1)[0]))
                 self._probe(turn)
                 self.look()
                 try:
@@ -157,7 +155,7 @@ class Supervisor:
 
     def _probe(self, turn: int) -> None:
         """Ask one server that is not healthy yet; only one, so that frozen ones cannot hold up the watchdog."""
-        waiting = [c for c in self.servers if c.name not in self.healthy]
+        waiting = [c for c in self.servers if c.name not in self.healthy] or self.servers
         asked = waiting[turn % len(waiting)]
         limit_s = min(PROBE_LIMIT_S, self.config.watchdog.stall_s / 4)
         if asked.plan.port is not None and is_healthy(asked.plan.port, limit_s):
@@ -165,7 +163,7 @@ class Supervisor:
 
     def start_trainers(self) -> None:
         addresses = ",".join(f"{HOST}:{c.plan.port}" for c in self.servers)
-        env = {"AREAL_LLM_SERVER_ADDRS": addresses, "MASTER_PORT": str(free_port())}
+        env = {"AREAL_LLM_SERVER_ADDRS": addresses, "MASTER_PORT": str(free_ports(1)[0])}
         for process in self.plan.trainers:
             self.trainers.append(self._start(process.with_env(env)))
         self.echo = LogEcho(self.trainers[0].log, self.trainers[0].offset)
@@ -177,16 +175,15 @@ class Supervisor:
         """One tick: copy the log, raise if a process died or stalled or a stop was asked for."""
         if self.echo is not None:
             self.echo.copy()
-        number = self.requested_stop()
-        if number is not None:
-            raise StopRequested(number)
+        if self.stop.first:
+            raise StopRequested(self.stop.first)
         if self._dead():
             time.sleep(SETTLE_S)
             raise self._judge(self._dead())
-        living = {c.name: c.pid for c in self.all if c.poll() is None}
-        report = self.watchdog.look(living)
+        report = self.watchdog.look({c.name: c.pid for c in self.all if c.poll() is None})
         if report is not None:
-            raise self._stalled(report, living)
+            say(report.text)
+            raise RunFailed(report.headline, may_restart=self.config.watchdog.action == "restart")
 
     def _dead(self) -> list[Child]:
         """Children that ended and should not have: trainers with an error, servers before all trainers are done."""
@@ -196,24 +193,10 @@ class Supervisor:
 
     def _judge(self, dead: list[Child]) -> RunFailed:
         """The one that died first: whoever a signal ended, since the others only lost their partner; then servers."""
-
-        def rank(c: Child) -> tuple[bool, bool]:
-            returncode = c.poll()
-            return returncode is not None and returncode > 0, c.plan.kind == "trainer"
-
-        first = min(dead, key=rank)
-        returncode = first.poll()
-        by_signal = returncode is not None and returncode < 0
-        may_restart = by_signal or first.name in self.healthy
-        others = [f"{c.name} ended too (exit code {c.poll()})" for c in dead if c is not first]
+        codes = {c.name: c.poll() or 0 for c in dead}
+        first = min(dead, key=lambda c: (codes[c.name] > 0, c.plan.kind == "trainer"))
+        # A signal, a server that had been well, or a port that was free when we looked: bad luck, see failures.py.
+        may_restart = codes[first.name] < 0 or first.name in self.healthy or bool(ADDRESS_IN_USE.search(first.output()))
+        others = [f"{c.name} ended too (exit code {codes[c.name]})" for c in dead if c is not first]
         echoed = bool(self.trainers) and first is self.trainers[0]  # the terminal has its traceback already
         return RunFailed("\n".join([first.obituary(brief=echoed), *others]), may_restart)
-
-    def _stalled(self, report: StallReport, living: dict[str, int]) -> RunFailed:
-        print(f"{report.text}(kept in {report.path})", file=sys.stderr, flush=True)
-        restart = self.config.watchdog.action == "restart"
-        if restart:
-            for name in report.culprits:
-                if name in living:
-                    os.kill(living[name], signal.SIGKILL)
-        return RunFailed(report.headline, may_restart=restart)

@@ -1,6 +1,6 @@
-"""What one process of a run tells the others: its heartbeat file, its waits, its state in the process table.
+"""What can be known of a process of a run from outside: its heartbeat file, its state in the process table.
 
-Written by observe/waits.py, read by the heartbeat threads and by the watchdog.
+Heartbeats are written by observe/waits.py, read by the watchdog and, for the launcher's, by every heartbeat thread.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 STATES = {
     "R": "running",
@@ -20,8 +19,9 @@ STATES = {
     "t": "stopped by a debugger (state t)",
     "Z": "dead, not yet reaped (state Z)",
     "X": "dead",
-    "I": "idle",
 }
+FROZEN = ("T", "t")
+DEAD = ("Z", "X")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,6 @@ class WaitRecord:
             f" ({self.age_s:.1f} s, limit {self.limit_s:g} s){ids}"
         )
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Heartbeat:
@@ -55,18 +52,24 @@ class Heartbeat:
     pid: int
     process: str
     num_beats: int
-    waits: list[WaitRecord] = field(default_factory=list)
-    marks: dict[str, float] = field(default_factory=dict)
+    waits: list[WaitRecord]
+    marks: dict[str, float]
 
     @classmethod
     def read(cls, path: Path) -> Heartbeat | None:
-        """The newest beat; None where there is none (yet)."""
+        """The newest beat; None where there is none (yet), or something else."""
         try:
             content = json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            return cls(**{**content, "waits": [WaitRecord(**w) for w in content["waits"]]})
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        waits = [WaitRecord(**w) for w in content["waits"]]
-        return cls(content["pid"], content["process"], content["beats"], waits, content["marks"])
+
+    def write(self, path: Path) -> None:
+        """Replace the file at once, so that readers see a whole beat. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(asdict(self)))
+        os.replace(scratch, path)
 
 
 class BeatAge:
@@ -84,7 +87,7 @@ class BeatAge:
         """Take a reading; returns the seconds since the beat last changed."""
         if (beat.pid, beat.num_beats) != self._last:
             self._last = (beat.pid, beat.num_beats)
-            self._seen = time.monotonic()
+            self.restart()
         return self.age_s
 
     def restart(self) -> None:

@@ -1,15 +1,13 @@
 """Named waits of this process, and the heartbeat that shows them to the launcher's watchdog.
 
-Whoever waits for another process, thread or request does it through `waiting`, `bounded`, `wait_event` or
-`wait_condition`; trainer and server mains call `configure_from_env()` once. Works unconfigured too: limits still hold.
+Whoever waits for another process, thread or request does it through `waiting` or `bounded`; trainer and server mains
+call `configure_from_env()` once. Works unconfigured too: limits still hold.
 """
 
 from __future__ import annotations
 
 import asyncio
 import faulthandler
-import itertools
-import json
 import math
 import os
 import signal
@@ -17,9 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import TypeVar
 
 from arealite.api.errors import WaitTimeout
 from arealite.observe.processes import BeatAge, Heartbeat, WaitRecord, process_state
@@ -30,6 +28,7 @@ Pending = Iterable[str] | Callable[[], Iterable[str]]
 
 LAUNCHER = "launcher"
 MAX_PENDING_SHOWN = 8
+JOIN_LIMIT_S = 5.0  # for a heartbeat that is being written, perhaps to a slow disk
 
 
 class Wait:
@@ -72,12 +71,16 @@ class Wait:
 
     def _pending_ids(self) -> list[str]:
         try:
-            ids = [str(i) for i in (self._pending() if callable(self._pending) else self._pending)]
+            ids = list(map(str, self._pending() if callable(self._pending) else self._pending))
         except Exception as error:  # boundary: the callable reads state that its owner may be changing right now
             return [f"(unknown: {error!r})"]
-        if len(ids) > MAX_PENDING_SHOWN:
-            return [*ids[:MAX_PENDING_SHOWN], f"and {len(ids) - MAX_PENDING_SHOWN} more"]
-        return ids
+        return shortened(ids)
+
+
+def shortened(ids: list[str]) -> list[str]:
+    """The first few ids, and how many more there are."""
+    more = [f"and {len(ids) - MAX_PENDING_SHOWN} more"] if ids[MAX_PENDING_SHOWN:] else []
+    return ids[:MAX_PENDING_SHOWN] + more
 
 
 class _Registry:
@@ -88,12 +91,11 @@ class _Registry:
         self.lock = threading.Lock()
         self.waits: dict[int, Wait] = {}
         self.marks: dict[str, float] = {}
-        self.keys = itertools.count()
-        self.stack_file: IO[str] | None = None
         self.stop: threading.Event | None = None
         self.thread: threading.Thread | None = None
 
     def open_waits(self) -> list[Wait]:
+        """Oldest first."""
         with self.lock:
             return list(self.waits.values())
 
@@ -105,14 +107,13 @@ _registry = _Registry()
 def waiting(name: str, owner: str, limit_s: float, pending: Pending = ()) -> Iterator[Wait]:
     """Register a wait while the block runs; the block calls `check()` as often as it looks for the end of the wait."""
     wait = Wait(name, owner, limit_s, pending)
-    key = next(_registry.keys)
     with _registry.lock:
-        _registry.waits[key] = wait
+        _registry.waits[id(wait)] = wait
     try:
         yield wait
     finally:
         with _registry.lock:
-            del _registry.waits[key]
+            del _registry.waits[id(wait)]
 
 
 async def bounded(awaitable: Awaitable[T], name: str, owner: str, limit_s: float, pending: Pending = ()) -> T:
@@ -127,28 +128,6 @@ async def bounded(awaitable: Awaitable[T], name: str, owner: str, limit_s: float
             raise
 
 
-def wait_event(event: threading.Event, name: str, owner: str, limit_s: float, pending: Pending = ()) -> None:
-    """Wait until `event` is set; raises WaitTimeout."""
-    with waiting(name, owner, limit_s, pending) as wait:
-        if not event.wait(limit_s):
-            raise wait.expired()
-
-
-def wait_condition(
-    condition: threading.Condition,
-    predicate: Callable[[], bool],
-    name: str,
-    owner: str,
-    limit_s: float,
-    pending: Pending = (),
-) -> None:
-    """Wait until `predicate()` holds; the caller holds `condition`. `pending` must not need its lock: the heartbeat
-    thread reads it. Raises WaitTimeout."""
-    with waiting(name, owner, limit_s, pending) as wait:
-        if not condition.wait_for(predicate, limit_s):
-            raise wait.expired()
-
-
 def mark(what: str) -> None:
     """Say that something was achieved just now ("token", "group", "step"): no stall while any process goes on doing
     so, and the stall report says how long ago it was. Cheap: call it per decode step, not per token."""
@@ -157,7 +136,7 @@ def mark(what: str) -> None:
 
 def lines() -> list[str]:
     """This process's waits as lines of a stall report, oldest first."""
-    return [w.record().line(_registry.process) for w in sorted(_registry.open_waits(), key=lambda w: -w.age_s)]
+    return [w.record().line(_registry.process) for w in _registry.open_waits()]
 
 
 def configure(run_dir: str | Path, process_name: str, heartbeat_s: float, stall_s: float) -> None:
@@ -168,12 +147,12 @@ def configure(run_dir: str | Path, process_name: str, heartbeat_s: float, stall_
     if _registry.thread is not None:
         raise RuntimeError(f"waits are configured already, as {_registry.process!r}; configure once per process")
     folder = RunFolder(Path(run_dir))
-    folder.waits_dir.mkdir(parents=True, exist_ok=True)
     folder.stacks_dir.mkdir(parents=True, exist_ok=True)
     _registry.process = process_name
-    # Before the first heartbeat: SIGUSR1 kills a process that has not registered for it.
-    _registry.stack_file = open(folder.stacks_dir / f"{process_name}.txt", "a")  # noqa: SIM115 - lives as long as we
-    faulthandler.register(signal.SIGUSR1, file=_registry.stack_file, all_threads=True)
+    # Before the first heartbeat: SIGUSR1 kills a process that has not registered for it. Never undone, so that a
+    # request just before the end does not kill either; faulthandler keeps the file open.
+    stack_file = open(folder.stacks_dir / f"{process_name}.txt", "a")  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     _registry.stop = threading.Event()
     beat = _Beat(folder, process_name, heartbeat_s, stall_s)
     beat.write()
@@ -193,14 +172,11 @@ def configure_from_env() -> None:
 
 def shut_down() -> None:
     """End the heartbeat and remove its file: this process has nothing more to report."""
-    if _registry.thread is None or _registry.stop is None or _registry.stack_file is None:
+    if _registry.thread is None or _registry.stop is None:
         return
     _registry.stop.set()
-    _registry.thread.join()
-    faulthandler.unregister(signal.SIGUSR1)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a dump asked for just before must not kill
-    _registry.stack_file.close()
-    _registry.thread = _registry.stop = _registry.stack_file = None
+    _registry.thread.join(JOIN_LIMIT_S)
+    _registry.thread = _registry.stop = None
     _registry.process = f"process {os.getpid()}"
 
 
@@ -234,17 +210,9 @@ class _Beat:
     def write(self) -> None:
         self.num_beats += 1
         now = time.monotonic()
-        content: dict[str, Any] = {
-            "pid": os.getpid(),
-            "process": self.process,
-            "at": time.time(),
-            "beats": self.num_beats,
-            "waits": [w.record().as_json() for w in _registry.open_waits()],
-            "marks": {what: now - at for what, at in _registry.marks.copy().items()},
-        }
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(content))
-        os.replace(scratch, self.path)
+        records = [w.record() for w in _registry.open_waits()]
+        marks = {what: now - at for what, at in _registry.marks.copy().items()}
+        Heartbeat(os.getpid(), self.process, self.num_beats, records, marks).write(self.path)
 
     def watch_launcher(self) -> None:
         beat = Heartbeat.read(self.folder.waits_dir / f"{LAUNCHER}.json")
@@ -260,11 +228,11 @@ class _Beat:
         )
         print(line, file=sys.stderr, flush=True)
         self.folder.stalls_dir.mkdir(parents=True, exist_ok=True)
-        try:
+        with suppress(OSError):  # another process was first, or the launcher's terminal is gone
             with open(self.folder.stalls_dir / f"launcher_{beat.pid}_{beat.num_beats}.txt", "x") as note:
                 note.write(line + "\n")
-        except FileExistsError:
-            return  # another process was first
-        # A frozen launcher cannot echo our log, so the line goes where it would have printed.
-        with open(f"/proc/{beat.pid}/fd/2", "a") as terminal:
-            terminal.write(line + "\n")
+            # A frozen launcher cannot echo our log, so the line goes where it would have printed; without blocking,
+            # since whoever reads from there may be frozen too.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
+            with open(os.open(f"/proc/{beat.pid}/fd/2", flags), "w") as terminal:
+                terminal.write(line + "\n")

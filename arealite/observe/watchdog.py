@@ -1,18 +1,17 @@
-"""Finds stalls and writes the report: who waits for whom, since when, which process is frozen, all stacks.
+"""Finds stalls and writes the report: who waits for whom, since when, which process is frozen, and the stacks.
 
 Called by the launcher's supervision loop; reads the heartbeats that observe/waits.py writes.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from arealite.observe import waits
+from arealite.observe import stacks, waits
 from arealite.observe.processes import (
+    FROZEN,
     BeatAge,
     Heartbeat,
     WaitRecord,
@@ -21,23 +20,17 @@ from arealite.observe.processes import (
     state_letter,
 )
 from arealite.observe.run_folder import RunFolder
-from arealite.observe.waits import MAX_PENDING_SHOWN
 
 OVERDUE_GRACE_S = 5.0  # for a wait past its limit to raise its own error, which says more
-STACKS_LIMIT_S = 3.0  # for all processes to write their stacks
-STACKS_POLL_S = 0.05
-MAX_STACK_LINES = 80  # of one process in the report; its file has all
-FROZEN = ("T", "t")
 
 
 @dataclass(frozen=True)
 class StallReport:
-    """`culprits` are the processes to blame, by name; `text` is for a person, `path` where it is kept."""
+    """`culprit` is the process to blame, by name; `text` is for the terminal, its file in stalls/ has more."""
 
-    culprits: tuple[str, ...]
+    culprit: str
     headline: str
     text: str
-    path: str
 
 
 @dataclass
@@ -52,6 +45,10 @@ class _Watched:
     @property
     def state(self) -> str:
         return process_state(self.pid)
+
+    @property
+    def is_frozen(self) -> bool:
+        return state_letter(self.pid) in FROZEN
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Watchdog:
                 watched.age.restart()
             return None
         stalls = self._silent(self.stall_s)
-        if not stalls and (late := self._stalled_waits()):
+        if not stalls and (late := self._stalled_wait()):
             # Whoever is frozen explains the waits of the others, even if its own silence is still young.
             stalls = self._silent(max(self.stall_s / 4, 3 * self.heartbeat_s)) + late
         return self._report(stalls) if stalls else None
@@ -103,7 +100,7 @@ class Watchdog:
             if beat is not None and beat.pid == pid:
                 watched.beat = beat
                 watched.age.update(beat)
-            elif state_letter(pid) not in FROZEN:  # still starting, or a program without our heartbeat
+            elif watched.beat is None and not watched.is_frozen:  # still starting, or a program without our heartbeat
                 watched.age.restart()
             self._watched[name] = watched
 
@@ -114,40 +111,39 @@ class Watchdog:
             if w.age.age_s >= limit_s
         ]
 
-    def _stalled_waits(self) -> list[_Stall]:
+    def _stalled_wait(self) -> list[_Stall]:
         progress_s = min((s for _, s, _ in self._marks()), default=float("inf"))
-        stalls = []
-        for age_s, record, watched in self._waits():
-            if age_s > record.limit_s + OVERDUE_GRACE_S:
+        for record, watched in self._waits():
+            if record.age_s > record.limit_s + OVERDUE_GRACE_S:
                 why = f"past its limit of {record.limit_s:g} s"
-            elif min(age_s, progress_s) >= self.stall_s:
+            elif min(record.age_s, progress_s) >= self.stall_s:
                 why = f"older than watchdog.stall_s ({self.stall_s:g} s), without progress anywhere"
             else:
                 continue
             culprit = record.owner if record.owner in self._watched else watched.name
-            stalls.append(_Stall(culprit, f"{record.line(watched.name)} [{why}]"))
-        return stalls[:1]  # the oldest; the others follow from it, and the report lists them all
+            # Only the oldest: the others follow from it, and the report lists them all.
+            return [_Stall(culprit, f"{record.line(watched.name)} [{why}]")]
+        return []
 
-    def _waits(self) -> list[tuple[float, WaitRecord, _Watched]]:
-        """All waits with their ages, oldest first."""
+    def _waits(self) -> list[tuple[WaitRecord, _Watched]]:
+        """All waits with their ages now, oldest first."""
         found = [
-            (record.age_s + watched.age.age_s, record, watched)
+            (replace(record, age_s=record.age_s + watched.age.age_s), watched)
             for watched in self._watched.values()
             if watched.beat is not None
             for record in watched.beat.waits
         ]
-        return sorted(found, key=lambda f: -f[0])
+        return sorted(found, key=lambda f: -f[0].age_s)
 
     def _wait_lines(self) -> list[str]:
         """One line for all waits of a process under one name: the age of the oldest, the oldest ids of all."""
         alike: dict[tuple[str, str, str], list[WaitRecord]] = {}
-        for _, record, watched in self._waits():
+        for record, watched in self._waits():
             alike.setdefault((watched.name, record.owner, record.name), []).append(record)
         lines = []
         for (process, _, _), records in alike.items():
             ids = [i for record in records for i in record.pending]
-            rest = [f"and {len(ids) - MAX_PENDING_SHOWN} more"] if ids[MAX_PENDING_SHOWN:] else []
-            line = replace(records[0], pending=ids[:MAX_PENDING_SHOWN] + rest).line(process)
+            line = replace(records[0], pending=waits.shortened(ids)).line(process)
             lines.append(f"{line} [{len(records)} such waits]" if len(records) > 1 else line)
         return lines
 
@@ -162,62 +158,42 @@ class Watchdog:
 
     def _report(self, stalls: list[_Stall]) -> StallReport:
         headline = f"STALL: {stalls[0].line}"
-        culprits = tuple(dict.fromkeys(s.culprit for s in stalls))
-        parts = [headline, *(f"       {s.line}" for s in stalls[1:])]
-        parts += ["", "who waits for whom (oldest first):"]
-        parts += [f"  {line}" for line in self._wait_lines() + waits.lines()]
-        parts += ["", "last progress:"]
-        parts += [f"  {name}: {what} {ago_s:.1f} s ago" for what, ago_s, name in self._marks()] or ["  none marked"]
-        parts += ["", "processes:", *self._process_lines(), "", *self._stacks()]
-        text = "\n".join(parts) + "\n"
+        culprit = stalls[0].culprit
         self.folder.stalls_dir.mkdir(parents=True, exist_ok=True)
-        path = self.folder.stalls_dir / f"stall_{time.strftime('%Y%m%d_%H%M%S')}_{'_'.join(culprits)}.txt"
-        path.write_text(text)
-        return StallReport(culprits, headline, text, str(path))
+        path = self.folder.stalls_dir / f"stall_{time.strftime('%Y%m%d_%H%M%S')}_{culprit}.txt"
+        dumps = stacks.collect(
+            self.folder, {w.name: w.pid for w in self._watched.values() if w.beat and not w.is_frozen}
+        )
+        sections = {
+            "who waits for whom (oldest first)": self._wait_lines() + waits.lines(),
+            "last progress": [f"{name}: {what} {ago_s:.1f} s ago" for what, ago_s, name in self._marks()] or ["none"],
+            "processes": self._process_lines(),
+            "where they are (innermost frame first)": self._stack_lines(dumps),
+        }
+        parts = [headline, *(f"       {s.line}" for s in stalls[1:])]
+        for title, lines in sections.items():
+            parts += ["", f"{title}:", *(f"  {line}" for line in lines)]
+        text = "\n".join([*parts, "", f"kept with the whole stacks in {path}", ""])
+        path.write_text(text + "".join(f"\nstacks of {name}:\n{dump}\n" for name, dump in dumps.items()))
+        return StallReport(culprit, headline, text)
 
     def _process_lines(self) -> list[str]:
         lines = []
         for w in self._watched.values():
             beat = f"heartbeat {w.age.age_s:.1f} s ago" if w.beat else "no heartbeat yet"
-            lines.append(f"  {w.name} (pid {w.pid}): {w.state}, {beat}")
+            lines.append(f"{w.name} (pid {w.pid}): {w.state}, {beat}")
         own = {w.pid for w in self._watched.values()}
-        for pid, name in sorted(processes_of_run(self.folder.root).items()):
-            if pid not in own:
-                lines.append(f"  child of {name} (pid {pid}): {process_state(pid)}")
-        return lines
+        children = {pid: name for pid, name in processes_of_run(self.folder.root).items() if pid not in own}
+        return lines + [f"child of {name} (pid {pid}): {process_state(pid)}" for pid, name in sorted(children.items())]
 
-    def _stacks(self) -> list[str]:
-        """Fresh stacks of every process that can answer; a frozen one cannot, and that is said."""
-        asked: dict[str, int] = {}
-        parts: list[str] = []
+    def _stack_lines(self, dumps: Mapping[str, str]) -> list[str]:
+        lines = []
         for w in self._watched.values():
-            if w.beat is None:
-                parts.append(f"stacks of {w.name}: not asked, it has not set up its heartbeat")
-            elif state_letter(w.pid) in FROZEN:
-                parts.append(f"stacks of {w.name}: none, the process is {w.state} and cannot answer")
+            if w.name not in dumps:
+                lines.append(f"{w.name}: cannot say, {f'it is {w.state}' if w.beat else 'it has no heartbeat yet'}")
+            elif not dumps[w.name]:
+                lines.append(f"{w.name}: did not say within {stacks.ANSWER_LIMIT_S:g} s")
             else:
-                path = self.folder.stacks_dir / f"{w.name}.txt"
-                asked[w.name] = path.stat().st_size
-                os.kill(w.pid, signal.SIGUSR1)
-        for name, dump in self._collect(asked).items():
-            # The thread that answers, the main one, comes last in the dump and matters most.
-            lines = "\n\n".join(reversed(dump.strip().split("\n\n"))).splitlines()
-            more = [f"    ... {len(lines) - MAX_STACK_LINES} more lines in the file"] if lines[MAX_STACK_LINES:] else []
-            shown = [f"    {line}" for line in lines[:MAX_STACK_LINES]] + more
-            parts += [f"stacks of {name}:", *(shown or [f"    no answer within {STACKS_LIMIT_S:g} s"])]
-        return parts
-
-    def _collect(self, asked: dict[str, int]) -> dict[str, str]:
-        """What each process wrote to its stack file beyond the given size."""
-        end = time.monotonic() + STACKS_LIMIT_S
-        before: dict[str, str] = {}
-        while True:
-            dumps: dict[str, str] = {}
-            for name, size in asked.items():
-                with open(self.folder.stacks_dir / f"{name}.txt", errors="replace") as file:
-                    file.seek(size)
-                    dumps[name] = file.read()
-            if (dumps == before and all(dumps.values())) or time.monotonic() > end:  # all answered, and none still does
-                return dumps
-            before = dumps
-            time.sleep(STACKS_POLL_S)
+                where = stacks.condense(dumps[w.name]) or ["in libraries only"]
+                lines += [f"{w.name}:", *(f"  {line}" for line in where)]
+        return lines
