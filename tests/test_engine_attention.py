@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from arealite.algorithm.packing import prefix_tree
 from arealite.api.errors import ConfigError
 from arealite.engine import attention
-from arealite.engine.attention import plan_layout, tree_attention
+from arealite.engine.attention import Layout, tree_attention
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def check(sequences, heads=4, key_heads=2, dim=8):
     for kind in ("tree", "plain"):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         if kind == "tree":
-            where = plan_layout(tree, CPU)
+            where = Layout(tree, CPU)
             batched = [x.transpose(0, 1)[None] for x in inputs]
             out = tree_attention(torch.nn.Identity(), *batched, None, scaling=0.3, tree_layout=where)[0][0]
         else:
@@ -65,7 +65,7 @@ def test_long_sequences_are_cut_into_blocks_of_queries(monkeypatch):
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 9, n) for n in (23, 11, 4, 1)] + [[*range(20), 5], [*range(20), 6, 7]]
     check(sequences)
-    where = plan_layout(prefix_tree([np.asarray(s) for s in sequences]), CPU)
+    where = Layout(prefix_tree([np.asarray(s) for s in sequences]), CPU)
     assert max(b.queries.shape[1] for b in where.blocks) == 4
     assert all(len(b.queries) == 1 or b.hidden.numel() <= 40 for b in where.blocks)
 
@@ -73,7 +73,7 @@ def test_long_sequences_are_cut_into_blocks_of_queries(monkeypatch):
 def test_padding_within_blocks_is_bounded():
     rng = np.random.default_rng(0)
     tree = prefix_tree([rng.integers(0, 10**6, n) for n in rng.integers(1, 400, 60)])
-    where = plan_layout(tree, CPU)
+    where = Layout(tree, CPU)
     computed = sum(b.hidden.numel() for b in where.blocks)
     needed = sum(len(p) ** 2 for p in tree.paths)
     assert needed <= computed <= attention.PADDING_SLACK * needed
@@ -82,7 +82,7 @@ def test_padding_within_blocks_is_bounded():
 def test_bfloat16_stays_near_float32():
     tree = prefix_tree([np.arange(50), np.arange(30, 70)])
     q, k, v = (torch.randn(90, h, 16, generator=torch.Generator().manual_seed(h)).bfloat16() for h in (4, 2, 2))
-    where = plan_layout(tree, CPU)
+    where = Layout(tree, CPU)
     got = attention._TreeAttention.apply(q, k, v, where.blocks, 0.25)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), plain(q.float(), k.float(), v.float(), tree, 0.25), atol=3e-2, rtol=3e-2)
@@ -90,7 +90,30 @@ def test_bfloat16_stays_near_float32():
 
 @pytest.mark.parametrize("kind", [{"softcap": 30.0}, {"sliding_window": 3}, {"s_aux": torch.zeros(4)}])
 def test_other_kinds_of_attention_are_refused(kind):
-    where = plan_layout(prefix_tree([np.arange(5)]), CPU)
+    where = Layout(prefix_tree([np.arange(5)]), CPU)
     x = torch.zeros(1, 4, 5, 8)
     with pytest.raises(ConfigError):
         tree_attention(torch.nn.Identity(), x, x, x, None, tree_layout=where, **kind)
+
+
+def test_the_layout_of_the_cuda_kernel(monkeypatch):
+    """A plain stand-in for the kernel: the last query of a row sees the last of its keys, and so on backwards."""
+
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+        rows = []
+        for r in range(len(cu_q) - 1):
+            own, keys, values = q[cu_q[r] : cu_q[r + 1]], k[cu_k[r] : cu_k[r + 1]], v[cu_k[r] : cu_k[r + 1]]
+            hidden = torch.ones(len(own), len(keys)).triu(1 + len(keys) - len(own)).bool()
+            scores = torch.einsum("qhd,khd->hqk", own, keys.repeat_interleave(2, 1)) * scale
+            probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            rows.append(torch.einsum("hqk,khd->qhd", probs, values.repeat_interleave(2, 1)))
+        return torch.cat(rows)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    tree = prefix_tree([np.asarray(s) for s in ([1, 2, 3], [1, 2], [1, 2, 3], [5, 4], [1, 2, 3, 9, 9], [5])])
+    q, k, v = (torch.randn(len(tree.tokens), h, 8, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
+    got = attention._varlen_attention(q, k, v, Layout(tree, CPU), 0.3)
+    torch.testing.assert_close(got, plain(q, k, v, tree, 0.3), atol=2e-5, rtol=1e-4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,33 +34,35 @@ class Block:
     hidden: torch.Tensor  # bool [n, 1, Lq, Lk], True where the key comes after the query
 
 
-@dataclass(frozen=True)
+@dataclass
 class Layout:
-    """How the S nodes of a PrefixTree see each other: each its ancestors and itself."""
+    """How the S nodes of a PrefixTree see each other: each its ancestors and itself. Planned when first asked for."""
 
-    blocks: list[Block]  # for the portable path
-    key_nodes: torch.Tensor  # int64, the paths of all rows end to end, for the varlen kernel
-    cu_queries: torch.Tensor  # int32 [rows + 1]
-    cu_keys: torch.Tensor  # int32 [rows + 1]
-    max_queries: int
-    max_keys: int
+    tree: PrefixTree
+    device: torch.device
 
+    @property
+    def max_keys(self) -> int:
+        return max(len(path) for path in self.tree.paths)
 
-def plan_layout(tree: PrefixTree, device: torch.device) -> Layout:
-    """Plan the attention of `tree`. A row (sequence) asks only for the nodes that it adds to the tree."""
-    rows = [r for r in range(len(tree.paths)) if tree.first_node[r + 1] > tree.first_node[r]]
-    added = [int(tree.first_node[r + 1] - tree.first_node[r]) for r in rows]
-    lengths = [len(tree.paths[r]) for r in rows]
-    on_cpu = device.type == "cpu"
-    key_nodes = np.concatenate([tree.paths[r] for r in rows]) if rows and not on_cpu else np.zeros(0, np.int64)
-    return Layout(
-        blocks=_blocks(tree, device),
-        key_nodes=torch.from_numpy(key_nodes).to(device),
-        cu_queries=torch.tensor(np.cumsum([0, *added]), dtype=torch.int32, device=device),
-        cu_keys=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device),
-        max_queries=max(added, default=0),
-        max_keys=max(lengths, default=0),
-    )
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """For the portable path."""
+        return _blocks(self.tree, self.device)
+
+    @cached_property
+    def varlen(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int, int]]:
+        """For CUDA: the paths of all rows end to end, int64; then where each row's queries and keys begin, int32
+        [rows + 1], and the most queries and keys of a row. A row asks only for the nodes that it adds to the tree."""
+        added = np.diff(self.tree.first_node)
+        rows = np.flatnonzero(added)
+        paths = [self.tree.paths[r] for r in rows]
+        queries, keys = (
+            torch.from_numpy(np.cumsum([0, *sizes])).to(self.device, torch.int32)
+            for sizes in (added[rows], map(len, paths))
+        )
+        key_nodes = torch.from_numpy(np.concatenate(paths)).to(self.device)
+        return key_nodes, (queries, keys, int(added.max()), self.max_keys)
 
 
 def _blocks(tree: PrefixTree, device: torch.device) -> list[Block]:
@@ -184,11 +187,9 @@ def _varlen_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: 
     """PyTorch's FlashAttention kernel for sequences of any length; a row's queries are the last of its keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    k, v = k.index_select(0, where.key_nodes), v.index_select(0, where.key_nodes)
-    out = varlen_attn(
-        q, k, v, where.cu_queries, where.cu_keys, where.max_queries, where.max_keys,
-        scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    nodes, rows = where.varlen
+    k, v = k.index_select(0, nodes), v.index_select(0, nodes)
+    out = varlen_attn(q, k, v, *rows, scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, torch.Tensor)
     return out
 

@@ -109,7 +109,7 @@ class FSDPEngine:
         with torch.no_grad():
             for micro in self._micro_batches(batch, "compute_logp"):
                 with self.collective.computing("compute_logp"):
-                    logp, _ = self.model(micro.packed, self.temperature if temperature is None else temperature)
+                    logp, _ = self.model(micro, self.temperature if temperature is None else temperature)
                 out[micro.at] = logp.cpu().numpy()
         return out
 
@@ -127,7 +127,7 @@ class FSDPEngine:
         micro_batches = self._micro_batches(batch, "update")
         for micro in micro_batches:
             with self.collective.computing("update"):
-                logp, entropy = self.model(micro.packed, self.temperature)
+                logp, entropy = self.model(micro, self.temperature)
                 loss, parts = loss_fn(micro, logp, entropy)
                 loss.backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
@@ -242,12 +242,10 @@ class FSDPEngine:
 
     def save(self, path: str) -> None:
         """Write a Hugging Face folder in the compute dtype, atomically. OSError on rank 0 when it cannot be written."""
-        tensors = dict(self.named_full_tensors()) if self.collective.rank == 0 else None
-        if tensors is None:
-            for _ in self.named_full_tensors():
-                pass
-            return
-        export.write_folder(path, tensors, self.hf_model, self.dtype, self.folder)
+        is_writer = self.collective.rank == 0
+        tensors = {name: tensor for name, tensor in self.named_full_tensors() if is_writer}
+        if is_writer:
+            export.write_folder(path, tensors, self.hf_model, self.dtype, self.folder)
 
     # --- recovery
 
@@ -255,8 +253,10 @@ class FSDPEngine:
         """Write weights, moments, counters and random numbers of all ranks under `path`."""
         counters = {"version": self.version, "num_updates": self.num_updates, "num_bad_steps": self._num_bad_steps}
         rank, group = self.collective.rank, self.collective.group
-        state.save_state(path, self._parameters, self.optimizer, counters, rank, group)
-        self.collective.barrier("save_state")
+        try:
+            state.save_state(path, self._parameters, self.optimizer, counters, rank, group)
+        finally:  # a rank with a full disk must not leave the others waiting here
+            self.collective.barrier("save_state")
 
     def load_state(self, path: str) -> None:
         """Go on exactly where `save_state` was called. Raises RecoveryError."""

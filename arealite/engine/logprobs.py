@@ -47,12 +47,9 @@ class _TokenLogprobs(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_logp: torch.Tensor, grad_entropy: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_logp: torch.Tensor, grad_entropy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, row_of, targets, logsum, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        # Chunks add up in float32; one chunk alone needs no sum.
         grad_weight: torch.Tensor | None = None
         row_grad = torch.zeros_like(logsum).index_add_(0, row_of, grad_logp)
         has_entropy = bool(grad_entropy.any())
@@ -73,12 +70,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits[begin - start : stop - start] = block.div_(ctx.temperature)
             grad_hidden[start : start + ctx.chunk] = logits @ weight
             by_chunk = logits.t() @ part
-            if len(hidden) <= ctx.chunk:
-                return grad_hidden, by_chunk, None, None, None, None
-            grad_weight = by_chunk.float() if grad_weight is None else grad_weight.add_(by_chunk)
-        if grad_weight is None:
-            return grad_hidden, torch.zeros_like(weight), None, None, None, None
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            # Chunks add up in float32; one chunk alone needs no sum.
+            grad_weight = by_chunk if grad_weight is None else grad_weight.float().add_(by_chunk)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _blocks(logits: torch.Tensor, start: int, temperature: float) -> Any:

@@ -9,15 +9,19 @@ import torch
 
 from arealite.algorithm.packing import PrefixTree, micro_batches, prefix_tree
 from arealite.api.types import Batch
-from arealite.engine.attention import plan_layout
-from arealite.engine.model import PackedTokens
+from arealite.engine.attention import Layout
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass computes, and where its P logprobs belong."""
+    """What one forward pass computes, the S nodes of a prefix tree, and the P tokens whose logprobs are wanted."""
 
-    packed: PackedTokens
+    tokens: torch.Tensor  # int64 [S]
+    positions: torch.Tensor  # int64 [S], from 0 in each sequence
+    layout: Layout
+    predicting: torch.Tensor  # int64 [R], nodes whose next-token distribution is wanted, each once
+    row_of: torch.Tensor  # int64 [P], ascending, index into `predicting`
+    targets: torch.Tensor  # int64 [P]
     at: np.ndarray  # int64 [P], positions in the batch's per-token arrays
     sequences: np.ndarray  # int64, the batch's sequences in this micro-batch
     sequence_of: torch.Tensor  # int64 [P], index into `sequences`
@@ -79,12 +83,14 @@ def _assemble(
     def tensor(x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(x).to(device)
 
-    packed = PackedTokens(
+    return MicroBatch(
         tokens=tensor(tree.tokens),
         positions=tensor(tree.depth),
-        layout=plan_layout(tree, device),
+        layout=Layout(tree, device),
         predicting=tensor(predicting),
         row_of=tensor(row_of),
         targets=tensor(all_tokens[at]),
+        at=at,
+        sequences=sequences,
+        sequence_of=tensor(sequence_of),
     )
-    return MicroBatch(packed, at, sequences, tensor(sequence_of))

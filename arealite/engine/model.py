@@ -5,7 +5,6 @@ Called by engine/fsdp_engine.py. The head is applied inside this module's forwar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError
-from arealite.engine.attention import ATTENTION, Layout
+from arealite.engine.attention import ATTENTION
 from arealite.engine.logprobs import token_logprobs
+from arealite.engine.micro_batch import MicroBatch
 
 HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-
-
-@dataclass(frozen=True)
-class PackedTokens:
-    """One micro-batch as the model sees it: the S nodes of a prefix tree, and P tokens whose logprobs are wanted."""
-
-    tokens: torch.Tensor  # int64 [S]
-    positions: torch.Tensor  # int64 [S], from 0 in each sequence
-    layout: Layout
-    predicting: torch.Tensor  # int64 [R], nodes whose next-token distribution is wanted, each once
-    row_of: torch.Tensor  # int64 [P], ascending, index into `predicting`
-    targets: torch.Tensor  # int64 [P]
 
 
 class PackedLanguageModel(nn.Module):
@@ -41,23 +29,17 @@ class PackedLanguageModel(nn.Module):
         self.model = model
         self.chunk = chunk
 
-    def forward(self, packed: PackedTokens, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, micro: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 logp [P] of the targets and entropy [R] of the predicting nodes."""
         hidden = self.model.base_model(
-            input_ids=packed.tokens[None],
-            position_ids=packed.positions[None],
+            input_ids=micro.tokens[None],
+            position_ids=micro.positions[None],
             use_cache=False,
-            tree_layout=packed.layout,
+            tree_layout=micro.layout,
         ).last_hidden_state[0]
         head = self.model.get_output_embeddings()
-        return token_logprobs(
-            hidden.index_select(0, packed.predicting),
-            head.weight,
-            packed.row_of,
-            packed.targets,
-            temperature,
-            self.chunk,
-        )
+        rows = hidden.index_select(0, micro.predicting)
+        return token_logprobs(rows, head.weight, micro.row_of, micro.targets, temperature, self.chunk)
 
 
 def load_model(folder: str, gradient_checkpointing: bool) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -49,8 +49,11 @@ def join_ranks(device: torch.device, timeout_s: float) -> bool:
 
 
 @contextmanager
-def _bounded(what: str, limit_s: float, ranks: Iterable[int]) -> Iterator[None]:
-    """A named wait for `ranks` around calls that torch ends after `limit_s`."""
+def _bounded(what: str, limit_s: float, ranks: set[int]) -> Iterator[None]:
+    """A named wait for `ranks`, if there are any, around calls that torch ends after `limit_s`."""
+    if not ranks:
+        yield
+        return
     with waiting(what, "trainers", limit_s, [f"rank {r}" for r in sorted(ranks)]) as wait:
         try:
             yield
@@ -97,33 +100,24 @@ class RankCollective:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's object, on every rank, in rank order."""
-        if self.world_size == 1:
-            return [value]
         values: list[Any] = [None] * self.world_size
         with self._waiting("gather"):
             dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self, what: str) -> None:
-        if self.world_size == 1:
-            return
         with self._waiting(what):
             dist.monitored_barrier(self.group, timedelta(seconds=self.timeout_s), wait_all_ranks=True)
 
     @contextmanager
     def computing(self, what: str) -> Iterator[None]:
         """Around one micro-batch: sharded layers wait for the other ranks in the midst of their work."""
-        if self.world_size == 1:
+        with self._waiting(f"weights and gradients of the other ranks in {what}"):
             yield
-        else:
-            with self._waiting(f"weights and gradients of the other ranks in {what}"):
-                yield
         mark("micro-batch")
 
     def reduce(self, values: torch.Tensor, op: str) -> torch.Tensor:
         """The "sum" or "max" of a CPU tensor over all ranks."""
-        if self.world_size == 1:
-            return values
         total = values.clone()
         with self._waiting(op):
             dist.all_reduce(total, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)

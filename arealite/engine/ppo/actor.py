@@ -184,7 +184,7 @@ class FSDPPPOActor(FSDPEngine):
                 ref_logp=None if part.ref_logp is None else column(part.ref_logp),
                 sequence_of=micro.sequence_of,
             )
-            return grpo_loss_fn(logp, entropy[micro.packed.row_of], columns, self.config, over)
+            return grpo_loss_fn(logp, entropy[micro.row_of], columns, self.config, over)
 
         return self.update(part, loss_fn)
 
