@@ -6,7 +6,8 @@ argv: run folder. Prints a line after each finished step.
 import sys
 from pathlib import Path
 
-from test_recover_points import Alone, Counter, FakeActor, run_config
+from ranks import Alone
+from test_recover_points import Counter, FakeActor, run_config
 
 from arealite.api.cli_args import RecoverConfig
 from arealite.engine.recover import RecoverHandler

@@ -1,35 +1,18 @@
 """When recurring things are due: steps, epochs, seconds; alone, after a resume, and on several ranks."""
 
 import pytest
+from ranks import Alone, Meeting, on_ranks
 
 from arealite.api.cli_args import FrequencyConfig
 from arealite.observe.frequency import Frequency
 
 
-class Rank:
-    """One rank whose broadcasts come from a shared list (rank 0 appends, others read)."""
-
-    def __init__(self, rank=0, channel=None):
-        self.rank, self.world_size = rank, 1 if channel is None else 2
-        self.channel = channel if channel is not None else []
-        self.read = 0
-
-    def broadcast(self, value):
-        if self.rank == 0:
-            self.channel.append(value)
-        self.read += 1
-        return self.channel[self.read - 1]
-
-
-def due_steps(frequency, steps, epoch_of=lambda step: 0, collective=None):
-    collective = collective or Rank()
-    return [step for step in steps if frequency.due(step, epoch_of(step), collective)]
+def due_steps(frequency, steps, epoch_of=lambda step: 0):
+    return [step for step in steps if frequency.due(step, epoch_of(step), Alone())]
 
 
 def test_nothing_given_is_never_and_silent():
-    collective = Rank()
-    assert due_steps(Frequency(FrequencyConfig()), range(1, 50), collective=collective) == []
-    assert collective.channel == []
+    assert not any(Frequency(FrequencyConfig()).due(step, 0, None) for step in range(1, 50))
 
 
 def test_steps():
@@ -56,19 +39,25 @@ def test_seconds():
     due = []
     for step in range(1, 31):
         now[0] += 4
-        if frequency.due(step, 0, Rank()):
+        if frequency.due(step, 0, Alone()):
             due.append(step)
     assert due == list(range(3, 31, 3))
 
 
 def test_rank_0_decides_for_all():
-    channel = []
-    slow, fast = [0.0], [0.0]
-    head = Frequency(FrequencyConfig(freq_s=10.0), lambda: slow[0])
-    other = Frequency(FrequencyConfig(freq_s=10.0), lambda: fast[0])
-    head_rank, other_rank = Rank(0, channel), Rank(1, channel)
-    for step in range(1, 20):
-        slow[0] += 3
-        fast[0] += 7
-        assert head.due(step, 0, head_rank) == other.due(step, 99, other_rank)
-    assert any(channel) and not all(channel)
+    """Rank 1's clock is faster and its epoch another one."""
+    now = [0.0, 0.0]
+    frequencies = [Frequency(FrequencyConfig(freq_s=10.0), lambda r=r: now[r]) for r in range(2)]
+    meeting = Meeting(2)
+    ranks = [meeting.of(0), meeting.of(1)]
+
+    def due(rank):
+        found = []
+        for step in range(1, 20):
+            now[rank] += (3, 7)[rank]
+            found.append(frequencies[rank].due(step, 99 * rank, ranks[rank]))
+        return found
+
+    head, other = on_ranks(meeting, due)
+    assert head == other
+    assert any(head) and not all(head)

@@ -1,32 +1,22 @@
 """Recovery points: whole or not there, through kills, full disks, several ranks and changed configurations."""
 
 import errno
-import json
 import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from ranks import Alone, Meeting, on_ranks
+from test_engine_ranks import run_ranks
 
 from arealite.api.cli_args import GRPOConfig, RecoverConfig
 from arealite.api.errors import ArealiteError, RecoveryError
 from arealite.engine import recover as recover_module
 from arealite.engine.recover import COMPLETE, RecoverHandler
 from arealite.observe.run_folder import RunFolder
-
-
-class Alone:
-    rank, world_size = 0, 1
-
-    def broadcast(self, value):
-        return value
-
-    def barrier(self, what):
-        pass
 
 
 class Counter:
@@ -168,7 +158,7 @@ def test_full_disk_keeps_the_point_before_and_the_second_in_a_row_stops(tmp_path
     life = Life(tmp_path, num_kept=1)
     life.train(1)
     life.actor.broken = True
-    assert life.train(2) is None and life.recover.num_failed == 1
+    assert life.train(2) is None
     life.actor.broken = False
     assert life.train(3) is not None
     life.actor.broken = True
@@ -209,10 +199,12 @@ def test_kill_between_the_two_renames_of_a_replacement(tmp_path):
     Life(tmp_path).train(1)
     recover_dir = tmp_path / "recover"
     (recover_dir / "point_000001").rename(recover_dir / ".replaced-point_000001")
-    (recover_dir / ".tmp-point_000001").mkdir()
+    (recover_dir / ".partial-point_000001").mkdir()
+    half = tmp_path / "checkpoints/.removed-step_000001"
+    half.mkdir(parents=True)
     life = Life(tmp_path)
     assert life.load() == 1
-    assert life.points() == ["point_000001"]
+    assert life.points() == ["point_000001"] and not half.exists()
 
 
 def test_killed_at_random_moments_a_complete_point_of_the_newest_finished_step_exists(tmp_path):
@@ -249,82 +241,66 @@ def test_killed_at_random_moments_a_complete_point_of_the_newest_finished_step_e
     assert leftovers, "no kill hit a save: the test proves nothing"
 
 
-class Meeting:
-    """Threads as ranks; every call is a meeting of all with a limit."""
-
-    def __init__(self, world_size):
-        self.world_size, self.value = world_size, None
-        self.gate = threading.Barrier(world_size)
-
-    def of(self, rank):
-        meeting = self
-
-        class One:
-            world_size = meeting.world_size
-
-            def __init__(self):
-                self.rank = rank
-
-            def broadcast(self, value):
-                if rank == 0:
-                    meeting.value = json.loads(json.dumps(value))
-                self.barrier("value is there")
-                result = meeting.value
-                self.barrier("value is read")
-                return result
-
-            def barrier(self, what):
-                meeting.gate.wait(timeout=20)
-
-        return One()
-
-
-def on_ranks(lives, call):
-    outcomes = [None] * len(lives)
-
-    def run(rank):
-        try:
-            outcomes[rank] = call(lives[rank])
-        except ArealiteError as error:
-            outcomes[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(lives))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive()
-    return outcomes
-
-
 def lives_of(tmp_path, num_ranks, **settings):
+    """The lives of all ranks, and a function that runs a call on all of them at once."""
     meeting = Meeting(num_ranks)
-    return [Life(tmp_path, collective=meeting.of(rank), **settings) for rank in range(num_ranks)]
+    lives = [Life(tmp_path, collective=meeting.of(rank), **settings) for rank in range(num_ranks)]
+    return lives, lambda call: on_ranks(meeting, lambda rank: call(lives[rank]))
 
 
 def test_two_ranks_each_save_and_load_their_part(tmp_path):
-    lives = lives_of(tmp_path, 2)
-    points = on_ranks(lives, lambda life: life.train(3))
-    assert points == [tmp_path / "recover/point_000003"] * 2
-    again = lives_of(tmp_path, 2)
-    assert on_ranks(again, lambda life: life.load()) == [3, 3]
+    _, on_all = lives_of(tmp_path, 2)
+    assert on_all(lambda life: life.train(3)) == [tmp_path / "recover/point_000003"] * 2
+    again, on_all = lives_of(tmp_path, 2)
+    assert on_all(lambda life: life.load()) == [3, 3]
     assert [life.actor.value for life in again] == [3, 3]
     assert [life.rollout.value for life in again] == [3, 3]  # the others note the version
     assert [life.dataloader.value for life in again] == [3, 3]
 
 
 def test_part_missing_on_another_rank_is_no_point(tmp_path):
-    lives = lives_of(tmp_path, 3)
-    on_ranks(lives, lambda life: life.train(1))
+    lives, on_all = lives_of(tmp_path, 3)
+    on_all(lambda life: life.train(1))
     lives[2].actor.broken = True
-    assert on_ranks(lives, lambda life: life.train(2)) == [None] * 3
-    assert [life.recover.num_failed for life in lives] == [1, 1, 1]
+    assert on_all(lambda life: life.train(2)) == [None] * 3
     assert lives[0].points() == ["point_000001"]
-    outcomes = on_ranks(lives, lambda life: life.train(3))
-    assert all(isinstance(o, ArealiteError) and "ranks without their part: [2]" in str(o) for o in outcomes)
+    outcomes = on_all(lambda life: life.train(3))
+    assert all(isinstance(o, ArealiteError) and "(rank 2: [Errno 28] No space left" in str(o) for o in outcomes)
 
 
 def test_refusal_reaches_all_ranks(tmp_path):
     Life(tmp_path).train(1)
-    outcomes = on_ranks(lives_of(tmp_path, 2, mode="fresh"), lambda life: life.load())
+    outcomes = lives_of(tmp_path, 2, mode="fresh")[1](lambda life: life.load())
     assert all(isinstance(o, RecoveryError) for o in outcomes)
+
+
+FULL_DISK_ON_ONE_RANK = """
+import sys
+from pathlib import Path
+import torch
+from arealite.api.cli_args import GRPOConfig, RecoverConfig, TrainEngineConfig
+from arealite.engine.fsdp_engine import FSDPEngine
+from arealite.engine.recover import RecoverHandler
+from arealite.observe.run_folder import RunFolder
+from test_recover_points import Counter
+actor = FSDPEngine(TrainEngineConfig(path=sys.argv[1], collective_timeout_s=30.0))
+actor.initialize()
+recover = RecoverHandler(RecoverConfig(), RunFolder(Path(sys.argv[2])), GRPOConfig())
+write = torch.save
+def full(value, file, **options):  # only this rank's own file, after what all ranks write together
+    if "random-1" in str(file):
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+    write(value, file, **options)
+if actor.collective.rank == 1:
+    torch.save = full
+assert recover.save(1, 0, actor, Counter(), Counter()) is None
+torch.save = write
+assert recover.save(2, 0, actor, Counter(), Counter()).name == "point_000002"
+assert recover.load(actor, Counter(), Counter()) == 2
+actor.destroy()
+"""
+
+
+def test_full_disk_under_one_rank_of_the_real_engine_holds_up_nobody(tmp_path, tiny_llama, free_port):
+    outputs = run_ranks(["-c", FULL_DISK_ON_ONE_RANK, tiny_llama, str(tmp_path)], free_port)
+    assert "(rank 1: PytorchStreamWriter failed" in outputs[0]

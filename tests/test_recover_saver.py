@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from ranks import Alone, Meeting, on_ranks
 
 from arealite.api.cli_args import SaverConfig
 from arealite.api.errors import ArealiteError
@@ -11,21 +12,19 @@ from arealite.engine.checkpoint import Saver
 from arealite.observe.run_folder import RunFolder
 
 
-class Alone:
-    rank, world_size = 0, 1
-
-    def broadcast(self, value):
-        return value
-
-
 class FakeActor:
-    def __init__(self):
-        self.collective, self.error = Alone(), None
+    """As the engine: all ranks gather, rank 0 writes."""
+
+    def __init__(self, collective=None):
+        self.collective, self.error = collective or Alone(), None
 
     def save(self, path):
+        self.collective.barrier("weights")
+        if self.collective.rank != 0:
+            return
         if self.error:
             raise self.error
-        Path(path).mkdir()
+        Path(path).mkdir(parents=True)
         (Path(path) / "config.json").write_text("{}")
 
 
@@ -55,10 +54,14 @@ def test_the_one_just_saved_is_never_deleted(tmp_path):
     assert kept(tmp_path) == ["step_000021"]
 
 
-def test_half_removed_checkpoint_is_swept_up(tmp_path):
-    (tmp_path / "checkpoints/.removed-step_000001").mkdir(parents=True)
-    Saver(SaverConfig(), RunFolder(tmp_path)).save(2, FakeActor())
-    assert kept(tmp_path) == ["step_000002"]
+def test_a_folder_that_cannot_be_made_is_a_failed_save_on_all_ranks(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    meeting = Meeting(2)
+    savers = [Saver(SaverConfig(freq_steps=1), RunFolder(tmp_path)) for _ in range(2)]
+    actors = [FakeActor(meeting.of(rank)) for rank in range(2)]
+    assert on_ranks(meeting, lambda rank: savers[rank].maybe_save(1, 0, actors[rank])) == [None, None]
+    outcomes = on_ranks(meeting, lambda rank: savers[rank].maybe_save(2, 0, actors[rank]))
+    assert all(isinstance(o, ArealiteError) and "rank 0: " in str(o) for o in outcomes)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,7 @@ def test_failed_save_warns_then_stops(tmp_path, caplog, error):
     saver.maybe_save(1, 0, actor)
     actor.error = error
     assert saver.maybe_save(2, 0, actor) is None
-    assert "Training goes on" in caplog.text and saver.num_failed == 1
+    assert "Training goes on" in caplog.text
     with pytest.raises(ArealiteError, match="No space left.* second in a row"):
         saver.maybe_save(3, 0, actor)
     assert kept(tmp_path) == ["step_000001"]

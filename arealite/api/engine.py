@@ -28,6 +28,9 @@ class Collective(Protocol):
     def broadcast(self, value: Any) -> Any:
         """Returns rank 0's object on every rank."""
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's object, on every rank, in rank order."""
+
     def on_head(self, work: Callable[[], Any]) -> Any:
         """Runs `work` on rank 0 while the others wait; its result, or its error, on every rank."""
 

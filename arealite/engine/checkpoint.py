@@ -1,11 +1,15 @@
-"""Hugging Face checkpoints during training: when, where, how many. Called by the training script on every rank."""
+"""Hugging Face checkpoints during training, and what they share with recovery points: folders that are whole or absent.
+
+Called by the training script on every rank, and by recover.py and export.py.
+"""
 
 from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -14,7 +18,7 @@ from arealite.observe.frequency import Frequency
 
 if TYPE_CHECKING:
     from arealite.api.cli_args import SaverConfig
-    from arealite.api.engine import TrainEngine
+    from arealite.api.engine import Collective, TrainEngine
     from arealite.observe.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -22,8 +26,22 @@ logger = logging.getLogger(__name__)
 # What a full or broken disk looks like: plain I/O, safetensors' own error, and the RuntimeError of torch's zip writer.
 WRITE_ERRORS: tuple[type[Exception], ...] = (OSError, SafetensorError, RuntimeError)
 
+PARTIAL, REPLACED, REMOVED = ".partial-", ".replaced-", ".removed-"
 
-REMOVED = ".removed-"
+
+def partial_name(final: Path) -> Path:
+    """Where to build what is to become `final`: beside it, hidden."""
+    return final.with_name(f"{PARTIAL}{final.name}")
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Rename a finished `partial` to `final`, in place of what is there. Raises OSError."""
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -37,28 +55,53 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-class FailureCount:
-    """Failed saves: one is a warning and training goes on, the second in a row stops the run.
+def clean(parent: Path) -> None:
+    """Remove what a kill left behind in `parent`; a folder that was being replaced gets its name back."""
+    for replaced in parent.glob(f"{REPLACED}*"):
+        final = replaced.with_name(replaced.name.removeprefix(REPLACED))
+        if not final.exists():
+            replaced.rename(final)
+    for prefix in (PARTIAL, REPLACED, REMOVED):
+        for leftover in parent.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def attempt(write: Callable[..., None], *args: Any) -> str:
+    """Why `write(*args)` could not write; "" when it could."""
+    try:
+        write(*args)
+    except WRITE_ERRORS as error:
+        logger.exception("a write failed")
+        return str(error) or repr(error)
+    return ""
+
+
+def attempt_on_ranks(collective: Collective, write: Callable[[str], None], path: Path) -> str:
+    """`write(path)` on every rank; which ranks could not write and why, "" when all could. Collective."""
+    found = collective.gather(attempt(write, str(path)))
+    return "; ".join(f"rank {rank}: {why}" for rank, why in enumerate(found) if why)
+
+
+class WriteFailures:
+    """One failed write is a warning and training goes on, the second in a row stops the run.
 
     One full disk may be passing; two in a row mean that the run is no longer protected, which its owner must know.
     """
 
     def __init__(self) -> None:
-        self.num_failed = 0
-        self._in_a_row = 0
+        self._num_in_a_row = 0
 
-    def succeeded(self) -> None:
-        self._in_a_row = 0
-
-    def failed(self, what: str, why: str, consequence: str) -> ArealiteError | None:
-        """Count a failure; the error to raise when it is the second in a row."""
-        self.num_failed += 1
-        self._in_a_row += 1
-        message = f"{what} could not be written ({why}); {consequence}"
-        if self._in_a_row < 2:
-            logger.warning("%s. Training goes on; make room before the next one", message)
-            return None
-        return ArealiteError(f"{message}. It is the second in a row, so the run stops: make room and start it again")
+    def was_written(self, what: str, why_not: str) -> bool:
+        """Whether `why_not` is "". The same on all ranks; raises ArealiteError at the second failure in a row."""
+        if not why_not:
+            self._num_in_a_row = 0
+            return True
+        self._num_in_a_row += 1
+        message = f"{what} could not be written ({why_not}); the earlier ones are whole"
+        if self._num_in_a_row > 1:
+            raise ArealiteError(f"{message}. It is the second in a row, so the run stops: make room and start it again")
+        logger.warning("%s. Training goes on; make room before the next one", message)
+        return False
 
 
 class Saver:
@@ -68,12 +111,7 @@ class Saver:
         self.frequency = Frequency(config)
         self._config = config
         self._folder = folder
-        self._failures = FailureCount()
-
-    @property
-    def num_failed(self) -> int:
-        """Saves that failed in this process."""
-        return self._failures.num_failed
+        self._failures = WriteFailures()
 
     def maybe_save(self, step: int, epoch: int, actor: TrainEngine) -> Path | None:
         """Save if it is due after `step` finished steps; the folder, or None. Collective."""
@@ -85,32 +123,17 @@ class Saver:
         Raises ArealiteError on every rank at the second failure in a row.
         """
         path = self._folder.checkpoint(step)
-        why = ""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            actor.save(str(path))
-        except WRITE_ERRORS as error:
-            if actor.collective.rank != 0:  # only rank 0 writes: this is no full disk
-                raise
-            logger.exception("checkpoint of step %d", step)
-            why = str(error) or type(error).__name__
-        why = actor.collective.broadcast(why)
-        if why:
-            stop = self._failures.failed(f"checkpoint {path}", why, "the earlier checkpoints are whole")
-            if stop is not None:
-                raise stop
+        why_not = attempt_on_ranks(actor.collective, actor.save, path)
+        if not self._failures.was_written(f"checkpoint {path}", why_not):
             return None
-        self._failures.succeeded()
         if actor.collective.rank == 0:
             self._prune(path)
         return path
 
     def _prune(self, saved: Path) -> None:
-        for leftover in self._folder.checkpoints_dir.glob(f"{REMOVED}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         if self._config.num_kept is None:
             return
-        found = sorted(p for p in self._folder.checkpoints_dir.glob("step_*") if p.is_dir())
+        found = sorted(p for p in saved.parent.glob("step_*") if p.is_dir())
         others = [p for p in found if p != saved]
         for path in others[: max(0, len(found) - self._config.num_kept)]:
             remove_folder(path)

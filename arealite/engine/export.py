@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch.distributed.tensor import DTensor
+
+from arealite.engine.checkpoint import partial_name, put_in_place
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model"
@@ -45,7 +46,7 @@ def write_folder(path: str, tensors: dict[str, torch.Tensor], model: Any, dtype:
     It is written beside `path` and renamed, so that `path` is whole or absent at any time. Raises OSError.
     """
     final = Path(path)
-    partial = final.with_name(f".{final.name}.partial")
+    partial = partial_name(final)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_torch_state_dict(tensors, partial, metadata={"format": "pt"})
@@ -58,12 +59,7 @@ def write_folder(path: str, tensors: dict[str, torch.Tensor], model: Any, dtype:
         model.generation_config.save_pretrained(partial)
     for file in tokenizer_files(source):
         shutil.copy2(file, partial / file.name)
-    replaced = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        os.rename(final, replaced)
-    os.rename(partial, final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    put_in_place(partial, final)
 
 
 def tokenizer_files(source: str) -> list[Path]:

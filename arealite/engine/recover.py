@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from arealite.api.errors import RecoveryError
-from arealite.engine.checkpoint import REMOVED, WRITE_ERRORS, FailureCount, remove_folder
+from arealite.engine import checkpoint
+from arealite.engine.checkpoint import WriteFailures, attempt, attempt_on_ranks
 from arealite.observe.frequency import Frequency
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE"
-PARTIAL = ".tmp-"
-REPLACED = ".replaced-"
 
 
 class Stateful(Protocol):
@@ -40,34 +39,21 @@ class Stateful(Protocol):
 
 
 def fingerprint(config: GRPOConfig) -> dict[str, Any]:
-    """What a run must keep to go on from a point: its model, its data in their order, and the shape of a step.
+    """What a run must keep to go on from a point: its model, its tasks in their order, and the shape of a step.
 
     Learning rates, lengths, frequencies and machines may change at a restart.
     """
-    train = config.train_dataset
-    return {
-        "actor.path": config.actor.path,
-        "seed": config.seed,
-        "gconfig.n_samples": config.gconfig.n_samples,
-        "rollout.consumer_batch_size": config.rollout.consumer_batch_size,
-        "train_dataset.path": train.path,
-        "train_dataset.split": train.split,
-        "train_dataset.subset": train.subset,
-        "train_dataset.params": train.params,
-        "train_dataset.num_rows": train.num_rows,
-        "train_dataset.batch_size": train.batch_size,
-        "train_dataset.shuffle": train.shuffle,
-        "train_dataset.prompt_template": train.prompt_template,
-        "train_dataset.system_prompt": train.system_prompt,
-        "train_dataset.max_prompt_tokens": train.max_prompt_tokens,
-    }
+    kept = {"actor.path": config.actor.path, "seed": config.seed, "gconfig.n_samples": config.gconfig.n_samples}
+    kept |= {f"train_dataset.{name}": value for name, value in vars(config.train_dataset).items()}
+    # Through JSON, as it will be read back: a tuple is a list then, and they would differ.
+    return dict(json.loads(json.dumps(kept)))
 
 
 class RecoverHandler:
     """Writes recovery points when due and loads the newest one; all ranks make the same calls.
 
-    A point that cannot be written (disk full) is a warning, counted in `num_failed`, and the points before it stay
-    whole; the second failure in a row stops the run. `epoch` is the epoch of the point that was loaded.
+    A point that cannot be written (disk full) is a warning, and the points before it stay whole; the second failure in
+    a row stops the run. `epoch` is the epoch of the point that was loaded.
     """
 
     def __init__(self, config: RecoverConfig, folder: RunFolder, run_config: GRPOConfig) -> None:
@@ -75,14 +61,8 @@ class RecoverHandler:
         self.epoch = 0
         self._config = config
         self._folder = folder
-        # Through JSON, as it will be read back: a tuple is a list then, and they would differ.
-        self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint(run_config)))
-        self._failures = FailureCount()
-
-    @property
-    def num_failed(self) -> int:
-        """Points that could not be written in this process."""
-        return self._failures.num_failed
+        self._fingerprint = fingerprint(run_config)
+        self._failures = WriteFailures()
 
     def maybe_save(
         self, step: int, epoch: int, actor: TrainEngine, rollout: Stateful, dataloader: DataSource
@@ -102,28 +82,23 @@ class RecoverHandler:
         """
         collective = actor.collective
         point = self._folder.recovery_point(step)
-        partial = point.with_name(f"{PARTIAL}{point.name}")
-        why = ""
+        partial = checkpoint.partial_name(point)
+
+        def begin() -> str:
+            states = {"rollout": rollout.state_dict(), "dataloader": dataloader.state_dict()}
+            record = {"step": step, "epoch": epoch, "at": time.time(), **states, "fingerprint": self._fingerprint}
+            return attempt(_begin, partial, record)
+
+        why_not = collective.on_head(begin)
+        if not why_not:
+            why_not = attempt_on_ranks(collective, actor.save_state, partial / "actor")
+        if not why_not:
+            why_not = collective.on_head(lambda: attempt(_finish, partial, point))
         if collective.rank == 0:
-            state = {"rollout": rollout.state_dict(), "dataloader": dataloader.state_dict()}
-            why = self._begin(partial, {"step": step, "epoch": epoch, "at": time.time(), **state})
-        why = collective.broadcast(why)
-        if not why:
-            why = self._save_ranks(partial, actor)
-        if not why and collective.rank == 0:
-            why = _finish(partial, point)
-        why = collective.broadcast(why)
-        if why:
-            if collective.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            stop = self._failures.failed(f"recovery point {point}", why, "the points before it are whole")
-            if stop is not None:
-                raise stop
-            return None
-        self._failures.succeeded()
-        if collective.rank == 0:
-            self._prune()
-        return point
+            shutil.rmtree(partial, ignore_errors=True)
+            if not why_not:
+                self._prune()
+        return point if self._failures.was_written(f"recovery point {point}", why_not) else None
 
     def load(self, actor: TrainEngine, rollout: Stateful, dataloader: DataSource) -> int:
         """Restore the newest complete point; returns the number of finished steps, that is the next step (counted from
@@ -132,120 +107,82 @@ class RecoverHandler:
         Raises RecoveryError on every rank: mode "fresh" in a folder with points, a point of another configuration, or
         points of which none is complete.
         """
-        found: Any = None
-        if self._config.mode != "off":
-            found = actor.collective.broadcast(self._choose() if actor.collective.rank == 0 else None)
-        if isinstance(found, str):
-            raise RecoveryError(found)
+        found = actor.collective.on_head(self._choose)
         if found is None:
             return 0
-        actor.load_state(str(self._folder.recovery_point(found["step"]) / "actor"))
+        step = int(found["step"])
+        point = self._folder.recovery_point(step)
+        actor.load_state(str(point / "actor"))
         dataloader.load_state_dict(found["dataloader"])
         rollout.load_state_dict(found["rollout"])
         if actor.collective.rank == 0:
-            logger.warning("going on after step %d, from %s", found["step"], self._folder.recovery_point(found["step"]))
+            logger.warning("going on after step %d, from %s", step, point)
         self.epoch = found["epoch"]
         self.frequency.restart(self.epoch)
-        return int(found["step"])
+        return step
 
-    def _begin(self, partial: Path, record: dict[str, Any]) -> str:
-        """Make the hidden folder with point.json; "" or why that failed."""
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "actor").mkdir(parents=True)
-            text = json.dumps({**record, "fingerprint": self._fingerprint})
-            (partial / "point.json").write_text(text, encoding="utf-8")
-        except OSError as error:
-            return str(error)
-        return ""
-
-    def _save_ranks(self, partial: Path, actor: TrainEngine) -> str:
-        """Every rank writes its part and a mark that it did; "" or, on rank 0, who did not and why."""
-        collective = actor.collective
-        why = ""
-        try:
-            actor.save_state(str(partial / "actor"))
-            _mark(partial, collective.rank).touch()
-        except WRITE_ERRORS as error:
-            logger.exception("rank %d: part of a recovery point", collective.rank)
-            why = f": {error}"
-        collective.barrier("parts of a recovery point")
-        silent = [rank for rank in range(collective.world_size) if not _mark(partial, rank).exists()]
-        return f"ranks without their part: {silent}{why}" if silent and collective.rank == 0 else ""
-
-    def _choose(self) -> dict[str, Any] | str | None:
-        """The newest complete point's record, None when there is no point at all, or what is wrong with them."""
-        _clean(self._folder.recover_dir)
-        points = _points(self._folder.recover_dir)
-        if points and self._config.mode == "fresh":
-            return (
+    def _choose(self) -> dict[str, Any] | None:
+        """The newest complete point's record; None when there is no point, or when none is wanted."""
+        for folder in (self._folder.recover_dir, self._folder.checkpoints_dir):
+            checkpoint.clean(folder)
+        points = self._points()
+        if not points or self._config.mode == "off":
+            return None
+        if self._config.mode == "fresh":
+            raise RecoveryError(
                 f"recover.mode=fresh, and {self._folder.recover_dir} holds {points[-1].name} of an earlier run; "
                 "expected an unused folder. Choose another trial_name, or recover.mode=auto to go on with that run"
             )
         for point in reversed(points):
             record = _read(point)
-            if record is None:
-                logger.warning("recovery point %s is not complete: trying the one before", point)
-                continue
-            return self._difference(point, record["fingerprint"]) or record
-        if points:
-            return (
-                f"none of the recovery points in {self._folder.recover_dir} is complete "
-                f"({', '.join(p.name for p in points)}); restore one, or delete them to start from step 0"
-            )
-        return None
-
-    def _difference(self, point: Path, theirs: dict[str, Any]) -> str:
-        keys = sorted(theirs.keys() | self._fingerprint.keys())
-        lines = [
-            f"  {key}: {theirs.get(key)!r} in the point, {self._fingerprint.get(key)!r} in this configuration"
-            for key in keys
-            if theirs.get(key) != self._fingerprint.get(key)
-        ]
-        if not lines:
-            return ""
-        return (
-            f"recovery point {point} belongs to another configuration:\n" + "\n".join(lines) + "\n"
-            "Set these back to go on with that run, or choose another trial_name for a new one"
+            if record is not None:
+                self._compare(point, record["fingerprint"])
+                return record
+            logger.warning("recovery point %s is not complete: trying the one before", point)
+        raise RecoveryError(
+            f"none of the recovery points in {self._folder.recover_dir} is complete "
+            f"({', '.join(p.name for p in points)}); restore one, or delete them to start from step 0"
         )
 
+    def _compare(self, point: Path, theirs: dict[str, Any]) -> None:
+        ours = self._fingerprint
+        lines = [
+            f"  {key}: {theirs.get(key)!r} in the point, {ours.get(key)!r} in this configuration\n"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        if lines:
+            raise RecoveryError(
+                f"recovery point {point} belongs to another configuration:\n{''.join(lines)}"
+                "Set these back to go on with that run, or choose another trial_name for a new one"
+            )
+
+    def _points(self) -> list[Path]:
+        """Folders named as points, complete or not, oldest first."""
+        return sorted(path for path in self._folder.recover_dir.glob("point_*") if path.is_dir())
+
     def _prune(self) -> None:
-        """Keep the newest points; only after the newest is complete."""
-        complete = [point for point in _points(self._folder.recover_dir) if _read(point) is not None]
+        """Keep the newest complete points; only after the newest is complete."""
+        complete = [point for point in self._points() if _read(point) is not None]
         for point in complete[: -self._config.num_kept]:
-            remove_folder(point)
+            checkpoint.remove_folder(point)
 
 
-def _mark(partial: Path, rank: int) -> Path:
-    return partial / f"rank_{rank:05d}.written"
+def _begin(partial: Path, record: dict[str, Any]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "actor").mkdir(parents=True)
+    (partial / "point.json").write_text(json.dumps(record), encoding="utf-8")
 
 
-def _points(recover_dir: Path) -> list[Path]:
-    """Folders named as points, complete or not, oldest first."""
-    return sorted(path for path in recover_dir.glob("point_*") if path.is_dir())
-
-
-def _finish(partial: Path, point: Path) -> str:
-    """Put the whole folder on disk, mark it complete, rename it into place; "" or why that failed."""
-    try:
-        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-        sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
-        for path in [*files, *(p for p in partial.rglob("*") if p.is_dir())]:
-            _sync(path)
-        with open(partial / COMPLETE, "w", encoding="utf-8") as out:
-            out.write(json.dumps({"files": sizes}))
-            out.flush()
-            os.fsync(out.fileno())
-        _sync(partial)
-        replaced = point.with_name(f"{REPLACED}{point.name}")
-        if point.exists():
-            point.rename(replaced)
-        partial.rename(point)
-        _sync(point.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        return str(error)
-    return ""
+def _finish(partial: Path, point: Path) -> None:
+    """Put the whole folder on disk, mark it complete, rename it into place."""
+    paths = sorted(partial.rglob("*"))
+    sizes = {str(path.relative_to(partial)): path.stat().st_size for path in paths if path.is_file()}
+    (partial / COMPLETE).write_text(json.dumps({"files": sizes}), encoding="utf-8")
+    for path in (*paths, partial / COMPLETE, partial):
+        _sync(path)
+    checkpoint.put_in_place(partial, point)
+    _sync(point.parent)
 
 
 def _sync(path: Path) -> None:
@@ -263,20 +200,6 @@ def _read(point: Path) -> dict[str, Any] | None:
         sizes = json.loads((point / COMPLETE).read_text(encoding="utf-8"))["files"]
         if any((point / name).stat().st_size != size for name, size in sizes.items()):
             return None
-        record = json.loads((point / "point.json").read_text(encoding="utf-8"))
+        return dict(json.loads((point / "point.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError):
         return None
-    return dict(record)
-
-
-def _clean(recover_dir: Path) -> None:
-    """Remove what a kill left behind; a point that was being replaced gets its name back."""
-    for replaced in recover_dir.glob(f"{REPLACED}point_*"):
-        point = replaced.with_name(replaced.name.removeprefix(REPLACED))
-        if point.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            replaced.rename(point)
-    for prefix in (PARTIAL, REMOVED):
-        for leftover in recover_dir.glob(f"{prefix}*"):
-            shutil.rmtree(leftover, ignore_errors=True)

@@ -28,20 +28,16 @@ class Frequency:
         self._last_s = clock()
         self._last_epoch = 0
 
-    @property
-    def never(self) -> bool:
-        """Nothing is configured."""
-        return self._config.freq_steps is None and self._config.freq_epochs is None and self._config.freq_s is None
-
     def restart(self, epoch: int) -> None:
         """Count seconds from now and epochs from `epoch`."""
         self._last_s, self._last_epoch = self._clock(), epoch
 
     def due(self, step: int, epoch: int, collective: Collective) -> bool:
         """Is it due after `step` finished steps, in (0-based) `epoch`? Collective; the same answer on all ranks."""
-        if self.never:
+        config = self._config
+        if config.freq_steps is None and config.freq_epochs is None and config.freq_s is None:
             return False
-        decision = bool(collective.broadcast(self._decide(step, epoch) if collective.rank == 0 else None))
+        decision = bool(collective.on_head(lambda: self._decide(step, epoch)))
         if decision:
             self.restart(epoch)
         return decision
