@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from aiohttp import web
-from rollout_fakes import Episodes, FakeServer, MembersWorkflow, expected_token, quick_config
+from rollout_fakes import FakeServer, MembersWorkflow, expected_token, quick_config
 
 from arealite.api.errors import (
     ConfigError,
@@ -102,8 +102,7 @@ def test_a_server_with_the_wrong_version_is_counted(connect):
 def test_budget_used_up_by_an_interruption_is_length(connect):
     with FakeServer() as server:
         engine = connect([server])
-        answer = server._answer([1, 2], [0, 0], "abort")
-        server.answer_with = lambda: web.json_response(answer)
+        server.answer_with = lambda: web.json_response(server._answer([1, 2], [0, 0], "abort"))
         assert one(engine, max_new_tokens=2).finish_reason == "length"
 
 
@@ -124,6 +123,18 @@ def test_a_dead_server_costs_nothing_while_another_lives(connect):
             engine = connect([a, b])
         results = [one(engine, rid=f"{i}.0", group_id=str(i)) for i in range(4)]
         assert all(r.server_id == "server-1" for r in results)
+
+
+def test_a_server_that_failed_is_avoided_at_once(connect, monkeypatch):
+    """Not only after the pause before the next try: others would run into it meanwhile."""
+    with FakeServer() as server:
+        engine, server.num_drops = connect([server]), 1
+        router, seen = engine._live.generator.router, []
+        monkeypatch.setattr(
+            generate_module, "backoff_s", lambda num: seen.append(router._avoided(router.servers[0])) or 0
+        )
+        one(engine)
+        assert seen == [True]
 
 
 def test_endless_failure_ends_with_the_servers_words(connect):
@@ -358,15 +369,6 @@ def test_destroy_tells_the_servers_what_is_given_up(connect):
             pass
         engine.destroy()
         assert "/abort_request" in server.calls
-
-
-def test_an_evaluation_shows_that_it_goes_on(connect):
-    """Groups that end count as something happening, lest slow rewards look like a stall."""
-    with FakeServer() as server:
-        engine = connect([server])
-        before = engine._live.counters.num_events
-        engine.run_groups([Task(str(i), prompt="x") for i in range(5)], Episodes())
-        assert engine._live.counters.num_events >= before + 5
 
 
 def test_destroy_ends_a_wait_of_another_thread(connect):

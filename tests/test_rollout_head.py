@@ -167,6 +167,7 @@ def test_evaluation_is_outside_ledger_and_bound_and_keeps_every_task(head, tmp_p
     assert [g.task.id for g in groups] == [str(i) for i in range(30)]
     assert [g.trajectories[0].status for g in groups].count("failed") == 1
     assert "broken task" in groups[2].trajectories[0].error
+    assert engine._live.counters.num_events >= 30  # slow rewards must not look like a stall
     assert not (tmp_path / "ledger.jsonl").exists()
     assert engine.prepare_batch(Source(), Episodes()).num_groups == 4
 

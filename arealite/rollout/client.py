@@ -22,6 +22,7 @@ from arealite.api.workflow import RolloutWorkflow
 from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
 from arealite.rollout.connection import Connection
 from arealite.rollout.episodes import EpisodeFailed, failed_group, run_episode
+from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.sglang import NativeBackend, SGLangBackend
 from arealite.rollout.share import Beat, take_and_share
 from arealite.rollout.transport import servers_at
@@ -117,8 +118,7 @@ class RemoteInferenceEngine:
         succeeded."""
 
         def groups(beat: Beat) -> list[Group]:
-            live = self._live
-            return live.run(live.executor.run_all(tasks, workflow), "rollout.batch", beat=beat)
+            return self._live.run(self._executor.run_all(tasks, workflow), "rollout.batch", beat=beat)
 
         return self._share(groups)
 
@@ -127,7 +127,7 @@ class RemoteInferenceEngine:
         trajectory of status "failed" with the error. Rank 0 only."""
 
         live = self._live
-        slots = asyncio.Semaphore(live.max_concurrent)
+        slots = asyncio.Semaphore(live.executor.staleness.max_concurrent)
 
         async def one(ordinal: int, task: Task) -> Group:
             async with slots:
@@ -146,8 +146,7 @@ class RemoteInferenceEngine:
 
     def submit(self, task: Task, workflow: RolloutWorkflow) -> None:
         """Put one task in flight, under the staleness bound. Rank 0 only."""
-        executor = self._live.executor
-        self._live.call(lambda: executor.submit([task], workflow), "rollout.submit")
+        self._live.call(lambda: self._executor.submit([task], workflow), "rollout.submit")
 
     def wait(self, num_groups: int, timeout_s: float | None = None) -> list[Group]:
         """The next finished groups of submitted tasks. Rank 0 only.
@@ -155,13 +154,12 @@ class RemoteInferenceEngine:
         Raises:
             WaitTimeout: fewer were finished after `timeout_s`; none is lost by that.
         """
-        return self._live.run(self._live.executor.collect(num_groups), "rollout.wait", timeout_s) or []
+        return self._live.run(self._executor.collect(num_groups), "rollout.wait", timeout_s) or []
 
     def mark_trained(self, step: int, skipped: bool = False) -> None:
         """Note in the ledger that the batch taken last was trained on in `step` (from 0), or dropped with it."""
         if self.is_head:
-            executor = self._live.executor
-            self._live.call(lambda: executor.mark_trained(step, skipped), "rollout.mark_trained")
+            self._live.call(lambda: self._executor.mark_trained(step, skipped), "rollout.mark_trained")
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -173,8 +171,7 @@ class RemoteInferenceEngine:
 
         async def pause() -> None:
             live.generator.gate.close()
-            if live.has_executor:
-                live.executor.hold()
+            live.executor.hold()
             await live.fleet.pause()
 
         live.run(pause(), "rollout.pause")
@@ -188,8 +185,7 @@ class RemoteInferenceEngine:
         async def resume() -> None:
             await live.fleet.resume()
             live.generator.gate.open()
-            if live.has_executor:
-                live.executor.release()
+            live.executor.release()
 
         live.run(resume(), "rollout.resume")
 
@@ -226,8 +222,7 @@ class RemoteInferenceEngine:
         def apply() -> None:
             live.generator.version = version
             live.generator.announced_version = max(live.generator.announced_version, version)
-            if live.has_executor:
-                live.executor.set_version(version)
+            live.executor.set_version(version)
 
         live.call(apply, "rollout.set_version")
 
@@ -241,15 +236,12 @@ class RemoteInferenceEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state for a recovery point: what is in flight, and finished groups that were not trained on."""
-        if not self.is_head or not self._live.has_executor:
-            return {"version": self._version}
-        return self._live.call(self._live.executor.state, "rollout.state")
+        return self._live.call(self._executor.state, "rollout.state") if self.is_head else {"version": self._version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, before the first batch. Unfinished tasks run again, under their old ordinals."""
-        if self.is_head and self._live.has_executor:
-            executor = self._live.executor
-            self._live.call(lambda: executor.restore(state), "rollout.restore")
+        if self.is_head:
+            self._live.call(lambda: self._executor.restore(state), "rollout.restore")
         self.set_version(state["version"])
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -261,7 +253,7 @@ class RemoteInferenceEngine:
         should_accept: Callable[[Group], bool] | None,
         beat: Beat,
     ) -> list[Group]:
-        live, executor = self._live, self._live.executor
+        live, executor = self._live, self._executor
         executor.should_accept = should_accept
         may_draw = True
         while True:
@@ -280,6 +272,12 @@ class RemoteInferenceEngine:
             return self.last_groups
 
         return take_and_share(remembered, self._collective)
+
+    @property
+    def _executor(self) -> RolloutExecutor:
+        if self.config.consumer_batch_size is None:
+            raise ConfigError("rollout.consumer_batch_size is not set; it is the number of groups per step")
+        return self._live.executor
 
     @property
     def _live(self) -> Connection:

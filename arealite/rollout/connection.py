@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.engine import InferenceEngine
-from arealite.api.errors import ArealiteError, ConfigError, WaitTimeout, WorkflowError
+from arealite.api.errors import ArealiteError, WaitTimeout, WorkflowError
 from arealite.observe.waits import waiting
 from arealite.rollout.counters import Counters
 from arealite.rollout.executor import RolloutExecutor
@@ -25,7 +25,7 @@ from arealite.rollout.sglang import SGLangBackend
 from arealite.rollout.staleness import StalenessManager
 from arealite.rollout.transport import Server, Transport
 
-DEFAULT_CONCURRENT_GROUPS = 64  # when neither max_concurrent_rollouts nor consumer_batch_size is given
+DEFAULT_BATCH_SIZE = 64  # groups; of a client that only evaluates, where it limits how many run at a time
 CALL_LIMIT_S = 60.0
 STOP_LIMIT_S = 10.0
 CHECK_S = 0.2  # how often a waiting caller looks at its limit
@@ -52,17 +52,13 @@ class Connection:
         seed: int,
         ledger_path: Path | None,
     ) -> None:
-        size, eta = config.consumer_batch_size, config.max_head_offpolicyness
-        planned = DEFAULT_CONCURRENT_GROUPS if size is None else (eta + 1) * size
-        self.max_concurrent = config.max_concurrent_rollouts or planned  # groups running at one time
+        size, eta = config.consumer_batch_size or DEFAULT_BATCH_SIZE, config.max_head_offpolicyness
+        staleness = StalenessManager(eta, size, config.max_concurrent_rollouts or (eta + 1) * size)
         self.counters = Counters()
         self.transport = Transport()
         self.fleet = Fleet(servers, backend, self.transport, config)
         self.generator = Generator(backend, self.transport, Router(servers), config, self.counters, seed)
-        self._executor: RolloutExecutor | None = None
-        if size is not None:
-            staleness = StalenessManager(eta, size, self.max_concurrent)
-            self._executor = RolloutExecutor(engine, staleness, Ledger(ledger_path), config, self.counters)
+        self.executor = RolloutExecutor(engine, staleness, Ledger(ledger_path), config, self.counters)
         # A request, its abort, and then rewards: the longest time without any event while nothing is wrong.
         self._silence_s = max(config.request_timeout_s, config.setup_timeout_s) + 2 * (
             ABORT_GRACE_S + config.reward_timeout_s
@@ -75,16 +71,6 @@ class Connection:
         except BaseException:  # also on Ctrl-C: the thread and its sockets must not outlive a failed start
             self.close()
             raise
-
-    @property
-    def executor(self) -> RolloutExecutor:
-        if self._executor is None:
-            raise ConfigError("rollout.consumer_batch_size is not set; it is the number of groups per step")
-        return self._executor
-
-    @property
-    def has_executor(self) -> bool:
-        return self._executor is not None
 
     def run(
         self,
@@ -131,8 +117,7 @@ class Connection:
 
     def pending(self) -> list[str]:
         """What is being waited for: servers, groups, then requests without an answer for longest. Any thread."""
-        groups = [] if self._executor is None else self._executor.pending()
-        return [*self.fleet.pending(), *groups, *self.generator.pending()]
+        return [*self.fleet.pending(), *self.executor.pending(), *self.generator.pending()]
 
     def owner(self) -> str:
         """Who has to act next. Any thread may call."""
@@ -142,8 +127,7 @@ class Connection:
         """Cancel what runs, note in the ledger what was not trained, and close all connections."""
 
         async def end() -> None:
-            if self._executor is not None:
-                await self._executor.close("the run ended")
+            await self.executor.close("the run ended")
             others = asyncio.all_tasks() - {asyncio.current_task()} - self.generator.aborts
             for task in others:
                 task.cancel()

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.errors import ArealiteError, RequestError, ServerUnreachable, WeightSyncError
+from arealite.api.errors import RequestError, ServerUnreachable, WeightSyncError
 from arealite.api.types import WeightUpdateMeta
 from arealite.rollout.sglang import SGLangBackend
 from arealite.rollout.transport import Server, Transport
@@ -120,9 +120,7 @@ class Fleet:
         results = await asyncio.gather(*map(act, self.servers), return_exceptions=True)
         outcomes: dict[str, T] = {}
         for server, result in zip(self.servers, results, strict=True):
-            if isinstance(result, ArealiteError):
-                raise result
             if isinstance(result, BaseException):
-                raise ServerUnreachable(f"{server.id} ({server.url}): {result!r}") from result
+                raise result
             outcomes[server.id] = result
         return outcomes

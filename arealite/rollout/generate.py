@@ -173,22 +173,23 @@ class Generator:
         oldest_version = self.version
         server = self.router.acquire(request.group_id, num_queued)
         flight.server_id = server.id
-        failed = False
+        failure: ServerUnreachable | None = None
         try:
             part = await self._answer(flight, server)
         except ServerUnreachable as error:
-            failed = True
+            failure = error
+        finally:
+            self.counters.num_events += 1
+            self.router.release(server, num_queued, failure is not None)
+        if failure is not None:
             flight.num_failures += 1
             self.counters.add("num_request_failures")
             if flight.num_failures > self.config.request_retries:
                 raise ServerUnreachable(
-                    f"request {request.rid} got no token in {flight.num_failures} sendings; the last: {error}"
-                ) from error
+                    f"request {request.rid} got no token in {flight.num_failures} sendings; the last: {failure}"
+                ) from failure
             await asyncio.sleep(backoff_s(flight.num_failures))
             return None
-        finally:
-            self.counters.num_events += 1
-            self.router.release(server, num_queued, failed)
         if part.token_ids:
             flight.num_failures = 0
         strange = sum(not oldest_version <= v <= self.announced_version for v in part.versions)
