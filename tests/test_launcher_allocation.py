@@ -36,7 +36,7 @@ from arealite.launcher.allocation import (
 def test_spellings_in_use(text, canonical, num_devices, num_servers):
     mode = AllocationMode.parse(text)
     assert str(mode) == canonical
-    assert (mode.num_devices, mode.num_servers) == (num_devices, num_servers)
+    assert (mode.num_devices, sum(c.num_servers for c in mode.components)) == (num_devices, num_servers)
     assert AllocationMode.parse(canonical) == mode
 
 

@@ -30,14 +30,13 @@ def test_side_by_side_gets_a_core_each():
     assert (server.cores, trainer.cores) == ((0,), (1,))
     for process in (server, trainer):
         assert process.env["OMP_NUM_THREADS"] == "1" and process.env["OMP_WAIT_POLICY"] == "PASSIVE"
-        assert process.env["AREALITE_PROCESS"] == process.name
         assert "CUDA_VISIBLE_DEVICES" not in process.env and "AREALITE_COLOCATED" not in process.env
 
 
 @pytest.mark.parametrize(("allocation", "eta"), [("native:d1|fsdp:d1", 1), ("native:d1+fsdp:d1", 0)])
 def test_taking_turns_gives_everybody_everything(allocation, eta):
     plan = plan_for(allocation, eta=eta)
-    assert plan.takes_turns and plan.colocated == ("|" in allocation)
+    assert plan.colocated == ("|" in allocation)
     for process in plan.processes:
         assert process.cores == (0, 1) and process.env["OMP_NUM_THREADS"] == "2"
         assert (process.env.get("AREALITE_COLOCATED") == "1") == plan.colocated
@@ -122,6 +121,17 @@ def test_environment_of_the_user_comes_last():
     assert all(p.env["OMP_WAIT_POLICY"] == "ACTIVE" for p in make_plan(config, Machine((0,)), "m", SCRIPT).processes)
     config.launcher.pin_cores = False
     assert all(p.cores == () for p in make_plan(config, Machine((0,)), "m", SCRIPT).processes)
+
+
+def test_trainers_keep_their_memory_on_cpus_only_and_the_user_has_the_last_word():
+    names = {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES"}
+    server, trainer = plan_for("native:d1+fsdp:d1").processes
+    assert names <= trainer.env.keys() and not names & server.env.keys()
+    assert (trainer.env["MALLOC_TRIM_THRESHOLD_"], trainer.env["MALLOC_TOP_PAD_"]) == ("68719476736", "67108864")
+    assert not any(names & p.env.keys() for p in plan_for("native:d1|fsdp:d1", gpu_machine(1)).processes)
+    config = GRPOConfig()
+    config.launcher.env = {"GLIBC_TUNABLES": ""}
+    assert make_plan(config, Machine((0,)), "m", SCRIPT).trainers[0].env["GLIBC_TUNABLES"] == ""
 
 
 @pytest.mark.parametrize(

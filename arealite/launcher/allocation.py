@@ -10,6 +10,7 @@ dims      := (letter number)+                   d data, t or m tensor, p pipelin
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -21,8 +22,10 @@ DEFAULT_TRAIN_BACKEND = "fsdp"
 DIMENSIONS = {"d": "data", "t": "tensor", "p": "pipeline", "c": "context", "e": "expert"}
 SYNONYMS = {"m": "t"}
 MAX_DIGITS = 6
-DIGITS = frozenset("0123456789")
-WORD_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
+FIRST_DIMENSION = re.compile(f"[{''.join(DIMENSIONS | SYNONYMS)}][0-9]")
+WORD = re.compile("[A-Za-z_-]*")
+NAME = re.compile("[A-Za-z0-9_-]*")
+NUMBER = re.compile("[0-9]*")
 
 Role = Literal["inference", "train"]
 
@@ -113,10 +116,6 @@ class AllocationMode:
         return any(self.inference in group and self.train in group for group in self.groups)
 
     @property
-    def num_servers(self) -> int:
-        return sum(c.num_servers for c in self.components)
-
-    @property
     def num_devices(self) -> int:
         """Devices of all groups together."""
         return sum(group[0].world_size for group in self.groups)
@@ -130,7 +129,7 @@ class _Parser:
         self.at = 0
 
     def mode(self) -> AllocationMode:
-        labels: dict[str, int] = {}
+        labels: set[str] = set()
         groups = [self.group(labels)]
         while self.take("+"):
             groups.append(self.group(labels))
@@ -138,7 +137,7 @@ class _Parser:
             self.fail(f"unexpected {self.peek!r}; expected a dimension, '+', '|' or the end")
         return AllocationMode(tuple(groups))
 
-    def group(self, labels: dict[str, int]) -> tuple[Component, ...]:
+    def group(self, labels: set[str]) -> tuple[Component, ...]:
         components: list[Component] = []
         while not components or self.take("|"):
             start = self.at
@@ -149,7 +148,7 @@ class _Parser:
                     f" such as {component.backend}[other]:{component.dims}",
                     start,
                 )
-            labels[component.label] = start
+            labels.add(component.label)
             if components and component.world_size != components[0].world_size:
                 self.fail(
                     f"{component} has {component.world_size} devices and {components[0]} has"
@@ -162,12 +161,11 @@ class _Parser:
 
     def component(self) -> Component:
         start = self.at
-        word = self.text[start : self.end_of_word(start)]
-        if word[:1] in DIMENSIONS | SYNONYMS and self.text[start + 1 : start + 2] in DIGITS:
+        if FIRST_DIMENSION.match(self.text, start):
             return self.checked(Component(DEFAULT_TRAIN_BACKEND, self.dims()), start)
+        word = self.run_of(WORD)
         if not word:
             self.fail(f"expected a backend or a dimension, found {self.peek!r}" if self.peek else "unfinished")
-        self.at += len(word)
         if word not in INFERENCE_BACKENDS + TRAIN_BACKENDS:
             self.fail_unknown_backend(word, start)
         name = self.name()
@@ -192,12 +190,9 @@ class _Parser:
     def name(self) -> str:
         if not self.take("["):
             return ""
-        start = self.at
-        while self.peek in WORD_LETTERS | DIGITS and self.peek:
-            self.at += 1
-        if self.at == start:
+        name = self.run_of(NAME)
+        if not name:
             self.fail("expected a name of letters, digits, '_' or '-'")
-        name = self.text[start : self.at]
         if not self.take("]"):
             self.fail("expected ']' after the name")
         return name
@@ -236,9 +231,7 @@ class _Parser:
 
     def number(self, letter: str) -> int:
         start = self.at
-        while self.peek in DIGITS:
-            self.at += 1
-        digits = self.text[start : self.at]
+        digits = self.run_of(NUMBER)
         if not digits:
             self.fail(f"expected a number after {letter!r}")
         if len(digits) > MAX_DIGITS:
@@ -262,11 +255,12 @@ class _Parser:
         if not self.take(literal):
             self.fail(f"expected {literal!r}; the form is (attn:d4p2t2c2|ffn:d2p2t4e2)")
 
-    def end_of_word(self, start: int) -> int:
-        end = start
-        while self.text[end : end + 1] in WORD_LETTERS and end < len(self.text):
-            end += 1
-        return end
+    def run_of(self, pattern: re.Pattern[str]) -> str:
+        """The characters of a kind that come next; maybe none."""
+        found = pattern.match(self.text, self.at)
+        assert found is not None, "the patterns match the empty text too"
+        self.at = found.end()
+        return found[0]
 
     def fail_unknown_backend(self, word: str, start: int) -> NoReturn:
         known = INFERENCE_BACKENDS + TRAIN_BACKENDS
