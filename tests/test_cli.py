@@ -68,7 +68,7 @@ def test_check_tells_the_plan(config_file, capsys):
         "server-0",
         "trainer-0",
         "arealite.inference.serve",
-        "counted in its safetensors",
+        "M parameters",
         "each trainer (1)",
     ):
         assert said in out
@@ -92,6 +92,9 @@ def test_check_without_the_model_or_the_data(config_file, capsys, monkeypatch, t
     out = capsys.readouterr().out
     assert "arealite fetch smollm2-135m" in out and "unknown: 2 passes over the data" in out
     assert "unknown: the model's config.json is not on this machine" in out
+    reference = ["actor.kl_weight=0.1", "ref.path=smollm2-135m"]
+    assert main(["check", str(config_file), *reference]) == 0
+    assert "unknown: the model's config.json is not on this machine" in capsys.readouterr().out
 
 
 def test_check_explains_every_field(config_file, capsys):

@@ -18,50 +18,43 @@ from arealite.launcher.memory import ModelShape, Part, server_parts, trainer_par
 from arealite.launcher.plan import Plan, make_plan
 from arealite.observe.run_folder import RunFolder
 
-SCRIPT = "SCRIPT"
-
 
 def check(config_path: str, overrides: list[str], explained: bool) -> str:
     """The whole answer of `arealite check`. Raises ConfigError, DatasetError."""
     config = load_config_file(config_path, overrides, GRPOConfig)
     machine = Machine.local(config.cluster)
-    model, model_note = config.actor.path, ""
-    try:
-        model = resolve_model(config.actor.path)
-    except DatasetError as error:
-        model_note = str(error)
-    plan = make_plan(config, machine, model, [SCRIPT, "--config", config_path, *overrides])
+    model, note = find_model(config.actor.path)
+    plan = make_plan(config, machine, model, ["SCRIPT", "--config", config_path, *overrides])
+    settings = to_yaml(config).splitlines()
     if explained:
-        rows = [(key, str(value), doc) for key, value, doc in explain(config)]
-        settings = table(rows)
-    else:
-        settings = to_yaml(config).splitlines()
-    return "\n".join(["CONFIGURATION", *indented(settings), "", *describe(plan, config, machine, model, model_note)])
-
-
-def describe(plan: Plan, config: GRPOConfig, machine: Machine, model: str, model_note: str = "") -> list[str]:
-    """Run, processes and memory of a plan as lines."""
-    shape = ModelShape.read(model)
-    if shape is not None:
-        model_note = f"{shape.num_parameters / 1e6:,.1f} M parameters, {shape.where}"
+        settings = table([(key, str(value), doc) for key, value, doc in explain(config)])
     facts = [
         ("folder", str(RunFolder.of(config).root)),
-        ("model", f"{model} ({model_note or 'size unknown: not a folder on this machine'})"),
+        ("model", f"{model} ({note})"),
         ("machine", f"{len(machine.cores)} cores, {len(machine.gpus)} GPUs, {amount(machine.memory_bytes)} available"),
         ("wiring", f"{plan.allocation}: {wiring(plan, config)}"),
         ("steps", steps(config)),
         ("staleness", staleness(config)),
     ]
-    return [
-        "RUN",
-        *indented(table(facts)),
-        "",
-        "PROCESSES",
-        *indented(processes(plan)),
-        "",
-        "MEMORY (estimates, expect 25% either way)",
-        *indented(memory(plan, config, machine, shape)),
-    ]
+    sections = {
+        "CONFIGURATION": settings,
+        "RUN": table(facts),
+        "PROCESSES": processes(plan),
+        "MEMORY (estimates, expect 25% either way)": memory(plan, config, machine),
+    }
+    return "\n\n".join("\n".join([title, *indented(lines)]) for title, lines in sections.items())
+
+
+def find_model(path: str) -> tuple[str, str]:
+    """What servers load, and a note on its size, or on why that is unknown."""
+    try:
+        model = resolve_model(path)
+    except DatasetError as error:
+        return path, str(error)
+    shape = ModelShape.read(model)
+    if shape is None:
+        return model, "size unknown: no model folder on this machine"
+    return model, f"{shape.num_parameters / 1e6:,.1f} M parameters"
 
 
 def wiring(plan: Plan, config: GRPOConfig) -> str:
@@ -126,13 +119,14 @@ def processes(plan: Plan) -> list[str]:
     return table(rows)
 
 
-def memory(plan: Plan, config: GRPOConfig, machine: Machine, shape: ModelShape | None) -> list[str]:
+def memory(plan: Plan, config: GRPOConfig, machine: Machine) -> list[str]:
     """What each kind of process takes, part by part, and whether it fits."""
-    if shape is None:
+    shape = ModelShape.read(find_model(config.actor.path)[0])
+    ref = ModelShape.read(find_model(config.ref.path)[0]) if config.ref is not None else None
+    if shape is None or (config.ref is not None and ref is None):
         return ["unknown: the model's config.json is not on this machine"]
     mode = AllocationMode.parse(config.allocation_mode)
     assert mode.inference is not None and mode.train is not None, "make_plan refuses a run without both"
-    ref = ModelShape.read(resolve_model(config.ref.path)) if config.ref is not None else None
     kinds: list[tuple[str, int, list[Part]]] = [
         ("server", len(plan.servers), server_parts(config, shape, mode.inference.devices_per_replica)),
         ("trainer", len(plan.trainers), trainer_parts(config, shape, mode.train.world_size, ref)),
