@@ -54,6 +54,14 @@ CASES = [
         "the held-out tasks would be training tasks",
         ["valid_dataset.split=test"],
     ),
+    (  # a seed of the user's own goes before the split
+        [
+            *(f"{d}_dataset.{s}" for d in ("train", "valid") for s in (f"path={GYM}", "num_rows=9", "params.seed=3")),
+            "valid_dataset.split=test",
+        ],
+        "the held-out tasks would be training tasks",
+        ["valid_dataset.params.seed=4"],
+    ),
     (
         ["server.context_length=512", "eval_gconfig.max_new_tokens=100"],
         "server.context_length (512) leaves no room for a prompt beside gconfig.max_new_tokens (512)",
@@ -106,7 +114,7 @@ CASES = [
         "actor.behav_imp_weight_cap is 2.0 but",
         ["actor.behav_imp_weight_cap=5"],
     ),
-    (["actor.eps_clip=1"], "actor.eps_clip is 1.0, expected below 1", ["actor.eps_clip=0.2"]),
+    (["actor.eps_clip=1.1"], "actor.eps_clip is 1.1, expected at most 1", ["actor.eps_clip=0.2"]),
     (["actor.overlong_tokens=513"], "actor.overlong_tokens (513) is above", ["actor.overlong_tokens=128"]),
     (
         ["actor.max_new_tokens=9"],
@@ -114,8 +122,16 @@ CASES = [
         ["actor.max_new_tokens=null"],
     ),
     (["actor.reward_scaling=0"], "makes every reward 0", ["actor.reward_scaling=1"]),
-    (["actor.optimizer.beta2=1"], "actor.optimizer.beta2 is 1.0, expected below 1", ["actor.optimizer.beta2=0.9"]),
-    (["actor.optimizer.max_grad_norm=0"], "makes every update 0", ["actor.optimizer.max_grad_norm=inf"]),
+    (
+        ["actor.optimizer.beta2=1"],
+        "actor.optimizer.beta2 is 1.0, expected at most 0.99999",
+        ["actor.optimizer.beta2=0.9"],
+    ),
+    (
+        ["actor.optimizer.max_grad_norm=0"],
+        "max_grad_norm is 0.0, expected at least 1e-09",
+        ["actor.optimizer.max_grad_norm=inf"],
+    ),
     (["actor.optimizer.min_lr_ratio=2"], "min_lr_ratio is 2.0", ["actor.optimizer.min_lr_ratio=0.1"]),
     (
         ["actor.optimizer.warmup_steps=10", "total_train_steps=10"],
@@ -123,9 +139,14 @@ CASES = [
         ["actor.optimizer.warmup_steps=5"],
     ),
     (["evaluator.freq_steps=5"], "there is no valid_dataset", ["valid_dataset.path=v.jsonl"]),
-    (["recover.mode=off", "recover.freq_steps=5"], "recover.mode is off", ["recover.mode=auto"]),
+    (["recover.freq_s=null"], "nothing could be resumed", ["recover.freq_steps=5"]),
+    (["recover.freq_s=null"], "nothing could be resumed", ["recover.mode=off"]),
     (["watchdog.action=restart", "recover.mode=fresh"], "a restart needs recovery points", ["recover.mode=auto"]),
-    (["rollout.reward_timeout_s=0"], "rollout.reward_timeout_s is 0", ["rollout.reward_timeout_s=5"]),
+    (
+        ["rollout.reward_timeout_s=0"],
+        "rollout.reward_timeout_s is 0.0, expected at least 0.1",
+        ["rollout.reward_timeout_s=5"],
+    ),
     (
         ["watchdog.heartbeat_s=5", "watchdog.stall_s=5"],
         "every process would look stalled",
@@ -142,3 +163,20 @@ def test_a_contradiction_is_refused_and_its_fix_works(overrides, complaint, fix,
     with pytest.raises(ConfigError, match=re.escape(complaint)):
         load_config_file(path, BASE + overrides, GRPOConfig)
     load_config_file(path, BASE + overrides + fix, GRPOConfig)
+
+
+def test_what_is_not_used_is_not_refused(tmp_path):
+    """Without held-out tasks the length of their answers does not matter; a default frequency is no contradiction."""
+    path = tmp_path / "run.yaml"
+    path.write_text("")
+    short = ["server.context_length=256", "gconfig.max_new_tokens=64"]
+    assert load_config_file(path, [*BASE, *short, "recover.mode=off"], GRPOConfig).eval_gconfig.max_new_tokens > 256
+    with pytest.raises(ConfigError, match="no room for a prompt beside eval_gconfig.max_new_tokens"):
+        load_config_file(path, [*BASE, *short, "valid_dataset.path=v.jsonl"], GRPOConfig)
+
+
+def test_recovery_points_are_written_unless_switched_off(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("")
+    recover = load_config_file(path, BASE, GRPOConfig).recover
+    assert (recover.mode, recover.freq_s) == ("auto", 300.0)

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def setting(default: Any, doc: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
-    """A documented field. `choices` are the allowed words, `low` the smallest allowed number.
+def setting(
+    default: Any, doc: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+) -> Any:
+    """A documented field. `choices` are the allowed words, `low` and `high` the smallest and largest allowed number.
 
     A callable default is a factory (list, dict, or a config class).
     """
-    notes = {"doc": doc, "choices": choices, "low": low}
+    notes = {"doc": doc, "choices": choices, "low": low, "high": high}
     if callable(default):
         return field(default_factory=default, metadata=notes)
     return field(default=default, metadata=notes)
@@ -29,10 +31,10 @@ class GenerationHyperparameters:
     min_new_tokens: int = setting(0, "tokens per answer before a stop token may end it", low=0)
     temperature: float = setting(1.0, "sampling temperature; 0 is greedy", low=0)
     top_p: float = setting(
-        1.0, "nucleus mass; below 1 the recorded logprobs are still those of the full vocabulary", low=0
+        1.0, "nucleus mass; below 1 the recorded logprobs are still those of the full vocabulary", low=1e-6, high=1
     )
     top_k: int = setting(-1, "sample among the k likeliest tokens; -1 is all", low=-1)
-    min_p: float = setting(0.0, "drop tokens less likely than this share of the likeliest", low=0)
+    min_p: float = setting(0.0, "drop tokens less likely than this share of the likeliest", low=0, high=1)
     stop: list[str] = setting(list, "strings that end an answer")
     stop_token_ids: list[int] = setting(list, "token ids that end an answer, besides the model's own")
 
@@ -71,13 +73,13 @@ class InferenceEngineConfig:
     stale_policy: str = setting(
         "correct", "what happens at consumption to a group older than eta", ("correct", "requeue", "drop")
     )
-    request_timeout_s: float = setting(600.0, "longest time one request may take before it is sent again", low=0)
+    request_timeout_s: float = setting(600.0, "longest time one request may take before it is sent again", low=0.1)
     request_retries: int = setting(3, "times a request is sent again after a connection error", low=0)
-    setup_timeout_s: float = setting(300.0, "longest wait for the servers' health at start", low=0)
+    setup_timeout_s: float = setting(300.0, "longest wait for the servers' health at start", low=0.1)
     workflow_retries: int = setting(2, "times a failed episode is run again before it is counted and dropped", low=0)
     max_failed_groups: int = setting(8, "groups that may fail in a row before the run stops with their error", low=1)
     num_reward_workers: int = setting(1, "processes that run reward functions", low=1)
-    reward_timeout_s: float = setting(15.0, "hard limit of one reward call: its process is killed", low=0)
+    reward_timeout_s: float = setting(15.0, "hard limit of one reward call: its process is killed", low=0.1)
     pause_mode: str = setting(
         "retract", "what a weight update does to running requests", ("abort", "retract", "in_place")
     )
@@ -105,15 +107,15 @@ class OptimizerConfig:
 
     lr: float = setting(1e-6, "peak learning rate", low=0)
     weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
-    beta1: float = setting(0.9, "decay of the gradient's running mean", low=0)
-    beta2: float = setting(0.95, "decay of the squared gradient's running mean", low=0)
+    beta1: float = setting(0.9, "decay of the gradient's running mean", low=0, high=0.99999)
+    beta2: float = setting(0.95, "decay of the squared gradient's running mean", low=0, high=0.99999)
     eps: float = setting(1e-8, "added to the root of the second moment", low=0)
     lr_scheduler: str = setting(
         "constant", "shape of the learning rate after warm-up", ("constant", "linear", "cosine")
     )
     warmup_steps: int = setting(0, "optimiser steps of linear warm-up", low=0)
-    min_lr_ratio: float = setting(0.0, "final learning rate of linear and cosine as a share of lr", low=0)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm", low=0)
+    min_lr_ratio: float = setting(0.0, "final learning rate of linear and cosine as a share of lr", low=0, high=1)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; inf is off", low=1e-9)
 
 
 @dataclass
@@ -130,7 +132,7 @@ class TrainEngineConfig:
     logprob_chunk_tokens: int = setting(1024, "tokens whose logits exist at one time", low=1)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     optimizer: OptimizerConfig = setting(OptimizerConfig, "optimiser and schedule")
-    collective_timeout_s: float = setting(600.0, "longest wait of one rank for the others", low=0)
+    collective_timeout_s: float = setting(600.0, "longest wait of one rank for the others", low=0.1)
     max_bad_steps: int = setting(
         3, "NaN or infinite steps in a row before the run stops; each is skipped and counted", low=1
     )
@@ -151,7 +153,7 @@ class PPOActorConfig(TrainEngineConfig):
     """The policy and its loss."""
 
     ppo_n_minibatches: int = setting(1, "optimiser updates per step, each on its own groups", low=1)
-    eps_clip: float = setting(0.2, "the ratio is clipped below at 1 - eps_clip", low=0)
+    eps_clip: float = setting(0.2, "the ratio is clipped below at 1 - eps_clip", low=0, high=1)
     eps_clip_higher: float | None = setting(
         None, "the ratio is clipped above at 1 + eps_clip_higher; eps_clip if not given", low=0
     )
@@ -182,7 +184,7 @@ class PPOActorConfig(TrainEngineConfig):
     )
     kl_in: str = setting("loss", "KL as a term of the loss, or subtracted from the reward", ("loss", "reward"))
     entropy_weight: float = setting(0.0, "weight of the entropy bonus", low=0)
-    gamma: float = setting(1.0, "discount per token (of KL in the reward)", low=0)
+    gamma: float = setting(1.0, "discount per token (of KL in the reward)", low=0, high=1)
 
 
 @dataclass
@@ -217,6 +219,7 @@ class RecoverConfig(FrequencyConfig):
     mode: str = setting(
         "auto", "auto: resume where a recovery point exists; fresh: refuse a used folder; off", ("auto", "fresh", "off")
     )
+    freq_s: float | None = setting(300.0, "every so many seconds, at the end of a step", low=0)
     num_kept: int = setting(2, "newest recovery points kept", low=1)
     max_restarts: int = setting(3, "times the launcher restarts a run whose process died", low=0)
 

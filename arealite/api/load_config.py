@@ -112,9 +112,9 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.
 
 
 def check_ranges(config: Any) -> Iterator[tuple[str, str]]:
-    """(key, complaint) of values outside a field's `choices` or below its `low`."""
+    """(key, complaint) of values outside a field's `choices` or beyond its `low` and `high`."""
     for key, value, f in walk(config):
-        choices, low = f.metadata.get("choices"), f.metadata.get("low")
+        choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
         if value is None:
             continue
         if choices and value not in choices:
@@ -122,7 +122,9 @@ def check_ranges(config: Any) -> Iterator[tuple[str, str]]:
         elif isinstance(value, float) and math.isnan(value):
             yield key, "is not a number (nan)"
         elif low is not None and value < low:
-            yield key, f"is {value}, expected at least {low}"
+            yield key, f"is {value}, expected at least {low:g}"
+        elif high is not None and value > high:
+            yield key, f"is {value}, expected at most {high:g}"
 
 
 def explain(config: Any) -> list[tuple[str, Any, str]]:

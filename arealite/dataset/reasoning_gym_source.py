@@ -12,15 +12,14 @@ from functools import lru_cache
 from typing import Any
 
 from arealite.api.cli_args import DatasetConfig
+from arealite.api.config_rules import REASONING_GYM
 from arealite.api.errors import DatasetError
-
-PREFIX = "reasoning_gym:"
 
 
 def generated_rows(config: DatasetConfig, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """`num_rows` generated tasks. `params` are the task's own parameters; its seed follows from `seed` and the split,
     so that train and test draw different problems. Raises DatasetError: unknown task, parameters it does not take."""
-    name = config.path.removeprefix(PREFIX)
+    name = config.path.removeprefix(REASONING_GYM)
     size = config.num_rows
     if size is None:
         raise DatasetError(f"{config.path} makes as many tasks as asked for: set num_rows")
@@ -45,7 +44,7 @@ def build(recipe: str) -> Any:
     try:
         import reasoning_gym
     except ImportError:
-        raise DatasetError(f"{PREFIX} tasks need the package: pip install 'arealite[quickstart]'") from None
+        raise DatasetError(f"{REASONING_GYM} tasks need the package: pip install 'arealite[quickstart]'") from None
     parameters = json.loads(recipe)
     name = parameters.pop("name")
     try:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from arealite.api.cli_args import DatasetConfig
+from arealite.api.config_rules import REASONING_GYM
 from arealite.api.errors import DatasetError
-from arealite.dataset.reasoning_gym_source import PREFIX, generated_rows
+from arealite.dataset.reasoning_gym_source import generated_rows
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -30,7 +31,7 @@ class Row:
 
 def read_rows(config: DatasetConfig, seed: int) -> Iterator[Row]:
     """The first `num_rows` rows of the configured source, in its own order. Raises DatasetError."""
-    if config.path.startswith(PREFIX):
+    if config.path.startswith(REASONING_GYM):
         found = generated_rows(config, seed)
     elif (path := Path(config.path).expanduser()).exists():
         found = local_rows(path)

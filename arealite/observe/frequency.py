@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from arealite.api.config_rules import has_frequency
+
 if TYPE_CHECKING:
     from arealite.api.cli_args import FrequencyConfig
     from arealite.api.engine import Collective
@@ -34,8 +36,7 @@ class Frequency:
 
     def due(self, step: int, epoch: int, collective: Collective) -> bool:
         """Is it due after `step` finished steps, in (0-based) `epoch`? Collective; the same answer on all ranks."""
-        config = self._config
-        if config.freq_steps is None and config.freq_epochs is None and config.freq_s is None:
+        if not has_frequency(self._config):
             return False
         decision = bool(collective.on_head(lambda: self._decide(step, epoch)))
         if decision:
