@@ -110,16 +110,33 @@ def test_files_and_folders_in_the_order_of_their_names(tmp_path):
     assert [r.values["question"] for r in read(tmp_path / "b.jsonl")] == ["b0", "b1"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "a"}\n')
+    assert [row.values for row in read(tmp_path / "rows.jsonl")] == [{"question": "a"}]
+
+
 def test_unreadable_sources_say_where(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "a"}\n\n{"question": \n')
     with pytest.raises(DatasetError, match=r"bad\.jsonl:3: not JSON"):
         read(bad)
     with pytest.raises(DatasetError, match=r"list\.jsonl:1: found list, expected one mapping"):
         read(write_jsonl(tmp_path / "list.jsonl", [[1]]))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "a"}\n{"question": "caf\xe9"}\n')
+    with pytest.raises(DatasetError, match=r"latin\.jsonl:2: not UTF-8 .* byte 17"):
+        read(tmp_path / "latin.jsonl")
     (tmp_path / "bad.parquet").write_text("not parquet")
     with pytest.raises(DatasetError, match="not a readable Parquet file"):
         read(tmp_path / "bad.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a"] * 50}), tmp_path / "cut.parquet", use_dictionary=False)
+    raw = bytearray((tmp_path / "cut.parquet").read_bytes())
+    raw[4:40] = b"\xff" * 36
+    (tmp_path / "cut.parquet").write_bytes(raw)
+    with pytest.raises(DatasetError, match="not a readable Parquet file"):
+        read(tmp_path / "cut.parquet")
     with pytest.raises(DatasetError, match="does not exist"):
         read(tmp_path / "absent.jsonl")
     (tmp_path / "rows.txt").write_text("")

@@ -9,8 +9,8 @@ import json
 import logging
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, overload
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -24,28 +24,9 @@ from arealite.dataset.sources import read_rows
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TaskDataset(Sequence[Task]):
-    """All tasks of a data set, in the order of its rows; a task's id is "r<row>". `num_left_out` were too long."""
-
-    tasks: tuple[Task, ...]
-    num_left_out: int = 0
-
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Task, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> Task | tuple[Task, ...]:
-        return self.tasks[index]
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-
-def load_tasks(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskDataset:
-    """Read, check and, with `max_prompt_tokens`, measure all rows. `seed` matters for generated tasks only.
+def load_tasks(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Task]:
+    """All tasks in the order of their rows, "r<row>" their ids; longer ones than `max_prompt_tokens` are left out.
+    `seed` matters for generated tasks only.
 
     Raises DatasetError: not found, a malformed row (file, line and column named), nothing left.
     """
@@ -53,21 +34,21 @@ def load_tasks(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed: 
     tasks = [task_of(row, config, chat) for row in read_rows(config, seed)]
     if not tasks:
         raise DatasetError(f"data set {config.path!r} has no rows: check path, split and num_rows")
-    kept = tasks
-    if config.max_prompt_tokens is not None:
-        lengths = prompt_lengths(tasks, tokenizer)
-        kept = [task for task, length in zip(tasks, lengths, strict=True) if length <= config.max_prompt_tokens]
-        if not kept:
-            raise DatasetError(
-                f"data set {config.path!r}: all {len(tasks)} prompts are longer than max_prompt_tokens"
-                f" ({config.max_prompt_tokens}); the shortest has {min(lengths)} tokens: raise the limit"
-            )
-        if len(kept) < len(tasks):
-            logger.warning(
-                "%s: %d of %d rows left out, their prompts are longer than max_prompt_tokens (%d); the longest has %d",
-                *(config.path, len(tasks) - len(kept), len(tasks), config.max_prompt_tokens, max(lengths)),
-            )
-    return TaskDataset(tuple(kept), num_left_out=len(tasks) - len(kept))
+    if config.max_prompt_tokens is None:
+        return tasks
+    lengths = prompt_lengths(tasks, tokenizer)
+    kept = [task for task, length in zip(tasks, lengths, strict=True) if length <= config.max_prompt_tokens]
+    if not kept:
+        raise DatasetError(
+            f"data set {config.path!r}: all {len(tasks)} prompts are longer than max_prompt_tokens"
+            f" ({config.max_prompt_tokens}); the shortest has {min(lengths)} tokens: raise the limit"
+        )
+    if len(kept) < len(tasks):
+        logger.warning(
+            "%s: %d of %d rows left out, their prompts are longer than max_prompt_tokens (%d); the longest has %d",
+            *(config.path, len(tasks) - len(kept), len(tasks), config.max_prompt_tokens, max(lengths)),
+        )
+    return kept
 
 
 def prompt_lengths(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -104,11 +85,6 @@ class StatefulDataLoader:
         self._fingerprint = zlib.crc32(json.dumps([as_record(task) for task in tasks], sort_keys=True).encode())
 
     @property
-    def epoch(self) -> int:
-        """Epochs drawn to the end. Drawing runs ahead of training, and only on the rank that draws."""
-        return self._position // len(self._tasks)
-
-    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps after which every row has been drawn once."""
         return -(-len(self._tasks) // self.batch_size)
@@ -131,7 +107,7 @@ class StatefulDataLoader:
         return self._order[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: tasks drawn so far, and what the order depends on."""
+        """JSON-able: tasks drawn so far, and what the stream depends on."""
         return {"position": self._position} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

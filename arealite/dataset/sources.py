@@ -60,15 +60,19 @@ def local_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{file}:{number}"
             try:
-                yield where, json.loads(line)
+                yield where, json.loads(line.decode("utf-8-sig"))
             except json.JSONDecodeError as error:
                 raise DatasetError(f"{where}: not JSON ({error.msg}, column {error.colno}): mend the line") from None
+            except UnicodeDecodeError as error:
+                raise DatasetError(
+                    f"{where}: not UTF-8 ({error.reason}, byte {error.start}): convert the file"
+                ) from None
 
 
 def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -82,7 +86,7 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 for values in batch.to_pylist():
                     yield f"{file} row {number}", values
                     number += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # damaged pages come as OSError
         raise DatasetError(f"{file} is not a readable Parquet file: {error}") from None
 
 
