@@ -5,6 +5,7 @@ import json
 import threading
 
 import pytest
+from ranks import Alone, Meeting, on_ranks
 from rich.console import Console
 
 from arealite.api.cli_args import EvaluatorConfig, StatsLoggerConfig
@@ -19,43 +20,6 @@ from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report, write_summary
 
 TASKS = [Task(id=f"e0-r{i}", messages=[{"role": "user", "content": f"{i}+1="}], answer=str(i + 1)) for i in range(4)]
-
-
-class Alone:
-    rank, world_size = 0, 1
-
-    def broadcast(self, value):
-        return value
-
-
-class Ranks:
-    """Threads as ranks: each broadcast is one meeting of all, with a limit."""
-
-    def __init__(self, world_size):
-        self.world_size = world_size
-        self.meeting = threading.Barrier(world_size)
-        self.value = None
-        self.num_broadcasts = 0
-
-    def of(self, rank):
-        ranks = self
-
-        class One:
-            world_size = ranks.world_size
-
-            def __init__(self):
-                self.rank = rank
-
-            def broadcast(self, value):
-                if rank == 0:
-                    ranks.value = value
-                    ranks.num_broadcasts += 1
-                ranks.meeting.wait(timeout=20)
-                result = ranks.value
-                ranks.meeting.wait(timeout=20)
-                return result
-
-        return One()
 
 
 class Rollout:
@@ -128,30 +92,9 @@ def test_no_tasks_no_result(tmp_path):
     assert evaluator.evaluate(0) is None and head.calls == 0
 
 
-def on_ranks(ranks, call):
-    """Runs call(rank) in one thread per rank; what each returned or raised."""
-    outcomes = [None] * ranks.world_size
-
-    def run(rank):
-        try:
-            outcomes[rank] = call(rank)
-        except Exception as error:
-            outcomes[rank] = error
-            if not isinstance(error, ArealiteError):
-                ranks.meeting.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks.world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive()
-    return outcomes
-
-
 def test_ranks_wait_in_short_waits_and_get_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluator_module, "BEAT_S", 0.01)
-    ranks = Ranks(3)
+    ranks = Meeting(3)
     enough = threading.Event()
 
     def slow():
@@ -175,7 +118,7 @@ def wait_for(condition):
 
 
 def test_failure_on_rank_0_reaches_all_ranks(tmp_path):
-    ranks = Ranks(2)
+    ranks = Meeting(2)
     evaluators = [make(tmp_path, [[None]] * 4, collective=ranks.of(r))[0] for r in range(2)]
     outcomes = on_ranks(ranks, lambda rank: evaluators[rank].evaluate(5))
     assert isinstance(outcomes[0], RewardError)

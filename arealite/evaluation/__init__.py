@@ -1,1 +1,1 @@
-"""Accuracy on held-out tasks: the estimators (metrics.py) and the loop that asks the model (evaluator.py)."""
+"""Accuracy on held-out tasks."""

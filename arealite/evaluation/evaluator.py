@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, Protocol
+from concurrent.futures import ThreadPoolExecutor, wait
+from math import comb
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from arealite.api.errors import ArealiteError, RewardError
-from arealite.evaluation.metrics import mean_and_stderr, pass_at_k
 from arealite.observe.evaluation_log import EvaluationResult, write_evaluation
 from arealite.observe.frequency import Frequency
 from arealite.observe.rollout_log import rollout_rows
@@ -77,39 +79,36 @@ class Evaluator:
         return self._latest
 
     def _evaluate(self, step: int) -> EvaluationResult:
-        if self._collective.world_size == 1:
+        """The result of rank 0 on every rank.
+
+        Consumes: rank 0's broadcasts, None while it runs, at last the result or the text of its error. Produces: the
+        result. Waits for: rank 0, each time at most the collective's limit. Unblocked by: a beat every BEAT_S, the
+        outcome, or the failure of the collective.
+        """
+        collective = self._collective
+        if collective.world_size == 1:
             return self._run(step)
-        if self._collective.rank != 0:
-            return self._await_rank_0(step)
+        if collective.rank != 0:
+            while (outcome := collective.broadcast(None)) is None:
+                pass
+            if isinstance(outcome, EvaluationResult):
+                return outcome
+            raise ArealiteError(f"the evaluation after step {step} failed on rank 0: {outcome}")
         # In a thread, so that this one can go on answering the other ranks, whose waits have a limit.
         with ThreadPoolExecutor(1, thread_name_prefix="evaluate") as pool:
             running = pool.submit(self._run, step)
             while not wait([running], timeout=BEAT_S).done:
-                self._collective.broadcast(None)
-        self._collective.broadcast(_outcome(running))
+                collective.broadcast(None)
+        error = running.exception()  # an exception need not survive pickling
+        collective.broadcast(running.result() if error is None else f"{type(error).__name__}: {error}")
         return running.result()
-
-    def _await_rank_0(self, step: int) -> EvaluationResult:
-        """Consumes rank 0's broadcasts: None while it runs, at last the outcome.
-        Produces the result.
-        Waits for rank 0, each time at most the collective's limit.
-        Unblocked by: a beat every BEAT_S seconds, or the failure of the collective.
-        """
-        while True:
-            outcome = self._collective.broadcast(None)
-            if isinstance(outcome, EvaluationResult):
-                return outcome
-            if outcome is not None:
-                raise ArealiteError(f"the evaluation after step {step} failed on rank 0: {outcome}")
 
     def _run(self, step: int) -> EvaluationResult:
         start = time.monotonic()
         groups = self._rollout.run_groups(self._tasks, self._workflow)
         result = score(groups, step, len(self._tasks), time.monotonic() - start)
-        rows = rollout_rows(groups)
         questions = {group.task.id: _question(group.task) for group in groups}
-        for row in rows:
-            row["question"] = questions[row["task"]]
+        rows = [row | {"question": questions[row["task"]]} for row in rollout_rows(groups)]
         try:
             write_evaluation(self._folder, result, rows)
         except OSError as error:
@@ -149,17 +148,29 @@ def _pass_at(scored: list[list[float]]) -> dict[int, float]:
     fewest = min(len(task_rewards) for task_rewards in scored)
     if fewest < 2:
         return {}
-    sizes = [2**i for i in range(fewest.bit_length()) if 2**i <= fewest]
-    correct = [sum(reward >= CORRECT_REWARD for reward in task_rewards) for task_rewards in scored]
-    return {
-        k: mean_and_stderr([pass_at_k(len(r), c, k) for r, c in zip(scored, correct, strict=True)])[0] for k in sizes
-    }
+    counts = [(len(rewards), sum(reward >= CORRECT_REWARD for reward in rewards)) for rewards in scored]
+    sizes = [2**i for i in range(fewest.bit_length())]
+    return {k: float(np.mean([pass_at_k(n, num_correct, k) for n, num_correct in counts])) for k in sizes}
 
 
-def _outcome(running: Future[EvaluationResult]) -> Any:
-    """What the other ranks are told: the result, or the error as text (an exception need not survive pickling)."""
-    error = running.exception()
-    return running.result() if error is None else f"{type(error).__name__}: {error}"
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Probability that k of the samples, drawn without replacement, hold a correct one: unbiased for pass@k.
+
+    Chen et al. 2021, "Evaluating Large Language Models Trained on Code". Raises ValueError unless
+    0 <= num_correct <= num_samples and 1 <= k <= num_samples.
+    """
+    if not 0 <= num_correct <= num_samples:
+        raise ValueError(f"num_correct is {num_correct}, expected 0 .. {num_samples}")
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k is {k}, expected 1 .. {num_samples} (the number of samples)")
+    return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of at least one value and its standard error (sample standard deviation over the root of n; 0 for one)."""
+    array = np.asarray(values, dtype=np.float64)
+    stderr = float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else 0.0
+    return float(array.mean()), stderr
 
 
 def _question(task: Task) -> str:
