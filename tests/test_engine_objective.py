@@ -178,3 +178,12 @@ def test_prox_logp_plays_no_part_unless_the_loss_is_decoupled(tiny_llama):
     given = actor.grpo_update(batch)
     left_out = actor.grpo_update(replace(batch, prox_logp=None))
     assert given["loss"] == left_out["loss"] and given["grad_norm"] == left_out["grad_norm"]
+
+
+def test_statistics_stay_finite_where_the_policies_have_parted(tiny_llama):
+    batch = random_batch()
+    batch.logprobs = np.where(batch.loss_mask, -500.0, 0).astype(np.float32)
+    actor = make(tiny_llama)
+    actor.compute_advantages(batch)
+    stats = actor.grpo_update(replace(batch, prox_logp=None))
+    assert stats["skipped"] == 0 and all(math.isfinite(value) for value in stats.values()), stats

@@ -252,16 +252,14 @@ class FSDPEngine:
     def save_state(self, path: str) -> None:
         """Write weights, moments, counters and random numbers of all ranks under `path`."""
         counters = {"version": self.version, "num_updates": self.num_updates, "num_bad_steps": self._num_bad_steps}
-        rank, group = self.collective.rank, self.collective.group
         try:
-            state.save_state(path, self._parameters, self.optimizer, counters, rank, group)
+            state.save_state(path, self._parameters, self.optimizer, counters, self.collective)
         finally:  # a rank with a full disk must not leave the others waiting here
             self.collective.barrier("save_state")
 
     def load_state(self, path: str) -> None:
         """Go on exactly where `save_state` was called. Raises RecoveryError."""
-        rank, group = self.collective.rank, self.collective.group
-        counters = state.load_state(path, self._parameters, self.optimizer, rank, group)
+        counters = state.load_state(path, self._parameters, self.optimizer, self.collective)
         self.version, self.num_updates = counters["version"], counters["num_updates"]
         self._num_bad_steps = counters["num_bad_steps"]
         self._sent, self._changed_since_sent = None, False

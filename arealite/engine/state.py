@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from arealite.api.errors import RecoveryError
+from arealite.engine.parallel import RankCollective
 
 
 def _tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
@@ -36,14 +36,13 @@ def save_state(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
     counters: dict[str, int],
-    rank: int,
-    group: Any,
+    ranks: RankCollective,
 ) -> None:
     """Write everything under `path`, an existing or new folder. Collective. Raises OSError."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        dcp.save(_tensors(parameters, optimizer), checkpoint_id=folder / "tensors", process_group=group)
+        dcp.save(_tensors(parameters, optimizer), checkpoint_id=folder / "tensors", process_group=ranks.group)
     except CheckpointException as error:  # no Exception in torch's class tree
         raise OSError(f"cannot write the trainer's state under {folder}: {error}") from None
     randoms = {
@@ -52,13 +51,13 @@ def save_state(
         "python": random.getstate(),
         "numpy": np.random.get_state(),
     }
-    torch.save(randoms, folder / f"random-{rank}.pt")
-    if rank == 0:
+    torch.save(randoms, folder / f"random-{ranks.rank}.pt")
+    if ranks.rank == 0:
         (folder / "counters.json").write_text(json.dumps(counters))
 
 
 def load_state(
-    path: str, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None, rank: int, group: Any
+    path: str, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None, ranks: RankCollective
 ) -> dict[str, int]:
     """Read what `save_state` wrote into the live tensors; returns its counters. Collective.
 
@@ -68,7 +67,7 @@ def load_state(
     folder = Path(path)
     try:
         counters = json.loads((folder / "counters.json").read_text())
-        dcp.load(_tensors(parameters, optimizer), checkpoint_id=folder / "tensors", process_group=group)
+        dcp.load(_tensors(parameters, optimizer), checkpoint_id=folder / "tensors", process_group=ranks.group)
     except (OSError, ValueError, CheckpointException) as error:
         raise RecoveryError(
             f"cannot read the trainer's state under {folder}: {error}; expected one written with this model and"
@@ -77,7 +76,7 @@ def load_state(
     if optimizer is not None:
         for state in optimizer.state.values():
             state["step"].fill_(counters["num_updates"])
-    own = folder / f"random-{rank}.pt"
+    own = folder / f"random-{ranks.rank}.pt"
     if own.exists():
         randoms = torch.load(own, weights_only=False)
         torch.set_rng_state(randoms["torch"])

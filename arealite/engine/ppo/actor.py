@@ -67,13 +67,13 @@ def grpo_loss_fn(
             importance = (ratio * weight).detach()
             loss = loss + config.kl_weight * kl_loss(logp, columns.ref_logp, config.kl_estimator, importance)
     total = (loss * token_weights(sequence_of, config.loss_aggregation, over)).sum()
-    raw_weight = (prox - behaviour).detach().exp()
+    raw_weight = behaviour_weight(prox, behaviour, sequence_of, "token", "none", cap)
     return total, {
         "entropy": entropy.detach().sum(),
         "kl": kl.sum(),
         "clip_ratio": is_clipped.sum(),
         "importance_weight_mean": raw_weight.sum(),
-        "importance_weight_max": torch.cat([raw_weight, raw_weight.new_zeros(1)]).amax(),
+        "importance_weight_max": torch.cat([raw_weight, raw_weight.new_zeros(1)]).amax(),  # an idle rank has none
         "behav_kl": kl_value(behaviour, logp.detach(), "k3").sum(),
     }
 
