@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -47,19 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "check":
             from arealite.launcher.describe import check
 
-            print(check(arguments.config, arguments.overrides, arguments.explain))
+            print(check(arguments.config, arguments.overrides, arguments.explain), flush=True)
             return 0
         from arealite.dataset.fetch import fetch
 
-        print(fetch(arguments.model))
+        print(fetch(arguments.model), flush=True)
         return 0
     except ArealiteError as error:
         print(f"arealite: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `arealite check ... | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `arealite check ... | head`; what is left in the buffer goes nowhere, and quietly
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
@@ -68,19 +69,21 @@ def serve(words: list[str]) -> int:
     from arealite.dataset.fetch import resolve_model
     from arealite.inference.serve import main as serve_main
 
-    before = ["", *words]
-    return serve_main([resolve_model(w) if b == "--model" else w for b, w in zip(before, words, strict=False)])
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--model", type=resolve_model)
+    given, rest = options.parse_known_args(words)
+    return serve_main([*rest, "--model", given.model] if given.model else rest)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The parsed command line; overrides may stand before and after options."""
     top = parser()
     arguments, rest = top.parse_known_args(words)
-    overrides = {"run", "check"} & {arguments.command}
-    wrong = [word for word in rest if not overrides or word.startswith("-") or "=" not in word]
+    takes_overrides = arguments.command in ("run", "check")
+    wrong = [word for word in rest if not takes_overrides or word.startswith("-") or "=" not in word]
     if wrong:
         top.error(f"{arguments.command} does not know {' '.join(wrong)}; overrides are key=value")
-    if overrides:
+    if takes_overrides:
         arguments.overrides += rest
     return arguments
 
@@ -98,15 +101,18 @@ def parser() -> argparse.ArgumentParser:
             name, help=what, description=what, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
         )
 
-    overrides = {"nargs": "*", "metavar": "key=value", "help": "overrides, such as actor.optimizer.lr=1e-5"}
+    def add_overrides(command: argparse.ArgumentParser) -> None:
+        what = "overrides, such as actor.optimizer.lr=1e-5"
+        command.add_argument("overrides", nargs="*", metavar="key=value", help=what)
+
     command = add("run", "start servers and trainers, watch them, stop them", RUN_EXAMPLES)
     command.add_argument("script", help="the training script")
     command.add_argument("--config", required=True, metavar="YAML", help="the configuration")
-    command.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    add_overrides(command)
     add("serve", "serve a model over HTTP with the built-in server", SERVE_EXAMPLES)
     command = add("check", "show configuration, processes and memory; start nothing", CHECK_EXAMPLES)
     command.add_argument("config", metavar="YAML", help="the configuration")
-    command.add_argument("overrides", **overrides)  # type: ignore[arg-type]
+    add_overrides(command)
     command.add_argument("--explain", action="store_true", help="document every field")
     command = add("fetch", "make a small pretrained model available locally", FETCH_EXAMPLES)
     command.add_argument("model", help="its name, such as smollm2-135m")

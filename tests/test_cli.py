@@ -1,6 +1,7 @@
 """The command line: fast, helpful, and errors as one block; `check` tells the whole plan and starts nothing."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -91,10 +92,29 @@ def test_check_without_the_model_or_the_data(config_file, capsys, monkeypatch, t
     assert main(["check", str(config_file), *words]) == 0
     out = capsys.readouterr().out
     assert "arealite fetch smollm2-135m" in out and "unknown: 2 passes over the data" in out
-    assert "unknown: the model's config.json is not on this machine" in out
+    assert "unknown: no model folder with safetensors on this machine" in out
     reference = ["actor.kl_weight=0.1", "ref.path=smollm2-135m"]
     assert main(["check", str(config_file), *reference]) == 0
-    assert "unknown: the model's config.json is not on this machine" in capsys.readouterr().out
+    assert "unknown: no model folder with safetensors on this machine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--model", "NAME"], ["--model=NAME"]])
+def test_serve_takes_the_name_of_a_fetched_model(words, monkeypatch, smollm2):
+    from arealite.inference import serve
+
+    given = []
+    monkeypatch.setattr(serve, "main", lambda argv: given.append(serve.parse_arguments(argv)) or 0)
+    assert main(["serve", "--port", "0", *[w.replace("NAME", "smollm2-135m") for w in words], "--seed", "3"]) == 0
+    assert (given[0].model, given[0].port, given[0].seed) == (smollm2, 0, 3)
+
+
+def test_check_into_a_closed_pipe_ends_quietly(config_file):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "arealite.cli", "check", str(config_file)]
+    ran = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_check_explains_every_field(config_file, capsys):

@@ -45,7 +45,7 @@ def test_roles_and_grouping():
     assert mode.inference == Component("sglang", Dims(d=2, t=2), "rollout")
     assert mode.train == Component("fsdp", Dims(d=4), "actor")
     assert [c.label for c in mode.components] == ["rollout", "actor", "critic"]
-    assert not mode.colocated and mode.inference.devices_per_replica == 2
+    assert not mode.colocated and mode.num_devices == 8
     assert AllocationMode.parse("native:d1|fsdp:d1").colocated
     assert AllocationMode.parse("d2").inference is None
 

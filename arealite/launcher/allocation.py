@@ -72,11 +72,6 @@ class Component:
     def num_servers(self) -> int:
         return self.dims.d if self.role == "inference" else 0
 
-    @property
-    def devices_per_replica(self) -> int:
-        """Devices of one server, or of one data-parallel replica of the trainer."""
-        return self.world_size // self.dims.d
-
     def __str__(self) -> str:
         layout = str(self.dims) if self.ffn is None else f"(attn:{self.dims}|ffn:{self.ffn})"
         return f"{self.backend}{f'[{self.name}]' if self.name else ''}:{layout}"
@@ -167,7 +162,13 @@ class _Parser:
         if not word:
             self.fail(f"expected a backend or a dimension, found {self.peek!r}" if self.peek else "unfinished")
         if word not in INFERENCE_BACKENDS + TRAIN_BACKENDS:
-            self.fail_unknown_backend(word, start)
+            near = difflib.get_close_matches(word.lower(), INFERENCE_BACKENDS + TRAIN_BACKENDS, n=1)
+            guess = f"did you mean {near[0]!r}? " if near else ""
+            self.fail(
+                f"unknown backend {word!r}; {guess}Inference: {', '.join(INFERENCE_BACKENDS)};"
+                f" training: {', '.join(TRAIN_BACKENDS)}",
+                start,
+            )
         name = self.name()
         if not (self.take(":") or self.take(".")):
             self.fail(f"expected ':' and dimensions after {word!r}, such as {word}:d1")
@@ -261,16 +262,6 @@ class _Parser:
         assert found is not None, "the patterns match the empty text too"
         self.at = found.end()
         return found[0]
-
-    def fail_unknown_backend(self, word: str, start: int) -> NoReturn:
-        known = INFERENCE_BACKENDS + TRAIN_BACKENDS
-        near = difflib.get_close_matches(word.lower(), known, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
-        self.fail(
-            f"unknown backend {word!r}{guess} Inference: {', '.join(INFERENCE_BACKENDS)};"
-            f" training: {', '.join(TRAIN_BACKENDS)}",
-            start,
-        )
 
     def fail(self, what: str, at: int | None = None) -> NoReturn:
         caret = " " * (self.at if at is None else at) + "^"

@@ -59,19 +59,25 @@ class Child:
         return f"{self.name} (pid {self.pid}) {how}. Its log, {self.log}, says:\n  {error}"
 
 
-def start(plan: ProcessPlan, folder: RunFolder, attempt: int) -> Child:
-    """Start one process in a session of its own, its output appended to logs/<name>.log."""
+def start(plan: ProcessPlan, folder: RunFolder, attempt: int, env: dict[str, str]) -> Child:
+    """Start one process in a session of its own, its output appended to logs/<name>.log; `env` is what only this
+    start knows."""
     folder.logs_dir.mkdir(parents=True, exist_ok=True)
     path = folder.logs_dir / f"{plan.name}.log"
     cores = ",".join(map(str, plan.cores)) or "-"
     command = [sys.executable, "-I", "-S", shim.__file__, str(os.getpid()), cores, *plan.command]
-    env = {**os.environ, **plan.env, "AREALITE_RUN_DIR": str(folder.root), "AREALITE_PROCESS": plan.name}
+    own = {"AREALITE_RUN_DIR": str(folder.root), "AREALITE_PROCESS": plan.name}
     with open(path, "ab") as log:
         log.write(f"=== start {attempt + 1} of {plan.name}: {' '.join(plan.command)}\n".encode())
         offset = log.tell()
         log.flush()
         process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env={**os.environ, **plan.env, **env, **own},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     return Child(plan, process, path, offset)
 

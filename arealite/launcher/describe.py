@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arealite.api.cli_args import DatasetConfig, GRPOConfig
+from arealite.api.config_rules import REASONING_GYM
 from arealite.api.errors import DatasetError
 from arealite.api.load_config import explain, load_config_file, to_yaml
 from arealite.dataset.fetch import resolve_model
-from arealite.dataset.reasoning_gym_source import PREFIX
 from arealite.dataset.sources import local_rows
 from arealite.launcher.allocation import AllocationMode
 from arealite.launcher.machine import Machine
@@ -53,7 +53,7 @@ def find_model(path: str) -> tuple[str, str]:
         return path, str(error)
     shape = ModelShape.read(model)
     if shape is None:
-        return model, "size unknown: no model folder on this machine"
+        return model, "size unknown: no folder with safetensors on this machine"
     return model, f"{shape.num_parameters / 1e6:,.1f} M parameters"
 
 
@@ -88,7 +88,7 @@ def steps(config: GRPOConfig) -> str:
 def num_rows(source: DatasetConfig) -> int | None:
     """Rows of a data set that is on this machine; None when counting would need a download. Raises DatasetError."""
     path = Path(source.path).expanduser()
-    if source.path.startswith(PREFIX):
+    if source.path.startswith(REASONING_GYM):
         return source.num_rows
     if not source.path or not path.exists():
         return None
@@ -124,11 +124,12 @@ def memory(plan: Plan, config: GRPOConfig, machine: Machine) -> list[str]:
     shape = ModelShape.read(find_model(config.actor.path)[0])
     ref = ModelShape.read(find_model(config.ref.path)[0]) if config.ref is not None else None
     if shape is None or (config.ref is not None and ref is None):
-        return ["unknown: the model's config.json is not on this machine"]
+        return ["unknown: no model folder with safetensors on this machine"]
     mode = AllocationMode.parse(config.allocation_mode)
     assert mode.inference is not None and mode.train is not None, "make_plan refuses a run without both"
+    num_shards = mode.inference.world_size // mode.inference.num_servers
     kinds: list[tuple[str, int, list[Part]]] = [
-        ("server", len(plan.servers), server_parts(config, shape, mode.inference.devices_per_replica)),
+        ("server", len(plan.servers), server_parts(config, shape, num_shards)),
         ("trainer", len(plan.trainers), trainer_parts(config, shape, mode.train.world_size, ref)),
     ]
     lines, total = [], 0.0

@@ -33,13 +33,16 @@ class ModelShape:
 
     @classmethod
     def read(cls, folder: str | Path) -> ModelShape | None:
-        """The shape of a Hugging Face folder; None when it is not one on this machine, or not a plain decoder."""
+        """The shape of a Hugging Face folder with safetensors; None when it is no such folder, or no plain decoder."""
         try:
             config = json.loads((Path(folder) / "config.json").read_text())
             config |= config.get("text_config", {})
             hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
+            num_parameters = sum(map(_count_parameters, Path(folder).glob("*.safetensors")))
+            if not num_parameters:
+                return None
             return cls(
-                num_parameters=sum(map(_count_parameters, Path(folder).glob("*.safetensors"))),
+                num_parameters=num_parameters,
                 num_layers=config["num_hidden_layers"],
                 hidden=hidden,
                 intermediate=config.get("intermediate_size", 4 * hidden),

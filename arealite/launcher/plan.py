@@ -15,17 +15,16 @@ from typing import Any, Literal
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
-from arealite.launcher.allocation import AllocationMode, Component
+from arealite.launcher.allocation import DIMENSIONS, AllocationMode, Component
 from arealite.launcher.machine import Machine
 
 PORT = "{port}"
 HOST = "127.0.0.1"
-LAYOUT_WORDS = {"t": "tensor", "p": "pipeline", "c": "context", "e": "expert"}
 # Which letters above 1 a backend can be given today.
 SUPPORTED = {"native": "", "sglang": "tpe", "fsdp": ""}
 # A training step on the CPU allocates and frees the same large tensors again and again. By default glibc maps each one
 # anew and gives it back at once, and the kernel zeroes its pages every time: 15 to 20% of a step. Kept in the heap, on
-# huge pages, they are reused; the trainer then holds its peak memory, which nothing else could have used anyway.
+# huge pages, they are reused; the trainer keeps the memory of its peak.
 ALLOCATOR_ENV = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
@@ -50,9 +49,6 @@ class ProcessPlan:
     def on_port(self, port: int) -> ProcessPlan:
         """This process with its port filled in."""
         return replace(self, port=port, command=tuple(str(port) if word == PORT else word for word in self.command))
-
-    def with_env(self, env: Mapping[str, str]) -> ProcessPlan:
-        return replace(self, env={**self.env, **env})
 
 
 @dataclass(frozen=True)
@@ -136,11 +132,9 @@ def _check_supported(config: GRPOConfig, rollout: Component, actor: Component) -
                 f" {' and '.join(same_role)}"
             )
         sizes = asdict(component.dims)
-        too_wide = [k for k in LAYOUT_WORDS if sizes[k] > 1 and k not in SUPPORTED[component.backend]]
+        too_wide = [k for k in sizes if k != "d" and sizes[k] > 1 and k not in SUPPORTED[component.backend]]
         if too_wide or component.ffn is not None:
-            what = (
-                ", ".join(f"{LAYOUT_WORDS[k]} parallelism ({k}{sizes[k]})" for k in too_wide) or "the attn / ffn form"
-            )
+            what = ", ".join(f"{DIMENSIONS[k]} parallelism ({k}{sizes[k]})" for k in too_wide) or "the attn / ffn form"
             raise ConfigError(
                 f"allocation_mode: {component.backend} has no {what} in this version; use"
                 f" {component.backend}:d{component.world_size}"
@@ -192,15 +186,15 @@ def _share_devices(
     """The GPUs of each server, then of each trainer rank; empty tuples without GPUs."""
     if not machine.gpus:
         return [()] * (rollout.num_servers + actor.world_size)
-    first: dict[str, int] = {}
+    gpus: dict[str, tuple[str, ...]] = {}
     offset = 0
     for group in mode.groups:
-        first |= {component.label: offset for component in group}
-        offset += group[0].world_size
-    width = rollout.devices_per_replica
-    starts = [first[rollout.label] + i * width for i in range(rollout.num_servers)]
-    servers = [machine.gpus[start : start + width] for start in starts]
-    return servers + [(machine.gpus[first[actor.label] + rank],) for rank in range(actor.world_size)]
+        size = group[0].world_size
+        gpus |= {component.label: machine.gpus[offset : offset + size] for component in group}
+        offset += size
+    width = rollout.world_size // rollout.num_servers
+    starts = range(0, rollout.world_size, width)
+    return [gpus[rollout.label][at : at + width] for at in starts] + [(gpu,) for gpu in gpus[actor.label]]
 
 
 def _common_env(config: GRPOConfig, mode: AllocationMode) -> dict[str, str]:
@@ -231,24 +225,23 @@ def _rank_env(rank: int, world_size: int) -> dict[str, str]:
 def server_command(config: GRPOConfig, rollout: Component, model: str) -> tuple[str, ...]:
     """How one inference server is started; PORT stands for its port."""
     server = config.server
+    options = {
+        "host": HOST,
+        "port": PORT,
+        "dtype": server.dtype,
+        "max_running_requests": server.max_running_requests,
+        "context_length": server.context_length,
+    }
     if rollout.backend == "sglang":
-        words = ["-m", "sglang.launch_server", "--model-path", model, "--tp-size", str(rollout.dims.t)]
-        words += ["--pp-size", str(rollout.dims.p), "--ep-size", str(rollout.dims.e), "--random-seed", str(config.seed)]
-        deterministic = "--enable-deterministic-inference"
+        module = "sglang.launch_server"
+        options |= {"model_path": model, "random_seed": config.seed, "max_total_tokens": server.kv_cache_tokens}
+        options |= {"tp_size": rollout.dims.t, "pp_size": rollout.dims.p, "ep_size": rollout.dims.e}
+        options |= {"enable_deterministic_inference": server.deterministic}
     else:
-        words = ["-m", "arealite.inference.serve", "--model", model, "--weight-version", "0"]
-        words += ["--seed", str(config.seed)]
-        deterministic = "--deterministic"
-    words += ["--host", HOST, "--port", PORT, "--dtype", server.dtype]
-    words += ["--max-running-requests", str(server.max_running_requests)]
-    if server.context_length is not None:
-        words += ["--context-length", str(server.context_length)]
-    if server.kv_cache_tokens is not None:
-        words += ["--max-total-tokens" if rollout.backend == "sglang" else "--kv-cache-tokens"]
-        words += [str(server.kv_cache_tokens)]
-    if server.deterministic:
-        words.append(deterministic)
-    return (sys.executable, *words, *flags(server.args))
+        module = "arealite.inference.serve"
+        options |= {"model": model, "seed": config.seed, "kv_cache_tokens": server.kv_cache_tokens}
+        options |= {"weight_version": "0", "deterministic": server.deterministic}
+    return (sys.executable, "-m", module, *flags(options), *flags(server.args))
 
 
 def flags(args: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from types import FrameType
 
 from arealite.api.cli_args import GRPOConfig
@@ -71,14 +71,12 @@ def free_ports(count: int) -> list[int]:
 
 def is_healthy(port: int, limit_s: float) -> bool:
     """Whether /health answers 200. Without proxies: the server is on this machine."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=limit_s)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    with closing(http.client.HTTPConnection(HOST, port, timeout=limit_s)) as connection:
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
 
 
 class Supervisor:
@@ -165,11 +163,11 @@ class Supervisor:
         addresses = ",".join(f"{HOST}:{c.plan.port}" for c in self.servers)
         env = {"AREAL_LLM_SERVER_ADDRS": addresses, "MASTER_PORT": str(free_ports(1)[0])}
         for process in self.plan.trainers:
-            self.trainers.append(self._start(process.with_env(env)))
+            self.trainers.append(self._start(process, env))
         self.echo = LogEcho(self.trainers[0].log, self.trainers[0].offset)
 
-    def _start(self, process: ProcessPlan) -> Child:
-        return children.start(process, self.folder, self.attempt)
+    def _start(self, process: ProcessPlan, env: dict[str, str] | None = None) -> Child:
+        return children.start(process, self.folder, self.attempt, env or {})
 
     def look(self) -> None:
         """One tick: copy the log, raise if a process died or stalled or a stop was asked for."""
