@@ -126,6 +126,12 @@ def test_failed_row_file_leaves_nothing_behind(tmp_path, monkeypatch):
     assert [p.name for p in folder.rollouts_dir.iterdir()] == ["step_000000.jsonl"]
 
 
+def test_text_that_utf8_cannot_hold_is_no_reason_to_stop(tmp_path):
+    folder = RunFolder(tmp_path)
+    logger(folder)[0].commit(0, 0, {}, [group(trajectory(completion_text="half \ud83d of a pair, \u00e9"))])
+    assert read_rows(folder.rollouts(0))[0]["completion"] == "half \ud83d of a pair, \u00e9"
+
+
 def test_rollout_rows(tmp_path):
     folder = RunFolder(tmp_path)
     log, _ = logger(folder)
@@ -174,6 +180,11 @@ def test_commit_adds_speed_and_keeps_given_numbers(tmp_path):
     assert numbers["tokens_per_s"] == 1.5 and numbers["samples_per_s"] == 0.5 and numbers["reward_mean"] == 9.0
 
 
+def test_tokens_may_be_counted_without_samples(tmp_path):
+    log, _ = logger(RunFolder(tmp_path))
+    assert log.commit(0, 0, {"step_s": 2.0, "num_completion_tokens": 8})["tokens_per_s"] == 4.0
+
+
 def test_loop_without_timers_gets_the_time_between_commits(tmp_path):
     log, _ = logger(RunFolder(tmp_path))
     assert log.commit(0, 0, {})["step_s"] > 0
@@ -185,6 +196,7 @@ def test_time_shares_split_the_wait_and_add_up():
     shares = time_shares(stats)
     assert shares == pytest.approx({"generate": 0.3, "reward": 0.1, "train": 0.3, "sync": 0.1, "other": 0.2})
     assert time_shares({"train_s": 1.0}) == {}
+    assert time_shares({"step_s": 1.0}) == {}  # a loop without timers: nobody knows where its time goes
 
 
 def test_progress_line_is_one_plain_line_without_a_terminal():

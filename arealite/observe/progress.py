@@ -13,26 +13,24 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.text import Text
 
-TRAIN_TIMERS = ("logp_s", "ref_logp_s", "advantage_s", "train_s")
-
 
 def time_shares(stats: dict[str, float]) -> dict[str, float]:
-    """Shares of the step's wall time (`step_s`), by phase; empty when the step was not timed.
+    """Shares of the step's wall time (`step_s`), by phase; empty when the wait for rollouts was not timed.
 
     The wait for rollouts (`rollout_wait_s`) is split between "generate" and "reward" in the ratio in which the
     finished groups spent their time (`generate_s`, `reward_s`): both go on in other processes while the trainer waits.
-    "train" is the sum of TRAIN_TIMERS, "sync" is `sync_s`, "other" the rest.
+    "train" is `train_s`, "sync" is `sync_s`, "other" the rest.
     """
     step_s = stats.get("step_s", 0.0)
-    if not step_s > 0:
+    if not (step_s > 0 and "rollout_wait_s" in stats):
         return {}
     generate_s, reward_s = stats.get("generate_s", 0.0), stats.get("reward_s", 0.0)
     rewarding = reward_s / (generate_s + reward_s) if generate_s + reward_s > 0 else 0.0
-    wait = stats.get("rollout_wait_s", 0.0) / step_s
+    wait = stats["rollout_wait_s"] / step_s
     shares = {
         "generate": wait * (1 - rewarding),
         "reward": wait * rewarding,
-        "train": sum(stats.get(name, 0.0) for name in TRAIN_TIMERS) / step_s,
+        "train": stats.get("train_s", 0.0) / step_s,
         "sync": stats.get("sync_s", 0.0) / step_s,
     }
     shares["other"] = max(0.0, 1 - sum(shares.values()))
@@ -85,11 +83,8 @@ class Progress:
         if left > 0 and len(self._ends) > 1:
             per_step_s = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
             text.append("  left ", "dim").append(format_span(per_step_s * left))
-        for name, label in (
-            ("skipped", "STEP SKIPPED"),
-            ("num_reward_errors", "reward errors"),
-            ("num_failed", "failed"),
-        ):
+        alarms = {"skipped": "STEP SKIPPED", "num_reward_errors": "reward errors", "num_failed": "failed"}
+        for name, label in alarms.items():
             if stats.get(name, 0) > 0:
                 text.append(f"  {label} {stats[name]:.0f}", "bold red")
         return text

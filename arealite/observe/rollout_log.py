@@ -31,11 +31,6 @@ def version_spans(trajectory: Trajectory) -> list[list[int]]:
     return [[version, len(list(run))] for version, run in groupby(generated)]
 
 
-def num_generated(trajectory: Trajectory) -> int:
-    """Tokens of the trajectory that the policy produced."""
-    return sum(trajectory.loss_mask)
-
-
 def rollout_rows(groups: Iterable[Group], tokenizer: Decoder | None = None) -> list[dict[str, Any]]:
     """One JSON-ready row per trajectory. Texts the workflow did not keep are decoded when a tokenizer is given."""
     return [_row(group, t, tokenizer) for group in groups for t in group.trajectories]
@@ -58,7 +53,7 @@ def _row(group: Group, trajectory: Trajectory, tokenizer: Decoder | None) -> dic
         "reward": trajectory.reward,
         "reward_parts": trajectory.reward_parts,
         "finish_reason": trajectory.finish_reason,
-        "num_tokens": num_generated(trajectory),
+        "num_tokens": sum(trajectory.loss_mask),
         "versions": version_spans(trajectory),
         "error": trajectory.error,
     }
@@ -80,7 +75,8 @@ def write_text_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     try:
-        with open(partial, "w", encoding="utf-8") as out:
+        # Half a surrogate pair is no character; backslashreplace writes what JSON reads back as the same.
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as out:
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
@@ -116,18 +112,17 @@ def rollout_stats(groups: Sequence[Group]) -> dict[str, float]:
         "num_samples": len(scored),
         "num_samples_reward_error": sum(t.status == "reward_error" for t in trajectories),
         "num_samples_failed": sum(t.status in ("failed", "aborted") for t in trajectories),
-        "num_completion_tokens": sum(num_generated(t) for t in trajectories),
+        "num_completion_tokens": sum(sum(t.loss_mask) for t in trajectories),
     }
     if not scored:
         return out
     rewards = np.asarray([t.reward for t in scored], dtype=np.float64)
     out["reward_mean"], out["reward_std"] = float(rewards.mean()), float(rewards.std())
-    out["completion_tokens_mean"] = float(np.mean([num_generated(t) for t in scored]))
+    out["completion_tokens_mean"] = float(np.mean([sum(t.loss_mask) for t in scored]))
     out["truncated_share"] = float(np.mean([t.finish_reason == "length" for t in scored]))
     spreads = [{t.reward for t in group.trajectories if t.reward is not None} for group in groups]
     out["num_groups_equal_rewards"] = sum(len(distinct) == 1 for distinct in spreads)
-    names = sorted({name for t in scored for name in t.reward_parts})
-    for name in names:
+    for name in sorted({name for t in scored for name in t.reward_parts}):
         parts = [t.reward_parts[name] for t in scored if name in t.reward_parts]
         out[f"reward_part_{name}"] = float(np.mean(parts))
     return out

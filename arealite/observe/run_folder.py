@@ -1,4 +1,4 @@
-"""Where everything of one run lies on disk: one property per file or folder of the run folder.
+"""Where everything of one run lies on disk: one name per file or folder of the run folder.
 
 Called by every process of a run (launcher, servers, trainer ranks) and by readers of finished runs.
 """
@@ -16,11 +16,37 @@ if TYPE_CHECKING:
 RUN_DIR_VARIABLE = "AREALITE_RUN_DIR"
 
 
+class _Place:
+    """A file or folder of the run folder, by its path under the root."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> Path:
+        return folder.root / self._path
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The run folder under `root`. Paths are only named here; whoever writes creates what it needs."""
 
     root: Path
+
+    config_yaml = _Place("config.yaml")
+    plan_json = _Place("plan.json")
+    metrics = _Place("metrics.jsonl")
+    ledger = _Place("ledger.jsonl")
+    summary_json = _Place("summary.json")
+    reward_png = _Place("reward.png")
+    rollouts_dir = _Place("rollouts")
+    evaluation_dir = _Place("evaluation")
+    logs_dir = _Place("logs")
+    waits_dir = _Place("waits")
+    stacks_dir = _Place("stacks")
+    stalls_dir = _Place("stalls")
+    checkpoints_dir = _Place("checkpoints")
+    recover_dir = _Place("recover")
+    tensorboard_dir = _Place("tensorboard")
 
     @classmethod
     def of(cls, config: GRPOConfig) -> RunFolder:
@@ -34,66 +60,6 @@ class RunFolder:
         """Make the root folder (its parents too); a folder that exists is fine."""
         self.root.mkdir(parents=True, exist_ok=True)
         return self
-
-    @property
-    def config_yaml(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def plan_json(self) -> Path:
-        return self.root / "plan.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        return self.root / "ledger.jsonl"
-
-    @property
-    def summary_json(self) -> Path:
-        return self.root / "summary.json"
-
-    @property
-    def reward_png(self) -> Path:
-        return self.root / "reward.png"
-
-    @property
-    def rollouts_dir(self) -> Path:
-        return self.root / "rollouts"
-
-    @property
-    def evaluation_dir(self) -> Path:
-        return self.root / "evaluation"
-
-    @property
-    def logs_dir(self) -> Path:
-        return self.root / "logs"
-
-    @property
-    def waits_dir(self) -> Path:
-        return self.root / "waits"
-
-    @property
-    def stacks_dir(self) -> Path:
-        return self.root / "stacks"
-
-    @property
-    def stalls_dir(self) -> Path:
-        return self.root / "stalls"
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def recover_dir(self) -> Path:
-        return self.root / "recover"
-
-    @property
-    def tensorboard_dir(self) -> Path:
-        return self.root / "tensorboard"
 
     def rollouts(self, step: int) -> Path:
         """The rollouts that step `step` trained on; steps count from 0."""

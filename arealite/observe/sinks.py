@@ -31,17 +31,17 @@ class MetricsFile:
             raise self._refusal(error) from error
         if earlier:
             torn = "" if earlier.endswith(b"\n") else "\n"
-            self._append(torn + _line({"event": "resumed", "step": first_step, "at": time.time()}))
+            self._append({"event": "resumed", "step": first_step, "at": time.time()}, before=torn)
 
     def write(self, step: int, epoch: int, stats: dict[str, float]) -> None:
         """One line, handed to the system before this returns. Raises ArealiteError when it cannot be written."""
-        bad = sorted(name for name, value in stats.items() if not math.isfinite(value))
         record: dict[str, Any] = {"step": step, "epoch": epoch, "at": time.time(), **stats}
-        if bad:
+        if bad := sorted(name for name, value in stats.items() if not math.isfinite(value)):
             record["nonfinite"] = bad
-        self._append(_line(record))
+        self._append(record)
 
-    def _append(self, line: str) -> None:
+    def _append(self, record: dict[str, Any], before: str = "") -> None:
+        line = before + json.dumps(finite_json(record), allow_nan=False) + "\n"
         try:
             with open(self._path, "ab") as out:
                 out.write(line.encode())
@@ -53,10 +53,6 @@ class MetricsFile:
             f"cannot write {self._path}: {error.strerror}. The metrics are the record of the run, so it stops here; "
             "make room or set cluster.fileroot to another disk, and start the same command again to go on"
         )
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(finite_json(record), allow_nan=False) + "\n"
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -91,33 +87,9 @@ def num_restarts(path: Path) -> int:
     return sum(record.get("event") == "resumed" for record in _records(path))
 
 
-class TensorBoardSink:
-    """Scalar events; without the tensorboard package `open` says so and returns None."""
+def open_tensorboard(folder: Path, first_step: int) -> SummaryWriter:
+    """Writer of events that void earlier ones from `first_step` on. Imports torch and tensorboard, which are slow to
+    load. Raises ImportError, OSError."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, writer: SummaryWriter) -> None:
-        self._writer = writer
-
-    @classmethod
-    def open(cls, folder: Path, first_step: int) -> tuple[TensorBoardSink | None, str]:
-        """The sink, or None and why there is none. Imports torch and tensorboard, which are slow to load."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            return (
-                None,
-                f"no TensorBoard events: {error}; pip install tensorboard, or set stats_logger.tensorboard=false",
-            )
-        try:
-            return cls(SummaryWriter(str(folder), purge_step=first_step)), ""
-        except OSError as error:
-            return None, f"no TensorBoard events: cannot write {folder}: {error.strerror}"
-
-    def write(self, step: int, stats: dict[str, float]) -> None:
-        """The step's finite values. Raises OSError."""
-        for name, value in stats.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
+    return SummaryWriter(str(folder), purge_step=first_step)

@@ -5,15 +5,18 @@ Called by the training script on rank 0.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
 from arealite.observe.progress import Progress
 from arealite.observe.rollout_log import Decoder, rollout_rows, rollout_stats, write_rows
-from arealite.observe.sinks import MetricsFile, TensorBoardSink
+from arealite.observe.sinks import MetricsFile, open_tensorboard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch.utils.tensorboard import SummaryWriter
 
     from arealite.api.cli_args import StatsLoggerConfig
     from arealite.api.types import Group
@@ -37,7 +40,7 @@ class StatsLogger:
         self._last_commit_s = time.monotonic()
         self._progress = progress or Progress(total_steps)
         self._metrics: MetricsFile | None = None
-        self._tensorboard: TensorBoardSink | None = None
+        self._tensorboard: SummaryWriter | None = None
 
     def commit(
         self,
@@ -58,18 +61,14 @@ class StatsLogger:
         merged = {name: float(value) for name, value in stats.items()}
         if groups is not None:
             merged = rollout_stats(groups) | merged
-            self._write_rollouts(step, groups, tokenizer)
+            if self._config.save_rollouts:
+                self._write_rollouts(step, groups, tokenizer)
         since_s, self._last_commit_s = time.monotonic() - self._last_commit_s, time.monotonic()
         merged.setdefault("step_s", since_s)
-        if merged["step_s"] > 0 and "num_completion_tokens" in merged:
-            merged.setdefault("tokens_per_s", merged["num_completion_tokens"] / merged["step_s"])
-            merged.setdefault("samples_per_s", merged["num_samples"] / merged["step_s"])
-        if self._tensorboard is not None:
-            try:
-                self._tensorboard.write(step, merged)
-            except OSError as error:
-                self._drop(f"TensorBoard events from step {step} on: {error.strerror}")
-                self._tensorboard = None
+        for count, rate in (("num_completion_tokens", "tokens_per_s"), ("num_samples", "samples_per_s")):
+            if merged["step_s"] > 0 and count in merged:
+                merged.setdefault(rate, merged[count] / merged["step_s"])
+        self._write_events(step, merged)
         if self._num_dropped:
             merged["num_logs_dropped"] = self._num_dropped
         metrics.write(step, epoch, merged)
@@ -84,18 +83,32 @@ class StatsLogger:
     def _open(self, first_step: int) -> MetricsFile:
         self._metrics = MetricsFile(self._folder.metrics, first_step)
         if self._config.tensorboard:
-            self._tensorboard, why_not = TensorBoardSink.open(self._folder.tensorboard_dir, first_step)
-            if why_not:
-                self._progress.note(why_not)
+            try:
+                self._tensorboard = open_tensorboard(self._folder.tensorboard_dir, first_step)
+            except ImportError as error:
+                remedy = "pip install tensorboard, or set stats_logger.tensorboard=false"
+                self._progress.note(f"no TensorBoard events: {error}; {remedy}")
+            except OSError as error:
+                self._progress.note(f"no TensorBoard events: {error}")
         return self._metrics
 
     def _write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: Decoder | None) -> None:
-        if not self._config.save_rollouts:
-            return
         try:
             write_rows(self._folder.rollouts(step), rollout_rows(groups, tokenizer))
         except OSError as error:
             self._drop(f"{self._folder.rollouts(step)}: {error.strerror}")
+
+    def _write_events(self, step: int, stats: dict[str, float]) -> None:
+        if self._tensorboard is None:
+            return
+        try:
+            for name, value in stats.items():
+                if math.isfinite(value):
+                    self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        except OSError as error:
+            self._drop(f"TensorBoard events from step {step} on: {error.strerror}")
+            self._tensorboard = None
 
     def _drop(self, what: str) -> None:
         self._num_dropped += 1
