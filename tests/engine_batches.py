@@ -12,14 +12,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from arealite.api.cli_args import OptimizerConfig, PPOActorConfig
+from arealite.api.cli_args import NormConfig, OptimizerConfig, PPOActorConfig
 from arealite.api.types import Batch
 
 RANK_CASES = {
     "whole": {},
     "small budget": {"max_tokens_per_mb": 24},
+    "statistics over all ranks": {
+        "reward_norm": NormConfig("batch", "batch", leave_one_out=True),
+        "adv_norm": NormConfig("group", "batch"),
+    },
     "sequence mean, two updates": {"loss_aggregation": "seq-mean-token-mean", "ppo_n_minibatches": 2},
-    "all on one rank": {},
+    "all on one rank": {"adv_norm": NormConfig("batch", "batch"), "ppo_n_minibatches": 2, "mask_truncated": True},
 }
 
 
