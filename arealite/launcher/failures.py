@@ -35,12 +35,9 @@ def describe_exit(returncode: int) -> str:
     """An exit status in words."""
     if returncode >= 0:
         return f"ended with exit code {returncode}"
-    try:
-        name = signal.Signals(-returncode).name
-    except ValueError:
-        name = f"signal {-returncode}"
+    known = {number.value: number.name for number in signal.Signals}
     hint = " (kill -9, or the kernel when memory ran out)" if -returncode == signal.SIGKILL else ""
-    return f"was killed by {name}{hint}"
+    return f"was killed by {known.get(-returncode, f'signal {-returncode}')}{hint}"
 
 
 def read_log(path: Path, offset: int) -> str:

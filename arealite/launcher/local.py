@@ -48,7 +48,11 @@ def launch(plan: Plan, config: GRPOConfig, folder: RunFolder) -> int:
     """
     folder = RunFolder(folder.root.resolve()).create()  # one name: leftovers are known by it
     with _exclusive(folder), StopSignals() as stop:
-        _refuse_used(folder, config)
+        if config.recover.mode == "fresh" and (folder.ledger.exists() or folder.metrics.exists()):
+            raise ConfigError(
+                f"recover.mode is fresh, and {folder.root} holds an earlier run: choose another trial_name, or"
+                " recover.mode=auto to go on with that run"
+            )
         if left := children.kill_leftovers(folder):
             say(f"ended what an earlier launcher of this run left behind: {', '.join(left)}")
         for beat in folder.waits_dir.glob("*.json"):  # of processes that are gone; their numbers may be others' by now
@@ -64,7 +68,8 @@ def launch(plan: Plan, config: GRPOConfig, folder: RunFolder) -> int:
 
 def _start_and_restart(plan: Plan, config: GRPOConfig, folder: RunFolder, stop: StopSignals) -> int:
     """Consumes: ends of starts. Produces: the exit code. Waits for: Supervisor.run. Unblocked by: its return."""
-    max_restarts = config.recover.max_restarts if config.recover.mode == "auto" else 0
+    recover = config.recover
+    max_restarts = recover.max_restarts if recover.mode == "auto" else 0
     say(f"run folder {folder.root}: {', '.join(p.name for p in plan.processes)}")
     for attempt in itertools.count():
         try:
@@ -80,29 +85,15 @@ def _start_and_restart(plan: Plan, config: GRPOConfig, folder: RunFolder, stop: 
             if not failure.may_restart:
                 return 1
             if attempt >= max_restarts:
-                say(f"no restart: {_why_no_restart(config)}")
+                say(f"no restart: recover.mode is {recover.mode}, recover.max_restarts {recover.max_restarts}")
                 return 1
             say(f"restart {attempt + 1} of at most {max_restarts}, {_last_point(folder)}")
     raise AssertionError("unreachable: the loop returns")
 
 
-def _why_no_restart(config: GRPOConfig) -> str:
-    if config.recover.mode != "auto":
-        return f"recover.mode is {config.recover.mode}; with auto the run would go on from its last recovery point"
-    return f"recover.max_restarts is {config.recover.max_restarts}"
-
-
 def _last_point(folder: RunFolder) -> str:
     points = sorted(folder.recover_dir.glob("point_*"))
     return f"from recovery point {points[-1].name}" if points else "from the start: there is no recovery point yet"
-
-
-def _refuse_used(folder: RunFolder, config: GRPOConfig) -> None:
-    if config.recover.mode == "fresh" and (folder.ledger.exists() or folder.metrics.exists()):
-        raise ConfigError(
-            f"recover.mode is fresh, and {folder.root} holds an earlier run: choose another trial_name, or"
-            " recover.mode=auto to go on with that run"
-        )
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class ProcessPlan:
     env: dict[str, str] = field(default_factory=dict)
     cores: tuple[int, ...] = ()
     devices: tuple[str, ...] = ()
-    port: int | None = None
+    port: int = 0  # chosen at the start
     node: str = "localhost"
 
     def on_port(self, port: int) -> ProcessPlan:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import http.client
-import itertools
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from types import FrameType
@@ -26,7 +26,6 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TICK_S = 0.1
 SETTLE_S = 0.5  # in which the victims of a killed process may show that they were not the first
 PROBE_LIMIT_S = 2.0  # of one look at /health
-MAX_PORT_TRIES = 3
 
 
 class StopRequested(Exception):
@@ -127,37 +126,24 @@ class Supervisor:
         """
         for process, port in zip(self.plan.servers, free_ports(len(self.plan.servers)), strict=True):
             self.servers.append(self._start(process.on_port(port)))
-        tries = dict.fromkeys((c.name for c in self.servers), 1)
-
-        def pending() -> list[str]:
-            return [f"{c.name} (port {c.plan.port})" for c in self.servers if c.name not in self.healthy]
-
+        waiting = deque(self.servers)
         limit_s = self.config.launcher.startup_timeout_s
-        with waits.waiting("health at start", "servers", limit_s, pending) as wait:
-            for turn in itertools.count():
-                if not pending():
-                    return
-                for i, c in enumerate(self.servers):
-                    if c.poll() and tries[c.name] < MAX_PORT_TRIES and ADDRESS_IN_USE.search(c.output()):
-                        tries[c.name] += 1
-                        self.healthy.discard(c.name)  # whoever has its port may have answered for it
-                        self.servers[i] = self._start(self.plan.servers[i].on_port(free_ports(1)[0]))
-                self._probe(turn)
+        probe_s = min(PROBE_LIMIT_S, self.config.watchdog.stall_s / 4)
+        with waits.waiting("health at start", "servers", limit_s, lambda: [c.name for c in waiting.copy()]) as wait:
+            while waiting:
+                # One a tick, so that frozen ones cannot hold up the watchdog.
+                asked = waiting.popleft()
+                if is_healthy(asked.plan.port, probe_s):
+                    self.healthy.add(asked.name)
+                else:
+                    waiting.append(asked)
                 self.look()
                 try:
                     wait.check()
                 except WaitTimeout as error:
-                    late = [c.obituary() for c in self.servers if c.name not in self.healthy]
+                    late = [c.obituary() for c in waiting]
                     raise RunFailed("\n".join([f"{error}; see launcher.startup_timeout_s", *late])) from None
                 time.sleep(TICK_S)
-
-    def _probe(self, turn: int) -> None:
-        """Ask one server that is not healthy yet; only one, so that frozen ones cannot hold up the watchdog."""
-        waiting = [c for c in self.servers if c.name not in self.healthy] or self.servers
-        asked = waiting[turn % len(waiting)]
-        limit_s = min(PROBE_LIMIT_S, self.config.watchdog.stall_s / 4)
-        if asked.plan.port is not None and is_healthy(asked.plan.port, limit_s):
-            self.healthy.add(asked.name)
 
     def start_trainers(self) -> None:
         addresses = ",".join(f"{HOST}:{c.plan.port}" for c in self.servers)

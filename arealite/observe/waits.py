@@ -91,13 +91,13 @@ class _Registry:
         self.lock = threading.Lock()
         self.waits: dict[int, Wait] = {}
         self.marks: dict[str, float] = {}
-        self.stop: threading.Event | None = None
-        self.thread: threading.Thread | None = None
+        self.heartbeat: _Heart | None = None
 
-    def open_waits(self) -> list[Wait]:
+    def records(self) -> list[WaitRecord]:
         """Oldest first."""
         with self.lock:
-            return list(self.waits.values())
+            open_waits = list(self.waits.values())
+        return [wait.record() for wait in open_waits]
 
 
 _registry = _Registry()
@@ -136,7 +136,7 @@ def mark(what: str) -> None:
 
 def lines() -> list[str]:
     """This process's waits as lines of a stall report, oldest first."""
-    return [w.record().line(_registry.process) for w in _registry.open_waits()]
+    return [record.line(_registry.process) for record in _registry.records()]
 
 
 def configure(run_dir: str | Path, process_name: str, heartbeat_s: float, stall_s: float) -> None:
@@ -144,7 +144,7 @@ def configure(run_dir: str | Path, process_name: str, heartbeat_s: float, stall_
 
     Writes waits/<process>.json every `heartbeat_s`; names the launcher when that is silent for `stall_s`.
     """
-    if _registry.thread is not None:
+    if _registry.heartbeat is not None:
         raise RuntimeError(f"waits are configured already, as {_registry.process!r}; configure once per process")
     folder = RunFolder(Path(run_dir))
     folder.stacks_dir.mkdir(parents=True, exist_ok=True)
@@ -153,17 +153,15 @@ def configure(run_dir: str | Path, process_name: str, heartbeat_s: float, stall_
     # request just before the end does not kill either; faulthandler keeps the file open.
     stack_file = open(folder.stacks_dir / f"{process_name}.txt", "a")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
-    _registry.stop = threading.Event()
-    beat = _Beat(folder, process_name, heartbeat_s, stall_s)
-    beat.write()
-    _registry.thread = threading.Thread(target=beat.run, args=(_registry.stop,), name="heartbeat", daemon=True)
-    _registry.thread.start()
+    _registry.heartbeat = _Heart(folder, process_name, heartbeat_s, stall_s)
+    _registry.heartbeat.write()
+    _registry.heartbeat.start()
 
 
 def configure_from_env() -> None:
     """`configure` from what the launcher put into the environment; does nothing in a process started by hand."""
     run_dir, process = os.environ.get("AREALITE_RUN_DIR"), os.environ.get("AREALITE_PROCESS")
-    if not run_dir or not process or _registry.thread is not None:
+    if not run_dir or not process or _registry.heartbeat is not None:
         return
     heartbeat_s = float(os.environ.get("AREALITE_HEARTBEAT_S", "1.0"))
     stall_s = float(os.environ.get("AREALITE_STALL_S", "300.0"))
@@ -172,33 +170,35 @@ def configure_from_env() -> None:
 
 def shut_down() -> None:
     """End the heartbeat and remove its file: this process has nothing more to report."""
-    if _registry.thread is None or _registry.stop is None:
+    if _registry.heartbeat is None:
         return
-    _registry.stop.set()
-    _registry.thread.join(JOIN_LIMIT_S)
-    _registry.thread = _registry.stop = None
+    _registry.heartbeat.stop.set()
+    _registry.heartbeat.join(JOIN_LIMIT_S)
+    _registry.heartbeat = None
     _registry.process = f"process {os.getpid()}"
 
 
-class _Beat:
-    """The heartbeat thread.
+class _Heart(threading.Thread):
+    """The heartbeat.
 
     Consumes: this process's waits and marks; the launcher's heartbeat file. Produces: waits/<process>.json, and a
-    note in stalls/ when the launcher is silent. Waits for: the next beat, `heartbeat_s`. Unblocked by: `shut_down`.
+    note in stalls/ when the launcher is silent. Waits for: the next beat, `heartbeat_s`. Unblocked by: `stop`.
     """
 
     def __init__(self, folder: RunFolder, process: str, heartbeat_s: float, stall_s: float) -> None:
+        super().__init__(name="heartbeat", daemon=True)
         self.folder = folder
         self.process = process
         self.heartbeat_s = heartbeat_s
         self.stall_s = stall_s
         self.path = folder.waits_dir / f"{process}.json"
+        self.stop = threading.Event()
         self.num_beats = 0
         self.launcher = BeatAge()
         self.told_pid = 0
 
-    def run(self, stop: threading.Event) -> None:
-        while not stop.wait(self.heartbeat_s):
+    def run(self) -> None:
+        while not self.stop.wait(self.heartbeat_s):
             try:
                 self.write()
                 if self.process != LAUNCHER:
@@ -210,9 +210,8 @@ class _Beat:
     def write(self) -> None:
         self.num_beats += 1
         now = time.monotonic()
-        records = [w.record() for w in _registry.open_waits()]
         marks = {what: now - at for what, at in _registry.marks.copy().items()}
-        Heartbeat(os.getpid(), self.process, self.num_beats, records, marks).write(self.path)
+        Heartbeat(os.getpid(), self.process, self.num_beats, _registry.records(), marks).write(self.path)
 
     def watch_launcher(self) -> None:
         beat = Heartbeat.read(self.folder.waits_dir / f"{LAUNCHER}.json")
