@@ -146,6 +146,15 @@ def test_what_cannot_be_served_is_refused_at_load(config: Any, reason: str, tmp_
         served(tmp_path)
 
 
+def test_a_window_longer_than_the_context_is_no_window(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=300)).save_pretrained(tmp_path)
+    with LocalServer(served(tmp_path)) as server:
+        answer = server.generate([1, 2, 3], max_new_tokens=30, ignore_eos=True)
+    wanted = plain_logprobs(tmp_path, [1, 2, 3, *answer["output_ids"]], torch.float32)[2:]
+    assert output_logprobs(answer) == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
 def test_changed_logits_are_noticed_at_load(tmp_path: Path) -> None:
     """Granite divides its logits after the head, which the packed pass would not see."""
     from transformers import GraniteConfig

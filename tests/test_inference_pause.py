@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from inference_support import WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served
@@ -143,6 +146,31 @@ def test_holding_has_a_limit(folders: list[Path]) -> None:
         server.post("/pause_generation", {})
         status, answer = server.post("/generate", {"input_ids": [1]})
         assert status == 503 and "continue_generation" in answer["error"]["message"]
+
+
+def test_a_client_that_leaves_while_it_continues_generation_holds_up_nobody(folders: list[Path]) -> None:
+    with LocalServer(served(folders[0]), hold_limit_s=1.0) as server:
+        server.post("/pause_generation", {"mode": "retract"})
+        busy = threading.Event()
+        server.engine.call(lambda: busy.wait(WAIT_S))
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=WAIT_S)
+        connection.request("POST", "/continue_generation", "{}")
+        wait_until(lambda: not server.engine._inbox.empty())
+        connection.close()
+        for _ in range(5):  # the event loop learns of the closed connection
+            server.get("/ping")
+        busy.set()
+        assert len(server.generate([1], max_new_tokens=2, ignore_eos=True)["output_ids"]) == 2
+
+
+def test_a_control_call_to_a_busy_engine_has_a_limit(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arealite.inference.engine.CALL_LIMIT_S", 0.1)
+    busy = threading.Event()
+    server.engine.call(lambda: busy.wait(WAIT_S))
+    status, answer = server.post("/flush_cache", {})
+    assert status == 503 and "flush_cache" in answer["error"]["message"]
+    busy.set()
+    assert server.get("/health_generate")[0] == 200
 
 
 def test_unknown_pause_mode(server: LocalServer) -> None:

@@ -88,7 +88,7 @@ def test_sigterm_answers_what_is_running(folder: Path) -> None:
 def test_a_failed_engine_ends_the_process_with_an_error(folder: Path) -> None:
     with server_process(folder, code=BROKEN_ENGINE) as (process, url):
         status, answer = fetch(url + "/generate", {"input_ids": [1]})
-        assert status == 500 and "the cable is unplugged" in answer["error"]["message"]
+        assert status == 503 and "the cable is unplugged" in answer["error"]["message"]
         assert process.wait(WAIT_S) == 1
 
 

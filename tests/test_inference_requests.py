@@ -83,7 +83,6 @@ def test_wrong_bodies_are_refused_by_name(body: Any, named: str) -> None:
         ("top_k", 2.5),
         ("min_p", 2),
         ("stop", [1]),
-        ("stop", ["a"] * 33),
         ("stop_token_ids", 5),
         ("stop_token_ids", ["5"]),
         ("ignore_eos", 1),
@@ -113,7 +112,13 @@ def test_null_and_neutral_values_pass_for_every_key() -> None:
     keys = ["temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "ignore_eos", "sampling_seed", "n"]
     keys += ["min_new_tokens", "frequency_penalty", "logit_bias", "regex", "custom_params", "stream_interval"]
     params = one(**dict.fromkeys(keys), max_new_tokens=5)
-    assert (params.temperature, params.top_p, params.top_k, params.min_p, params.seed) == (1.0, 1.0, 0, 0.0, None)
+    assert (params.temperature, params.top_p, params.top_k, params.min_p, params.sampling_seed) == (
+        1.0,
+        1.0,
+        0,
+        0.0,
+        None,
+    )
     one(n=1, frequency_penalty=0, presence_penalty=0.0, repetition_penalty=1, logit_bias={}, top_k=-1, max_new_tokens=5)
     parse({"input_ids": [1], "stream": False, "top_logprobs_num": 0, "lora_path": None, "routing_key": "g", "xyz": 3})
 
@@ -122,6 +127,14 @@ def test_lengths_default_to_the_protocol_and_to_what_fits() -> None:
     assert one().max_new_tokens == 45, "128 by default, but the KV cache leaves 48 - 3"
     assert one(max_new_tokens=None).max_new_tokens == 45
     assert one(max_new_tokens=45).max_new_tokens == 45
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored() -> None:
+    """The longest trajectory that can be generated has as many tokens as are served."""
+    scored, _ = parse({"input_ids": [1] * 48, "sampling_params": {"max_new_tokens": 0}})
+    assert scored[0].params.max_new_tokens == 0
+    with pytest.raises(RequestError, match="49 tokens"):
+        parse({"input_ids": [1] * 49, "sampling_params": {"max_new_tokens": 0}})
 
 
 def test_tiny_temperatures_are_greedy() -> None:

@@ -92,7 +92,7 @@ def test_checksums_are_read_from_the_live_parameters(server: LocalServer) -> Non
     after = server.post("/weights_checker", body)[1]["checksums"]
     assert before != after == {"model.norm.weight": checksum(norm)}
     every = server.post("/weights_checker", {"action": "checksum"})[1]["checksums"]
-    assert set(every) == set(server.batcher.model.live_tensors()) and "lm_head.weight" not in every
+    assert set(every) == set(server.batcher.model.tensor_names) and "lm_head.weight" not in every
     assert server.post("/weights_checker", {"action": "compare"})[0] == 400
     assert server.post("/weights_checker", {"action": "checksum", "names": ["nope"]})[1]["success"] is False
 
@@ -157,7 +157,7 @@ def test_a_tied_head_may_be_sent_or_left_out(server: LocalServer, folders: list[
 def test_an_untied_head_is_a_tensor_of_its_own(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path, tied=False)
     with LocalServer(served(folder)) as server:
-        assert "lm_head.weight" in server.batcher.model.live_tensors()
+        assert "lm_head.weight" in server.batcher.model.tensor_names
         tensors = tensors_of(folder)
         del tensors["lm_head.weight"]
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -197,6 +197,8 @@ def test_a_folder_that_is_replaced_does_not_change_the_served_weights(folders: l
         {"slot": {"offset": -8}},
         {"slot": {"offset": 10**15}},
         {"slot": {"shape": [2**70]}},
+        {"slot": {"shape": [0, 2**70], "nbytes": 0}},
+        {"path": "a\0b"},
     ],
     ids=str,
 )
@@ -221,6 +223,19 @@ def test_a_missing_or_torn_folder_is_refused(server: LocalServer, folders: list[
     assert server.post("/update_weights_from_disk", {})[0] == 400
     server.post("/flush_cache", {})
     assert greedy(server) == before
+
+
+@pytest.mark.parametrize("kind", ["vanished", "folder"])
+def test_files_that_cannot_be_read_are_refused(server: LocalServer, tmp_path: Path, kind: str) -> None:
+    """A folder that is removed while it is read must not end the server."""
+    path = tmp_path / "model.safetensors"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "gone")
+    status, answer = server.post("/update_weights_from_disk", {"model_path": str(tmp_path)})
+    assert status == 400 and str(tmp_path) in answer["message"]
+    assert server.get("/health_generate")[0] == 200
 
 
 def test_the_version_alone_can_be_set(server: LocalServer) -> None:

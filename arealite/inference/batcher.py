@@ -190,6 +190,7 @@ class Batcher:
     def _finish_nan(self, sequence: Sequence) -> None:
         self.counters.num_nan_requests += 1
         logger.error("request %s: the logits were not finite", sequence.request.rid)
+        self.scheduler.index.clear()  # it may hold the page that this sequence goes on writing to
         self.scheduler.pool.clean(sequence.pages)
         message = "the model's logits were not finite; check the weights of the last update"
         self.finish(sequence, abort_reason(message, "NumericalError"))

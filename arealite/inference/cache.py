@@ -115,10 +115,6 @@ class PromptIndex:
     def __len__(self) -> int:
         return len(self._entries)
 
-    @staticmethod
-    def key(tokens: list[int]) -> bytes:
-        return np.asarray(tokens, dtype=np.int32).tobytes()
-
     def find(self, key: bytes) -> CachedPrompt | None:
         entry = self._entries.get(key)
         if entry is not None:

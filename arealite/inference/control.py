@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from aiohttp import web
@@ -10,14 +9,8 @@ from aiohttp import web
 from arealite.api.errors import RequestError
 from arealite.api.types import TensorSlot, WeightUpdateMeta
 from arealite.inference import receiver
-from arealite.inference.engine import Engine
-from arealite.inference.http_errors import (
-    failed_control,
-    flag_field,
-    names_field,
-    read_object,
-    string_field,
-)
+from arealite.inference.bodies import field, integer, of_type, read_object, shown, strings
+from arealite.inference.engine import Engine, UpdateOptions
 
 
 class ControlRoutes:
@@ -42,36 +35,30 @@ class ControlRoutes:
 
     async def update_from_disk(self, request: web.Request) -> web.Response:
         body = await read_object(request)
-        path = string_field(body, "model_path")
-        if not path:
-            raise RequestError("model_path: expected the path of a Hugging Face folder")
+        path = of_type("model_path", body.get("model_path"), str)
         return await self._update(body, WeightUpdateMeta("disk", 0, path))
 
     async def update_from_shm(self, request: web.Request) -> web.Response:
         body = await read_object(request)
-        path = string_field(body, "path")
-        if not path:
-            raise RequestError("path: expected the path of the file to be mapped")
-        return await self._update(body, WeightUpdateMeta("shm", 0, path, slots=_slots(body.get("slots"))))
+        path = of_type("path", body.get("path"), str)
+        return await self._update(body, WeightUpdateMeta("shm", 0, path, _slots(body.get("slots"))))
 
     async def _update(self, body: dict[str, Any], meta: WeightUpdateMeta) -> web.Response:
-        """Body keys of both kinds: weight_version, flush_cache, abort_all_requests, partial, checksum_names."""
-        version = string_field(body, "weight_version")
-        flush = flag_field(body, "flush_cache", True)
-        abort_all = flag_field(body, "abort_all_requests", False)
-        partial = flag_field(body, "partial", False)
-        names = names_field(body, "checksum_names")
-        update = self._engine.call(lambda: self._engine.update_weights(meta, version, flush, abort_all, partial, names))
-        checksums = await asyncio.wrap_future(update)
+        options = UpdateOptions(
+            weight_version=field(body, "weight_version", str, None),
+            flush_cache=field(body, "flush_cache", bool, True),
+            abort_all_requests=field(body, "abort_all_requests", bool, False),
+            partial=field(body, "partial", bool, False),
+            checksum_names=strings("checksum_names", field(body, "checksum_names", list, [])),
+        )
+        checksums = await self._engine.ask("weight update", lambda: self._engine.update_weights(meta, options))
         return web.json_response({"success": True, "message": "", "checksums": checksums})
 
     async def update_version(self, request: web.Request) -> web.Response:
         body = await read_object(request)
-        version = string_field(body, "new_version")
-        if version is None:
-            raise RequestError("new_version: expected a string, found nothing")
-        abort_all = flag_field(body, "abort_all_requests", True)
-        await asyncio.wrap_future(self._engine.call(lambda: self._engine.set_weight_version(version, abort_all)))
+        version = of_type("new_version", body.get("new_version"), str)
+        abort_all = field(body, "abort_all_requests", bool, True)
+        await self._engine.ask("update_weight_version", lambda: self._engine.set_weight_version(version, abort_all))
         return web.json_response({"success": True, "message": "", "new_version": version})
 
     async def accept(self, request: web.Request) -> web.Response:
@@ -81,19 +68,14 @@ class ControlRoutes:
     async def check_weights(self, request: web.Request) -> web.Response:
         body = await read_object(request)
         if body.get("action") != "checksum":
-            return failed_control(f"action: expected checksum, found {str(body.get('action'))[:60]!r}")
-        names = names_field(body, "names")
+            raise RequestError(f"action: expected checksum, found {shown(body.get('action'))}")
         model = self._engine.batcher.model
-
-        def compute() -> dict[str, int]:
-            receiver.check_names(model, names)
-            return receiver.checksums(model, names or list(model.live_tensors()))
-
-        checksums = await asyncio.wrap_future(self._engine.call(compute))
+        names = strings("names", field(body, "names", list, [])) or model.tensor_names
+        checksums = await self._engine.ask("weights_checker", lambda: receiver.checksums(model, names))
         return web.json_response({"success": True, "message": "", "checksums": checksums})
 
     async def flush_cache(self, request: web.Request) -> web.Response:
-        if await asyncio.wrap_future(self._engine.call(self._engine.flush_cache)):
+        if await self._engine.ask("flush_cache", self._engine.flush_cache):
             return web.Response(text="Cache flushed.\n")
         return web.Response(text="Not flushed: requests are running. Pause with mode retract or abort.\n", status=400)
 
@@ -102,17 +84,14 @@ class ControlRoutes:
 
 
 def _slots(value: Any) -> tuple[TensorSlot, ...]:
-    """The layout of a shared-memory update; dtypes, sizes and names are judged by the receiver."""
-    if not isinstance(value, list) or not value:
-        raise RequestError("slots: expected a list of {name, dtype, shape, offset, nbytes}")
+    """The layout of a shared-memory update; whether it fits the model is judged by the receiver."""
     slots = []
-    for i, entry in enumerate(value):
-        if not isinstance(entry, dict):
-            raise RequestError(f"slots[{i}]: expected an object, found a {type(entry).__name__}")
-        shape = entry.get("shape")
-        strings = [entry.get("name"), entry.get("dtype")]
-        numbers = [entry.get("offset"), entry.get("nbytes"), *(shape if isinstance(shape, list) else [None])]
-        if not all(isinstance(s, str) for s in strings) or not all(type(n) is int for n in numbers):
-            raise RequestError(f"slots[{i}]: expected name and dtype (strings), shape (integers), offset and nbytes")
-        slots.append(TensorSlot(entry["name"], entry["dtype"], tuple(entry["shape"]), entry["offset"], entry["nbytes"]))
+    for i, entry in enumerate(of_type("slots", value, list)):
+        slot = of_type(f"slots[{i}]", entry, dict)
+        name, dtype = (of_type(f"slots[{i}].{key}", slot.get(key), str) for key in ("name", "dtype"))
+        shape = [
+            integer(f"slots[{i}].shape", size, 0) for size in of_type(f"slots[{i}].shape", slot.get("shape"), list)
+        ]
+        offset, nbytes = (integer(f"slots[{i}].{key}", slot.get(key), 0) for key in ("offset", "nbytes"))
+        slots.append(TensorSlot(name, dtype, tuple(shape), offset, nbytes))
     return tuple(slots)

@@ -5,6 +5,7 @@ Made by serve.py, fed by routes.py. Between two steps it takes what came in; pau
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import random
@@ -13,8 +14,8 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -31,27 +32,33 @@ logger = logging.getLogger(__name__)
 IDLE_SLICE_S = 5.0  # an idle engine starts its wait anew this often, so that idleness never looks like a stall
 IDLE_LIMIT_S = 60.0
 STEP_LIMIT_S = 600.0  # one forward pass; shown, not enforced: nothing can interrupt it
+CALL_LIMIT_S = 600.0  # a call waits for the step that is running, and a weight update reads a folder
 SHUTDOWN = "the server is shutting down"
 
 PauseMode = Literal["abort", "retract", "in_place"]
+PAUSE_MODES: tuple[PauseMode, ...] = get_args(PauseMode)
 T = TypeVar("T")
+Call = tuple[Callable[[], Any], Future[Any]]  # work for the engine thread between two steps, and its answer
 
 
 class EngineFailure(Exception):
     """The engine thread has ended; the message is its traceback, or says that the server shuts down."""
 
 
-@dataclass
-class _Call:
-    """Work for the engine thread between two steps."""
+@dataclass(frozen=True)
+class UpdateOptions:
+    """How a weight update is taken; the names are the wire's."""
 
-    run: Callable[[], Any]
-    future: Future[Any]
+    weight_version: str | None = None  # None: it stays
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+    partial: bool = False  # tensors may be missing
+    checksum_names: list[str] = field(default_factory=list)
 
 
 class Engine:
-    """Owner of a Batcher. `submit`, `call`, `start` and `stop` may be called from any thread; the methods that change
-    what is served (pause, abort, update_weights, ...) run on the engine thread, through `call`."""
+    """Owner of a Batcher. `start`, `stop`, `submit`, `call` and `ask` may be used from any thread; the methods that
+    change what is served (pause, abort, update_weights, ...) run on the engine thread, through `call` or `ask`."""
 
     def __init__(self, batcher: Batcher, seed: int) -> None:
         """`seed` starts the stream of seeds for requests that bring none."""
@@ -59,7 +66,7 @@ class Engine:
         self.paused: PauseMode | None = None
         self.failure = ""
         self.stopped = threading.Event()
-        self._inbox: queue.SimpleQueue[Sequence | _Call | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence | Call | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # nothing enters the inbox after a failure or the stop
         self._closed = False
         self._seeds = random.Random(seed)
@@ -80,23 +87,29 @@ class Engine:
             EngineFailure: the engine has ended.
         """
         sequence = Sequence(request)
-        sequence.future.set_running_or_notify_cancel()
         with self._lock:
-            seed = request.params.seed
+            seed = request.params.sampling_seed
             sequence.seed = self._seeds.getrandbits(63) if seed is None else seed
             self._put(sequence)
         return sequence
 
     def call(self, run: Callable[[], T]) -> Future[T]:
-        """Run a function on the engine thread between two steps. An ArealiteError is its answer; any other exception
-        ends the engine, since nobody knows what it left behind."""
+        """Run a function on the engine thread between two steps, in the order of calls and submissions.
+
+        An ArealiteError is its answer; any other exception ends the engine, since nobody knows what it left behind.
+        """
         future: Future[T] = Future()
-        future.set_running_or_notify_cancel()
+        future.set_running_or_notify_cancel()  # whoever waits may go away, the call is made
         with self._lock:
-            self._put(_Call(run, future))
+            self._put((run, future))
         return future
 
-    def _put(self, entry: Sequence | _Call) -> None:
+    async def ask(self, name: str, run: Callable[[], T], limit_s: float | None = None) -> T:
+        """`call`, awaited under a name and a limit; the call is made at once, and also when the awaiting ends."""
+        future = asyncio.wrap_future(self.call(run))
+        return await waits.bounded(future, name, "engine", limit_s or CALL_LIMIT_S)
+
+    def _put(self, entry: Sequence | Call) -> None:
         if self._closed:
             raise EngineFailure(self.failure or SHUTDOWN)
         self._inbox.put(entry)
@@ -106,25 +119,19 @@ class Engine:
         tokens; in_place: keep both."""
         self.paused = mode
         if mode == "abort":
-            self.abort(everything=True)
+            self.abort(lambda _: True)
         elif mode == "retract":
             self.batcher.retract_all()
 
     def resume(self) -> None:
         self.paused = None
 
-    def abort(self, rid: str = "", everything: bool = False) -> int:
-        """End the requests whose id starts with `rid` (or all); returns how many."""
-        chosen = [s for s in self.batcher.in_flight() if everything or (rid and s.request.rid.startswith(rid))]
-        for sequence in chosen:
-            self.abort_sequence(sequence)
-        return len(chosen)
-
-    def abort_sequence(self, sequence: Sequence) -> None:
-        """End one request as aborted; nothing happens when it has ended already."""
-        if sequence.finish_reason is None:
-            begun = bool(sequence.pages) or sequence.num_output > 0
-            self.batcher.finish(sequence, abort_reason("Aborted" if begun else "Abort in waiting queue"))
+    def abort(self, chosen: Callable[[Sequence], bool]) -> None:
+        """End the chosen ones of the requests in flight."""
+        for sequence in self.batcher.in_flight():
+            if chosen(sequence):
+                begun = bool(sequence.pages) or sequence.num_output > 0
+                self.batcher.finish(sequence, abort_reason("Aborted" if begun else "Abort in waiting queue"))
 
     def flush_cache(self) -> bool:
         """Forget computed prompts; False while keys and values are in use."""
@@ -135,44 +142,36 @@ class Engine:
 
     def set_weight_version(self, version: str, abort_all: bool) -> None:
         if abort_all:
-            self.abort(everything=True)
+            self.abort(lambda _: True)
         self.batcher.weight_version = version
 
-    def update_weights(
-        self,
-        meta: WeightUpdateMeta,
-        weight_version: str | None,
-        flush_cache: bool,
-        abort_all: bool,
-        partial: bool,
-        checksum_names: list[str],
-    ) -> dict[str, int]:
-        """Load new weights; returns the CRC-32 of the named live tensors.
+    def update_weights(self, meta: WeightUpdateMeta, options: UpdateOptions) -> dict[str, int]:
+        """Load new weights; returns the CRC-32 of the live tensors in `checksum_names`.
 
-        Running requests are aborted (`abort_all`) or retracted, unless paused in place, where they keep the keys and
-        values of the old weights. Computed prompts are forgotten in any case.
+        Running requests are aborted (`abort_all_requests`) or retracted, unless paused in place, where they keep the
+        keys and values of the old weights. Computed prompts are forgotten in any case.
 
         Raises:
             WeightSyncError: the update was refused; weights and version are as before.
         """
-        scheduler = self.batcher.scheduler
-        keep_running = self.paused == "in_place" and not abort_all
-        if keep_running and flush_cache and scheduler.running:
+        model, scheduler = self.batcher.model, self.batcher.scheduler
+        keep_running = self.paused == "in_place" and not options.abort_all_requests
+        if keep_running and options.flush_cache and scheduler.running:
             raise WeightSyncError(
                 "paused in_place with requests running: their cache cannot be flushed; send flush_cache: false, or"
                 " pause with mode retract"
             )
-        receiver.check_names(self.batcher.model, checksum_names)
-        staged = receiver.stage(self.batcher.model, meta, partial)
-        if abort_all:
-            self.abort(everything=True)
+        receiver.check_names(model, options.checksum_names)
+        staged = receiver.stage(model, meta, options.partial)
+        if options.abort_all_requests:
+            self.abort(lambda _: True)
         elif not keep_running:
             self.batcher.retract_all()
         scheduler.index.clear()
-        receiver.load(staged)
-        if weight_version is not None:
-            self.batcher.weight_version = weight_version
-        return receiver.checksums(self.batcher.model, checksum_names)
+        receiver.load(model, staged)
+        if options.weight_version is not None:
+            self.batcher.weight_version = options.weight_version
+        return receiver.checksums(model, options.checksum_names)
 
     def _run(self) -> None:
         """Consumes: the inbox (requests, calls, the stop mark).
@@ -205,9 +204,9 @@ class Engine:
             if isinstance(entry, Sequence):
                 self.batcher.add(entry)
             else:
-                self._answer(entry)
+                self._answer(*entry)
 
-    def _sleep(self) -> Sequence | _Call | None:
+    def _sleep(self) -> Sequence | Call | None:
         """One slice of idleness, visible as a wait that tells when the last token was made."""
         state = "idle" if self.paused is None else f"paused ({self.paused})"
         last = self.batcher.counters.last_token_at
@@ -218,13 +217,13 @@ class Engine:
     def _rids(self) -> list[str]:
         return [s.request.rid for s in self.batcher.in_flight()]
 
-    def _answer(self, call: _Call) -> None:
+    def _answer(self, run: Callable[[], Any], future: Future[Any]) -> None:
         try:
-            call.future.set_result(call.run())
+            future.set_result(run())
         except ArealiteError as error:
-            call.future.set_exception(error)
+            future.set_exception(error)
         except Exception:  # answered here, judged by the supervisor in _run
-            call.future.set_exception(EngineFailure(traceback.format_exc()))
+            future.set_exception(EngineFailure(traceback.format_exc()))
             raise
 
     def _close(self, failure: str) -> None:
@@ -238,7 +237,7 @@ class Engine:
             if isinstance(entry, Sequence):
                 pending.append(entry)
             elif entry is not None:
-                entry.future.set_exception(EngineFailure(failure or SHUTDOWN))
+                entry[1].set_exception(EngineFailure(failure or SHUTDOWN))
         for sequence in pending:
             if failure:
                 sequence.future.set_exception(EngineFailure(failure))

@@ -17,7 +17,7 @@ from arealite.inference.sequence import Sequence
 ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attention`
 QUERIES_PER_CALL = 512  # queries of a long prompt whose scores exist at one time
 KEYS_PER_CALL = 4096  # keys gathered at one time in decode: stays in a core's cache
-_UNSUPPORTED = ("softcap", "sliding_window", "s_aux", "position_bias")
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # windows are judged at load, with the context length
 
 
 @dataclass(frozen=True)

@@ -58,26 +58,16 @@ class ServedModel:
         self.module = _load_module(path, dtype).to(device).eval()
         self.module.requires_grad_(False)
         self.head = self.module.get_output_embeddings()
+        # Parameters and persistent buffers by checkpoint name; a tied tensor has two, of which the first one counts.
+        self.tensors: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
+        first_names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
+        self.tensor_names = [name for name, tensor in self.tensors.items() if first_names[id(tensor)] == name]
         self.vocab_size = int(self.module.get_input_embeddings().weight.shape[0])
         self.context_length = context_length or int(self.config.max_position_embeddings)
         self.eos_token_ids = _eos_ids(self.module, self.tokenizer)
         with torch.inference_mode():
             self.kv_shape = self._discover_kv_shape()
             self._check_against_plain_pass()
-
-    def live_tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers by checkpoint name, each tensor once (a tied head is absent)."""
-        seen: set[int] = set()
-        named: dict[str, torch.Tensor] = {}
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                named[name] = tensor
-        return named
-
-    def tied_names(self) -> set[str]:
-        """Checkpoint names that are a second name of a tensor in `live_tensors`."""
-        return set(self.module.state_dict(keep_vars=True)) - set(self.live_tensors())
 
     def prefill(self, pool: PagePool, sequences: list[Sequence], lengths: list[int]) -> torch.Tensor:
         """One pass over the first `lengths[i]` tokens of each sequence; hidden states [sum of lengths, hidden]."""

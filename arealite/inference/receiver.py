@@ -5,7 +5,7 @@ The trainer's end, and reading what it published, are in weights/.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 
 import torch
 
@@ -18,80 +18,75 @@ from arealite.weights.receive import iterate_tensors
 SHOWN_NAMES = 5  # names listed in an error message
 
 
-def check_names(model: ServedModel, names: list[str]) -> None:
+def check_names(model: ServedModel, names: Iterable[str]) -> None:
     """Raises WeightSyncError when the model has no tensor of one of the names."""
-    unknown = [name for name in names if name not in model.live_tensors()]
+    unknown = [name for name in names if name not in model.tensors]
     if unknown:
-        raise WeightSyncError(f"the model has no tensor named {_shown(unknown)}")
+        raise WeightSyncError(f"the served model has no tensor named {_listed(unknown)}")
 
 
 def checksums(model: ServedModel, names: list[str]) -> dict[str, int]:
-    """CRC-32 of live tensors, in the dtype they are served in."""
-    live = model.live_tensors()
-    return {name: checksum(live[name]) for name in names}
+    """CRC-32 of live tensors, in the dtype they are served in. Raises WeightSyncError as `check_names` does."""
+    check_names(model, names)
+    return {name: checksum(model.tensors[name]) for name in names}
 
 
-def stage(model: ServedModel, meta: WeightUpdateMeta, partial: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs (live tensor, new values) of a whole update; nothing is changed yet.
+def stage(model: ServedModel, meta: WeightUpdateMeta, partial: bool) -> dict[str, torch.Tensor]:
+    """The new values of a whole update, by `model.tensor_names`; nothing is changed yet.
 
     Shared memory must bring the dtype that is served. A folder may bring any float dtype, and is cast as at load.
 
     Raises:
         WeightSyncError: unreadable, or a name, shape or dtype is wrong, or without `partial` a tensor is missing.
     """
-    if meta.kind == "shm":
-        _check_slots(meta)
-    live = model.live_tensors()
-    tied = model.tied_names()
+    for slot in meta.slots:  # before its bytes are read by this description
+        _check(model, slot.name, slot.shape, slot.dtype)
+        wanted = model.tensors[slot.name].nbytes
+        if slot.nbytes != wanted:
+            raise WeightSyncError(
+                f"{slot.name}: {slot.nbytes} bytes in the update; {slot.dtype} {list(slot.shape)} takes {wanted}"
+            )
     staged: dict[str, torch.Tensor] = {}
-    for name, tensor in iterate_tensors(meta):
-        if name in tied:
-            continue
-        if name not in live:
-            raise WeightSyncError(f"the update has a tensor {name!r} that the served model does not have")
-        if name in staged:
-            raise WeightSyncError(f"the update has {name!r} twice")
-        if tensor.shape != live[name].shape:
-            raise WeightSyncError(
-                f"{name}: shape {list(tensor.shape)} in the update, {list(live[name].shape)} in the served model"
-            )
-        castable = meta.kind == "disk" and tensor.is_floating_point() and live[name].is_floating_point()
-        if tensor.dtype != live[name].dtype and not castable:
-            raise WeightSyncError(
-                f"{name}: {tensor.dtype} in the update, {live[name].dtype} in the served model; publish in the dtype"
-                " that the server was started with"
-            )
-        staged[name] = tensor
-    missing = [name for name in live if name not in staged]
+    try:
+        for name, tensor in iterate_tensors(meta):
+            _check(model, name, tuple(tensor.shape), tensor.dtype, castable=meta.kind == "disk")
+            if name in staged:
+                raise WeightSyncError(f"the update has {name!r} twice")
+            staged[name] = tensor
+    except (OSError, ValueError) as error:  # a file that vanished meanwhile, a path that is none
+        raise WeightSyncError(f"cannot read the weights at {meta.path!r}: {error}") from error
+    missing = [name for name in model.tensor_names if name not in staged]
     if missing and not partial:
         raise WeightSyncError(
-            f"{len(missing)} of the model's {len(live)} tensors are missing from the update: {_shown(missing)}; send"
-            ' all of them, or "partial": true'
+            f"{len(missing)} of the model's {len(model.tensor_names)} tensors are missing from the update:"
+            f' {_listed(missing)}; send all of them, or "partial": true'
         )
-    return [(live[name], tensor) for name, tensor in staged.items()]
+    return {name: tensor for name, tensor in staged.items() if name in model.tensor_names}
 
 
-def load(staged: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def load(model: ServedModel, staged: dict[str, torch.Tensor]) -> None:
     """Copy the staged values into the live tensors."""
     with torch.no_grad():
-        for target, source in staged:
-            target.copy_(source)
+        for name, tensor in staged.items():
+            model.tensors[name].copy_(tensor)
 
 
-def _check_slots(meta: WeightUpdateMeta) -> None:
-    """A slot's dtype must be known and its bytes must be those of its shape, or the map would be read wrongly."""
-    for slot in meta.slots:
-        dtype = torch.__dict__.get(slot.dtype)
-        if not isinstance(dtype, torch.dtype):
-            raise WeightSyncError(f"{slot.name}: unknown dtype {slot.dtype!r} in the update")
-        wanted = math.prod(slot.shape) * dtype.itemsize
-        if min(slot.shape, default=0) < 0 or slot.offset < 0 or slot.nbytes != wanted:
-            raise WeightSyncError(
-                f"{slot.name}: {slot.nbytes} bytes at offset {slot.offset} in the update; {slot.dtype}"
-                f" {list(slot.shape)} takes {wanted}"
-            )
+def _check(
+    model: ServedModel, name: str, shape: tuple[int, ...], dtype: torch.dtype | str, castable: bool = False
+) -> None:
+    """A tensor of an update must fit the served one; where `castable`, one float dtype fits another."""
+    check_names(model, [name])
+    live = model.tensors[name]
+    if shape != tuple(live.shape):
+        raise WeightSyncError(f"{name}: shape {list(shape)} in the update, {list(live.shape)} in the served model")
+    castable = castable and isinstance(dtype, torch.dtype) and dtype.is_floating_point and live.is_floating_point()
+    if str(dtype).removeprefix("torch.") != str(live.dtype).removeprefix("torch.") and not castable:
+        raise WeightSyncError(
+            f"{name}: {dtype} in the update, {live.dtype} in the served model; publish in the dtype that the server was"
+            " started with"
+        )
 
 
-def _shown(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return ", ".join(names[:SHOWN_NAMES]) + more

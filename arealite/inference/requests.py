@@ -6,17 +6,17 @@ Called by routes.py. Whatever is wrong is a RequestError, which the route answer
 from __future__ import annotations
 
 import difflib
-import math
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from arealite.api.errors import RequestError
+from arealite.inference.bodies import field, integer, number, of_type, shown, strings
 
 GREEDY_BELOW = 1e-6  # a temperature under this is greedy, and its logprobs are those of temperature 1
 DEFAULT_MAX_NEW_TOKENS = 128
-MAX_STOP_STRINGS = 32
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
-    seed: int | None = None
+    sampling_seed: int | None = None
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
 
@@ -46,7 +46,6 @@ class GenerateRequest:
     params: SamplingParams
     return_logprob: bool = False
     logprob_start: int | None = None
-    return_prompt_token_ids: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,164 +63,99 @@ class ServedLimits:
         return min(self.context_length, self.kv_cache_tokens)
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name}: expected an integer, found {_shown(value)}")
-    if value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise RequestError(f"{name}: expected {bound}, found {_shown(value)}")
-    return value
-
-
-def _number(name: str, value: Any, low: float, high: float | None = None, open_low: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RequestError(f"{name}: expected a number, found {_shown(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    inside = number > low if open_low else number >= low
-    if not math.isfinite(number) or not inside or (high is not None and number > high):
-        span = f"{'above' if open_low else 'at least'} {low:g}" + ("" if high is None else f" and at most {high:g}")
-        raise RequestError(f"{name}: expected a finite number {span}, found {_shown(value)}")
-    return number
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise RequestError(f"{name}: expected true or false, found {_shown(value)}")
-    return value
-
-
 def _stop_strings(name: str, value: Any) -> tuple[str, ...]:
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(s, str) for s in strings):
-        raise RequestError(f"{name}: expected a string or a list of strings, found {_shown(value)}")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise RequestError(f"{name}: expected at most {MAX_STOP_STRINGS} strings, found {len(strings)}")
-    return tuple(s for s in strings if s)
+    return tuple(s for s in ([value] if isinstance(value, str) else strings(name, value)) if s)
 
 
 def _token_set(name: str, value: Any) -> frozenset[int]:
-    if not isinstance(value, list):
-        raise RequestError(f"{name}: expected a list of token ids, found {_shown(value)}")
-    return frozenset(_integer(name, token, 0) for token in value)
+    return frozenset(integer(name, token, 0) for token in of_type(name, value, list))
 
 
 def _top_k(name: str, value: Any) -> int:
     """0 for "all", which the wire writes as -1 or as a number beyond any vocabulary."""
-    k = _integer(name, value, -1)
-    if k == 0:
-        raise RequestError(f"{name}: expected -1 (all tokens) or at least 1, found 0")
-    return 0 if k == -1 else k
+    if value == 0:
+        raise RequestError(f"{name}: expected -1 (all tokens) or at least 1, found {shown(value)}")
+    return max(0, integer(name, value, -1))
 
+
+_boolean = partial(of_type, kind=bool)
 
 _PARSERS: dict[str, Callable[[str, Any], Any]] = {
-    "max_new_tokens": lambda name, value: _integer(name, value, 0),
-    "min_new_tokens": lambda name, value: _integer(name, value, 0),
-    "temperature": lambda name, value: _number(name, value, 0.0),
-    "top_p": lambda name, value: _number(name, value, 0.0, 1.0, open_low=True),
+    "max_new_tokens": partial(integer, low=0),
+    "min_new_tokens": partial(integer, low=0),
+    "temperature": partial(number, low=0.0),
+    "top_p": partial(number, low=0.0, high=1.0, open_low=True),
     "top_k": _top_k,
-    "min_p": lambda name, value: _number(name, value, 0.0, 1.0),
+    "min_p": partial(number, low=0.0, high=1.0),
     "stop": _stop_strings,
     "stop_token_ids": _token_set,
     "ignore_eos": _boolean,
-    "sampling_seed": lambda name, value: _integer(name, value, -(2**63), 2**63 - 1),
+    "sampling_seed": partial(integer, low=-(2**63), high=2**63 - 1),
     "skip_special_tokens": _boolean,
     "no_stop_trim": _boolean,
-    "spaces_between_special_tokens": _boolean,  # without meaning for tokenizers of the tokenizers library
-    "stream_interval": lambda name, value: _integer(name, value, 1),
 }
 
-# Keys of the protocol that this server does not do yet, with the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "stop_regex": ("", []),
-    "custom_params": ({},),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "structural_tag": (),
-    "beam_width": (1,),
-    "watermark": (False,),
-}
+# Keys of the protocol that change nothing here.
+_IGNORED = ("spaces_between_special_tokens", "stream_interval")
 
-# The same for the top level of the body; null always asks for nothing.
-_NEUTRAL_TOP: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "input_embeds": (),
-    "image_data": ([],),
-    "video_data": ([],),
-    "audio_data": ([],),
-    "top_logprobs_num": (0,),
-    "token_ids_logprob": ([],),
-    "return_text_in_logprobs": (False,),
-    "return_hidden_states": (False,),
-    "return_routed_experts": (False,),
-    "return_sampling_mask": (False,),
-    "return_entropy": (False,),
-    "lora_path": ("",),
-    "custom_logit_processor": ("",),
-    "session_params": ({},),
-}
+# Keys that this server does not do yet: 1 asks for nothing in the first, empty, 0 and false in the others.
+_OFF_AT_ONE = ("n", "repetition_penalty", "beam_width")
+_OFF_WHEN_EMPTY = [
+    "frequency_penalty", "presence_penalty", "logit_bias", "stop_regex", "custom_params", "json_schema", "regex", "ebnf",
+    "structural_tag", "watermark",
+]  # fmt: skip
+_TOP_OFF_WHEN_EMPTY = [
+    "stream", "input_embeds", "image_data", "video_data", "audio_data", "top_logprobs_num", "token_ids_logprob",
+    "return_text_in_logprobs", "return_hidden_states", "return_routed_experts", "return_sampling_mask",
+    "return_entropy", "return_prompt_token_ids", "lora_path", "custom_logit_processor", "session_params",
+]  # fmt: skip
 
 
-def _refuse_unless_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
-    if value is None or any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral):
-        return
-    allowed = " or ".join(["null", *(repr(v).lower() if isinstance(v, bool) else repr(v) for v in neutral)])
-    raise RequestError(f"{name}: {_shown(value)} is not supported by this server; leave it out or send {allowed}")
+def _refuse_unless_off(name: str, value: Any, is_off: bool) -> None:
+    if value is not None and not is_off:
+        raise RequestError(f"{name}: {shown(value)} is not supported by this server; leave it out or send null")
 
 
 def parse_sampling_params(value: Any, num_prompt_tokens: int, limits: ServedLimits) -> SamplingParams:
     """One `sampling_params` object of the wire (null for all defaults)."""
-    fields = {} if value is None else value
-    if not isinstance(fields, dict):
-        raise RequestError(f"sampling_params: expected an object, found {_shown(value)}")
+    fields = {} if value is None else of_type("sampling_params", value, dict)
     parsed: dict[str, Any] = {}
     for key, entry in fields.items():
-        if key in _NEUTRAL:
-            _refuse_unless_neutral(f"sampling_params.{key}", entry, _NEUTRAL[key])
-        elif key not in _PARSERS:
-            near = difflib.get_close_matches(key[:64], [*_PARSERS, *_NEUTRAL], n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else f"; known keys are {', '.join(sorted(_PARSERS))}"
-            raise RequestError(f"sampling_params: unknown key {_shown(key)}{hint}")
-        elif entry is not None:
-            parsed[key] = _PARSERS[key](f"sampling_params.{key}", entry)
-    for ignored in ("spaces_between_special_tokens", "stream_interval"):
-        parsed.pop(ignored, None)
-    parsed["seed"] = parsed.pop("sampling_seed", None)
+        name = f"sampling_params.{key}"
+        if key in _OFF_AT_ONE:
+            _refuse_unless_off(name, entry, entry == 1 and entry is not True)
+        elif key in _OFF_WHEN_EMPTY:
+            _refuse_unless_off(name, entry, not entry)
+        elif key in _PARSERS:
+            if entry is not None:
+                parsed[key] = _PARSERS[key](name, entry)
+        elif key not in _IGNORED:
+            near = difflib.get_close_matches(key[:64], [*_PARSERS, *_OFF_AT_ONE, *_OFF_WHEN_EMPTY], n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"known keys are {', '.join(sorted(_PARSERS))}"
+            raise RequestError(f"sampling_params: unknown key {shown(key)}; {hint}")
     if parsed.get("temperature", 1.0) < GREEDY_BELOW:
         parsed["temperature"] = 0.0
     if parsed.get("stop") and limits.encode is None:
         raise RequestError("sampling_params.stop: the served model folder has no tokenizer; use stop_token_ids")
-    parsed["max_new_tokens"] = _max_new_tokens(fields, parsed, num_prompt_tokens, limits)
-    if parsed.get("min_new_tokens", 0) > parsed["max_new_tokens"]:
+    parsed["max_new_tokens"] = _max_new_tokens(fields, parsed.get("max_new_tokens"), num_prompt_tokens, limits)
+    params = SamplingParams(**parsed)
+    if params.min_new_tokens > params.max_new_tokens:
         raise RequestError(
-            f"sampling_params.min_new_tokens: {parsed['min_new_tokens']} is more than max_new_tokens"
-            f" {parsed['max_new_tokens']}"
+            f"sampling_params.min_new_tokens: {params.min_new_tokens} is more than max_new_tokens"
+            f" {params.max_new_tokens}"
         )
-    return SamplingParams(**parsed)
+    return params
 
 
-def _max_new_tokens(fields: dict[str, Any], parsed: dict[str, Any], num_prompt: int, limits: ServedLimits) -> int:
-    """The asked number where it fits; null is all that fits, a missing key the protocol's default at most."""
-    if num_prompt >= limits.max_tokens:
+def _max_new_tokens(fields: dict[str, Any], asked: int | None, num_prompt: int, limits: ServedLimits) -> int:
+    """The asked number where it fits (0 only scores the prompt); null is all that fits, a missing key the protocol's
+    default at most."""
+    room = limits.max_tokens - num_prompt
+    if room < 0 or (room == 0 and asked != 0):
         raise RequestError(
             f"the prompt has {num_prompt} tokens; context length {limits.context_length} and KV cache of"
             f" {limits.kv_cache_tokens} tokens allow less than {limits.max_tokens}"
         )
-    room = limits.max_tokens - num_prompt
-    asked = parsed.get("max_new_tokens")
     if asked is None:
         return room if "max_new_tokens" in fields else min(DEFAULT_MAX_NEW_TOKENS, room)
     if asked > room:
@@ -229,7 +163,7 @@ def _max_new_tokens(fields: dict[str, Any], parsed: dict[str, Any], num_prompt: 
             f"prompt ({num_prompt} tokens) and max_new_tokens ({asked}) pass what is served: context length"
             f" {limits.context_length}, KV cache {limits.kv_cache_tokens} tokens; ask for at most {room}"
         )
-    return int(asked)
+    return asked
 
 
 def parse_generate(body: Any, limits: ServedLimits) -> tuple[list[GenerateRequest], bool]:
@@ -238,75 +172,68 @@ def parse_generate(body: Any, limits: ServedLimits) -> tuple[list[GenerateReques
     Raises:
         RequestError: anything missing, contradictory, of the wrong type, out of range or not supported.
     """
-    if not isinstance(body, dict):
-        raise RequestError(f"the body: expected a JSON object, found {_shown(body)}")
-    for key, neutral in _NEUTRAL_TOP.items():
-        _refuse_unless_neutral(key, body.get(key), neutral)
+    body = of_type("the body", body, dict)
+    for key in _TOP_OFF_WHEN_EMPTY:
+        _refuse_unless_off(key, body.get(key), not body.get(key))
     prompts, batched = _prompts(body, limits)
-    num = len(prompts)
-    rids = _rids(body.get("rid"), num, batched)
-    params = _per_request("sampling_params", body.get("sampling_params"), num, batched)
-    want_logprob = _per_request("return_logprob", body.get("return_logprob"), num, batched)
-    start = _per_request("logprob_start_len", body.get("logprob_start_len"), num, batched)
-    want_prompt = body.get("return_prompt_token_ids")
+    rids = _rids(body.get("rid"), len(prompts), batched)
     requests = []
-    for i, prompt in enumerate(prompts):
-        with_logprob = False if want_logprob[i] is None else _boolean("return_logprob", want_logprob[i])
-        first = -1 if start[i] is None else _integer("logprob_start_len", start[i], -1, len(prompt))
-        requests.append(
-            GenerateRequest(
-                rid=rids[i],
-                prompt_ids=prompt,
-                params=parse_sampling_params(params[i], len(prompt), limits),
-                return_logprob=with_logprob,
-                logprob_start=first if with_logprob and 0 <= first < len(prompt) else None,
-                return_prompt_token_ids=False
-                if want_prompt is None
-                else _boolean("return_prompt_token_ids", want_prompt),
-            )
-        )
+    for i, (rid, prompt) in enumerate(zip(rids, prompts, strict=True)):
+        own = {
+            key: _own(key, body.get(key), i, len(prompts), batched)
+            for key in ("sampling_params", "return_logprob", "logprob_start_len")
+        }
+        params = parse_sampling_params(own["sampling_params"], len(prompt), limits)
+        scored = field(own, "return_logprob", bool, False)
+        first = integer("logprob_start_len", field(own, "logprob_start_len", int, -1), -1, len(prompt))
+        start = first if scored and 0 <= first < len(prompt) else None
+        requests.append(GenerateRequest(rid, prompt, params, scored, start))
     return requests, batched
 
 
-def _per_request(name: str, value: Any, num: int, batched: bool) -> list[Any]:
+def _own(name: str, value: Any, i: int, num: int, batched: bool) -> Any:
+    """Request i's own value: of a list in a batch, else the one of all."""
     if not isinstance(value, list):
-        return [value] * num
+        return value
     if not batched or len(value) != num:
         raise RequestError(f"{name}: expected one value or a list of {num} for a batch, found {len(value)} values")
-    return value
+    return value[i]
 
 
 def _prompts(body: dict[str, Any], limits: ServedLimits) -> tuple[list[list[int]], bool]:
     given = [key for key in ("text", "input_ids") if body.get(key) is not None]
     if len(given) != 1:
         raise RequestError(f"exactly one of text and input_ids is needed, found {' and '.join(given) or 'neither'}")
-    value = body[given[0]]
-    if given[0] == "text":
-        encode = limits.encode
-        if encode is None:
-            raise RequestError("text: the served model folder has no tokenizer; send input_ids")
+    [name] = given
+    value = body[name]
+    if name == "text":
         batched = isinstance(value, list)
-        texts = value if batched else [value]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise RequestError(f"text: expected a string or a list of strings, found {_shown(value)}")
-        prompts = [encode(text) for text in texts]
+        prompts = [_encoded(text, limits) for text in (value if batched else [value])]
     else:
-        if not isinstance(value, list) or not value:
-            raise RequestError(f"input_ids: expected token ids or a list of token id lists, found {_shown(value)}")
-        batched = isinstance(value[0], list)
+        batched = bool(value) and isinstance(of_type(name, value, list)[0], list)
         prompts = value if batched else [value]
     for i, prompt in enumerate(prompts):
-        _check_prompt(f"{given[0]}[{i}]" if batched else given[0], prompt, limits)
+        _check_prompt(f"{name}[{i}]" if batched else name, prompt, limits)
+    if not prompts:
+        raise RequestError(f"{name}: the list of prompts is empty")
     return prompts, batched
 
 
+def _encoded(text: Any, limits: ServedLimits) -> list[int]:
+    if limits.encode is None:
+        raise RequestError("text: the served model folder has no tokenizer; send input_ids")
+    try:
+        of_type("text", text, str).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"text: half of a surrogate pair is no character: {error}") from error
+    return limits.encode(text)
+
+
 def _check_prompt(name: str, prompt: Any, limits: ServedLimits) -> None:
-    if not isinstance(prompt, list):
-        raise RequestError(f"{name}: expected a list of token ids, found {_shown(prompt)}")
-    if not prompt:
+    if not of_type(name, prompt, list):
         raise RequestError(f"{name}: the prompt is empty; at least one token is needed")
     for token in prompt:
-        _integer(name, token, 0, limits.vocab_size - 1)
+        integer(name, token, 0, limits.vocab_size - 1)
 
 
 def _rids(value: Any, num: int, batched: bool) -> list[str]:
@@ -314,8 +241,7 @@ def _rids(value: Any, num: int, batched: bool) -> list[str]:
         return [uuid.uuid4().hex for _ in range(num)]
     if isinstance(value, str) and value:
         return [f"{value}_{i}" for i in range(num)] if batched else [value]
-    if not isinstance(value, list) or not batched or not all(isinstance(rid, str) and rid for rid in value):
-        raise RequestError(f"rid: expected a string, or for a batch a list of strings, found {_shown(value)}")
-    if len(value) != num or len(set(value)) != num:
-        raise RequestError(f"rid: expected {num} different ids, found {len(set(value))} different among {len(value)}")
-    return value
+    rids = strings("rid", value) if batched else []
+    if not all(rids) or len(set(rids)) != num or len(rids) != num:
+        raise RequestError(f"rid: expected a string, or for a batch {num} different strings, found {shown(value)}")
+    return rids

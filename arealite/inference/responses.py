@@ -79,7 +79,4 @@ def render(tokenizer: Any, sequence: Sequence) -> dict[str, Any]:
             [logprob, token, None] for logprob, token in zip(sequence.logprobs, sequence.output_ids, strict=True)
         ]
         finished["output_token_logprobs_length"] = sequence.num_output
-    answer = {"text": answer_text(tokenizer, sequence), "output_ids": sequence.output_ids, "meta_info": finished}
-    if request.return_prompt_token_ids:
-        answer["prompt_token_ids"] = request.prompt_ids
-    return answer
+    return {"text": answer_text(tokenizer, sequence), "output_ids": sequence.output_ids, "meta_info": finished}

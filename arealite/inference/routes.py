@@ -6,32 +6,49 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
-from arealite.api.errors import RequestError
+from arealite.api.errors import RequestError, WaitTimeout, WeightSyncError
+from arealite.inference.bodies import field, read_json, read_object, shown
 from arealite.inference.control import ControlRoutes
-from arealite.inference.engine import Engine, PauseMode
-from arealite.inference.http_errors import (
-    answer_errors,
-    error_response,
-    flag_field,
-    read_json,
-    read_object,
-    string_field,
-)
+from arealite.inference.engine import PAUSE_MODES, Engine, EngineFailure
 from arealite.inference.requests import ServedLimits, parse_generate
 from arealite.inference.responses import render
-from arealite.inference.sequence import Sequence
 from arealite.observe import waits
+
+logger = logging.getLogger(__name__)
 
 SERVER_VERSION = "arealite-native-0.1"
 MAX_BODY_BYTES = 256 << 20
 HEALTH_LIMIT_S = 20.0
-PAUSE_MODES: tuple[PauseMode, ...] = ("abort", "retract", "in_place")
+
+
+def error_response(status: int, message: str) -> web.Response:
+    """Both forms that clients of the protocol look for: of a refused request, and of a refused control call."""
+    return web.json_response({"error": {"message": message}, "success": False, "message": message}, status=status)
+
+
+@web.middleware
+async def answer_errors(request: web.Request, **called: Handler) -> web.StreamResponse:
+    """Turn whatever a route raises into a JSON answer; the server keeps serving."""
+    try:
+        return await called["handler"](request)  # the keyword by which aiohttp hands it over
+    except (RequestError, WeightSyncError) as error:
+        return error_response(400, str(error))
+    except (WaitTimeout, EngineFailure) as error:
+        return error_response(503, str(error))
+    except web.HTTPException as error:
+        return error_response(error.status, f"{request.method} {request.path}: {error.reason}")
+    except Exception:  # HTTP boundary: an error in one request must not end the server
+        logger.exception("%s %s failed", request.method, request.path)
+        return error_response(500, traceback.format_exc())
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,6 @@ class ServerRoutes:
         self._settings = settings
         self._resumed = asyncio.Event()
         self._resumed.set()
-        self._num_pauses = 0
         self._started_at = time.time()
         self.limits = ServedLimits(
             vocab_size=model.vocab_size,
@@ -65,7 +81,6 @@ class ServerRoutes:
     def routes(self) -> list[web.RouteDef]:
         return [
             web.post("/generate", self.generate),
-            web.put("/generate", self.generate),
             web.post("/abort_request", self.abort),
             web.post("/pause_generation", self.pause),
             web.post("/continue_generation", self.resume),
@@ -84,60 +99,46 @@ class ServerRoutes:
     async def generate(self, request: web.Request) -> web.Response:
         """Validate, be held while paused, sample. A client that goes away aborts its requests."""
         requests, batched = parse_generate(await read_json(request), self.limits)
-        await self._hold([r.rid for r in requests])
+        rids = [r.rid for r in requests]
+        while not self._resumed.is_set():  # the next pause may come before the event loop is here again
+            limit_s = self._settings.hold_limit_s
+            await waits.bounded(self._resumed.wait(), "continue_generation", "client", limit_s, rids)
         sequences = [self._engine.submit(r) for r in requests]
+        ended = asyncio.gather(*(asyncio.wrap_future(s.future) for s in sequences))
         try:
-            await waits.bounded(
-                asyncio.gather(*(asyncio.wrap_future(s.future) for s in sequences)),
-                "generation",
-                "engine",
-                self._settings.request_limit_s,
-                [r.rid for r in requests],
-            )
+            await waits.bounded(ended, "generation", "engine", self._settings.request_limit_s, rids)
         finally:
-            unfinished = [s for s in sequences if not s.future.done()]
-            if unfinished:  # the client is gone, or the limit has passed
-                self._engine.call(lambda: self._abort_sequences(unfinished))
+            if not all(s.future.done() for s in sequences):  # the client is gone, or the limit has passed
+                self._engine.call(lambda: self._engine.abort(sequences.__contains__))
         tokenizer = self._engine.batcher.model.tokenizer
         answers = [render(tokenizer, s) for s in sequences]
         return web.json_response(answers if batched else answers[0])
 
-    async def _hold(self, rids: list[str]) -> None:
-        """Wait until generation is not paused; over the limit the request is refused with 503."""
-        while not self._resumed.is_set():
-            await waits.bounded(
-                self._resumed.wait(), "continue_generation", "client", self._settings.hold_limit_s, rids
-            )
-
-    def _abort_sequences(self, sequences: list[Sequence]) -> None:
-        for sequence in sequences:
-            self._engine.abort_sequence(sequence)
-
     async def abort(self, request: web.Request) -> web.Response:
         """Answers at once; the requests end after the current step."""
         body = await read_object(request)
-        rid = string_field(body, "rid") or ""
-        everything = flag_field(body, "abort_all", False)
-        if rid or everything:
-            self._engine.call(lambda: self._engine.abort(rid, everything))
+        rid = field(body, "rid", str, "")
+        if field(body, "abort_all", bool, False):
+            self._engine.call(lambda: self._engine.abort(lambda _: True))
+        elif rid:
+            self._engine.call(lambda: self._engine.abort(lambda s: s.request.rid.startswith(rid)))
         return web.Response()
 
     async def pause(self, request: web.Request) -> web.Response:
+        """No request submitted after this call was made is served before `resume` is called."""
         body = await read_object(request)
-        mode = string_field(body, "mode") or "abort"
-        if mode not in PAUSE_MODES:
-            raise RequestError(f"mode: expected one of {', '.join(PAUSE_MODES)}, found {mode[:60]!r}")
+        wanted = field(body, "mode", str, "abort")
+        mode = next((mode for mode in PAUSE_MODES if mode == wanted), None)
+        if mode is None:
+            raise RequestError(f"mode: expected one of {', '.join(PAUSE_MODES)}, found {shown(wanted)}")
         self._resumed.clear()
-        self._num_pauses += 1
-        await asyncio.wrap_future(self._engine.call(lambda: self._engine.pause(mode)))
+        await self._engine.ask("pause_generation", lambda: self._engine.pause(mode))
         return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def resume(self, request: web.Request) -> web.Response:
         await read_object(request)
-        num_pauses = self._num_pauses
-        await asyncio.wrap_future(self._engine.call(self._engine.resume))
-        if self._num_pauses == num_pauses:  # otherwise the next pause has come meanwhile
-            self._resumed.set()
+        self._resumed.set()  # those who are held run after the call is in the engine's inbox
+        await self._engine.ask("continue_generation", self._engine.resume)
         return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
 
     async def health(self, request: web.Request) -> web.Response:
@@ -148,9 +149,7 @@ class ServerRoutes:
 
     async def health_generate(self, request: web.Request) -> web.Response:
         """200 when the engine thread answers between two steps; works while paused."""
-        await waits.bounded(
-            asyncio.wrap_future(self._engine.call(lambda: None)), "health_generate", "engine", HEALTH_LIMIT_S, []
-        )
+        await self._engine.ask("health_generate", lambda: None, HEALTH_LIMIT_S)
         return web.Response()
 
     async def ready(self, request: web.Request) -> web.Response:

@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from arealite.inference.cache import PromptIndex
+import numpy as np
+
 from arealite.inference.requests import GenerateRequest
 
 
@@ -34,11 +35,12 @@ class Sequence:
     weight_version: str = ""  # of the server when it ended
     submitted_at: float = field(default_factory=time.perf_counter)
     finished_at: float = 0.0
-    prompt_key: bytes = b""
+    prompt_key: bytes = field(init=False)  # equal for equal prompts
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
-        self.prompt_key = PromptIndex.key(self.tokens)
+        self.prompt_key = np.asarray(self.tokens, np.int32).tobytes()
+        self.future.set_running_or_notify_cancel()  # whoever waits may go away; the engine resolves it all the same
 
     @property
     def num_prompt(self) -> int:
