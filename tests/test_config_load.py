@@ -127,6 +127,14 @@ def test_wrong_overrides(tmp_path):
     assert found[4] == "command line: seed is 'x' (str), expected an integer"
 
 
+def test_keys_below_a_value_are_unknown(tmp_path):
+    found = problems_of(tmp_path, MINIMAL, "seed.x=1", "gconfig.stop.0=a", "zzz.qqq=1", "server.qqq.rrr=1")
+    assert found[0] == "command line: unknown key 'seed.x': seed is an integer"
+    assert found[1] == "command line: unknown key 'gconfig.stop.0': gconfig.stop is a list, each entry text"
+    assert found[2].startswith("command line: unknown key 'zzz.qqq': the top level has experiment_name,")
+    assert found[3].startswith("command line: unknown key 'server.qqq.rrr': server has dtype,")
+
+
 def test_everything_wrong_is_reported_at_once(tmp_path):
     found = problems_of(tmp_path, "sed: 1\nseed: x\ngconfig: {n_samples: 1}\n")
     kinds = (
@@ -162,7 +170,10 @@ def test_resolved_yaml_reads_back_equal(tmp_path):
         tmp_path,
         "ref: {path: base}\nvalid_dataset: {path: v, system_prompt: 'a: b\n c'}\nlauncher: {env: {A: '1'}}\n",
         *("seed=3", "actor.optimizer.lr=3e-7", "gconfig.stop=['\\n']", "actor.adv_norm={mean: batch}"),
+        *(r"train_dataset.prompt_template=It costs \${prompt}", "server.args={compilation-config.level: 3}"),
     )
+    assert config.train_dataset.prompt_template == "It costs ${prompt}"
+    assert config.server.args == {"compilation-config.level": 3}
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config_file(tmp_path / "again.yaml", [], GRPOConfig) == config
 

@@ -52,11 +52,13 @@ def is_config_class(hint: Any) -> bool:
 
 
 def type_at(cls: type, key: str) -> Any:
-    """The type of the field at dotted `key` (None removed); Any for keys inside a dict field."""
+    """The type of the field at dotted `key` (None removed); Any for keys inside a dict field. Raises KeyError."""
     hint: Any = cls
-    for name in key.split("."):
-        if not is_config_class(hint):
+    for name in key.partition("[")[0].split("."):
+        if typing.get_origin(hint) is dict:
             return Any
+        if not is_config_class(hint):
+            raise KeyError(key)
         hint = field_types(hint)[name]
     return hint
 
@@ -97,10 +99,14 @@ def nearest_keys(key: str, cls: type) -> list[str]:
     return list(dict.fromkeys(found))[:NUM_SUGGESTIONS]
 
 
-def section_of(key: str, cls: type) -> tuple[str, type]:
-    """The dotted key and the class of the section that holds `key`."""
-    parent = key.rpartition(".")[0]
-    return parent, type_at(cls, parent) if parent else cls
+def known_part(key: str, cls: type) -> tuple[str, Any]:
+    """The longest beginning of dotted `key` that exists, and its type; "" is the top level."""
+    while key := key.rpartition(".")[0]:
+        try:
+            return key, type_at(cls, key)
+        except KeyError:
+            continue
+    return "", cls
 
 
 class Reader:
@@ -172,7 +178,9 @@ class Reader:
             self.givens.append(Given(key, hint, where(key)))
             self.walk(value, hint, f"{key}.", where)
         elif typing.get_origin(hint) is dict and isinstance(value, dict) and value:
-            self.givens += [Given(f"{key}.{name}", entry, where(f"{key}.{name}")) for name, entry in value.items()]
+            for name, entry in value.items():  # a name with a dot is one name all the same
+                path = f"{key}[{name}]" if "." in str(name) else f"{key}.{name}"
+                self.givens.append(Given(path, entry, where(f"{key}.{name}")))
         elif complaint := wrong_kind(value, hint):
             self.problems.append(f"{where(key)}: {key} is {value!r}: {complaint}")
         else:
@@ -182,8 +190,9 @@ class Reader:
         if nearest := nearest_keys(key, self.cls):
             hint = f"did you mean {' or '.join(nearest)}?"
         else:
-            parent, section = section_of(key, self.cls)
-            hint = f"{parent or 'the top level'} has {', '.join(field_types(section))}"
+            parent, section = known_part(key, self.cls)
+            known = f"has {', '.join(field_types(section))}" if is_config_class(section) else f"is {type_name(section)}"
+            hint = f"{parent or 'the top level'} {known}"
         self.problems.append(f"{where}: unknown key {key!r}: {hint}")
 
 

@@ -134,4 +134,14 @@ def explain(config: Any) -> list[tuple[str, Any, str]]:
 
 def to_yaml(config: Any) -> str:
     """The configuration as YAML that `load_config_file` reads back to an equal one."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    values = escaped(dataclasses.asdict(config))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def escaped(value: Any) -> Any:
+    """`value` with every "${" marked as text, so that reading does not take it for an interpolation."""
+    if isinstance(value, dict):
+        return {key: escaped(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [escaped(entry) for entry in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value
