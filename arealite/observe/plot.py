@@ -26,7 +26,7 @@ def smooth(values: list[float], weight: float = 0.6) -> list[float]:
     return out
 
 
-def plot_reward(folder: RunFolder, title: str = "") -> str:
+def plot_reward(folder: RunFolder) -> str:
     """Write folder.reward_png; returns "" or why there is no picture. Imports matplotlib, which is slow to load."""
     lines = [line for line in read_metrics(folder.metrics) if line.get("reward_mean") is not None]
     evaluations = read_evaluations(folder)
@@ -43,7 +43,7 @@ def plot_reward(folder: RunFolder, title: str = "") -> str:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
     _draw_rewards(axes, lines)
     _draw_evaluations(axes, evaluations)
-    axes.set_title(title or f"{folder.root.parent.name} / {folder.root.name}", loc="left", fontweight="bold")
+    axes.set_title(f"{folder.root.parent.name} / {folder.root.name}", loc="left", fontweight="bold")
     axes.set_xlabel("optimiser steps done")
     axes.set_ylabel("reward")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -56,7 +56,6 @@ def plot_reward(folder: RunFolder, title: str = "") -> str:
         axes.set_ylim(-0.03, 1.05)
     axes.legend(frameon=False, loc="best")
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder.reward_png)
     except OSError as error:
         return f"no reward plot: cannot write {folder.reward_png}: {error.strerror}"

@@ -86,6 +86,11 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write one JSON document for people to read, atomically. Raises OSError."""
+    write_text_atomically(path, json.dumps(finite_json(value), indent=2) + "\n")
+
+
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSONL, atomically. Raises OSError."""
     lines = [json.dumps(finite_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]

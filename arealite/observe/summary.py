@@ -6,11 +6,10 @@ resumed gets the same report as a straight one.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,13 +19,14 @@ from rich.text import Text
 from arealite.observe.evaluation_log import EvaluationResult, read_answers, read_evaluations
 from arealite.observe.plot import plot_reward
 from arealite.observe.progress import format_span, time_shares
-from arealite.observe.rollout_log import finite_json, write_text_atomically
+from arealite.observe.rollout_log import write_json
 from arealite.observe.sinks import num_restarts, read_metrics
 
 if TYPE_CHECKING:
     from arealite.observe.run_folder import RunFolder
 
 NUM_EXAMPLES = 3
+COUNTS = ("num_reward_errors", "num_failed", "num_rejected", "num_interruptions")
 
 
 def summarise(folder: RunFolder) -> dict[str, Any]:
@@ -42,11 +42,11 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
     train_s = _total(lines, "step_s")
     num_tokens, num_samples = _total(lines, "num_completion_tokens"), _total(lines, "num_samples")
     return {
-        "accuracy_before": before.accuracy if before else None,
-        "accuracy_after": after.accuracy if after else None,
-        "accuracy_before_stderr": before.stderr if before else None,
-        "accuracy_after_stderr": after.stderr if after else None,
-        "num_held_out_tasks": after.num_tasks if after else (before.num_tasks if before else 0),
+        "accuracy_before": before and before.accuracy,
+        "accuracy_after": after and after.accuracy,
+        "accuracy_before_stderr": before and before.stderr,
+        "accuracy_after_stderr": after and after.stderr,
+        "num_held_out_tasks": evaluations[-1].num_tasks if evaluations else 0,
         "steps": lines[-1]["step"] + 1 if lines else 0,
         "train_s": train_s,
         "tokens_per_s": num_tokens / train_s if train_s > 0 else None,
@@ -55,15 +55,12 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
         "num_tokens": int(num_tokens),
         "reward_first": lines[0].get("reward_mean") if lines else None,
         "reward_last": lines[-1].get("reward_mean") if lines else None,
-        "mismatch_mean": _over(lines, "mismatch_mean", lambda values: sum(values) / len(values)),
+        "mismatch_mean": _over(lines, "mismatch_mean", fmean),
         "mismatch_max": _over(lines, "mismatch_max", max),
-        "staleness_mean": _over(lines, "staleness_mean", lambda values: sum(values) / len(values)),
+        "staleness_mean": _over(lines, "staleness_mean", fmean),
         "staleness_max": _over(lines, "staleness_max", max),
         "num_steps_skipped": int(_total(lines, "skipped")),
-        "num_reward_errors": int(_total(lines, "num_reward_errors")),
-        "num_failed": int(_total(lines, "num_failed")),
-        "num_rejected": int(_total(lines, "num_rejected")),
-        "num_interruptions": int(_total(lines, "num_interruptions")),
+        **{name: int(_total(lines, name)) for name in COUNTS},
         "num_restarts": num_restarts(folder.metrics),
         "time_shares": _time_shares(lines),
     }
@@ -72,7 +69,7 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
 def write_summary(folder: RunFolder) -> dict[str, Any]:
     """Write summary.json; returns what it holds. Raises OSError."""
     summary = summarise(folder)
-    write_text_atomically(folder.summary_json, json.dumps(finite_json(summary), indent=2) + "\n")
+    write_json(folder.summary_json, summary)
     return summary
 
 
@@ -172,16 +169,16 @@ def _short(text: str, max_characters: int = 160) -> str:
 
 
 def _print_places(console: Console, folder: RunFolder) -> None:
-    places: tuple[tuple[str, Path], ...] = (
-        ("reward plot", folder.reward_png),
-        ("numbers of each step", folder.metrics),
-        ("what was trained on", folder.rollouts_dir),
-        ("held-out answers", folder.evaluation_dir),
-        ("TensorBoard events", folder.tensorboard_dir),
-        ("checkpoints", folder.checkpoints_dir),
-        ("logs", folder.logs_dir),
-        ("summary", folder.summary_json),
-    )
-    for name, path in places:
+    places = {
+        "reward plot": folder.reward_png,
+        "numbers of each step": folder.metrics,
+        "what was trained on": folder.rollouts_dir,
+        "held-out answers": folder.evaluation_dir,
+        "TensorBoard events": folder.tensorboard_dir,
+        "checkpoints": folder.checkpoints_dir,
+        "logs": folder.logs_dir,
+        "summary": folder.summary_json,
+    }
+    for name, path in places.items():
         if path.exists():
             console.print(Text(f"{name:<22}{path}"), soft_wrap=True)
