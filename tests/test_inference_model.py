@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from arealite.api.errors import ConfigError
-from arealite.inference.cache import PagePool
 from arealite.inference.layout import bucket_pages
 
 SMALL = {
@@ -190,7 +189,7 @@ def test_buckets_mask_at_most_a_third_and_grow_with_the_length() -> None:
 
 
 def test_pages_are_counted_and_copied(folder: Path) -> None:
-    pool = PagePool(served(folder).kv_shape, 64)
+    pool = served(folder).make_pool(64)
     pages = pool.take(3)
     assert pages is not None and pool.num_free == 1 and pool.take(2) is None
     pool.hold(pages[:1])

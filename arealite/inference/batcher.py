@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from arealite.inference.cache import PagePool
 from arealite.inference.layout import decode_order
 from arealite.inference.model import ServedModel
 from arealite.inference.responses import find_stop_string
@@ -53,8 +52,7 @@ class Batcher:
         self.model = model
         self.weight_version = weight_version
         self.counters = EngineCounters()
-        pool = PagePool(model.kv_shape, kv_cache_tokens)
-        self.scheduler = Scheduler(pool, max_running, replay=model.deterministic)
+        self.scheduler = Scheduler(model.make_pool(kv_cache_tokens), max_running, replay=model.deterministic)
         self._rate_since = time.perf_counter()
         self._rate_tokens = 0
 
@@ -86,7 +84,7 @@ class Batcher:
             admitted = self.scheduler.admit(room)
             if not (admitted.computed or admitted.shared):
                 break
-            room -= sum(admitted.num_tokens)
+            room -= sum(num for _, num in admitted.computed)
             self._begin(admitted)
         if self.scheduler.running:
             self._decode()
@@ -94,38 +92,36 @@ class Batcher:
 
     def _begin(self, admitted: Admitted) -> None:
         """Compute the newcomers' prompts (one pass for all; one each where deterministic) and their first tokens."""
-        pairs = list(zip(admitted.computed, admitted.num_tokens, strict=True))
-        passes = [[pair] for pair in pairs] if self.model.deterministic else [pairs] if pairs else []
-        for batch in passes:
-            self._prefill([s for s, _ in batch], [n for _, n in batch])
-        for sequence in admitted.shared:
-            self.counters.num_cached_tokens += sequence.num_cached
-        ready = [
-            (s, logits) for s, logits in zip(admitted.shared, admitted.shared_logits, strict=True) if not s.num_output
-        ]
+        num_per_pass = 1 if self.model.deterministic else self.scheduler.max_running
+        for start in range(0, len(admitted.computed), num_per_pass):
+            self._prefill(admitted.computed[start : start + num_per_pass])
+        self.counters.num_cached_tokens += sum(s.num_cached for s, _ in admitted.shared)
+        ready = [(s, logits) for s, logits in admitted.shared if not s.num_output]
         if ready:
             self._sample([s for s, _ in ready], torch.stack([logits for _, logits in ready]))
 
-    def _prefill(self, sequences: list[Sequence], lengths: list[int]) -> None:
+    def _prefill(self, newcomers: list[tuple[Sequence, int]]) -> None:
+        """One pass over the first so many tokens of each, and the next token of those that are complete with it."""
+        sequences, lengths = [s for s, _ in newcomers], [n for _, n in newcomers]
         hidden = self.model.prefill(self.scheduler.pool, sequences, lengths)
         self.counters.num_prefill_tokens += len(hidden)
         ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
         logits = self.model.logits(hidden[ends - 1])
         finite = torch.isfinite(logits).all(-1).tolist()
-        for i, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+        for i, (sequence, length) in enumerate(newcomers):
             if sequence.needs_input_logprobs:
                 self._score_prompt(sequence, hidden[int(ends[i]) - length :])
             if length == sequence.num_prompt and finite[i]:
                 self.scheduler.index.add(sequence.prompt_key, sequence.pages, logits[i].clone())
-        ready = [i for i, s in enumerate(sequences) if lengths[i] == len(s.tokens)]
+        ready = [i for i, (s, length) in enumerate(newcomers) if length == len(s.tokens)]
         if ready:
             self._sample([sequences[i] for i in ready], logits[ready])
 
     def _score_prompt(self, sequence: Sequence, hidden: torch.Tensor) -> None:
         """Logprobs of the prompt's tokens from `logprob_start` on; the first has none."""
         first = sequence.request.logprob_start or 0
-        targets = sequence.request.prompt_ids[first + 1 :]
-        sequence.input_logprobs = [None, *self.model.score(hidden[first:], targets)]
+        scores = self.model.score(hidden[first:], sequence.request.prompt_ids[first + 1 :])
+        sequence.input_logprobs = [None, *scores]
 
     def _decode(self) -> None:
         before = len(self.scheduler.running)
@@ -145,15 +141,8 @@ class Batcher:
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Append one token to each sequence and end those that are done."""
         params = [s.request.params for s in sequences]
-        uniforms = [
-            0.0 if p.temperature == 0 else uniform(s.seed, len(s.tokens))
-            for s, p in zip(sequences, params, strict=True)
-        ]
-        stops = [self._stop_ids(s) for s in sequences]
-        banned = [
-            ids if s.num_output < s.request.params.min_new_tokens else None
-            for s, ids in zip(sequences, stops, strict=True)
-        ]
+        uniforms = [uniform(s.seed, len(s.tokens)) for s in sequences]
+        banned = [self._stop_ids(s) if s.num_output < s.request.params.min_new_tokens else None for s in sequences]
         drawn = sample(logits, params, uniforms, banned)
         for i, sequence in enumerate(sequences):
             if not drawn.ok[i]:
@@ -164,7 +153,7 @@ class Batcher:
                 sequence.logprobs.append(drawn.logprobs[i])
                 sequence.versions.append(self.weight_version)
                 self.counters.num_generated_tokens += 1
-            reason = self._finish_reason(sequence, stops[i])
+            reason = self._finish_reason(sequence)
             if reason is not None:
                 self.finish(sequence, reason)
         self.counters.last_token_at = time.time()
@@ -174,15 +163,15 @@ class Batcher:
         params = sequence.request.params
         return frozenset() if params.ignore_eos else self.model.eos_token_ids | params.stop_token_ids
 
-    def _finish_reason(self, sequence: Sequence, stop_ids: frozenset[int]) -> dict[str, Any] | None:
+    def _finish_reason(self, sequence: Sequence) -> dict[str, Any] | None:
         """Why the sequence ends with its last token: stop string, stop token, length, in this order; None to go on."""
         params = sequence.request.params
-        if params.stop and sequence.num_output:
-            matched = find_stop_string(self.model.tokenizer, sequence)
+        if sequence.num_output:
+            matched: str | int | None = find_stop_string(self.model.tokenizer, sequence)
+            if matched is None and sequence.tokens[-1] in self._stop_ids(sequence):
+                matched = sequence.tokens[-1]
             if matched is not None:
                 return {"type": "stop", "matched": matched}
-        if sequence.num_output and sequence.tokens[-1] in stop_ids:
-            return {"type": "stop", "matched": sequence.tokens[-1]}
         if sequence.num_output >= params.max_new_tokens:
             return {"type": "length", "length": params.max_new_tokens}
         return None

@@ -22,31 +22,28 @@ def pages_for(num_tokens: int) -> int:
     return -(-num_tokens // PAGE_TOKENS)
 
 
-@dataclass(frozen=True)
-class KVShape:
-    """What one token's keys and values take in one layer."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-
 class PagePool:
     """All keys and values, `tensor` [layers, 2, kv heads, pages, PAGE_TOKENS, head dim], and who holds which page.
 
     A page with more than one holder is never written at positions that another holder reads.
     """
 
-    def __init__(self, shape: KVShape, num_tokens: int) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.num_pages = pages_for(num_tokens)
-        dims = (shape.num_layers, 2, shape.num_kv_heads, self.num_pages + 1, PAGE_TOKENS, shape.head_dim)
-        self.tensor = _lazy_zeros(dims, shape.dtype, shape.device)
+        dims = (num_layers, 2, num_kv_heads, self.num_pages + 1, PAGE_TOKENS, head_dim)
+        self.tensor = _lazy_zeros(dims, dtype, device)
         # Views per layer, [kv heads, pages * PAGE_TOKENS, head dim]: what a step writes its new tokens to.
         flat = self.tensor.flatten(3, 4)
-        self.keys = [flat[layer, 0] for layer in range(shape.num_layers)]
-        self.values = [flat[layer, 1] for layer in range(shape.num_layers)]
+        self.keys = [flat[layer, 0] for layer in range(num_layers)]
+        self.values = [flat[layer, 1] for layer in range(num_layers)]
         self._holders = [0] * (self.num_pages + 1)
         self._free = list(range(self.num_pages, 0, -1))
 

@@ -6,6 +6,7 @@ Built by model.py for each pass and handed through the Hugging Face modelling co
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -139,13 +140,18 @@ def bucket_pages(num_tokens: int) -> int:
     return 3 * power // 4 if power >= 4 and 3 * power // 4 >= wanted else power
 
 
+def _slot(sequence: Sequence, position: int) -> int:
+    """The pool's token place of the sequence's token at this position."""
+    return sequence.pages[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
+
+
 def prefill_layout(pool: PagePool, sequences: list[Sequence], lengths: list[int]) -> KVLayout:
     """The first `lengths[i]` tokens of each sequence, end to end."""
     slots: list[int] = []
     segments = []
     for sequence, length in zip(sequences, lengths, strict=True):
         segments.append((len(slots), len(slots) + length))
-        slots += [sequence.pages[t // PAGE_TOKENS] * PAGE_TOKENS + t % PAGE_TOKENS for t in range(length)]
+        slots += [_slot(sequence, position) for position in range(length)]
     return KVLayout(pool, torch.tensor(slots, device=pool.tensor.device), segments)
 
 
@@ -153,27 +159,23 @@ def decode_layout(pool: PagePool, sequences: list[Sequence], num_rows: int, keys
     """One token of each sequence, at position `num_computed`; `sequences` must be sorted by `decode_order`. Rows from
     len(sequences) to `num_rows` are padding."""
     device = pool.tensor.device
-    slots = [s.pages[s.num_computed // PAGE_TOKENS] * PAGE_TOKENS + s.num_computed % PAGE_TOKENS for s in sequences] + [
-        SCRATCH_PAGE * PAGE_TOKENS
-    ] * (num_rows - len(sequences))
-    buckets = []
-    first = 0
-    while first < len(sequences):
-        num_pages = bucket_pages(sequences[first].num_computed + 1)
-        last = first
-        most = first + max(1, keys_per_call // (num_pages * PAGE_TOKENS))
-        while last < min(most, len(sequences)) and bucket_pages(sequences[last].num_computed + 1) == num_pages:
-            last += 1
-        rows = sequences[first:last]
-        table = [page for s in rows for page in s.pages + [SCRATCH_PAGE] * (num_pages - len(s.pages))]
-        lengths = torch.tensor([s.num_computed + 1 for s in rows])
-        past = torch.arange(num_pages * PAGE_TOKENS)[None] >= lengths[:, None]
-        mask = torch.zeros(past.shape).masked_fill_(past, -torch.inf).repeat(pool.tensor.shape[2], 1)[:, None]
-        buckets.append(Bucket(first, last, torch.tensor(table, device=device), mask.to(device)))
-        first = last
+    padding = [SCRATCH_PAGE * PAGE_TOKENS] * (num_rows - len(sequences))
+    slots = [_slot(s, s.num_computed) for s in sequences] + padding
+    buckets: list[Bucket] = []
+    for num_pages, run in groupby(sequences, decode_order):
+        rows = list(run)
+        num_at_once = max(1, keys_per_call // (num_pages * PAGE_TOKENS))
+        for start in range(0, len(rows), num_at_once):
+            part = rows[start : start + num_at_once]
+            table = [page for s in part for page in s.pages + [SCRATCH_PAGE] * (num_pages - len(s.pages))]
+            lengths = torch.tensor([s.num_computed + 1 for s in part])
+            past = torch.arange(num_pages * PAGE_TOKENS)[None] >= lengths[:, None]
+            mask = torch.zeros(past.shape).masked_fill_(past, -torch.inf).repeat(pool.tensor.shape[2], 1)[:, None]
+            first = buckets[-1].last if buckets else 0
+            buckets.append(Bucket(first, first + len(part), torch.tensor(table, device=device), mask.to(device)))
     return KVLayout(pool, torch.tensor(slots, device=device), buckets=buckets)
 
 
 def decode_order(sequence: Sequence) -> int:
-    """Sort key that puts rows of one bucket side by side."""
+    """Pages that this row reads in decode; as a sort key it puts rows of one bucket side by side."""
     return bucket_pages(sequence.num_computed + 1)

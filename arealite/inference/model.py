@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arealite.api.errors import ConfigError
-from arealite.inference.cache import KVShape, PagePool
+from arealite.inference.cache import PAGE_TOKENS, PagePool
 from arealite.inference.layout import (
     ATTENTION_NAME,
     KEYS_PER_CALL,
@@ -33,8 +33,8 @@ AttentionInterface.register(ATTENTION_NAME, packed_attention)
 HEAD_CHUNK = 256  # rows of [rows, vocabulary] logits that exist at one time when a whole prompt is scored
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
-_PROBE_LENGTHS = (9, 5)  # tokens of the two packed sequences of the check at load
-_PROBE_PREFILL = 4  # tokens of each that are computed in one pass; the others one by one
+_PROBE_TOKENS = 9  # of each of the two packed sequences of the check at load: they fit one page
+_PROBE_PREFILL = 4  # so many in one pass, the others one by one
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest logit
 
 
@@ -66,7 +66,7 @@ class ServedModel:
         self.context_length = context_length or int(self.config.max_position_embeddings)
         self.eos_token_ids = _eos_ids(self.module, self.tokenizer)
         with torch.inference_mode():
-            self.kv_shape = self._discover_kv_shape()
+            self.kv_shape = self._discover_kv_shape()  # layers, key heads, head dim
             self._check_against_plain_pass()
 
     def prefill(self, pool: PagePool, sequences: list[Sequence], lengths: list[int]) -> torch.Tensor:
@@ -111,57 +111,49 @@ class ServedModel:
         )
         return output.last_hidden_state[0]
 
-    def _discover_kv_shape(self) -> KVShape:
+    def make_pool(self, num_tokens: int) -> PagePool:
+        """An empty KV cache for this model."""
+        return PagePool(*self.kv_shape, num_tokens, self.dtype, self.device)
+
+    def _discover_kv_shape(self) -> tuple[int, int, int]:
         """Heads and layers as the modelling code itself hands them to attention."""
         layout = KVLayout()
         self._forward([0], [0], layout)
+        num_layers = self.config.get_text_config().num_hidden_layers
         shapes = set(layout.seen.values())
-        if sorted(layout.seen) != list(range(len(layout.seen))) or len(shapes) != 1:
+        uneven = len(shapes) != 1 or any(key != value for key, value in shapes)
+        if uneven or sorted(layout.seen) != list(range(num_layers)):
             raise ConfigError(
-                f"{self._name}: attention was called by layers {sorted(layout.seen)} with {len(shapes)} different"
-                " key / value shapes; the native server needs standard attention of one shape in every layer"
+                f"{self._name}: layers {sorted(layout.seen)} of {num_layers} use standard attention, with key and value"
+                f" shapes {sorted(map(str, shapes))}; the native server needs one shape, in every layer"
             )
-        key, value = shapes.pop()
-        if key != value or len(layout.seen) != self.config.get_text_config().num_hidden_layers:
-            raise ConfigError(
-                f"{self._name}: {len(layout.seen)} of {self.config.get_text_config().num_hidden_layers} layers use"
-                f" standard attention, key shape {tuple(key)}, value shape {tuple(value)}; not supported"
-            )
-        return KVShape(len(layout.seen), key[0], key[2], self.dtype, self.device)
+        [(key, _)] = shapes
+        return num_layers, key[0], key[2]
 
     def _check_against_plain_pass(self) -> None:
         """Packed prefill and decode must give the logits of the plain Hugging Face pass."""
-        pool = PagePool(self.kv_shape, sum(_PROBE_LENGTHS) * 16)
-        probes = []
-        for i, length in enumerate(_PROBE_LENGTHS):
-            tokens = [(31 * (t + 1) + 17 * i) % self.vocab_size for t in range(length)]
-            probe = Sequence(GenerateRequest("probe", tokens, SamplingParams(1)))
-            probe.pages = pool.take(1) or []
-            probes.append(probe)
-        packed = [[row] for row in self._probe_prefill(pool, probes)]
-        for position in range(_PROBE_PREFILL, max(_PROBE_LENGTHS)):
-            rows = [p for p in probes if position < len(p.tokens)]
-            for probe, row in zip(rows, self.decode(pool, rows, len(rows)), strict=True):
-                packed[probes.index(probe)].append(row)
-                probe.num_computed += 1
-        self.module.set_attn_implementation("sdpa")
-        for probe, steps in zip(probes, packed, strict=True):
-            plain = self.module(input_ids=torch.tensor([probe.tokens], device=self.device), use_cache=False).logits[0]
-            ours = torch.stack(steps).float()
-            difference = float((plain[_PROBE_PREFILL - 1 :].float() - ours).abs().max() / plain.abs().max())
-            if not difference <= _PROBE_TOLERANCE[self.dtype]:
-                raise ConfigError(
-                    f"{self._name}: logits of the packed pass differ from the plain Hugging Face pass by"
-                    f" {difference:.3g} of the largest logit (allowed {_PROBE_TOLERANCE[self.dtype]}); this"
-                    " architecture (unusual attention, or logits changed after the head) is not supported"
-                )
-        self.module.set_attn_implementation(ATTENTION_NAME)
-
-    def _probe_prefill(self, pool: PagePool, probes: list[Sequence]) -> list[torch.Tensor]:
-        hidden = self.prefill(pool, probes, [_PROBE_PREFILL] * len(probes))
+        pool = self.make_pool(2 * PAGE_TOKENS)
+        rows = [[(31 * (t + 1) + 17 * i) % self.vocab_size for t in range(_PROBE_TOKENS)] for i in range(2)]
+        probes = [Sequence(GenerateRequest("probe", row, SamplingParams(1))) for row in rows]
         for probe in probes:
-            probe.num_computed = _PROBE_PREFILL
-        return [self.logits(hidden[(i + 1) * _PROBE_PREFILL - 1]) for i in range(len(probes))]
+            probe.pages = pool.take(1) or []
+        hidden = self.prefill(pool, probes, [_PROBE_PREFILL, _PROBE_PREFILL])
+        steps = [self.logits(hidden[_PROBE_PREFILL - 1 :: _PROBE_PREFILL])]
+        for position in range(_PROBE_PREFILL, _PROBE_TOKENS):
+            for probe in probes:
+                probe.num_computed = position
+            steps.append(self.decode(pool, probes, len(probes)))
+        self.module.set_attn_implementation("sdpa")
+        plain = self.module(input_ids=torch.tensor(rows, device=self.device), use_cache=False).logits
+        self.module.set_attn_implementation(ATTENTION_NAME)
+        gap = (plain[:, _PROBE_PREFILL - 1 :].float() - torch.stack(steps, 1).float()).abs().max()
+        difference = float(gap / plain.abs().max())
+        if not difference <= _PROBE_TOLERANCE[self.dtype]:
+            raise ConfigError(
+                f"{self._name}: logits of the packed pass differ from the plain Hugging Face pass by"
+                f" {difference:.3g} of the largest logit (allowed {_PROBE_TOLERANCE[self.dtype]}); this"
+                " architecture (unusual attention, or logits changed after the head) is not supported"
+            )
 
     @property
     def _name(self) -> str:

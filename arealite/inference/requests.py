@@ -101,8 +101,8 @@ _IGNORED = ("spaces_between_special_tokens", "stream_interval")
 # Keys that this server does not do yet: 1 asks for nothing in the first, empty, 0 and false in the others.
 _OFF_AT_ONE = ("n", "repetition_penalty", "beam_width")
 _OFF_WHEN_EMPTY = [
-    "frequency_penalty", "presence_penalty", "logit_bias", "stop_regex", "custom_params", "json_schema", "regex", "ebnf",
-    "structural_tag", "watermark",
+    "frequency_penalty", "presence_penalty", "logit_bias", "stop_regex", "custom_params", "json_schema", "regex",
+    "ebnf", "structural_tag", "watermark",
 ]  # fmt: skip
 _TOP_OFF_WHEN_EMPTY = [
     "stream", "input_embeds", "image_data", "video_data", "audio_data", "top_logprobs_num", "token_ids_logprob",
@@ -151,19 +151,15 @@ def _max_new_tokens(fields: dict[str, Any], asked: int | None, num_prompt: int, 
     """The asked number where it fits (0 only scores the prompt); null is all that fits, a missing key the protocol's
     default at most."""
     room = limits.max_tokens - num_prompt
-    if room < 0 or (room == 0 and asked != 0):
+    least = 1 if asked is None else asked
+    if least > room:
         raise RequestError(
-            f"the prompt has {num_prompt} tokens; context length {limits.context_length} and KV cache of"
-            f" {limits.kv_cache_tokens} tokens allow less than {limits.max_tokens}"
+            f"a prompt of {num_prompt} tokens and max_new_tokens {least} pass what is served: context length"
+            f" {limits.context_length}, KV cache {limits.kv_cache_tokens} tokens; ask for at most {max(0, room)}"
         )
-    if asked is None:
-        return room if "max_new_tokens" in fields else min(DEFAULT_MAX_NEW_TOKENS, room)
-    if asked > room:
-        raise RequestError(
-            f"prompt ({num_prompt} tokens) and max_new_tokens ({asked}) pass what is served: context length"
-            f" {limits.context_length}, KV cache {limits.kv_cache_tokens} tokens; ask for at most {room}"
-        )
-    return asked
+    if asked is not None:
+        return asked
+    return room if "max_new_tokens" in fields else min(DEFAULT_MAX_NEW_TOKENS, room)
 
 
 def parse_generate(body: Any, limits: ServedLimits) -> tuple[list[GenerateRequest], bool]:

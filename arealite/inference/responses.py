@@ -16,12 +16,11 @@ def find_stop_string(tokenizer: Any, sequence: Sequence) -> str | None:
     Only the end of the answer is decoded; a hit counts when the whole answer's text has it too.
     """
     stop = sequence.request.params.stop
-    window = (max(len(s) for s in stop) + 1) * BYTES_PER_CHARACTER
-    if not any(s in _decode(tokenizer, sequence, sequence.output_ids[-window:]) for s in stop):
+    window = (max(map(len, stop), default=0) + 1) * BYTES_PER_CHARACTER
+    if not stop or not any(s in _decode(tokenizer, sequence, sequence.output_ids[-window:]) for s in stop):
         return None
     text = _decode(tokenizer, sequence, sequence.output_ids)
-    found = [(text.find(s), s) for s in stop if s in text]
-    return min(found)[1] if found else None
+    return min((s for s in stop if s in text), key=text.find, default=None)
 
 
 def _decode(tokenizer: Any, sequence: Sequence, token_ids: list[int]) -> str:
@@ -32,13 +31,11 @@ def answer_text(tokenizer: Any, sequence: Sequence) -> str:
     """The decoded answer without what stopped it (unless no_stop_trim); "" without a tokenizer."""
     if tokenizer is None:
         return ""
-    ids = sequence.output_ids
-    reason = sequence.finish_reason or {}
-    trim = reason.get("type") == "stop" and not sequence.request.params.no_stop_trim
-    if trim and isinstance(reason["matched"], int):
-        return _decode(tokenizer, sequence, ids[:-1])
-    text = _decode(tokenizer, sequence, ids)
-    return text[: text.find(reason["matched"])] if trim else text
+    matched = None if sequence.request.params.no_stop_trim else (sequence.finish_reason or {}).get("matched")
+    if isinstance(matched, int):
+        return _decode(tokenizer, sequence, sequence.output_ids[:-1])
+    text = _decode(tokenizer, sequence, sequence.output_ids)
+    return text if matched is None else text[: text.find(matched)]
 
 
 def version_spans(versions: list[str]) -> list[dict[str, Any]]:

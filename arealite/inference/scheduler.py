@@ -13,13 +13,11 @@ from arealite.inference.sequence import Sequence
 
 @dataclass
 class Admitted:
-    """What joins in this step: `computed` needs a forward pass over its first `num_tokens[i]` tokens, `shared` found
-    its prompt in the index and starts from the cached logits after it, `shared_logits`."""
+    """What joins in this step: `computed` needs a forward pass over so many of its first tokens, `shared` found its
+    prompt in the index and starts from the cached logits [V] after it."""
 
-    computed: list[Sequence] = field(default_factory=list)
-    num_tokens: list[int] = field(default_factory=list)
-    shared: list[Sequence] = field(default_factory=list)
-    shared_logits: list[torch.Tensor] = field(default_factory=list)  # [V] each
+    computed: list[tuple[Sequence, int]] = field(default_factory=list)
+    shared: list[tuple[Sequence, torch.Tensor]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -62,15 +60,13 @@ class Scheduler:
                 continue
             entry = self.index.find(sequence.prompt_key) if sharable else None
             if entry is not None and self._share(sequence, entry):
-                admitted.shared.append(sequence)
-                admitted.shared_logits.append(entry.logits)
+                admitted.shared.append((sequence, entry.logits))
             elif (spent and spent + num > max_tokens) or not self._place(sequence, num):
                 skipped.append(sequence)
                 break
             else:
                 spent += num
-                admitted.computed.append(sequence)
-                admitted.num_tokens.append(num)
+                admitted.computed.append((sequence, num))
                 if sharable:
                     in_progress.add(sequence.prompt_key)
             self.running.append(sequence)
@@ -138,10 +134,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out for good, whether it runs or waits."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:

@@ -13,7 +13,6 @@ from aiohttp import web
 
 from arealite.api.errors import ConfigError
 from arealite.inference.batcher import Batcher
-from arealite.inference.cache import PAGE_TOKENS
 from arealite.inference.engine import Engine
 from arealite.inference.model import ServedModel
 from arealite.inference.routes import ServerSettings, build_app
@@ -60,7 +59,6 @@ def build_engine(args: argparse.Namespace) -> Engine:
     model = ServedModel(args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic)
     per_request = min(model.context_length, DEFAULT_TOKENS_PER_REQUEST)
     kv_tokens = args.kv_cache_tokens or max(args.max_running_requests * per_request, model.context_length)
-    kv_tokens = -(-kv_tokens // PAGE_TOKENS) * PAGE_TOKENS
     return Engine(Batcher(model, args.max_running_requests, kv_tokens, args.weight_version), args.seed)
 
 
