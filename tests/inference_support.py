@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,13 @@ class LocalServer:
         answers = [future.result(WAIT_S) for future in futures]
         assert all(status == 200 for status, _ in answers), answers
         return [answer for _, answer in answers]
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, "the awaited state did not come"
+        time.sleep(0.002)
 
 
 def fetch(url: str, body: Any) -> tuple[int, Any]:

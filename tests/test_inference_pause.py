@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from inference_support import WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served
+from inference_support import WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served, wait_until
 
 LONG = {"max_new_tokens": 480, "ignore_eos": True, "sampling_seed": 1}
 
@@ -27,13 +26,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def server(folders: list[Path]) -> Iterator[LocalServer]:
     with LocalServer(served(folders[0]), max_running=2) as running:
         yield running
-
-
-def wait_until(condition: Any) -> None:
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, "the awaited state did not come"
-        time.sleep(0.002)
 
 
 def begin(server: LocalServer, rid: str, **params: Any) -> Future[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference_support import EOS, WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served
+from inference_support import EOS, WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served, wait_until
 
 from arealite.inference.responses import version_spans
 
@@ -29,13 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[LocalServer]:
     with LocalServer(served(folder)) as running:
         yield running
-
-
-def wait_until(condition: Any, limit_s: float = WAIT_S) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, "the awaited state did not come"
-        time.sleep(0.005)
 
 
 def bodies(num: int, seed: int = 0, **params: Any) -> list[dict[str, Any]]:

@@ -30,7 +30,6 @@ RATE_WINDOW_S = 2.0  # span over which the generation rate is taken
 class EngineCounters:
     """Totals since the start, and the current rate. Written by the engine thread, read by anyone."""
 
-    num_requests: int = 0
     num_generated_tokens: int = 0
     num_prefill_tokens: int = 0
     num_cached_tokens: int = 0
@@ -61,7 +60,6 @@ class Batcher:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        self.counters.num_requests += 1
         self.scheduler.waiting.append(sequence)
 
     def in_flight(self) -> list[Sequence]:

@@ -55,13 +55,10 @@ class PagePool:
     def num_free(self) -> int:
         return len(self._free)
 
-    def take(self, num: int) -> list[int] | None:
-        """`num` pages with one holder each, or None when there are not so many."""
-        if num > len(self._free):
-            return None
+    def take(self, num: int) -> list[int]:
+        """`num` pages with one holder each; so many must be free."""
         pages = [self._free.pop() for _ in range(num)]
-        for page in pages:
-            self._holders[page] = 1
+        self.hold(pages)
         return pages
 
     def hold(self, pages: list[int]) -> None:

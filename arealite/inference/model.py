@@ -136,7 +136,7 @@ class ServedModel:
         rows = [[(31 * (t + 1) + 17 * i) % self.vocab_size for t in range(_PROBE_TOKENS)] for i in range(2)]
         probes = [Sequence(GenerateRequest("probe", row, SamplingParams(1))) for row in rows]
         for probe in probes:
-            probe.pages = pool.take(1) or []
+            probe.pages = pool.take(1)
         hidden = self.prefill(pool, probes, [_PROBE_PREFILL, _PROBE_PREFILL])
         steps = [self.logits(hidden[_PROBE_PREFILL - 1 :: _PROBE_PREFILL])]
         for position in range(_PROBE_PREFILL, _PROBE_TOKENS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from typing import Any
 
 from arealite.inference.sequence import Sequence
@@ -40,12 +41,11 @@ def answer_text(tokenizer: Any, sequence: Sequence) -> str:
 
 def version_spans(versions: list[str]) -> list[dict[str, Any]]:
     """Runs of equal versions: {"version", "start", "end"} in generated-token positions."""
-    spans: list[dict[str, Any]] = []
-    for i, version in enumerate(versions):
-        if spans and spans[-1]["version"] == version:
-            spans[-1]["end"] = i + 1
-        else:
-            spans.append({"version": version, "start": i, "end": i + 1})
+    spans = []
+    end = 0
+    for version, run in groupby(versions):
+        start, end = end, end + len(list(run))
+        spans.append({"version": version, "start": start, "end": end})
     return spans
 
 

@@ -83,7 +83,7 @@ class Scheduler:
     def _place(self, sequence: Sequence, num: int) -> bool:
         if not self._room_for(pages_for(num)):
             return False
-        sequence.pages = self._take(pages_for(num))
+        sequence.pages = self.pool.take(pages_for(num))
         sequence.num_computed = num
         return True
 
@@ -95,19 +95,13 @@ class Scheduler:
         if not self._room_for(len(partial)):
             self.pool.drop(entry.pages)
             return False
-        own = self._take(len(partial))
+        own = self.pool.take(len(partial))
         for source, target in zip(partial, own, strict=True):
             self.pool.copy_page(source, target)
         self.pool.drop(partial)
         sequence.pages = entry.pages[:num_whole] + own
         sequence.num_computed = sequence.num_cached = sequence.num_prompt
         return True
-
-    def _take(self, num: int) -> list[int]:
-        pages = self.pool.take(num)
-        if pages is None:
-            raise AssertionError(f"{num} pages were promised, {self.pool.num_free} are free")
-        return pages
 
     def grow(self) -> None:
         """Give every running sequence a place for its next token, retracting the last admitted ones where needed."""
@@ -118,7 +112,7 @@ class Scheduler:
                 if not self.index.evict_oldest():
                     self.retract(self.running[-1])
             if sequence.pages:
-                sequence.pages += self._take(1)
+                sequence.pages += self.pool.take(1)
 
     def retract(self, sequence: Sequence) -> None:
         """Back to the head of the queue; its keys and values will be computed again."""
