@@ -16,6 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference_support import EOS, WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served, wait_until
 
+from arealite.inference.batcher import Batcher
+from arealite.inference.engine import Engine, EngineFailure
+from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.responses import version_spans
 
 
@@ -290,6 +293,20 @@ def test_an_engine_failure_answers_everyone_and_shows_in_health(folder: Path, mo
         status, answer = server.get("/health")
         assert status == 503 and "the cable is unplugged" in answer["error"]["message"]
         assert server.post("/generate", {"input_ids": [1]})[0] == 503
+
+
+def test_whoever_hears_of_a_failure_finds_it_in_health(folder: Path) -> None:
+    def broken() -> None:
+        raise RuntimeError("the cable is unplugged")
+
+    engine = Engine(Batcher(served(folder), 2, 64, "0"), seed=0)
+    heard: list[bool] = []
+    for future in (engine.call(broken), engine.submit(GenerateRequest("r", [1], SamplingParams(1))).future):
+        future.add_done_callback(lambda _: heard.append(engine.stopped.is_set()))
+    engine.start()
+    with pytest.raises(EngineFailure, match="the cable is unplugged"):
+        future.result(WAIT_S)
+    assert heard == [True, True] and "the cable is unplugged" in engine.failure
 
 
 def test_spans_are_runs_of_equal_versions() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from reprlib import repr as shown  # what was found, shortened
 from typing import Any, TypeVar
 
 from aiohttp import web
@@ -29,12 +30,6 @@ async def read_json(request: web.Request) -> Any:
 async def read_object(request: web.Request) -> dict[str, Any]:
     """The body as a JSON object; no bytes count as {}."""
     return of_type("the body", await read_json(request) if await request.read() else {}, dict)
-
-
-def shown(value: Any) -> str:
-    """What was found, for an error message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def of_type(name: str, value: Any, kind: type[T]) -> T:

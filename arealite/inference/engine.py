@@ -67,8 +67,7 @@ class Engine:
         self.failure = ""
         self.stopped = threading.Event()
         self._inbox: queue.SimpleQueue[Sequence | Call | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # nothing enters the inbox after a failure or the stop
-        self._closed = False
+        self._lock = threading.Lock()  # nothing enters the inbox from outside once `stopped` is set
         self._seeds = random.Random(seed)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -110,7 +109,7 @@ class Engine:
         return await waits.bounded(future, name, "engine", limit_s or CALL_LIMIT_S)
 
     def _put(self, entry: Sequence | Call) -> None:
-        if self._closed:
+        if self.stopped.is_set():
             raise EngineFailure(self.failure or SHUTDOWN)
         self._inbox.put(entry)
 
@@ -222,15 +221,15 @@ class Engine:
             future.set_result(run())
         except ArealiteError as error:
             future.set_exception(error)
-        except Exception:  # answered here, judged by the supervisor in _run
-            future.set_exception(EngineFailure(traceback.format_exc()))
+        except Exception:  # judged by the supervisor in _run, and answered with all the others when it closes
+            self._inbox.put((run, future))
             raise
 
     def _close(self, failure: str) -> None:
         """End every request: as aborted on a stop, with the traceback on a failure."""
         with self._lock:
-            self._closed = True
             self.failure = failure
+            self.stopped.set()
         pending = self.batcher.in_flight()
         while not self._inbox.empty():
             entry = self._inbox.get()
@@ -244,4 +243,3 @@ class Engine:
             else:
                 sequence.finish(abort_reason(SHUTDOWN), self.batcher.weight_version)
                 sequence.future.set_result(sequence)
-        self.stopped.set()
