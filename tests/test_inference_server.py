@@ -95,11 +95,11 @@ def test_a_full_cache_makes_requests_wait_or_retract_and_changes_nothing(folder:
     requests = bodies(24, seed=1)
     with LocalServer(model, max_running=8, kv_tokens=4096) as server:
         wanted = server.generate_many(requests)
-        assert server.batcher.counters.num_retractions == 0
+        assert server.batcher.scheduler.num_retractions == 0
     with LocalServer(model, max_running=8, kv_tokens=160) as server:
         answers = server.generate_batch(requests)
-        assert server.batcher.counters.num_retractions > 0, "the budget must have been exhausted in this test"
-        assert sum(a["meta_info"]["num_retractions"] for a in answers) == server.batcher.counters.num_retractions
+        assert server.batcher.scheduler.num_retractions > 0, "the budget must have been exhausted in this test"
+        assert sum(a["meta_info"]["num_retractions"] for a in answers) == server.batcher.scheduler.num_retractions
         server.post("/flush_cache", {})
         assert server.batcher.scheduler.num_used_tokens == 0, "every page comes back"
     for (tokens, logprobs), (own_tokens, own_logprobs) in zip(results(answers), results(wanted), strict=True):
@@ -117,7 +117,7 @@ def test_deterministic_results_do_not_depend_on_company(folder: Path, dtype: tor
         backwards = server.generate_many(requests[::-1])[::-1]
     with LocalServer(model, max_running=8, kv_tokens=144) as server:
         squeezed = server.generate_batch(requests)
-        assert server.batcher.counters.num_retractions > 0
+        assert server.batcher.scheduler.num_retractions > 0
     assert results(alone) == results(together) == results(backwards) == results(squeezed)
 
 

@@ -33,7 +33,6 @@ class EngineCounters:
     num_generated_tokens: int = 0
     num_prefill_tokens: int = 0
     num_cached_tokens: int = 0
-    num_retractions: int = 0
     num_nan_requests: int = 0
     tokens_per_s: float = 0.0
     last_token_at: float = 0.0  # time.time()
@@ -70,10 +69,6 @@ class Batcher:
         self.scheduler.remove(sequence)
         sequence.finish(reason, self.weight_version)
         sequence.future.set_result(sequence)
-
-    def retract_all(self) -> None:
-        self.counters.num_retractions += len(self.scheduler.running)
-        self.scheduler.retract_all()
 
     def step(self) -> None:
         """Let waiting requests join, then give every running one its next token."""
@@ -122,9 +117,7 @@ class Batcher:
         sequence.input_logprobs = [None, *scores]
 
     def _decode(self) -> None:
-        before = len(self.scheduler.running)
         self.scheduler.grow()
-        self.counters.num_retractions += before - len(self.scheduler.running)
         rows = sorted(self.scheduler.running, key=decode_order)
         if not rows:
             return

@@ -120,7 +120,7 @@ class Engine:
         if mode == "abort":
             self.abort(lambda _: True)
         elif mode == "retract":
-            self.batcher.retract_all()
+            self.batcher.scheduler.retract_all()
 
     def resume(self) -> None:
         self.paused = None
@@ -165,7 +165,7 @@ class Engine:
         if options.abort_all_requests:
             self.abort(lambda _: True)
         elif not keep_running:
-            self.batcher.retract_all()
+            scheduler.retract_all()
         scheduler.index.clear()
         receiver.load(model, staged)
         if options.weight_version is not None:

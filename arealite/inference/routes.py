@@ -178,7 +178,8 @@ class ServerRoutes:
         )
 
     async def server_info(self, request: web.Request) -> web.Response:
-        counters = self._engine.batcher.counters
+        counters, scheduler = self._engine.batcher.counters, self._engine.batcher.scheduler
+        state = {**vars(counters), "last_gen_throughput": counters.tokens_per_s}
         return web.json_response(
             {
                 **self._settings.flags,
@@ -193,7 +194,7 @@ class ServerRoutes:
                 "startup_time": self._started_at,
                 "weight_version": self._engine.batcher.weight_version,
                 "paused": self._engine.paused,
-                "internal_states": [{**vars(counters), "last_gen_throughput": counters.tokens_per_s}],
+                "internal_states": [{**state, "num_retractions": scheduler.num_retractions}],
             }
         )
 

@@ -37,6 +37,7 @@ class Scheduler:
         self.replay = replay
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.num_retractions = 0
 
     @property
     def num_used_tokens(self) -> int:
@@ -119,6 +120,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.num_retractions += 1
+        self.num_retractions += 1
         self.waiting.appendleft(sequence)
 
     def retract_all(self) -> None:
