@@ -203,6 +203,7 @@ def _common_env(config: GRPOConfig, mode: AllocationMode) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # logs are files
         # A server that changes its title would overwrite the environment by which its processes are found.
         "SPT_NOENV": "1",
         "AREALITE_HEARTBEAT_S": str(config.watchdog.heartbeat_s),

@@ -177,8 +177,9 @@ def _print_places(console: Console, folder: RunFolder) -> None:
         "TensorBoard events": folder.tensorboard_dir,
         "checkpoints": folder.checkpoints_dir,
         "logs": folder.logs_dir,
-        "summary": folder.summary_json,
     }
     for name, path in places.items():
         if path.exists():
             console.print(Text(f"{name:<22}{path}"), soft_wrap=True)
+    console.print("summary, all the figures of the run:")
+    console.print(Text(str(folder.summary_json)), soft_wrap=True)
