@@ -20,10 +20,12 @@ from arealite.api.errors import ConfigError, WorkflowError
 from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
 from arealite.api.workflow import RolloutWorkflow
 from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
+from arealite.rollout.backend import Backend
 from arealite.rollout.connection import Connection
 from arealite.rollout.episodes import EpisodeFailed, failed_group, run_episode
 from arealite.rollout.executor import RolloutExecutor
-from arealite.rollout.sglang import NativeBackend, SGLangBackend
+from arealite.rollout.native import NativeBackend
+from arealite.rollout.sglang import SGLangBackend
 from arealite.rollout.share import Beat, take_and_share
 from arealite.rollout.transport import servers_at
 
@@ -44,7 +46,7 @@ class RemoteInferenceEngine:
     """
 
     def __init__(
-        self, config: InferenceEngineConfig, backend: SGLangBackend, seed: int = 1, ledger_path: Path | None = None
+        self, config: InferenceEngineConfig, backend: Backend, seed: int = 1, ledger_path: Path | None = None
     ) -> None:
         if ledger_path is None and (run_dir := os.environ.get(RUN_DIR_VARIABLE)):
             ledger_path = RunFolder(Path(run_dir)).ledger

@@ -15,13 +15,13 @@ from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.engine import InferenceEngine
 from arealite.api.errors import ArealiteError, WaitTimeout, WorkflowError
 from arealite.observe.waits import waiting
+from arealite.rollout.backend import Backend
 from arealite.rollout.counters import Counters
 from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.fleet import Fleet
 from arealite.rollout.generate import ABORT_GRACE_S, Generator
 from arealite.rollout.ledger import Ledger
 from arealite.rollout.router import Router
-from arealite.rollout.sglang import SGLangBackend
 from arealite.rollout.staleness import StalenessManager
 from arealite.rollout.transport import Server, Transport
 
@@ -47,7 +47,7 @@ class Connection:
         self,
         engine: InferenceEngine,
         servers: list[Server],
-        backend: SGLangBackend,
+        backend: Backend,
         config: InferenceEngineConfig,
         seed: int,
         ledger_path: Path | None,
@@ -56,8 +56,9 @@ class Connection:
         staleness = StalenessManager(eta, size, config.max_concurrent_rollouts or (eta + 1) * size)
         self.counters = Counters()
         self.transport = Transport()
-        self.fleet = Fleet(servers, backend, self.transport, config)
-        self.generator = Generator(backend, self.transport, Router(servers), config, self.counters, seed)
+        backends = {server.id: backend for server in servers}
+        self.fleet = Fleet(servers, backends, self.transport, config)
+        self.generator = Generator(backends, self.transport, Router(servers), config, self.counters, seed)
         self.executor = RolloutExecutor(engine, staleness, Ledger(ledger_path), config, self.counters)
         # A request, its abort, and then rewards: the longest time without any event while nothing is wrong.
         self._silence_s = max(config.request_timeout_s, config.setup_timeout_s) + 2 * (

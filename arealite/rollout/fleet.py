@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import RequestError, ServerUnreachable, WeightSyncError
 from arealite.api.types import WeightUpdateMeta
-from arealite.rollout.sglang import SGLangBackend
+from arealite.rollout.backend import Backend, Call
 from arealite.rollout.transport import Server, Transport
 
 HEALTH_POLL_S = 0.2
@@ -27,10 +27,10 @@ class Fleet:
     """The run's servers as one."""
 
     def __init__(
-        self, servers: list[Server], backend: SGLangBackend, transport: Transport, config: InferenceEngineConfig
+        self, servers: list[Server], backends: dict[str, Backend], transport: Transport, config: InferenceEngineConfig
     ) -> None:
         self.servers = servers
-        self.backend = backend
+        self.backends = backends  # by server id; `wait_healthy` puts that of the server's version
         self.transport = transport
         self.config = config
         self._unanswered: dict[object, tuple[str, str]] = {}  # key -> server id and its line, oldest first
@@ -55,11 +55,13 @@ class Fleet:
             self._unanswered[server] = (server.id, f"{server.url}/health not asked yet")
 
         async def come_up(server: Server) -> None:
-            while wrong := await self.transport.wrong_with(server, "/health", HEALTH_LIMIT_S):
-                self._unanswered[server] = (server.id, f"{server.url}/health: {wrong}")
+            path = self.backends[server.id].health_path
+            while wrong := await self.transport.wrong_with(server, path, HEALTH_LIMIT_S):
+                self._unanswered[server] = (server.id, f"{server.url}{path}: {wrong}")
                 if time.monotonic() > deadline:
                     return
                 await asyncio.sleep(HEALTH_POLL_S)
+            await self.detect(server)
             del self._unanswered[server]
 
         await asyncio.gather(*map(come_up, self.servers))
@@ -69,13 +71,24 @@ class Fleet:
                 " servers' logs, or raise rollout.setup_timeout_s"
             )
 
+    async def detect(self, server: Server) -> None:
+        """Put the backend for the server's version. Raises ConfigError when the server cannot be used as it runs."""
+        backend, facts = self.backends[server.id], {}
+        for path in backend.facts_paths:
+            try:
+                facts[path] = await self.transport.send(server, Call(path, method="GET"), HEALTH_LIMIT_S)
+            except RequestError:
+                continue  # this version has no such route
+        self.backends[server.id] = backend.detect(facts, server.id)
+
     async def pause(self) -> None:
         """Stop generation everywhere, as `pause_mode` says."""
-        await self._everywhere(lambda server: self._ask(server, "/pause_generation", {"mode": self.config.pause_mode}))
+        mode = self.config.pause_mode
+        await self._everywhere(lambda server: self._ask(server, self.backends[server.id].pause_call(mode)))
 
     async def resume(self) -> None:
         """Let all servers generate again."""
-        await self._everywhere(lambda server: self._ask(server, "/continue_generation", {}))
+        await self._everywhere(lambda server: self._ask(server, self.backends[server.id].resume_call()))
 
     async def update_weights(self, meta: WeightUpdateMeta) -> dict[str, dict[str, int]]:
         """All servers load `meta` at the same time; receipts of those that give one.
@@ -83,14 +96,15 @@ class Fleet:
         Raises:
             WeightSyncError: names the server that did not take the weights, and its message.
         """
-        path, body = self.backend.update_call(meta, self.config.pause_mode)
 
         async def load(server: Server) -> dict[str, int] | None:
+            backend = self.backends[server.id]
+            plan = backend.update_plan(meta, self.config.pause_mode)
             try:
-                answer = await self._ask(server, path, body)
+                answers = [await self._ask(server, call) for call in (*plan.before, *plan.after)]
             except (RequestError, ServerUnreachable) as error:
                 raise WeightSyncError(f"version {meta.version} did not reach {server.id}: {error}") from error
-            return self.backend.parse_receipt(answer, meta, server.id)
+            return backend.parse_receipt(answers, meta, server.id)
 
         receipts = await self._everywhere(load)
         return {server_id: receipt for server_id, receipt in receipts.items() if receipt is not None}
@@ -100,17 +114,18 @@ class Fleet:
 
         async def one(index: int, tokens: list[int]) -> list[float]:
             server = self.servers[index % len(self.servers)]
-            answer = await self._ask(server, "/generate", self.backend.score_body(tokens, uuid.uuid4().hex))
-            return self.backend.parse_scores(answer, len(tokens), server.id)
+            backend = self.backends[server.id]
+            call = backend.score_call(tokens, uuid.uuid4().hex)
+            answer = await self._ask(server, call, self.config.request_timeout_s)
+            return backend.parse_scores(answer, len(tokens), server.id)
 
         return list(await asyncio.gather(*(one(i, tokens) for i, tokens in enumerate(sequences))))
 
-    async def _ask(self, server: Server, path: str, body: dict[str, Any]) -> Any:
-        limit_s = self.config.request_timeout_s if path == "/generate" else self.config.setup_timeout_s
+    async def _ask(self, server: Server, call: Call, limit_s: float | None = None) -> Any:
         key = object()
-        self._unanswered[key] = (server.id, f"{server.url}{path} not answered yet")
+        self._unanswered[key] = (server.id, f"{server.url}{call.path} not answered yet")
         try:
-            return await self.transport.post(server, path, body, limit_s)
+            return await self.transport.send(server, call, limit_s or self.config.setup_timeout_s)
         finally:
             del self._unanswered[key]
 

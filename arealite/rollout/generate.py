@@ -15,9 +15,9 @@ from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import RequestError, ServerUnreachable
 from arealite.api.types import Completion, FinishReason, GenerationRequest
 from arealite.observe.waits import mark
+from arealite.rollout.backend import Backend, Part
 from arealite.rollout.counters import Counters
 from arealite.rollout.router import Router
-from arealite.rollout.sglang import Part, SGLangBackend
 from arealite.rollout.transport import Server, Transport
 
 CLOSE_GRACE_S = 1.0  # how long destroy waits for servers to hear that requests were given up
@@ -93,19 +93,19 @@ class Flight:
 
 
 class Generator:
-    """Sends requests to servers until they are done. `version` is that of the weights the servers hold,
-    `announced_version` the newest that any of them may hold already."""
+    """Sends requests to servers until they are done. `backends` by server id. `version` is that of the weights the
+    servers hold, `announced_version` the newest that any of them may hold already."""
 
     def __init__(
         self,
-        backend: SGLangBackend,
+        backends: dict[str, Backend],
         transport: Transport,
         router: Router,
         config: InferenceEngineConfig,
         counters: Counters,
         seed: int,
     ) -> None:
-        self.backend = backend
+        self.backends = backends
         self.transport = transport
         self.router = router
         self.config = config
@@ -200,8 +200,9 @@ class Generator:
         """The server's answer within `request_timeout_s` of unpaused time; after that it is asked for what it has."""
         # A new id for each sending, lest a late abort of the one before hits it; uuid first: servers abort by prefix.
         wire_id = f"{uuid.uuid4().hex}-{flight.request.rid}"
-        body = self.backend.generate_body(flight.request, wire_id, flight.token_ids)
-        call = asyncio.ensure_future(self.transport.post(server, "/generate", body))
+        backend = self.backends[server.id]
+        sending = backend.generate_call(flight.request, wire_id, flight.token_ids)
+        call = asyncio.ensure_future(self.transport.send(server, sending))
         deadline = self.gate.clock_s() + self.config.request_timeout_s
         told = f"{server.id} ({server.url}) {{}} {flight.request.rid} within {self.config.request_timeout_s} s"
         try:
@@ -213,7 +214,7 @@ class Generator:
                 await asyncio.wait({call}, timeout=ABORT_GRACE_S)
             if not call.done():
                 raise ServerUnreachable(f"{told.format('gave no answer to')}, nor when asked to abort it")
-            part = self.backend.parse_part(call.result(), server.id)
+            part = backend.parse_part(call.result(), server.id)
             if part.finish_reason == "abort" and not part.token_ids and self.gate.clock_s() >= deadline:
                 raise ServerUnreachable(told.format("sampled no token of"))
             return part
@@ -227,7 +228,7 @@ class Generator:
 
     async def _abort(self, server: Server, wire_id: str) -> None:
         try:
-            await self.transport.post(server, "/abort_request", {"rid": wire_id}, limit_s=ABORT_GRACE_S)
+            await self.transport.send(server, self.backends[server.id].abort_call(wire_id), ABORT_GRACE_S)
         except (ServerUnreachable, RequestError):
             self.counters.add("num_request_failures")  # the sending itself reports what is wrong
 

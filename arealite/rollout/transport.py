@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 
 from arealite.api.errors import RequestError, ServerUnreachable
+from arealite.rollout.backend import Call
 
 KEEPALIVE_S = 2.0  # below every server's own limit, so that a connection is not reused while the server closes it
 RETRYABLE_STATUS = (408, 425, 429)
@@ -43,16 +44,17 @@ class Transport:
         if self._session is not None:
             await self._session.close()
 
-    async def post(self, server: Server, path: str, body: dict[str, Any], limit_s: float | None = None) -> Any:
-        """The JSON answer of a POST (None when empty). `limit_s` None: the caller bounds the wait.
+    async def send(self, server: Server, call: Call, limit_s: float | None = None) -> Any:
+        """The JSON answer (None when empty). `limit_s` None: the caller bounds the wait.
 
         Raises:
             RequestError: HTTP 4xx, or an answer that is not JSON.
             ServerUnreachable: no connection, HTTP 5xx, 408, 425 or 429, or no answer within the limit.
         """
-        where = f"{server.id} ({server.url}{path})"
+        where = f"{server.id} ({server.url}{call.path})"
+        request = self._opened().request(call.method, server.url + call.path, json=call.body)
         try:
-            async with asyncio.timeout(limit_s), self._opened().post(server.url + path, json=body) as answer:
+            async with asyncio.timeout(limit_s), request as answer:
                 status, text = answer.status, await answer.text()
         except TimeoutError as error:
             raise ServerUnreachable(f"{where} gave no answer within {limit_s} s") from error

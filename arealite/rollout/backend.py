@@ -1,0 +1,131 @@
+"""What the client must know about a server's wire protocol: requests to send, answers to read. No input or output here.
+
+Implemented by sglang.py, native.py and vllm.py; called by generate.py, fleet.py and updates.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from arealite.api.errors import RequestError
+from arealite.api.types import FinishReason, GenerationRequest, WeightUpdateMeta
+
+UNNAMED_VERSION = "default"  # what SGLang and vLLM call their weights before the first update
+
+
+@dataclass(frozen=True)
+class Call:
+    """One HTTP request; `body` is JSON-ready (None: an empty one), `path` may hold a query."""
+
+    path: str
+    body: dict[str, Any] | None = None
+    method: str = "POST"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One answer: the tokens sampled since the request was last sent. The lists have one entry per token."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    finish_reason: FinishReason
+    matched: int | str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """The calls of one weight update, to be made on a paused server in this order: `before`, one of `buckets` for each
+    bucket of the update (it is answered once the trainer has broadcast that bucket), `after`."""
+
+    before: list[Call] = field(default_factory=list)
+    buckets: list[Call] = field(default_factory=list)
+    after: list[Call] = field(default_factory=list)
+
+
+class Backend(Protocol):
+    """One server's protocol. Until `detect`, that of the newest version known."""
+
+    name: str  # as in the allocation mode
+    health_path: str
+    facts_paths: tuple[str, ...]  # GET; what `detect` wants to know. A server may lack some of them
+
+    def detect(self, facts: Mapping[str, Any], server_id: str) -> Backend:
+        """The backend for the server that answered `facts` (path -> JSON answer; paths that it lacks are absent).
+
+        Raises:
+            ConfigError: the server cannot be used as it was started; says with what it must be.
+        """
+
+    def generate_call(self, request: GenerationRequest, wire_id: str, so_far: list[int]) -> Call:
+        """Samples the rest of `request` after `so_far`, the tokens sampled before an interruption."""
+
+    def parse_part(self, answer: Any, server_id: str) -> Part:
+        """Reads the answer to `generate_call`.
+
+        Raises:
+            RequestError: the answer breaks the protocol, holds a logprob that is not a number, or is an error.
+        """
+
+    def score_call(self, tokens: list[int], wire_id: str) -> Call:
+        """Asks for the logprobs of `tokens` themselves (temperature 1)."""
+
+    def parse_scores(self, answer: Any, num_tokens: int, server_id: str) -> list[float]:
+        """`num_tokens` logprobs; the first, which has no context, is 0. Raises RequestError as `parse_part` does."""
+
+    def abort_call(self, wire_id: str) -> Call:
+        """Ends the request sent under `wire_id`; its own call is then answered with the tokens it has."""
+
+    def pause_call(self, mode: str) -> Call:
+        """Stops generation (`mode`: rollout.pause_mode); new requests are held."""
+
+    def resume_call(self) -> Call: ...
+
+    def lora_call(self, name: str, path: str) -> Call:
+        """Loads the adapter in folder `path` as `name`."""
+
+    def unload_lora_call(self, name: str) -> Call: ...
+
+    def group_call(self, address: str, port: int, rank_offset: int, world_size: int, name: str, backend: str) -> Call:
+        """Joins the process group `name` of weights/group.py; answered once all members have joined."""
+
+    def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
+        """Raises ConfigError when this server cannot read updates of `meta.kind`."""
+
+    def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
+        """`answers` of the plan's calls, in order. Checksums that the server confirms; None where it cannot.
+
+        Raises:
+            WeightSyncError: the server says that it did not take the weights.
+        """
+
+
+def finite(values: list[Any], server_id: str) -> list[float]:
+    """The logprobs. Raises RequestError when one is not a finite number."""
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in values):
+        raise RequestError(f"{server_id} sent a logprob that is not a finite number: its weights may hold NaN")
+    return [float(x) for x in values]
+
+
+def token_versions(spans: list[Any], whole: Any, num_tokens: int, server_id: str) -> list[int]:
+    """One weight version per token, from the spans {version, start, end}, and `whole` where there is none."""
+    versions = [version_number(whole, server_id)] * num_tokens
+    for span in spans:
+        start, end = max(0, int(span["start"])), min(num_tokens, int(span["end"]))
+        versions[start:end] = [version_number(span["version"], server_id)] * max(0, end - start)
+    return versions
+
+
+def version_number(version: Any, server_id: str) -> int:
+    if version == UNNAMED_VERSION:
+        return 0
+    try:
+        return int(version)
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"{server_id} reports the weight version {version!r}; expected a decimal number, as this run sets it"
+        ) from error
