@@ -33,7 +33,7 @@ class Task:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One sequence to sample. `max_new_tokens` counts from the end of `input_ids`."""
+    """One sequence to sample. `max_new_tokens` counts from the end of `input_ids`; `lora` names a loaded adapter."""
 
     rid: str
     input_ids: list[int]
@@ -48,6 +48,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     seed: int | None = None
     group_id: str = ""
+    lora: str | None = None
 
 
 @dataclass(frozen=True)
@@ -197,14 +198,18 @@ class WeightUpdateMeta:
     """One version of the weights, ready to be read by servers.
 
     `kind` "disk": `path` is a Hugging Face folder. `kind` "shm": `path` is a file to be mapped, `slots` its layout.
+    `kind` "distributed": `group` is the process group that `buckets` are broadcast in, ranges of `slots` whose offsets
+    count from the bucket's start.
     `checksums` (CRC-32 of the raw bytes in the wire dtype) of the tensors that servers must confirm.
     """
 
-    kind: Literal["disk", "shm"]
+    kind: Literal["disk", "shm", "distributed", "tensor"]
     version: int
     path: str
     slots: tuple[TensorSlot, ...] = ()
     checksums: dict[str, int] = field(default_factory=dict)
+    buckets: tuple[tuple[int, int], ...] = ()
+    group: str = ""
 
 
 def as_record(value: Any) -> dict[str, Any]:

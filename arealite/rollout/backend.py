@@ -53,6 +53,7 @@ class Backend(Protocol):
     name: str  # as in the allocation mode
     health_path: str
     facts_paths: tuple[str, ...]  # GET; what `detect` wants to know. A server may lack some of them
+    num_ranks: int  # members that the server has in a process group of weights
 
     def detect(self, facts: Mapping[str, Any], server_id: str) -> Backend:
         """The backend for the server that answered `facts` (path -> JSON answer; paths that it lacks are absent).

@@ -1,6 +1,6 @@
 """The public client: one object over all inference servers, and the rollout head on trainer rank 0.
 
-Scripts create RemoteNativeEngine or RemoteSGLangEngine; workflows get it as their `engine`. The work is done by
+Scripts create RemoteNativeEngine, RemoteSGLangEngine or RemotevLLMEngine; workflows get it as their `engine`. The work is done by
 generate.py (requests), fleet.py (control) and executor.py (tasks in flight).
 """
 
@@ -28,6 +28,7 @@ from arealite.rollout.native import NativeBackend
 from arealite.rollout.sglang import SGLangBackend
 from arealite.rollout.share import Beat, take_and_share
 from arealite.rollout.transport import servers_at
+from arealite.rollout.vllm import VLLMBackend
 
 ADDRESSES_VARIABLE = "AREAL_LLM_SERVER_ADDRS"
 
@@ -300,3 +301,10 @@ class RemoteSGLangEngine(RemoteInferenceEngine):
 
     def __init__(self, config: InferenceEngineConfig, seed: int = 1, ledger_path: Path | None = None) -> None:
         super().__init__(config, SGLangBackend(), seed, ledger_path)
+
+
+class RemotevLLMEngine(RemoteInferenceEngine):
+    """Client of vLLM servers."""
+
+    def __init__(self, config: InferenceEngineConfig, seed: int = 1, ledger_path: Path | None = None) -> None:
+        super().__init__(config, VLLMBackend(), seed, ledger_path)

@@ -19,6 +19,7 @@ class SGLangBackend:
     name = "sglang"
     health_path = "/health"
     facts_paths: tuple[str, ...] = ("/server_info",)
+    num_ranks = 1
 
     def detect(self, facts: Mapping[str, Any], server_id: str) -> SGLangBackend:
         return self
@@ -46,6 +47,8 @@ class SGLangBackend:
             "stream": False,
             "routing_key": request.group_id,
         }
+        if request.lora:
+            body["lora_path"] = request.lora  # SGLang's word for the adapter's name
         return Call("/generate", body)
 
     def parse_part(self, answer: Any, server_id: str) -> Part:
