@@ -1,7 +1,7 @@
 """The public client: one object over all inference servers, and the rollout head on trainer rank 0.
 
-Scripts create RemoteNativeEngine, RemoteSGLangEngine or RemotevLLMEngine; workflows get it as their `engine`. The work is done by
-generate.py (requests), fleet.py (control) and executor.py (tasks in flight).
+Scripts create RemoteNativeEngine, RemoteSGLangEngine or RemotevLLMEngine; workflows get it as their `engine`. The work
+is done by generate.py (requests), fleet.py (control) and executor.py (tasks in flight).
 """
 
 from __future__ import annotations
