@@ -28,14 +28,18 @@ from arealite.observe.stats import StatsTracker
 from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report
 from arealite.reward.pool import RewardFunction
-from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine
+from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine, RemotevLLMEngine
 from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
 from arealite.workflow.rlvr import RLVRWorkflow
 
 logger = logging.getLogger(__name__)
 
-ENGINES: dict[str, Callable[..., RemoteInferenceEngine]] = {"native": RemoteNativeEngine, "sglang": RemoteSGLangEngine}
+ENGINES: dict[str, Callable[..., RemoteInferenceEngine]] = {
+    "native": RemoteNativeEngine,
+    "sglang": RemoteSGLangEngine,
+    "vllm": RemotevLLMEngine,
+}
 
 
 def load_tokenizer(config: GRPOConfig) -> PreTrainedTokenizerBase:

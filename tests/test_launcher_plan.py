@@ -1,6 +1,7 @@
 """The process plan: cores, devices, environments and commands, and what is refused before anything starts."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,8 @@ from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
 from arealite.launcher.machine import Machine
 from arealite.launcher.memory import ModelShape, server_parts, trainer_parts
-from arealite.launcher.plan import PORT, flags, make_plan, share_cores
+from arealite.launcher.plan import make_plan, share_cores
+from arealite.launcher.servers import PORT, flags
 
 SCRIPT = ("train.py", "--config", "run.yaml", "seed=2")
 
@@ -122,6 +124,32 @@ def test_sglang_command_passes_flags_through():
     assert flags({"json": {"a": 1}, "none": None}) == ["--json", '{"a": 1}']
 
 
+def test_vllm_command_and_environment(tiny_llama):
+    config = GRPOConfig(allocation_mode="vllm:d1+fsdp:d1")
+    config.server.context_length, config.server.kv_cache_tokens = 256, 1000
+    plan = make_plan(config, Machine((4, 5), vllm_python="other/python"), tiny_llama, SCRIPT)
+    server = plan.servers[0]
+    assert server.command[:3] == ("other/python", "-m", "vllm.entrypoints.openai.api_server")
+    words = " ".join(server.command)
+    for pair in ("--max-model-len 256", "--logprobs-mode processed_logprobs", "--enable-scale-out", "--enforce-eager"):
+        assert pair in words
+    assert f"--kv-cache-memory-bytes {1000 * 2 * 2 * 32 * 2}" in words  # tokens x (K and V) x layers x width x bfloat16
+    assert server.env["VLLM_CPU_OMP_THREADS_BIND"] == "4" and server.env["VLLM_SERVER_DEV_MODE"] == "1"
+    assert (Path(server.env["PYTHONPATH"]) / "arealite" / "weights" / "vllm_worker.py").exists()
+    assert "PYTHONPATH" not in plan.trainers[0].env
+    config.server.args = {"enforce-eager": False}
+    on_gpus = make_plan(config, Machine((0,), ("0", "1"), vllm_python="other/python"), "hub/model", SCRIPT)
+    assert "--enforce-eager" not in on_gpus.servers[0].command
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in on_gpus.servers[0].env
+
+
+def test_vllm_is_refused_what_would_falsify_its_logprobs():
+    config = GRPOConfig(allocation_mode="vllm:d1+fsdp:d1")
+    config.gconfig.top_p = 0.9
+    with pytest.raises(ConfigError, match="after top_p"):
+        make_plan(config, Machine((0,), vllm_python="python"), "m", SCRIPT)
+
+
 def test_environment_of_the_user_comes_last():
     config = GRPOConfig()
     config.launcher.env = {"OMP_WAIT_POLICY": "ACTIVE"}
@@ -147,7 +175,9 @@ def test_trainers_keep_their_memory_on_cpus_only_and_the_user_has_the_last_word(
         ("fsdp:d1", None, "no inference servers"),
         ("native:d1", None, "has no trainer"),
         ("native:d1+megatron:d2", None, "cannot run megatron; for train it has fsdp"),
-        ("vllm:d1+fsdp:d1", None, "cannot run vllm; for inference it has native and sglang"),
+        ("vllm:d1+fsdp:d1", None, "no vLLM was found on this machine: `make vllm-cpu`"),
+        ("vllm:t2+fsdp:d1", Machine((0, 1), vllm_python="python"), "needs GPUs"),
+        ("vllm:p2+fsdp:d1", gpu_machine(3), "no pipeline parallelism"),
         ("native:d1t2+fsdp:d1", None, r"native has no tensor parallelism \(t2\)"),
         ("native:d1+fsdp:d2p2c2", None, r"pipeline parallelism \(p2\), context parallelism \(c2\).*use fsdp:d8"),
         ("native:d1+fsdp:(attn:d2|ffn:d2)", None, "attn / ffn form"),

@@ -129,7 +129,7 @@ def memory(plan: Plan, config: GRPOConfig, machine: Machine) -> list[str]:
     assert mode.inference is not None and mode.train is not None, "make_plan refuses a run without both"
     num_shards = mode.inference.world_size // mode.inference.num_servers
     kinds: list[tuple[str, int, list[Part]]] = [
-        ("server", len(plan.servers), server_parts(config, shape, num_shards)),
+        ("server", len(plan.servers), server_parts(config, shape, num_shards, mode.inference.backend)),
         ("trainer", len(plan.trainers), trainer_parts(config, shape, mode.train.world_size, ref)),
     ]
     lines, total = [], 0.0

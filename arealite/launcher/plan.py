@@ -9,19 +9,18 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
 from arealite.launcher.allocation import DIMENSIONS, AllocationMode, Component
 from arealite.launcher.machine import Machine
+from arealite.launcher.servers import HOST, PORT, check_vllm, server_command, server_env
 
-PORT = "{port}"
-HOST = "127.0.0.1"
 # Which letters above 1 a backend can be given today.
-SUPPORTED = {"native": "", "sglang": "tpe", "fsdp": ""}
+SUPPORTED = {"native": "", "sglang": "tpe", "vllm": "t", "fsdp": ""}
 # A training step on the CPU allocates and frees the same large tensors again and again. By default glibc maps each one
 # anew and gives it back at once, and the kernel zeroes its pages every time: 15 to 20% of a step. Kept in the heap, on
 # huge pages, they are reused; the trainer keeps the memory of its peak.
@@ -92,9 +91,12 @@ def make_plan(config: GRPOConfig, machine: Machine, model: str, trainer_command:
         env = {**_common_env(config, mode), "OMP_NUM_THREADS": str(len(own_cores))}
         kind: Literal["server", "trainer"] = "server" if rank < 0 else "trainer"
         if kind == "server":
-            name, command, visible = f"server-{i}", server_command(config, rollout, model), own_devices
+            name, visible = f"server-{i}", own_devices
+            command = server_command(config, rollout, model, machine)
+            env |= server_env(config, rollout, own_cores, machine)
         else:
-            name, command, visible = f"trainer-{rank}", (sys.executable, *trainer_command), of_trainers
+            name, visible = f"trainer-{rank}", of_trainers
+            command = (sys.executable, *trainer_command)
             env |= _rank_env(rank, actor.world_size)
             env |= {} if machine.gpus else ALLOCATOR_ENV
         if machine.gpus:
@@ -144,14 +146,18 @@ def _check_supported(config: GRPOConfig, rollout: Component, actor: Component) -
             f"cluster.num_nodes is {config.cluster.num_nodes}, but the local launcher starts processes on this machine"
             " only: set it to 1"
         )
-    if rollout.backend != "native" and config.weight_update == "shm":
-        raise ConfigError(f"weight_update is shm, which {rollout.backend} servers do not read: set weight_update=disk")
+    if rollout.backend == "sglang" and config.weight_update == "shm":
+        raise ConfigError("weight_update is shm, which sglang servers do not read: set weight_update=disk")
 
 
 def _check_devices(config: GRPOConfig, mode: AllocationMode, rollout: Component, machine: Machine) -> None:
+    if rollout.backend == "vllm":
+        check_vllm(config, machine)
     if not machine.gpus:
-        if rollout.backend != "native":
-            raise ConfigError(f"{rollout.backend} servers need GPUs and this machine has none: use native")
+        if rollout.backend == "sglang":
+            raise ConfigError("sglang servers need GPUs and this machine has none: use native or vllm")
+        if rollout.backend == "vllm" and rollout.dims.t > 1:
+            raise ConfigError(f"vllm:t{rollout.dims.t} needs GPUs and this machine has none: use vllm:d1")
         return
     if mode.num_devices > len(machine.gpus):
         groups = ", ".join(f"{'|'.join(map(str, group))} {group[0].world_size}" for group in mode.groups)
@@ -221,41 +227,3 @@ def _rank_env(rank: int, world_size: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": HOST,
     }
-
-
-def server_command(config: GRPOConfig, rollout: Component, model: str) -> tuple[str, ...]:
-    """How one inference server is started; PORT stands for its port."""
-    server = config.server
-    options = {
-        "host": HOST,
-        "port": PORT,
-        "dtype": server.dtype,
-        "max_running_requests": server.max_running_requests,
-        "context_length": server.context_length,
-    }
-    if rollout.backend == "sglang":
-        module = "sglang.launch_server"
-        options |= {"model_path": model, "random_seed": config.seed, "max_total_tokens": server.kv_cache_tokens}
-        options |= {"tp_size": rollout.dims.t, "pp_size": rollout.dims.p, "ep_size": rollout.dims.e}
-        options |= {"enable_deterministic_inference": server.deterministic}
-    else:
-        module = "arealite.inference.serve"
-        options |= {"model": model, "seed": config.seed, "kv_cache_tokens": server.kv_cache_tokens}
-        options |= {"weight_version": "0", "deterministic": server.deterministic}
-    return (sys.executable, "-m", module, *flags(options), *flags(server.args))
-
-
-def flags(args: Mapping[str, Any]) -> list[str]:
-    """A server's own flags: `{mem_fraction_static: 0.8, trust_remote_code: true}` as --key value and --key."""
-    words: list[str] = []
-    for key, value in args.items():
-        flag = "--" + key.lstrip("-").replace("_", "-")
-        if value is None or value is False:
-            continue
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, list | tuple):
-            words += [flag, *map(str, value)]
-        else:
-            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
-    return words

@@ -1,0 +1,115 @@
+"""How one inference server is started: command and environment by backend. Pure; called by plan.py.
+
+A server's own flags (`server.args`) come last and replace those chosen here; false takes a flag away.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import arealite
+from arealite.api.cli_args import GRPOConfig
+from arealite.api.errors import ConfigError
+from arealite.launcher.allocation import Component
+from arealite.launcher.machine import Machine
+from arealite.launcher.memory import ModelShape, kv_cache_bytes
+
+PORT = "{port}"
+HOST = "127.0.0.1"
+VLLM_WORKER_EXTENSION = "arealite.weights.vllm_worker.WeightReceiver"
+UNKNOWN_KV_CACHE_BYTES = 2 << 30  # for a model that is not a folder on this machine
+
+
+def check_vllm(config: GRPOConfig, machine: Machine) -> None:
+    """Raises ConfigError for what vLLM servers cannot do, or when there is no vLLM."""
+    if not machine.vllm_python:
+        raise ConfigError(
+            "allocation_mode: no vLLM was found on this machine: `make vllm-cpu` builds one for CPUs; otherwise set"
+            " AREALITE_VLLM_PYTHON to the Python interpreter of an environment that has vLLM"
+        )
+    g = config.gconfig
+    if g.top_p < 1 or g.top_k > 0 or g.min_p > 0:
+        raise ConfigError(
+            "vLLM's logprobs are those after top_p, top_k and min_p, and the trainer's those of the full vocabulary:"
+            " set gconfig.top_p=1 gconfig.top_k=-1 gconfig.min_p=0, or use another inference backend"
+        )
+    if config.server.deterministic and not machine.gpus:
+        raise ConfigError("server.deterministic is true, which vLLM cannot do on CPUs: leave it out, or use native")
+
+
+def server_command(config: GRPOConfig, rollout: Component, model: str, machine: Machine) -> tuple[str, ...]:
+    """The words that start one server; PORT stands for its port."""
+    server, dims = config.server, rollout.dims
+    python = sys.executable
+    options: dict[str, Any] = {"host": HOST, "port": PORT, "dtype": server.dtype}
+    if rollout.backend == "sglang":
+        module = "sglang.launch_server"
+        options |= {"max_running_requests": server.max_running_requests, "context_length": server.context_length}
+        options |= {"model_path": model, "random_seed": config.seed, "max_total_tokens": server.kv_cache_tokens}
+        options |= {"tp_size": dims.t, "pp_size": dims.p, "ep_size": dims.e}
+        options |= {"enable_deterministic_inference": server.deterministic}
+    elif rollout.backend == "vllm":
+        module, python = "vllm.entrypoints.openai.api_server", machine.vllm_python
+        options |= {"max_num_seqs": server.max_running_requests, "max_model_len": server.context_length}
+        options |= {"model": model, "seed": config.seed, "tensor_parallel_size": dims.t}
+        options |= {"logprobs_mode": "processed_logprobs", "enable_scale_out": True}
+        options |= {"worker_extension_cls": VLLM_WORKER_EXTENSION}
+        options |= {"kv_cache_memory_bytes": _vllm_cache_bytes(config, model, machine)}
+        options |= {"enforce_eager": not machine.gpus}  # compiling for the CPU takes a minute at each start
+    else:
+        module = "arealite.inference.serve"
+        options |= {"max_running_requests": server.max_running_requests, "context_length": server.context_length}
+        options |= {"model": model, "seed": config.seed, "kv_cache_tokens": server.kv_cache_tokens}
+        options |= {"weight_version": "0", "deterministic": server.deterministic}
+    own = {key.lstrip("-").replace("-", "_"): value for key, value in server.args.items()}
+    return (python, "-m", module, *flags({**options, **own}))
+
+
+def server_env(config: GRPOConfig, rollout: Component, cores: tuple[int, ...], machine: Machine) -> dict[str, str]:
+    """Environment variables of one server, beside those of every process of the run."""
+    if rollout.backend == "sglang":
+        # Its /health generates a token, which waits while generation is paused: the server would look dead then.
+        return {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+    if rollout.backend != "vllm":
+        return {}
+    env = {
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause generation and update weights
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": HOST,
+    }
+    checkout = Path(arealite.__file__).parent.parent
+    if machine.vllm_python != sys.executable and checkout.name != "site-packages":
+        env["PYTHONPATH"] = str(checkout)  # its workers run arealite/weights/vllm_worker.py
+    if machine.gpus:
+        return env | ({"VLLM_BATCH_INVARIANT": "1"} if config.server.deterministic else {})
+    pinned = ",".join(map(str, cores)) if config.launcher.pin_cores else "nobind"
+    return {**env, "VLLM_CPU_OMP_THREADS_BIND": pinned}
+
+
+def _vllm_cache_bytes(config: GRPOConfig, model: str, machine: Machine) -> int | None:
+    """On GPUs vLLM takes what is left of gpu_memory_utilization, unless a number of tokens is asked for."""
+    if machine.gpus and config.server.kv_cache_tokens is None:
+        return None
+    shape = ModelShape.read(model)
+    return UNKNOWN_KV_CACHE_BYTES if shape is None else kv_cache_bytes(config, shape)
+
+
+def flags(args: Mapping[str, Any]) -> list[str]:
+    """A server's own flags: `{mem_fraction_static: 0.8, trust_remote_code: true}` as --key value and --key."""
+    words: list[str] = []
+    for key, value in args.items():
+        flag = "--" + key.lstrip("-").replace("_", "-")
+        if value is None or value is False:
+            continue
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list | tuple):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
