@@ -176,6 +176,7 @@ class FakeServer:
     async def _open(self) -> str:
         app = web.Application()
         app.router.add_get("/health", self._health)
+        app.router.add_get("/model_info", self._model_info)
         app.router.add_post("/generate", self._generate)
         for path in ("abort_request", "pause_generation", "continue_generation"):
             app.router.add_post(f"/{path}", self._control)
@@ -198,6 +199,9 @@ class FakeServer:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=self.health)
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": str(self.version)})
 
     async def _control(self, request: web.Request) -> web.Response:
         body = await request.json()

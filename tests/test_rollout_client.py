@@ -1,7 +1,6 @@
 """The client against servers on real sockets that interrupt, hang, drop connections, refuse and die."""
 
 import asyncio
-import sys
 import threading
 
 import pytest
@@ -13,11 +12,11 @@ from arealite.api.errors import (
     RequestError,
     ServerUnreachable,
     WaitTimeout,
-    WeightSyncError,
     WorkflowError,
 )
 from arealite.api.types import GenerationRequest, Task, WeightUpdateMeta
 from arealite.rollout import generate as generate_module
+from arealite.rollout import health
 from arealite.rollout.client import RemoteNativeEngine, RemoteSGLangEngine
 from arealite.rollout.generate import Flight, seed_of
 
@@ -25,7 +24,7 @@ from arealite.rollout.generate import Flight, seed_of
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(generate_module, "ABORT_GRACE_S", 0.3)
-    monkeypatch.setattr(generate_module, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(health, "FIRST_BACKOFF_S", 0.01)
 
 
 @pytest.fixture
@@ -125,18 +124,6 @@ def test_a_dead_server_costs_nothing_while_another_lives(connect):
         assert all(r.server_id == "server-1" for r in results)
 
 
-def test_a_server_that_failed_is_avoided_at_once(connect, monkeypatch):
-    """Not only after the pause before the next try: others would run into it meanwhile."""
-    with FakeServer() as server:
-        engine, server.num_drops = connect([server]), 1
-        router, seen = engine._live.generator.router, []
-        monkeypatch.setattr(
-            generate_module, "backoff_s", lambda num: seen.append(router._avoided(router.servers[0])) or 0
-        )
-        one(engine)
-        assert seen == [True]
-
-
 def test_endless_failure_ends_with_the_servers_words(connect):
     with FakeServer() as server:
         engine = connect([server], request_retries=2)
@@ -160,7 +147,7 @@ def test_a_refused_request_is_not_sent_again(connect):
     [
         ({"output_ids": [1, 2]}, "do not belong together"),
         ({"output_ids": None}, "without"),
-        ({"meta_info": {"finish_reason": None}}, "without"),
+        ({"meta_info": {}}, "without"),
     ],
 )
 def test_an_answer_outside_the_protocol_is_refused(connect, change, message):
@@ -264,10 +251,6 @@ def test_weights_reach_all_servers_and_are_confirmed(connect):
         assert receipts == {"server-0": {"w": 7}, "server-1": {"w": 8}}
         assert engine.get_version() == a.version == b.version == 3
         assert "/update_weights_from_shm" in a.calls
-        b.refuse_update = "no room left"
-        with pytest.raises(WeightSyncError, match=r"server-1.*no room left"):
-            engine.update_weights(disk(4))
-        assert engine.get_version() == 3
 
 
 def test_sglang_takes_weights_from_disk_only(connect):
@@ -287,7 +270,7 @@ def test_score_keeps_order_and_starts_with_zero(connect):
 def test_servers_that_do_not_come_up_are_named(connect):
     with FakeServer() as a, FakeServer() as b:
         b.health = 503
-        with pytest.raises(ServerUnreachable, match=r"server-1: http://.*/health: HTTP 503"):
+        with pytest.raises(ServerUnreachable, match=r"server-1 \(http://.*/health\) failed with HTTP 503"):
             connect([a, b], setup_timeout_s=0.5)
     assert not [t for t in threading.enumerate() if t.name == "rollout"]
 
@@ -321,29 +304,26 @@ def test_a_frozen_server_is_named_while_weights_are_sent(connect):
 
 
 def test_who_is_waited_for_can_be_asked_while_requests_come_and_go(connect):
-    """The waiting thread asks while the loop's thread works."""
+    """The waiting thread asks while the loop's thread adds and removes requests."""
     with FakeServer() as server:
         generator = connect([server])._live.generator
-        requests = [GenerationRequest(f"{i}.0", [1], 1) for i in range(50)]
-        stop, before = threading.Event(), sys.getswitchinterval()
 
-        def come_and_go():
-            while not stop.is_set():
-                for request in requests:
-                    generator._flights.add(Flight(request))
-                generator._flights.clear()
+        class Untimely(Flight):
+            """Another request begins while this one is looked at."""
 
-        thread = threading.Thread(target=come_and_go)
-        sys.setswitchinterval(1e-6)
-        thread.start()
-        try:
-            for _ in range(3000):
-                generator.owner()
-                generator.pending()
-        finally:
-            sys.setswitchinterval(before)
-            stop.set()
-            thread.join(20)
+            @property
+            def last_answer(self):
+                generator._flights.add(Flight(self.request))
+                return 0.0
+
+            @last_answer.setter
+            def last_answer(self, _):
+                pass
+
+        generator._flights.add(Untimely(GenerationRequest("0.0", [1], 1), server_id="server-0"))
+        assert generator.owner() == "server-0"
+        assert len(generator.pending()) == 2
+        generator._flights.clear()
 
 
 def test_a_result_that_comes_at_the_last_moment_is_not_lost(connect):

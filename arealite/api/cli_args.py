@@ -75,7 +75,12 @@ class InferenceEngineConfig:
     )
     request_timeout_s: float = setting(600.0, "longest time one request may take before it is sent again", low=0.1)
     request_retries: int = setting(3, "times a request is sent again after a connection error", low=0)
-    setup_timeout_s: float = setting(300.0, "longest wait for the servers' health at start", low=0.1)
+    setup_timeout_s: float = setting(
+        300.0, "longest wait for the servers' health at start, and for one to come back when all are out", low=0.1
+    )
+    server_silence_s: float = setting(
+        20.0, "a server that answers nothing for so long is taken out, and its requests go on elsewhere", low=0.1
+    )
     workflow_retries: int = setting(2, "times a failed episode is run again before it is counted and dropped", low=0)
     max_failed_groups: int = setting(8, "groups that may fail in a row before the run stops with their error", low=1)
     num_reward_workers: int = setting(1, "processes that run reward functions", low=1)

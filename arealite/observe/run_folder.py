@@ -34,6 +34,7 @@ class RunFolder:
 
     config_yaml = _Place("config.yaml")
     plan_json = _Place("plan.json")
+    servers = _Place("servers")  # addresses of the inference servers, one a line; the client follows it
     metrics = _Place("metrics.jsonl")
     ledger = _Place("ledger.jsonl")
     summary_json = _Place("summary.json")

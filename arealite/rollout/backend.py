@@ -52,6 +52,8 @@ class Backend(Protocol):
 
     name: str  # as in the allocation mode
     health_path: str
+    is_healthy_paused: bool  # whether that route answers while generation is paused
+    version_path: str  # GET; answers with weight_version
     facts_paths: tuple[str, ...]  # GET; what `detect` wants to know. A server may lack some of them
     num_ranks: int  # members that the server has in a process group of weights
 
@@ -96,6 +98,9 @@ class Backend(Protocol):
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
         """Raises ConfigError when this server cannot read updates of `meta.kind`."""
+
+    def with_bucket(self, call: Call, text: str) -> Call:
+        """The bucket call of an update of kind "tensor" with the bucket in it, as `WeightSender.send` gives it."""
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         """`answers` of the plan's calls, in order. Checksums that the server confirms; None where it cannot.

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.engine import Collective, DataSource
@@ -29,6 +29,9 @@ from arealite.rollout.sglang import SGLangBackend
 from arealite.rollout.share import Beat, take_and_share
 from arealite.rollout.transport import servers_at
 from arealite.rollout.vllm import VLLMBackend
+
+if TYPE_CHECKING:
+    from arealite.api.engine import WeightSender
 
 ADDRESSES_VARIABLE = "AREAL_LLM_SERVER_ADDRS"
 
@@ -78,7 +81,15 @@ class RemoteInferenceEngine:
                 f"no inference server is known: start the script with `arealite run`, or set {ADDRESSES_VARIABLE} to"
                 " host:port,host:port"
             )
-        self._connection = Connection(self, servers, self.backend, self.config, self.seed, self._ledger_path)
+        run_dir = os.environ.get(RUN_DIR_VARIABLE)
+        servers_file = RunFolder(Path(run_dir)).servers if run_dir else None
+        self._connection = Connection(
+            self, servers, self.backend, self.config, self.seed, self._ledger_path, servers_file
+        )
+
+    def add_server(self, address: str) -> None:
+        """One more server (host:port), used as soon as it is healthy and holds the current weights. Rank 0 only."""
+        self._live.call(lambda: self._live.watch.add(*servers_at([address])), "rollout.add_server")
 
     def destroy(self) -> None:
         """Cancel what runs, note in the ledger what was not trained, and close all connections. May be called again."""
@@ -192,7 +203,13 @@ class RemoteInferenceEngine:
 
         live.run(resume(), "rollout.resume")
 
-    def update_weights(self, meta: WeightUpdateMeta) -> dict[str, dict[str, int]]:
+    def prepare_update(self) -> None:
+        """The trainer is about to write new weights where the last ones are: no server is sent those any more, until
+        `update_weights` or `resume`. `pause` does the same."""
+        if self.is_head:
+            self._live.run(self._live.fleet.prepare_update(), "rollout.prepare_update")
+
+    def update_weights(self, meta: WeightUpdateMeta, send: WeightSender | None = None) -> dict[str, dict[str, int]]:
         """All servers load `meta`; then its version is the current one. Returns {server id: {tensor: CRC-32 of the
         live parameter}} of the servers that can tell (SGLang cannot).
 
@@ -232,10 +249,12 @@ class RemoteInferenceEngine:
     # -- records -------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, float]:
-        """Counts and means since the last call (rank 0; empty elsewhere)."""
+        """Counts and means since the last call, and the servers that take requests now (rank 0; empty elsewhere)."""
         if not self.is_head:
             return {}
-        return self._live.call(self._live.counters.drain, "rollout.stats")
+        live = self._live
+        alive = {"num_servers_alive": float(sum(m.is_alive for m in live.router.members))}
+        return live.call(live.counters.drain, "rollout.stats") | alive
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state for a recovery point: what is in flight, and finished groups that were not trained on."""

@@ -20,10 +20,12 @@ from arealite.rollout.counters import Counters
 from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.fleet import Fleet
 from arealite.rollout.generate import ABORT_GRACE_S, Generator
+from arealite.rollout.health import Member
 from arealite.rollout.ledger import Ledger
 from arealite.rollout.router import Router
 from arealite.rollout.staleness import StalenessManager
 from arealite.rollout.transport import Server, Transport
+from arealite.rollout.watch import Watch
 
 DEFAULT_BATCH_SIZE = 64  # groups; of a client that only evaluates, where it limits how many run at a time
 CALL_LIMIT_S = 60.0
@@ -51,14 +53,16 @@ class Connection:
         config: InferenceEngineConfig,
         seed: int,
         ledger_path: Path | None,
+        servers_file: Path | None = None,
     ) -> None:
         size, eta = config.consumer_batch_size or DEFAULT_BATCH_SIZE, config.max_head_offpolicyness
         staleness = StalenessManager(eta, size, config.max_concurrent_rollouts or (eta + 1) * size)
         self.counters = Counters()
         self.transport = Transport()
-        backends = {server.id: backend for server in servers}
-        self.fleet = Fleet(servers, backends, self.transport, config)
-        self.generator = Generator(backends, self.transport, Router(servers), config, self.counters, seed)
+        self.router = Router([Member(s, backend) for s in servers], self.counters, config.setup_timeout_s)
+        self.fleet = Fleet(self.router, self.transport, config)
+        self.watch = Watch(self.fleet, backend, config.server_silence_s, servers_file)
+        self.generator = Generator(self.transport, self.router, config, self.counters, seed)
         self.executor = RolloutExecutor(engine, staleness, Ledger(ledger_path), config, self.counters)
         # A request, its abort, and then rewards: the longest time without any event while nothing is wrong.
         self._silence_s = max(config.request_timeout_s, config.setup_timeout_s) + 2 * (
@@ -69,6 +73,7 @@ class Connection:
         self._thread.start()
         try:
             self.run(self.fleet.wait_healthy(), "rollout.servers_healthy", config.setup_timeout_s + CALL_LIMIT_S)
+            self.call(self.watch.start, "rollout.watch")
         except BaseException:  # also on Ctrl-C: the thread and its sockets must not outlive a failed start
             self.close()
             raise

@@ -19,6 +19,8 @@ COUNTS = (
     "num_interruptions",
     "num_request_failures",
     "num_request_timeouts",
+    "num_requests_moved",
+    "num_server_failures",
     "num_unexpected_versions",
 )
 

@@ -1,6 +1,6 @@
-"""Control of all servers together: health, pause, resume, weight update, scoring.
+"""Control of all servers together: health at start, pause, resume, weight update, scoring; and how one rejoins.
 
-Called by client.py; runs in the client's asyncio loop. Requests themselves are sent by generate.py.
+Called by client.py and watch.py; runs in the client's asyncio loop. Requests themselves are sent by generate.py.
 """
 
 from __future__ import annotations
@@ -8,134 +8,247 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.errors import RequestError, ServerUnreachable, WeightSyncError
+from arealite.api.errors import ArealiteError, RequestError, ServerUnreachable, WeightSyncError
 from arealite.api.types import WeightUpdateMeta
-from arealite.rollout.backend import Backend, Call
-from arealite.rollout.transport import Server, Transport
+from arealite.rollout.backend import Call
+from arealite.rollout.health import Member
+from arealite.rollout.router import Router
+from arealite.rollout.transport import ConnectionLost, Transport
 
 HEALTH_POLL_S = 0.2
 HEALTH_LIMIT_S = 30.0  # of one probe: SGLang generates a token for it
+READABLE_AGAIN = ("disk", "shm")  # kinds of updates that a server can be sent at any later time
 
 T = TypeVar("T")
 
 
 class Fleet:
-    """The run's servers as one."""
+    """The run's servers as one. A server that fails is taken out, and the others go on without it."""
 
-    def __init__(
-        self, servers: list[Server], backends: dict[str, Backend], transport: Transport, config: InferenceEngineConfig
-    ) -> None:
-        self.servers = servers
-        self.backends = backends  # by server id; `wait_healthy` puts that of the server's version
+    def __init__(self, router: Router, transport: Transport, config: InferenceEngineConfig) -> None:
+        self.router = router
         self.transport = transport
         self.config = config
+        self.is_paused = False
+        self._update: WeightUpdateMeta | None = None  # the last one
+        # Between pause and update the trainer may be writing the next weights where the last ones are.
+        self._is_readable = False
+        self._lock = asyncio.Lock()  # a server that rejoins sees one state of the others
         self._unanswered: dict[object, tuple[str, str]] = {}  # key -> server id and its line, oldest first
 
     def pending(self) -> list[str]:
-        """Lines about servers that have not answered. Any thread may call."""
-        return [f"{server_id}: {line}" for server_id, line in list(self._unanswered.values())]
+        """Lines about servers that are out or have not answered. Any thread may call."""
+        out = [line for m in list(self.router.members) if (line := m.line())]
+        return [f"{server_id}: {line}" for server_id, line in list(self._unanswered.values())] + out
 
     def owner(self) -> str:
         """The server that has not answered for longest; empty when nothing was asked. Any thread may call."""
         return next((server_id for server_id, _ in list(self._unanswered.values())), "")
 
     async def wait_healthy(self) -> None:
-        """Consumes: answers of /health. Produces: nothing. Waits for: 200 from every server, at most
-        `setup_timeout_s`. Unblocked by: the servers, or the limit.
+        """Consumes: answers of the servers' health routes. Produces: nothing. Waits for: 200 from every server, at
+        most `setup_timeout_s`. Unblocked by: the servers, or the limit.
 
         Raises:
             ServerUnreachable: names the servers that did not come up and what was wrong last.
+            ConfigError: a server cannot be used as it was started.
         """
         deadline = time.monotonic() + self.config.setup_timeout_s
-        for server in self.servers:
-            self._unanswered[server] = (server.id, f"{server.url}/health not asked yet")
+        for member in self.router.members:
+            self._unanswered[member] = (member.id, f"{member.server.url}{member.backend.health_path} not asked yet")
 
-        async def come_up(server: Server) -> None:
-            path = self.backends[server.id].health_path
-            while wrong := await self.transport.wrong_with(server, path, HEALTH_LIMIT_S):
-                self._unanswered[server] = (server.id, f"{server.url}{path}: {wrong}")
+        async def come_up(member: Member) -> None:
+            call = Call(member.backend.health_path, method="GET")
+            while True:
+                try:
+                    await self.transport.send(member.server, call, HEALTH_LIMIT_S)
+                    break
+                except (ServerUnreachable, RequestError) as error:
+                    self._unanswered[member] = (member.id, str(error))
                 if time.monotonic() > deadline:
                     return
                 await asyncio.sleep(HEALTH_POLL_S)
-            await self.detect(server)
-            del self._unanswered[server]
+            await self.detect(member)
+            del self._unanswered[member]
 
-        await asyncio.gather(*map(come_up, self.servers))
+        await asyncio.gather(*map(come_up, self.router.members))
         if self._unanswered:
             raise ServerUnreachable(
                 f"not healthy after {self.config.setup_timeout_s} s: {'; '.join(self.pending())}. Look into the"
                 " servers' logs, or raise rollout.setup_timeout_s"
             )
 
-    async def detect(self, server: Server) -> None:
+    async def detect(self, member: Member) -> None:
         """Put the backend for the server's version. Raises ConfigError when the server cannot be used as it runs."""
-        backend, facts = self.backends[server.id], {}
-        for path in backend.facts_paths:
+        if member.is_detected:
+            return
+        facts = {}
+        for path in member.backend.facts_paths:
             try:
-                facts[path] = await self.transport.send(server, Call(path, method="GET"), HEALTH_LIMIT_S)
+                facts[path] = await self.transport.send(member.server, Call(path, method="GET"), HEALTH_LIMIT_S)
             except RequestError:
                 continue  # this version has no such route
-        self.backends[server.id] = backend.detect(facts, server.id)
+        member.backend = member.backend.detect(facts, member.id)
+        member.is_detected = True
+
+    async def prepare_update(self) -> None:
+        """Wait until no server is being sent the last update again, and let none begin before the next."""
+        self._is_readable = False
+        async with self._lock:
+            pass
 
     async def pause(self) -> None:
         """Stop generation everywhere, as `pause_mode` says."""
-        mode = self.config.pause_mode
-        await self._everywhere(lambda server: self._ask(server, self.backends[server.id].pause_call(mode)))
+        self.is_paused = True
+        await self.prepare_update()
+        async with self._lock:
+            await self._everywhere(self._set_pause)
 
     async def resume(self) -> None:
         """Let all servers generate again."""
-        await self._everywhere(lambda server: self._ask(server, self.backends[server.id].resume_call()))
+        async with self._lock:
+            self.is_paused, self._is_readable = False, self._can_send_again()
+            await self._everywhere(self._set_pause)
 
     async def update_weights(self, meta: WeightUpdateMeta) -> dict[str, dict[str, int]]:
-        """All servers load `meta` at the same time; receipts of those that give one.
+        """All servers load `meta` at the same time; receipts of those that give one. Servers that fail are taken out;
+        when all are unreachable, the first that comes back is waited for, `setup_timeout_s`.
 
         Raises:
-            WeightSyncError: names the server that did not take the weights, and its message.
+            WeightSyncError: no server took the weights; names each and its message.
         """
+        deadline = time.monotonic() + self.config.setup_timeout_s
+        while True:
+            await self._some_reachable(meta.version, deadline)
+            async with self._lock:
+                receipts = await self._everywhere(lambda member: self._load(member, meta))
+                for member in self.router.members:
+                    member.holds_weights = member in receipts
+                if receipts:
+                    self._update, self._is_readable = meta, meta.kind in READABLE_AGAIN
+                    self.router.notify()
+                    return {member.id: receipt for member, receipt in receipts.items() if receipt is not None}
 
-        async def load(server: Server) -> dict[str, int] | None:
-            backend = self.backends[server.id]
-            plan = backend.update_plan(meta, self.config.pause_mode)
-            try:
-                answers = [await self._ask(server, call) for call in (*plan.before, *plan.after)]
-            except (RequestError, ServerUnreachable) as error:
-                raise WeightSyncError(f"version {meta.version} did not reach {server.id}: {error}") from error
-            return backend.parse_receipt(answers, meta, server.id)
+    async def join(self, member: Member) -> bool:
+        """Bring a server that answers to the state of the others; False when the weights cannot be had before the
+        next update.
 
-        receipts = await self._everywhere(load)
-        return {server_id: receipt for server_id, receipt in receipts.items() if receipt is not None}
+        Raises:
+            WeightSyncError, ServerUnreachable, RequestError, ConfigError: it cannot be used.
+        """
+        await self.detect(member)
+        async with self._lock:
+            if not await self._holds_update(member):
+                if not self._is_readable:
+                    return False
+                assert self._update is not None
+                receipt = await self._load(member, self._update)
+                wrong = [name for name, value in self._update.checksums.items() if (receipt or {}).get(name) != value]
+                if receipt is not None and wrong:
+                    raise WeightSyncError(f"{member.id} holds other weights than it was sent: {', '.join(wrong[:4])}")
+            await self._set_pause(member)
+            member.holds_weights = True
+        return True
 
     async def score(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Logprobs of each sequence's own tokens, the sequences dealt out to the servers in turn."""
+        """Logprobs of each sequence's own tokens, sent again to another server when one fails.
 
-        async def one(index: int, tokens: list[int]) -> list[float]:
-            server = self.servers[index % len(self.servers)]
-            backend = self.backends[server.id]
-            call = backend.score_call(tokens, uuid.uuid4().hex)
-            answer = await self._ask(server, call, self.config.request_timeout_s)
-            return backend.parse_scores(answer, len(tokens), server.id)
+        Raises:
+            RequestError: a server refused it.
+            ServerUnreachable: `request_retries` further sendings failed too.
+        """
 
-        return list(await asyncio.gather(*(one(i, tokens) for i, tokens in enumerate(sequences))))
+        async def one(tokens: list[int]) -> list[float]:
+            num_failures = 0
+            while True:
+                member = await self.router.acquire("", len(tokens))
+                call = member.backend.score_call(tokens, uuid.uuid4().hex)
+                try:
+                    answer = await self._ask(member, call, self.config.request_timeout_s)
+                    self.router.succeeded(member)
+                    return member.backend.parse_scores(answer, len(tokens), member.id)
+                except ServerUnreachable as error:
+                    self.router.fail(member, str(error))
+                    num_failures += 1
+                    if num_failures > self.config.request_retries:
+                        raise
+                finally:
+                    self.router.release(member, len(tokens))
 
-    async def _ask(self, server: Server, call: Call, limit_s: float | None = None) -> Any:
-        key = object()
-        self._unanswered[key] = (server.id, f"{server.url}{call.path} not answered yet")
+        return list(await asyncio.gather(*map(one, sequences)))
+
+    def _can_send_again(self) -> bool:
+        return self._update is not None and self._update.kind in READABLE_AGAIN
+
+    async def _set_pause(self, member: Member) -> None:
+        """Paused or not, as the others are."""
+        backend = member.backend
+        await self._ask(member, backend.pause_call(self.config.pause_mode) if self.is_paused else backend.resume_call())
+
+    async def _load(self, member: Member, meta: WeightUpdateMeta) -> dict[str, int] | None:
+        """The server's receipt. One that comes back is paused for it, and what it still worked at is ended."""
         try:
-            return await self.transport.send(server, call, limit_s or self.config.setup_timeout_s)
+            plan = member.backend.update_plan(meta, self.config.pause_mode)
+            if not member.holds_weights:
+                await self._ask(member, member.backend.pause_call("abort"))
+            answers = [await self._ask(member, call) for call in (*plan.before, *plan.after)]
+            if not member.holds_weights:
+                await self._set_pause(member)
+        except RequestError as error:
+            raise WeightSyncError(f"version {meta.version} did not reach {member.id}: {error}") from error
+        return member.backend.parse_receipt(answers, meta, member.id)
+
+    async def _holds_update(self, member: Member) -> bool:
+        """Whether the server says that it holds the last update. Version 0 is also that of a server just started."""
+        if self._update is None or self._update.version == 0:
+            return self._update is None
+        try:
+            facts = await self._ask(member, Call(member.backend.version_path, method="GET"))
+        except RequestError:
+            return False  # this version has no such route
+        return bool(facts["weight_version"] == str(self._update.version))
+
+    async def _some_reachable(self, version: int, deadline: float) -> None:
+        """Waits for: a server that answers probes, until `deadline`. Unblocked by: watch.py, or the limit."""
+        while all(member.breaker.state == "open" for member in self.router.members):
+            if not await self.router.wait_change(deadline - time.monotonic()):
+                raise WeightSyncError(
+                    f"version {version} reached no server within {self.config.setup_timeout_s:g} s"
+                    f" (rollout.setup_timeout_s): {self.router.told()}"
+                )
+
+    async def _ask(self, member: Member, call: Call, limit_s: float | None = None) -> Any:
+        key = object()
+        self._unanswered[key] = (member.id, f"{member.server.url}{call.path} not answered yet")
+        try:
+            return await member.ask(self.transport.send(member.server, call, limit_s or self.config.setup_timeout_s))
         finally:
             del self._unanswered[key]
 
-    async def _everywhere(self, act: Callable[[Server], Awaitable[T]]) -> dict[str, T]:
-        """`act` on all servers at once. All are waited for before the first error is raised, so that none is still
-        loading weights when the caller reacts."""
-        results = await asyncio.gather(*map(act, self.servers), return_exceptions=True)
-        outcomes: dict[str, T] = {}
-        for server, result in zip(self.servers, results, strict=True):
-            if isinstance(result, BaseException):
-                raise result
-            outcomes[server.id] = result
-        return outcomes
+    async def _everywhere(self, act: Callable[[Member], Coroutine[Any, Any, T]]) -> dict[Member, T]:
+        """`act` on all servers that answer, at once; results of those that did not fail. All are waited for, so that
+        none is still loading weights when the caller reacts.
+
+        Raises:
+            ArealiteError: none succeeded, and it was not only that they are gone.
+        """
+        members = [m for m in self.router.members if m.breaker.state != "open"]
+        outcomes = await asyncio.gather(*map(act, members), return_exceptions=True)
+        results: dict[Member, T] = {}
+        failures: list[ArealiteError] = []
+        for member, outcome in zip(members, outcomes, strict=True):
+            if isinstance(outcome, ArealiteError):
+                failures.append(outcome)
+                self.router.fail(member, str(outcome), is_dead=isinstance(outcome, ConnectionLost))
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                results[member] = outcome
+        refused = [f for f in failures if not isinstance(f, ServerUnreachable)]
+        if refused and not results:
+            raise refused[0]
+        return results

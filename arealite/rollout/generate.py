@@ -1,4 +1,4 @@
-"""One sequence from request to completion, through interruptions, lost connections and silent servers.
+"""One sequence from request to completion, through interruptions, lost connections and servers that die or fall silent.
 
 Called by client.py; runs in the client's asyncio loop.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import time
 import uuid
 from dataclasses import dataclass, field, replace
@@ -15,15 +16,14 @@ from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import RequestError, ServerUnreachable
 from arealite.api.types import Completion, FinishReason, GenerationRequest
 from arealite.observe.waits import mark
-from arealite.rollout.backend import Backend, Part
+from arealite.rollout.backend import Part
 from arealite.rollout.counters import Counters
+from arealite.rollout.health import Member, backoff_s
 from arealite.rollout.router import Router
-from arealite.rollout.transport import Server, Transport
+from arealite.rollout.transport import Transport
 
 CLOSE_GRACE_S = 1.0  # how long destroy waits for servers to hear that requests were given up
 ABORT_GRACE_S = 10.0  # how long an aborted request may take to hand over the tokens it has
-FIRST_BACKOFF_S = 0.1  # doubled after each failure in a row
-MAX_BACKOFF_S = 5.0
 MIN_WAIT_S = 0.1  # while the gate is closed, time does not get shorter: look again only so often
 MAX_EMPTY_ABORTS = 20  # interruptions in a row that brought no token, before the server counts as broken
 
@@ -65,7 +65,8 @@ class Flight:
     """A request on its way, with what it has so far."""
 
     request: GenerationRequest
-    server_id: str = "no server yet"
+    server_id: str = ""  # empty while it waits for a server
+    last_server: Member | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -81,31 +82,23 @@ class Flight:
         self.logprobs += part.logprobs
         self.versions += part.versions
         self.text += part.text
-        self.last_answer = time.monotonic()
-        mark("token")
 
     def line(self, now: float) -> str:
         """Its line in a stall report."""
         group, rid = self.request.group_id, self.request.rid
         who = f"task {group} member {rid.removeprefix(group + '.')}" if group else f"request {rid}"
         silent_s = now - self.last_answer
-        return f"{who} on {self.server_id}, {len(self.token_ids)} tokens, last answer {silent_s:.1f} s ago"
+        where = f"on {self.server_id}" if self.server_id else "without a server"
+        return f"{who} {where}, {len(self.token_ids)} tokens, last answer {silent_s:.1f} s ago"
 
 
 class Generator:
-    """Sends requests to servers until they are done. `backends` by server id. `version` is that of the weights the
-    servers hold, `announced_version` the newest that any of them may hold already."""
+    """Sends requests to servers until they are done. `version` is that of the weights the servers hold,
+    `announced_version` the newest that any of them may hold already."""
 
     def __init__(
-        self,
-        backends: dict[str, Backend],
-        transport: Transport,
-        router: Router,
-        config: InferenceEngineConfig,
-        counters: Counters,
-        seed: int,
+        self, transport: Transport, router: Router, config: InferenceEngineConfig, counters: Counters, seed: int
     ) -> None:
-        self.backends = backends
         self.transport = transport
         self.router = router
         self.config = config
@@ -127,17 +120,20 @@ class Generator:
         flights = self._by_silence()
         if not flights:
             return "workflow and reward workers"
-        return flights[0].server_id if self.gate.is_open else "resume()"
+        if not self.gate.is_open:
+            return "resume()"
+        return flights[0].server_id or next((m.id for m in list(self.router.members) if m.line()), "no server")
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Sample one sequence.
 
-        Consumes: answers of the servers. Produces: one Completion. Waits for: an open gate, then the answer to each
-        sending, at most `request_timeout_s`. Unblocked by: the answer, the time limit, a lost connection, resume().
+        Consumes: answers of the servers. Produces: one Completion. Waits for: an open gate, a server, then the answer
+        to each sending, at most `request_timeout_s`. Unblocked by: the answer, the time limit, a lost connection, the
+        server's being taken out, resume().
 
         Raises:
             RequestError: a server refused the request, or failed at it in a way that would come again.
-            ServerUnreachable: sending it `request_retries` times more brought no token.
+            ServerUnreachable: sending it `request_retries` times more brought no token, or all servers are gone.
         """
         if request.seed is None:
             request = replace(request, seed=seed_of(self.seed, request.rid))
@@ -146,7 +142,7 @@ class Generator:
         try:
             while True:
                 part = await self._send(flight)
-                if part is None:
+                if part is None or (part.finish_reason == "abort" and _may_hide_stop(flight, part)):
                     continue
                 flight.add(part)
                 if part.finish_reason != "abort":
@@ -170,25 +166,25 @@ class Generator:
         await self.gate.passed()
         request = flight.request
         num_queued = len(request.input_ids) + request.max_new_tokens
+        flight.server_id = ""
+        member = await self.router.acquire(request.group_id or request.rid, num_queued)
+        self.counters.add("num_requests_moved", flight.last_server not in (None, member))
+        flight.server_id, flight.last_server = member.id, member
         oldest_version = self.version
-        server = self.router.acquire(request.group_id, num_queued)
-        flight.server_id = server.id
         failure: ServerUnreachable | None = None
         try:
-            part = await self._answer(flight, server)
+            part = await self._answer(flight, member)
         except ServerUnreachable as error:
             failure = error
         finally:
             self.counters.num_events += 1
-            self.router.release(server, num_queued, failure is not None)
+            self.router.release(member, num_queued)
         if failure is not None:
             flight.num_failures += 1
-            self.counters.add("num_request_failures")
             if flight.num_failures > self.config.request_retries:
                 raise ServerUnreachable(
                     f"request {request.rid} got no token in {flight.num_failures} sendings; the last: {failure}"
                 ) from failure
-            await asyncio.sleep(backoff_s(flight.num_failures))
             return None
         if part.token_ids:
             flight.num_failures = 0
@@ -196,39 +192,59 @@ class Generator:
         self.counters.add("num_unexpected_versions", strange)
         return part
 
-    async def _answer(self, flight: Flight, server: Server) -> Part:
-        """The server's answer within `request_timeout_s` of unpaused time; after that it is asked for what it has."""
+    async def _answer(self, flight: Flight, member: Member) -> Part:
+        """The server's answer within `request_timeout_s` of unpaused time; after that it is asked for what it has.
+        From a server that is lost meanwhile: the tokens that it has streamed."""
         # A new id for each sending, lest a late abort of the one before hits it; uuid first: servers abort by prefix.
         wire_id = f"{uuid.uuid4().hex}-{flight.request.rid}"
-        backend = self.backends[server.id]
-        sending = backend.generate_call(flight.request, wire_id, flight.token_ids)
-        call = asyncio.ensure_future(self.transport.send(server, sending))
+        sending = member.backend.generate_call(flight.request, wire_id, flight.token_ids)
+        newest = b""
+
+        def keep(event: bytes) -> None:
+            nonlocal newest
+            newest = event
+            self._progress(flight, member)
+
+        call = member.start(self.transport.stream(member.server, sending, keep))
         deadline = self.gate.clock_s() + self.config.request_timeout_s
-        told = f"{server.id} ({server.url}) {{}} {flight.request.rid} within {self.config.request_timeout_s} s"
+        told = f"{member.id} ({member.server.url}) {{}} {flight.request.rid} within {self.config.request_timeout_s} s"
         try:
             while not call.done() and (left_s := deadline - self.gate.clock_s()) > 0:
                 await asyncio.wait({call}, timeout=max(left_s, MIN_WAIT_S))
             if not call.done():
                 self.counters.add("num_request_timeouts")
-                await self._abort(server, wire_id)
+                await self._abort(member, wire_id)
                 await asyncio.wait({call}, timeout=ABORT_GRACE_S)
             if not call.done():
                 raise ServerUnreachable(f"{told.format('gave no answer to')}, nor when asked to abort it")
-            part = backend.parse_part(call.result(), server.id)
+            part = member.backend.parse_part(member.result(call), member.id)
             if part.finish_reason == "abort" and not part.token_ids and self.gate.clock_s() >= deadline:
                 raise ServerUnreachable(told.format("sampled no token of"))
+            self._progress(flight, member)
             return part
+        except ServerUnreachable as error:
+            self.counters.add("num_request_failures")
+            self.router.fail(member, str(error))
+            if not newest:
+                raise
+            return member.backend.parse_part(json.loads(newest), member.id)
         except asyncio.CancelledError:
-            abort = asyncio.ensure_future(self._abort(server, wire_id))
+            abort = asyncio.ensure_future(self._abort(member, wire_id))
             self.aborts.add(abort)
             abort.add_done_callback(self.aborts.discard)
             raise
         finally:
             call.cancel()
 
-    async def _abort(self, server: Server, wire_id: str) -> None:
+    def _progress(self, flight: Flight, member: Member) -> None:
+        flight.last_answer = time.monotonic()
+        self.router.succeeded(member)
+        self.counters.num_events += 1
+        mark("token")
+
+    async def _abort(self, member: Member, wire_id: str) -> None:
         try:
-            await self.transport.send(server, self.backends[server.id].abort_call(wire_id), ABORT_GRACE_S)
+            await self.transport.send(member.server, member.backend.abort_call(wire_id), ABORT_GRACE_S)
         except (ServerUnreachable, RequestError):
             self.counters.add("num_request_failures")  # the sending itself reports what is wrong
 
@@ -261,9 +277,10 @@ class Generator:
         )
 
 
-def backoff_s(num_failures: int) -> float:
-    """Seconds to wait after so many failures in a row."""
-    return min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (num_failures - 1))
+def _may_hide_stop(flight: Flight, part: Part) -> bool:
+    """Whether the text ends in what may be the beginning of a stop string: no server would find the rest of it in the
+    tokens to come, so the part has to be sampled again."""
+    return any(part.text.endswith(stop[:n]) for stop in flight.request.stop for n in range(1, len(stop)))
 
 
 def seed_of(seed: int, rid: str) -> int:

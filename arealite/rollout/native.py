@@ -5,6 +5,7 @@ Called by generate.py, fleet.py and updates.py through backend.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ class NativeBackend(SGLangBackend):
     """The built-in server (`arealite serve`)."""
 
     name = "native"
+    is_healthy_paused = True
     facts_paths: tuple[str, ...] = ()
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:

@@ -1,45 +1,116 @@
 """Which server gets a request: a group's members together, groups where the fewest tokens are queued.
 
-Called by generate.py, in the client's asyncio loop only.
+Called by generate.py and fleet.py, in the client's asyncio loop only.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections import OrderedDict
 
-from arealite.rollout.transport import Server
+from arealite.api.errors import ServerUnreachable
+from arealite.rollout.counters import Counters
+from arealite.rollout.health import Member
 
 MAX_REMEMBERED_GROUPS = 8192
-AVOIDED_S = 10.0  # how long a server that failed is used only when no other is left
+
+logger = logging.getLogger(__name__)
 
 
 class Router:
-    """Sticky by group, so that members share the prompt's cache; otherwise the least loaded server."""
+    """Sticky by group, so that members share the prompt's cache and a request that was interrupted finds its prefix;
+    otherwise the least loaded server. `limit_s`: how long requests wait when there is no server to take them."""
 
-    def __init__(self, servers: list[Server]) -> None:
-        self.servers = servers
-        self.num_queued_tokens = {server.id: 0 for server in servers}
-        self._home: OrderedDict[str, Server] = OrderedDict()
-        self._avoided_until = {server.id: 0.0 for server in servers}
+    def __init__(self, members: list[Member], counters: Counters, limit_s: float) -> None:
+        self.members = members
+        self._counters = counters
+        self._limit_s = limit_s
+        self._home: OrderedDict[str, Member] = OrderedDict()
+        self._changed = asyncio.Event()
+        self._none_since: float | None = None
 
-    def acquire(self, group_id: str, num_tokens: int) -> Server:
-        """The server for a request of about `num_tokens`; give it back with `release`."""
-        server = self._home.get(group_id) if group_id else None
-        if server is None or (self._avoided(server) and not all(map(self._avoided, self.servers))):
-            server = min(self.servers, key=lambda s: (self._avoided(s), self.num_queued_tokens[s.id]))
-        if group_id:
-            self._home[group_id] = server
-            self._home.move_to_end(group_id)
+    async def acquire(self, group: str, num_tokens: int) -> Member:
+        """The server for a request of about `num_tokens`; give it back with `release`. `group` "": any.
+
+        Waits for: a server that takes requests, until there has been none for the limit. Unblocked by: a server that
+        comes back or is added, or the limit.
+
+        Raises:
+            ServerUnreachable: names every server and its last failure.
+        """
+        while (member := self._pick(group)) is None:
+            self._none_since = self._none_since or time.monotonic()
+            if not await self.wait_change(self._none_since + self._limit_s - time.monotonic()):
+                raise ServerUnreachable(
+                    f"no server has taken requests for {self._limit_s:g} s (rollout.setup_timeout_s): {self.told()}"
+                )
+        self._none_since = None
+        member.num_running += 1
+        member.num_queued_tokens += num_tokens
+        return member
+
+    def release(self, member: Member, num_tokens: int) -> None:
+        """The request has left the server."""
+        member.num_running -= 1
+        member.num_queued_tokens -= num_tokens
+        if not member.is_listed:
+            member.woken.set()
+
+    def fail(self, member: Member, why: str, is_dead: bool = False) -> None:
+        """Take the server out until it answers probes again; `is_dead`: what it was asked will not be answered."""
+        if member.breaker.failed(why) and member.is_listed:
+            self._counters.add("num_server_failures")
+            logger.warning("%s (%s) is taken out: %s", member.id, member.server.url, why)
+        member.holds_weights = False  # who knows who will answer there next
+        if is_dead:
+            member.end_calls()
+        member.woken.set()
+        self.notify()
+
+    def succeeded(self, member: Member) -> None:
+        """It answered a request, or sent a token."""
+        member.heard_at = time.monotonic()
+        if member.breaker.succeeded():
+            self.notify()
+
+    def changed(self) -> None:
+        """Servers came or went: groups choose again, the idle ones first, when they next send a request."""
+        self._home.clear()
+        self._none_since = None
+        self.notify()
+
+    async def wait_change(self, limit_s: float) -> bool:
+        """Whether a server came, went or answered within the limit."""
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._changed.wait()
+        except TimeoutError:
+            return False
+
+    def notify(self) -> None:
+        """Those who wait for a server look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def told(self) -> str:
+        """The servers that take no requests, and why."""
+        return "; ".join(filter(None, (m.line() for m in self.members))) or "there are no servers"
+
+    def _pick(self, group: str) -> Member | None:
+        ready = [m for m in self.members if m.is_alive and m.is_listed]
+        # A server that failed is tried by one request; by all when there is no other.
+        ready = [m for m in ready if m.breaker.state == "closed" or not m.num_running] or ready
+        if not ready:
+            return None
+        home = self._home.get(group)
+        if home not in ready:
+            home = min(ready, key=lambda m: m.num_queued_tokens)
+        assert home is not None
+        if group:
+            self._home[group] = home
+            self._home.move_to_end(group)
             if len(self._home) > MAX_REMEMBERED_GROUPS:
                 self._home.popitem(last=False)
-        self.num_queued_tokens[server.id] += num_tokens
-        return server
-
-    def release(self, server: Server, num_tokens: int, failed: bool = False) -> None:
-        """The request has left the server; `failed`: it could not be reached, so others go first for a while."""
-        self.num_queued_tokens[server.id] -= num_tokens
-        self._avoided_until[server.id] = time.monotonic() + AVOIDED_S if failed else 0.0
-
-    def _avoided(self, server: Server) -> bool:
-        return self._avoided_until[server.id] > time.monotonic()
+        return home

@@ -5,6 +5,7 @@ Called by generate.py, fleet.py and updates.py through backend.py; the built-in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,18 @@ from arealite.api.errors import ConfigError, RequestError, WeightSyncError
 from arealite.api.types import GenerationRequest, WeightUpdateMeta
 from arealite.rollout.backend import UNNAMED_VERSION, Call, Part, UpdatePlan, finite, token_versions
 
+CHECKED_VERSION = (0, 5, 23)
+SPANS_SINCE = (0, 5, 20)  # answers tell which weights made which token
+SESSION_SINCE = (0, 5, 21)  # begin and end are asked for around updates by broadcast and by body
+
 
 class SGLangBackend:
     """SGLang as released (a rollout.backend.Backend). It cannot confirm single tensors: its updates have no receipt."""
 
     name = "sglang"
     health_path = "/health"
+    is_healthy_paused = False  # it samples a token
+    version_path = "/model_info"
     facts_paths: tuple[str, ...] = ("/server_info",)
     num_ranks = 1
 
@@ -55,8 +62,9 @@ class SGLangBackend:
         try:
             notes = answer["meta_info"]
             token_ids = [int(t) for t in answer["output_ids"]]
+            # With max_new_tokens=0 there is an entry without a token.
             entries = (notes.get("output_token_logprobs") or [])[: len(token_ids)]
-            finish = notes["finish_reason"]
+            finish = notes["finish_reason"] or {"type": "abort"}  # null in a stream: as far as it came
             reason = finish["type"]
         except (KeyError, TypeError, ValueError) as error:
             raise RequestError(
@@ -109,6 +117,12 @@ class SGLangBackend:
         return Call("/abort_request", {"rid": wire_id})
 
     def pause_call(self, mode: str) -> Call:
+        if mode != "abort" and self.version < SPANS_SINCE:
+            raise ConfigError(
+                f"rollout.pause_mode is {mode}, but SGLang {_text(self.version)} cannot tell which weights made which"
+                f" token of a request that goes on after an update ({_text(SPANS_SINCE)} can): set"
+                " rollout.pause_mode=abort"
+            )
         return Call("/pause_generation", {"mode": mode})
 
     def resume_call(self) -> Call:
@@ -125,12 +139,35 @@ class SGLangBackend:
         return Call("/init_weights_update_group", {**body, "group_name": name, "backend": backend})
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
-        if meta.kind != "disk":
-            raise ConfigError(f"weight_update is {meta.kind!r}, which SGLang cannot read; set weight_update=disk")
         # In place, requests keep their KV cache, and SGLang refuses an update that would flush it.
-        flush = pause_mode != "in_place"
-        body = {"model_path": meta.path, "weight_version": str(meta.version), "flush_cache": flush}
-        return UpdatePlan(after=[Call("/update_weights_from_disk", body)])
+        last = {"flush_cache": pause_mode != "in_place", "weight_version": str(meta.version)}
+        if meta.kind == "disk":
+            return UpdatePlan(after=[Call("/update_weights_from_disk", {"model_path": meta.path, **last})])
+        if meta.kind == "shm":
+            raise ConfigError(f"weight_update is {meta.kind!r}, which SGLang cannot read; set weight_update=disk")
+        if self._num_stages > 1:
+            raise ConfigError(
+                f"weight_update is {meta.kind!r}, and SGLang with pp_size {self._num_stages} reads new weights only from"
+                " disk: set weight_update=disk"
+            )
+        buckets = [self._bucket_call(meta, start, end) for start, end in meta.buckets]
+        if buckets:
+            buckets[-1] = Call(buckets[-1].path, {**(buckets[-1].body or {}), **last})
+        if self.version < SESSION_SINCE:
+            return UpdatePlan(buckets=buckets)
+        return UpdatePlan([Call("/begin_weight_update", {})], buckets, [Call("/end_weight_update", {})])
+
+    def _bucket_call(self, meta: WeightUpdateMeta, start: int, end: int) -> Call:
+        body: dict[str, Any] = {"load_format": "flattened_bucket", "flush_cache": False}
+        if meta.kind == "tensor":
+            return Call("/update_weights_from_tensor", body)
+        slots = meta.slots[start:end]
+        names, dtypes, shapes = zip(*((s.name, s.dtype, list(s.shape)) for s in slots), strict=True)
+        body |= {"group_name": meta.group, "names": list(names), "dtypes": list(dtypes), "shapes": list(shapes)}
+        return Call("/update_weights_from_distributed", body)
+
+    def with_bucket(self, call: Call, text: str) -> Call:
+        return Call(call.path, {**(call.body or {}), "serialized_named_tensors": [text] * self.num_ranks})
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         for answer in answers:
@@ -143,3 +180,13 @@ def _check_error(finish: dict[str, Any], server_id: str) -> None:
     """An abort with an error class is the server's failure (NaN logits, say), not an interruption to go on from."""
     if finish["type"] == "abort" and finish.get("err_type"):
         raise RequestError(f"{server_id} ended the request with {finish['err_type']}: {finish.get('message')}")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """(0, 5, 10) of "0.5.10.post1"; empty when it does not begin with a number."""
+    found = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
-from arealite.api.errors import RequestError, ServerUnreachable
+from arealite.api.errors import ArealiteError, RequestError, ServerUnreachable
 from arealite.rollout.backend import Call
 
 KEEPALIVE_S = 2.0  # below every server's own limit, so that a connection is not reused while the server closes it
 RETRYABLE_STATUS = (408, 425, 429)
 MAX_SHOWN = 600  # characters of a server's message that go into an error
+
+
+class ConnectionLost(ServerUnreachable):
+    """There is nobody at the address, or the connection broke: the process is likely gone."""
 
 
 @dataclass(frozen=True)
@@ -51,31 +57,41 @@ class Transport:
             RequestError: HTTP 4xx, or an answer that is not JSON.
             ServerUnreachable: no connection, HTTP 5xx, 408, 425 or 429, or no answer within the limit.
         """
-        where = f"{server.id} ({server.url}{call.path})"
+        async with self._answer(server, call, limit_s) as answer:
+            return _parsed(await answer.text(), _where(server, call))
+
+    async def stream(self, server: Server, call: Call, keep: Callable[[bytes], None]) -> Any:
+        """The last event, read, of an answer in server-sent events that each hold all that went before; a plain
+        answer as `send`. `keep` gets the JSON of each event as it comes. Raises as `send`; the caller bounds it."""
+        where = _where(server, call)
+        async with self._answer(server, call, None) as answer:
+            if answer.content_type != "text/event-stream":
+                return _parsed(await answer.text(), where)
+            last, rest = b"", b""
+            async for chunk in answer.content.iter_any():
+                *events, rest = (rest + chunk).split(b"\n\n")
+                for event in events:
+                    text = event.removeprefix(b"data:").strip()
+                    if text == b"[DONE]":
+                        return _parsed(last.decode(), where)
+                    _check_event(text, where)
+                    keep(text)
+                    last = text
+        raise ConnectionLost(f"{where} ended its answer early")
+
+    @asynccontextmanager
+    async def _answer(self, server: Server, call: Call, limit_s: float | None) -> AsyncIterator[aiohttp.ClientResponse]:
+        where = _where(server, call)
         request = self._opened().request(call.method, server.url + call.path, json=call.body)
         try:
             async with asyncio.timeout(limit_s), request as answer:
-                status, text = answer.status, await answer.text()
+                if answer.status >= 400:
+                    raise _refusal(answer.status, await answer.text(), where)
+                yield answer
         except TimeoutError as error:
             raise ServerUnreachable(f"{where} gave no answer within {limit_s} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerUnreachable(f"{where} cannot be reached: {_described(error)}") from error
-        if status >= 500 or status in RETRYABLE_STATUS:
-            raise ServerUnreachable(f"{where} failed with HTTP {status}: {text[:MAX_SHOWN]}")
-        if status >= 400:
-            raise RequestError(f"{where} refused the request with HTTP {status}: {text[:MAX_SHOWN]}")
-        try:
-            return json.loads(text) if text.strip() else None
-        except ValueError as error:
-            raise RequestError(f"{where} answered something that is not JSON: {text[:MAX_SHOWN]}") from error
-
-    async def wrong_with(self, server: Server, path: str, limit_s: float) -> str:
-        """What is wrong with GET `path`; empty when it answers 200."""
-        try:
-            async with asyncio.timeout(limit_s), self._opened().get(server.url + path) as answer:
-                return "" if answer.status == 200 else f"HTTP {answer.status}"
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            return _described(error)
+            raise ConnectionLost(f"{where} cannot be reached: {_described(error)}") from error
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -83,6 +99,31 @@ class Transport:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
             self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
         return self._session
+
+
+def _where(server: Server, call: Call) -> str:
+    return f"{server.id} ({server.url}{call.path})"
+
+
+def _refusal(status: int, text: str, where: str) -> ArealiteError:
+    if status >= 500 or status in RETRYABLE_STATUS:
+        return ServerUnreachable(f"{where} failed with HTTP {status}: {text[:MAX_SHOWN]}")
+    return RequestError(f"{where} refused the request with HTTP {status}: {text[:MAX_SHOWN]}")
+
+
+def _check_event(text: bytes, where: str) -> None:
+    """An error after the start of a stream is an event of its own, with the status that came too late."""
+    if text.startswith(b'{"error"'):
+        error = _parsed(text.decode(), where)["error"]
+        code = error.get("code") if isinstance(error, dict) else None
+        raise _refusal(code if isinstance(code, int) else 500, text.decode(), where)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else None
+    except ValueError as error:
+        raise RequestError(f"{where} answered something that is not JSON: {text[:MAX_SHOWN]}") from error
 
 
 def _described(error: BaseException) -> str:

@@ -31,6 +31,8 @@ class VLLMBackend:
 
     name = "vllm"
     health_path = "/health"
+    is_healthy_paused = True
+    version_path = "/weight_info"
     facts_paths: tuple[str, ...] = (VERSION, SETTINGS, ROUTES)
     id_format = "generate-tokens-{}"  # what vLLM calls a request that was sent under an id of ours
 
@@ -155,6 +157,9 @@ class VLLMBackend:
         ]
         begin = _on_workers("arealite_begin", checksum_names=confirmed)
         return UpdatePlan([begin], buckets, [_on_workers("arealite_end"), *stamp])
+
+    def with_bucket(self, call: Call, text: str) -> Call:
+        raise ConfigError("vLLM takes no weights in the body of a call: set weight_update=distributed")
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         """Checksums of the tensors as they reached the loaders: the live ones are fused, sharded or repacked."""
