@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
-    from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
+    from arealite.api.types import Batch, Completion, GenerationRequest, Group, GroupPlace, Task, WeightUpdateMeta
     from arealite.api.workflow import RolloutWorkflow
 
 
@@ -50,6 +50,26 @@ class DataSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class WeightSender(Protocol):
+    """The trainer's end of an update that servers cannot read by themselves. All but `cancel` block: call in a thread.
+    Each raises WeightSyncError."""
+
+    def listen(self, world_size: int, towards: str) -> GroupPlace:
+        """Open a place for a new process group that the host `towards` can reach; the old group ends."""
+
+    def join(self) -> None:
+        """Become rank 0 of the group; returns once all members have joined."""
+
+    def send(self, bucket: int) -> str | None:
+        """Broadcast a bucket of the published version; or, of kind "tensor", the bucket as text for the calls."""
+
+    def cancel(self) -> None:
+        """Let a `send` that runs in another thread fail."""
+
+    def leave(self) -> None:
+        """End the group, if there is one."""
+
+
 class InferenceEngine(Protocol):
     """One client over the run's inference servers; the rollout head when a trainer uses it."""
 
@@ -85,8 +105,9 @@ class InferenceEngine(Protocol):
 
     def resume(self) -> None: ...
 
-    def update_weights(self, meta: WeightUpdateMeta) -> dict[str, dict[str, int]]:
-        """All servers load `meta`; returns {server id: {tensor name: CRC-32}} read from the live parameters."""
+    def update_weights(self, meta: WeightUpdateMeta, send: WeightSender | None = None) -> dict[str, dict[str, int]]:
+        """All servers load `meta`; returns {server id: {tensor name: CRC-32}} read from the live parameters. Generation
+        is paused only as long as it has to be; paused before, it stays so. `send`: of kinds distributed and tensor."""
 
     def get_version(self) -> int: ...
 

@@ -199,7 +199,7 @@ class WeightUpdateMeta:
 
     `kind` "disk": `path` is a Hugging Face folder. `kind` "shm": `path` is a file to be mapped, `slots` its layout.
     `kind` "distributed": `group` is the process group that `buckets` are broadcast in, ranges of `slots` whose offsets
-    count from the bucket's start.
+    count from the bucket's start. `kind` "tensor": the same buckets, each carried in the body of a call.
     `checksums` (CRC-32 of the raw bytes in the wire dtype) of the tensors that servers must confirm.
     """
 
@@ -210,6 +210,17 @@ class WeightUpdateMeta:
     checksums: dict[str, int] = field(default_factory=dict)
     buckets: tuple[tuple[int, int], ...] = ()
     group: str = ""
+
+
+@dataclass(frozen=True)
+class GroupPlace:
+    """Where the members of a process group of weights meet: the trainer is rank 0, servers follow."""
+
+    address: str
+    port: int
+    world_size: int
+    name: str
+    backend: str  # gloo or nccl
 
 
 def as_record(value: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -126,6 +127,22 @@ async def bounded(awaitable: Awaitable[T], name: str, owner: str, limit_s: float
             if limit.expired():
                 raise wait.expired() from None
             raise
+
+
+async def in_thread(run: Callable[[], T], name: str, owner: str, limit_s: float) -> T:
+    """A blocking call in a thread of its own, awaited under a name and a limit. Raises WaitTimeout when the limit
+    passes, or what `run` raises. The thread goes on after that, but never keeps the process from ending."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # whoever waits may go away
+
+    def work() -> None:
+        try:
+            future.set_result(run())
+        except Exception as error:  # boundary: it belongs to the one who waits
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return await bounded(asyncio.wrap_future(future), name, owner, limit_s)
 
 
 def mark(what: str) -> None:

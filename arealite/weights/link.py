@@ -1,27 +1,32 @@
-"""The trainer's end of a weight link: put one version of the weights where servers can read it.
+"""The trainer's end of a weight link: put one version of the weights where servers can read it, or send it to them.
 
 Called by the train engine's `upload_weights`; the servers' end is receive.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 
 from arealite.api.errors import ConfigError, WeightSyncError
-from arealite.api.types import TensorSlot, WeightUpdateMeta
+from arealite.api.types import GroupPlace, TensorSlot, WeightUpdateMeta
+from arealite.weights.buckets import Buckets, slot_of
 from arealite.weights.checksum import checksum
+from arealite.weights.group import GroupSender
 
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every dtype's size
 CHECKED_SHARE = 16  # one tensor in so many is confirmed at every version, and another one in so many by turns
 SHARD_BYTES = 2 << 30
 NUM_VERSIONS_KEPT = 2
+WEIGHT_UPDATES = ("shm", "disk", "distributed", "tensor")
 
 
 def is_checked(index: int, version: int) -> bool:
@@ -34,17 +39,23 @@ class WeightLink:
 
     `kind` "shm": an anonymous file in memory that servers of the same host map through /proc; it has no name, so
     nothing can be left behind however the trainer ends. `kind` "disk": Hugging Face safetensors under `folder`, on a
-    file system that the servers share; the two newest versions are kept.
+    file system that the servers share; the two newest versions are kept. `kind` "distributed": buckets that are
+    broadcast in a process group, by NCCL from a GPU, else by gloo. `kind` "tensor": the same buckets in the bodies of
+    HTTP calls, for servers that can join no group. For these two it is the WeightSender of the rollout engine.
     """
 
     def __init__(self, kind: str, folder: str | Path) -> None:
-        if kind not in ("disk", "shm"):
-            raise ConfigError(f"weight_update is {kind!r}; expected disk or shm")
+        if kind not in WEIGHT_UPDATES:
+            raise ConfigError(f"weight_update is {kind!r}; expected one of {', '.join(WEIGHT_UPDATES)}")
         if kind == "shm" and not Path("/proc/self/fd").is_dir():
             raise ConfigError("weight_update: shm needs Linux (it maps memory through /proc); set weight_update: disk")
+        on_gpu = kind == "distributed" and torch.cuda.is_available()
         self.kind = kind
         self.folder = Path(folder)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._segment = _Segment() if kind == "shm" else None
+        self._buckets = Buckets(self.device)
+        self._group = GroupSender("nccl" if on_gpu else "gloo")
 
     def publish(
         self, tensors: Iterable[tuple[str, torch.Tensor]], version: int, writer: bool = True
@@ -64,7 +75,9 @@ class WeightLink:
         try:
             if self._segment is not None:
                 return self._segment.write(tensors, version)
-            return self._write_folder(tensors, version)
+            if self.kind == "disk":
+                return self._write_folder(tensors, version)
+            return self._fill_buckets(tensors, version)
         except OSError as error:
             raise WeightSyncError(
                 f"cannot write weights of version {version} by {self.kind}"
@@ -73,9 +86,46 @@ class WeightLink:
             ) from error
 
     def close(self) -> None:
-        """Release the memory; folders stay."""
+        """Release the memory and leave the group; folders stay."""
+        self._group.close()
         if self._segment is not None:
             self._segment.close()
+            self._segment = None
+
+    # -- WeightSender --------------------------------------------------------------------------------------------
+
+    def listen(self, world_size: int, towards: str) -> GroupPlace:
+        return self._group.listen(world_size, towards)
+
+    def join(self) -> None:
+        self._group.join()
+
+    def send(self, bucket: int) -> str | None:
+        """The bucket stays as it is until the next `publish`, so it may be sent again."""
+        if self.kind == "tensor":
+            return self._buckets.as_text(bucket)
+        self._group.broadcast(self._buckets.bytes_of(bucket))
+        return None
+
+    def cancel(self) -> None:
+        self._group.cancel()
+
+    def leave(self) -> None:
+        self._group.close()
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _fill_buckets(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightUpdateMeta:
+        checksums = {
+            name: checksum(tensor)
+            for index, (name, tensor) in enumerate(self._buckets.fill(tensors))
+            if is_checked(index, version)
+        }
+        starts = [0, *itertools.accumulate(map(len, self._buckets.slots))]
+        slots = tuple(itertools.chain.from_iterable(self._buckets.slots))
+        ranges = tuple(itertools.pairwise(starts))
+        kind: Literal["distributed", "tensor"] = "tensor" if self.kind == "tensor" else "distributed"
+        return WeightUpdateMeta(kind, version, "", slots, checksums, ranges)
 
     def _write_folder(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightUpdateMeta:
         final = self.folder / f"v{version:08d}"
@@ -114,8 +164,7 @@ class _Segment:
         checksums: dict[str, int] = {}
         offset = 0
         for index, (name, tensor) in enumerate(tensors):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            slot = TensorSlot(name, dtype, tuple(tensor.shape), offset, tensor.nbytes)
+            slot = slot_of(name, tensor, offset)
             offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
             if tensor.nbytes:
                 self._reserve(offset)

@@ -1,0 +1,172 @@
+"""The process group that carries weights from the trainer (rank 0) to servers, beside any group either of them has.
+
+Built as SGLang builds its own, so that its servers can be members. The trainer's end is GroupSender, which link.py
+makes; the built-in server and the vLLM worker call join_group.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from arealite.api.errors import WeightSyncError
+from arealite.api.types import GroupPlace
+
+GROUP_LIMIT_S = 60.0  # for all members to join, and for one broadcast
+POLL_S = 0.0005  # how often the end of a broadcast is looked for
+FAILURES = (RuntimeError, ValueError, OSError)  # what torch.distributed raises; its own classes are RuntimeErrors
+
+
+def join_group(
+    address: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    name: str,
+    backend: str,
+    limit_s: float = GROUP_LIMIT_S,
+    store: dist.Store | None = None,
+) -> dist.ProcessGroup:
+    """Blocks until all `world_size` members have joined. `backend`: "gloo" or "nccl"; `store`: the trainer's own.
+
+    Raises:
+        WeightSyncError: not all members came within the limit, or the group cannot be made.
+    """
+    limit = timedelta(seconds=limit_s)
+    try:
+        if store is None:
+            store = dist.TCPStore(address, port, world_size, is_master=False, timeout=limit, wait_for_workers=False)
+        group, _ = c10d._new_process_group_helper(
+            world_size,
+            rank,
+            [],
+            dist.Backend(backend),
+            dist.PrefixStore(name, store),
+            group_name=c10d.GroupName(name),
+            timeout=limit,
+        )
+    except FAILURES as error:
+        raise WeightSyncError(
+            f"cannot join the weight group {name!r} ({backend}, rank {rank} of {world_size}) at {address}:{port}"
+            f" within {limit_s:g} s: {_first_line(error)}"
+        ) from error
+    c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+    return group
+
+
+def leave_group(group: dist.ProcessGroup) -> None:
+    """End the membership, at once and without waiting: the other members' broadcasts fail from now on."""
+
+    def destroy() -> None:
+        with suppress(*FAILURES):  # it was broken already, or its other end is gone
+            dist.destroy_process_group(group)
+
+    threading.Thread(target=destroy, name="leave weight group", daemon=True).start()
+
+
+def broadcast(
+    group: dist.ProcessGroup,
+    tensors: Sequence[torch.Tensor],
+    limit_s: float = GROUP_LIMIT_S,
+    cancelled: threading.Event | None = None,
+) -> None:
+    """Blocks until each of the tensors, in order, has come from rank 0.
+
+    Raises:
+        WeightSyncError: a member has left, the limit has passed, or `cancelled` was set. The group is of no use then.
+    """
+    options = dist.BroadcastOptions()
+    options.rootRank = options.rootTensor = 0
+    deadline = time.monotonic() + limit_s
+    try:
+        works = [group.broadcast([tensor], options) for tensor in tensors]
+        for work in works:
+            while not work.is_completed():
+                if cancelled is not None and cancelled.is_set():
+                    raise WeightSyncError("the broadcast was given up, because a server refused it")
+                if time.monotonic() > deadline:
+                    raise WeightSyncError(f"a member did not take part in the broadcast for {limit_s:g} s")
+                time.sleep(POLL_S)
+            work.wait()
+    except FAILURES as error:
+        raise WeightSyncError(f"the broadcast broke off: {_first_line(error)}") from error
+
+
+class GroupSender:
+    """The trainer's end: rank 0, which hosts the store and is the source of every broadcast. All but `cancel` block,
+    and are called in a thread."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self._group: dist.ProcessGroup | None = None
+        self._store: dist.TCPStore | None = None
+        self._place: GroupPlace | None = None
+        self._cancelled = threading.Event()
+
+    def listen(self, world_size: int, towards: str) -> GroupPlace:
+        """Open a new meeting place, of `world_size` members, that the host `towards` can reach; ends the old group."""
+        self.close()
+        address = own_address(towards)
+        limit = timedelta(seconds=GROUP_LIMIT_S)
+        try:
+            store = dist.TCPStore(address, 0, world_size, is_master=True, timeout=limit, wait_for_workers=False)
+        except FAILURES as error:
+            raise WeightSyncError(f"cannot listen for servers at {address}: {_first_line(error)}") from error
+        name = f"weights-{os.getpid()}-{next(self._numbers)}"
+        self._store = store
+        self._place = GroupPlace(address, store.port, world_size, name, self.backend)
+        return self._place
+
+    def join(self) -> None:
+        """Become rank 0 of the group at the place opened last. Raises WeightSyncError as join_group does."""
+        place, store = self._place, self._store
+        assert place is not None and store is not None, "listen first"
+        group = join_group(place.address, place.port, 0, place.world_size, place.name, self.backend, store=store)
+        if self._place is not place:  # given up meanwhile
+            leave_group(group)
+            raise WeightSyncError(f"the weight group {place.name!r} was given up")
+        self._group = group
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Raises WeightSyncError as `broadcast` above does."""
+        if self._group is None:
+            raise WeightSyncError("there is no weight group to broadcast in")
+        broadcast(self._group, [tensor], cancelled=self._cancelled)
+
+    def cancel(self) -> None:
+        """Let a broadcast that runs in another thread fail."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """Leave the group, if there is one."""
+        group, self._group, self._store, self._place = self._group, None, None, None
+        self._cancelled = threading.Event()
+        if group is not None:
+            leave_group(group)
+
+
+def own_address(towards: str) -> str:
+    """The address of this machine that the host `towards` sees. Nothing is sent."""
+    try:
+        found = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(found[0], found[1]) as probe:
+            probe.connect(found[4])
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise WeightSyncError(f"no way from this machine to the server host {towards!r}: {error}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
