@@ -18,11 +18,13 @@ UNNAMED_VERSION = "default"  # what SGLang and vLLM call their weights before th
 
 @dataclass(frozen=True)
 class Call:
-    """One HTTP request; `body` is JSON-ready (None: an empty one), `path` may hold a query."""
+    """One HTTP request; `body` is JSON-ready (None: an empty one), `path` may hold a query. The answer is JSON or empty,
+    or else plain text."""
 
     path: str
     body: dict[str, Any] | None = None
     method: str = "POST"
+    expects_json: bool = True
 
 
 @dataclass(frozen=True)

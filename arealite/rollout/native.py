@@ -22,6 +22,9 @@ class NativeBackend(SGLangBackend):
     is_healthy_paused = True
     facts_paths: tuple[str, ...] = ()
 
+    def detect(self, facts: Mapping[str, Any], server_id: str) -> NativeBackend:
+        return self
+
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
         confirmed = {"checksum_names": sorted(meta.checksums)}
         if meta.kind == "shm":

@@ -25,11 +25,15 @@ class SGLangBackend:
     health_path = "/health"
     is_healthy_paused = False  # it samples a token
     version_path = "/model_info"
-    facts_paths: tuple[str, ...] = ("/server_info",)
-    num_ranks = 1
+    facts_paths: tuple[str, ...] = ("/server_info", "/get_server_info")  # new and old name
+
+    def __init__(self, version: tuple[int, ...] = CHECKED_VERSION, num_ranks: int = 1, num_stages: int = 1) -> None:
+        self.version, self.num_ranks, self._num_stages = version, num_ranks, num_stages
 
     def detect(self, facts: Mapping[str, Any], server_id: str) -> SGLangBackend:
-        return self
+        known: dict[str, Any] = next(iter(facts.values()), {})
+        version = _version(known.get("version", ""))
+        return SGLangBackend(version or CHECKED_VERSION, known.get("tp_size", 1), known.get("pp_size", 1))
 
     def generate_call(self, request: GenerationRequest, wire_id: str, so_far: list[int]) -> Call:
         num_so_far = len(so_far)
@@ -147,8 +151,8 @@ class SGLangBackend:
             raise ConfigError(f"weight_update is {meta.kind!r}, which SGLang cannot read; set weight_update=disk")
         if self._num_stages > 1:
             raise ConfigError(
-                f"weight_update is {meta.kind!r}, and SGLang with pp_size {self._num_stages} reads new weights only from"
-                " disk: set weight_update=disk"
+                f"weight_update is {meta.kind!r}, and SGLang with pp_size {self._num_stages} reads new weights only"
+                " from disk: set weight_update=disk"
             )
         buckets = [self._bucket_call(meta, start, end) for start, end in meta.buckets]
         if buckets:

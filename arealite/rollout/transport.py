@@ -51,14 +51,15 @@ class Transport:
             await self._session.close()
 
     async def send(self, server: Server, call: Call, limit_s: float | None = None) -> Any:
-        """The JSON answer (None when empty). `limit_s` None: the caller bounds the wait.
+        """The answer, read (None when empty). `limit_s` None: the caller bounds the wait.
 
         Raises:
             RequestError: HTTP 4xx, or an answer that is not JSON.
             ServerUnreachable: no connection, HTTP 5xx, 408, 425 or 429, or no answer within the limit.
         """
         async with self._answer(server, call, limit_s) as answer:
-            return _parsed(await answer.text(), _where(server, call))
+            text = await answer.text()
+            return _parsed(text, _where(server, call)) if call.expects_json else text
 
     async def stream(self, server: Server, call: Call, keep: Callable[[bytes], None]) -> Any:
         """The last event, read, of an answer in server-sent events that each hold all that went before; a plain

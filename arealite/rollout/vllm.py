@@ -12,9 +12,10 @@ from typing import Any
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
 from arealite.api.types import GenerationRequest, WeightUpdateMeta, as_record
-from arealite.rollout.backend import UNNAMED_VERSION, Call, Part, UpdatePlan, finite, token_versions
+from arealite.rollout.backend import UNNAMED_VERSION, Call, Part, UpdatePlan, finite, token_versions, version_number
 
-VERSION, SETTINGS, ROUTES = "/version", "/server_info?config_format=json", "/openapi.json"
+VERSION, WEIGHTS = "/version", "/weight_info"
+SETTINGS, ROUTES = "/server_info?config_format=json", "/openapi.json"
 GENERATE = "/inference/v1/generate"
 WORKER_EXTENSION = "arealite.weights.vllm_worker.WeightReceiver"
 LOGPROB_FLOOR = -9999.0  # what vLLM sends in place of -inf and NaN
@@ -32,8 +33,8 @@ class VLLMBackend:
     name = "vllm"
     health_path = "/health"
     is_healthy_paused = True
-    version_path = "/weight_info"
-    facts_paths: tuple[str, ...] = (VERSION, SETTINGS, ROUTES)
+    version_path = WEIGHTS
+    facts_paths: tuple[str, ...] = (VERSION, WEIGHTS, SETTINGS, ROUTES)
     id_format = "generate-tokens-{}"  # what vLLM calls a request that was sent under an id of ours
 
     def __init__(self, num_ranks: int = 1, has_extension: bool = True) -> None:
@@ -55,8 +56,10 @@ class VLLMBackend:
                 " processed_logprobs"
             )
         parallel = settings["parallel_config"]
-        kind = VLLMBackend if GENERATE in facts.get(ROUTES, {}).get("paths", {}) else VLLMCompletionsBackend
-        return kind(parallel["world_size"], parallel["worker_extension_cls"] == WORKER_EXTENSION)
+        arguments = parallel["world_size"], parallel["worker_extension_cls"] == WORKER_EXTENSION
+        if GENERATE in facts.get(ROUTES, {}).get("paths", {}):
+            return VLLMBackend(*arguments)
+        return VLLMCompletionsBackend(*arguments, version_number(facts[WEIGHTS]["weight_version"], server_id))
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -125,10 +128,10 @@ class VLLMBackend:
         return Call("/resume")
 
     def lora_call(self, name: str, path: str) -> Call:
-        return Call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        return Call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, expects_json=False)
 
     def unload_lora_call(self, name: str) -> Call:
-        return Call("/v1/unload_lora_adapter", {"lora_name": name})
+        return Call("/v1/unload_lora_adapter", {"lora_name": name}, expects_json=False)
 
     def group_call(self, address: str, port: int, rank_offset: int, world_size: int, name: str, backend: str) -> Call:
         where = {"address": address, "port": port, "rank_offset": rank_offset, "world_size": world_size}
@@ -185,9 +188,9 @@ class VLLMCompletionsBackend(VLLMBackend):
 
     id_format = "cmpl-{}-0"
 
-    def __init__(self, num_ranks: int = 1, has_extension: bool = True) -> None:
+    def __init__(self, num_ranks: int, has_extension: bool, version: int) -> None:
         super().__init__(num_ranks, has_extension)
-        self._version = 0  # of the last update
+        self._version = version  # of the last update
 
     def _sample_call(self, wire_id: str, tokens: list[int], sampling: dict[str, Any], lora: str | None) -> Call:
         # Without it, the model's generation_config would have its say.
