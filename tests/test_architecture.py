@@ -42,6 +42,7 @@ KNOWN_NAMES = {
     "StatefulDataLoader",
     "DataSource",  # the protocol of StatefulDataLoader
     "meta_info",  # field of SGLang's wire format
+    "return_meta_info",
     "model_info",  # route of SGLang's wire format
     "get_model_info",
     "server_info",
