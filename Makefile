@@ -9,7 +9,13 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup check test fetch quickstart format clean
+# AReaL's released client beside our own libraries: its pins (torch < 2.11, CUDA wheels) are not for this machine.
+AREAL_ENV := $(HOME)/.cache/arealite/areal-client-1.0.4
+AREAL_NEEDS := areal==1.0.4 hydra-core==1.4.0.dev1 omegaconf==2.4.0.dev2 aiofiles anyio blinker colorlog einops flask h11 httpcore \
+	httpx itsdangerous jsonschema jsonschema-specifications lark llvmlite msgpack numba orjson pybase64 ray referencing \
+	rpds-py sniffio tenacity torchdata uvloop
+
+.PHONY: setup check test fetch quickstart areal-client format clean
 
 setup: $(STAMP)
 
@@ -33,6 +39,15 @@ test: check fetch
 
 quickstart: fetch
 	$(BIN)/arealite run examples/arealite/quickstart.py --config examples/arealite/quickstart.yaml $(ARGS)
+
+areal-client: $(AREAL_ENV)/.installed
+
+$(AREAL_ENV)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(AREAL_ENV)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(AREAL_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(AREAL_ENV)/bin/python -m pip install --quiet --no-deps $(AREAL_NEEDS)
+	touch $@
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,6 @@
-"""The `arealite` command: run, serve, check, fetch. Starts in well under a second: nothing heavy is imported here."""
+"""The `arealite` command: run, serve, check, fetch, bench. Starts in well under a second, importing
+nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +35,10 @@ SERVE_EXAMPLES = """examples:
 FETCH_EXAMPLES = """examples:
   arealite fetch smollm2-135m"""
 
+BENCH_EXAMPLES = """examples:
+  arealite bench serve --address 127.0.0.1:30000 --concurrency 64 --output-tokens 16-512
+  arealite bench serve --help           all options"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Errors that are meant for the user are one block on stderr, without a traceback."""
@@ -40,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["serve"]:  # the server has options of its own
             return serve(words[1:])
+        if words[:2] == ["bench", "serve"]:  # so has the load generator
+            from arealite.evaluation.serve_bench import main as bench_serve
+
+            return bench_serve(words[2:])
         arguments = parse(words)
         if arguments.command == "run":
             from arealite.launcher.local import run
@@ -116,6 +126,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--explain", action="store_true", help="document every field")
     command = add("fetch", "make a small pretrained model available locally", FETCH_EXAMPLES)
     command.add_argument("model", help="its name, such as smollm2-135m")
+    command = add("bench", "measure throughput and latency of running servers", BENCH_EXAMPLES)
+    command.add_argument("what", choices=["serve"], help="what to measure")
     return top
 
 

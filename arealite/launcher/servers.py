@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import arealite
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
 from arealite.launcher.allocation import Component
@@ -82,7 +81,7 @@ def server_env(config: GRPOConfig, rollout: Component, cores: tuple[int, ...], m
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": HOST,
     }
-    checkout = Path(arealite.__file__).parent.parent
+    checkout = Path(__file__).parents[2]
     if machine.vllm_python != sys.executable and checkout.name != "site-packages":
         env["PYTHONPATH"] = str(checkout)  # its workers run arealite/weights/vllm_worker.py
     if machine.gpus:

@@ -1,0 +1,224 @@
+"""`arealite bench serve`: throughput and latency of running inference servers, in a closed loop. Called by cli.py.
+
+Requests go through the wire formats that rollouts use, so what is measured is what a training run gets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arealite.api.errors import ArealiteError, ConfigError
+from arealite.api.types import GenerationRequest
+from arealite.rollout.backend import Backend
+from arealite.rollout.native import NativeBackend
+from arealite.rollout.sglang import SGLangBackend
+from arealite.rollout.transport import Server, Transport, servers_at
+from arealite.rollout.vllm import VLLMBackend
+
+BACKENDS: dict[str, type[Backend]] = {"native": NativeBackend, "sglang": SGLangBackend, "vllm": VLLMBackend}
+FIRST_TOKEN_ID = 100  # below are special tokens in most vocabularies
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished request: its place in time (seconds since the start) and its size in tokens."""
+
+    began_s: float
+    ended_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="arealite bench serve",
+        description="Measure inference servers: N clients, each sending its next request when its last is answered.",
+        epilog="example: arealite bench serve --address 127.0.0.1:30000 --concurrency 64 --output-tokens 16-512",
+    )
+    add = parser.add_argument
+    add("--address", action="append", required=True, metavar="HOST:PORT", help="a server; may be given several times")
+    add("--backend", default="native", choices=sorted(BACKENDS), help="the servers' kind")
+    add("--concurrency", type=int, default=64, help="requests in flight")
+    add("--num-requests", type=int, help="requests measured; default: 4 per client")
+    add("--num-warmup", type=int, help="requests sent before; default: one per client")
+    add("--prompt-tokens", default="40", help="a number, a uniform range such as 16-512, or a JSONL file")
+    add("--output-tokens", default="64", help="the same; a file's lines have prompt_tokens and output_tokens")
+    add("--group-size", type=int, default=1, help="requests that share one prompt, sent one after the other")
+    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--vocab-size", type=int, default=30000, help="prompts are random token ids below it")
+    add("--stop-at-eos", action="store_true", help="answers may end early; else each has its full length")
+    add("--seed", type=int, default=0, help="of lengths and prompts")
+    add("--limit-s", type=float, default=3600.0, help="longest time for one request")
+    add("--json", metavar="FILE", help="also write the figures there")
+    args = parser.parse_args(argv)
+    for name in ("concurrency", "num_requests", "group_size"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+    if args.vocab_size <= FIRST_TOKEN_ID:
+        parser.error(f"--vocab-size is {args.vocab_size}; expected more than {FIRST_TOKEN_ID}")
+    return args
+
+
+def lengths(spec: str, key: str, rng: random.Random) -> Iterator[int]:
+    """Endless lengths in tokens: of a number, a range LOW-HIGH, or `key` in the lines of a JSONL file.
+
+    Raises:
+        ConfigError: none of the three, a line without the key, or a length below 1.
+    """
+    low, dash, high = spec.partition("-")
+    if low.isdigit() and (high.isdigit() or not dash):
+        bounds = int(low), int(high or low)
+        if not 1 <= bounds[0] <= bounds[1]:
+            raise ConfigError(f"{key}: expected a number of at least 1 or a rising range, found {spec}")
+        while True:
+            yield rng.randint(*bounds)
+    try:
+        listed = [json.loads(line)[key] for line in Path(spec).read_text().splitlines() if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{spec!r} is no number, no range such as 16-512, and no JSONL file with {key} in each line:"
+            f" {type(error).__name__}: {error}"
+        ) from error
+    if not listed or not all(type(n) is int and n >= 1 for n in listed):
+        raise ConfigError(f"{spec}: expected lines with {key} of at least 1")
+    while True:
+        yield from listed
+
+
+def workload(args: argparse.Namespace, num: int, seed: int) -> list[GenerationRequest]:
+    """`num` requests; the members of a group follow each other."""
+    rng = random.Random(seed)
+    prompt_lengths, output_lengths = (
+        lengths(spec, key, rng)
+        for spec, key in ((args.prompt_tokens, "prompt_tokens"), (args.output_tokens, "output_tokens"))
+    )
+    requests: list[GenerationRequest] = []
+    while len(requests) < num:
+        prompt = [rng.randrange(FIRST_TOKEN_ID, args.vocab_size) for _ in range(next(prompt_lengths))]
+        group = uuid.UUID(int=rng.getrandbits(128)).hex
+        requests += [
+            GenerationRequest(
+                rid=f"{group}.{member}",
+                input_ids=prompt,
+                max_new_tokens=next(output_lengths),
+                temperature=args.temperature,
+                ignore_eos=not args.stop_at_eos,
+                seed=rng.getrandbits(31),
+                group_id=group,
+            )
+            for member in range(args.group_size)
+        ]
+    return requests[:num]
+
+
+class ClosedLoop:
+    """Clients that share one list of requests; a group stays on the server that was least busy when it began.
+
+    Consumes: the requests. Produces: answers. Waits for: each request's answer, at most `limit_s`.
+    Unblocked by: the server, or the limit.
+    """
+
+    def __init__(self, servers: list[Server], backend: Backend, limit_s: float) -> None:
+        self._backend = backend
+        self._transport = Transport()
+        self._limit_s = limit_s
+        self._num_busy = dict.fromkeys(servers, 0)
+        self._home: dict[str, Server] = {}
+        self.errors: list[str] = []
+
+    async def run(self, requests: list[GenerationRequest], concurrency: int) -> tuple[list[Answer], float]:
+        """The answers, and the seconds from the first sending to the last answer. Failures are in `errors`."""
+        answers: list[Answer] = []
+        rest = iter(requests)
+        began = time.perf_counter()
+
+        async def client() -> None:
+            for request in rest:
+                sent_s = time.perf_counter() - began
+                server = self._home.get(request.group_id) or min(self._num_busy, key=lambda s: self._num_busy[s])
+                self._home[request.group_id] = server
+                self._num_busy[server] += 1
+                try:
+                    num = await self._one(request, server)
+                    answers.append(Answer(sent_s, time.perf_counter() - began, len(request.input_ids), num))
+                except ArealiteError as error:
+                    self.errors.append(str(error))
+                finally:
+                    self._num_busy[server] -= 1
+
+        await asyncio.gather(*(client() for _ in range(concurrency)))
+        return answers, time.perf_counter() - began
+
+    async def _one(self, request: GenerationRequest, server: Server) -> int:
+        call = self._backend.generate_call(request, request.rid, [])
+        answer = await self._transport.send(server, call, self._limit_s)
+        return len(self._backend.parse_part(answer, server.id).token_ids)
+
+    async def close(self) -> None:
+        await self._transport.close()
+
+
+def figures(answers: list[Answer], wall_s: float, num_failed: int) -> dict[str, Any]:
+    """Totals, rates per second, and percentiles of latency (seconds) and of seconds per output token."""
+    num_output, num_prompt = (
+        sum(a.num_output_tokens for a in answers),
+        sum(a.num_prompt_tokens for a in answers),
+    )
+    latencies = sorted(a.ended_s - a.began_s for a in answers)
+    per_token = sorted((a.ended_s - a.began_s) / a.num_output_tokens for a in answers if a.num_output_tokens)
+    found: dict[str, Any] = {
+        "num_requests": len(answers),
+        "num_failed": num_failed,
+        "wall_s": wall_s,
+        "num_prompt_tokens": num_prompt,
+        "num_output_tokens": num_output,
+        "output_tokens_per_s": num_output / wall_s,
+        "total_tokens_per_s": (num_output + num_prompt) / wall_s,
+        "requests_per_s": len(answers) / wall_s,
+    }
+    for name, values in (("latency_s", latencies), ("per_output_token_s", per_token)):
+        for percent in PERCENTILES if values else ():
+            found[f"{name}_p{percent}"] = values[min(len(values) - 1, len(values) * percent // 100)]
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
+
+
+async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """The figures of one run, and the failures' messages."""
+    num = args.num_requests or 4 * args.concurrency
+    num_warmup = args.concurrency if args.num_warmup is None else args.num_warmup
+    loop = ClosedLoop(servers_at(args.address), BACKENDS[args.backend](), args.limit_s)
+    try:
+        await loop.run(workload(args, num_warmup, args.seed + 1), args.concurrency)
+        loop.errors.clear()  # whatever is wrong shows again in what is measured
+        answers, wall_s = await loop.run(workload(args, num, args.seed), args.concurrency)
+    finally:
+        await loop.close()
+    return figures(answers, wall_s, len(loop.errors)), loop.errors
+
+
+def main(argv: list[str]) -> int:
+    """Prints a table and, as the last line, the figures as JSON. Returns 1 when a request failed, else 0."""
+    args = parse_arguments(argv)
+    found, errors = asyncio.run(measure(args))
+    settings = ("backend", "concurrency", "prompt_tokens", "output_tokens", "group_size", "temperature")
+    report = {**{name: vars(args)[name] for name in settings}, "num_servers": len(args.address), **found}
+    width = max(map(len, report))
+    print("\n".join(f"{name:{width}}  {value}" for name, value in report.items()))
+    if errors:
+        print(f"{len(errors)} requests failed; the first: {errors[0]}")
+    line = json.dumps(report)
+    if args.json:
+        Path(args.json).write_text(line + "\n")
+    print(line, flush=True)
+    return 1 if errors else 0
