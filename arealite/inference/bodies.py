@@ -13,6 +13,10 @@ from aiohttp import web
 
 from arealite.api.errors import RequestError
 
+class WrongType(RequestError):
+    """A value of another JSON type than the protocol has there, or a key that it has not."""
+
+
 T = TypeVar("T")
 D = TypeVar("D")
 
@@ -35,7 +39,7 @@ async def read_object(request: web.Request) -> dict[str, Any]:
 def of_type(name: str, value: Any, kind: type[T]) -> T:
     """The value, if it is a JSON `kind`: str, bool, int, list or dict."""
     if type(value) is not kind:
-        raise RequestError(f"{name}: expected {_CALLED[kind]}, found {shown(value)}")
+        raise WrongType(f"{name}: expected {_CALLED[kind]}, found {shown(value)}")
     return value
 
 
@@ -67,5 +71,6 @@ def number(name: str, value: Any, low: float, high: float = math.inf, open_low: 
         found = math.inf
     if not math.isfinite(found) or not low <= found <= high or (open_low and found == low):
         span = f"{'above' if open_low else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
-        raise RequestError(f"{name}: expected a finite number {span}, found {shown(value)}")
+        refusal = RequestError if type(value) in (int, float) else WrongType
+        raise refusal(f"{name}: expected a finite number {span}, found {shown(value)}")
     return found

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from arealite.api.errors import RequestError
-from arealite.inference.bodies import field, integer, number, of_type, shown, strings
+from arealite.inference.bodies import WrongType, field, integer, number, of_type, shown, strings
 
 GREEDY_BELOW = 1e-6  # a temperature under this is greedy, and its logprobs are those of temperature 1
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -132,7 +132,7 @@ def parse_sampling_params(value: Any, num_prompt_tokens: int, limits: ServedLimi
         elif key not in _IGNORED:
             near = difflib.get_close_matches(key[:64], [*_PARSERS, *_OFF_AT_ONE, *_OFF_WHEN_EMPTY], n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"known keys are {', '.join(sorted(_PARSERS))}"
-            raise RequestError(f"sampling_params: unknown key {shown(key)}; {hint}")
+            raise WrongType(f"sampling_params: unknown key {shown(key)}; {hint}")
     if parsed.get("temperature", 1.0) < GREEDY_BELOW:
         parsed["temperature"] = 0.0
     if parsed.get("stop") and limits.encode is None:
