@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from arealite.inference.layout import decode_order
+from arealite.inference.layout import span_order
 from arealite.inference.model import ServedModel
 from arealite.inference.responses import find_stop_string
 from arealite.inference.sampler import sample, uniform
 from arealite.inference.scheduler import Admitted, Scheduler
-from arealite.inference.sequence import Sequence
+from arealite.inference.sequence import Sequence, Span
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Batcher:
     def _prefill(self, newcomers: list[tuple[Sequence, int]]) -> None:
         """One pass over the first so many tokens of each, and the next token of those that are complete with it."""
         sequences, lengths = [s for s, _ in newcomers], [n for _, n in newcomers]
-        hidden = self.model.prefill(self.scheduler.pool, sequences, lengths)
+        hidden = self.model.forward(self.scheduler.pool, [Span(s, 0, n) for s, n in newcomers])
         self.counters.num_prefill_tokens += len(hidden)
         ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
         logits = self.model.logits(hidden[ends - 1])
@@ -118,11 +118,12 @@ class Batcher:
 
     def _decode(self) -> None:
         self.scheduler.grow()
-        rows = sorted(self.scheduler.running, key=decode_order)
-        if not rows:
+        spans = sorted((Span(s, s.num_computed, 1) for s in self.scheduler.running), key=span_order)
+        if not spans:
             return
-        num_rows = self.scheduler.max_running if self.model.deterministic else len(rows)
-        logits = self.model.decode(self.scheduler.pool, rows, num_rows)
+        rows = [span.sequence for span in spans]
+        num_rows = self.scheduler.max_running if self.model.deterministic else 0
+        logits = self.model.logits(self.model.forward(self.scheduler.pool, spans, num_rows), num_rows)
         for sequence in rows:
             sequence.num_computed += 1
         ready = [i for i, s in enumerate(rows) if s.num_computed == len(s.tokens)]

@@ -5,46 +5,109 @@ Built by model.py for each pass and handed through the Hugging Face modelling co
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 
 from arealite.api.errors import ConfigError
 from arealite.inference.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, pages_for
-from arealite.inference.sequence import Sequence
+from arealite.inference.sequence import Span
 
 ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attention`
-QUERIES_PER_CALL = 512  # queries of a long prompt whose scores exist at one time
-KEYS_PER_CALL = 4096  # keys gathered at one time in decode: stays in a core's cache
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # windows are judged at load, with the context length
+QUERIES_PER_CALL = 512  # queries of long spans whose scores exist at one time
+KEYS_PER_CALL = 4096  # keys of short spans gathered at one time: stays in a core's cache
+_UNSUPPORTED = ("s_aux", "position_bias")
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Decode rows [first, last) that read equally many pages. `table` [rows * pages] page numbers, row by row;
-    `mask` [kv heads * rows, 1, pages * PAGE_TOKENS] additive float32, -inf past each row's own length."""
+class Block:
+    """Tokens [first, last) of a pass: n runs of L queries, each of which reads equally many pages of its sequence.
+
+    `table` [n * pages]: page numbers, run by run. `queries` [n, 1, L, 1] and `keys` [n, 1, 1, pages * PAGE_TOKENS]:
+    positions in the sequence.
+    """
 
     first: int
     last: int
     table: torch.Tensor
-    mask: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+    def hidden(self, window: int | None) -> torch.Tensor:
+        """[n, 1, L, keys], True where a query does not see a key: it comes later, or too long before."""
+        later = self.keys > self.queries
+        return later if window is None else later.logical_or_(self.keys <= self.queries - window)
+
+
+class KVLayout:
+    """One packed pass over `spans`, end to end, padded to at least `num_rows` tokens, in the pages of `pool`.
+
+    Neighbours of one `span_order` are computed together, unless `one_by_one`: then no result depends on what else is in
+    the pass.
+    """
+
+    def __init__(self, pool: PagePool, spans: list[Span], num_rows: int = 0, one_by_one: bool = False) -> None:
+        self.pool = pool
+        self.spans = spans
+        self._one_by_one = one_by_one
+        num_padding = max(0, num_rows - sum(span.count for span in spans))
+        padding = np.full(num_padding, SCRATCH_PAGE * PAGE_TOKENS)
+        self.slots = self._tensor(np.concatenate([*map(_slots, spans), padding]))  # [T]: each token's place in the pool
+        self._blocks: dict[int | None, list[Block]] = {}
+
+    def blocks(self, window: int | None) -> list[Block]:
+        """What layers of this window compute, in pieces of bounded size; planned when first asked for."""
+        if window not in self._blocks:
+            self._blocks[window] = list(self._plan(window))
+        return self._blocks[window]
+
+    def _plan(self, window: int | None) -> Iterator[Block]:
+        pieces = [
+            Span(span.sequence, start, min(QUERIES_PER_CALL, span.end - start))
+            for span in self.spans
+            for start in range(span.start, span.end, QUERIES_PER_CALL)
+        ]
+        first = 0
+        for (count, num_pages), run in groupby(pieces, lambda piece: span_order(piece, window)):
+            same = list(run)
+            num_at_once = min(QUERIES_PER_CALL // count, KEYS_PER_CALL // (num_pages * PAGE_TOKENS))
+            num_at_once = 1 if self._one_by_one else max(1, num_at_once)
+            for start in range(0, len(same), num_at_once):
+                block = self._block(first, same[start : start + num_at_once], num_pages)
+                yield block
+                first = block.last
+
+    def _block(self, first: int, pieces: list[Span], num_pages: int) -> Block:
+        """Each piece reads the `num_pages` pages up to its last token, or the first ones if it has not so many."""
+        count = pieces[0].count
+        table = np.full((len(pieces), num_pages), SCRATCH_PAGE)
+        first_pages = np.array([max(0, pages_for(piece.end) - num_pages) for piece in pieces])
+        for row, first_page, piece in zip(table, first_pages, pieces, strict=True):
+            pages = piece.sequence.pages[first_page : first_page + num_pages]
+            row[: len(pages)] = pages
+        queries = np.array([piece.start for piece in pieces])[:, None] + np.arange(count)
+        keys = first_pages[:, None] * PAGE_TOKENS + np.arange(num_pages * PAGE_TOKENS)
+        return Block(
+            first,
+            first + queries.size,
+            self._tensor(table.reshape(-1)),
+            self._tensor(queries[:, None, :, None]),
+            self._tensor(keys[:, None, None, :]),
+        )
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.pool.tensor.device)
 
 
 @dataclass
-class KVLayout:
-    """One packed pass of T tokens. `slots` [T]: the pool's token place of each. Either `segments` (prefill: whole
-    sequences as [start, end) of the pass) or `buckets` (decode: one token each) say what attends to what.
+class ShapeProbe:
+    """Stands in for a layout of one token, and notes per layer the shapes of key and value and the window."""
 
-    Without a pool nothing is stored, and the shapes of keys and values are noted in `seen`, per layer.
-    """
-
-    pool: PagePool | None = None
-    slots: torch.Tensor | None = None
-    segments: list[tuple[int, int]] = field(default_factory=list)
-    buckets: list[Bucket] = field(default_factory=list)
-    seen: dict[int, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
+    seen: dict[int, tuple[torch.Size, torch.Size, int | None]]
 
 
 def packed_attention(
@@ -55,13 +118,16 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    kv_layout: KVLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    kv_layout: KVLayout | ShapeProbe | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer in transformers' attention interface.
 
     Args:
         query: [1, heads, T, head dim]; `key` and `value` [1, kv heads, T, head dim].
+        sliding_window: keys that a query sees, its own included; None or 0 for all.
 
     Returns:
         [1, T, heads, head dim], and None for the weights.
@@ -72,61 +138,49 @@ def packed_attention(
     if odd:
         raise ConfigError(f"this model's attention uses {', '.join(odd)}, which the native server does not support yet")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = sliding_window or None
     q, k, v = query[0], key[0], value[0]  # [heads, T, head dim]
-    if kv_layout.pool is None or kv_layout.slots is None:
-        kv_layout.seen[layer] = (k.shape, v.shape)
-        return _prefill(q, k, v, [(0, q.shape[1])], scale)[None], None
+    if isinstance(kv_layout, ShapeProbe):
+        kv_layout.seen[layer] = (k.shape, v.shape, window)
+        return v.repeat_interleave(len(q) // len(v), 0).transpose(0, 1)[None], None  # one token sees itself
     kv_layout.pool.keys[layer].index_copy_(1, kv_layout.slots, k)
     kv_layout.pool.values[layer].index_copy_(1, kv_layout.slots, v)
-    if kv_layout.segments:
-        return _prefill(q, k, v, kv_layout.segments, scale)[None], None
-    return _decode(q, kv_layout.pool, layer, kv_layout.buckets, scale)[None], None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return paged_attention(q, kv_layout, layer, scale, window, softcap)[None], None
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """Softmax attention of a batch: q [n, queries, D], k and v [n, keys, D], `mask` additive and float32, of a shape
-    that broadcasts to [n, queries, keys]; [n, queries, D].
+def paged_attention(
+    q: torch.Tensor, layout: KVLayout, layer: int, scale: float, window: int | None, softcap: float | None
+) -> torch.Tensor:
+    """Each query over its sequence's tokens up to its own, in the pool's pages; padding rows get zeros.
 
     Plain matrix products with the softmax in float32, as in the trainer. One query alone gives bit for bit what it
     gives among many, which fused kernels do not: so a token's logprob in decode is that of the trainer's packed pass.
+
+    Args:
+        q: [heads, T, head dim].
+
+    Returns:
+        [T, heads, head dim].
     """
-    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale).add_(mask)
-    return torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
-
-
-def _prefill(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: list[tuple[int, int]], scale: float
-) -> torch.Tensor:
-    """Causal attention within each segment; heads first in, [T, heads, head dim] out."""
     heads, num_tokens, head_dim = q.shape
-    kv_heads = k.shape[0]
-    out = q.new_empty(num_tokens, heads, head_dim)
-    for start, end in segments:
-        for first in range(start, end, QUERIES_PER_CALL):
-            last = min(first + QUERIES_PER_CALL, end)
-            mask = torch.full((last - first, last - start), -torch.inf, device=q.device).triu_(first - start + 1)
-            # The query heads of one key head stand below each other: keys are not repeated.
-            block = q[:, first:last].reshape(kv_heads, -1, head_dim)
-            result = _attend(block, k[:, start:last], v[:, start:last], mask.repeat(heads // kv_heads, 1), scale)
-            out[first:last] = result.view(heads, last - first, head_dim).transpose(0, 1)
-    return out
-
-
-def _decode(q: torch.Tensor, pool: PagePool, layer: int, buckets: list[Bucket], scale: float) -> torch.Tensor:
-    """Each row's one query over its own pages; padding rows get zeros. [heads, T, head dim] in, [T, heads, head dim]
-    out."""
-    heads, num_rows, head_dim = q.shape
-    keys, values = pool.tensor[layer]
-    kv_heads = keys.shape[0]
-    out = q.new_zeros(num_rows, heads, head_dim)
-    for bucket in buckets:
-        rows = bucket.last - bucket.first
-        grouped = q[:, bucket.first : bucket.last].view(kv_heads, -1, rows, head_dim).transpose(1, 2)
-        k = keys.index_select(1, bucket.table).view(kv_heads * rows, -1, head_dim)
-        v = values.index_select(1, bucket.table).view(kv_heads * rows, -1, head_dim)
-        result = _attend(grouped.reshape(kv_heads * rows, -1, head_dim), k, v, bucket.mask, scale)
-        out[bucket.first : bucket.last] = result.view(kv_heads, rows, -1, head_dim).transpose(0, 1).flatten(1, 2)
+    keys, values = layout.pool.tensor[layer]  # [kv heads, pages, PAGE_TOKENS, head dim]
+    kv_heads = len(keys)
+    out = q.new_zeros(num_tokens, heads, head_dim)
+    for block in layout.blocks(window):
+        n, _, num_queries, _ = block.queries.shape
+        batch = kv_heads * n
+        # The query heads of one key head stand below each other: keys are not repeated.
+        grouped = q[:, block.first : block.last].view(kv_heads, -1, n, num_queries, head_dim).transpose(1, 2)
+        k = keys.index_select(1, block.table).view(batch, -1, head_dim)
+        v = values.index_select(1, block.table).view(batch, -1, head_dim)
+        scores = torch.bmm(grouped.reshape(batch, -1, head_dim), k.transpose(1, 2)).float().mul_(scale)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        scores.view(kv_heads, n, -1, num_queries, k.shape[1]).masked_fill_(block.hidden(window), -torch.inf)
+        result = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
+        result = result.view(kv_heads, n, -1, num_queries, head_dim).permute(1, 3, 0, 2, 4)
+        out[block.first : block.last] = result.reshape(-1, heads, head_dim)
     return out
 
 
@@ -140,42 +194,15 @@ def bucket_pages(num_tokens: int) -> int:
     return 3 * power // 4 if power >= 4 and 3 * power // 4 >= wanted else power
 
 
-def _slot(sequence: Sequence, position: int) -> int:
-    """The pool's token place of the sequence's token at this position."""
-    return sequence.pages[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
+def span_order(span: Span, window: int | None = None) -> tuple[int, int]:
+    """Queries, and pages that they read; as a sort key it puts spans that can be computed together side by side."""
+    num_pages = bucket_pages(span.end) if span.count == 1 else pages_for(span.end)
+    if window is not None:
+        num_pages = min(num_pages, pages_for(window + span.count - 2) + 1)  # wherever the window begins in a page
+    return span.count, num_pages
 
 
-def prefill_layout(pool: PagePool, sequences: list[Sequence], lengths: list[int]) -> KVLayout:
-    """The first `lengths[i]` tokens of each sequence, end to end."""
-    slots: list[int] = []
-    segments = []
-    for sequence, length in zip(sequences, lengths, strict=True):
-        segments.append((len(slots), len(slots) + length))
-        slots += [_slot(sequence, position) for position in range(length)]
-    return KVLayout(pool, torch.tensor(slots, device=pool.tensor.device), segments)
-
-
-def decode_layout(pool: PagePool, sequences: list[Sequence], num_rows: int, keys_per_call: int) -> KVLayout:
-    """One token of each sequence, at position `num_computed`; `sequences` must be sorted by `decode_order`. Rows from
-    len(sequences) to `num_rows` are padding."""
-    device = pool.tensor.device
-    padding = [SCRATCH_PAGE * PAGE_TOKENS] * (num_rows - len(sequences))
-    slots = [_slot(s, s.num_computed) for s in sequences] + padding
-    buckets: list[Bucket] = []
-    for num_pages, run in groupby(sequences, decode_order):
-        rows = list(run)
-        num_at_once = max(1, keys_per_call // (num_pages * PAGE_TOKENS))
-        for start in range(0, len(rows), num_at_once):
-            part = rows[start : start + num_at_once]
-            table = [page for s in part for page in s.pages + [SCRATCH_PAGE] * (num_pages - len(s.pages))]
-            lengths = torch.tensor([s.num_computed + 1 for s in part])
-            past = torch.arange(num_pages * PAGE_TOKENS)[None] >= lengths[:, None]
-            mask = torch.zeros(past.shape).masked_fill_(past, -torch.inf).repeat(pool.tensor.shape[2], 1)[:, None]
-            first = buckets[-1].last if buckets else 0
-            buckets.append(Bucket(first, first + len(part), torch.tensor(table, device=device), mask.to(device)))
-    return KVLayout(pool, torch.tensor(slots, device=device), buckets=buckets)
-
-
-def decode_order(sequence: Sequence) -> int:
-    """Pages that this row reads in decode; as a sort key it puts rows of one bucket side by side."""
-    return bucket_pages(sequence.num_computed + 1)
+def _slots(span: Span) -> np.ndarray:
+    """The pool's token places of the span's tokens."""
+    positions = np.arange(span.start, span.end)
+    return np.asarray(span.sequence.pages)[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS

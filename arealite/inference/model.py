@@ -15,16 +15,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from arealite.api.errors import ConfigError
 from arealite.inference.cache import PAGE_TOKENS, PagePool
-from arealite.inference.layout import (
-    ATTENTION_NAME,
-    KEYS_PER_CALL,
-    KVLayout,
-    decode_layout,
-    packed_attention,
-    prefill_layout,
-)
+from arealite.inference.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.inference.sequence import Sequence
+from arealite.inference.sequence import Sequence, Span
 
 logger = logging.getLogger(__name__)
 
@@ -69,27 +62,27 @@ class ServedModel:
             self.kv_shape = self._discover_kv_shape()  # layers, key heads, head dim
             self._check_against_plain_pass()
 
-    def prefill(self, pool: PagePool, sequences: list[Sequence], lengths: list[int]) -> torch.Tensor:
-        """One pass over the first `lengths[i]` tokens of each sequence; hidden states [sum of lengths, hidden]."""
-        tokens = [t for s, n in zip(sequences, lengths, strict=True) for t in s.tokens[:n]]
-        positions = [p for n in lengths for p in range(n)]
-        return self._forward(tokens, positions, prefill_layout(pool, sequences, lengths))
+    def forward(self, pool: PagePool, spans: list[Span], num_rows: int = 0) -> torch.Tensor:
+        """One packed pass over the spans' tokens, whose keys and values go to the sequences' pages; each token sees its
+        sequence up to itself, so what comes before a span must be in the pages already.
 
-    def decode(self, pool: PagePool, sequences: list[Sequence], num_rows: int) -> torch.Tensor:
-        """One token (number `num_computed`) of each sequence, sorted by decode_order, padded to `num_rows` rows.
+        Any mix of whole prompts, their pieces and single tokens; fastest when sorted by `span_order`. `num_rows` pads
+        the pass, so that the shapes of its products do not depend on who else runs.
 
         Returns:
-            Logits [len(sequences), V] in the model's dtype.
+            Last hidden states [sum of counts, hidden], in the order of the spans.
         """
-        padding = [0] * (num_rows - len(sequences))
-        tokens = [s.tokens[s.num_computed] for s in sequences] + padding
-        positions = [s.num_computed for s in sequences] + padding
-        layout = decode_layout(pool, sequences, num_rows, 0 if self.deterministic else KEYS_PER_CALL)
-        return self.logits(self._forward(tokens, positions, layout))[: len(sequences)]
+        tokens = [token for span in spans for token in span.sequence.tokens[span.start : span.end]]
+        positions = [position for span in spans for position in range(span.start, span.end)]
+        num_tokens = len(tokens)
+        padding = [0] * (num_rows - num_tokens)
+        layout = KVLayout(pool, spans, num_rows, self.deterministic)
+        return self._run(tokens + padding, positions + padding, layout)[:num_tokens]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """LM head; [N, V] in the model's dtype."""
-        return self.head(hidden)
+    def logits(self, hidden: torch.Tensor, num_rows: int = 0) -> torch.Tensor:
+        """LM head; [N, V] in the model's dtype. `num_rows` pads the product as in `forward`."""
+        num_padding = max(0, num_rows - len(hidden))
+        return self.head(torch.nn.functional.pad(hidden, (0, 0, 0, num_padding)))[: len(hidden)]
 
     def score(self, hidden: torch.Tensor, targets: list[int]) -> list[float]:
         """Logprobs at temperature 1 of targets[i] after hidden state i; float32, in chunks over the LM head."""
@@ -101,8 +94,8 @@ class ServedModel:
             logprobs += chosen.clamp_(min=torch.finfo(torch.float32).min).tolist()
         return logprobs
 
-    def _forward(self, tokens: list[int], positions: list[int], layout: KVLayout) -> torch.Tensor:
-        """Last hidden states [T, hidden] of one packed pass."""
+    def _run(self, tokens: list[int], positions: list[int], layout: KVLayout | ShapeProbe) -> torch.Tensor:
+        """The modelling code over one row of T tokens; last hidden states [T, hidden]."""
         output = self.module.base_model(
             input_ids=torch.tensor([tokens], device=self.device),
             position_ids=torch.tensor([positions], device=self.device),
@@ -117,14 +110,14 @@ class ServedModel:
 
     def _discover_kv_shape(self) -> tuple[int, int, int]:
         """Heads and layers as the modelling code itself hands them to attention."""
-        layout = KVLayout()
-        self._forward([0], [0], layout)
+        probe = ShapeProbe({})
+        self._run([0], [0], probe)
         num_layers = self.config.get_text_config().num_hidden_layers
-        shapes = set(layout.seen.values())
+        shapes = {(key, value) for key, value, _ in probe.seen.values()}
         uneven = len(shapes) != 1 or any(key != value for key, value in shapes)
-        if uneven or sorted(layout.seen) != list(range(num_layers)):
+        if uneven or sorted(probe.seen) != list(range(num_layers)):
             raise ConfigError(
-                f"{self._name}: layers {sorted(layout.seen)} of {num_layers} use standard attention, with key and value"
+                f"{self._name}: layers {sorted(probe.seen)} of {num_layers} use standard attention, with key and value"
                 f" shapes {sorted(map(str, shapes))}; the native server needs one shape, in every layer"
             )
         [(key, _)] = shapes
@@ -137,12 +130,10 @@ class ServedModel:
         probes = [Sequence(GenerateRequest("probe", row, SamplingParams(1))) for row in rows]
         for probe in probes:
             probe.pages = pool.take(1)
-        hidden = self.prefill(pool, probes, [_PROBE_PREFILL, _PROBE_PREFILL])
+        hidden = self.forward(pool, [Span(probe, 0, _PROBE_PREFILL) for probe in probes])
         steps = [self.logits(hidden[_PROBE_PREFILL - 1 :: _PROBE_PREFILL])]
         for position in range(_PROBE_PREFILL, _PROBE_TOKENS):
-            for probe in probes:
-                probe.num_computed = position
-            steps.append(self.decode(pool, probes, len(probes)))
+            steps.append(self.logits(self.forward(pool, [Span(probe, position, 1) for probe in probes])))
         self.module.set_attn_implementation("sdpa")
         plain = self.module(input_ids=torch.tensor(rows, device=self.device), use_cache=False).logits
         self.module.set_attn_implementation(ATTENTION_NAME)

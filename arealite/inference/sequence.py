@@ -64,3 +64,16 @@ class Sequence:
         self.finish_reason = reason
         self.weight_version = weight_version
         self.finished_at = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, start + count) of a sequence, computed in one forward pass; those before have keys and values."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
