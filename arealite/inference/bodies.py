@@ -13,6 +13,7 @@ from aiohttp import web
 
 from arealite.api.errors import RequestError
 
+
 class WrongType(RequestError):
     """A value of another JSON type than the protocol has there, or a key that it has not."""
 
