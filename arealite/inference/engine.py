@@ -20,7 +20,6 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 
 from arealite.api.errors import ArealiteError, WeightSyncError
-from arealite.api.types import WeightUpdateMeta
 from arealite.inference import receiver
 from arealite.inference.batcher import Batcher, abort_reason
 from arealite.inference.requests import GenerateRequest
@@ -52,7 +51,6 @@ class UpdateOptions:
     weight_version: str | None = None  # None: it stays
     flush_cache: bool = True
     abort_all_requests: bool = False
-    partial: bool = False  # tensors may be missing
     checksum_names: list[str] = field(default_factory=list)
 
 
@@ -144,8 +142,8 @@ class Engine:
             self.abort(lambda _: True)
         self.batcher.weight_version = version
 
-    def update_weights(self, meta: WeightUpdateMeta, options: UpdateOptions) -> dict[str, int]:
-        """Load new weights; returns the CRC-32 of the live tensors in `checksum_names`.
+    def update_weights(self, staged: dict[str, torch.Tensor], options: UpdateOptions) -> dict[str, int]:
+        """Load new weights (of receiver.stage); returns the CRC-32 of the live tensors in `checksum_names`.
 
         Running requests are aborted (`abort_all_requests`) or retracted, unless paused in place, where they keep the
         keys and values of the old weights. Computed prompts are forgotten in any case.
@@ -161,7 +159,6 @@ class Engine:
                 " pause with mode retract"
             )
         receiver.check_names(model, options.checksum_names)
-        staged = receiver.stage(model, meta, options.partial)
         if options.abort_all_requests:
             self.abort(lambda _: True)
         elif not keep_running:

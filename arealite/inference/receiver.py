@@ -10,10 +10,9 @@ from collections.abc import Iterable
 import torch
 
 from arealite.api.errors import WeightSyncError
-from arealite.api.types import WeightUpdateMeta
+from arealite.api.types import TensorSlot
 from arealite.inference.model import ServedModel
 from arealite.weights.checksum import checksum
-from arealite.weights.receive import iterate_tensors
 
 SHOWN_NAMES = 5  # names listed in an error message
 
@@ -31,32 +30,39 @@ def checksums(model: ServedModel, names: list[str]) -> dict[str, int]:
     return {name: checksum(model.tensors[name]) for name in names}
 
 
-def stage(model: ServedModel, meta: WeightUpdateMeta, partial: bool) -> dict[str, torch.Tensor]:
-    """The new values of a whole update, by `model.tensor_names`; nothing is changed yet.
-
-    Shared memory must bring the dtype that is served. A folder may bring any float dtype, and is cast as at load.
-
-    Raises:
-        WeightSyncError: unreadable, or a name, shape or dtype is wrong, or without `partial` a tensor is missing.
-    """
-    for slot in meta.slots:  # before its bytes are read by this description
+def check_slots(model: ServedModel, slots: Iterable[TensorSlot]) -> None:
+    """Before bytes are read by these descriptions. Raises WeightSyncError: one does not fit the served tensor."""
+    for slot in slots:
         _check(model, slot.name, slot.shape, slot.dtype)
         wanted = model.tensors[slot.name].nbytes
         if slot.nbytes != wanted:
             raise WeightSyncError(
                 f"{slot.name}: {slot.nbytes} bytes in the update; {slot.dtype} {list(slot.shape)} takes {wanted}"
             )
+
+
+def stage(
+    model: ServedModel, tensors: Iterable[tuple[str, torch.Tensor]], castable: bool, needs_all: bool
+) -> dict[str, torch.Tensor]:
+    """The new values, by `model.tensor_names`; nothing is changed yet. Another thread than the engine's may call.
+
+    `castable`: any float dtype is taken, and cast as at load; else the served one. `needs_all`: of the model's tensors.
+
+    Raises:
+        WeightSyncError: unreadable, or a name, shape or dtype is wrong, or a tensor is missing.
+    """
     staged: dict[str, torch.Tensor] = {}
     try:
-        for name, tensor in iterate_tensors(meta):
-            _check(model, name, tuple(tensor.shape), tensor.dtype, castable=meta.kind == "disk")
+        came = list(tensors)  # all of a broadcast, before anything of it is refused: the trainer is sending
+        for name, tensor in came:
+            _check(model, name, tuple(tensor.shape), tensor.dtype, castable)
             if name in staged:
                 raise WeightSyncError(f"the update has {name!r} twice")
             staged[name] = tensor
     except (OSError, ValueError) as error:  # a file that vanished meanwhile, a path that is none
-        raise WeightSyncError(f"cannot read the weights at {meta.path!r}: {error}") from error
+        raise WeightSyncError(f"cannot read the weights: {error}") from error
     missing = [name for name in model.tensor_names if name not in staged]
-    if missing and not partial:
+    if missing and needs_all:
         raise WeightSyncError(
             f"{len(missing)} of the model's {len(model.tensor_names)} tensors are missing from the update:"
             f' {_listed(missing)}; send all of them, or "partial": true'

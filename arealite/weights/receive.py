@@ -59,5 +59,5 @@ def _from_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                     yield name, file.get_tensor(name)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise WeightSyncError(f"{path} is not a whole safetensors file: {error}") from error

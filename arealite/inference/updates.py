@@ -1,0 +1,121 @@
+"""Weight updates as they come in: read beside the live weights in a thread, swapped in by the engine between two steps.
+
+Called by control.py. Reading may take as long as a broadcast does; generation goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from arealite.api.errors import RequestError, WeightSyncError
+from arealite.inference import receiver
+from arealite.inference.engine import CALL_LIMIT_S, Engine, UpdateOptions
+from arealite.observe import waits
+
+READ_LIMIT_S = 600.0  # a folder on a slow file system; a broadcast has a limit of its own
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass
+class _Session:
+    """Between begin_weight_update and end_weight_update: tensors that came and are not live yet, by name."""
+
+    staged: dict[str, torch.Tensor] = field(default_factory=dict)
+    failure: str = ""
+
+
+class Updates:
+    """One update at a time. Inside a session, tensors become live with the call that flushes the cache or brings a
+    version, or else at the session's end; outside, each with its own call. What is refused leaves weights and version
+    as they were, or says that they are partially updated."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = asyncio.Lock()
+        self._works: set[asyncio.Task[dict[str, int]]] = set()
+        self._session: _Session | None = None
+        self._num_loose = 0  # tensors made live outside of sessions since the last flush or version
+
+    @property
+    def in_session(self) -> bool:
+        return self._session is not None
+
+    async def begin(self) -> None:
+        """Open a session. What an unfinished one has staged is dropped: its trainer is gone, or starts again."""
+        async with self._lock:
+            self._session = _Session()
+
+    async def take(
+        self, read: Callable[[], NamedTensors], options: UpdateOptions, castable: bool = True, needs_all: bool = False
+    ) -> dict[str, int]:
+        """The tensors of one call, from `read`, which may block; checksums once they are live. It goes on when the
+        client goes away: the trainer is sending already. `castable`, `needs_all`: see receiver.stage.
+
+        Raises:
+            WeightSyncError, RequestError: refused.
+        """
+        return await self._see_through(self._take(read, options, castable, needs_all))
+
+    async def end(self, options: UpdateOptions) -> dict[str, int]:
+        """Close the session; what is staged becomes live. Raises as `take` does."""
+        return await self._see_through(self._end(options))
+
+    async def _see_through(self, work: Coroutine[Any, Any, dict[str, int]]) -> dict[str, int]:
+        task = asyncio.ensure_future(work)
+        self._works.add(task)
+        task.add_done_callback(self._works.discard)
+        return await waits.bounded(asyncio.shield(task), "weight update", "trainer", READ_LIMIT_S + CALL_LIMIT_S)
+
+    async def _take(
+        self, read: Callable[[], NamedTensors], options: UpdateOptions, castable: bool, needs_all: bool
+    ) -> dict[str, int]:
+        model = self._engine.batcher.model
+        async with self._lock:
+            session = self._session
+            try:
+                came = await waits.in_thread(
+                    lambda: receiver.stage(model, read(), castable, needs_all), "weights", "trainer", READ_LIMIT_S
+                )
+                if session is None:
+                    return await self._swap(came, options)
+                self._check(session)
+                session.staged |= came
+                if not options.flush_cache and options.weight_version is None:
+                    return {}
+                came, session.staged = session.staged, {}
+                return await self._swap(came, options)
+            except (RequestError, WeightSyncError) as error:
+                if session is not None:
+                    session.failure = session.failure or str(error)
+                if not self._num_loose:
+                    raise
+                raise WeightSyncError(
+                    f"{error}. {self._num_loose} tensors of this update are live already: the weights are partially"
+                    " updated, send all of them again"
+                ) from error
+
+    async def _end(self, options: UpdateOptions) -> dict[str, int]:
+        async with self._lock:
+            session, self._session = self._session, None
+            if session is None:
+                return {}
+            self._check(session)
+            return await self._swap(session.staged, options)
+
+    def _check(self, session: _Session) -> None:
+        if session.failure:
+            raise WeightSyncError(
+                f"a part of this update was refused ({session.failure}); nothing after it is loaded: begin again"
+            )
+
+    async def _swap(self, staged: dict[str, torch.Tensor], options: UpdateOptions) -> dict[str, int]:
+        found = await self._engine.ask("weight update", lambda: self._engine.update_weights(staged, options))
+        is_whole = self.in_session or options.flush_cache or options.weight_version is not None
+        self._num_loose = 0 if is_whole else self._num_loose + len(staged)
+        return found

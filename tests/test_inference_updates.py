@@ -1,0 +1,351 @@
+"""Weights by process group and in bodies: what the server takes whole, and what it refuses with nothing changed."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from group_trainer import GroupTrainer
+from inference_support import WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served
+from safetensors.torch import load_file
+
+from arealite.api.types import WeightUpdateMeta
+from arealite.weights import buckets, group
+from arealite.weights.checksum import checksum
+from arealite.weights.link import WeightLink
+
+PROMPT = list(range(20))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return [save_tiny_llama(tmp_path_factory.mktemp(f"llama{seed}"), seed=seed) for seed in (0, 1)]
+
+
+@pytest.fixture
+def server(folders: list[Path]) -> Iterator[LocalServer]:
+    with LocalServer(served(folders[0])) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def after(folders: list[Path]) -> Any:
+    """What a server of the second folder answers."""
+    with LocalServer(served(folders[1])) as running:
+        return greedy(running)
+
+
+def greedy(server: LocalServer) -> tuple[list[int], list[float]]:
+    answer = server.generate(PROMPT, max_new_tokens=10, temperature=0)
+    return answer["output_ids"], output_logprobs(answer)
+
+
+def version(server: LocalServer) -> str:
+    return str(server.get("/model_info")[1]["weight_version"])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+class Trainer:
+    """The calls of SGLang's clients, and the broadcasts that belong to them."""
+
+    def __init__(self, server: LocalServer, process: GroupTrainer) -> None:
+        self.server, self.process = server, process
+
+    def join(self) -> tuple[int, Any]:
+        place = self.process.call("listen", 2, "127.0.0.1")
+        body = {
+            "master_address": place.address,
+            "master_port": str(place.port),  # as AReaL sends it
+            "rank_offset": 1,
+            "world_size": 2,
+            "group_name": place.name,
+            "backend": "gloo",
+        }
+        self.name = place.name
+        asked = self.server.pool.submit(self.server.post, "/init_weights_update_group", body)
+        self.process.call("join")
+        return asked.result(WAIT_S)
+
+    def send(self, tensors: dict[str, torch.Tensor], flat: bool, **more: Any) -> tuple[int, Any]:
+        body = {
+            "names": list(tensors),
+            "dtypes": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
+            "shapes": [list(t.shape) for t in tensors.values()],
+            "group_name": self.name,
+            "load_format": "flattened_bucket" if flat else None,
+            **more,
+        }
+        asked = self.server.pool.submit(self.server.post, "/update_weights_from_distributed", body)
+        raws = [t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors.values()]
+        self.process.call("send", [b"".join(raws)] if flat else raws)
+        return asked.result(WAIT_S)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[GroupTrainer]:
+    process = GroupTrainer()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def trainer(server: LocalServer, process: GroupTrainer) -> Iterator[Trainer]:
+    trainer = Trainer(server, process)
+    assert trainer.join()[0] == 200
+    yield trainer
+    process.call("close")
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flattened", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_broadcast_update_arrives_as_one_from_disk_does(
+    server: LocalServer, trainer: Trainer, folders: list[Path], after: Any, flat: bool, dtype: torch.dtype
+) -> None:
+    """One call without a session, as AReaL 1.0 sends it. A float of another width is cast, as at load."""
+    before = greedy(server)
+    tensors = {name: tensor.to(dtype) for name, tensor in weights(folders[1]).items()}
+    status, answer = trainer.send(tensors, flat, abort_all_requests=True, weight_version="3")
+    assert status == 200 and answer["success"], answer
+    assert version(server) == "3" and greedy(server) != before
+    if dtype == torch.float32:
+        assert greedy(server) == after
+    for name, tensor in tensors.items():
+        assert torch.equal(server.batcher.model.tensors[name], tensor.float())
+
+
+def test_a_session_shows_nothing_before_its_last_bucket(
+    server: LocalServer, trainer: Trainer, folders: list[Path], after: Any
+) -> None:
+    before = greedy(server)
+    tensors = list(weights(folders[1]).items())
+    parts = [dict(tensors[:7]), dict(tensors[7:9]), dict(tensors[9:])]
+    assert server.post("/begin_weight_update", {})[0] == 200
+    for part in parts[:2]:
+        assert trainer.send(part, True, flush_cache=False)[0] == 200
+    server.post("/flush_cache", {})
+    assert version(server) == "0" and greedy(server) == before
+    assert trainer.send(parts[2], True, flush_cache=True, weight_version="4")[0] == 200
+    assert version(server) == "4" and greedy(server) == after
+    assert server.post("/end_weight_update", {})[0] == 200
+
+
+def test_a_session_ends_with_what_it_staged(
+    server: LocalServer, trainer: Trainer, folders: list[Path], after: Any
+) -> None:
+    tensors = weights(folders[1])
+    assert server.post("/begin_weight_update", {"selector": "all"})[0] == 200
+    assert trainer.send(tensors, True, flush_cache=False)[0] == 200
+    names = ["model.norm.weight"]
+    status, answer = server.post("/end_weight_update", {"weight_version": "6", "checksum_names": names})
+    assert status == 200 and answer["checksums"] == {name: checksum(tensors[name]) for name in names}
+    assert version(server) == "6" and greedy(server) == after
+
+
+def test_a_session_with_a_refused_bucket_loads_nothing(
+    server: LocalServer, trainer: Trainer, folders: list[Path], after: Any
+) -> None:
+    before = greedy(server)
+    tensors = list(weights(folders[1]).items())
+    server.post("/begin_weight_update", {})
+    assert trainer.send(dict(tensors[:3]), True, flush_cache=False)[0] == 200
+    # The trainer's broadcast ends well also when the server has no such tensor.
+    status, answer = trainer.send({"model.extra": torch.ones(3)}, True, flush_cache=False)
+    assert status == 400 and "model.extra" in answer["message"] and answer["success"] is False
+    status, answer = trainer.send(dict(tensors[3:]), True, weight_version="4")
+    assert status == 400 and "model.extra" in answer["message"]
+    assert server.post("/end_weight_update", {})[0] == 400
+    assert version(server) == "0"
+    server.post("/flush_cache", {})
+    assert greedy(server) == before
+    server.post("/begin_weight_update", {})  # and the next one is taken
+    assert trainer.send(dict(tensors), False, weight_version="5")[0] == 200
+    assert version(server) == "5" and greedy(server) == after
+
+
+def test_without_a_session_a_refusal_tells_of_what_is_live_already(
+    server: LocalServer, trainer: Trainer, folders: list[Path]
+) -> None:
+    tensors = list(weights(folders[1]).items())
+    assert trainer.send(dict(tensors[:3]), True, flush_cache=False)[0] == 200
+    status, answer = trainer.send({tensors[4][0]: torch.ones(2, 2)}, True, flush_cache=False)
+    assert status == 400 and tensors[4][0] in answer["message"] and "partially updated" in answer["message"]
+    assert trainer.send(dict(tensors), True)[0] == 200
+    assert "partially" not in trainer.send({"nope": torch.ones(1)}, True)[1]["message"]
+
+
+def test_a_trainer_that_goes_away_neither_hangs_nor_harms_the_server(
+    server: LocalServer, trainer: Trainer, folders: list[Path], after: Any
+) -> None:
+    before = greedy(server)
+    tensors = weights(folders[1])
+    body = {
+        "names": list(tensors),
+        "dtypes": ["float32"] * len(tensors),
+        "shapes": [list(t.shape) for t in tensors.values()],
+        "group_name": trainer.name,
+    }
+    waiting = server.pool.submit(server.post, "/update_weights_from_distributed", body)
+    assert greedy(server) == before  # while it waits for the broadcast
+    trainer.process.call("close")
+    status, answer = waiting.result(30)
+    assert status == 400 and "broke off" in answer["message"]
+    status, answer = server.post("/update_weights_from_distributed", body)
+    assert status == 400 and "no group" in answer["message"]
+    assert trainer.join()[0] == 200
+    assert trainer.send(tensors, True, weight_version="2")[0] == 200
+    assert greedy(server) == after
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"dtypes": ["float33"]},
+        {"dtypes": ["nn"]},
+        {"dtypes": []},
+        {"names": [3]},
+        {"names": "model.norm.weight"},
+        {"shapes": [[-64]]},
+        {"shapes": [[2**40, 2**40]]},
+        {"shapes": [64]},
+        {"load_format": "zip"},
+        {"group_name": "elsewhere"},
+    ],
+    ids=str,
+)
+def test_a_wrong_description_is_refused_before_anything_is_received(
+    server: LocalServer, trainer: Trainer, broken: dict[str, Any]
+) -> None:
+    body = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[64]], "group_name": trainer.name}
+    status, answer = server.post("/update_weights_from_distributed", {**body, **broken})
+    assert status == 400 and answer["success"] is False
+    assert trainer.send({"model.norm.weight": torch.ones(64)}, True)[0] == 200  # the group is still of use
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"backend": "mpi"}, {"backend": "nccl"}, {"rank_offset": 0}, {"rank_offset": 2}, {"master_port": "x"}],
+    ids=str,
+)
+def test_a_group_that_cannot_be_is_refused(server: LocalServer, wrong: dict[str, Any]) -> None:
+    body = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
+    assert server.post("/init_weights_update_group", {**body, **wrong})[0] == 400
+    assert server.post("/destroy_weights_update_group", {})[0] == 400
+
+
+def test_a_group_without_its_trainer_is_given_up(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arealite.inference.groups.join_group", lambda *a: group.join_group(*a, limit_s=1.0))
+    body = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
+    status, answer = server.post("/init_weights_update_group", body)
+    assert status == 400 and "127.0.0.1:9" in answer["message"]
+
+
+def test_a_member_is_left_by_name(server: LocalServer, trainer: Trainer) -> None:
+    assert server.post("/destroy_weights_update_group", {"group_name": trainer.name})[0] == 200
+    assert server.post("/destroy_weights_update_group", {"group_name": trainer.name})[0] == 400
+
+
+def pickled(payload: Any) -> str:
+    return base64.b64encode(pickle.dumps(payload)).decode()
+
+
+def test_tensors_in_a_body(server: LocalServer, folders: list[Path], after: Any) -> None:
+    tensors = list(weights(folders[1]).items())
+    body = {"serialized_named_tensors": [pickled(tensors[:5])], "flush_cache": False}
+    assert server.post("/update_weights_from_tensor", body)[0] == 200
+    link = WeightLink("tensor", folders[0])
+    meta = link.publish(tensors[5:], 8)
+    assert meta is not None and meta.kind == "tensor" and len(meta.buckets) == 1
+    body = {
+        "serialized_named_tensors": [link.send(0)],
+        "load_format": "flattened_bucket",
+        "weight_version": "8",
+        "checksum_names": list(meta.checksums),
+    }
+    status, answer = server.post("/update_weights_from_tensor", body)
+    assert status == 200 and answer["checksums"] == meta.checksums and meta.checksums
+    assert version(server) == "8" and greedy(server) == after
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        "not base64!",
+        "",
+        3,
+        pickled(3),
+        pickled([("model.norm.weight", 3)]),
+        pickled({"flattened_tensor": torch.zeros(8)}),
+        pickled([("model.norm.weight", torch.ones(3))]),
+        pickled([("nope", torch.ones(3))]),
+        pickled([("model.norm.weight", torch.ones(64, dtype=torch.int64))]),
+    ],
+)
+def test_a_wrong_payload_is_refused(server: LocalServer, payload: Any) -> None:
+    for load_format in (None, "flattened_bucket"):
+        body = {"serialized_named_tensors": [payload], "load_format": load_format, "weight_version": "9"}
+        status, answer = server.post("/update_weights_from_tensor", body)
+        assert status == 400 and answer["success"] is False
+    assert server.post("/update_weights_from_tensor", {"serialized_named_tensors": [payload] * 2})[0] == 400
+    assert version(server) == "0" and server.get("/health_generate")[0] == 200
+
+
+def test_a_bucket_whose_layout_does_not_fit_its_bytes_is_refused(server: LocalServer) -> None:
+    good = {
+        "name": "model.norm.weight",
+        "shape": torch.Size([64]),
+        "dtype": torch.float32,
+        "start_idx": 0,
+        "end_idx": 256,
+        "numel": 256,
+    }
+    changes: list[dict[str, Any]] = [
+        {"start_idx": 1, "end_idx": 257},  # unaligned
+        {"end_idx": 512},
+        {"end_idx": 255},
+        {"shape": torch.Size([65])},
+        {"start_idx": -256, "end_idx": 0},
+        {"dtype": "float32"},
+        {"name": None},
+    ]
+    for change in changes:
+        layout = [SimpleNamespace(**{**good, **change})]
+        payload = pickled({"flattened_tensor": torch.zeros(400, dtype=torch.uint8), "metadata": layout})
+        body = {"serialized_named_tensors": [payload], "load_format": "flattened_bucket"}
+        assert server.post("/update_weights_from_tensor", body)[0] == 400, change
+
+
+def test_weights_are_shown_by_name(server: LocalServer) -> None:
+    norm = server.batcher.model.tensors["model.norm.weight"]
+    assert server.post("/get_weights_by_name", {"name": "model.norm.weight", "truncate_size": 3}) == (
+        200,
+        norm[:3].tolist(),
+    )
+    assert server.post("/get_weights_by_name", {"name": "nope"})[0] == 400
+
+
+def test_buckets_hold_one_dtype_and_stay_within_their_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 1000)
+    sent = {f"a{i}": torch.randn(50 + i) for i in range(9)}
+    sent |= {f"b{i}": torch.randn(33).bfloat16() for i in range(9)}
+    sent["large"], sent["empty"] = torch.randn(5000), torch.empty(0, 3)
+    link = WeightLink("distributed", tmp_path)
+    for number in range(2):  # the memory is used again
+        meta = link.publish(sent.items(), number)
+        assert isinstance(meta, WeightUpdateMeta) and meta.buckets[-1][1] == len(meta.slots) == len(sent)
+        found = {}
+        for index, (start, end) in enumerate(meta.buckets):
+            slots, flat = meta.slots[start:end], link._buckets.bytes_of(index)
+            assert len({slot.dtype for slot in slots}) == 1
+            assert len(flat) == sum(slot.nbytes for slot in slots) and (len(flat) <= 1000 or len(slots) == 1)
+            found |= {slot.name: buckets.cut(flat, slot).clone() for slot in slots}
+        assert found.keys() == sent.keys() and all(torch.equal(found[name], sent[name]) for name in sent)
+        sent = {name: tensor + 1 for name, tensor in sent.items()}
