@@ -206,18 +206,60 @@ def test_two_launchers_never_share_a_folder(tmp_path):
         assert run.wait() == 0
 
 
-@pytest.mark.parametrize("victim", ["server-0", "trainer-1"])
-def test_killed_process_restarts_the_run(victim, tmp_path):
+def test_killed_trainer_restarts_the_run(tmp_path):
     with Launched(tmp_path / "run", ["wait", "wait"], OK) as run:
         (run.folder.recover_dir / "point_000008").mkdir(parents=True)
         first = run.pids("server-0", "trainer-0", "trainer-1")
-        os.kill(run.pid(victim), signal.SIGKILL)
+        os.kill(run.pid("trainer-1"), signal.SIGKILL)
         run.until(lambda: "restart 1 of at most 3, from recovery point point_000008" in run.text(), "restart")
         second = run.pids("server-0", "trainer-0", "trainer-1", old=tuple(first))
         (run.folder.root / "go").touch()
         assert run.wait() == 0
-        assert f"{victim} (pid" in run.text() and "was killed by SIGKILL" in run.text()
+        assert "trainer-1 (pid" in run.text() and "was killed by SIGKILL" in run.text()
         assert not any(map(is_alive, first + second))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_frozen_server_is_replaced_alone(number, tmp_path):
+    with Launched(tmp_path / "run", ["wait"], ["ok", "ok"], **{"watchdog.stall_s": 2.0}) as run:
+        pid, other, trainer = run.pids("server-1", "server-0", "trainer-0")
+        first = run.folder.servers.read_text().splitlines()
+        os.kill(pid, number)
+        run.pid("server-1", old=(pid,))
+        run.until(lambda: run.folder.servers.read_text().splitlines() != first, "new address")
+        second = run.folder.servers.read_text().splitlines()
+        assert second[0] == first[0] and len(second) == 2
+        host, port = second[1].split(":")
+        socket.create_connection((host, int(port)), timeout=10).close()
+        assert not is_alive(pid) and is_alive(other) and is_alive(trainer)
+        (run.folder.root / "go").touch()
+        assert run.wait() == 0, run.text()
+        assert "server-1 alone: restart 1 of at most 3" in run.text()
+        assert number == signal.SIGKILL or f"server-1 (pid {pid}) has been silent" in run.text()
+
+
+def test_a_server_that_keeps_dying_is_given_up_and_the_others_go_on(tmp_path):
+    with Launched(tmp_path / "run", ["wait"], ["ok", "ok"], **{"recover.max_restarts": 1}) as run:
+        pid, trainer = run.pids("server-1", "trainer-0")
+        os.kill(pid, signal.SIGKILL)
+        os.kill(run.pid("server-1", old=(pid,)), signal.SIGKILL)
+        run.until(lambda: "server-1 is not started again" in run.text(), "end of the restarts")
+        run.until(lambda: len(run.folder.servers.read_text().splitlines()) == 1, "shorter list")
+        assert is_alive(trainer)
+        (run.folder.root / "go").touch()
+        assert run.wait() == 0, run.text()
+
+
+def test_when_no_server_is_left_the_run_is_restarted(tmp_path):
+    with Launched(tmp_path / "run", ["wait"], OK, **{"recover.max_restarts": 1}) as run:
+        trainer, pid = run.pids("trainer-0", "server-0")
+        os.kill(pid, signal.SIGKILL)
+        os.kill(run.pid("server-0", old=(pid,)), signal.SIGKILL)
+        run.until(lambda: "restart 1 of at most 1, from the start" in run.text(), "restart of the run")
+        run.pid("trainer-0", old=(trainer,))
+        (run.folder.root / "go").touch()
+        assert run.wait() == 0, run.text()
+        assert "the run stopped: server-0 (pid" in run.text()
 
 
 def test_the_killed_process_is_blamed_not_its_victim(tmp_path):

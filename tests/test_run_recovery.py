@@ -38,6 +38,7 @@ def test_killed_process_costs_no_sample(victim, tmp_path, tiny_llama):
             os.kill(run.pids()[victim], signal.SIGKILL)
         summary = run.succeed()
     assert summary["steps"] == steps
+    assert ("the run stopped" in run.text()) == (victim == "trainer-0")  # a server costs the trainer nothing but time
     check_exactly_once(run, steps * 4)
     assert len(list((run.folder / "checkpoints").iterdir())) >= 1
 

@@ -226,7 +226,7 @@ class RecoverConfig(FrequencyConfig):
     )
     freq_s: float | None = setting(300.0, "every so many seconds, at the end of a step", low=0)
     num_kept: int = setting(2, "newest recovery points kept", low=1)
-    max_restarts: int = setting(3, "times the launcher restarts a run whose process died", low=0)
+    max_restarts: int = setting(3, "times the launcher restarts a run whose trainer died, or one server", low=0)
 
 
 @dataclass
@@ -247,7 +247,9 @@ class WatchdogConfig:
     heartbeat_s: float = setting(1.0, "how often each process reports its waits", low=0.05)
     stall_s: float = setting(300.0, "a wait or a silent process older than this is a stall", low=1)
     action: str = setting(
-        "stop", "on a stall: stop with the report, or kill the culprit and recover", ("stop", "restart")
+        "stop",
+        "on a stall of a trainer: stop with the report, or kill the culprit and recover; a server is started again alone",
+        ("stop", "restart"),
     )
 
 

@@ -101,13 +101,20 @@ def stop(children: list[Child], folder: RunFolder, grace_s: Callable[[], float])
         (folder.waits_dir / f"{c.name}.json").unlink(missing_ok=True)  # its number may soon be somebody else's
 
 
-def kill_leftovers(folder: RunFolder) -> list[str]:
-    """End all processes of this run and wait until they have given back memory, ports and devices; returns their
-    names."""
+def kill(c: Child, folder: RunFolder) -> None:
+    """SIGKILL to one child and to all that was started under its name; the others live on."""
+    _signal_group(c, signal.SIGKILL)
+    kill_leftovers(folder, c.name)
+    c.poll()  # reaps
+
+
+def kill_leftovers(folder: RunFolder, name: str = "") -> list[str]:
+    """End all processes of this run, or only those of this name, and wait until they have given back memory, ports
+    and devices; returns their names."""
     found: dict[int, str] = {}
     end = time.monotonic() + KILL_LIMIT_S
     while True:
-        left = processes_of_run(folder.root)
+        left = {pid: n for pid, n in processes_of_run(folder.root).items() if name in ("", n)}
         found |= left
         for pid in left:
             with suppress(ProcessLookupError):

@@ -70,6 +70,11 @@ class Watchdog:
         self.stall_s = stall_s
         self._watched: dict[str, _Watched] = {}
         self._looked = time.monotonic()
+        self._excused = -float("inf")
+
+    def excuse(self) -> None:
+        """Others wait now for something that is being repaired: that counts as progress."""
+        self._excused = time.monotonic()
 
     def look(self, processes: Mapping[str, int]) -> StallReport | None:
         """Judge the processes {name: pid} by their newest heartbeats. Call every tick; it paces itself."""
@@ -112,7 +117,8 @@ class Watchdog:
         ]
 
     def _stalled_wait(self) -> list[_Stall]:
-        progress_s = min((s for _, s, _ in self._marks()), default=float("inf"))
+        marked_s = min((s for _, s, _ in self._marks()), default=float("inf"))
+        progress_s = min(marked_s, time.monotonic() - self._excused)
         for record, watched in self._waits():
             if record.age_s > record.limit_s + OVERDUE_GRACE_S:
                 why = f"past its limit of {record.limit_s:g} s"
