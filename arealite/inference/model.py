@@ -25,7 +25,8 @@ AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
 HEAD_CHUNK = 256  # rows of [rows, vocabulary] logits that exist at one time when a whole prompt is scored
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_LAYER_KINDS = {"full_attention", "sliding_attention"}
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _PROBE_TOKENS = 9  # of each of the two packed sequences of the check at load: they fit one page
 _PROBE_PREFILL = 4  # so many in one pass, the others one by one
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest logit
@@ -56,7 +57,8 @@ class ServedModel:
         first_names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
         self.tensor_names = [name for name, tensor in self.tensors.items() if first_names[id(tensor)] == name]
         self.vocab_size = int(self.module.get_input_embeddings().weight.shape[0])
-        self.context_length = context_length or int(self.config.max_position_embeddings)
+        self.context_length = context_length or int(self.config.get_text_config().max_position_embeddings)
+        self._softcap: float | None = self.config.get_text_config().to_dict().get("final_logit_softcapping")
         self.eos_token_ids = _eos_ids(self.module, self.tokenizer)
         with torch.inference_mode():
             self.kv_shape = self._discover_kv_shape()  # layers, key heads, head dim
@@ -82,7 +84,8 @@ class ServedModel:
     def logits(self, hidden: torch.Tensor, num_rows: int = 0) -> torch.Tensor:
         """LM head; [N, V] in the model's dtype. `num_rows` pads the product as in `forward`."""
         num_padding = max(0, num_rows - len(hidden))
-        return self.head(torch.nn.functional.pad(hidden, (0, 0, 0, num_padding)))[: len(hidden)]
+        rows = self.head(torch.nn.functional.pad(hidden, (0, 0, 0, num_padding)))[: len(hidden)]
+        return rows if self._softcap is None else rows.div_(self._softcap).tanh_().mul_(self._softcap)
 
     def score(self, hidden: torch.Tensor, targets: list[int]) -> list[float]:
         """Logprobs at temperature 1 of targets[i] after hidden state i; float32, in chunks over the LM head."""
@@ -120,8 +123,23 @@ class ServedModel:
                 f"{self._name}: layers {sorted(probe.seen)} of {num_layers} use standard attention, with key and value"
                 f" shapes {sorted(map(str, shapes))}; the native server needs one shape, in every layer"
             )
+        self._check_windows([window for _, (_, _, window) in sorted(probe.seen.items())])
         [(key, _)] = shapes
         return num_layers, key[0], key[2]
+
+    def _check_windows(self, found: list[int | None]) -> None:
+        """The windows that the layers pass to attention are those that the configuration states."""
+        text = self.config.get_text_config().to_dict()
+        window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+        kinds = text.get("layer_types") or ["sliding_attention"] * len(found)
+        stated = [window if kind == "sliding_attention" else None for kind in kinds]
+        for layer, pair in enumerate(zip(stated, found, strict=True)):
+            wanted, passed = (w if w and w < self.context_length else None for w in pair)
+            if wanted != passed:
+                raise ConfigError(
+                    f"{self._name}: layer {layer} has a sliding window of {wanted} by its configuration, and passes"
+                    f" {passed} to attention; the native server cannot tell which is meant"
+                )
 
     def _check_against_plain_pass(self) -> None:
         """Packed prefill and decode must give the logits of the plain Hugging Face pass."""
@@ -134,7 +152,7 @@ class ServedModel:
         steps = [self.logits(hidden[_PROBE_PREFILL - 1 :: _PROBE_PREFILL])]
         for position in range(_PROBE_PREFILL, _PROBE_TOKENS):
             steps.append(self.logits(self.forward(pool, [Span(probe, position, 1) for probe in probes])))
-        self.module.set_attn_implementation("sdpa")
+        self.module.set_attn_implementation("eager")
         plain = self.module(input_ids=torch.tensor(rows, device=self.device), use_cache=False).logits
         self.module.set_attn_implementation(ATTENTION_NAME)
         gap = (plain[:, _PROBE_PREFILL - 1 :].float() - torch.stack(steps, 1).float()).abs().max()
@@ -163,18 +181,20 @@ def _read_config(path: str, context_length: int | None, deterministic: bool) -> 
         raise ConfigError(f"{path}: the model states no max_position_embeddings; not supported by the native server")
     if context_length is not None and context_length > limit:
         raise ConfigError(f"--context-length {context_length} is more than the model's own limit, {limit}")
-    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
-    layer_kinds = set(text.get("layer_types") or ["full_attention"])
-    if layer_kinds != {"full_attention"} or (window is not None and window < (context_length or limit)):
+    others = set(text.get("layer_types") or ()) - _LAYER_KINDS
+    if others:
         raise ConfigError(
-            f"{path}: sliding windows and other special layers ({', '.join(sorted(layer_kinds))}; window {window}) are"
-            " not supported by the native server"
+            f"{path}: layers of kind {', '.join(sorted(others))}; the native server supports {sorted(_LAYER_KINDS)}"
         )
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kind = rope.get("rope_type", "default")
-    if kind in _BATCH_DEPENDENT_ROPE:
-        raise ConfigError(f"{path}: rotary embedding {kind!r} depends on the whole batch's length; not supported")
-    if deterministic and (text.get("num_experts") or text.get("num_local_experts")):
+    ropes = text.get("rope_parameters") or {}
+    for rope in [ropes, *(entry for entry in ropes.values() if isinstance(entry, dict))]:  # one, or one per layer kind
+        original = rope.get("original_max_position_embeddings", limit)
+        if rope.get("rope_type") == "longrope" and (context_length or limit) > original:
+            raise ConfigError(
+                f"{path}: beyond {original} tokens its rotary embedding (longrope) turns the keys already computed"
+                f" into others; pass --context-length {original} or less"
+            )
+    if deterministic and any(text.get(name) for name in _EXPERT_COUNTS):
         raise ConfigError(f"{path}: --deterministic is not possible for a mixture of experts; leave the flag out")
     return config
 

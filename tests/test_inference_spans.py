@@ -1,0 +1,237 @@
+"""One forward pass over spans: any cut of a prompt, any mix with others, any architecture gives the plain result."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inference_support import EOS, VOCAB, LocalServer, output_logprobs, served
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
+
+from arealite.api.errors import ConfigError
+from arealite.inference import layout
+from arealite.inference.cache import PAGE_TOKENS, pages_for
+from arealite.inference.layout import KVLayout, span_order
+from arealite.inference.model import ServedModel
+from arealite.inference.requests import GenerateRequest, SamplingParams
+from arealite.inference.sequence import Sequence, Span
+
+LENGTH = 90  # of test sequences: several pages, and longer than every window here
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIXED = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+ARCHITECTURES: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**SMALL),
+    "llama, tied": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen2, two layers with a window": lambda: Qwen2Config(**SMALL, **MIXED),
+    "qwen2, dynamic rope": lambda: Qwen2Config(
+        **SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    ),
+    "qwen3": lambda: Qwen3Config(**SMALL, **MIXED),
+    "qwen3 moe": lambda: Qwen3MoeConfig(**SMALL, **EXPERTS),
+    "mistral, window": lambda: MistralConfig(**SMALL, sliding_window=17),
+    "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4),
+    "gemma2, soft-capping": lambda: Gemma2Config(
+        **SMALL, sliding_window=16, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SMALL,
+        sliding_window=20,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        rope_parameters=TWO_ROPES,
+    ),
+    "phi3, window": lambda: Phi3Config(**SMALL, sliding_window=33),
+}
+
+
+def save(config: Any, folder: Path) -> Path:
+    """A random model with weights so large that logits differ, and attention looks at few tokens."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() == 2 else 1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tokens_of(seed: int, length: int = LENGTH) -> list[int]:
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def plain_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
+    """[tokens, V] of the Hugging Face pass over the whole sequence, without this package's attention."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([tokens])).logits[0]
+
+
+def in_passes(model: ServedModel, passes: list[list[tuple[int, int]]], rows: list[list[int]]) -> list[torch.Tensor]:
+    """Hidden states of each row, computed as listed: per pass, pairs of a row and how many of its tokens come next."""
+    pool = model.make_pool(sum(pages_for(len(row)) for row in rows) * PAGE_TOKENS)
+    pool.tensor[:] = 7.0  # what is not written is not looked at
+    places = torch.randperm(pool.num_pages, generator=torch.Generator().manual_seed(0)).add(1).tolist()
+    sequences = [Sequence(GenerateRequest("spans", row, SamplingParams(1))) for row in rows]
+    for sequence in sequences:
+        sequence.pages = [places.pop() for _ in range(pages_for(len(sequence.tokens)))]
+    parts: list[list[torch.Tensor]] = [[] for _ in rows]
+    done = [0] * len(rows)
+    with torch.inference_mode():
+        for counts in passes:
+            hidden = model.forward(pool, [Span(sequences[row], done[row], count) for row, count in counts])
+            for (row, count), part in zip(counts, hidden.split([count for _, count in counts]), strict=True):
+                parts[row].append(part.clone())
+                done[row] += count
+    assert done == [len(row) for row in rows]
+    return [torch.cat(part) for part in parts]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_pieces_and_decoded_tokens_give_the_plain_logits(kind: str, tmp_path: Path) -> None:
+    model = served(save(ARCHITECTURES[kind](), tmp_path))
+    rows = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
+    passes = [[(0, 37)], [(0, 1), (1, 60)], [(2, 1), (1, 20), (0, 33)], *[[(2, 1), (1, 1), (0, 1)]] * 4]
+    passes += [[(1, 1), (0, 1)]] * 13 + [[(0, 2)]]
+    for row, hidden in zip(rows, in_passes(model, passes, rows), strict=True):
+        plain = plain_logits(tmp_path, row)
+        gap = (model.logits(hidden) - plain).abs().max() / plain.abs().max()
+        assert gap < 1e-4, f"by {gap:.2g} of the largest logit"
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral, window", "qwen3 moe"])
+def test_greedy_answers_through_the_server_are_those_of_generate(kind: str, tmp_path: Path) -> None:
+    model = served(save(ARCHITECTURES[kind](), tmp_path))
+    rows = [tokens_of(4, 50), tokens_of(5, 3)]
+    with LocalServer(model) as server:
+        answers = server.generate(rows, max_new_tokens=40, temperature=0, ignore_eos=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for row, answer in zip(rows, answers, strict=True):
+        whole = plain.generate(torch.tensor([row]), max_new_tokens=40, do_sample=False, eos_token_id=-1)[0].tolist()
+        assert answer["output_ids"] == whole[len(row) :]
+        logprobs = torch.log_softmax(plain_logits(tmp_path, whole)[len(row) - 1 : -1], -1)
+        wanted = logprobs.gather(1, torch.tensor(answer["output_ids"])[:, None])[:, 0]
+        assert output_logprobs(answer) == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    """Two layers that see everything and two with a window."""
+    return served(save(Qwen3Config(**SMALL, **MIXED), tmp_path_factory.mktemp("windowed")))
+
+
+@cache
+def whole(model: ServedModel, row: int) -> torch.Tensor:
+    return in_passes(model, [[(0, LENGTH)]], [tokens_of(row)])[0]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), min_size=1, max_size=3), max_size=9))
+def test_any_cut_gives_the_whole_prompts_states(windowed: ServedModel, drawn: list[list[tuple[int, int]]]) -> None:
+    """Rows in any order and mixture; what the draw leaves over comes in a last pass."""
+    left = [LENGTH] * 3
+    passes = []
+    for counts in [*drawn, [(row, LENGTH) for row in range(3)]]:
+        chosen = [(row, min(count, left[row])) for row, count in dict(counts).items() if left[row]]
+        for row, count in chosen:
+            left[row] -= count
+        passes += [chosen] if chosen else []
+    for row, hidden in enumerate(in_passes(windowed, passes, [tokens_of(row) for row in range(3)])):
+        torch.testing.assert_close(hidden, whole(windowed, row), atol=1e-5, rtol=1e-5)
+
+
+def test_spans_longer_than_one_block_of_queries(windowed: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = whole(windowed, 0)
+    monkeypatch.setattr(layout, "QUERIES_PER_CALL", 16)
+    got = in_passes(windowed, [[(0, 3)], [(0, LENGTH - 3)]], [tokens_of(0)])[0]
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_in_bf16_pieces_and_decoded_tokens_give_the_trainers_logprobs(smollm2: str) -> None:
+    """The same products and roundings: what is left is the order of a float32 sum now and then."""
+    from arealite.algorithm.packing import prefix_tree
+    from arealite.engine.attention import ATTENTION, Layout
+
+    model = served(Path(smollm2), torch.bfloat16)
+    rows = [tokens_of(seed, 70) for seed in range(4)]
+    passes = [[(0, 70), (1, 30), (2, 50)], [(1, 39), (3, 64), (2, 1)], *[[(3, 1), (2, 1)]] * 6, [(2, 13), (1, 1)]]
+    hidden = in_passes(model, passes, rows)
+    trainer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16, attn_implementation=ATTENTION)
+    for row, states in zip(rows, hidden, strict=True):
+        tree = prefix_tree([np.asarray(row)])
+        with torch.inference_mode():
+            plain = trainer(torch.tensor([row]), use_cache=False, tree_layout=Layout(tree, torch.device("cpu"))).logits[
+                0
+            ]
+        gap = torch.log_softmax(model.logits(states).float(), -1) - torch.log_softmax(plain.float(), -1)
+        assert float(gap.gather(1, torch.tensor(row[1:] + [0])[:, None]).abs().mean()) < 1e-5
+
+
+def test_a_window_reads_no_page_outside_of_it(windowed: ServedModel) -> None:
+    pool = windowed.make_pool(1024)
+    sequence = Sequence(GenerateRequest("long", tokens_of(0, 640), SamplingParams(1)))
+    sequence.pages = pool.take(40)
+    for start, count, most in [(639, 1, 3), (600, 1, 3), (620, 10, 4), (5, 1, 1)]:
+        spans = [Span(sequence, start, count)]
+        [block] = KVLayout(pool, spans).blocks(24)
+        pages = sequence.pages[max(0, start - 23) // PAGE_TOKENS : pages_for(start + count)]
+        assert set(pages) <= set(block.table.tolist()) and len(block.table) <= most
+        assert len(KVLayout(pool, spans).blocks(None)[0].table) >= pages_for(start + count)
+        assert span_order(spans[0], 24) <= span_order(spans[0])
+
+
+def test_what_a_configuration_and_its_code_disagree_on_is_refused(tmp_path: Path) -> None:
+    """Llama ignores a window; one in its configuration may be a mistake of either."""
+    folder = save(LlamaConfig(**SMALL, sliding_window=32), tmp_path)
+    with pytest.raises(ConfigError, match="layer 0 has a sliding window of 32 by its configuration, and passes None"):
+        served(folder)
+
+
+def test_layers_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    Qwen3NextConfig(**SMALL, layer_types=["linear_attention"] * 3 + ["full_attention"]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="layers of kind linear_attention; the native server supports"):
+        served(tmp_path)
+
+
+def test_long_rope_is_served_up_to_where_it_changes(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **factors}
+    save(Phi3Config(**SMALL, rope_parameters=rope, original_max_position_embeddings=128), tmp_path)
+    with pytest.raises(ConfigError, match="--context-length 128"):
+        served(tmp_path)
+    model = ServedModel(str(tmp_path), torch.float32, torch.device("cpu"), 128, False)
+    plain = plain_logits(tmp_path, tokens_of(0))
+    torch.testing.assert_close(model.logits(whole(model, 0)), plain, atol=1e-3, rtol=1e-4)
