@@ -1,0 +1,182 @@
+"""What each backend says on the wire and how it reads answers, by server and version; no server is needed for that."""
+
+import pytest
+
+from arealite.api.errors import ConfigError, RequestError, WeightSyncError
+from arealite.api.types import GenerationRequest, TensorSlot, WeightUpdateMeta
+from arealite.rollout.native import NativeBackend
+from arealite.rollout.sglang import SGLangBackend
+from arealite.rollout.vllm import GENERATE, ROUTES, SETTINGS, VERSION, WEIGHTS, VLLMBackend, VLLMCompletionsBackend
+
+SLOTS = (
+    TensorSlot("a", "bfloat16", (2, 3), 0, 12),
+    TensorSlot("b", "bfloat16", (4,), 12, 8),
+    TensorSlot("c", "float32", (1,), 0, 4),
+)
+
+
+def meta(kind, version=5, **changes):
+    fields = {"slots": SLOTS, "buckets": ((0, 2), (2, 3)), "group": "g", "checksums": {"b": 1}}
+    return WeightUpdateMeta(kind, version, "/w", **{**fields, **changes})
+
+
+def request(**changes):
+    return GenerationRequest(**{"rid": "r", "input_ids": [1, 2], "max_new_tokens": 10, "seed": 7, **changes})
+
+
+def sglang(version, **facts):
+    return SGLangBackend().detect({"/server_info": {"version": version, **facts}}, "server-0")
+
+
+def paths(plan):
+    return [[call.path.split("?")[0] for call in calls] for calls in (plan.before, plan.buckets, plan.after)]
+
+
+def settings(mode="processed_logprobs", extension="arealite.weights.vllm_worker.WeightReceiver", ranks=2):
+    parallel = {"world_size": ranks, "worker_extension_cls": extension}
+    return {"vllm_config": {"model_config": {"logprobs_mode": mode}, "parallel_config": parallel}}
+
+
+def vllm(routes=(GENERATE,), **changes):
+    facts = {VERSION: {"version": "0.32.0"}, WEIGHTS: {"weight_version": "4"}, SETTINGS: settings(**changes)}
+    return VLLMBackend().detect({**facts, ROUTES: {"paths": {path: {} for path in routes}}}, "server-0")
+
+
+def choice(**changes):
+    logprobs = {"content": [{"token_id": 5, "logprob": -0.5}, {"token_id": 6, "logprob": -1.5}]}
+    spans = [{"version": "default", "start": 0, "end": 1}, {"version": "3", "start": 1, "end": 2}]
+    fields = {"token_ids": [5, 6], "logprobs": logprobs, "finish_reason": "stop", "stop_reason": None}
+    return {"choices": [{**fields, "weight_versions": spans, **changes}]}
+
+
+@pytest.mark.parametrize(("version", "in_session"), [("0.5.20", False), ("0.5.21", True), ("0.5.23.post1", True)])
+def test_sglang_updates_are_in_a_session_where_the_version_wants_one(version, in_session):
+    for kind in ("distributed", "tensor"):
+        before, buckets, after = paths(sglang(version).update_plan(meta(kind), "retract"))
+        assert buckets == [f"/update_weights_from_{kind}"] * 2
+        assert (before, after) == ((["/begin_weight_update"], ["/end_weight_update"]) if in_session else ([], []))
+    assert paths(sglang(version).update_plan(meta("disk"), "retract"))[2] == ["/update_weights_from_disk"]
+
+
+def test_sglang_buckets_are_named_and_only_the_last_flushes_and_stamps():
+    plan = sglang("0.5.23").update_plan(meta("distributed"), "retract")
+    first, last = (call.body for call in plan.buckets)
+    assert first["names"] == ["a", "b"] and first["dtypes"] == ["bfloat16"] * 2 and first["shapes"] == [[2, 3], [4]]
+    assert first["load_format"] == "flattened_bucket" and first["group_name"] == "g" and not first["flush_cache"]
+    assert "weight_version" not in first and last["weight_version"] == "5" and last["flush_cache"] is True
+    # In place, requests keep their cache: SGLang refuses to flush then.
+    assert not sglang("0.5.23").update_plan(meta("distributed"), "in_place").buckets[-1].body["flush_cache"]
+    assert not sglang("0.5.23").update_plan(meta("disk"), "in_place").after[0].body["flush_cache"]
+
+
+def test_sglang_bodies_carry_a_bucket_for_each_rank():
+    backend = sglang("0.5.23", tp_size=3)
+    call = backend.with_bucket(backend.update_plan(meta("tensor"), "retract").buckets[0], "text")
+    assert backend.num_ranks == 3 and call.body["serialized_named_tensors"] == ["text"] * 3
+    with pytest.raises(ConfigError, match="pp_size 2 reads new weights only from disk"):
+        sglang("0.5.23", pp_size=2).update_plan(meta("distributed"), "retract")
+    with pytest.raises(ConfigError, match="SGLang cannot read"):
+        backend.update_plan(meta("shm"), "retract")
+
+
+def test_sglang_without_version_spans_may_only_abort():
+    assert sglang("0.5.19").pause_call("abort").body == {"mode": "abort"}
+    with pytest.raises(ConfigError, match="pause_mode=abort"):
+        sglang("0.5.19").pause_call("retract")
+    assert sglang("0.5.20").pause_call("retract").body == {"mode": "retract"}
+
+
+def test_sglang_of_unknown_version_is_taken_for_the_newest_known():
+    for facts in ({}, {"/server_info": {}}, {"/get_server_info": {"version": "main"}}):
+        assert SGLangBackend().detect(facts, "server-0").version == SGLangBackend().version
+    assert SGLangBackend().detect({"/get_server_info": {"version": "0.5.10.post1"}}, "s").version == (0, 5, 10)
+
+
+def test_sglang_quirks_of_answers():
+    finish = {"type": "abort", "message": "Abort in waiting queue"}
+    # Aborted in the queue: no count of prompt tokens. Nothing to generate: a logprob without a token.
+    for notes in ({"finish_reason": finish, "id": "x"}, {"finish_reason": {"type": "length", "length": 0}}):
+        notes["output_token_logprobs"] = [[-0.1, 9, None]]
+        part = SGLangBackend().parse_part({"text": "", "output_ids": [], "meta_info": notes}, "server-0")
+        assert (part.token_ids, part.logprobs, part.versions) == ([], [], [])
+
+
+def test_native_confirms_what_came_by_every_link():
+    for kind in ("disk", "shm", "distributed", "tensor"):
+        assert NativeBackend().update_plan(meta(kind), "retract").after[-1].body["checksum_names"] == ["b"]
+    answers = [{"success": True}, {"success": True, "checksums": {"b": 3}}]
+    assert NativeBackend().parse_receipt(answers, meta("distributed"), "server-0") == {"b": 3}
+
+
+def test_vllm_parameters_and_the_seed_of_a_resumed_request():
+    backend = VLLMBackend()
+    call = backend.generate_call(request(min_new_tokens=4, stop=("x",), lora="poet"), "wire", [])
+    assert call.path == GENERATE and call.body["model"] == "poet" and call.body["request_id"] == "wire"
+    sampling = call.body["sampling_params"]
+    assert (sampling["max_tokens"], sampling["min_tokens"], sampling["top_k"], sampling["logprobs"]) == (10, 4, 0, 0)
+    assert sampling["seed"] == 7 and sampling["stop"] == ["x"]
+    resumed = backend.generate_call(request(min_new_tokens=4), "wire", [8, 9]).body
+    assert resumed["token_ids"] == [1, 2, 8, 9] and resumed["sampling_params"]["max_tokens"] == 8
+    # With the same seed the server would draw its first numbers again.
+    bodies = [backend.generate_call(request(), "wire", [8] * n).body for n in range(4)]
+    assert len({body["sampling_params"]["seed"] for body in bodies}) == 4
+    assert "seed" not in backend.generate_call(request(seed=None), "wire", []).body["sampling_params"]
+    assert backend.abort_call("wire").body == {"request_ids": ["generate-tokens-wire"]}
+
+
+def test_vllm_answers_are_read_or_refused():
+    part = VLLMBackend().parse_part(choice(), "server-0")
+    assert (part.token_ids, part.logprobs, part.versions) == ([5, 6], [-0.5, -1.5], [0, 3])
+    assert part.matched == 6 and VLLMBackend().parse_part(choice(stop_reason="\n"), "server-0").matched == "\n"
+    floor = {"content": [{"token_id": 5, "logprob": -9999.0}] * 2}
+    for changes, said in (
+        ({"logprobs": floor}, "not a finite number"),
+        ({"logprobs": {"content": []}}, "2 tokens and 0 logprobs"),
+        ({"logprobs": None}, "expected choices"),
+        ({"finish_reason": "repetition"}, "repetition"),
+        ({"weight_versions": [{"version": "x", "start": 0, "end": 2}]}, "weight version 'x'"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            VLLMBackend().parse_part(choice(**changes), "server-0")
+
+
+def test_vllm_is_refused_when_it_was_started_in_a_way_that_cannot_work():
+    with pytest.raises(ConfigError, match="--logprobs-mode processed_logprobs"):
+        vllm(mode="raw_logprobs")
+    with pytest.raises(ConfigError, match="VLLM_SERVER_DEV_MODE=1"):
+        VLLMBackend().detect({VERSION: {"version": "0.32.0"}}, "server-0")
+    plain = vllm(extension="")
+    assert paths(plain.update_plan(meta("disk"), "retract"))[2][0] == "/collective_rpc"
+    for kind in ("shm", "distributed"):
+        with pytest.raises(ConfigError, match="--worker-extension-cls arealite"):
+            plain.update_plan(meta(kind), "retract")
+        assert vllm().update_plan(meta(kind), "retract").after
+    with pytest.raises(ConfigError, match="set weight_update=disk"):
+        vllm().update_plan(meta("tensor"), "retract")
+
+
+def test_vllm_without_the_scale_out_route_aborts_and_counts_versions_itself():
+    backend = vllm(routes=())
+    assert isinstance(backend, VLLMCompletionsBackend) and type(vllm()) is VLLMBackend and vllm().num_ranks == 2
+    answer = choice(logprobs={"token_logprobs": [-0.5, -1.5]})
+    assert backend.parse_part(answer, "server-0").versions == [4, 4]
+    backend.parse_receipt([{"results": [None]}, {"success": True}], meta("disk"), "server-0")
+    assert backend.parse_part(answer, "server-0").versions == [5, 5]
+    assert "mode=abort" in backend.pause_call("abort").path
+    with pytest.raises(ConfigError, match="--enable-scale-out"):
+        backend.pause_call("retract")
+
+
+def test_vllm_updates_flush_unless_in_place_and_their_receipts_are_checked():
+    before, buckets, after = paths(VLLMBackend().update_plan(meta("distributed"), "retract"))
+    assert (len(before), len(buckets), after[1:]) == (1, 2, ["/reset_prefix_cache", "/update_weight_version"])
+    assert "/reset_prefix_cache" not in paths(VLLMBackend().update_plan(meta("disk"), "in_place"))[2]
+    taken = {"results": [{"checksums": {"b": 9}, "absent": []}]}
+    assert VLLMBackend().parse_receipt([taken, {"success": True}], meta("disk"), "server-0") == {"b": 9}
+    for answer, said in (
+        ({"results": [{"checksums": {}, "absent": ["lm_head.weight"]}]}, "no weights of version 5 for lm_head.weight"),
+        ({"success": False}, "did not take the weights of version 5"),
+        (None, "did not take"),
+    ):
+        with pytest.raises(WeightSyncError, match=said):
+            VLLMBackend().parse_receipt([answer], meta("disk"), "server-0")
