@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from arealite.inference.batcher import Batcher
 from arealite.inference.engine import Engine
 from arealite.inference.model import ServedModel
-from arealite.inference.routes import ServerSettings, build_app
+from arealite.inference.routes import build_app
+from arealite.inference.settings import ServerSettings
 
 VOCAB = 260  # 256 bytes, then pad, bos, eos and one unused
 EOS = 258
@@ -72,14 +73,19 @@ class LocalServer:
     """The server in this process, on a real socket, its event loop in a thread of its own."""
 
     def __init__(
-        self, model: ServedModel, max_running: int = 8, kv_tokens: int = 2048, hold_limit_s: float = WAIT_S
+        self,
+        model: ServedModel,
+        max_running: int = 8,
+        kv_tokens: int = 2048,
+        hold_limit_s: float = WAIT_S,
+        **settings: Any,
     ) -> None:
         self.engine = Engine(Batcher(model, max_running, kv_tokens, "0"), seed=0)
         self.batcher = self.engine.batcher
         self.step_delay_s = 0.0  # a test that acts on a running request slows the engine down meanwhile
         self._plain_step = self.batcher.step
         self.batcher.step = self._slow_step  # type: ignore[method-assign]
-        self._settings = ServerSettings("tiny", {}, hold_limit_s=hold_limit_s)
+        self._settings = ServerSettings("tiny", {}, hold_limit_s=hold_limit_s, **settings)
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, daemon=True)

@@ -15,7 +15,9 @@ from arealite.api.errors import ConfigError
 from arealite.inference.batcher import Batcher
 from arealite.inference.engine import Engine
 from arealite.inference.model import ServedModel
-from arealite.inference.routes import ServerSettings, build_app
+from arealite.inference.routes import build_app
+from arealite.inference.settings import ServerSettings
+from arealite.inference.tool_calls import PARSERS
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of requests that bring none")
     parser.add_argument("--served-model-name", help="name in /v1/models; default: --model")
     parser.add_argument("--hold-limit-s", type=float, default=600.0, help="longest hold of a request while paused")
+    parser.add_argument(
+        "--sampling-defaults",
+        default="model",
+        choices=["model", "openai"],
+        help="what OpenAI calls leave out: from the model's generation_config.json, or OpenAI's values",
+    )
+    parser.add_argument("--tool-call-parser", default="auto", choices=PARSERS, help="how the model writes tool calls")
+    parser.add_argument("--incremental-streaming-output", action="store_true", help="/generate streams what is new")
+    parser.add_argument("--strict-sglang", action="store_true", help="refuse and answer exactly as SGLang 0.5.23 does")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     args = parser.parse_args(argv)
     for name in ("context_length", "max_running_requests", "kv_cache_tokens"):
@@ -106,7 +117,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         engine = build_engine(args)
         engine.start()
-        settings = ServerSettings(args.served_model_name or args.model, vars(args), hold_limit_s=args.hold_limit_s)
+        settings = ServerSettings(
+            args.served_model_name or args.model,
+            vars(args),
+            hold_limit_s=args.hold_limit_s,
+            incremental_streaming=args.incremental_streaming_output,
+            tool_call_parser=args.tool_call_parser,
+            model_defaults=args.sampling_defaults == "model",
+            strict_sglang=args.strict_sglang,
+        )
         return asyncio.run(serve(engine, settings, args.host, args.port))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,141 @@
+"""Requests of HTTP calls on the engine: held while paused, followed token by token, aborted when their client goes
+away; and server-sent events. Used by routes.py and openai_routes.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import traceback
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+from aiohttp import web
+
+from arealite.api.errors import WaitTimeout
+from arealite.inference.engine import Engine, EngineFailure
+from arealite.inference.requests import GenerateRequest
+from arealite.inference.responses import Answer
+from arealite.inference.sequence import Sequence
+from arealite.observe import waits
+
+logger = logging.getLogger(__name__)
+
+
+class Submissions:
+    """The way of a call's requests to the engine and back. `resumed` is set unless generation is paused, `num_held`
+    counts the requests that wait for it."""
+
+    def __init__(self, engine: Engine, hold_limit_s: float, request_limit_s: float) -> None:
+        self.resumed = asyncio.Event()
+        self.resumed.set()
+        self.num_held = 0
+        self._engine = engine
+        self._tokenizer = engine.batcher.model.tokenizer
+        self._hold_limit_s = hold_limit_s
+        self._request_limit_s = request_limit_s
+
+    @asynccontextmanager
+    async def _running(self, requests: list[GenerateRequest]) -> AsyncIterator[list[Sequence]]:
+        """Submitted once generation is not paused; those that have not ended with the block are aborted."""
+        rids = [r.rid for r in requests]
+        while not self.resumed.is_set():  # the next pause may come before the event loop is here again
+            self.num_held += len(rids)
+            try:
+                await waits.bounded(self.resumed.wait(), "continue_generation", "client", self._hold_limit_s, rids)
+            finally:
+                self.num_held -= len(rids)
+        sequences = [self._engine.submit(r) for r in requests]
+        try:
+            yield sequences
+        finally:
+            if not all(s.future.done() for s in sequences):  # the client is gone, or the limit has passed
+                with suppress(EngineFailure):  # then they have ended with the engine
+                    self._engine.call(lambda: self._engine.abort(sequences.__contains__))
+
+    async def finished(self, requests: list[GenerateRequest]) -> list[Answer]:
+        """The whole answers, in order."""
+        async with self._running(requests) as sequences:
+            ended = asyncio.gather(*(asyncio.wrap_future(s.future) for s in sequences))
+            await waits.bounded(ended, "generation", "engine", self._request_limit_s, [r.rid for r in requests])
+        answers = [Answer(self._tokenizer, s) for s in sequences]
+        for answer in answers:
+            answer.advance()
+        return answers
+
+    async def growing(self, requests: list[GenerateRequest]) -> AsyncGenerator[tuple[int, Answer], None]:
+        """(index, answer) whenever there is more of that answer to show, until all have ended.
+
+        A slow reader gets several tokens at once: what waits for it is one mark per answer.
+        """
+        async with self._running(requests) as sequences:
+            grown: asyncio.Queue[int] = asyncio.Queue()
+            marked: set[int] = set()
+            mark = partial(_mark, marked, asyncio.get_running_loop(), grown)
+            answers = [Answer(self._tokenizer, s) for s in sequences]
+            for i, sequence in enumerate(sequences):
+                sequence.listener = partial(_listen, answers[i], mark, i)
+                sequence.future.add_done_callback(partial(_ended, mark, i))
+            unfinished = set(range(len(sequences)))
+            while unfinished:
+                pending = [requests[i].rid for i in sorted(unfinished)]
+                i = await waits.bounded(grown.get(), "next token", "engine", self._request_limit_s, pending)
+                marked.discard(i)  # before looking, so that what comes meanwhile is marked again
+                if i in unfinished and answers[i].advance():
+                    if answers[i].finished:
+                        unfinished.discard(i)
+                    yield i, answers[i]
+
+
+def _listen(answer: Answer, mark: Callable[[int], None], i: int, sequence: Sequence) -> None:
+    """On the engine thread."""
+    answer.num_known = sequence.num_output
+    mark(i)
+
+
+def _ended(mark: Callable[[int], None], i: int, _: Future[Sequence]) -> None:
+    mark(i)
+
+
+def _mark(marked: set[int], loop: asyncio.AbstractEventLoop, grown: asyncio.Queue[int], i: int) -> None:
+    """On any thread: wake the reader, unless it has yet to take the last mark."""
+    if i not in marked:
+        marked.add(i)
+        with suppress(RuntimeError):  # the event loop has ended, and with it the reader
+            loop.call_soon_threadsafe(grown.put_nowait, i)
+
+
+ErrorBody = Callable[[int, str], dict[str, Any]]
+
+
+async def send_events(
+    request: web.Request, events: AsyncGenerator[dict[str, Any], None], error_body: ErrorBody
+) -> web.StreamResponse:
+    """Answer with server-sent events and `[DONE]`. What fails before the first one is raised, and answered as for any
+    other call; what fails later is the last event, made by `error_body(status, message)`."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    async with aclosing(events):
+        event: dict[str, Any] | None = await anext(events, None)
+        await response.prepare(request)
+        while event is not None:
+            await _send(response, json.dumps(event))
+            try:
+                event = await anext(events, None)
+            except (WaitTimeout, EngineFailure) as error:
+                await _send(response, json.dumps(error_body(503, str(error))))
+                break
+            except Exception:  # HTTP boundary: the status is sent, so that only the stream can tell of it
+                logger.exception("%s failed", request.path)
+                await _send(response, json.dumps(error_body(500, traceback.format_exc())))
+                break
+        await _send(response, "[DONE]")
+        await response.write_eof()
+    return response
+
+
+async def _send(response: web.StreamResponse, event: str) -> None:
+    await response.write(f"data: {event}\n\n".encode())
