@@ -20,7 +20,7 @@ def parse(body: Any) -> Any:
 
 
 def one(**params: Any) -> Any:
-    return parse({"input_ids": [1, 2, 3], "sampling_params": params})[0][0].params
+    return parse({"input_ids": [1, 2, 3], "sampling_params": params}).requests[0].params
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,14 @@ def one(**params: Any) -> Any:
         ({"text": 3}, "text"),
         ({"input_ids": [1] * 64}, "64 tokens"),
         ({"input_ids": [1] * 48}, "48 tokens"),
-        ({"input_ids": [1], "stream": True}, "stream"),
-        ({"input_ids": [1], "top_logprobs_num": 2}, "top_logprobs_num"),
+        ({"input_ids": [1], "stream": 1}, "stream"),
+        ({"input_ids": [1], "top_logprobs_num": -1}, "top_logprobs_num"),
+        ({"input_ids": [1], "top_logprobs_num": 10**6}, "top_logprobs_num"),
+        ({"input_ids": [1], "token_ids_logprob": [100]}, "token_ids_logprob"),
+        ({"input_ids": [1], "token_ids_logprob": [[1]]}, "token_ids_logprob"),
+        ({"input_ids": [1, 2], "num_prompt_tokens": 3}, "num_prompt_tokens"),
+        ({"input_ids": [1, 2], "num_prompt_tokens": 0}, "num_prompt_tokens"),
+        ({"input_ids": [[1]] * 65, "sampling_params": {"n": 1024}}, "66560"),
         ({"input_ids": [1], "lora_path": "x"}, "lora_path"),
         ({"input_ids": [1], "rid": 3}, "rid"),
         ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, "rid"),
@@ -87,12 +93,18 @@ def test_wrong_bodies_are_refused_by_name(body: Any, named: str) -> None:
         ("stop_token_ids", ["5"]),
         ("ignore_eos", 1),
         ("sampling_seed", 2**63),
-        ("n", 2),
+        ("n", 0),
+        ("n", 10**9),
         ("n", True),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", 0.1),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {"3": 1.0}),
+        ("frequency_penalty", 2.5),
+        ("presence_penalty", -2.1),
+        ("repetition_penalty", 0),
+        ("logit_bias", {"100": 1.0}),
+        ("logit_bias", {"-1": 1.0}),
+        ("logit_bias", {"x": 1.0}),
+        ("logit_bias", {"9" * 5000: 1.0}),
+        ("logit_bias", {"3": float("-inf")}),
+        ("logit_bias", [1.0]),
         ("stop_regex", "a+"),
         ("regex", "a"),
         ("json_schema", "{}"),
@@ -131,8 +143,8 @@ def test_lengths_default_to_the_protocol_and_to_what_fits() -> None:
 
 def test_a_prompt_that_fills_the_context_can_be_scored() -> None:
     """The longest trajectory that can be generated has as many tokens as are served."""
-    scored, _ = parse({"input_ids": [1] * 48, "sampling_params": {"max_new_tokens": 0}})
-    assert scored[0].params.max_new_tokens == 0
+    scored = parse({"input_ids": [1] * 48, "sampling_params": {"max_new_tokens": 0}})
+    assert scored.requests[0].params.max_new_tokens == 0
     with pytest.raises(RequestError, match="49 tokens"):
         parse({"input_ids": [1] * 49, "sampling_params": {"max_new_tokens": 0}})
 
@@ -143,16 +155,37 @@ def test_tiny_temperatures_are_greedy() -> None:
 
 
 def test_batches_get_ids_and_params_of_their_own() -> None:
-    requests, batched = parse(
+    call = parse(
         {
             "input_ids": [[1], [2, 3]],
             "rid": "r",
             "sampling_params": [{"top_k": 5}, None],
             "return_logprob": [True, False],
+            "token_ids_logprob": [7, 8],
+            "stream": True,
         }
     )
-    assert batched and [r.rid for r in requests] == ["r_0", "r_1"]
-    assert [r.params.top_k for r in requests] == [5, 0] and [r.return_logprob for r in requests] == [True, False]
+    assert call.batched and call.stream and [r.rid for r in call.requests] == ["r_0", "r_1"]
+    assert [r.params.top_k for r in call.requests] == [5, 0]
+    assert [r.return_logprob for r in call.requests] == [True, False]
+    assert [r.token_ids_logprob for r in call.requests] == [(7, 8), ()], "only with return_logprob"
+
+
+def test_samples_of_a_prompt_stand_together_and_draw_differently() -> None:
+    call = parse({"input_ids": [[1], [2]], "rid": "r", "sampling_params": [{"n": 2, "sampling_seed": 5}, None]})
+    assert [r.rid for r in call.requests] == ["r_0_0", "r_0_1", "r_1"]
+    assert [r.prompt_ids for r in call.requests] == [[1], [1], [2]]
+    assert [r.params.sampling_seed for r in call.requests] == [5, 6, None]
+    assert parse({"input_ids": [1], "sampling_params": {"n": 2}}).batched
+    assert not parse({"input_ids": [1], "sampling_params": {"n": 1}}).batched
+
+
+def test_tokens_of_an_earlier_call_count_as_generated() -> None:
+    body = {"input_ids": [1, 2, 3, 4], "num_prompt_tokens": 2}
+    [request] = parse({**body, "sampling_params": {"min_new_tokens": 5, "max_new_tokens": 3}}).requests
+    assert request.num_given == 2
+    with pytest.raises(RequestError, match="min_new_tokens"):
+        parse({**body, "sampling_params": {"min_new_tokens": 6, "max_new_tokens": 3}})
 
 
 json_values = st.recursive(
@@ -173,14 +206,18 @@ json_values = st.recursive(
             "rid": json_values,
             "return_logprob": json_values,
             "logprob_start_len": json_values,
+            "token_ids_logprob": json_values,
+            "num_prompt_tokens": json_values,
             "sampling_params": json_values
-            | st.dictionaries(st.sampled_from(["max_new_tokens", "top_k", "stop", "min_p", "n"]), json_values),
+            | st.dictionaries(
+                st.sampled_from(["max_new_tokens", "top_k", "stop", "min_p", "n", "logit_bias"]), json_values
+            ),
         },
     )
 )
 def test_no_body_does_anything_but_pass_or_be_refused(body: Any) -> None:
     try:
-        requests, _ = parse(json.loads(json.dumps(body)))
+        requests = parse(json.loads(json.dumps(body))).requests
     except RequestError:
         return
     assert all(r.prompt_ids and len(r.prompt_ids) + r.params.max_new_tokens <= 48 for r in requests)

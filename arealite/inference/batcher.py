@@ -17,6 +17,7 @@ from arealite.inference.model import ServedModel
 from arealite.inference.responses import find_stop_string
 from arealite.inference.sampler import sample, uniform
 from arealite.inference.scheduler import Admitted, Scheduler
+from arealite.inference.scores import note_choices, score_prompt
 from arealite.inference.sequence import Sequence, Span
 from arealite.observe import waits
 
@@ -102,19 +103,13 @@ class Batcher:
         logits = self.model.logits(hidden[ends - 1])
         finite = torch.isfinite(logits).all(-1).tolist()
         for i, (sequence, length) in enumerate(newcomers):
-            if sequence.needs_input_logprobs:
-                self._score_prompt(sequence, hidden[int(ends[i]) - length :])
+            if sequence.request.logprob_start is not None:
+                score_prompt(self.model, sequence, 0, hidden[int(ends[i]) - length : int(ends[i])])
             if length == sequence.num_prompt and finite[i]:
                 self.scheduler.index.add(sequence.prompt_key, sequence.pages, logits[i].clone())
         ready = [i for i, (s, length) in enumerate(newcomers) if length == len(s.tokens)]
         if ready:
             self._sample([sequences[i] for i in ready], logits[ready])
-
-    def _score_prompt(self, sequence: Sequence, hidden: torch.Tensor) -> None:
-        """Logprobs of the prompt's tokens from `logprob_start` on; the first has none."""
-        first = sequence.request.logprob_start or 0
-        scores = self.model.score(hidden[first:], sequence.request.prompt_ids[first + 1 :])
-        sequence.input_logprobs = [None, *scores]
 
     def _decode(self) -> None:
         self.scheduler.grow()
@@ -136,6 +131,7 @@ class Batcher:
         uniforms = [uniform(s.seed, len(s.tokens)) for s in sequences]
         banned = [self._stop_ids(s) if s.num_output < s.request.params.min_new_tokens else None for s in sequences]
         drawn = sample(logits, params, uniforms, banned)
+        note_choices(sequences, logits)
         for i, sequence in enumerate(sequences):
             if not drawn.ok[i]:
                 self._finish_nan(sequence)
@@ -148,6 +144,8 @@ class Batcher:
             reason = self._finish_reason(sequence)
             if reason is not None:
                 self.finish(sequence, reason)
+            elif sequence.listener is not None:
+                sequence.listener(sequence)
         self.counters.last_token_at = time.time()
         waits.mark("token")
 

@@ -55,7 +55,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_running:
             sequence = self.waiting.popleft()
             num = sequence.num_prompt if self.replay else len(sequence.tokens)
-            sharable = num == sequence.num_prompt and not sequence.needs_input_logprobs
+            sharable = num == sequence.num_prompt and not sequence.num_scored < sequence.num_prompt - 1
             if sharable and sequence.prompt_key in in_progress:
                 skipped.append(sequence)
                 continue

@@ -6,6 +6,7 @@ Made by routes.py's submission, owned by the engine thread until `future` is res
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from arealite.inference.requests import GenerateRequest
+
+Scored = list[tuple[float, int]]  # (logprob, token id)
 
 
 @dataclass(eq=False)
@@ -31,6 +34,12 @@ class Sequence:
     num_cached: int = 0  # prompt tokens that another request had computed
     num_retractions: int = 0
     seed: int = 0
+    listener: Callable[[Sequence], None] | None = None  # called on the engine thread after each token but the last
+    # The likeliest tokens, and those that the client names, per output token and per scored prompt token.
+    top_logprobs: list[Scored | None] = field(default_factory=list)
+    token_ids_logprobs: list[Scored | None] = field(default_factory=list)
+    input_top_logprobs: list[Scored | None] = field(default_factory=list)
+    input_token_ids_logprobs: list[Scored | None] = field(default_factory=list)
     finish_reason: dict[str, Any] | None = None
     weight_version: str = ""  # of the server when it ended
     submitted_at: float = field(default_factory=time.perf_counter)
@@ -55,9 +64,11 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
     @property
-    def needs_input_logprobs(self) -> bool:
-        """Still to be computed: then the prompt cannot come from the index."""
-        return self.request.logprob_start is not None and not self.input_logprobs
+    def num_scored(self) -> int:
+        """The prompt's first so many tokens need not be computed for logprobs: of what follows them, all is known or
+        nothing is wanted."""
+        start = self.request.logprob_start
+        return self.num_prompt - 1 if start is None else start + max(0, len(self.input_logprobs) - 1)
 
     def finish(self, reason: dict[str, Any], weight_version: str) -> None:
         """Mark as ended; the engine resolves the future after its pages are free."""
