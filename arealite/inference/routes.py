@@ -1,86 +1,94 @@
-"""The HTTP surface of the built-in server: generation, pausing, health and introspection (SGLang's wire protocol).
+"""The HTTP surface of the built-in server: generation, pausing and health (SGLang's wire protocol), and how errors are
+answered. The other routes are in control.py, introspection.py and openai_routes.py.
 
-`build_app` is called by serve.py and by tests. Handlers validate, wait and render; the engine thread does the rest.
+`build_app` is called by serve.py and by tests. Routes validate, wait and render; the engine thread does the rest.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from arealite.api.errors import RequestError, WaitTimeout, WeightSyncError
+from arealite.inference import strict
 from arealite.inference.bodies import field, read_json, read_object, shown
+from arealite.inference.chat_template import ChatTemplate
 from arealite.inference.control import ControlRoutes
 from arealite.inference.engine import PAUSE_MODES, Engine, EngineFailure
-from arealite.inference.requests import ServedLimits, parse_generate
-from arealite.inference.responses import render
+from arealite.inference.introspection import Introspection
+from arealite.inference.model import ServedModel
+from arealite.inference.openai_requests import Served, model_defaults
+from arealite.inference.openai_routes import OpenAIRoutes
+from arealite.inference.requests import GenerateCall, ServedLimits, parse_generate
+from arealite.inference.responses import Answer, render
+from arealite.inference.settings import ServerSettings
+from arealite.inference.streaming import Submissions, send_events
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)
 
-SERVER_VERSION = "arealite-native-0.1"
 MAX_BODY_BYTES = 256 << 20
-HEALTH_LIMIT_S = 20.0
+_KINDS = {400: "BadRequestError", 404: "NotFoundError", 503: "ServiceUnavailableError"}
 
 
-def error_response(status: int, message: str) -> web.Response:
-    """Both forms that clients of the protocol look for: of a refused request, and of a refused control call."""
-    return web.json_response({"error": {"message": message}, "success": False, "message": message}, status=status)
+def error_body(status: int, message: str) -> dict[str, Any]:
+    """All forms that clients look for: OpenAI's, a refused request's, and a refused control call's."""
+    facts = {"message": message, "type": _KINDS.get(status, "Error"), "param": None, "code": status}
+    return {"object": "error", "success": False, **facts, "error": facts}
 
 
-@web.middleware
-async def answer_errors(request: web.Request, **called: Handler) -> web.StreamResponse:
-    """Turn whatever a route raises into a JSON answer; the server keeps serving."""
-    try:
-        return await called["handler"](request)  # the keyword by which aiohttp hands it over
-    except (RequestError, WeightSyncError) as error:
-        return error_response(400, str(error))
-    except (WaitTimeout, EngineFailure) as error:
-        return error_response(503, str(error))
-    except web.HTTPException as error:
-        return error_response(error.status, f"{request.method} {request.path}: {error.reason}")
-    except Exception:  # HTTP boundary: an error in one request must not end the server
-        logger.exception("%s %s failed", request.method, request.path)
-        return error_response(500, traceback.format_exc())
+class ErrorAnswers:
+    """Turns whatever a route raises into a JSON answer; the server keeps serving."""
 
+    def __init__(self, strict_sglang: bool) -> None:
+        self._strict = strict_sglang
 
-@dataclass(frozen=True)
-class ServerSettings:
-    """What the routes need besides the engine. `flags` are the command line's, for /server_info."""
+    def response(self, request: web.Request, status: int, message: str, error: Exception | None = None) -> web.Response:
+        if not self._strict:
+            return web.json_response(error_body(status, message), status=status)
+        if isinstance(error, WeightSyncError):
+            return web.json_response({"success": False, "message": message}, status=status)
+        return web.json_response(strict.error_body(request.path, status, message, error), status=status)
 
-    served_model_name: str
-    flags: dict[str, Any]
-    hold_limit_s: float = 600.0  # longest time a new request is held while paused
-    request_limit_s: float = 3600.0  # longest time a request may take
+    async def answer(self, request: web.Request, call: Handler) -> web.StreamResponse:
+        try:
+            if self._strict and request.path in strict.NOT_SGLANGS:
+                raise web.HTTPNotFound
+            return await call(request)
+        except (RequestError, WeightSyncError) as error:
+            return self.response(request, 400, str(error), error)
+        except (WaitTimeout, EngineFailure) as error:
+            return self.response(request, 503, str(error))
+        except web.HTTPException as error:
+            return self.response(request, error.status, f"{request.method} {request.path}: {error.reason}")
+        except ConnectionResetError:  # the client is gone in the middle of its stream
+            return web.Response(status=499)
+        except Exception:  # HTTP boundary: an error in one request must not end the server
+            logger.exception("%s %s failed", request.method, request.path)
+            return self.response(request, 500, traceback.format_exc())
 
 
 class ServerRoutes:
-    """Handlers over one engine."""
+    """Routes over one engine."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
-        model = engine.batcher.model
+    def __init__(
+        self, engine: Engine, settings: ServerSettings, limits: ServedLimits, submissions: Submissions
+    ) -> None:
         self._engine = engine
         self._settings = settings
-        self._resumed = asyncio.Event()
-        self._resumed.set()
-        self._started_at = time.time()
-        self.limits = ServedLimits(
-            vocab_size=model.vocab_size,
-            context_length=model.context_length,
-            kv_cache_tokens=engine.batcher.scheduler.pool.num_tokens,
-            encode=None if model.tokenizer is None else (lambda text: list(model.tokenizer(text).input_ids)),
-        )
+        self._limits = limits
+        self._submissions = submissions
 
     def routes(self) -> list[web.RouteDef]:
         return [
             web.post("/generate", self.generate),
+            web.put("/generate", self.generate),
             web.post("/abort_request", self.abort),
             web.post("/pause_generation", self.pause),
             web.post("/continue_generation", self.resume),
@@ -88,32 +96,30 @@ class ServerRoutes:
             web.get("/health_generate", self.health_generate),
             web.get("/ready", self.ready),
             web.get("/ping", self.ping),
-            web.get("/model_info", self.model_info),
-            web.get("/get_model_info", self.model_info),
-            web.get("/server_info", self.server_info),
-            web.get("/get_server_info", self.server_info),
-            web.get("/v1/models", self.models),
-            web.get("/v1/loads", self.loads),
         ]
 
-    async def generate(self, request: web.Request) -> web.Response:
+    async def generate(self, request: web.Request) -> web.StreamResponse:
         """Validate, be held while paused, sample. A client that goes away aborts its requests."""
-        call = parse_generate(await read_json(request), self.limits)
-        requests, batched = call.requests, call.batched
-        rids = [r.rid for r in requests]
-        while not self._resumed.is_set():  # the next pause may come before the event loop is here again
-            limit_s = self._settings.hold_limit_s
-            await waits.bounded(self._resumed.wait(), "continue_generation", "client", limit_s, rids)
-        sequences = [self._engine.submit(r) for r in requests]
-        ended = asyncio.gather(*(asyncio.wrap_future(s.future) for s in sequences))
-        try:
-            await waits.bounded(ended, "generation", "engine", self._settings.request_limit_s, rids)
-        finally:
-            if not all(s.future.done() for s in sequences):  # the client is gone, or the limit has passed
-                self._engine.call(lambda: self._engine.abort(sequences.__contains__))
-        tokenizer = self._engine.batcher.model.tokenizer
-        answers = [render(tokenizer, s) for s in sequences]
-        return web.json_response(answers if batched else answers[0])
+        body = await read_json(request)
+        call = parse_generate(strict.with_default_length(body) if self._settings.strict_sglang else body, self._limits)
+        with_prompt = field(body, "return_prompt_token_ids", bool, False)
+        if call.stream:
+            shape = strict.stream_error_body if self._settings.strict_sglang else error_body
+            return await send_events(request, self._events(call, with_prompt), shape)
+        answers = [
+            self._entry(answer, False, with_prompt) for answer in await self._submissions.finished(call.requests)
+        ]
+        return web.json_response(answers if call.batched else answers[0])
+
+    async def _events(self, call: GenerateCall, with_prompt: bool) -> AsyncGenerator[dict[str, Any], None]:
+        async with aclosing(self._submissions.growing(call.requests)) as growing:
+            async for i, answer in growing:
+                entry = self._entry(answer, self._settings.incremental_streaming, with_prompt)
+                yield {**entry, "index": i} if call.batched else entry
+
+    def _entry(self, answer: Answer, only_new: bool, with_prompt: bool) -> dict[str, Any]:
+        entry = render(answer, only_new, with_prompt)
+        return strict.as_sglang(entry, answer) if self._settings.strict_sglang else entry
 
     async def abort(self, request: web.Request) -> web.Response:
         """Answers at once; the requests end after the current step."""
@@ -132,109 +138,93 @@ class ServerRoutes:
         mode = next((mode for mode in PAUSE_MODES if mode == wanted), None)
         if mode is None:
             raise RequestError(f"mode: expected one of {', '.join(PAUSE_MODES)}, found {shown(wanted)}")
-        self._resumed.clear()
+        self._submissions.resumed.clear()
         await self._engine.ask("pause_generation", lambda: self._engine.pause(mode))
         return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def resume(self, request: web.Request) -> web.Response:
         await read_object(request)
-        self._resumed.set()  # those who are held run after the call is in the engine's inbox
+        self._submissions.resumed.set()  # those who are held run after the call is in the engine's inbox
         await self._engine.ask("continue_generation", self._engine.resume)
         return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 while the engine thread lives, paused or not."""
+        """200 while the engine thread lives, paused or not. SGLang generates a token for it, and fails while paused."""
         if self._engine.stopped.is_set():
-            return error_response(503, self._engine.failure or "the engine has stopped")
+            raise EngineFailure(self._engine.failure or "the engine has stopped")
+        if self._settings.strict_sglang:
+            resumed, limit_s = self._submissions.resumed.wait(), self._settings.health_limit_s
+            await waits.bounded(resumed, "continue_generation", "client", limit_s, ["a health check"])
         return web.Response()
 
     async def health_generate(self, request: web.Request) -> web.Response:
         """200 when the engine thread answers between two steps; works while paused."""
-        await self._engine.ask("health_generate", lambda: None, HEALTH_LIMIT_S)
-        return web.Response()
+        await self._engine.ask("health_generate", lambda: None, self._settings.health_limit_s)
+        return await self.health(request)
 
     async def ready(self, request: web.Request) -> web.Response:
-        if not self._resumed.is_set():
-            return error_response(503, f"generation is paused ({self._engine.paused})")
-        return await self.health(request)
+        if not self._submissions.resumed.is_set():
+            raise web.HTTPServiceUnavailable(reason=f"generation is paused ({self._engine.paused})")
+        if self._engine.stopped.is_set():
+            raise EngineFailure(self._engine.failure or "the engine has stopped")
+        return web.Response()
 
     async def ping(self, request: web.Request) -> web.Response:
         return web.Response()
 
-    async def model_info(self, request: web.Request) -> web.Response:
-        model = self._engine.batcher.model
-        return web.json_response(
-            {
-                "model_path": model.path,
-                "served_model_name": self._settings.served_model_name,
-                "tokenizer_path": model.path,
-                "is_generation": True,
-                "weight_version": self._engine.batcher.weight_version,
-                "model_type": model.config.model_type,
-                "architectures": [type(model.module).__name__],
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "vocab_size": model.vocab_size,
-                "context_length": model.context_length,
-            }
-        )
 
-    async def server_info(self, request: web.Request) -> web.Response:
-        counters, scheduler = self._engine.batcher.counters, self._engine.batcher.scheduler
-        state = {**vars(counters), "last_gen_throughput": counters.tokens_per_s}
-        return web.json_response(
-            {
-                **self._settings.flags,
-                "version": SERVER_VERSION,
-                "tp_size": 1,
-                "pp_size": 1,
-                "dp_size": 1,
-                "ep_size": 1,
-                "context_length": self.limits.context_length,
-                "max_total_num_tokens": self.limits.kv_cache_tokens,
-                "max_req_input_len": self.limits.max_tokens - 1,
-                "startup_time": self._started_at,
-                "weight_version": self._engine.batcher.weight_version,
-                "paused": self._engine.paused,
-                "internal_states": [{**state, "num_retractions": scheduler.num_retractions}],
-            }
-        )
+def served_limits(engine: Engine) -> ServedLimits:
+    """What requests are checked against."""
+    model = engine.batcher.model
+    return ServedLimits(
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+        kv_cache_tokens=engine.batcher.scheduler.pool.num_tokens,
+        encode=None if model.tokenizer is None else Encoder(model),
+    )
 
-    async def models(self, request: web.Request) -> web.Response:
-        card = {
-            "id": self._settings.served_model_name,
-            "object": "model",
-            "created": int(self._started_at),
-            "owned_by": "arealite",
-            "root": self._engine.batcher.model.path,
-            "parent": None,
-            "max_model_len": self.limits.context_length,
-        }
-        return web.json_response({"object": "list", "data": [card]})
 
-    async def loads(self, request: web.Request) -> web.Response:
-        scheduler = self._engine.batcher.scheduler
-        counters = self._engine.batcher.counters
-        used, total = scheduler.num_used_tokens, self.limits.kv_cache_tokens
-        seen = counters.num_cached_tokens + counters.num_prefill_tokens
-        load = {
-            "dp_rank": 0,
-            "num_running_reqs": len(scheduler.running),
-            "num_waiting_reqs": len(scheduler.waiting),
-            "num_used_tokens": used,
-            "num_total_tokens": used,
-            "max_total_num_tokens": total,
-            "max_running_requests": scheduler.max_running,
-            "token_usage": used / total,
-            "gen_throughput": counters.tokens_per_s if scheduler.running else 0.0,
-            "cache_hit_rate": counters.num_cached_tokens / seen if seen else 0.0,
-            "utilization": len(scheduler.running) / scheduler.max_running,
-            "num_nan_reqs": counters.num_nan_requests,
-        }
-        return web.json_response({"timestamp": time.time(), "version": SERVER_VERSION, "loads": [load]})
+class Encoder:
+    """Text to token ids. Text that cannot fit the context is refused before it is encoded, which may take long."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._tokenizer = model.tokenizer
+        longest = max(map(len, self._tokenizer.get_vocab()), default=1)
+        self._max_characters = 2 * longest * model.context_length
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if len(text) > self._max_characters:
+            raise RequestError(f"a text of {len(text)} characters passes the context length")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"half of a surrogate pair is no character: {error}") from error
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
 
 def build_app(engine: Engine, settings: ServerSettings) -> web.Application:
     """The application; its runner needs handler_cancellation=True so that a client's disconnect aborts."""
+    model, limits = engine.batcher.model, served_limits(engine)
+    submissions = Submissions(engine, settings.hold_limit_s, settings.request_limit_s)
+    asked = model.module.generation_config.to_dict() if settings.model_defaults else {}
+    served = Served(
+        limits,
+        ChatTemplate(model.tokenizer, limits.encode, settings.tool_call_parser),
+        settings.served_model_name,
+        model_defaults(asked),
+    )
+    errors = ErrorAnswers(settings.strict_sglang)
+
+    @web.middleware
+    async def answer_errors(request: web.Request, **called: Handler) -> web.StreamResponse:
+        return await errors.answer(request, called["handler"])  # the keyword by which aiohttp hands it over
+
     app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)  # type: ignore[list-item]
-    app.add_routes([*ServerRoutes(engine, settings).routes(), *ControlRoutes(engine).routes()])
+    for part in (
+        ServerRoutes(engine, settings, limits, submissions),
+        Introspection(engine, settings, limits, submissions),
+        OpenAIRoutes(served, submissions, error_body),
+        ControlRoutes(engine, settings.strict_sglang),
+    ):
+        app.add_routes(part.routes())
     return app
