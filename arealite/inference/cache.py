@@ -1,19 +1,18 @@
-"""The KV cache: pages of fixed size, counted references, and an index of prompts that are already computed.
+"""The KV cache: pages of fixed size, and who needs which.
 
-Owned by the engine thread (scheduler.py allocates and frees, model.py reads and writes the tensors).
+Owned by the engine thread (scheduler.py and prefix.py allocate and free, model.py reads and writes the tensors).
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from arealite.inference.kernels import Kernels
+
 PAGE_TOKENS = 16
-MAX_CACHED_PROMPTS = 256  # each keeps one row of logits
 SCRATCH_PAGE = 0  # written by padding rows, read by nobody's unmasked keys
 
 
@@ -23,7 +22,8 @@ def pages_for(num_tokens: int) -> int:
 
 
 class PagePool:
-    """All keys and values, `tensor` [layers, 2, kv heads, pages, PAGE_TOKENS, head dim], and who holds which page.
+    """All keys and values, `tensor` [layers, 2, kv heads, pages, PAGE_TOKENS, head dim], and who needs which page:
+    sequences hold pages, entries of the prefix cache keep them.
 
     A page with more than one holder is never written at positions that another holder reads.
     """
@@ -36,7 +36,10 @@ class PagePool:
         num_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        kernels: Kernels | None = None,
     ) -> None:
+        """With `kernels`, these alone read and write pages, in an order of elements of their own."""
+        self.kernels = kernels
         self.num_pages = pages_for(num_tokens)
         dims = (num_layers, 2, num_kv_heads, self.num_pages + 1, PAGE_TOKENS, head_dim)
         self.tensor = _lazy_zeros(dims, dtype, device)
@@ -44,7 +47,9 @@ class PagePool:
         flat = self.tensor.flatten(3, 4)
         self.keys = [flat[layer, 0] for layer in range(num_layers)]
         self.values = [flat[layer, 1] for layer in range(num_layers)]
-        self._holders = [0] * (self.num_pages + 1)
+        self._holders = [0] * (self.num_pages + 1)  # sequences
+        self._keepers = [0] * (self.num_pages + 1)  # entries of the prefix cache
+        self.num_idle = 0  # pages that are kept and not held
         self._free = list(range(self.num_pages, 0, -1))
 
     @property
@@ -58,19 +63,42 @@ class PagePool:
     def take(self, num: int) -> list[int]:
         """`num` pages with one holder each; so many must be free."""
         pages = [self._free.pop() for _ in range(num)]
-        self.hold(pages)
+        for page in pages:
+            self._holders[page] = 1
         return pages
 
     def hold(self, pages: list[int]) -> None:
+        """One more holder of each page, none of which is free."""
         for page in pages:
+            self.num_idle -= not self._holders[page]
             self._holders[page] += 1
 
     def drop(self, pages: list[int]) -> None:
-        """Give up one hold on each page; a page without holders is free again."""
+        """Give up one hold on each page; one that nobody holds or keeps is free again."""
         for page in pages:
             self._holders[page] -= 1
-            if self._holders[page] == 0:
-                self._free.append(page)
+            if not self._holders[page]:
+                if self._keepers[page]:
+                    self.num_idle += 1
+                else:
+                    self._free.append(page)
+
+    def keep(self, page: int) -> None:
+        """An entry of the prefix cache for a page that somebody holds."""
+        self._keepers[page] += 1
+
+    def forget(self, page: int) -> None:
+        """The opposite."""
+        self._keepers[page] -= 1
+        if self.is_free(page):
+            self.num_idle -= 1
+            self._free.append(page)
+
+    def is_idle(self, page: int) -> bool:
+        return not self._holders[page]
+
+    def is_free(self, page: int) -> bool:
+        return not self._holders[page] and not self._keepers[page]
 
     def copy_page(self, source: int, target: int) -> None:
         self.tensor[:, :, :, target].copy_(self.tensor[:, :, :, source])
@@ -86,50 +114,3 @@ def _lazy_zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     if device.type != "cpu":
         return torch.zeros(dims, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(dims) * dtype.itemsize, np.uint8)).view(dtype).view(dims)
-
-
-@dataclass(frozen=True)
-class CachedPrompt:
-    """A computed prompt: its pages (the last may be partly filled) and the logits [V] after its last token."""
-
-    pages: list[int]
-    logits: torch.Tensor
-
-
-class PromptIndex:
-    """Prompts whose keys and values are in the pool, oldest use first, so that a group's prompt is computed once.
-
-    Each entry holds its pages; entries are dropped when the pages are needed, and all of them when weights change.
-    """
-
-    def __init__(self, pool: PagePool) -> None:
-        self._pool = pool
-        self._entries: OrderedDict[bytes, CachedPrompt] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def find(self, key: bytes) -> CachedPrompt | None:
-        entry = self._entries.get(key)
-        if entry is not None:
-            self._entries.move_to_end(key)
-        return entry
-
-    def add(self, key: bytes, pages: list[int], logits: torch.Tensor) -> None:
-        if key not in self._entries:
-            self._pool.hold(pages)
-            self._entries[key] = CachedPrompt(list(pages), logits)
-        if len(self._entries) > MAX_CACHED_PROMPTS:
-            self.evict_oldest()
-
-    def evict_oldest(self) -> bool:
-        """Drop one entry; False when there is none. Its pages become free unless a running sequence holds them too."""
-        if not self._entries:
-            return False
-        _, entry = self._entries.popitem(last=False)
-        self._pool.drop(entry.pages)
-        return True
-
-    def clear(self) -> None:
-        while self.evict_oldest():
-            pass

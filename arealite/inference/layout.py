@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 
 from arealite.api.errors import ConfigError
 from arealite.inference.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, pages_for
+from arealite.inference.kernels import PagedSpans
 from arealite.inference.sequence import Span
 
 ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attention`
 QUERIES_PER_CALL = 512  # queries of long spans whose scores exist at one time
+QUERIES_PER_PIECE = 64  # of one span that a core computes at a time in the kernels
 KEYS_PER_CALL = 4096  # keys of short spans gathered at one time: stays in a core's cache
 _UNSUPPORTED = ("s_aux", "position_bias")
 
@@ -54,10 +57,28 @@ class KVLayout:
         self.pool = pool
         self.spans = spans
         self._one_by_one = one_by_one
-        num_padding = max(0, num_rows - sum(span.count for span in spans))
-        padding = np.full(num_padding, SCRATCH_PAGE * PAGE_TOKENS)
-        self.slots = self._tensor(np.concatenate([*map(_slots, spans), padding]))  # [T]: each token's place in the pool
+        self._num_padding = max(0, num_rows - sum(span.count for span in spans))
         self._blocks: dict[int | None, list[Block]] = {}
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """[T]: each token's place in the pool."""
+        padding = np.full(self._num_padding, SCRATCH_PAGE * PAGE_TOKENS)
+        return self._tensor(np.concatenate([*map(_slots, self.spans), padding]))
+
+    @cached_property
+    def paged_spans(self) -> PagedSpans:
+        """The same for the compiled kernels."""
+        pieces: list[tuple[int, int, int, int]] = []
+        tables: list[int] = []
+        first = 0
+        for span in self.spans:
+            for start in range(span.start, span.end, QUERIES_PER_PIECE):
+                pieces.append((first, start, min(QUERIES_PER_PIECE, span.end - start), len(tables)))
+                first += pieces[-1][2]
+            tables += span.sequence.pages[: pages_for(span.end)]
+        longest = max((span.end for span in self.spans), default=0)
+        return PagedSpans(np.array(pieces, np.int32), np.array(tables, np.int32), first, longest)
 
     def blocks(self, window: int | None) -> list[Block]:
         """What layers of this window compute, in pieces of bounded size; planned when first asked for."""
@@ -143,9 +164,13 @@ def packed_attention(
     if isinstance(kv_layout, ShapeProbe):
         kv_layout.seen[layer] = (k.shape, v.shape, window)
         return v.repeat_interleave(len(q) // len(v), 0).transpose(0, 1)[None], None  # one token sees itself
-    kv_layout.pool.keys[layer].index_copy_(1, kv_layout.slots, k)
-    kv_layout.pool.values[layer].index_copy_(1, kv_layout.slots, v)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    pool = kv_layout.pool
+    if pool.kernels is not None:
+        spans = kv_layout.paged_spans
+        return pool.kernels.attention(q, k, v, pool.tensor[layer], spans, window or 0, scale)[None], None
+    pool.keys[layer].index_copy_(1, kv_layout.slots, k)
+    pool.values[layer].index_copy_(1, kv_layout.slots, v)
     return paged_attention(q, kv_layout, layer, scale, window, softcap)[None], None
 
 

@@ -14,8 +14,12 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arealite.api.errors import ConfigError
+from arealite.inference import kernels
 from arealite.inference.cache import PAGE_TOKENS, PagePool
+from arealite.inference.fusing import fuse
+from arealite.inference.kernels import Kernels
 from arealite.inference.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention
+from arealite.inference.linears import PackedLinears
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence, Span
 
@@ -62,7 +66,9 @@ class ServedModel:
         self.eos_token_ids = _eos_ids(self.module, self.tokenizer)
         with torch.inference_mode():
             self.kv_shape = self._discover_kv_shape()  # layers, key heads, head dim
-            self._check_against_plain_pass()
+            plain = self._plain_logits()
+            self._linears, self._paging = self._accelerate()
+            self._check_against(plain)
 
     def forward(self, pool: PagePool, spans: list[Span], num_rows: int = 0) -> torch.Tensor:
         """One packed pass over the spans' tokens, whose keys and values go to the sequences' pages; each token sees its
@@ -109,7 +115,7 @@ class ServedModel:
 
     def make_pool(self, num_tokens: int) -> PagePool:
         """An empty KV cache for this model."""
-        return PagePool(*self.kv_shape, num_tokens, self.dtype, self.device)
+        return PagePool(*self.kv_shape, num_tokens, self.dtype, self.device, self._paging)
 
     def _discover_kv_shape(self) -> tuple[int, int, int]:
         """Heads and layers as the modelling code itself hands them to attention."""
@@ -141,20 +147,44 @@ class ServedModel:
                     f" {passed} to attention; the native server cannot tell which is meant"
                 )
 
-    def _check_against_plain_pass(self) -> None:
+    def refresh(self) -> None:
+        """Parameters have changed: whatever was derived from them is derived again."""
+        if self._linears is not None:
+            self._linears.refresh()
+
+    def _accelerate(self) -> tuple[PackedLinears | None, Kernels | None]:
+        """On a CPU in bf16: packed weights, fused modules and, where it fits, attention by the compiled kernels."""
+        if self.dtype != torch.bfloat16 or self.device.type != "cpu":
+            return None, None
+        linears = PackedLinears(self.module, lambda: self._run([0], [0], ShapeProbe({})))
+        compiled = kernels.load()
+        if compiled is None:
+            return linears, None
+        fuse(self.module, compiled)
+        softcap = self.config.get_text_config().to_dict().get("attn_logit_softcapping")
+        fits = compiled.exact_products and softcap is None and self.kv_shape[2] % kernels.DIM_STEP == 0
+        return linears, compiled if fits else None
+
+    def _probe_rows(self) -> list[list[int]]:
+        return [[(31 * (t + 1) + 17 * i) % self.vocab_size for t in range(_PROBE_TOKENS)] for i in range(2)]
+
+    def _plain_logits(self) -> torch.Tensor:
+        """Of the probe rows, by the plain Hugging Face pass; [2, _PROBE_TOKENS, V]."""
+        self.module.set_attn_implementation("eager")
+        plain = self.module(input_ids=torch.tensor(self._probe_rows(), device=self.device), use_cache=False).logits
+        self.module.set_attn_implementation(ATTENTION_NAME)
+        return plain
+
+    def _check_against(self, plain: torch.Tensor) -> None:
         """Packed prefill and decode must give the logits of the plain Hugging Face pass."""
         pool = self.make_pool(2 * PAGE_TOKENS)
-        rows = [[(31 * (t + 1) + 17 * i) % self.vocab_size for t in range(_PROBE_TOKENS)] for i in range(2)]
-        probes = [Sequence(GenerateRequest("probe", row, SamplingParams(1))) for row in rows]
+        probes = [Sequence(GenerateRequest("probe", row, SamplingParams(1))) for row in self._probe_rows()]
         for probe in probes:
             probe.pages = pool.take(1)
         hidden = self.forward(pool, [Span(probe, 0, _PROBE_PREFILL) for probe in probes])
         steps = [self.logits(hidden[_PROBE_PREFILL - 1 :: _PROBE_PREFILL])]
         for position in range(_PROBE_PREFILL, _PROBE_TOKENS):
             steps.append(self.logits(self.forward(pool, [Span(probe, position, 1) for probe in probes])))
-        self.module.set_attn_implementation("eager")
-        plain = self.module(input_ids=torch.tensor(rows, device=self.device), use_cache=False).logits
-        self.module.set_attn_implementation(ATTENTION_NAME)
         gap = (plain[:, _PROBE_PREFILL - 1 :].float() - torch.stack(steps, 1).float()).abs().max()
         difference = float(gap / plain.abs().max())
         if not difference <= _PROBE_TOLERANCE[self.dtype]:

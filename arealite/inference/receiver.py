@@ -75,6 +75,7 @@ def load(model: ServedModel, staged: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in staged.items():
             model.tensors[name].copy_(tensor)
+    model.refresh()
 
 
 def _check(

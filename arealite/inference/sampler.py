@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from arealite.inference import kernels
 from arealite.inference.requests import SamplingParams
 
 BLOCK = 256  # the inverse CDF is searched block by block, then within one block
@@ -54,14 +55,30 @@ def sample(
         uniforms: B numbers in [0, 1); not looked at for greedy rows.
         banned: B entries: token ids that may not be drawn (min_new_tokens); their logits count as -inf.
     """
+    if any(banned):
+        logits = logits.clone()
+        for i, ids in enumerate(banned):
+            if ids:
+                logits[i, sorted(token for token in ids if token < logits.shape[1])] = -torch.inf
+    restricted = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p > 0)]
+    compiled = kernels.load() if logits.device.type == "cpu" and logits.dtype != torch.float16 else None
+    if compiled is None or len(restricted) == len(params):
+        return _sample(logits, params, uniforms)
+    drawn = Sampled(*compiled.sample(logits.contiguous(), [p.temperature for p in params], uniforms))
+    if restricted:
+        again = _sample(logits[restricted], [params[i] for i in restricted], [uniforms[i] for i in restricted])
+        for i, token, logprob in zip(restricted, again.tokens, again.logprobs, strict=True):
+            drawn.tokens[i], drawn.logprobs[i] = token, logprob
+    return drawn
+
+
+def _sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[float]) -> Sampled:
+    """The same in PyTorch, without banned tokens."""
     num_rows, vocab = logits.shape
     # One temporary of the size of the logits, padded to whole blocks: fp32 logits, then weights relative to the max.
     weights = torch.zeros(num_rows, -(-vocab // BLOCK) * BLOCK, dtype=torch.float32, device=logits.device)
     scores = weights[:, :vocab]
     scores.copy_(logits)
-    for i, ids in enumerate(banned):
-        if ids:
-            scores[i, sorted(token for token in ids if token < vocab)] = -torch.inf
     temperatures = [p.temperature or 1.0 for p in params]
     if any(t != 1.0 for t in temperatures):
         scores.div_(torch.tensor(temperatures, device=logits.device)[:, None])

@@ -1,0 +1,508 @@
+/* The server's CPU kernels for bf16 models: attention over the page pool, norms, rotary, gated units, sampling.
+ *
+ * Compiled and called by kernels.py. They exist to save memory traffic and calls, not to change results: each rounds to
+ * bf16 where the PyTorch operations of the trainer do, adds in the order in which those add, and takes exp by the same
+ * polynomials, so that a logprob made here is bit for bit the trainer's. Needs AVX512-BF16.
+ */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+enum { PAGE = 16, ROWS = 4, MAX_PAGES_AT_ONCE = 4, BLOCK = 256 };
+typedef uint16_t bf16;
+typedef __m512 vec;
+typedef __m512bh pairs; /* 16 pairs of bf16 */
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+INLINE __m256i narrow(vec x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+INLINE vec rounded(vec x) { return widen(narrow(x)); }
+INLINE vec load16(const bf16 *p) { return widen(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE void store16(bf16 *p, vec x) { _mm256_storeu_si256((__m256i *)p, narrow(x)); }
+INLINE pairs load_pairs(const bf16 *p) { return (pairs)_mm512_loadu_si512(p); }
+INLINE pairs both_of(const bf16 *p) { return (pairs)_mm512_set1_epi32(*(const int32_t *)p); }
+INLINE __mmask16 first_lanes(long n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (__mmask16)((1 << n) - 1); }
+
+/* oneDNN adds the products of a sum one after the other, but blocks of so many of them by themselves. */
+INLINE int64_t summed_at_once(int64_t k) { return k > 1024 ? 1024 : 512; }
+
+/* exp as torch.softmax takes it in float32: a polynomial of degree 5, good to 20 units in the last place. */
+INLINE vec exp_softmax(vec x)
+{
+    const vec lowest = _mm512_set1_ps(-0x1.5d58a0p+6f); /* ln of the smallest normal number */
+    __mmask16 tiny = _mm512_cmp_ps_mask(x, lowest, _CMP_LT_OS);
+    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(0x1.62e430p+6f)), lowest);
+    vec n = _mm512_fmadd_ps(x, _mm512_set1_ps(0x1.715476p+0f), _mm512_set1_ps(0.5f));
+    n = _mm512_roundscale_ps(n, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    vec r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e430p-1f), x);
+    vec y = _mm512_fmadd_ps(r, _mm512_set1_ps(0.00828929059f), _mm512_set1_ps(0.0418978221f));
+    y = _mm512_fmadd_ps(r, y, _mm512_set1_ps(0.166676521f));
+    y = _mm512_fmadd_ps(r, y, _mm512_set1_ps(0.499991506f));
+    y = _mm512_fmadd_ps(r, y, _mm512_set1_ps(0.999999701f));
+    y = _mm512_fmadd_ps(r, y, _mm512_set1_ps(1.f));
+    return _mm512_maskz_scalef_ps(~tiny, y, n);
+}
+
+/* exp as torch.exp and torch's SiLU take it (Sleef, 1.0 ulp). */
+INLINE vec exp_exact(vec x)
+{
+    vec n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vec r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693145751953125f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(-1.428606765330187045e-06f), r);
+    vec y = _mm512_fmadd_ps(_mm512_set1_ps(0.000198527617612853646f), r, _mm512_set1_ps(0.00139304355252534151f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.00833336077630519867f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.0416664853692054749f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.166666671633720398f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.5f));
+    y = _mm512_add_ps(_mm512_set1_ps(1.f), _mm512_fmadd_ps(_mm512_mul_ps(r, r), y, r));
+    y = _mm512_scalef_ps(y, n);
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-104.f), _CMP_NLT_UQ), y);
+}
+
+/* The lanes' sum in torch's order for a row: halves, quarters, ... */
+INLINE float sum_lanes(vec v)
+{
+    v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0x4E));
+    v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1));
+    v = _mm512_add_ps(v, _mm512_shuffle_ps(v, v, 0x4E));
+    v = _mm512_add_ps(v, _mm512_shuffle_ps(v, v, 0xB1));
+    return _mm512_cvtss_f32(v);
+}
+
+/* ---- attention ---------------------------------------------------------------------------------------------------
+ * A page holds 16 tokens of one key head. Keys lie as [dim / 2][token][2] and values as [token / 2][dim][2]: what one
+ * vdpbf16ps takes, 16 pairs, lies side by side. It adds the pairs of a sum one after the other, as oneDNN does. */
+
+struct piece { int32_t first, start, count, table; }; /* tokens [first, first + count) of the pass, at positions
+    start ... of a sequence whose page numbers begin at tables[table] */
+
+struct attention {
+    const struct piece *pieces;
+    const int32_t *tables;
+    int64_t num_pieces, max_keys, heads, kv_heads, dim, pool_pages, window; /* window: keys seen at most; 0 for all */
+    float scale;
+    int32_t threads;
+};
+
+struct rows { const bf16 *base; int64_t head, token; }; /* [heads][tokens][dim] with these strides */
+
+INLINE const bf16 *row_of(const struct rows *x, int64_t head, int64_t token)
+{
+    return x->base + head * x->head + token * x->token;
+}
+
+static void store_piece(const struct attention *a, const struct piece *p, int64_t head, const struct rows *k,
+                        const struct rows *v, bf16 *keys, bf16 *values)
+{
+    for (int64_t i = 0; i < p->count; i++) {
+        int64_t position = p->start + i, slot = position % PAGE;
+        int64_t page = (head * a->pool_pages + a->tables[p->table + position / PAGE]) * PAGE * a->dim;
+        const int32_t *key = (const int32_t *)row_of(k, head, p->first + i);
+        const bf16 *value = row_of(v, head, p->first + i);
+        int32_t *to = (int32_t *)(keys + page) + slot;
+        for (int64_t d = 0; d < a->dim / 2; d++)
+            to[d * PAGE] = key[d];
+        bf16 *row = values + page + slot / 2 * 2 * a->dim;
+        for (int64_t d = 0; d < a->dim; d += 16) {
+            __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(value + d)));
+            wide = slot % 2 ? _mm512_slli_epi32(wide, 16) : wide;
+            _mm512_mask_storeu_epi16(row + 2 * d, slot % 2 ? 0xAAAAAAAA : 0x55555555, wide);
+        }
+    }
+}
+
+/* Scores of `rows` queries with `num` pages of keys, rounded to bf16 as the product's result, then scaled. */
+INLINE void scores_of(const int rows, const int num, const bf16 *const *q, const bf16 *const *pages, int64_t dim,
+                      vec scale, float *out, int64_t stride)
+{
+    vec sum[ROWS][MAX_PAGES_AT_ONCE];
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < num; n++)
+            sum[r][n] = _mm512_setzero_ps();
+    for (int64_t d = 0; d < dim; d += 2) {
+        pairs key[MAX_PAGES_AT_ONCE];
+        for (int n = 0; n < num; n++)
+            key[n] = load_pairs(pages[n] + d * PAGE);
+        for (int r = 0; r < rows; r++)
+            for (int n = 0; n < num; n++)
+                sum[r][n] = _mm512_dpbf16_ps(sum[r][n], both_of(q[r] + d), key[n]);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < num; n++)
+            _mm512_storeu_ps(out + r * stride + n * PAGE, _mm512_mul_ps(rounded(sum[r][n]), scale));
+}
+
+/* Dims [16 * at, 16 * (at + num)) of the sums of values weighted by bf16 probabilities. Blocks of keys are
+ * counted from the sequence's begin. */
+INLINE void values_of(const int rows, const int num, const bf16 *probs, int64_t stride, const bf16 *values,
+                      const int32_t *table, int64_t from_page, int64_t num_pages, int64_t dim, int64_t at,
+                      bf16 *const *out)
+{
+    vec total[ROWS][4] = {{{0}}}, sum[ROWS][4];
+    const int64_t block = summed_at_once((from_page + num_pages) * PAGE) / PAGE;
+    for (int64_t page = 0, stop; page < num_pages; page = stop) {
+        stop = (from_page + page) / block * block + block - from_page;
+        stop = stop < num_pages ? stop : num_pages;
+        for (int r = 0; r < rows; r++)
+            for (int n = 0; n < num; n++)
+                sum[r][n] = _mm512_setzero_ps();
+        for (int64_t i = page; i < stop; i++) {
+            const bf16 *from = values + table[i] * PAGE * dim + 32 * at, *weight = probs + i * PAGE;
+            for (int64_t t = 0; t < PAGE; t += 2, from += 2 * dim)
+                for (int r = 0; r < rows; r++)
+                    for (int n = 0; n < num; n++)
+                        sum[r][n] = _mm512_dpbf16_ps(sum[r][n], both_of(weight + r * stride + t), load_pairs(from + 32 * n));
+        }
+        for (int r = 0; r < rows; r++)
+            for (int n = 0; n < num; n++)
+                total[r][n] = _mm512_add_ps(total[r][n], sum[r][n]);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < num; n++)
+            store16(out[r] + 16 * (at + n), total[r][n]);
+}
+
+/* Softmax over the keys [low, high) of `num_pages` pages, in place; then rounded into `probs`. */
+static void softmax(float *scores, bf16 *probs, int64_t num_pages, int64_t low, int64_t high)
+{
+    const vec hidden = _mm512_set1_ps(-INFINITY);
+    vec top = hidden, sum = _mm512_setzero_ps();
+    for (int64_t at = 0; at < num_pages * PAGE; at += 16) {
+        __mmask16 seen = first_lanes(high - at) & ~first_lanes(low - at);
+        vec x = _mm512_mask_loadu_ps(hidden, seen, scores + at);
+        _mm512_storeu_ps(scores + at, x);
+        top = _mm512_max_ps(top, x);
+    }
+    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    for (int64_t at = 0; at < num_pages * PAGE; at += 16) {
+        vec x = exp_softmax(_mm512_sub_ps(_mm512_loadu_ps(scores + at), top));
+        _mm512_storeu_ps(scores + at, x);
+        sum = _mm512_add_ps(sum, x);
+    }
+    vec share = _mm512_set1_ps(1.f / sum_lanes(sum));
+    for (int64_t at = 0; at < num_pages * PAGE; at += 16)
+        store16(probs + at, _mm512_mul_ps(_mm512_loadu_ps(scores + at), share));
+}
+
+/* `rows` (a constant) neighbouring rows of one key head: row i is query i / group of the piece, head i % group. */
+INLINE void attend_rows(const int rows, const struct attention *a, const struct piece *p, int64_t head, int64_t row,
+                        const struct rows *q, const bf16 *keys, const bf16 *values, bf16 *out, float *scores)
+{
+    const int64_t group = a->heads / a->kv_heads;
+    const bf16 *query[ROWS], *page[MAX_PAGES_AT_ONCE];
+    bf16 *to[ROWS];
+    int64_t seen[ROWS]; /* keys up to and with the query's own */
+    for (int r = 0; r < rows; r++) {
+        int64_t token = p->first + (row + r) / group, h = head * group + (row + r) % group;
+        query[r] = row_of(q, h, token);
+        to[r] = out + (token * a->heads + h) * a->dim;
+        seen[r] = p->start + (row + r) / group + 1;
+    }
+    int64_t from_page = a->window && seen[0] > a->window ? (seen[0] - a->window) / PAGE : 0;
+    int64_t num_pages = (seen[rows - 1] + PAGE - 1) / PAGE - from_page, stride = num_pages * PAGE, n = 0;
+    const int32_t *table = a->tables + p->table + from_page;
+    const bf16 *base = keys + head * a->pool_pages * PAGE * a->dim;
+    bf16 *probs = (bf16 *)(scores + rows * stride);
+    vec scale = _mm512_set1_ps(a->scale);
+    for (; n + MAX_PAGES_AT_ONCE <= num_pages; n += MAX_PAGES_AT_ONCE) {
+        for (int i = 0; i < MAX_PAGES_AT_ONCE; i++)
+            page[i] = base + table[n + i] * PAGE * a->dim;
+        scores_of(rows, MAX_PAGES_AT_ONCE, query, page, a->dim, scale, scores + n * PAGE, stride);
+    }
+    for (; n < num_pages; n++) {
+        page[0] = base + table[n] * PAGE * a->dim;
+        scores_of(rows, 1, query, page, a->dim, scale, scores + n * PAGE, stride);
+    }
+    for (int r = 0; r < rows; r++) {
+        int64_t low = a->window && seen[r] > a->window ? seen[r] - a->window : 0;
+        softmax(scores + r * stride, probs + r * stride, num_pages, low - from_page * PAGE, seen[r] - from_page * PAGE);
+    }
+    base = values + head * a->pool_pages * PAGE * a->dim;
+    int64_t at = 0;
+    for (; at + 4 <= a->dim / 16; at += 4)
+        values_of(rows, 4, probs, stride, base, table, from_page, num_pages, a->dim, at, to);
+    for (; at < a->dim / 16; at++)
+        values_of(rows, 1, probs, stride, base, table, from_page, num_pages, a->dim, at, to);
+}
+
+/* Stores the pass's keys and values, then lets each query see all keys of its sequence up to its own.
+ * `keys` and `values`: one layer of the pool, [kv heads][pages][PAGE * dim]; `out` [tokens][heads][dim]. */
+void attention(const struct attention *a, const struct rows *q, const struct rows *k, const struct rows *v, bf16 *keys,
+               bf16 *values, bf16 *out)
+{
+    const int64_t num = a->num_pieces * a->kv_heads, group = a->heads / a->kv_heads;
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
+    {
+        float *scores = malloc(ROWS * (a->max_keys + PAGE) * (sizeof(float) + sizeof(bf16)));
+#pragma omp for
+        for (int64_t i = 0; i < num; i++)
+            store_piece(a, a->pieces + i / a->kv_heads, i % a->kv_heads, k, v, keys, values);
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t i = 0; i < num; i++) {
+            const struct piece *p = a->pieces + i / a->kv_heads;
+            int64_t head = i % a->kv_heads, row = 0, end = p->count * group;
+            for (; row + 4 <= end; row += 4)
+                attend_rows(4, a, p, head, row, q, keys, values, out, scores);
+            switch (end - row) {
+            case 3: attend_rows(3, a, p, head, row, q, keys, values, out, scores); break;
+            case 2: attend_rows(2, a, p, head, row, q, keys, values, out, scores); break;
+            case 1: attend_rows(1, a, p, head, row, q, keys, values, out, scores); break;
+            }
+        }
+        free(scores);
+    }
+}
+
+/* ---- norms and element-wise ------------------------------------------------------------------------------------ */
+
+/* The sum of squares of x[0 .. n), n a multiple of 32, in torch's order: four sums of eight lanes side by side (here two
+ * vectors), in chunks of 16 such steps; then the four, then the lanes. */
+INLINE float sum_of_squares(const bf16 *x, int64_t n)
+{
+    vec sum[2], chunk[2];
+    for (int i = 0; i < 2; i++)
+        sum[i] = chunk[i] = _mm512_setzero_ps();
+    for (int64_t at = 0; at < n; at += 32) {
+        for (int i = 0; i < 2; i++) {
+            vec y = load16(x + at + 16 * i);
+            chunk[i] = _mm512_add_ps(chunk[i], _mm512_mul_ps(y, y));
+        }
+        if (at % 512 == 480)
+            for (int i = 0; i < 2; i++)
+                sum[i] = _mm512_add_ps(sum[i], chunk[i]), chunk[i] = _mm512_setzero_ps();
+    }
+    float part[2][16], result = 0;
+    for (int i = 0; i < 2; i++)
+        _mm512_storeu_ps(part[i], _mm512_add_ps(chunk[i], sum[i]));
+    for (int i = 0; i < 8; i++)
+        result += ((part[0][i] + part[0][i + 8]) + part[1][i]) + part[1][i + 8];
+    return result;
+}
+
+/* RMSNorm of rows [num][n]. `offset` 0: the normed row is rounded, then multiplied by the weight
+ * (Llama); 1: multiplied by 1 + weight in float32, then rounded (Gemma). */
+void rms_norm(const bf16 *x, int64_t stride, const bf16 *weight, bf16 *out, int64_t num, int64_t n, float eps,
+              int32_t offset, int32_t threads)
+{
+#pragma omp parallel for num_threads(threads) if (threads > 1 && num * n > 1 << 16)
+    for (int64_t i = 0; i < num; i++) {
+        const bf16 *row = x + i * stride;
+        vec scale = _mm512_set1_ps(1.f / sqrtf(sum_of_squares(row, n) / (float)n + eps)), one = _mm512_set1_ps(1.f);
+        for (int64_t at = 0; at < n; at += 16) {
+            vec y = _mm512_mul_ps(load16(row + at), scale), w = load16(weight + at);
+            y = offset ? _mm512_mul_ps(y, _mm512_add_ps(one, w)) : _mm512_mul_ps(rounded(y), w);
+            store16(out + i * n + at, y);
+        }
+    }
+}
+
+/* out = silu(gate) * up, each rounded; rows [num][n] with strides. */
+void silu_times(const bf16 *gate, const bf16 *up, int64_t stride, bf16 *out, int64_t num, int64_t n, int32_t threads)
+{
+#pragma omp parallel for num_threads(threads) if (threads > 1 && num * n > 1 << 16)
+    for (int64_t i = 0; i < num; i++)
+        for (int64_t at = 0; at < n; at += 16) {
+            vec x = load16(gate + i * stride + at), one = _mm512_set1_ps(1.f);
+            vec e = exp_exact(_mm512_sub_ps(_mm512_setzero_ps(), x));
+            x = rounded(_mm512_div_ps(x, _mm512_add_ps(one, e)));
+            store16(out + i * n + at, _mm512_mul_ps(x, load16(up + i * stride + at)));
+        }
+}
+
+/* In place: x * cos + rotate_half(x) * sin, each product and the sum rounded. `x` [heads][tokens][dim], `cos` and `sin`
+ * [tokens][dim]. */
+void rotate(const struct rows *x, const bf16 *cos, const bf16 *sin, int64_t heads, int64_t tokens, int64_t dim)
+{
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++) {
+            bf16 *row = (bf16 *)row_of(x, h, t);
+            const bf16 *c = cos + t * dim, *s = sin + t * dim;
+            for (int64_t i = 0, j = dim / 2; i < dim / 2; i += 16, j += 16) {
+                vec a = load16(row + i), b = load16(row + j);
+                vec minus_b = _mm512_sub_ps(_mm512_set1_ps(-0.f), b);
+                store16(row + i, _mm512_add_ps(rounded(_mm512_mul_ps(a, load16(c + i))),
+                                               rounded(_mm512_mul_ps(minus_b, load16(s + i)))));
+                store16(row + j, _mm512_add_ps(rounded(_mm512_mul_ps(b, load16(c + j))),
+                                               rounded(_mm512_mul_ps(a, load16(s + j)))));
+            }
+        }
+}
+
+/* ---- products with a packed weight ---------------------------------------------------------------------------------
+ * out [rows][n] = x [rows][k] times the transpose of a weight [n][k], k even. The packed weight stands in panels of 64
+ * columns, [k / 2][64][2], the last one padded; pairs of k are added one after the other, as in oneDNN. */
+
+enum { PANEL = 64, ROWS_AT_ONCE = 6, ROWS_KEPT = 128 /* rows whose inputs stay in a core's cache */ };
+
+/* Puts a weight [n][k] into the panels from column `first` on. */
+void pack(const bf16 *weight, bf16 *packed, int64_t n, int64_t k, int64_t first, int32_t threads)
+{
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i down = _mm512_mullo_epi32(lane, _mm512_set1_epi32(k / 2));
+#pragma omp parallel for num_threads(threads) if (threads > 1 && n * k > 1 << 16)
+    for (int64_t c = 0; c < n; c += 16) {
+        int64_t whole = n - c >= 16 && (first + c) % 16 == 0;
+        for (int64_t i = 0; i < k / 2; i++) {
+            const int32_t *from = (const int32_t *)weight + c * k / 2 + i;
+            for (int64_t j = 0, num = n - c < 16 ? n - c : 16; j < num; j += whole ? 16 : 1) {
+                int64_t column = first + c + j;
+                int32_t *to = (int32_t *)packed + (column / PANEL * k / 2 + i) * PANEL + column % PANEL;
+                if (whole)
+                    _mm512_storeu_si512(to, _mm512_i32gather_epi32(down, from, 4));
+                else
+                    *to = from[j * k / 2];
+            }
+        }
+    }
+}
+
+/* `ahead`: where to begin asking for the next panel, `lines` cache lines per step. */
+INLINE void product_rows(const int rows, const int lines, const bf16 *ahead, const bf16 *x, const bf16 *panel,
+                         const bf16 *bias, bf16 *out, int64_t n, int64_t k, int64_t columns)
+{
+    vec total[ROWS_AT_ONCE][4] = {{{0}}}, sum[ROWS_AT_ONCE][4];
+    for (int64_t i = 0, stop; i < k;) {
+        stop = i + summed_at_once(k) < k ? i + summed_at_once(k) : k;
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < 4; j++)
+                sum[r][j] = _mm512_setzero_ps();
+        for (; i < stop; i += 2, panel += 2 * PANEL) {
+            pairs w[4];
+            for (int j = 0; j < 4; j++)
+                w[j] = load_pairs(panel + 32 * j);
+            for (int j = 0; j < lines; j++, ahead += 32)
+                _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+            for (int r = 0; r < rows; r++)
+                for (int j = 0; j < 4; j++)
+                    sum[r][j] = _mm512_dpbf16_ps(sum[r][j], both_of(x + r * k + i), w[j]);
+        }
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < 4; j++)
+                total[r][j] = _mm512_add_ps(total[r][j], sum[r][j]);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < 4; j++) {
+            __mmask16 real = first_lanes(columns - 16 * j);
+            if (bias)
+                total[r][j] = _mm512_add_ps(total[r][j], widen(_mm256_maskz_loadu_epi16(real, bias + 16 * j)));
+            _mm256_mask_storeu_epi16(out + r * n + 16 * j, real, narrow(total[r][j]));
+        }
+}
+
+void product(const bf16 *x, const bf16 *packed, const bf16 *bias, bf16 *out, int64_t num, int64_t n, int64_t k,
+             int32_t threads)
+{
+    const int64_t num_panels = (n + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && num * n * k > 1 << 20)
+    for (int64_t p = 0; p < num_panels * ((num + ROWS_KEPT - 1) / ROWS_KEPT); p++) {
+        const int64_t at = p % num_panels * PANEL, first = p / num_panels * ROWS_KEPT;
+        const int64_t stop = first + ROWS_KEPT < num ? first + ROWS_KEPT : num;
+        int64_t blocks = (stop - first + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+        const int64_t lines = blocks >= 4 ? 1 : blocks >= 2 ? 2 : 4; /* four blocks, two or one fetch the next panel */
+        const bf16 *panel = packed + at * k, *ahead = panel + PANEL * k, *shift = bias ? bias + at : 0;
+        for (int64_t row = first, rows; row < stop; row += rows, blocks--, ahead += lines * 16 * k) {
+            rows = (stop - row + blocks - 1) / blocks;
+            const bf16 *from = x + row * k;
+            bf16 *to = out + row * n + at;
+#define RUN(r, l) product_rows(r, l, ahead, from, panel, shift, to, n, k, n - at)
+#define CASE(r)                                                                        \
+    case r: {                                                                          \
+        if (ahead >= panel + 2 * PANEL * k) RUN(r, 0);                                 \
+        else if (lines == 1) RUN(r, 1);                                                \
+        else if (lines == 2) RUN(r, 2);                                                \
+        else RUN(r, 4);                                                                \
+        break;                                                                         \
+    }
+            switch (rows) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
+        }
+    }
+}
+
+/* ---- sampling -------------------------------------------------------------------------------------------------- */
+
+struct sampling {
+    const void *logits; /* [rows][vocab], bf16 or float32 */
+    const float *temperature; /* 0: the likeliest token */
+    const double *uniform;
+    int64_t *token;
+    double *logprob;
+    uint8_t *ok; /* 0: the row has a NaN, an infinity, or nothing to choose */
+    int64_t rows, vocab;
+    int32_t is_float, threads;
+};
+
+/* 16 logits from `at` on, divided by the temperature; -inf past the end. */
+INLINE vec logits_at(const struct sampling *s, int64_t row, int64_t at, vec temperature)
+{
+    __mmask16 real = first_lanes(s->vocab - at);
+    vec x;
+    if (s->is_float)
+        x = _mm512_maskz_loadu_ps(real, (const float *)s->logits + row * s->vocab + at);
+    else
+        x = widen(_mm256_maskz_loadu_epi16(real, (const bf16 *)s->logits + row * s->vocab + at));
+    return _mm512_mask_blend_ps(real, _mm512_set1_ps(-INFINITY), _mm512_div_ps(x, temperature));
+}
+
+static void sample_row(const struct sampling *s, int64_t row, double *sums)
+{
+    const vec temperature = _mm512_set1_ps(s->temperature[row] > 0 ? s->temperature[row] : 1.f);
+    const vec none = _mm512_set1_ps(-INFINITY);
+    vec top = none, score;
+    __mmask16 odd = 0;
+    int64_t num = (s->vocab + BLOCK - 1) / BLOCK, token = -1, block = 0;
+    for (int64_t at = 0; at < s->vocab; at += 16) {
+        score = logits_at(s, row, at, temperature);
+        odd |= _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q);
+        top = _mm512_max_ps(top, score);
+    }
+    const float best = _mm512_reduce_max_ps(top);
+    s->ok[row] = !odd && isfinite(best);
+    if (!s->ok[row])
+        return;
+    top = _mm512_set1_ps(best);
+    double total = 0, upto = 0;
+    for (int64_t b = 0; b < num; total += sums[b++]) {
+        vec sum = _mm512_setzero_ps();
+        for (int64_t at = b * BLOCK; at < (b + 1) * BLOCK; at += 16) {
+            score = logits_at(s, row, at, temperature);
+            __mmask16 equal = token < 0 ? _mm512_cmp_ps_mask(score, top, _CMP_EQ_OQ) : 0;
+            token = equal ? at + __builtin_ctz(equal) : token;
+            sum = _mm512_add_ps(sum, exp_exact(_mm512_sub_ps(score, top)));
+        }
+        sums[b] = (double)_mm512_reduce_add_ps(sum);
+    }
+    double target = s->uniform[row] * total, logit = best;
+    if (s->temperature[row] > 0) {
+        while (block < num - 1 && upto + sums[block] <= target)
+            upto += sums[block++];
+        float weights[BLOCK];
+        for (int i = 0; i < BLOCK; i += 16)
+            _mm512_storeu_ps(weights + i, exp_exact(_mm512_sub_ps(logits_at(s, row, block * BLOCK + i, temperature), top)));
+        /* Rounding may leave the target at or past the block's end: the last token that has weight is meant then. */
+        for (int i = 0; i < BLOCK; i++) {
+            upto += weights[i];
+            token = weights[i] > 0 ? block * BLOCK + i : token;
+            if (upto > target)
+                break;
+        }
+        float lanes[16];
+        _mm512_storeu_ps(lanes, logits_at(s, row, token / 16 * 16, temperature));
+        logit = lanes[token % 16];
+    }
+    s->token[row] = token;
+    s->logprob[row] = logit - best - log(total);
+}
+
+/* One token per row from softmax(logits / temperature), by the inverse of its cumulative sum, and the logprob. */
+void sample(const struct sampling *s)
+{
+#pragma omp parallel num_threads(s->threads) if (s->threads > 1 && s->rows > 1)
+    {
+        double *sums = malloc((s->vocab / BLOCK + 1) * sizeof(double)); /* of the weights, per block */
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < s->rows; row++)
+            sample_row(s, row, sums);
+        free(sums);
+    }
+}

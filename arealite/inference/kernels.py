@@ -1,0 +1,217 @@
+"""kernels.c, compiled once per machine and called on CPU bf16 tensors; None where it cannot be had.
+
+Used by layout.py (attention), linears.py (products, norms, element-wise) and sampler.py. Whoever finds no kernels takes
+the PyTorch path, which gives the same results. Calls release the interpreter lock only where they last.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from arealite.dataset.fetch import cache_root
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-shared", "-fPIC"]
+COMPILE_LIMIT_S = 120.0
+PANEL = 64  # columns of a packed weight are filled up to a multiple
+DIM_STEP = 32  # head dims and widths must be multiples
+_PROBE = (24, 704)  # rows and width of the products that are compared with PyTorch's
+
+
+class _Rows(ctypes.Structure):
+    """[heads, tokens, dim] with the strides of heads and tokens in elements."""
+
+    _fields_ = [("base", c_void_p), ("head", c_int64), ("token", c_int64)]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        ("pieces", c_void_p),
+        ("tables", c_void_p),
+        *((name, c_int64) for name in ["num_pieces", "max_keys", "heads", "kv_heads", "dim", "pool_pages", "window"]),
+        ("scale", c_float),
+        ("threads", c_int32),
+    ]
+
+
+class _Sampling(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ["logits", "temperature", "uniform", "token", "logprob", "ok"]),
+        *((name, c_int64) for name in ["rows", "vocab"]),
+        *((name, c_int32) for name in ["is_float", "threads"]),
+    ]
+
+
+@dataclass(frozen=True)
+class PagedSpans:
+    """What the tokens of a pass see. `pieces` [n, 4] int32: first token of the pass, its position in its sequence,
+    count, and where in `tables` (int32) its sequence's page numbers begin. The pieces cover `num_tokens` tokens."""
+
+    pieces: np.ndarray
+    tables: np.ndarray
+    num_tokens: int
+    max_keys: int
+
+
+class Kernels:
+    """The functions of one compiled library. `exact_products`: products have every bit that PyTorch's have here (not so
+    where PyTorch uses AMX); only then do products and attention belong to the served model."""
+
+    def __init__(self, library: Path) -> None:
+        long, short = ctypes.CDLL(str(library)), ctypes.PyDLL(str(library))
+        self._product, self._pack, self._attention, self._sample = long.product, long.pack, long.attention, long.sample
+        self._norm, self._silu, self._rotate = short.rms_norm, short.silu_times, short.rotate
+        pointer, size, number = c_void_p, c_int64, c_int32
+        self._product.argtypes = [pointer, pointer, pointer, pointer, size, size, size, number]
+        self._pack.argtypes = [pointer, pointer, size, size, size, number]
+        self._attention.argtypes = [POINTER(_Attention), *[POINTER(_Rows)] * 3, pointer, pointer, pointer]
+        self._sample.argtypes = [POINTER(_Sampling)]
+        self._norm.argtypes = [pointer, size, pointer, pointer, size, size, c_float, number, number]
+        self._silu.argtypes = [pointer, pointer, size, pointer, size, size, number]
+        self._rotate.argtypes = [POINTER(_Rows), pointer, pointer, size, size, size]
+        for function in list(vars(self).values()):
+            function.restype = None
+        self.exact_products = self._compare_products()
+
+    def _compare_products(self) -> bool:
+        x, weight = (torch.sin(torch.arange(n * _PROBE[1]) % 1013.0).bfloat16().view(n, -1) for n in (_PROBE[0], PANEL))
+        return torch.equal(self.product(x, self.pack([weight]), None, PANEL), torch.nn.functional.linear(x, weight))
+
+    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None = None) -> torch.Tensor:
+        """Weights [n, K] below each other, in the order that `product` reads; into `packed` if it is given."""
+        width = weights[0].shape[1]
+        if packed is None:
+            num_panels = -(-sum(len(weight) for weight in weights) // PANEL)
+            packed = weights[0].new_zeros(num_panels * PANEL * width)
+        first = 0
+        for weight in weights:
+            assert weight.is_contiguous() and width % 2 == 0
+            self._pack(weight.data_ptr(), packed.data_ptr(), len(weight), width, first, torch.get_num_threads())
+            first += len(weight)
+        return packed
+
+    def product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor:
+        """x [..., K] times the transpose of packed weights of n rows together, plus bias [n]; [..., n]."""
+        x = x.contiguous()
+        width = x.shape[-1]
+        out = x.new_empty(*x.shape[:-1], n)
+        shift = None if bias is None else bias.data_ptr()
+        num = x.numel() // width
+        self._product(x.data_ptr(), packed.data_ptr(), shift, out.data_ptr(), num, n, width, torch.get_num_threads())
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool) -> torch.Tensor:
+        """x [..., N] normed; times the weight after rounding or, `plus_one`, times 1 + weight before it."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        n = x.shape[-1]
+        num, threads = x.numel() // n, torch.get_num_threads()
+        self._norm(x.data_ptr(), n, weight.data_ptr(), out.data_ptr(), num, n, eps, plus_one, threads)
+        return out
+
+    def silu_times(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up; both [..., N], rows as far apart in one as in the other."""
+        n = gate.shape[-1]
+        stride = gate.stride(-2)
+        if up.stride(-2) != stride:
+            gate, up, stride = gate.contiguous(), up.contiguous(), n
+        out = gate.new_empty(gate.shape)
+        num, threads = gate.numel() // n, torch.get_num_threads()
+        self._silu(gate.data_ptr(), up.data_ptr(), stride, out.data_ptr(), num, n, threads)
+        return out
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Rotary embedding in place: x [1, heads, T, D], cos and sin [1, T, D], contiguous."""
+        _, heads, tokens, dim = x.shape
+        self._rotate(_rows(x[0]), cos.data_ptr(), sin.data_ptr(), heads, tokens, dim)
+
+    def sample(
+        self, logits: torch.Tensor, temperatures: list[float], uniforms: list[float]
+    ) -> tuple[list[int], list[float], list[bool]]:
+        """Tokens, logprobs and whether the row is sound; logits [B, V] bf16 or float32, temperature 0 for the best."""
+        num, vocab = logits.shape
+        temperature, uniform = np.asarray(temperatures, np.float32), np.asarray(uniforms, np.float64)
+        tokens, logprobs, ok = np.zeros(num, np.int64), np.zeros(num), np.zeros(num, np.uint8)
+        places = [array.ctypes.data for array in (temperature, uniform, tokens, logprobs, ok)]
+        is_float = logits.dtype == torch.float32
+        self._sample(byref(_Sampling(logits.data_ptr(), *places, num, vocab, is_float, torch.get_num_threads())))
+        return tokens.tolist(), logprobs.tolist(), (ok > 0).tolist()
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pool: torch.Tensor,
+        spans: PagedSpans,
+        window: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """Store keys and values [kv heads, T, D] in one layer of the pool [2, kv heads, pages, 16, D], and let queries
+        [heads, T, D] see their sequences; [T, heads, D], zeros for tokens of no piece."""
+        heads, tokens, dim = q.shape
+        out = q.new_empty(tokens, heads, dim)
+        if tokens > spans.num_tokens:
+            out[spans.num_tokens :] = 0
+        shape = (len(spans.pieces), spans.max_keys, heads, len(k), dim, pool.shape[2], window)
+        setting = _Attention(spans.pieces.ctypes.data, spans.tables.ctypes.data, *shape, scale, torch.get_num_threads())
+        keys = pool.data_ptr()
+        values = keys + pool.stride(0) * 2
+        self._attention(byref(setting), _rows(q), _rows(k), _rows(v), keys, values, out.data_ptr())
+        return out
+
+
+def _rows(x: torch.Tensor) -> ctypes._Pointer[_Rows]:
+    head, token, step = x.stride()
+    assert step == 1
+    return byref(_Rows(x.data_ptr(), head, token))  # type: ignore[return-value]
+
+
+@functools.cache
+def load() -> Kernels | None:
+    """The kernels of this machine, compiled now if nobody has; None, and a line in the log, where it has none."""
+    try:
+        library = _library()
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("no compiled CPU kernels, PyTorch computes instead: %s", error)
+        return None
+    return Kernels(library)
+
+
+def _library() -> Path:
+    """Where the compiled library lies. Raises OSError or SubprocessError: it cannot be had."""
+    cpu = Path("/proc/cpuinfo").read_text()
+    flags = next((line for line in cpu.splitlines() if line.startswith("flags")), "")
+    if "avx512_bf16" not in flags.split():
+        raise OSError("the CPU has no AVX512-BF16")
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise OSError("no C compiler (cc, or what CC names)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILE_LIMIT_S, check=True).stdout
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, flags.encode(), " ".join(FLAGS).encode()]))
+    library = cache_root() / "kernels" / f"{key.hexdigest()[:24]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # others may be compiling: the last rename wins
+            built = Path(folder) / library.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT_S, check=False)
+            if ran.returncode:
+                raise OSError(f"{compiler} could not compile {SOURCE.name}: {ran.stderr[-500:]}")
+            built.replace(library)
+    return library

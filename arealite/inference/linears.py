@@ -1,0 +1,117 @@
+"""Linear layers on packed copies of their weights: each product reads memory once, in order, and layers that are given
+the same input are one product.
+
+Made by model.py after load, for bf16 on a CPU. The plain parameters stay the truth (names, checksums, updates); whoever
+changes them calls `refresh`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from arealite.inference import kernels
+
+
+class _Products(Protocol):
+    """Packed weights [n, K] below each other, and x [..., K] times their transpose plus bias."""
+
+    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None) -> torch.Tensor: ...
+
+    def product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor: ...
+
+
+class _OneDnn:
+    """PyTorch's own packed products, for CPUs on which they add in another order than our kernels (AMX)."""
+
+    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), 64)
+
+    def product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+class PackedLinears:
+    """The linear layers of a module, each calling its group's product from now on."""
+
+    def __init__(self, module: nn.Module, run: Callable[[], object]) -> None:
+        """`run` calls the module once, on anything: layers that are called one after the other with the same input, and
+        have the same parent, are a group."""
+        compiled = kernels.load()
+        products: _Products = compiled if compiled is not None and compiled.exact_products else _OneDnn()
+        self._groups = [_Group(linears, products) for linears in _groups(module, run)]
+
+    def refresh(self) -> None:
+        """Pack again: the parameters have changed."""
+        for group in self._groups:
+            group.refresh()
+
+
+class _Group:
+    """Linear layers with one input. The first call computes all; the others, which follow with the very same tensor,
+    take their part, and the last one lets go of it."""
+
+    def __init__(self, linears: list[nn.Linear], products: _Products) -> None:
+        self._linears = linears
+        self._products = products
+        self._sizes = [linear.out_features for linear in linears]
+        self._packed = products.pack(self._weights(), None)
+        self._bias = self._joined_bias()
+        self._input: torch.Tensor | None = None
+        self._parts: dict[int, torch.Tensor] = {}
+        for place, linear in enumerate(linears):
+            linear.forward = functools.partial(self._part, place)  # type: ignore[method-assign]
+
+    def refresh(self) -> None:
+        self._packed = self._products.pack(self._weights(), self._packed)
+        self._bias = self._joined_bias()
+
+    def _weights(self) -> list[torch.Tensor]:
+        return [linear.weight.detach() for linear in self._linears]
+
+    def _joined_bias(self) -> torch.Tensor | None:
+        if all(linear.bias is None for linear in self._linears):
+            return None
+        zeros = self._linears[0].weight.new_zeros(sum(self._sizes)).split(self._sizes)
+        biases = [linear.bias for linear in self._linears]
+        return torch.cat([zero if bias is None else bias.detach() for bias, zero in zip(biases, zeros, strict=True)])
+
+    def _part(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        if len(self._linears) == 1:
+            return self._products.product(x, self._packed, self._bias, self._sizes[0])
+        if self._input is not x or place not in self._parts:
+            self._input = x
+            both = self._products.product(x, self._packed, self._bias, sum(self._sizes))
+            self._parts = dict(enumerate(both.split(self._sizes, -1)))
+        part = self._parts.pop(place)
+        if not self._parts:
+            self._input = None
+        return part
+
+
+def _groups(module: nn.Module, run: Callable[[], object]) -> list[list[nn.Linear]]:
+    parents = {child: parent for parent in module.modules() for child in parent.children() if type(child) is nn.Linear}
+    calls: list[tuple[nn.Linear, torch.Tensor]] = []
+    hooks = [
+        linear.register_forward_pre_hook(lambda linear, given: calls.append((linear, given[0]))) for linear in parents
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    groups: list[list[nn.Linear]] = []
+    last: tuple[nn.Module, torch.Tensor] | None = None
+    seen: set[nn.Linear] = set()
+    for linear, x in calls:
+        if linear in seen:
+            last = None
+        elif last is not None and parents[linear] is last[0] and x is last[1]:
+            groups[-1].append(linear)
+        else:
+            groups.append([linear])
+            last = parents[linear], x
+        seen.add(linear)
+    return groups + [[linear] for linear in parents if linear not in seen]
