@@ -1,0 +1,189 @@
+"""Streams of /generate: cumulative, incremental, of batches, aborted, failing; metrics and tokens."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from inference_support import LocalServer, fetch, output_logprobs, save_tiny_llama, served, wait_until
+
+from arealite.inference.model import ServedModel
+from arealite.inference.requests import GenerateRequest, SamplingParams
+from arealite.inference.responses import Answer
+from arealite.inference.sequence import Sequence
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    return served(save_tiny_llama(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture(scope="module")
+def server(model: ServedModel) -> Iterator[LocalServer]:
+    with LocalServer(model) as running:
+        yield running
+
+
+def events(server: LocalServer, body: dict[str, Any]) -> list[Any]:
+    status, text = fetch(server.url + "/generate", {**body, "stream": True})
+    assert status == 200 and text.endswith("data: [DONE]\n\n"), text
+    return [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n")[:-2]]
+
+
+def asked(**params: Any) -> dict[str, Any]:
+    return {
+        "input_ids": [1, 2, 3],
+        "return_logprob": True,
+        "sampling_params": {"max_new_tokens": 20, "sampling_seed": 3, "ignore_eos": True, **params},
+    }
+
+
+def without_times(answer: dict[str, Any]) -> dict[str, Any]:
+    account = {k: v for k, v in answer["meta_info"].items() if k not in ("id", "e2e_latency", "cached_tokens")}
+    return {**answer, "meta_info": account}
+
+
+def test_a_stream_is_cumulative_and_ends_with_the_whole(server: LocalServer) -> None:
+    whole = server.post("/generate", asked())[1]
+    parts = events(server, asked())
+    assert without_times(parts[-1]) == without_times(whole)
+    for part, following in pairwise(parts):
+        assert part["meta_info"]["finish_reason"] is None and following["text"].startswith(part["text"])
+        num = len(part["output_ids"])
+        assert following["output_ids"][:num] == part["output_ids"] and len(following["output_ids"]) > num
+        assert part["meta_info"]["completion_tokens"] == num == len(part["meta_info"]["output_token_logprobs"])
+        assert part["meta_info"]["weight_version"] == "0"
+
+
+def test_increments_add_up_to_the_whole(model: ServedModel) -> None:
+    with LocalServer(model, incremental_streaming=True) as server:
+        whole = server.post("/generate", asked())[1]
+        parts = events(server, asked())
+    assert len(parts) > 1
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    assert [i for part in parts for i in part["output_ids"]] == whole["output_ids"]
+    assert [p for part in parts for p in output_logprobs(part)] == output_logprobs(whole)
+
+
+def test_a_batch_streams_each_answer_under_its_index(server: LocalServer) -> None:
+    body = {**asked(n=2), "input_ids": [[1, 2, 3], [4, 5]]}
+    whole = server.post("/generate", body)[1]
+    last = {part["index"]: part for part in events(server, body)}
+    assert [last[i]["output_ids"] for i in range(4)] == [answer["output_ids"] for answer in whole]
+    assert all(part["meta_info"]["finish_reason"] for part in last.values())
+
+
+def test_a_stop_string_is_never_shown(server: LocalServer) -> None:
+    free = server.post("/generate", asked(max_new_tokens=60))[1]["text"]
+    position = next(i for i in range(10, 50) if free[i : i + 3].isascii() and free.find(free[i : i + 3]) == i)
+    stop = free[position : position + 3]
+    parts = events(server, asked(max_new_tokens=60, stop=stop))
+    assert parts[-1]["text"] == free[:position] and parts[-1]["meta_info"]["finish_reason"]["matched"] == stop
+    assert all(free[:position].startswith(part["text"]) for part in parts)
+
+
+def test_a_character_is_shown_when_it_is_whole(model: ServedModel) -> None:
+    ids = model.tokenizer("h\u00e9\U0001f600!").input_ids
+    sequence = Sequence(GenerateRequest("r", [1], SamplingParams(20)))
+    answer = Answer(model.tokenizer, sequence)
+    texts = []
+    for token in ids:
+        sequence.tokens.append(token)
+        answer.num_known += 1
+        answer.advance()
+        texts.append(answer.text)
+    assert texts == ["h", "h", "h\u00e9", "h\u00e9", "h\u00e9", "h\u00e9", "h\u00e9\U0001f600", "h\u00e9\U0001f600!"]
+
+
+def test_top_and_named_tokens_are_rendered(server: LocalServer) -> None:
+    body = {**asked(temperature=0, max_new_tokens=3), "logprob_start_len": 0, "top_logprobs_num": 2}
+    body |= {"token_ids_logprob": [7, 8], "return_text_in_logprobs": True, "return_prompt_token_ids": True}
+    answer = server.post("/generate", body)[1]
+    about = answer["meta_info"]
+    assert answer["prompt_token_ids"] == [1, 2, 3]
+    for entry, top, named in zip(about["output_token_logprobs"], about["output_top_logprobs"],
+                                 about["output_token_ids_logprobs"], strict=True):  # fmt: skip
+        assert top[0][1:] == entry[1:] and top[0][0] == pytest.approx(entry[0], abs=1e-4) and top[0][0] >= top[1][0]
+        assert [token for _, token, _ in named] == [7, 8]
+        assert entry[2] == server.batcher.model.tokenizer.decode([entry[1]])
+    assert len(about["input_top_logprobs"]) == 3 and about["input_top_logprobs"][0] is None
+    assert about["input_token_logprobs"][0][0] is None
+
+
+def test_a_client_that_leaves_its_stream_ends_the_request(model: ServedModel) -> None:
+    with LocalServer(model) as server:
+        server.step_delay_s = 0.01
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc)
+        connection.request("POST", "/generate", json.dumps({**asked(max_new_tokens=400), "stream": True}))
+        assert connection.getresponse().read(6) == b"data: "
+        connection.close()
+        wait_until(lambda: not server.batcher.scheduler.running)
+        assert server.batcher.counters.num_generated_tokens < 400
+
+
+def test_a_stream_survives_a_pause_and_an_abort_ends_it(model: ServedModel) -> None:
+    with LocalServer(model) as server:
+        server.step_delay_s = 0.01
+        future = server.pool.submit(events, server, {**asked(max_new_tokens=400), "rid": "x"})
+        wait_until(lambda: server.batcher.counters.num_generated_tokens > 3)
+        server.post("/pause_generation", {"mode": "retract"})
+        server.post("/update_weight_version", {"new_version": "1", "abort_all_requests": False})
+        made = server.batcher.counters.num_generated_tokens
+        server.post("/continue_generation", {})
+        wait_until(lambda: server.batcher.counters.num_generated_tokens > made + 3)
+        server.post("/abort_request", {"rid": "x"})
+        last = future.result()[-1]
+        assert last["meta_info"]["finish_reason"]["type"] == "abort"
+        assert [span["version"] for span in last["meta_info"]["weight_versions"]] == ["0", "1"]
+
+
+def test_a_failure_in_the_middle_is_the_last_event(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LocalServer(model) as server:
+        server.step_delay_s = 0.01
+        future = server.pool.submit(events, server, asked(max_new_tokens=400))
+        wait_until(lambda: server.batcher.counters.num_generated_tokens > 3)
+
+        def broken() -> None:
+            raise RuntimeError("the cable is unplugged")
+
+        monkeypatch.setattr(server.batcher, "step", broken)
+        *good, last = future.result()
+        assert all("error" not in event for event in good)
+        assert last["error"]["code"] == 503 and "the cable is unplugged" in last["error"]["message"]
+
+
+def test_metrics_tell_the_load_in_prometheus_form(model: ServedModel) -> None:
+    with LocalServer(model, max_running=1) as server:
+        server.step_delay_s = 0.01
+        futures = [server.pool.submit(server.post, "/generate", asked(max_new_tokens=300)) for _ in range(2)]
+        wait_until(lambda: server.batcher.scheduler.running and server.batcher.scheduler.waiting)
+        text = server.get("/metrics")[1]
+        lines = [line for line in text.splitlines() if not line.startswith("#")]
+        found = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+        assert found["sglang:num_running_reqs"] == found["sglang:num_queue_reqs"] == 1
+        assert found["sglang:num_paused_reqs"] == 0 < found["sglang:token_usage"] < 1
+        assert found["process_resident_memory_bytes"] > 1e7
+        server.post("/pause_generation", {"mode": "in_place"})
+        held = server.pool.submit(server.post, "/generate", asked(max_new_tokens=1))
+        wait_until(lambda: 'num_paused_reqs{model_name="tiny"} 3' in server.get("/metrics")[1])
+        assert "\n# TYPE sglang:num_paused_reqs gauge\n" in text
+        server.post("/continue_generation", {})
+        server.post("/abort_request", {"abort_all": True})
+        for future in [*futures, held]:
+            future.result()
+        info = server.get("/server_info")[1]
+        assert info["resident_bytes"] > info["kv_cache_bytes"] > 0
+
+
+def test_texts_become_tokens_and_back(server: LocalServer) -> None:
+    one = server.post("/tokenize", {"prompt": "abc"})[1]
+    assert one["count"] == 3 and one["max_model_len"] == 512
+    many = server.post("/tokenize", {"prompt": ["abc", "x"]})[1]
+    assert many["tokens"][0] == one["tokens"] and many["count"] == [3, 1]
+    assert server.post("/detokenize", {"tokens": one["tokens"]})[1]["text"] == "abc"
+    assert server.post("/detokenize", {"tokens": many["tokens"]})[1]["text"] == ["abc", "x"]
