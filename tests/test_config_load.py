@@ -70,6 +70,9 @@ def test_open_values_are_filled_in(tmp_path):
     assert (config.actor.seed, config.ref.seed) == (7, 7)
     assert config.tokenizer_path == "model"
     assert load(tmp_path, "", "actor.seed=5").actor.seed == 5
+    assert load(tmp_path, "allocation_mode: sglang:d1+fsdp:d1\n").weight_update == "distributed"
+    assert load(tmp_path, "allocation_mode: sglang:d1+fsdp:d1\n", "weight_update=disk").weight_update == "disk"
+    assert load(tmp_path, "allocation_mode: vllm:d1+fsdp:d1\n").weight_update == "shm"
 
 
 def test_unknown_keys_name_file_line_and_nearest(tmp_path):

@@ -191,9 +191,12 @@ def test_refusals(allocation, machine, said):
         plan_for(allocation, machine, weight_update="disk")
 
 
-def test_shared_memory_and_several_nodes_are_refused_where_they_cannot_work():
+def test_weight_updates_and_several_nodes_are_refused_where_they_cannot_work():
     with pytest.raises(ConfigError, match="set weight_update=disk"):
         plan_for("sglang:d1+fsdp:d1", gpu_machine(2))
+    for allocation, kind in (("vllm:d1+fsdp:d1", "tensor"), ("sglang:p2+fsdp:d1", "distributed")):
+        with pytest.raises(ConfigError, match=f"weight_update is {kind}, which"):
+            plan_for(allocation, gpu_machine(3), weight_update=kind)
     config = GRPOConfig()
     config.cluster.num_nodes = 2
     with pytest.raises(ConfigError, match="num_nodes is 2"):

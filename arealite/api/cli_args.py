@@ -284,7 +284,12 @@ class GRPOConfig:
     total_train_steps: int | None = setting(None, "optimiser steps; from total_train_epochs if not given", low=1)
     total_train_epochs: int = setting(1, "passes over the training data", low=1)
     tokenizer_path: str | None = setting(None, "tokenizer; actor.path if not given")
-    weight_update: str = setting("shm", "how weights reach the servers", ("shm", "disk"))
+    weight_update: str = setting(
+        "shm",
+        "how weights reach the servers: memory of this host, a shared folder, broadcast, bodies of HTTP calls;"
+        " SGLang servers cannot read shm, and have distributed if not given",
+        ("shm", "disk", "distributed", "tensor"),
+    )
     train_dataset: DatasetConfig = setting(DatasetConfig, "training tasks")
     valid_dataset: DatasetConfig | None = setting(None, "held-out tasks")
     gconfig: GenerationHyperparameters = setting(GenerationHyperparameters, "sampling of training answers")

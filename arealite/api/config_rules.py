@@ -31,6 +31,8 @@ def fill_derived(config: GRPOConfig, given: set[str]) -> None:
         config.actor.temperature = config.gconfig.temperature
     if config.actor.max_new_tokens is None:
         config.actor.max_new_tokens = config.gconfig.max_new_tokens
+    if "weight_update" not in given and "sglang" in config.allocation_mode:
+        config.weight_update = "distributed"
     if "actor.seed" not in given:
         config.actor.seed = config.seed
     if config.ref is not None:
@@ -218,7 +220,7 @@ def schedule(config: GRPOConfig) -> Iterator[str]:
     if config.weight_update == "shm" and config.cluster.num_nodes > 1:
         yield (
             f"weight_update is shm, which works within one machine, but cluster.num_nodes is"
-            f" {config.cluster.num_nodes}: set weight_update=disk"
+            f" {config.cluster.num_nodes}: set weight_update=disk or distributed"
         )
 
 

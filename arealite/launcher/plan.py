@@ -21,6 +21,8 @@ from arealite.launcher.servers import HOST, PORT, check_vllm, server_command, se
 
 # Which letters above 1 a backend can be given today.
 SUPPORTED = {"native": "", "sglang": "tpe", "vllm": "t", "fsdp": ""}
+# Weight updates that a backend cannot read, whatever its layout.
+UNREAD_UPDATES: dict[str, tuple[str, ...]] = {"sglang": ("shm",), "vllm": ("tensor",)}
 # A training step on the CPU allocates and frees the same large tensors again and again. By default glibc maps each one
 # anew and gives it back at once, and the kernel zeroes its pages every time: 15 to 20% of a step. Kept in the heap, on
 # huge pages, they are reused; the trainer keeps the memory of its peak.
@@ -146,8 +148,13 @@ def _check_supported(config: GRPOConfig, rollout: Component, actor: Component) -
             f"cluster.num_nodes is {config.cluster.num_nodes}, but the local launcher starts processes on this machine"
             " only: set it to 1"
         )
-    if rollout.backend == "sglang" and config.weight_update == "shm":
-        raise ConfigError("weight_update is shm, which sglang servers do not read: set weight_update=disk")
+    unread = UNREAD_UPDATES.get(rollout.backend, ())
+    if rollout.dims.p > 1:
+        unread += ("distributed", "tensor")
+    if config.weight_update in unread:
+        raise ConfigError(
+            f"weight_update is {config.weight_update}, which {rollout} servers do not read: set weight_update=disk"
+        )
 
 
 def _check_devices(config: GRPOConfig, mode: AllocationMode, rollout: Component, machine: Machine) -> None:
