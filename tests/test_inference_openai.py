@@ -13,6 +13,11 @@ import openai
 import pytest
 from inference_support import WAIT_S, fetch
 
+from arealite.api.errors import RequestError
+from arealite.inference.chat_template import ChatTemplate
+from arealite.inference.openai_requests import OpenAICall, Served, model_defaults, parse_completion
+from arealite.inference.requests import ServedLimits
+
 MODEL = "smol"
 ASK = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 WEATHER = {
@@ -228,3 +233,29 @@ def test_closing_a_stream_ends_its_request(client: openai.OpenAI, url: str) -> N
         pass
     made = fetch(url + "/server_info", None)[1]["internal_states"][0]["num_generated_tokens"] - before
     assert made < 1800
+
+
+LIMITS = ServedLimits(100, 64, 64, encode=lambda text, special=True: [1] * len(text), adapters=["ad", "b"])
+
+
+def parsed(body: dict[str, Any], **defaults: Any) -> OpenAICall:
+    served = Served(LIMITS, ChatTemplate(None, None, "auto"), "base", defaults)
+    return parse_completion({"prompt": "abc", **body}, served)
+
+
+def test_what_is_left_out_comes_from_the_model_or_from_openai() -> None:
+    asked = model_defaults({"temperature": 0.6, "top_k": 0, "top_p": None, "do_sample": True})
+    assert asked == {"temperature": 0.6, "top_k": -1}
+    assert parsed({}, **asked).generate.requests[0].params.temperature == 0.6
+    assert parsed({"temperature": 0.5}, **asked).generate.requests[0].params.temperature == 0.5
+    [request] = parsed({}).generate.requests
+    assert (request.params.temperature, request.params.top_p, request.params.max_new_tokens) == (1.0, 1.0, 16)
+
+
+def test_an_adapter_is_named_with_its_base_or_alone() -> None:
+    for body in ({"model": "base:ad"}, {"model": "ad"}, {"lora_path": "ad"}, {"model": "base", "lora_path": "ad"}):
+        assert parsed(body).generate.requests[0].lora == "ad", body
+    for body in ({}, {"model": "base"}, {"model": "gpt-5"}):
+        assert parsed(body).generate.requests[0].lora is None, body
+    with pytest.raises(RequestError, match="nobody"):
+        parsed({"model": "base:nobody"})

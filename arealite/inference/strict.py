@@ -13,9 +13,7 @@ from arealite.inference.requests import DEFAULT_MAX_NEW_TOKENS
 from arealite.inference.responses import Answer
 
 VERSION = "0.5.23"
-IN_SESSION_ONLY = ("/update_weights_from_distributed", "/update_weights_from_tensor")
 NOT_SGLANGS = ("/update_weights_from_shm",)
-NO_SESSION = "No weight update session is open; call /begin_weight_update first"
 _ABSENT_FROM_QUEUE_ABORTS = ("prompt_tokens", "cached_tokens", "num_retractions")
 
 
