@@ -187,3 +187,20 @@ def test_texts_become_tokens_and_back(server: LocalServer) -> None:
     assert many["tokens"][0] == one["tokens"] and many["count"] == [3, 1]
     assert server.post("/detokenize", {"tokens": one["tokens"]})[1]["text"] == "abc"
     assert server.post("/detokenize", {"tokens": many["tokens"]})[1]["text"] == ["abc", "x"]
+
+
+def test_a_chat_is_held_while_paused_and_aborted_by_its_id(model: ServedModel) -> None:
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    body = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "max_tokens": 400, "rid": "chat"}
+    with LocalServer(model) as server:
+        server.step_delay_s = 0.01
+        server.post("/pause_generation", {})
+        future = server.pool.submit(server.post, "/v1/chat/completions", body)
+        wait_until(lambda: 'num_paused_reqs{model_name="tiny"} 1' in server.get("/metrics")[1])
+        server.post("/continue_generation", {})
+        wait_until(lambda: server.batcher.counters.num_generated_tokens > 3)
+        server.post("/abort_request", {"rid": "chat"})
+        status, answer = future.result()
+    [choice] = answer["choices"]
+    assert status == 200 and answer["id"] == "chat" and choice["finish_reason"] == "abort"
+    assert 3 < answer["usage"]["completion_tokens"] < 400 and choice["message"]["content"]
