@@ -1,4 +1,4 @@
-"""One step of continuous batching: who joins, one forward pass over prompts, one token for every running request.
+"""One step of continuous batching: a forward pass over pieces of prompts and one token of every running request.
 
 Owned by the engine thread (engine.py), which calls `step` between two looks at its inbox.
 """
@@ -10,20 +10,22 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from arealite.inference.layout import span_order
 from arealite.inference.model import ServedModel
+from arealite.inference.penalties import adjust
 from arealite.inference.responses import find_stop_string
 from arealite.inference.sampler import sample, uniform
-from arealite.inference.scheduler import Admitted, Scheduler
+from arealite.inference.scheduler import REPLAY_TOKENS, Scheduler
 from arealite.inference.scores import note_choices, score_prompt
 from arealite.inference.sequence import Sequence, Span
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)
 
-PREFILL_TOKENS = 4096  # prompt tokens computed per step at most, so that running requests are not held up for long
+STEP_TOKENS_CPU = 512  # a tenth of a second for a small model
+STEP_TOKENS_CUDA = 8192
 RATE_WINDOW_S = 2.0  # span over which the generation rate is taken
 
 
@@ -47,11 +49,21 @@ def abort_reason(message: str, err_type: str | None = None) -> dict[str, Any]:
 class Batcher:
     """The requests in flight on one model. `weight_version` stamps every token made from now on."""
 
-    def __init__(self, model: ServedModel, max_running: int, kv_cache_tokens: int, weight_version: str) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        max_running: int,
+        kv_cache_tokens: int,
+        weight_version: str,
+        step_tokens: int | None = None,
+    ) -> None:
+        """`step_tokens`: of prompts, computed in one step at most, so that nobody who runs is held up for long."""
         self.model = model
         self.weight_version = weight_version
         self.counters = EngineCounters()
-        self.scheduler = Scheduler(model.make_pool(kv_cache_tokens), max_running, replay=model.deterministic)
+        if step_tokens is None:
+            step_tokens = STEP_TOKENS_CPU if model.device.type == "cpu" else STEP_TOKENS_CUDA
+        self.scheduler = Scheduler(model.make_pool(kv_cache_tokens), max_running, step_tokens, model.deterministic)
         self._rate_since = time.perf_counter()
         self._rate_tokens = 0
 
@@ -60,6 +72,8 @@ class Batcher:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def add(self, sequence: Sequence) -> None:
+        params = sequence.request.params
+        sequence.stop_ids = frozenset() if params.ignore_eos else self.model.eos_token_ids | params.stop_token_ids
         self.scheduler.waiting.append(sequence)
 
     def in_flight(self) -> list[Sequence]:
@@ -68,69 +82,61 @@ class Batcher:
     def finish(self, sequence: Sequence, reason: dict[str, Any]) -> None:
         """End a request and answer it."""
         self.scheduler.remove(sequence)
+        self._answer(sequence, reason)
+
+    def _answer(self, sequence: Sequence, reason: dict[str, Any]) -> None:
         sequence.finish(reason, self.weight_version)
         sequence.future.set_result(sequence)
 
     def step(self) -> None:
-        """Let waiting requests join, then give every running one its next token."""
-        room = PREFILL_TOKENS
-        while room > 0:
-            admitted = self.scheduler.admit(room)
-            if not (admitted.computed or admitted.shared):
-                break
-            room -= sum(num for _, num in admitted.computed)
-            self._begin(admitted)
-        if self.scheduler.running:
-            self._decode()
+        """Let waiting requests join, give every running one its next token, and go on with the prompts."""
+        for newcomer in self.scheduler.admit():
+            self.counters.num_cached_tokens += newcomer.num_computed
+        for spans in self.scheduler.plan():
+            self._run(spans)
         self._measure()
 
-    def _begin(self, admitted: Admitted) -> None:
-        """Compute the newcomers' prompts (one pass for all; one each where deterministic) and their first tokens."""
-        num_per_pass = 1 if self.model.deterministic else self.scheduler.max_running
-        for start in range(0, len(admitted.computed), num_per_pass):
-            self._prefill(admitted.computed[start : start + num_per_pass])
-        self.counters.num_cached_tokens += sum(s.num_cached for s, _ in admitted.shared)
-        ready = [(s, logits) for s, logits in admitted.shared if not s.num_output]
+    def _run(self, spans: list[Span]) -> None:
+        """One forward pass, and the next token of every sequence that lacks none after it."""
+        model, num_tokens = self.model, sum(span.count for span in spans)
+        is_decode = all(span.count == 1 and span.start >= span.sequence.num_prompt for span in spans)
+        num_rows = 0 if not model.deterministic else self.scheduler.max_running if is_decode else REPLAY_TOKENS
+        hidden = model.forward(self.scheduler.pool, spans, num_rows)
+        ends = np.cumsum([span.count for span in spans])
+        for span in spans:
+            span.sequence.num_computed = span.end
+        if not is_decode:
+            spans, ends = self._take_prompts(spans, ends, hidden)
+        ready = [i for i, span in enumerate(spans) if span.end == len(span.sequence.tokens)]
         if ready:
-            self._sample([s for s, _ in ready], torch.stack([logits for _, logits in ready]))
+            last = hidden if len(ready) == num_tokens else hidden[torch.from_numpy(ends[ready] - 1).to(hidden.device)]
+            logits = model.logits(last, num_rows if is_decode else 0)
+            self._sample([spans[i].sequence for i in ready], logits)
 
-    def _prefill(self, newcomers: list[tuple[Sequence, int]]) -> None:
-        """One pass over the first so many tokens of each, and the next token of those that are complete with it."""
-        sequences, lengths = [s for s, _ in newcomers], [n for _, n in newcomers]
-        hidden = self.model.forward(self.scheduler.pool, [Span(s, 0, n) for s, n in newcomers])
-        self.counters.num_prefill_tokens += len(hidden)
-        ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
-        logits = self.model.logits(hidden[ends - 1])
-        finite = torch.isfinite(logits).all(-1).tolist()
-        for i, (sequence, length) in enumerate(newcomers):
-            if sequence.request.logprob_start is not None:
-                score_prompt(self.model, sequence, 0, hidden[int(ends[i]) - length : int(ends[i])])
-            if length == sequence.num_prompt and finite[i]:
-                self.scheduler.index.add(sequence.prompt_key, sequence.pages, logits[i].clone())
-        ready = [i for i, (s, length) in enumerate(newcomers) if length == len(s.tokens)]
-        if ready:
-            self._sample([sequences[i] for i in ready], logits[ready])
-
-    def _decode(self) -> None:
-        self.scheduler.grow()
-        spans = sorted((Span(s, s.num_computed, 1) for s in self.scheduler.running), key=span_order)
-        if not spans:
-            return
-        rows = [span.sequence for span in spans]
-        num_rows = self.scheduler.max_running if self.model.deterministic else 0
-        logits = self.model.logits(self.model.forward(self.scheduler.pool, spans, num_rows), num_rows)
-        for sequence in rows:
-            sequence.num_computed += 1
-        ready = [i for i, s in enumerate(rows) if s.num_computed == len(s.tokens)]
-        if ready:
-            self._sample([rows[i] for i in ready], logits if len(ready) == len(rows) else logits[ready])
+    def _take_prompts(self, spans: list[Span], ends: np.ndarray, hidden: torch.Tensor) -> tuple[list[Span], np.ndarray]:
+        """Score and share what has been computed of prompts; returns the spans with sound results, and their ends."""
+        parts = [hidden[end - span.count : end] for span, end in zip(spans, ends, strict=True)]
+        sound = [True] * len(spans)
+        if not bool(torch.isfinite(hidden).all()):
+            sound = [bool(torch.isfinite(part).all()) for part in parts]
+        for span, part, is_sound in zip(spans, parts, sound, strict=True):
+            sequence = span.sequence
+            if span.start < sequence.num_prompt:
+                self.counters.num_prefill_tokens += span.count
+                if sequence.needs_scores:
+                    score_prompt(self.model, sequence, span.start, part)
+            if not is_sound:
+                self._finish_nan(sequence)
+            elif span.count > 1:
+                self.scheduler.share(sequence)
+        return [span for span, is_sound in zip(spans, sound, strict=True) if is_sound], ends[sound]
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Append one token to each sequence and end those that are done."""
         params = [s.request.params for s in sequences]
         uniforms = [uniform(s.seed, len(s.tokens)) for s in sequences]
-        banned = [self._stop_ids(s) if s.num_output < s.request.params.min_new_tokens else None for s in sequences]
-        drawn = sample(logits, params, uniforms, banned)
+        logits = adjust(sequences, logits)
+        drawn = sample(logits, params, uniforms, [None] * len(sequences))
         note_choices(sequences, logits)
         for i, sequence in enumerate(sequences):
             if not drawn.ok[i]:
@@ -149,16 +155,12 @@ class Batcher:
         self.counters.last_token_at = time.time()
         waits.mark("token")
 
-    def _stop_ids(self, sequence: Sequence) -> frozenset[int]:
-        params = sequence.request.params
-        return frozenset() if params.ignore_eos else self.model.eos_token_ids | params.stop_token_ids
-
     def _finish_reason(self, sequence: Sequence) -> dict[str, Any] | None:
         """Why the sequence ends with its last token: stop string, stop token, length, in this order; None to go on."""
         params = sequence.request.params
         if sequence.num_output:
             matched: str | int | None = find_stop_string(self.model.tokenizer, sequence)
-            if matched is None and sequence.tokens[-1] in self._stop_ids(sequence):
+            if matched is None and sequence.tokens[-1] in sequence.stop_ids:
                 matched = sequence.tokens[-1]
             if matched is not None:
                 return {"type": "stop", "matched": matched}
@@ -169,10 +171,9 @@ class Batcher:
     def _finish_nan(self, sequence: Sequence) -> None:
         self.counters.num_nan_requests += 1
         logger.error("request %s: the logits were not finite", sequence.request.rid)
-        self.scheduler.index.clear()  # it may hold the page that this sequence goes on writing to
-        self.scheduler.pool.clean(sequence.pages)
         message = "the model's logits were not finite; check the weights of the last update"
-        self.finish(sequence, abort_reason(message, "NumericalError"))
+        self.scheduler.discard(sequence)
+        self._answer(sequence, abort_reason(message, "NumericalError"))
 
     def _measure(self) -> None:
         now = time.perf_counter()

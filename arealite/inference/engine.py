@@ -134,7 +134,7 @@ class Engine:
         """Forget computed prompts; False while keys and values are in use."""
         if self.batcher.scheduler.running:
             return False
-        self.batcher.scheduler.index.clear()
+        self.batcher.scheduler.prefix.clear()
         return True
 
     def set_weight_version(self, version: str, abort_all: bool) -> None:
@@ -159,11 +159,11 @@ class Engine:
                 " pause with mode retract"
             )
         receiver.check_names(model, options.checksum_names)
+        scheduler.prefix.clear()  # first, so that nothing of those who end now is kept
         if options.abort_all_requests:
             self.abort(lambda _: True)
         elif not keep_running:
             scheduler.retract_all()
-        scheduler.index.clear()
         receiver.load(model, staged)
         if options.weight_version is not None:
             self.batcher.weight_version = options.weight_version

@@ -1,23 +1,19 @@
-"""Who runs, who waits, and who gives back its pages when the KV cache is full. Used by the engine thread only."""
+"""Who runs, who waits, what is computed next, and who gives back its pages when the KV cache is full.
+
+Used by batcher.py, on the engine thread.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 
-import torch
+from arealite.inference.cache import PAGE_TOKENS, PagePool, pages_for
+from arealite.inference.layout import span_order
+from arealite.inference.prefix import PAGE_BYTES, TOKEN_BYTES, PrefixCache
+from arealite.inference.sequence import Sequence, Span
 
-from arealite.inference.cache import PAGE_TOKENS, CachedPrompt, PagePool, PromptIndex, pages_for
-from arealite.inference.sequence import Sequence
-
-
-@dataclass
-class Admitted:
-    """What joins in this step: `computed` needs a forward pass over so many of its first tokens, `shared` found its
-    prompt in the index and starts from the cached logits [V] after it."""
-
-    computed: list[tuple[Sequence, int]] = field(default_factory=list)
-    shared: list[tuple[Sequence, torch.Tensor]] = field(default_factory=list)
+REPLAY_TOKENS = 64  # where results are exact, prompts are computed in pieces that begin at multiples of this
+MAX_PASSED_OVER = 64  # sequences at the head of the queue that wait for a prompt in progress, while others go first
 
 
 class Scheduler:
@@ -28,12 +24,14 @@ class Scheduler:
     always moves.
     """
 
-    def __init__(self, pool: PagePool, max_running: int, replay: bool) -> None:
-        """`replay`: a retracted sequence computes its prompt in one pass and its own tokens one by one, as it did the
-        first time, so that retraction does not change a bit of the result."""
+    def __init__(self, pool: PagePool, max_running: int, step_tokens: int, replay: bool) -> None:
+        """`step_tokens`: computed in one step at most, as far as prompts are concerned; running requests take theirs
+        first. `replay`: every token is computed in a pass of one shape, whatever is cached, and after a retraction as
+        it was the first time, so that neither changes a bit of the result."""
         self.pool = pool
-        self.index = PromptIndex(pool)
+        self.prefix = PrefixCache(pool)
         self.max_running = max_running
+        self.step_tokens = step_tokens
         self.replay = replay
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -41,84 +39,123 @@ class Scheduler:
 
     @property
     def num_used_tokens(self) -> int:
-        """Tokens of the pool that are held, cached prompts included."""
-        return (self.pool.num_pages - self.pool.num_free) * PAGE_TOKENS
+        """Tokens of the pool that running sequences hold; what is only cached can be had at any time."""
+        return (self.pool.num_pages - self.pool.num_free - self.pool.num_idle) * PAGE_TOKENS
 
-    def admit(self, max_tokens: int) -> Admitted:
-        """Move waiting sequences to running, with pages, for a forward pass of at most `max_tokens` tokens (one longer
-        prompt may go alone). A sequence whose prompt is computed in this very step waits for it and finds it next time.
-        """
-        admitted = Admitted()
-        in_progress: set[bytes] = set()
-        skipped: list[Sequence] = []
-        spent = 0
-        while self.waiting and len(self.running) < self.max_running:
+    def admit(self) -> list[Sequence]:
+        """Move waiting sequences to running, with pages for their tokens, as long as this step has room to begin them;
+        returns these. One whose tokens are being computed for another waits for that, and finds them."""
+        busy = [s for s in self.running if s.num_missing > 1]
+        room = self._prompt_room() - sum(s.num_missing for s in busy)
+        in_progress = {self._next_part(s, s.num_computed) for s in busy if s.epoch == self.prefix.epoch}
+        admitted: list[Sequence] = []
+        passed_over: list[Sequence] = []
+        while self.waiting and room > 0 and len(self.running) < self.max_running:
             sequence = self.waiting.popleft()
-            num = sequence.num_prompt if self.replay else len(sequence.tokens)
-            sharable = num == sequence.num_prompt and not sequence.num_scored < sequence.num_prompt - 1
-            if sharable and sequence.prompt_key in in_progress:
-                skipped.append(sequence)
-                continue
-            entry = self.index.find(sequence.prompt_key) if sharable else None
-            if entry is not None and self._share(sequence, entry):
-                admitted.shared.append((sequence, entry.logits))
-            elif (spent and spent + num > max_tokens) or not self._place(sequence, num):
-                skipped.append(sequence)
+            pages, num = self.prefix.match(sequence.request.lora, sequence.key)
+            usable, wanted = (self._usable(sequence, n) for n in (num, len(sequence.tokens)))
+            if usable < wanted and self._next_part(sequence, num) in in_progress:
+                passed_over.append(sequence)
+                if len(passed_over) < MAX_PASSED_OVER:
+                    continue
                 break
-            else:
-                spent += num
-                admitted.computed.append((sequence, num))
-                if sharable:
-                    in_progress.add(sequence.prompt_key)
+            if not self._place(sequence, pages, usable):
+                passed_over.append(sequence)
+                break
+            admitted.append(sequence)
             self.running.append(sequence)
-        self.waiting.extendleft(reversed(skipped))
+            room -= sequence.num_missing
+            if sequence.num_missing > 1:
+                in_progress.add(self._next_part(sequence, num))
+        self.waiting.extendleft(reversed(passed_over))
         return admitted
 
-    def _room_for(self, num_pages: int) -> bool:
-        """Free pages for the newcomer and one more for each running sequence, evicting cached prompts."""
-        wanted = num_pages + len(self.running)
-        while self.pool.num_free < wanted and self.index.evict_oldest():
-            pass
-        return self.pool.num_free >= wanted
+    def _prompt_room(self) -> int:
+        """Tokens of prompts that one step computes; at least a page, whoever runs."""
+        return max(PAGE_TOKENS, self.step_tokens - sum(s.num_missing == 1 for s in self.running))
 
-    def _place(self, sequence: Sequence, num: int) -> bool:
-        if not self._room_for(pages_for(num)):
-            return False
-        sequence.pages = self.pool.take(pages_for(num))
-        sequence.num_computed = num
-        return True
+    def _next_part(self, sequence: Sequence, num: int) -> tuple[str | None, bytes]:
+        """The tokens up to the end of the page after the first `num`: equal for those who will compute the same."""
+        return sequence.request.lora, sequence.key[: (num // PAGE_TOKENS + 1) * PAGE_BYTES]
 
-    def _share(self, sequence: Sequence, entry: CachedPrompt) -> bool:
-        """Take the prompt's keys and values from the index: whole pages are shared, a partly filled one is copied."""
-        self.pool.hold(entry.pages)  # so that making room cannot free them
-        num_whole = sequence.num_prompt // PAGE_TOKENS
-        partial = entry.pages[num_whole:]
-        if not self._room_for(len(partial)):
-            self.pool.drop(entry.pages)
-            return False
-        own = self.pool.take(len(partial))
-        for source, target in zip(partial, own, strict=True):
-            self.pool.copy_page(source, target)
-        self.pool.drop(partial)
-        sequence.pages = entry.pages[:num_whole] + own
-        sequence.num_computed = sequence.num_cached = sequence.num_prompt
-        return True
+    def _usable(self, sequence: Sequence, num: int) -> int:
+        """So many of `num` known leading tokens need not be computed: not the last, nor what is to be scored."""
+        if not self.replay:
+            scored = sequence.num_scored
+            return min(num, len(sequence.tokens) - 1 if scored == sequence.num_prompt - 1 else scored)
+        return min(num, sequence.num_prompt - 1, sequence.num_scored) // REPLAY_TOKENS * REPLAY_TOKENS
 
-    def grow(self) -> None:
+    def _place(self, sequence: Sequence, known: list[int], num: int) -> bool:
+        """Pages for all tokens, the first `num` of which are in `known`: whole pages are shared, one that is used in
+        part is copied. Beside them one page must be free for each that runs."""
+        pool = self.pool
+        shared, partial = known[: num // PAGE_TOKENS], known[num // PAGE_TOKENS : pages_for(num)]
+        num_own = pages_for(len(sequence.tokens)) - len(shared)
+        pool.hold(known)  # so that making room cannot evict them
+        found = self.prefix.make_room(num_own + len(self.running))
+        if not found:  # what is shared costs nothing; the page that would be copied may be the one that is missing
+            pool.drop(known[len(shared) :])
+            known, partial, num = shared, [], len(shared) * PAGE_TOKENS
+            found = self.prefix.make_room(num_own + len(self.running))
+        if found:
+            own = pool.take(num_own)
+            for source in partial:
+                pool.copy_page(source, own[0])
+            pool.hold(shared)
+            sequence.pages = shared + own
+            sequence.num_computed = num
+            sequence.epoch = self.prefix.epoch
+            if not sequence.num_retractions:
+                sequence.num_cached = num
+        pool.drop(known)
+        return found
+
+    def plan(self) -> list[list[Span]]:
+        """What to compute now, pass by pass: the next token of every sequence that lacks but one, then, in the order of
+        admission, pieces of the others as far as there is room. One pass does it all, unless results must be exact."""
+        self._grow()
+        room = self._prompt_room()
+        singles: list[Span] = []
+        pieces: list[Span] = []
+        for sequence in self.running:
+            start, missing = sequence.num_computed, sequence.num_missing
+            if missing == 1 if not self.replay else start >= sequence.num_prompt:
+                singles.append(Span(sequence, start, 1))
+            elif room > 0:
+                end_of_piece = sequence.num_prompt if self.replay else len(sequence.tokens)
+                longest = REPLAY_TOKENS if self.replay else room
+                pieces.append(Span(sequence, start, min(end_of_piece - start, longest)))
+                room -= pieces[-1].count
+        if not self.replay:
+            return [sorted(singles + pieces, key=span_order)] if singles or pieces else []
+        return [*([piece] for piece in pieces), *([sorted(singles, key=span_order)] if singles else [])]
+
+    def _grow(self) -> None:
         """Give every running sequence a place for its next token, retracting the last admitted ones where needed."""
         for sequence in list(self.running):
             if sequence.num_computed < len(sequence.pages) * PAGE_TOKENS:
                 continue
-            while sequence.pages and self.pool.num_free == 0:
-                if not self.index.evict_oldest():
-                    self.retract(self.running[-1])
+            while sequence.pages and not self.prefix.make_room(1):
+                self.retract(self.running[-1])
             if sequence.pages:
                 sequence.pages += self.pool.take(1)
 
+    def share(self, sequence: Sequence) -> None:
+        """Let others find what is computed of a sequence. Called when that is known to be sound."""
+        num = sequence.num_computed
+        if self.replay:  # only what anyone would compute in the same passes
+            num = min(num, sequence.num_prompt) // REPLAY_TOKENS * REPLAY_TOKENS
+        if num and sequence.epoch == self.prefix.epoch:
+            # A prompt in progress has an end of its own; a page that it goes on filling is of no use to others.
+            self.prefix.insert(
+                sequence.request.lora, sequence.key[: num * TOKEN_BYTES], sequence.pages, num >= sequence.num_prompt
+            )
+
     def retract(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; its keys and values will be computed again."""
+        """Back to the head of the queue; what is evicted of its keys and values will be computed again."""
         self.running.remove(sequence)
         self._release(sequence)
+        sequence.forget_scores()
         sequence.num_retractions += 1
         self.num_retractions += 1
         self.waiting.appendleft(sequence)
@@ -130,10 +167,17 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out for good, whether it runs or waits."""
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        (self.running if sequence.pages else self.waiting).remove(sequence)
         self._release(sequence)
 
+    def discard(self, sequence: Sequence) -> None:
+        """Take out a sequence whose keys and values are not finite, and whatever may have been shared with it."""
+        self.prefix.clear()  # it may hold the page that this sequence went on writing to
+        self.pool.clean(sequence.pages)
+        self.remove(sequence)
+
     def _release(self, sequence: Sequence) -> None:
+        self.share(sequence)
         self.pool.drop(sequence.pages)
         sequence.pages = []
         sequence.num_computed = 0

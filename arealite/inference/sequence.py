@@ -31,7 +31,7 @@ class Sequence:
     input_logprobs: list[float | None] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
-    num_cached: int = 0  # prompt tokens that another request had computed
+    num_cached: int = 0  # leading tokens that were found computed when it first ran
     num_retractions: int = 0
     seed: int = 0
     listener: Callable[[Sequence], None] | None = None  # called on the engine thread after each token but the last
@@ -44,11 +44,17 @@ class Sequence:
     weight_version: str = ""  # of the server when it ended
     submitted_at: float = field(default_factory=time.perf_counter)
     finished_at: float = 0.0
-    prompt_key: bytes = field(init=False)  # equal for equal prompts
+    stop_ids: frozenset[int] = frozenset()  # tokens that end it; set by the batcher, which knows the model's
+    epoch: int = 0  # of the weights that its keys and values were computed with; see prefix.py
+    adjusts_logits: bool = field(init=False)  # see penalties.py
+    _prompt_key: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
-        self.prompt_key = np.asarray(self.tokens, np.int32).tobytes()
+        self._prompt_key = np.asarray(self.tokens, np.int32).tobytes()
+        params = self.request.params
+        penalties = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1
+        self.adjusts_logits = bool(penalties or params.logit_bias or params.min_new_tokens > self.request.num_given)
         self.future.set_running_or_notify_cancel()  # whoever waits may go away; the engine resolves it all the same
 
     @property
@@ -64,11 +70,33 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
     @property
+    def num_missing(self) -> int:
+        """Tokens whose keys and values are still to be computed; never 0 between steps, since the last one is new."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def key(self) -> bytes:
+        """Its tokens, as they are compared with others'."""
+        return self._prompt_key + np.asarray(self.output_ids, np.int32).tobytes()
+
+    @property
+    def needs_scores(self) -> bool:
+        """Logprobs of the prompt are wanted and not all there."""
+        start = self.request.logprob_start
+        return start is not None and len(self.input_logprobs) < self.num_prompt - start
+
+    @property
     def num_scored(self) -> int:
         """The prompt's first so many tokens need not be computed for logprobs: of what follows them, all is known or
         nothing is wanted."""
         start = self.request.logprob_start
         return self.num_prompt - 1 if start is None else start + max(0, len(self.input_logprobs) - 1)
+
+    def forget_scores(self) -> None:
+        """Prompt logprobs that are not complete begin anew: other weights may come before the rest."""
+        if self.needs_scores:
+            for scores in (self.input_logprobs, self.input_top_logprobs, self.input_token_ids_logprobs):
+                scores.clear()
 
     def finish(self, reason: dict[str, Any], weight_version: str) -> None:
         """Mark as ended; the engine resolves the future after its pages are free."""
