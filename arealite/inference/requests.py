@@ -44,6 +44,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    stream_interval: int = 1  # tokens between two events of a stream
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,11 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "presence_penalty": partial(number, low=-2.0, high=2.0),
     "repetition_penalty": partial(number, low=0.0, high=2.0, open_low=True),
     "logit_bias": _logit_bias,
+    "stream_interval": partial(integer, low=1),
 }
 
 # Keys of the protocol that change nothing here; `n` is read by parse_generate.
-_IGNORED = ("spaces_between_special_tokens", "stream_interval", "n")
+_IGNORED = ("spaces_between_special_tokens", "n")
 
 # Keys that this server does not do: 1 asks for nothing in the first, empty, 0 and false in the others. Expressions can
 # take any time to match, and nothing can interrupt the engine's thread, which makes everyone's tokens.

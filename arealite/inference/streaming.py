@@ -93,8 +93,9 @@ class Submissions:
 
 def _listen(answer: Answer, mark: Callable[[int], None], i: int, sequence: Sequence) -> None:
     """On the engine thread."""
-    answer.num_known = sequence.num_output
-    mark(i)
+    if sequence.num_output % sequence.request.params.stream_interval == 0:
+        answer.num_known = sequence.num_output
+        mark(i)
 
 
 def _ended(mark: Callable[[int], None], i: int, _: Future[Sequence]) -> None:

@@ -190,6 +190,8 @@ class Generator:
             flight.num_failures = 0
         strange = sum(not oldest_version <= v <= self.announced_version for v in part.versions)
         self.counters.add("num_unexpected_versions", strange)
+        if self.version and any(v < oldest_version for v in part.versions):
+            self.router.fail(member, f"it sampled with older weights than version {oldest_version}")
         return part
 
     async def _answer(self, flight: Flight, member: Member) -> Part:
@@ -225,7 +227,7 @@ class Generator:
         except ServerUnreachable as error:
             self.counters.add("num_request_failures")
             self.router.fail(member, str(error))
-            if not newest:
+            if not newest or flight.request.stop:  # a stream holds back text that may be cut off yet
                 raise
             return member.backend.parse_part(json.loads(newest), member.id)
         except asyncio.CancelledError:

@@ -11,9 +11,8 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from arealite.api.errors import ServerUnreachable
 from arealite.rollout.backend import Backend
-from arealite.rollout.transport import Server
+from arealite.rollout.transport import ConnectionLost, Server
 
 FIRST_BACKOFF_S = 0.1  # doubled after each failure in a row
 MAX_BACKOFF_S = 5.0
@@ -95,9 +94,9 @@ class Member:
         return call
 
     def result(self, call: asyncio.Task[T]) -> T:
-        """Of a call that is done. Raises ServerUnreachable when it was ended because the server was taken out."""
+        """Of a call that is done. Raises ConnectionLost when it was ended because the server was taken out."""
         if call.cancelled():
-            raise ServerUnreachable(f"{self.id} ({self.server.url}) was taken out: {self.breaker.last_failure}")
+            raise ConnectionLost(f"{self.id} ({self.server.url}) was taken out: {self.breaker.last_failure}")
         answer = call.result()
         self.heard_at = time.monotonic()
         return answer
@@ -120,6 +119,6 @@ class Member:
         """Why it gets no requests, for errors and stall reports; empty when it does."""
         if self.is_alive:
             return "" if self.is_listed else f"{self.id} ({self.server.url}): is no longer in the list of servers"
-        lacks = "answers, but does not hold the current weights yet"
-        why = lacks if self.breaker.state != "open" else self.breaker.last_failure or "not asked yet"
+        lacks = "" if self.breaker.state == "open" else "answers, but does not hold the current weights yet; last: "
+        why = lacks + (self.breaker.last_failure or "not asked yet")
         return f"{self.id} ({self.server.url}): {why}"

@@ -100,14 +100,13 @@ class Router:
 
     def _pick(self, group: str) -> Member | None:
         ready = [m for m in self.members if m.is_alive and m.is_listed]
-        # A server that failed is tried by one request; by all when there is no other.
-        ready = [m for m in ready if m.breaker.state == "closed" or not m.num_running] or ready
         if not ready:
             return None
         home = self._home.get(group)
-        if home not in ready:
+        if home is None or home not in ready:
+            # A server that failed is tried by one group; by all when there is no other.
+            ready = [m for m in ready if m.breaker.state == "closed" or not m.num_running] or ready
             home = min(ready, key=lambda m: m.num_queued_tokens)
-        assert home is not None
         if group:
             self._home[group] = home
             self._home.move_to_end(group)

@@ -18,12 +18,18 @@ SPANS_SINCE = (0, 5, 20)  # answers tell which weights made which token
 SESSION_SINCE = (0, 5, 21)  # begin and end are asked for around updates by broadcast and by body
 
 
+STREAM_VERSION = (0, 5, 22)  # since then, stream_interval is part of the checked schema
+NUM_EVENTS = 8  # of a stream at most: each holds all that went before
+MIN_EVENT_TOKENS = 32
+
+
 class SGLangBackend:
     """SGLang as released (a rollout.backend.Backend). It cannot confirm single tensors: its updates have no receipt."""
 
     name = "sglang"
     health_path = "/health"
     is_healthy_paused = False  # it samples a token
+    streams = True  # a server that dies then leaves the tokens it has sampled
     version_path = "/model_info"
     facts_paths: tuple[str, ...] = ("/server_info", "/get_server_info")  # new and old name
 
@@ -33,12 +39,15 @@ class SGLangBackend:
     def detect(self, facts: Mapping[str, Any], server_id: str) -> SGLangBackend:
         known: dict[str, Any] = next(iter(facts.values()), {})
         version = _version(known.get("version", ""))
-        return SGLangBackend(version or CHECKED_VERSION, known.get("tp_size", 1), known.get("pp_size", 1))
+        found = SGLangBackend(version or CHECKED_VERSION, known.get("tp_size", 1), known.get("pp_size", 1))
+        found.streams = found.version >= STREAM_VERSION and not known.get("incremental_streaming_output")
+        return found
 
     def generate_call(self, request: GenerationRequest, wire_id: str, so_far: list[int]) -> Call:
         num_so_far = len(so_far)
+        num_left = request.max_new_tokens - num_so_far
         sampling = {
-            "max_new_tokens": request.max_new_tokens - num_so_far,
+            "max_new_tokens": num_left,
             "min_new_tokens": max(0, request.min_new_tokens - num_so_far),
             "temperature": request.temperature,
             "top_p": request.top_p,
@@ -49,13 +58,14 @@ class SGLangBackend:
             "ignore_eos": request.ignore_eos,
             # The server draws from (seed, absolute position): the same seed after an interruption is right.
             "sampling_seed": request.seed,
+            "stream_interval": max(MIN_EVENT_TOKENS, num_left // NUM_EVENTS) if self.streams else None,
         }
         body = {
             "rid": wire_id,
             "input_ids": [*request.input_ids, *so_far],
             "sampling_params": {key: value for key, value in sampling.items() if value is not None and value != []},
             "return_logprob": True,
-            "stream": False,
+            "stream": self.streams,
             "routing_key": request.group_id,
         }
         if request.lora:

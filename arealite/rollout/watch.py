@@ -161,4 +161,9 @@ class Watch:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         loop = asyncio.ensure_future(work)
         self._loops.add(loop)
-        loop.add_done_callback(self._loops.discard)
+        loop.add_done_callback(self._ended)
+
+    def _ended(self, loop: asyncio.Task[None]) -> None:
+        self._loops.discard(loop)
+        if not loop.cancelled() and (error := loop.exception()) is not None:
+            logger.error("servers are no longer watched as they should be", exc_info=error)
