@@ -27,25 +27,8 @@ INLINE __mmask16 first_lanes(long n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (_
 /* oneDNN adds the products of a sum one after the other, but blocks of so many of them by themselves. */
 INLINE int64_t summed_at_once(int64_t k) { return k > 1024 ? 1024 : 512; }
 
-/* exp as torch.softmax takes it in float32: a polynomial of degree 5, good to 20 units in the last place. */
-INLINE vec exp_softmax(vec x)
-{
-    const vec lowest = _mm512_set1_ps(-0x1.5d58a0p+6f); /* ln of the smallest normal number */
-    __mmask16 tiny = _mm512_cmp_ps_mask(x, lowest, _CMP_LT_OS);
-    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(0x1.62e430p+6f)), lowest);
-    vec n = _mm512_fmadd_ps(x, _mm512_set1_ps(0x1.715476p+0f), _mm512_set1_ps(0.5f));
-    n = _mm512_roundscale_ps(n, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    vec r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e430p-1f), x);
-    vec y = _mm512_fmadd_ps(r, _mm512_set1_ps(0.00828929059f), _mm512_set1_ps(0.0418978221f));
-    y = _mm512_fmadd_ps(r, y, _mm512_set1_ps(0.166676521f));
-    y = _mm512_fmadd_ps(r, y, _mm512_set1_ps(0.499991506f));
-    y = _mm512_fmadd_ps(r, y, _mm512_set1_ps(0.999999701f));
-    y = _mm512_fmadd_ps(r, y, _mm512_set1_ps(1.f));
-    return _mm512_maskz_scalef_ps(~tiny, y, n);
-}
-
-/* exp as torch.exp and torch's SiLU take it (Sleef, 1.0 ulp). */
-INLINE vec exp_exact(vec x)
+/* exp with the reduction and the polynomial that torch's exp, softmax and SiLU use (Sleef's expf, 1.0 ulp). */
+INLINE vec exp_of(vec x)
 {
     vec n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     vec r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693145751953125f), x);
@@ -176,7 +159,7 @@ static void softmax(float *scores, bf16 *probs, int64_t num_pages, int64_t low, 
     }
     top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
     for (int64_t at = 0; at < num_pages * PAGE; at += 16) {
-        vec x = exp_softmax(_mm512_sub_ps(_mm512_loadu_ps(scores + at), top));
+        vec x = exp_of(_mm512_sub_ps(_mm512_loadu_ps(scores + at), top));
         _mm512_storeu_ps(scores + at, x);
         sum = _mm512_add_ps(sum, x);
     }
@@ -304,7 +287,7 @@ void silu_times(const bf16 *gate, const bf16 *up, int64_t stride, bf16 *out, int
     for (int64_t i = 0; i < num; i++)
         for (int64_t at = 0; at < n; at += 16) {
             vec x = load16(gate + i * stride + at), one = _mm512_set1_ps(1.f);
-            vec e = exp_exact(_mm512_sub_ps(_mm512_setzero_ps(), x));
+            vec e = exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x));
             x = rounded(_mm512_div_ps(x, _mm512_add_ps(one, e)));
             store16(out + i * n + at, _mm512_mul_ps(x, load16(up + i * stride + at)));
         }
@@ -468,7 +451,7 @@ static void sample_row(const struct sampling *s, int64_t row, double *sums)
             score = logits_at(s, row, at, temperature);
             __mmask16 equal = token < 0 ? _mm512_cmp_ps_mask(score, top, _CMP_EQ_OQ) : 0;
             token = equal ? at + __builtin_ctz(equal) : token;
-            sum = _mm512_add_ps(sum, exp_exact(_mm512_sub_ps(score, top)));
+            sum = _mm512_add_ps(sum, exp_of(_mm512_sub_ps(score, top)));
         }
         sums[b] = (double)_mm512_reduce_add_ps(sum);
     }
@@ -478,7 +461,7 @@ static void sample_row(const struct sampling *s, int64_t row, double *sums)
             upto += sums[block++];
         float weights[BLOCK];
         for (int i = 0; i < BLOCK; i += 16)
-            _mm512_storeu_ps(weights + i, exp_exact(_mm512_sub_ps(logits_at(s, row, block * BLOCK + i, temperature), top)));
+            _mm512_storeu_ps(weights + i, exp_of(_mm512_sub_ps(logits_at(s, row, block * BLOCK + i, temperature), top)));
         /* Rounding may leave the target at or past the block's end: the last token that has weight is meant then. */
         for (int i = 0; i < BLOCK; i++) {
             upto += weights[i];
