@@ -68,7 +68,7 @@ def leave_group(group: dist.ProcessGroup) -> None:
     """End the membership, at once and without waiting: the other members' broadcasts fail from now on."""
 
     def destroy() -> None:
-        with suppress(*FAILURES):  # it was broken already, or its other end is gone
+        with suppress(*FAILURES, KeyError):  # it was broken already, or all groups of this process have ended
             dist.destroy_process_group(group)
 
     threading.Thread(target=destroy, name="leave weight group", daemon=True).start()
