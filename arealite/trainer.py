@@ -162,8 +162,7 @@ class PPOTrainer:
                 update = self.actor.grpo_update(batch)
             self.rollout.mark_trained(step, skipped=bool(update["skipped"]))
             with stats.timer("sync"):
-                self.rollout.pause()
-                self.actor.upload_weights()
+                self.actor.upload_weights()  # pauses generation for the swap
                 self.rollout.resume()
         stats.update(update)
 

@@ -4,6 +4,7 @@ on a real socket that misbehaves on demand."""
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -157,6 +158,8 @@ class FakeServer:
         self.refuse_update = ""
         self.checksums: dict[str, int] = {"w": 7}
         self.health = 200
+        self.is_stopped = False  # as after SIGSTOP: connections are taken, nothing is answered
+        self.address = ""
         self._aborted: set[str] = set()
         self._random = random.Random(0)
         self._loop = asyncio.new_event_loop()
@@ -168,29 +171,44 @@ class FakeServer:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
+        self.die()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
 
+    def die(self) -> None:
+        """All connections break, and nobody listens at the address any more."""
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
+
+    def come_back(self) -> None:
+        """A new process at the old address, with the weights it was started with."""
+        self.version, self.pause_mode = 0, None
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(10)
+
     async def _open(self) -> str:
-        app = web.Application()
+        @web.middleware
+        async def stopped(request: web.Request, handler: Any) -> web.StreamResponse:
+            while self.is_stopped:
+                await asyncio.sleep(self.token_s)
+            self.calls.append(request.path)
+            response: web.StreamResponse = await handler(request)
+            return response
+
+        app = web.Application(middlewares=[stopped])
         app.router.add_get("/health", self._health)
         app.router.add_get("/model_info", self._model_info)
         app.router.add_post("/generate", self._generate)
         for path in ("abort_request", "pause_generation", "continue_generation"):
             app.router.add_post(f"/{path}", self._control)
-        app.router.add_post("/update_weights_from_disk", self._update)
-        app.router.add_post("/update_weights_from_shm", self._update)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        for path in ("begin_weight_update", "end_weight_update", "update_weights_from_disk", "update_weights_from_shm"):
+            app.router.add_post(f"/{path}", self._update)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.01, handler_cancellation=True)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", int(self.address.rpartition(":")[2] or 0))
         await site.start()
         return f"127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def _close(self) -> None:
-        self.is_deaf = self.is_silent = self.is_frozen = False
-        self.pause_mode = None
         await self._runner.cleanup()
         others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
         for task in others:
@@ -205,7 +223,6 @@ class FakeServer:
 
     async def _control(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.calls.append(request.path)
         if request.path == "/abort_request":
             self._aborted.add(body["rid"])
             return web.Response()
@@ -216,10 +233,9 @@ class FakeServer:
 
     async def _update(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.calls.append(request.path)
         if self.refuse_update:
             return web.json_response({"success": False, "message": self.refuse_update}, status=400)
-        self.version = int(body["weight_version"])
+        self.version = int(body.get("weight_version", self.version))
         return web.json_response({"success": True, "message": "", "checksums": self.checksums})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -235,9 +251,20 @@ class FakeServer:
         if "logprob_start_len" in body:
             entries = [[None, body["input_ids"][0], None], *([-t / 10, t, None] for t in body["input_ids"][1:])]
             return web.json_response(self._answer([], [], "length", {"input_token_logprobs": entries}))
-        return await self._sample(body)
+        if not body["stream"]:
+            return web.json_response(await self._sample(body))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
 
-    async def _sample(self, body: dict[str, Any]) -> web.Response:
+        async def show(answer: dict[str, Any]) -> None:
+            answer["meta_info"]["finish_reason"] = answer["meta_info"]["finish_reason"] if answer["final"] else None
+            await response.write(b"data: " + json.dumps(answer).encode() + b"\n\n")
+
+        await show({**await self._sample(body, show), "final": True})
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _sample(self, body: dict[str, Any], show: Callable[..., Any] | None = None) -> dict[str, Any]:
         rid, sampling, start = body["rid"], body["sampling_params"], len(body["input_ids"])
         truth = self.truth.setdefault(rid.split("-", 1)[1], {})
         tokens: list[int] = []
@@ -246,18 +273,22 @@ class FakeServer:
             await asyncio.sleep(self.token_s)
         while len(tokens) < sampling["max_new_tokens"]:
             await asyncio.sleep(self.token_s)
+            if self.is_stopped:
+                continue
             stop = rid in self._aborted or self.pause_mode == "abort" or self._random.random() < self.interrupt_share
             if self.is_deaf or (self.is_silent and tokens and not stop):
                 continue
             if stop:
-                return web.json_response(self._answer(tokens, versions, "abort"))
+                return self._answer(tokens, versions, "abort")
             if self.pause_mode is not None:
                 continue
             position = start + len(tokens)
             truth[position] = self.version
             tokens.append(expected_token(sampling["sampling_seed"], position))
             versions.append(self.version)
-        return web.json_response(self._answer(tokens, versions, "length"))
+            if show is not None:
+                await show({**self._answer(tokens, versions, ""), "final": False})
+        return self._answer(tokens, versions, "length")
 
     def _answer(
         self, tokens: list[int], versions: list[int], reason: str, more: dict[str, Any] | None = None

@@ -36,7 +36,10 @@ class Servers:
         self.loads = True
         self.live = {"server-0": {}, "server-1": {}}
 
-    def update_weights(self, meta):
+    def prepare_update(self):
+        pass
+
+    def update_weights(self, meta, send):
         for name, held in self.live.items():
             if name == "server-0" or self.loads:
                 held.update((key, tensor.clone()) for key, tensor in iterate_tensors(meta))
@@ -74,7 +77,7 @@ def test_a_stale_copy_is_noticed(tiny_llama, tmp_path, monkeypatch):
     actor.upload_weights()
     stale = [(name, tensor.clone()) for name, tensor in actor.named_full_tensors()]
     train_one_step(actor, random_batch())
-    monkeypatch.setattr(actor, "named_full_tensors", lambda: iter(stale))
+    monkeypatch.setattr(actor, "named_full_tensors", lambda **_: iter(stale))
     with pytest.raises(WeightSyncError, match="changed nothing"):
         actor.upload_weights()
 

@@ -105,6 +105,9 @@ class InferenceEngine(Protocol):
 
     def resume(self) -> None: ...
 
+    def prepare_update(self) -> None:
+        """Call before new weights are written where the last ones are: no server is sent those any more."""
+
     def update_weights(self, meta: WeightUpdateMeta, send: WeightSender | None = None) -> dict[str, dict[str, int]]:
         """All servers load `meta`; returns {server id: {tensor name: CRC-32}} read from the live parameters. Generation
         is paused only as long as it has to be; paused before, it stays so. `send`: of kinds distributed and tensor."""

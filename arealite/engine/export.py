@@ -24,8 +24,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(checkpoint name, CPU tensor in `dtype`) of a transformers model; a tied weight comes once, by its first name.
+def full_tensors(model: Any, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """(checkpoint name, tensor in `dtype` on `device`) of a transformers model; a tied weight comes once, by its first
+    name.
 
     Every rank must iterate to the end: gathering a sharded tensor is a collective call.
     """
@@ -37,7 +38,7 @@ def full_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
         tensor = tensor.detach()
         if tensor.is_floating_point():
             tensor = tensor.to(dtype)  # before gathering: half the bytes travel
-        yield name, whole(tensor).cpu()
+        yield name, whole(tensor).to(device)
 
 
 def write_folder(path: str, tensors: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, source: str) -> None:

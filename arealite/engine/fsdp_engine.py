@@ -198,29 +198,34 @@ class FSDPEngine:
 
     # --- weights out
 
-    def named_full_tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """(checkpoint name, whole CPU tensor in `dtype`, the compute dtype if not given); tied weights once."""
-        return export.full_tensors(self.hf_model, dtype or self.dtype)
+    def named_full_tensors(
+        self, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(checkpoint name, whole tensor in `dtype` on `device`); tied weights once. By default the compute dtype, on
+        the CPU."""
+        return export.full_tensors(self.hf_model, dtype or self.dtype, device or torch.device("cpu"))
 
     def connect_engine(self, rollout: InferenceEngine, link: WeightLink) -> None:
         """Where `upload_weights` sends the weights, and by which way."""
         self._rollout, self._link = rollout, link
 
     def upload_weights(self, meta: WeightUpdateMeta | None = None) -> int:
-        """Publish the weights as the current version, have all servers load them, and verify that they did.
+        """Publish the weights as the current version, have all servers load them, and verify that they did. Generation
+        is paused for the swap alone, or stays paused if it is.
 
         `meta` None: publish over the link. Otherwise the weights that it describes are already published. Returns the
         version. Raises WeightSyncError (or what the servers' client raises) on all ranks.
         """
         if self._rollout is None or self._link is None:
             raise WeightSyncError("no inference engine to send weights to: call connect_engine(rollout, link) first")
-        rollout, is_head = self._rollout, self.collective.rank == 0
+        rollout, link, is_head = self._rollout, self._link, self.collective.rank == 0
         self.collective.barrier("upload_weights")
         failure: WeightSyncError | None = None
         if meta is None:
-            tensors = self.named_full_tensors()
+            tensors = self.named_full_tensors(device=link.device)
+            rollout.prepare_update()
             try:
-                meta = self._link.publish(tensors, self.version, writer=is_head)
+                meta = link.publish(tensors, self.version, writer=is_head)
             except WeightSyncError as error:
                 failure = error
                 for _ in tensors:  # the other ranks are gathering
@@ -230,7 +235,7 @@ class FSDPEngine:
             if failure is not None:
                 raise failure
             assert meta is not None
-            receipts = rollout.update_weights(meta)
+            receipts = rollout.update_weights(meta, link)
             verify(meta, receipts, self._sent, must_differ=self._changed_since_sent)
             return meta
 

@@ -124,7 +124,7 @@ class ControlRoutes:
     async def end(self, request: web.Request) -> web.Response:
         body = await read_object(request)
         self._check_session()
-        checksums = await self._updates.end(_options(body))
+        checksums = await self._updates.end(_options(body, flushes=False))
         return web.json_response({"success": True, "message": "", "checksums": checksums})
 
     def _check_session(self) -> None:
@@ -170,10 +170,10 @@ class ControlRoutes:
         return web.json_response(None)
 
 
-def _options(body: dict[str, Any]) -> UpdateOptions:
+def _options(body: dict[str, Any], flushes: bool = True) -> UpdateOptions:
     return UpdateOptions(
         weight_version=field(body, "weight_version", str, None),
-        flush_cache=field(body, "flush_cache", bool, True),
+        flush_cache=field(body, "flush_cache", bool, flushes),
         abort_all_requests=field(body, "abort_all_requests", bool, False),
         checksum_names=strings("checksum_names", field(body, "checksum_names", list, [])),
     )

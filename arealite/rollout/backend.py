@@ -47,6 +47,7 @@ class UpdatePlan:
     before: list[Call] = field(default_factory=list)
     buckets: list[Call] = field(default_factory=list)
     after: list[Call] = field(default_factory=list)
+    is_staged: bool = False  # what comes before `after` changes nothing that is live: generation may go on meanwhile
 
 
 class Backend(Protocol):

@@ -211,7 +211,8 @@ class RemoteInferenceEngine:
 
     def update_weights(self, meta: WeightUpdateMeta, send: WeightSender | None = None) -> dict[str, dict[str, int]]:
         """All servers load `meta`; then its version is the current one. Returns {server id: {tensor: CRC-32 of the
-        live parameter}} of the servers that can tell (SGLang cannot).
+        live parameter}} of the servers that can tell (SGLang cannot). Generation is paused no longer than it has to be;
+        if it is paused already, it stays so. `send`: the weight link, where servers cannot read `meta` by themselves.
 
         Raises:
             WeightSyncError: names the server that did not take the weights, and what it said.
@@ -220,13 +221,20 @@ class RemoteInferenceEngine:
             self.set_version(meta.version)
             return {}
         live = self._live
+        was_paused = live.fleet.is_paused
+
+        def hold() -> None:
+            live.generator.gate.close()
+            live.executor.hold()
 
         async def update() -> dict[str, dict[str, int]]:
             live.generator.announced_version = max(live.generator.announced_version, meta.version)
-            return await live.fleet.update_weights(meta)
+            return await live.fleet.update_weights(meta, send, hold)
 
         receipts = live.run(update(), "rollout.update_weights")
         self.set_version(meta.version)
+        if not was_paused:
+            self.resume()
         return receipts
 
     def get_version(self) -> int:

@@ -8,20 +8,21 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from arealite.api.cli_args import InferenceEngineConfig
+from arealite.api.engine import WeightSender
 from arealite.api.errors import ArealiteError, RequestError, ServerUnreachable, WeightSyncError
 from arealite.api.types import WeightUpdateMeta
 from arealite.rollout.backend import Call
 from arealite.rollout.health import Member
 from arealite.rollout.router import Router
 from arealite.rollout.transport import ConnectionLost, Transport
+from arealite.rollout.updates import WeightUpdates
 
 HEALTH_POLL_S = 0.2
 HEALTH_LIMIT_S = 30.0  # of one probe: SGLang generates a token for it
-READABLE_AGAIN = ("disk", "shm")  # kinds of updates that a server can be sent at any later time
 
 T = TypeVar("T")
 
@@ -34,7 +35,9 @@ class Fleet:
         self.transport = transport
         self.config = config
         self.is_paused = False
+        self._updates = WeightUpdates(self._ask, config.pause_mode)
         self._update: WeightUpdateMeta | None = None  # the last one
+        self._send: WeightSender | None = None  # its sender
         # Between pause and update the trainer may be writing the next weights where the last ones are.
         self._is_readable = False
         self._lock = asyncio.Lock()  # a server that rejoins sees one state of the others
@@ -89,7 +92,9 @@ class Fleet:
         facts = {}
         for path in member.backend.facts_paths:
             try:
-                facts[path] = await self.transport.send(member.server, Call(path, method="GET"), HEALTH_LIMIT_S)
+                # vLLM looks at all of its machine before it tells its settings for the first time: seconds.
+                limit_s = self.config.setup_timeout_s
+                facts[path] = await self.transport.send(member.server, Call(path, method="GET"), limit_s)
             except RequestError:
                 continue  # this version has no such route
         member.backend = member.backend.detect(facts, member.id)
@@ -108,15 +113,25 @@ class Fleet:
         async with self._lock:
             await self._everywhere(self._set_pause)
 
+    async def _pause_for_swap(self, hold: Callable[[], None]) -> None:
+        """In the middle of an update, which has the lock."""
+        if not self.is_paused:
+            self.is_paused = True
+            hold()
+            await self._everywhere(self._set_pause)
+
     async def resume(self) -> None:
         """Let all servers generate again."""
         async with self._lock:
-            self.is_paused, self._is_readable = False, self._can_send_again()
+            self.is_paused, self._is_readable = False, self._update is not None
             await self._everywhere(self._set_pause)
 
-    async def update_weights(self, meta: WeightUpdateMeta) -> dict[str, dict[str, int]]:
-        """All servers load `meta` at the same time; receipts of those that give one. Servers that fail are taken out;
-        when all are unreachable, the first that comes back is waited for, `setup_timeout_s`.
+    async def update_weights(
+        self, meta: WeightUpdateMeta, send: WeightSender | None = None, hold: Callable[[], None] = lambda: None
+    ) -> dict[str, dict[str, int]]:
+        """All servers load `meta` at the same time; receipts of those that give one. Generation is paused when it has
+        to be (`hold` is called just before), and stays so. Servers that fail are taken out; when all are unreachable,
+        the first that comes back is waited for, `setup_timeout_s`.
 
         Raises:
             WeightSyncError: no server took the weights; names each and its message.
@@ -125,11 +140,15 @@ class Fleet:
         while True:
             await self._some_reachable(meta.version, deadline)
             async with self._lock:
-                receipts = await self._everywhere(lambda member: self._load(member, meta))
+                members = [m for m in self.router.members if m.breaker.state != "open"]
+                try:
+                    receipts = await self._load(members, meta, send, lambda: self._pause_for_swap(hold))
+                except (WeightSyncError, RequestError, ServerUnreachable) as error:
+                    raise WeightSyncError(f"version {meta.version} reached no server: {error}") from error
                 for member in self.router.members:
                     member.holds_weights = member in receipts
                 if receipts:
-                    self._update, self._is_readable = meta, meta.kind in READABLE_AGAIN
+                    self._update, self._send, self._is_readable = meta, send, True
                     self.router.notify()
                     return {member.id: receipt for member, receipt in receipts.items() if receipt is not None}
 
@@ -146,7 +165,10 @@ class Fleet:
                 if not self._is_readable:
                     return False
                 assert self._update is not None
-                receipt = await self._load(member, self._update)
+                receipts = await self._load([member], self._update, self._send, _nothing)
+                if member not in receipts:
+                    raise ConnectionLost(member.breaker.last_failure)
+                receipt = receipts[member]
                 wrong = [name for name, value in self._update.checksums.items() if (receipt or {}).get(name) != value]
                 if receipt is not None and wrong:
                     raise WeightSyncError(f"{member.id} holds other weights than it was sent: {', '.join(wrong[:4])}")
@@ -181,26 +203,25 @@ class Fleet:
 
         return list(await asyncio.gather(*map(one, sequences)))
 
-    def _can_send_again(self) -> bool:
-        return self._update is not None and self._update.kind in READABLE_AGAIN
-
     async def _set_pause(self, member: Member) -> None:
         """Paused or not, as the others are."""
         backend = member.backend
         await self._ask(member, backend.pause_call(self.config.pause_mode) if self.is_paused else backend.resume_call())
 
-    async def _load(self, member: Member, meta: WeightUpdateMeta) -> dict[str, int] | None:
-        """The server's receipt. One that comes back is paused for it, and what it still worked at is ended."""
-        try:
-            plan = member.backend.update_plan(meta, self.config.pause_mode)
-            if not member.holds_weights:
-                await self._ask(member, member.backend.pause_call("abort"))
-            answers = [await self._ask(member, call) for call in (*plan.before, *plan.after)]
-            if not member.holds_weights:
-                await self._set_pause(member)
-        except RequestError as error:
-            raise WeightSyncError(f"version {meta.version} did not reach {member.id}: {error}") from error
-        return member.backend.parse_receipt(answers, meta, member.id)
+    async def _load(
+        self,
+        members: list[Member],
+        meta: WeightUpdateMeta,
+        send: WeightSender | None,
+        pause: Callable[[], Awaitable[None]],
+    ) -> dict[Member, dict[str, int] | None]:
+        """Receipts. A server that comes back is paused for it, and what it still worked at is ended."""
+        back = [m for m in members if not m.holds_weights]
+        reached = await self._all(back, lambda m: self._ask(m, m.backend.pause_call("abort")))
+        ready = [m for m in members if m in reached or m not in back]
+        receipts = self._successes(await self._updates.load(ready, meta, send, pause))
+        released = await self._all([m for m in back if m in receipts], self._set_pause)
+        return {m: receipt for m, receipt in receipts.items() if m in released or m not in back}
 
     async def _holds_update(self, member: Member) -> bool:
         """Whether the server says that it holds the last update. Version 0 is also that of a server just started."""
@@ -236,11 +257,18 @@ class Fleet:
         Raises:
             ArealiteError: none succeeded, and it was not only that they are gone.
         """
-        members = [m for m in self.router.members if m.breaker.state != "open"]
+        return await self._all([m for m in self.router.members if m.breaker.state != "open"], act)
+
+    async def _all(self, members: list[Member], act: Callable[[Member], Coroutine[Any, Any, T]]) -> dict[Member, T]:
+        """As `_everywhere`, on these."""
         outcomes = await asyncio.gather(*map(act, members), return_exceptions=True)
+        return self._successes(dict(zip(members, outcomes, strict=True)))
+
+    def _successes(self, outcomes: Mapping[Member, T | BaseException]) -> dict[Member, T]:
+        """Of those that did not fail; the others are taken out. Raises as `_everywhere` does."""
         results: dict[Member, T] = {}
         failures: list[ArealiteError] = []
-        for member, outcome in zip(members, outcomes, strict=True):
+        for member, outcome in outcomes.items():
             if isinstance(outcome, ArealiteError):
                 failures.append(outcome)
                 self.router.fail(member, str(outcome), is_dead=isinstance(outcome, ConnectionLost))
@@ -248,7 +276,11 @@ class Fleet:
                 raise outcome
             else:
                 results[member] = outcome
-        refused = [f for f in failures if not isinstance(f, ServerUnreachable)]
+        refused = [f for f in failures if not isinstance(f, ConnectionLost)]
         if refused and not results:
             raise refused[0]
         return results
+
+
+async def _nothing() -> None:
+    """Nothing has to be paused."""

@@ -6,7 +6,6 @@ Called by generate.py, fleet.py and updates.py through backend.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from arealite.api.errors import WeightSyncError
@@ -26,18 +25,21 @@ class NativeBackend(SGLangBackend):
         return self
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
-        confirmed = {"checksum_names": sorted(meta.checksums)}
-        if meta.kind == "shm":
-            body = {
-                "path": meta.path,
-                "slots": [as_record(slot) for slot in meta.slots],
-                "weight_version": str(meta.version),
-                "flush_cache": pause_mode != "in_place",
-            }
-            return UpdatePlan(after=[Call("/update_weights_from_shm", {**body, **confirmed})])
-        plan = super().update_plan(meta, pause_mode)
-        *others, last = plan.after
-        return replace(plan, after=[*others, replace(last, body={**(last.body or {}), **confirmed})])
+        """Everything is read and checked beside the live weights; the session's end swaps it in."""
+        before, buckets = [Call("/begin_weight_update", {})], []
+        if meta.kind == "disk":
+            before.append(Call("/update_weights_from_disk", {"model_path": meta.path, "flush_cache": False}))
+        elif meta.kind == "shm":
+            slots = [as_record(slot) for slot in meta.slots]
+            before.append(Call("/update_weights_from_shm", {"path": meta.path, "slots": slots, "flush_cache": False}))
+        else:
+            buckets = [self._bucket_call(meta, start, end) for start, end in meta.buckets]
+        swap = {
+            "weight_version": str(meta.version),
+            "flush_cache": pause_mode != "in_place",
+            "checksum_names": sorted(meta.checksums),
+        }
+        return UpdatePlan(before, buckets, [Call("/end_weight_update", swap)], is_staged=True)
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         super().parse_receipt(answers, meta, server_id)

@@ -1,0 +1,151 @@
+"""One weight update with several real servers: by every link, by broadcast with a server lost, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from rollout_fakes import quick_config
+from transformers import AutoModelForCausalLM
+
+from arealite.api.errors import WeightSyncError
+from arealite.rollout.client import RemoteNativeEngine
+from arealite.weights import buckets
+from arealite.weights.handshake import verify
+from arealite.weights.link import WeightLink
+
+NUM_SERVERS = 2
+
+
+@pytest.fixture
+def servers(tiny_llama) -> Iterator[list[tuple[subprocess.Popen, str]]]:
+    command = [sys.executable, "-m", "arealite.inference.serve", "--model", tiny_llama, "--port", "0"]
+    command += ["--dtype", "float32", "--context-length", "256", "--max-running-requests", "4"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(NUM_SERVERS)]
+    try:
+        found = []
+        for process in processes:
+            line = process.stdout.readline()
+            while line and "listening on" not in line:
+                line = process.stdout.readline()
+            found.append((process, line.strip().rpartition("//")[2]))
+        yield found
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait(30)
+            process.stdout.close()
+
+
+@pytest.fixture
+def engine(servers, tmp_path) -> Iterator[RemoteNativeEngine]:
+    engine = RemoteNativeEngine(quick_config(), ledger_path=tmp_path / "ledger.jsonl")
+    engine.initialize(addresses=[address for _, address in servers])
+    yield engine
+    engine.destroy()
+
+
+def ask(address: str, path: str, body: dict) -> dict:
+    request = urllib.request.Request(f"http://{address}{path}", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def held(address: str) -> tuple[str, dict[str, int]]:
+    version = json.loads(urllib.request.urlopen(f"http://{address}/model_info", timeout=60).read())["weight_version"]
+    return version, ask(address, "/weights_checker", {"action": "checksum"})["checksums"]
+
+
+def versions_of_weights(path: str) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    while True:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        yield [(name, parameter.detach().clone()) for name, parameter in model.named_parameters()]
+
+
+@pytest.mark.parametrize("kind", ["distributed", "tensor"])
+def test_buckets_reach_all_servers(kind, servers, engine, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 100_000)
+    link, weights = WeightLink(kind, tmp_path), versions_of_weights(tiny_llama)
+    previous = None
+    for version in (1, 2):
+        meta = link.publish(next(weights), version)
+        assert len(meta.buckets) > 2
+        receipts = engine.update_weights(meta, link)
+        assert receipts.keys() == {"server-0", "server-1"}
+        verify(meta, receipts, previous, must_differ=True)
+        previous = meta
+        states = [held(address) for _, address in servers]
+        assert states[0] == states[1] and states[0][0] == str(version)
+        assert all(states[0][1][name] == value for name, value in meta.checksums.items())
+    link.close()
+
+
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_server_lost_in_a_broadcast_costs_the_others_nothing_but_time(
+    way, servers, engine, tiny_llama, tmp_path, monkeypatch
+):
+    """The broadcast fails for all; it is made again, in a new group, for those that are left."""
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 100_000)
+    monkeypatch.setattr("arealite.weights.group.GROUP_LIMIT_S", 3.0)
+    monkeypatch.setattr(group_broadcast := "arealite.weights.group.broadcast", limited(group_broadcast))
+    link, weights = WeightLink("distributed", tmp_path), versions_of_weights(tiny_llama)
+    engine.update_weights(link.publish(next(weights), 1), link)
+    victim, sending = servers[1][0], link.send
+
+    def lose(bucket: int) -> None:
+        if bucket == 1 and victim.poll() is None:
+            os.kill(victim.pid, way)
+        return sending(bucket)
+
+    monkeypatch.setattr(link, "send", lose)
+    meta = link.publish(next(weights), 2)
+    receipts = engine.update_weights(meta, link)
+    assert receipts.keys() == {"server-0"}
+    verify(meta, receipts)
+    assert held(servers[0][1])[0] == "2"
+    monkeypatch.setattr(link, "send", sending)
+    meta = link.publish(next(weights), 3)
+    assert engine.update_weights(meta, link).keys() == {"server-0"}
+    link.close()
+
+
+def limited(name: str):
+    from arealite.weights import group
+
+    plain = group.broadcast
+    return lambda *args, **more: plain(*args, **{**more, "limit_s": 3.0})
+
+
+@pytest.mark.parametrize("fault", ["name", "shape"])
+def test_a_refused_bucket_leaves_version_and_weights(fault, servers, engine, tiny_llama, tmp_path):
+    link, weights = WeightLink("distributed", tmp_path), versions_of_weights(tiny_llama)
+    meta = link.publish(next(weights), 1)
+    engine.update_weights(meta, link)
+    before = [held(address) for _, address in servers]
+    tensors = next(weights)
+    name, tensor = tensors[3]
+    tensors[3] = ("model.nowhere.weight", tensor) if fault == "name" else (name, tensor[:-1])
+    with pytest.raises(WeightSyncError, match="model.nowhere.weight" if fault == "name" else name):
+        engine.update_weights(link.publish(tensors, 2), link)
+    assert [held(address) for _, address in servers] == before
+    link.close()
+
+
+def test_what_cannot_be_sent_is_said(engine, tiny_llama, tmp_path):
+    link = WeightLink("distributed", tmp_path)
+    meta = link.publish(next(versions_of_weights(tiny_llama)), 1)
+    with pytest.raises(Exception, match="with the weight link"):
+        engine.update_weights(replace(meta))
+    link.close()
