@@ -66,7 +66,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def served(folder: Path, dtype: torch.dtype = torch.float32, deterministic: bool = False) -> ServedModel:
-    return ServedModel(str(folder), dtype, torch.device("cpu"), None, deterministic)
+    return ServedModel.load(str(folder), dtype, torch.device("cpu"), None, deterministic)
 
 
 class LocalServer:

@@ -6,11 +6,13 @@ listens: the packed pass is compared with the plain Hugging Face pass on a few t
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arealite.api.errors import ConfigError
@@ -40,21 +42,27 @@ class ServedModel:
     """A causal language model, its tokenizer (None when the folder has none) and its limits in tokens."""
 
     def __init__(
-        self, path: str, dtype: torch.dtype, device: torch.device, context_length: int | None, deterministic: bool
+        self,
+        module: Any,
+        tokenizer: Any,
+        path: str,
+        context_length: int | None = None,
+        deterministic: bool = False,
+        shared: bool = False,
     ) -> None:
-        """Load and check.
+        """Check a module of this package's attention, and serve it from where its parameters lie. `shared`: somebody
+        else changes them, so nothing is derived from them.
 
         Raises:
-            ConfigError: the folder cannot be read, or the architecture is one that the packed pass cannot serve.
+            ConfigError: the architecture is one that the packed pass cannot serve.
         """
         self.path = path
-        self.device = device
-        self.dtype = dtype
+        self.device: torch.device = module.device
+        self.dtype: torch.dtype = module.dtype
         self.deterministic = deterministic
-        self.config = _read_config(path, context_length, deterministic)
-        self.tokenizer = _load_tokenizer(path)
-        self.module = _load_module(path, dtype).to(device).eval()
-        self.module.requires_grad_(False)
+        self.config = module.config
+        self.tokenizer = tokenizer
+        self.module = module.eval()
         self.head = self.module.get_output_embeddings()
         # Parameters and persistent buffers by checkpoint name; a tied tensor has two, of which the first one counts.
         self.tensors: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
@@ -67,8 +75,52 @@ class ServedModel:
         with torch.inference_mode():
             self.kv_shape = self._discover_kv_shape()  # layers, key heads, head dim
             plain = self._plain_logits()
-            self._linears, self._paging = self._accelerate()
+            self._linears, self._paging = (None, None) if shared else self._accelerate()
             self._check_against(plain)
+
+    @classmethod
+    def load(
+        cls, path: str, dtype: torch.dtype, device: torch.device, context_length: int | None, deterministic: bool
+    ) -> ServedModel:
+        """The model of a folder or hub id.
+
+        Raises:
+            ConfigError: it cannot be read, or not be served.
+        """
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no model configuration at {path!r}: {error}") from error
+        _check_config(config, path, context_length, deterministic)
+        tokenizer = _load_tokenizer(path)
+        module = _load_module(path, dtype).to(device).requires_grad_(False)
+        return cls(module, tokenizer, path, context_length, deterministic)
+
+    @classmethod
+    def from_module(
+        cls, module: Any, tokenizer: Any, context_length: int | None = None, deterministic: bool = False
+    ) -> ServedModel:
+        """Serve the parameters of a model in this process, in their dtype and without a copy: what changes them in
+        place changes what is served. Computed keys and values are then old: retract and clear, as an update does.
+
+        Raises:
+            ConfigError: it cannot be served, or this process holds only a part of a parameter.
+        """
+        _check_config(module.config, module.name_or_path, context_length, deterministic)
+        with torch.device("meta"):  # the code alone; the trainer's module keeps its attention and its hooks
+            config = copy.deepcopy(module.config)
+            twin: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
+        twin.generation_config = module.generation_config
+        shared: dict[int, torch.Tensor] = {}  # by identity, so that tied tensors stay tied
+        for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
+            local = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+            if local.shape != tensor.shape:
+                raise ConfigError(f"{name} is sharded: only a trainer of one rank can share its parameters")
+            if isinstance(tensor, torch.nn.Parameter):
+                local = torch.nn.Parameter(local, requires_grad=False)
+            owner, _, own_name = name.rpartition(".")
+            setattr(twin.get_submodule(owner), own_name, shared.setdefault(id(tensor), local))
+        return cls(twin, tokenizer, module.name_or_path, context_length, deterministic, shared=True)
 
     def forward(self, pool: PagePool, spans: list[Span], num_rows: int = 0) -> torch.Tensor:
         """One packed pass over the spans' tokens, whose keys and values go to the sequences' pages; each token sees its
@@ -199,12 +251,8 @@ class ServedModel:
         return f"{self.path} ({type(self.module).__name__})"
 
 
-def _read_config(path: str, context_length: int | None, deterministic: bool) -> Any:
-    """The model's configuration, if it is one that can be served."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no model configuration at {path!r}: {error}") from error
+def _check_config(config: Any, path: str, context_length: int | None, deterministic: bool) -> None:
+    """Raises ConfigError for what the configuration alone shows to be out of reach."""
     text = config.get_text_config().to_dict()
     limit = text.get("max_position_embeddings")
     if limit is None:
@@ -226,7 +274,6 @@ def _read_config(path: str, context_length: int | None, deterministic: bool) -> 
             )
     if deterministic and any(text.get(name) for name in _EXPERT_COUNTS):
         raise ConfigError(f"{path}: --deterministic is not possible for a mixture of experts; leave the flag out")
-    return config
 
 
 def _load_module(path: str, dtype: torch.dtype) -> Any:

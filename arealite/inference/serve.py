@@ -67,7 +67,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def build_engine(args: argparse.Namespace) -> Engine:
     """The engine, loaded and checked, not started."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = ServedModel(args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic)
+    model = ServedModel.load(args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic)
     per_request = min(model.context_length, DEFAULT_TOKENS_PER_REQUEST)
     kv_tokens = args.kv_cache_tokens or max(args.max_running_requests * per_request, model.context_length)
     return Engine(Batcher(model, args.max_running_requests, kv_tokens, args.weight_version), args.seed)
