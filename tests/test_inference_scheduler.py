@@ -1,0 +1,229 @@
+"""Whatever comes, goes, pauses or runs out of pages: every request is answered once, with what it gives alone."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from inference_support import save_tiny_llama, served
+from transformers import AutoModelForCausalLM
+
+from arealite.inference.batcher import Batcher
+from arealite.inference.engine import Engine, PauseMode, UpdateOptions
+from arealite.inference.model import ServedModel
+from arealite.inference.requests import GenerateRequest, SamplingParams
+from arealite.inference.sequence import Sequence
+
+MAX_NEW = 12
+MAX_STEPS = 3000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"), tied=False)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> ServedModel:
+    return served(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> object:
+    with torch.inference_mode():
+        yield
+
+
+class Alone:
+    """Greedy continuations by the plain Hugging Face pass, one sequence at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._known: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
+
+    def greedy(self, prompt: list[int]) -> tuple[list[int], list[float]]:
+        """MAX_NEW tokens, and by how much each was the best."""
+        if tuple(prompt) not in self._known:
+            tokens, gaps = list(prompt), []
+            for _ in range(MAX_NEW):
+                best = self._model(input_ids=torch.tensor([tokens])).logits[0, -1].topk(2)
+                tokens.append(int(best.indices[0]))
+                gaps.append(float(best.values[0] - best.values[1]))
+            self._known[tuple(prompt)] = tokens[len(prompt) :], gaps
+        return self._known[tuple(prompt)]
+
+    def check(self, sequence: Sequence) -> None:
+        wanted, gaps = self.greedy(sequence.request.prompt_ids)
+        for found, token, gap in zip(sequence.output_ids, wanted, gaps, strict=False):
+            if found != token:
+                assert gap < 1e-3, "only a tie may be broken in another way"
+                return
+
+    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
+        logprobs = torch.log_softmax(self._model(input_ids=torch.tensor([prompt])).logits[0, :-1], -1)
+        return logprobs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Alone:
+    return Alone(folder)
+
+
+def greedy_request(rid: str, prompt: list[int], num: int, **more: object) -> Sequence:
+    params = SamplingParams(num, temperature=0.0, ignore_eos=True)
+    return Sequence(GenerateRequest(rid, prompt, params, **more))  # type: ignore[arg-type]
+
+
+def check_pages(batcher: Batcher) -> None:
+    """Every page is free, held by exactly those who list it, or kept by as many entries as name it."""
+    pool, prefix = batcher.scheduler.pool, batcher.scheduler.prefix
+    held = Counter(page for s in batcher.scheduler.running for page in s.pages)
+    kept = Counter(node.page for node in prefix._nodes)
+    pages = range(1, pool.num_pages + 1)
+    assert [pool._holders[page] for page in pages] == [held[page] for page in pages]
+    assert [pool._keepers[page] for page in pages] == [kept[page] for page in pages]
+    assert sorted(pool._free) == [page for page in pages if not held[page] and not kept[page]]
+    assert pool.num_idle == sum(not held[page] for page in kept)
+    for node in prefix._nodes:
+        assert node.parent is not None and node.parent.children[node.key] is node
+        assert not held[node.page] or node.parent not in prefix._nodes or held[node.parent.page]
+
+
+def random_request(rng: random.Random, i: int, kv_tokens: int) -> Sequence:
+    """Prompts that share beginnings of all lengths."""
+    stem = [rng.choice((7, 70)) for _ in range(4)] * 30 if rng.random() < 0.3 else [5, 6, 7, 8, 9] * 24
+    num = rng.randint(1, MAX_NEW)
+    prompt = stem[: rng.randint(1, kv_tokens - num - 3)] + [rng.randrange(250) for _ in range(rng.randint(0, 3))]
+    scored = rng.random() < 0.2
+    return greedy_request(
+        f"{'ab'[i % 2]}{i}",
+        prompt,
+        num,
+        return_logprob=True,
+        logprob_start=rng.randrange(len(prompt)) if scored else None,
+    )
+
+
+def disturb(rng: random.Random, engine: Engine, paused: PauseMode | None) -> PauseMode | None:
+    """One thing that may happen between two steps; returns the pause that is in force."""
+    event = rng.randrange(6)
+    if event == 0:
+        victim = rng.choice(("a1", "b", "a2", "b3"))
+        engine.abort(lambda s: s.request.rid.startswith(victim))
+    elif event == 1:
+        engine.pause(rng.choice(("abort", "retract", "in_place")))
+        return engine.paused
+    elif event == 2 and paused != "in_place":
+        engine.update_weights(
+            {}, UpdateOptions(weight_version=str(rng.random()), abort_all_requests=rng.random() < 0.2)
+        )
+    elif event == 3:
+        engine.flush_cache()
+    elif event == 4:
+        engine.resume()
+        return None
+    return paused
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_mix_is_answered_once_and_as_if_alone(model: ServedModel, alone: Alone, seed: int) -> None:
+    rng = random.Random(seed)
+    kv_tokens = rng.choice((48, 112, 160, 600))
+    batcher = Batcher(model, rng.randint(1, 7), kv_tokens, "0", rng.choice((16, 33, 64, 512)))
+    engine = Engine(batcher, seed=0)
+    arrivals = [random_request(rng, i, min(kv_tokens, 123)) for i in range(30)]
+    calm = seed % 4 == 0
+    sequences = list(arrivals)
+    for _ in range(MAX_STEPS):
+        for _ in range(rng.choice((0, 0, 1, 6))):
+            if arrivals and engine.paused is None:
+                batcher.add(arrivals.pop())
+        if not calm and rng.random() < 0.15:
+            disturb(rng, engine, engine.paused)
+        if engine.paused is None and batcher.has_work:
+            batcher.step()
+        elif not arrivals and not batcher.has_work:
+            break
+        elif engine.paused and rng.random() < 0.3:
+            engine.resume()
+        check_pages(batcher)
+    for sequence in sequences:
+        reason = sequence.future.result(0).finish_reason
+        assert reason is not None and reason["type"] in (("length",) if calm else ("length", "abort"))
+        if reason["type"] == "length":
+            assert sequence.num_output == sequence.request.params.max_new_tokens
+        assert len(sequence.logprobs) == len(sequence.versions) == sequence.num_output
+        alone.check(sequence)
+        start = sequence.request.logprob_start
+        if start is not None and sequence.num_output:
+            wanted = alone.prompt_logprobs(sequence.request.prompt_ids)[start:]
+            assert sequence.input_logprobs[0] is None
+            assert sequence.input_logprobs[1:] == pytest.approx(wanted, abs=1e-3)
+    assert engine.flush_cache()
+    assert batcher.scheduler.pool.num_free == batcher.scheduler.pool.num_pages
+    assert batcher.scheduler.num_used_tokens == 0
+
+
+def test_a_long_prompt_holds_nobody_up(model: ServedModel, alone: Alone) -> None:
+    batcher = Batcher(model, 4, 1024, "0", step_tokens=32)
+    running = greedy_request("running", [1, 2, 3], 50)
+    batcher.add(running)
+    batcher.step()
+    long = greedy_request("long", [7, 8, 9, 10] * 75, 5)
+    after = greedy_request("after", [4] * 40, 5)
+    batcher.add(long)
+    batcher.add(after)
+    for _ in range(20):
+        before, computed = running.num_output, batcher.counters.num_prefill_tokens
+        batcher.step()
+        assert running.num_output == before + 1
+        assert batcher.counters.num_prefill_tokens - computed <= 31
+        assert not after.num_computed or long.num_output, "first come, first served"
+    while not after.future.done():
+        batcher.step()
+    for sequence in (running, long, after):
+        alone.check(sequence)
+
+
+def test_a_request_that_fills_the_pool_is_served_although_its_last_page_is_cached(model: ServedModel) -> None:
+    """A copy of the page would need one page more than there are."""
+    batcher = Batcher(model, 2, 64, "0")
+    for _ in range(2):
+        sequence = greedy_request("r", [9] * 60, 4)
+        batcher.add(sequence)
+        for _ in range(10):
+            batcher.step()
+        assert sequence.future.result(0).num_output == 4
+
+
+def test_pausing_in_the_middle_of_a_prompt_keeps_or_drops_its_pages(model: ServedModel, alone: Alone) -> None:
+    for mode, left in (("in_place", 32), ("retract", 0)):
+        batcher = Batcher(model, 2, 512, "0", step_tokens=16)
+        engine = Engine(batcher, seed=0)
+        sequence = greedy_request("r", [3, 1, 4, 1, 5] * 20, 6, return_logprob=True, logprob_start=10)
+        batcher.add(sequence)
+        batcher.step()
+        batcher.step()
+        engine.pause(mode)  # type: ignore[arg-type]
+        assert sequence.num_computed == left
+        engine.resume()
+        while not sequence.future.done():
+            batcher.step()
+        alone.check(sequence)
+        wanted = alone.prompt_logprobs(sequence.request.prompt_ids)[10:]
+        assert sequence.input_logprobs[1:] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_abort_in_the_middle_of_a_prompt_answers_with_nothing_yet(model: ServedModel) -> None:
+    batcher = Batcher(model, 2, 512, "0", step_tokens=16)
+    sequence = greedy_request("r", [3] * 100, 6)
+    batcher.add(sequence)
+    batcher.step()
+    Engine(batcher, seed=0).abort(lambda _: True)
+    assert sequence.future.result(0).output_ids == [] and sequence.finish_reason == {
+        "type": "abort", "message": "Aborted", "status_code": None, "err_type": None
+    }  # fmt: skip
+    check_pages(batcher)
