@@ -121,7 +121,7 @@ class KVLayout:
         )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.pool.tensor.device)
+        return to_device(array, self.pool.tensor.device)
 
 
 @dataclass
@@ -207,6 +207,13 @@ def paged_attention(
         result = result.view(kv_heads, n, -1, num_queries, head_dim).permute(1, 3, 0, 2, 4)
         out[block.first : block.last] = result.reshape(-1, heads, head_dim)
     return out
+
+
+def to_device(array: np.ndarray | list[list[int]], device: torch.device) -> torch.Tensor:
+    """The array as a tensor there. A GPU fetches it from locked memory in its own time, so that nobody waits for it:
+    the one wait of a step is for the tokens it made."""
+    host = torch.from_numpy(np.asarray(array))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def bucket_pages(num_tokens: int) -> int:

@@ -20,7 +20,7 @@ from arealite.inference import kernels
 from arealite.inference.cache import PAGE_TOKENS, PagePool
 from arealite.inference.fusing import fuse
 from arealite.inference.kernels import Kernels
-from arealite.inference.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention
+from arealite.inference.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention, to_device
 from arealite.inference.linears import PackedLinears
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence, Span
@@ -113,7 +113,7 @@ class ServedModel:
         twin.generation_config = module.generation_config
         shared: dict[int, torch.Tensor] = {}  # by identity, so that tied tensors stay tied
         for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
-            local = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+            local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
             if local.shape != tensor.shape:
                 raise ConfigError(f"{name} is sharded: only a trainer of one rank can share its parameters")
             if isinstance(tensor, torch.nn.Parameter):
@@ -158,8 +158,8 @@ class ServedModel:
     def _run(self, tokens: list[int], positions: list[int], layout: KVLayout | ShapeProbe) -> torch.Tensor:
         """The modelling code over one row of T tokens; last hidden states [T, hidden]."""
         output = self.module.base_model(
-            input_ids=torch.tensor([tokens], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
+            input_ids=to_device([tokens], self.device),
+            position_ids=to_device([positions], self.device),
             use_cache=False,
             kv_layout=layout,
         )
