@@ -1,0 +1,112 @@
+"""RemoteSGLangEngine against a server that refuses what SGLang 0.5.23 refuses: the built-in one with --strict-sglang.
+
+SGLang itself needs CUDA; what it answers is described in arealite/inference/strict.py.
+"""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from rollout_fakes import MembersWorkflow, quick_config
+from test_rollout_native import reference_logprobs
+from transformers import AutoModelForCausalLM
+
+from arealite.api.errors import RequestError, WeightSyncError
+from arealite.api.types import GenerationRequest, Task
+from arealite.rollout.client import RemoteInferenceEngine, RemoteSGLangEngine
+from arealite.rollout.sglang import SGLangBackend
+from arealite.weights.link import WeightLink
+
+
+@pytest.fixture(scope="module")
+def address(tiny_llama):
+    command = [sys.executable, "-m", "arealite.inference.serve", "--model", tiny_llama, "--port", "0"]
+    command += ["--dtype", "float32", "--context-length", "512", "--max-running-requests", "16", "--strict-sglang"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        while line and "listening on" not in line:
+            line = process.stdout.readline()
+        yield line.strip().rpartition("//")[2]
+    finally:
+        process.terminate()
+        process.wait(30)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def models(tiny_llama):
+    """Even versions, odd versions."""
+    pair = [AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in pair[1].parameters():
+            parameter.mul_(1.02)
+    return pair
+
+
+class OldSGLang(SGLangBackend):
+    """Takes the server for an older one than it is."""
+
+    def detect(self, facts, server_id):
+        return SGLangBackend((0, 5, 20))
+
+
+@pytest.mark.parametrize(
+    ("pause_mode", "kind"),
+    [("retract", "distributed"), ("abort", "tensor"), ("retract", "disk"), ("in_place", "tensor")],
+)
+def test_updates_reach_requests_in_flight(address, models, tmp_path, pause_mode, kind):
+    config = quick_config(pause_mode=pause_mode, max_head_offpolicyness=8, consumer_batch_size=8)
+    engine = RemoteSGLangEngine(config, ledger_path=tmp_path / "ledger.jsonl")
+    engine.initialize(addresses=[address])
+    link = WeightLink(kind, tmp_path)
+    try:
+        engine.update_weights(link.publish(models[0].named_parameters(), 0), link)
+        for i in range(6):
+            engine.submit(Task(f"e0-r{i}", prompt="x"), MembersWorkflow(num_members=3, max_new_tokens=150))
+        for version in range(1, 5):
+            engine.pause()
+            meta = link.publish(models[version % 2].named_parameters(), version)
+            assert engine.update_weights(meta, link) == {}  # SGLang confirms no single tensor
+            engine.resume()
+        groups = engine.wait(6, timeout_s=120)
+        stats = engine.stats()
+        scores = engine.score([groups[0].trajectories[0].tokens])[0]
+    finally:
+        engine.destroy()
+        link.close()
+    assert stats["num_unexpected_versions"] == stats["num_failed"] == 0
+    trajectories = [t for group in groups for t in group.trajectories]
+    assert any(len(set(t.versions) - {-1}) > 1 for t in trajectories)
+    np.testing.assert_allclose(scores, reference_logprobs(models[0], trajectories[0].tokens), atol=1e-4)
+    if pause_mode == "in_place":
+        return  # requests keep the cache of the old weights: no one model gives their logprobs
+    for t in trajectories:
+        by_version = [reference_logprobs(m, t.tokens) for m in models]
+        expected = [by_version[v % 2][i] if v >= 0 else 0.0 for i, v in enumerate(t.versions)]
+        np.testing.assert_allclose(t.logprobs, expected, atol=2e-3)
+
+
+def test_what_the_server_says_of_itself_is_understood(address):
+    engine = RemoteSGLangEngine(quick_config())
+    engine.initialize(addresses=[address])
+    (member,) = engine._live.fleet.router.members
+    engine.destroy()
+    assert member.backend.version == (0, 5, 23) and member.backend.num_ranks == 1
+
+
+def test_the_server_is_as_strict_as_sglang(address, models, tmp_path):
+    """The same calls without what a new SGLang wants fail: the tests above would notice. Leaves the server paused."""
+    link = WeightLink("tensor", tmp_path)
+    engine = RemoteInferenceEngine(quick_config(pause_mode="abort"), OldSGLang())
+    engine.initialize(addresses=[address])
+    try:
+        with pytest.raises(RequestError, match="400"):
+            engine._live.run(engine.agenerate(GenerationRequest("r", [1], 8, top_p=2.0)), "test")
+        with pytest.raises(WeightSyncError, match="session"):
+            engine.update_weights(link.publish(models[0].named_parameters(), 9), link)
+    finally:
+        engine.destroy()
+        link.close()
