@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def test_rows_without_wishes_cost_nothing() -> None:
     logits = torch.randn(2, 20).bfloat16()
     plain = [Sequence(GenerateRequest("r", [1], SamplingParams(5))) for _ in range(2)]
     assert adjust(plain, logits) is logits
+
+
+def test_what_would_end_the_answer_too_early_gets_no_probability() -> None:
+    sequence = Sequence(GenerateRequest("r", [1, 2], SamplingParams(5, min_new_tokens=2)))
+    sequence.stop_ids = frozenset({3, 99})
+    assert adjust([sequence], torch.zeros(1, 20))[0].tolist() == [0.0] * 3 + [-math.inf] + [0.0] * 16
+    sequence.tokens += [5, 5]
+    assert adjust([sequence], torch.zeros(1, 20))[0].tolist() == [0.0] * 20
 
 
 def test_numbers_stay_finite_whatever_is_asked() -> None:

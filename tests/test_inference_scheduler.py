@@ -12,7 +12,7 @@ from inference_support import save_tiny_llama, served
 from transformers import AutoModelForCausalLM
 
 from arealite.inference.batcher import Batcher
-from arealite.inference.engine import Engine, PauseMode, UpdateOptions
+from arealite.inference.engine import Engine, PauseMode, QueueFull, UpdateOptions
 from arealite.inference.model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence
@@ -227,3 +227,17 @@ def test_abort_in_the_middle_of_a_prompt_answers_with_nothing_yet(model: ServedM
         "type": "abort", "message": "Aborted", "status_code": None, "err_type": None
     }  # fmt: skip
     check_pages(batcher)
+
+
+def test_a_full_queue_takes_all_of_a_call_or_nothing(model: ServedModel) -> None:
+    engine = Engine(Batcher(model, 1, 64, "0"), seed=0, max_queued=3)
+    requests = [GenerateRequest(str(i), [1], SamplingParams(2)) for i in range(4)]
+    with pytest.raises(QueueFull, match="4 more"):
+        engine.submit_all(requests)
+    engine.submit_all(requests[:2])
+    with pytest.raises(QueueFull, match="2 requests wait"):
+        engine.submit_all(requests[:2])
+    engine.submit(requests[3])
+    engine.start()
+    engine.stop(60)
+    assert engine.failure == ""

@@ -136,7 +136,7 @@ class Batcher:
         params = [s.request.params for s in sequences]
         uniforms = [uniform(s.seed, len(s.tokens)) for s in sequences]
         logits = adjust(sequences, logits)
-        drawn = sample(logits, params, uniforms, [None] * len(sequences))
+        drawn = sample(logits, params, uniforms)
         note_choices(sequences, logits)
         for i, sequence in enumerate(sequences):
             if not drawn.ok[i]:

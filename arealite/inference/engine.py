@@ -33,6 +33,7 @@ IDLE_LIMIT_S = 60.0
 STEP_LIMIT_S = 600.0  # one forward pass; shown, not enforced: nothing can interrupt it
 CALL_LIMIT_S = 600.0  # a call waits for the step that is running, and a weight update reads a folder
 SHUTDOWN = "the server is shutting down"
+MAX_QUEUED = 65_536  # requests
 
 PauseMode = Literal["abort", "retract", "in_place"]
 PAUSE_MODES: tuple[PauseMode, ...] = get_args(PauseMode)
@@ -42,6 +43,10 @@ Call = tuple[Callable[[], Any], Future[Any]]  # work for the engine thread betwe
 
 class EngineFailure(Exception):
     """The engine thread has ended; the message is its traceback, or says that the server shuts down."""
+
+
+class QueueFull(EngineFailure):
+    """More requests than are let wait; later, or another server, may take them."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,10 @@ class Engine:
     """Owner of a Batcher. `start`, `stop`, `submit`, `call` and `ask` may be used from any thread; the methods that
     change what is served (pause, abort, update_weights, ...) run on the engine thread, through `call` or `ask`."""
 
-    def __init__(self, batcher: Batcher, seed: int) -> None:
-        """`seed` starts the stream of seeds for requests that bring none."""
+    def __init__(self, batcher: Batcher, seed: int, max_queued: int = MAX_QUEUED) -> None:
+        """`seed` starts the stream of seeds for requests that bring none; `max_queued` requests may wait."""
         self.batcher = batcher
+        self._max_queued = max_queued
         self.paused: PauseMode | None = None
         self.failure = ""
         self.stopped = threading.Event()
@@ -78,17 +84,26 @@ class Engine:
         self._thread.join(limit_s)
 
     def submit(self, request: GenerateRequest) -> Sequence:
-        """Queue a request; the sequence's future is resolved with the sequence itself, once it has ended.
+        """`submit_all` for one."""
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: list[GenerateRequest]) -> list[Sequence]:
+        """Queue requests, all or none; a sequence's future is resolved with the sequence itself, once it has ended.
 
         Raises:
+            QueueFull: so many may not wait.
             EngineFailure: the engine has ended.
         """
-        sequence = Sequence(request)
+        sequences = [Sequence(request) for request in requests]
+        num_queued = len(self.batcher.scheduler.waiting) + self._inbox.qsize()
+        if num_queued + len(requests) > self._max_queued:
+            raise QueueFull(f"{num_queued} requests wait, {len(requests)} more would pass {self._max_queued}")
         with self._lock:
-            seed = request.params.sampling_seed
-            sequence.seed = self._seeds.getrandbits(63) if seed is None else seed
-            self._put(sequence)
-        return sequence
+            for sequence in sequences:
+                seed = sequence.request.params.sampling_seed
+                sequence.seed = self._seeds.getrandbits(63) if seed is None else seed
+                self._put(sequence)
+        return sequences
 
     def call(self, run: Callable[[], T]) -> Future[T]:
         """Run a function on the engine thread between two steps, in the order of calls and submissions.

@@ -40,9 +40,7 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def sample(
-    logits: torch.Tensor, params: list[SamplingParams], uniforms: list[float], banned: list[frozenset[int] | None]
-) -> Sampled:
+def sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[float]) -> Sampled:
     """Draw from softmax(logits / temperature), restricted by top-k, top-p and min-p.
 
     The logprob is that of the full vocabulary after temperature (temperature 1 where greedy), not renormalised over
@@ -53,13 +51,7 @@ def sample(
         logits: [B, V], any float dtype; not changed.
         params: B entries.
         uniforms: B numbers in [0, 1); not looked at for greedy rows.
-        banned: B entries: token ids that may not be drawn (min_new_tokens); their logits count as -inf.
     """
-    if any(banned):
-        logits = logits.clone()
-        for i, ids in enumerate(banned):
-            if ids:
-                logits[i, sorted(token for token in ids if token < logits.shape[1])] = -torch.inf
     restricted = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p > 0)]
     compiled = kernels.load() if logits.device.type == "cpu" and logits.dtype != torch.float16 else None
     if compiled is None or len(restricted) == len(params):
@@ -73,7 +65,7 @@ def sample(
 
 
 def _sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[float]) -> Sampled:
-    """The same in PyTorch, without banned tokens."""
+    """The same in PyTorch."""
     num_rows, vocab = logits.shape
     # One temporary of the size of the logits, padded to whole blocks: fp32 logits, then weights relative to the max.
     weights = torch.zeros(num_rows, -(-vocab // BLOCK) * BLOCK, dtype=torch.float32, device=logits.device)

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from arealite.api.errors import ConfigError
 from arealite.inference.batcher import Batcher
-from arealite.inference.engine import Engine
+from arealite.inference.engine import MAX_QUEUED, Engine
 from arealite.inference.model import ServedModel
 from arealite.inference.routes import build_app
 from arealite.inference.settings import ServerSettings
@@ -41,6 +41,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         type=int,
         help=f"tokens of the KV cache; default: {DEFAULT_TOKENS_PER_REQUEST} per sequence",
     )
+    parser.add_argument(
+        "--chunked-prefill-tokens",
+        type=int,
+        help="tokens of prompts computed in one step beside running requests; default: 512, on a GPU 8192",
+    )
+    parser.add_argument(
+        "--max-queued-requests", type=int, default=MAX_QUEUED, help="requests that wait; more are refused with 503"
+    )
     parser.add_argument("--deterministic", action="store_true", help="results independent of the batch (slower)")
     parser.add_argument("--weight-version", default="0", help="version of the weights loaded at start")
     parser.add_argument("--seed", type=int, default=0, help="seed of requests that bring none")
@@ -57,7 +65,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--strict-sglang", action="store_true", help="refuse and answer exactly as SGLang 0.5.23 does")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     args = parser.parse_args(argv)
-    for name in ("context_length", "max_running_requests", "kv_cache_tokens"):
+    sizes = ("context_length", "max_running_requests", "kv_cache_tokens", "chunked_prefill_tokens")
+    for name in (*sizes, "max_queued_requests"):
         value = vars(args)[name]
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected at least 1")
@@ -70,7 +79,8 @@ def build_engine(args: argparse.Namespace) -> Engine:
     model = ServedModel.load(args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic)
     per_request = min(model.context_length, DEFAULT_TOKENS_PER_REQUEST)
     kv_tokens = args.kv_cache_tokens or max(args.max_running_requests * per_request, model.context_length)
-    return Engine(Batcher(model, args.max_running_requests, kv_tokens, args.weight_version), args.seed)
+    batcher = Batcher(model, args.max_running_requests, kv_tokens, args.weight_version, args.chunked_prefill_tokens)
+    return Engine(batcher, args.seed, args.max_queued_requests)
 
 
 async def serve(engine: Engine, settings: ServerSettings, host: str, port: int) -> int:

@@ -49,13 +49,13 @@ class Submissions:
                 await waits.bounded(self.resumed.wait(), "continue_generation", "client", self._hold_limit_s, rids)
             finally:
                 self.num_held -= len(rids)
-        sequences = [self._engine.submit(r) for r in requests]
+        sequences = self._engine.submit_all(requests)
         try:
             yield sequences
         finally:
             if not all(s.future.done() for s in sequences):  # the client is gone, or the limit has passed
                 with suppress(EngineFailure):  # then they have ended with the engine
-                    self._engine.call(lambda: self._engine.abort(sequences.__contains__))
+                    self._engine.call(lambda: self._engine.abort(set(sequences).__contains__))
 
     async def finished(self, requests: list[GenerateRequest]) -> list[Answer]:
         """The whole answers, in order."""
