@@ -15,6 +15,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,51 +33,46 @@ CLIENT_LIMIT_S = 600.0
 GROUP_LIMIT_S = 60.0
 
 
-def client(address: str, model_path: str) -> None:
-    """The AReaL side. Everything imported here comes from its environment."""
-    import torch
-    from areal.api import ModelAllocation, ModelRequest, ParamSpec, WeightUpdateMeta
-    from areal.api.cli_args import GenerationHyperparameters, InferenceEngineConfig, NameResolveConfig
-    from areal.engine.core.distributed import init_custom_process_group
-    from areal.engine.sglang_remote import RemoteSGLangEngine
-    from areal.utils import name_resolve, names
-    from transformers import AutoModelForCausalLM
+class Checks:
+    """What was found so far, and Hugging Face's answer to compare with."""
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    config = InferenceEngineConfig(
-        experiment_name="arealite", trial_name=f"client-{os.getpid()}", tokenizer_path=model_path,
-        consumer_batch_size=1, max_concurrent_rollouts=4, request_timeout=300, setup_timeout=60,
-    )  # fmt: skip
-    engine = RemoteSGLangEngine(config)
-    engine.initialize(addr=address, train_data_parallel_size=1)
-    checks: dict[str, bool] = {}
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.found: dict[str, bool] = {}
 
-    def sampled(num_new: int, **how: Any) -> Any:
-        wanted = GenerationHyperparameters(max_new_tokens=num_new, min_new_tokens=0, **how)
-        return asyncio.run(engine.agenerate(ModelRequest(input_ids=list(PROMPT), gconfig=wanted)))
-
-    def expected() -> list[int]:
-        with torch.inference_mode():
-            ids = model.generate(torch.tensor([PROMPT]), max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
-        return ids[0, len(PROMPT) :].tolist()
-
-    def check(name: str, good: bool) -> None:
-        checks[name] = good
+    def note(self, name: str, good: bool) -> None:
+        self.found[name] = good
         print(f"{name}: {'ok' if good else 'FAILED'}", flush=True)
 
-    def change(factor: float) -> None:
-        """Other weights whose greedy answer differs."""
+    def expected(self) -> list[int]:
+        """The model's greedy answer."""
+        import torch
+
+        with torch.inference_mode():
+            ids = self.model.generate(torch.tensor([PROMPT]), max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
+        return ids[0, len(PROMPT) :].tolist()
+
+    def change_weights(self, factor: float) -> None:
+        """To others whose greedy answer differs."""
+        import torch
+
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in self.model.named_parameters():
                 if "mlp.down_proj" in name:
                     parameter.mul_(factor)
 
-    answer = sampled(NUM_NEW_TOKENS, greedy=True)
-    check("greedy tokens", answer.output_tokens == expected())
-    check("logprobs", all(-50 < p <= 0 for p in answer.output_logprobs) and len(answer.output_logprobs) > 0)
 
+def sample(engine: Any, num_new: int, **how: Any) -> Any:
+    from areal.api import ModelRequest
+    from areal.api.cli_args import GenerationHyperparameters
+
+    wanted = GenerationHyperparameters(max_new_tokens=num_new, min_new_tokens=0, **how)
+    return asyncio.run(engine.agenerate(ModelRequest(input_ids=list(PROMPT), gconfig=wanted)))
+
+
+def pause_in_flight(engine: Any, checks: Checks) -> None:
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(sampled(400, temperature=1.0, ignore_eos=True)))
+    thread = threading.Thread(target=lambda: found.append(sample(engine, 400, temperature=1.0, ignore_eos=True)))
     thread.start()
     time.sleep(2)
     engine.pause_generation()
@@ -84,42 +80,53 @@ def client(address: str, model_path: str) -> None:
     held = not found
     engine.continue_generation()
     thread.join(CLIENT_LIMIT_S / 2)
-    check("resumed after a pause", held and len(found) == 1 and len(found[0].output_tokens) == 400)
+    checks.note("resumed after a pause", held and len(found) == 1 and len(found[0].output_tokens) == 400)
 
-    before = expected()
-    change(0.5)
+
+def update_from_disk(engine: Any, checks: Checks) -> None:
+    from areal.api import WeightUpdateMeta
+    from areal.api.cli_args import NameResolveConfig
+    from areal.utils import name_resolve, names
+
+    before = checks.expected()
+    checks.change_weights(0.5)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weight_update_v1"
         name_resolve.reconfigure(NameResolveConfig(type="nfs", nfs_record_root=folder + "/names"))
-        model.save_pretrained(path)
+        checks.model.save_pretrained(path)
         engine.pause_generation()
-        name = names.update_weights_from_disk(config.experiment_name, config.trial_name, engine.get_version())
+        name = names.update_weights_from_disk(
+            engine.config.experiment_name, engine.config.trial_name, engine.get_version()
+        )
         name_resolve.add(name, str(time.time()), keepalive_ttl=120)
         engine.update_weights_from_disk(
             WeightUpdateMeta(type="disk", path=str(path), clear_checkpoint_after_load=False)
         ).result(CLIENT_LIMIT_S)
         engine.continue_generation()
-    after = sampled(NUM_NEW_TOKENS, greedy=True).output_tokens
-    check("weights from disk", after == expected() and after != before)
+    after = sample(engine, NUM_NEW_TOKENS, greedy=True).output_tokens
+    checks.note("weights from disk", after == checks.expected() and after != before)
 
-    change(3.0)
-    port = int(os.environ["GROUP_PORT"])
+
+def update_by_gloo(engine: Any, checks: Checks) -> None:
+    import torch
+    from areal.api import ModelAllocation, ParamSpec, WeightUpdateMeta
+    from areal.engine.core.distributed import init_custom_process_group
+
+    before = checks.expected()
+    checks.change_weights(3.0)
+    port, name = int(os.environ["GROUP_PORT"]), "update_weight_group"
     update = WeightUpdateMeta(
         type="xccl", gen_allocation=ModelAllocation.from_str("sglang:d1"), nccl_master_address="127.0.0.1",
-        nccl_master_port=port, nccl_group_name="update_weight_group",
+        nccl_master_port=port, nccl_group_name=name,
     )  # fmt: skip
     joined = engine.init_weights_update_group(update)
     group = init_custom_process_group(
-        backend="gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        world_size=2,
-        rank=0,
-        group_name="update_weight_group",
+        backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0, group_name=name,
         timeout=timedelta(seconds=GROUP_LIMIT_S),
-    )
+    )  # fmt: skip
     joined.result(CLIENT_LIMIT_S)
     engine.pause_generation()
-    parameters = list(model.named_parameters())
+    parameters = list(checks.model.named_parameters())
     for start in range(0, len(parameters), 40):
         part = parameters[start : start + 40]
         specs = [ParamSpec(name, tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in part]
@@ -128,10 +135,32 @@ def client(address: str, model_path: str) -> None:
             work.wait()
         done.result(CLIENT_LIMIT_S)
     engine.continue_generation()
-    last = sampled(NUM_NEW_TOKENS, greedy=True).output_tokens
-    check("weights by gloo", last == expected() and last != after)
+    after = sample(engine, NUM_NEW_TOKENS, greedy=True).output_tokens
+    checks.note("weights by gloo", after == checks.expected() and after != before)
+
+
+def client(address: str, model_path: str) -> None:
+    """The AReaL side. What it imports comes from its own environment."""
+    import torch
+    from areal.api.cli_args import InferenceEngineConfig
+    from areal.engine.sglang_remote import RemoteSGLangEngine
+    from transformers import AutoModelForCausalLM
+
+    checks = Checks(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval())
+    config = InferenceEngineConfig(
+        experiment_name="arealite", trial_name=f"client-{os.getpid()}", tokenizer_path=model_path,
+        consumer_batch_size=1, max_concurrent_rollouts=4, request_timeout=300, setup_timeout=60,
+    )  # fmt: skip
+    engine = RemoteSGLangEngine(config)
+    engine.initialize(addr=address, train_data_parallel_size=1)
+    answer = sample(engine, NUM_NEW_TOKENS, greedy=True)
+    checks.note("greedy tokens", answer.output_tokens == checks.expected())
+    checks.note("logprobs", all(-50 < p <= 0 for p in answer.output_logprobs) and len(answer.output_logprobs) > 0)
+    pause_in_flight(engine, checks)
+    update_from_disk(engine, checks)
+    update_by_gloo(engine, checks)
     engine.destroy()
-    print(json.dumps(checks), flush=True)
+    print(json.dumps(checks.found), flush=True)
     os._exit(0)  # its executor's threads do not end by themselves
 
 
@@ -149,8 +178,6 @@ def main() -> None:
     if args.side:
         client(args.address, args.model)
         return
-    import socket
-
     from arealite.dataset.fetch import resolve_model
 
     if not areal_python().exists():

@@ -45,7 +45,8 @@ def join_group(
     limit = timedelta(seconds=limit_s)
     try:
         if store is None:
-            store = dist.TCPStore(address, port, world_size, is_master=False, timeout=limit, wait_for_workers=False)
+            # Counts this member in: a trainer that made its store by torch's rendezvous waits for that.
+            store = dist.TCPStore(address, port, world_size, is_master=False, timeout=limit, wait_for_workers=True)
         group, _ = c10d._new_process_group_helper(
             world_size,
             rank,
