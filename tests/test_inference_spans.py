@@ -56,6 +56,9 @@ TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+GEMMA3 = {"sliding_window": 20, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+MIXTURE = [[(0, 37)], [(0, 1), (1, 60)], [(2, 1), (1, 20), (0, 33)], *[[(2, 1), (1, 1), (0, 1)]] * 4]
+MIXTURE += [[(1, 1), (0, 1)]] * 13 + [[(0, 2)]]  # of three sequences of LENGTH, LENGTH + 7 and 5 tokens
 ARCHITECTURES: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SMALL),
     "llama, tied": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -70,12 +73,7 @@ ARCHITECTURES: dict[str, Any] = {
     "gemma2, soft-capping": lambda: Gemma2Config(
         **SMALL, sliding_window=16, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
     ),
-    "gemma3": lambda: Gemma3TextConfig(
-        **SMALL,
-        sliding_window=20,
-        layer_types=["sliding_attention"] * 3 + ["full_attention"],
-        rope_parameters=TWO_ROPES,
-    ),
+    "gemma3": lambda: Gemma3TextConfig(**SMALL, **GEMMA3, rope_parameters=TWO_ROPES),
     "phi3, window": lambda: Phi3Config(**SMALL, sliding_window=33),
 }
 
@@ -95,14 +93,16 @@ def tokens_of(seed: int, length: int = LENGTH) -> list[int]:
     return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def plain_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
+def plain_logits(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[tokens, V] of the Hugging Face pass over the whole sequence, without this package's attention."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     with torch.inference_mode():
         return model(input_ids=torch.tensor([tokens])).logits[0]
 
 
-def in_passes(model: ServedModel, passes: list[list[tuple[int, int]]], rows: list[list[int]]) -> list[torch.Tensor]:
+def in_passes(
+    model: ServedModel, passes: list[list[tuple[int, int]]], rows: list[list[int]], num_rows: int = 0
+) -> list[torch.Tensor]:
     """Hidden states of each row, computed as listed: per pass, pairs of a row and how many of its tokens come next."""
     pool = model.make_pool(sum(pages_for(len(row)) for row in rows) * PAGE_TOKENS)
     pool.tensor[:] = 7.0  # what is not written is not looked at
@@ -114,7 +114,8 @@ def in_passes(model: ServedModel, passes: list[list[tuple[int, int]]], rows: lis
     done = [0] * len(rows)
     with torch.inference_mode():
         for counts in passes:
-            hidden = model.forward(pool, [Span(sequences[row], done[row], count) for row, count in counts])
+            spans = [Span(sequences[row], done[row], count) for row, count in counts]
+            hidden = model.forward(pool, spans, 0 if counts[0][1] > 1 else num_rows)
             for (row, count), part in zip(counts, hidden.split([count for _, count in counts]), strict=True):
                 parts[row].append(part.clone())
                 done[row] += count
@@ -126,9 +127,7 @@ def in_passes(model: ServedModel, passes: list[list[tuple[int, int]]], rows: lis
 def test_pieces_and_decoded_tokens_give_the_plain_logits(kind: str, tmp_path: Path) -> None:
     model = served(save(ARCHITECTURES[kind](), tmp_path))
     rows = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
-    passes = [[(0, 37)], [(0, 1), (1, 60)], [(2, 1), (1, 20), (0, 33)], *[[(2, 1), (1, 1), (0, 1)]] * 4]
-    passes += [[(1, 1), (0, 1)]] * 13 + [[(0, 2)]]
-    for row, hidden in zip(rows, in_passes(model, passes, rows), strict=True):
+    for row, hidden in zip(rows, in_passes(model, MIXTURE, rows), strict=True):
         plain = plain_logits(tmp_path, row)
         gap = (model.logits(hidden) - plain).abs().max() / plain.abs().max()
         assert gap < 1e-4, f"by {gap:.2g} of the largest logit"
@@ -200,6 +199,33 @@ def test_in_bf16_pieces_and_decoded_tokens_give_the_trainers_logprobs(smollm2: s
             ]
         gap = torch.log_softmax(model.logits(states).float(), -1) - torch.log_softmax(plain.float(), -1)
         assert float(gap.gather(1, torch.tensor(row[1:] + [0])[:, None]).abs().mean()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_tokens_are_the_same_bits_in_any_company(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Prompts one by one, and decode passes of one shape: with windows, too."""
+    model = served(save(Qwen3Config(**SMALL, **MIXED), tmp_path), dtype, deterministic=True)
+    rows = [tokens_of(0), tokens_of(1, 40), tokens_of(2, 60), tokens_of(3, 33)]
+    decoded = [[(row, 1) for row in range(4) if step < len(rows[row]) - 30] for step in range(60)]
+    together = in_passes(model, [*([(row, 30)] for row in range(4)), *decoded], rows, num_rows=4)
+    alone = in_passes(model, [[(0, 30)], *[[(0, 1)]] * 60], rows[:1], num_rows=4)[0]
+    assert torch.equal(together[0], alone)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: MistralConfig(**{**SMALL, "head_dim": 64}, sliding_window=17),
+        lambda: Gemma3TextConfig(**{**SMALL, "head_dim": 32}, **GEMMA3, rope_parameters=TWO_ROPES),
+    ],
+)
+def test_in_bf16_windows_round_as_the_plain_pass_does(config: Any, tmp_path: Path) -> None:
+    """Where the scale is a power of two, scaling before or after the rounding of a score is the same."""
+    model = served(save(config(), tmp_path), torch.bfloat16)
+    rows = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
+    for row, hidden in zip(rows, in_passes(model, MIXTURE, rows), strict=True):
+        plain = plain_logits(tmp_path, row, torch.bfloat16).float()
+        assert (model.logits(hidden).float() - plain).abs().mean() < 1e-5 * plain.abs().max()
 
 
 def test_a_window_reads_no_page_outside_of_it(windowed: ServedModel) -> None:
