@@ -74,7 +74,10 @@ class Batcher:
     def add(self, sequence: Sequence) -> None:
         params = sequence.request.params
         sequence.stop_ids = frozenset() if params.ignore_eos else self.model.eos_token_ids | params.stop_token_ids
-        self.scheduler.waiting.append(sequence)
+        if self.model.adapters.lacks(sequence.request.lora):  # unloaded since the request was read
+            self._answer(sequence, abort_reason(f"no adapter {sequence.request.lora!r} is loaded", "BadRequest"))
+        else:
+            self.scheduler.waiting.append(sequence)
 
     def in_flight(self) -> list[Sequence]:
         return [*self.scheduler.running, *self.scheduler.waiting]

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from arealite.api.errors import ConfigError
 from arealite.inference import kernels
+from arealite.inference.adapters import Adapters
 from arealite.inference.cache import PAGE_TOKENS, PagePool
 from arealite.inference.fusing import fuse
 from arealite.inference.kernels import Kernels
@@ -63,6 +64,7 @@ class ServedModel:
         self.config = module.config
         self.tokenizer = tokenizer
         self.module = module.eval()
+        self.adapters = Adapters(self.module)
         self.head = self.module.get_output_embeddings()
         # Parameters and persistent buffers by checkpoint name; a tied tensor has two, of which the first one counts.
         self.tensors: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
@@ -137,6 +139,7 @@ class ServedModel:
         num_tokens = len(tokens)
         padding = [0] * (num_rows - num_tokens)
         layout = KVLayout(pool, spans, num_rows, self.deterministic)
+        self.adapters.choose(spans, self.device)
         return self._run(tokens + padding, positions + padding, layout)[:num_tokens]
 
     def logits(self, hidden: torch.Tensor, num_rows: int = 0) -> torch.Tensor:

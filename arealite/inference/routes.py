@@ -17,6 +17,7 @@ from aiohttp.typedefs import Handler
 
 from arealite.api.errors import RequestError, WaitTimeout, WeightSyncError
 from arealite.inference import strict
+from arealite.inference.adapters import AdapterRoutes
 from arealite.inference.bodies import field, read_json, read_object, shown
 from arealite.inference.chat_template import ChatTemplate
 from arealite.inference.control import ControlRoutes
@@ -181,6 +182,7 @@ def served_limits(engine: Engine) -> ServedLimits:
         context_length=model.context_length,
         kv_cache_tokens=engine.batcher.scheduler.pool.num_tokens,
         encode=None if model.tokenizer is None else Encoder(model),
+        adapters=model.adapters.names.keys(),
     )
 
 
@@ -225,6 +227,7 @@ def build_app(engine: Engine, settings: ServerSettings) -> web.Application:
         Introspection(engine, settings, limits, submissions),
         OpenAIRoutes(served, submissions, error_body),
         ControlRoutes(engine, settings.strict_sglang),
+        AdapterRoutes(engine),
     ):
         app.add_routes(part.routes())
     return app
