@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTED_ADDRESS = "127.0.0.1:30000"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -22,8 +23,21 @@ def snippets(language: str) -> list:
     return found
 
 
+@pytest.fixture(scope="module")
+def served_address(smollm2):
+    """A server on a free port, in place of the one that the snippets name."""
+    command = [sys.executable, "-m", "arealite.cli", "serve", "--model", str(smollm2), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            yield re.search(r"http://(\S+)", server.stdout.readline())[1]
+        finally:
+            server.terminate()
+
+
 @pytest.mark.parametrize("text", snippets("python"))
-def test_python_snippet_runs(text, tmp_path):
+def test_python_snippet_runs(text, tmp_path, request):
+    if DOCUMENTED_ADDRESS in text:
+        text = text.replace(DOCUMENTED_ADDRESS, request.getfixturevalue("served_address"))
     done = subprocess.run(
         [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
