@@ -68,6 +68,8 @@ struct attention {
     int32_t threads;
 };
 
+struct pages { const bf16 *base; const int32_t *table; int64_t first, num; }; /* those that a query reads */
+
 struct rows { const bf16 *base; int64_t head, token; }; /* [heads][tokens][dim] with these strides */
 
 INLINE const bf16 *row_of(const struct rows *x, int64_t head, int64_t token)
@@ -90,14 +92,16 @@ static void store_piece(const struct attention *a, const struct piece *p, int64_
         for (int64_t d = 0; d < a->dim; d += 16) {
             __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(value + d)));
             wide = slot % 2 ? _mm512_slli_epi32(wide, 16) : wide;
-            _mm512_mask_storeu_epi16(row + 2 * d, slot % 2 ? 0xAAAAAAAA : 0x55555555, wide);
+            __m512i old = _mm512_loadu_si512(row + 2 * d); /* the neighbour's; masked stores would be slow */
+            _mm512_storeu_si512(row + 2 * d, _mm512_mask_mov_epi16(old, slot % 2 ? 0xAAAAAAAA : 0x55555555, wide));
         }
     }
 }
 
-/* Scores of `rows` queries with `num` pages of keys, rounded to bf16 as the product's result, then scaled. */
+/* Scores of `rows` queries with `num` pages of keys, rounded to bf16 as the product's result, then scaled. Meanwhile the
+ * pages of values, `ahead` elements further on, are asked for: pages lie anywhere, which no hardware foresees. */
 INLINE void scores_of(const int rows, const int num, const bf16 *const *q, const bf16 *const *pages, int64_t dim,
-                      vec scale, float *out, int64_t stride)
+                      vec scale, float *out, int64_t stride, int64_t ahead)
 {
     vec sum[ROWS][MAX_PAGES_AT_ONCE];
     for (int r = 0; r < rows; r++)
@@ -105,8 +109,10 @@ INLINE void scores_of(const int rows, const int num, const bf16 *const *q, const
             sum[r][n] = _mm512_setzero_ps();
     for (int64_t d = 0; d < dim; d += 2) {
         pairs key[MAX_PAGES_AT_ONCE];
-        for (int n = 0; n < num; n++)
+        for (int n = 0; n < num; n++) {
             key[n] = load_pairs(pages[n] + d * PAGE);
+            _mm_prefetch((const char *)(pages[n] + d * PAGE + ahead), _MM_HINT_T0);
+        }
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < num; n++)
                 sum[r][n] = _mm512_dpbf16_ps(sum[r][n], both_of(q[r] + d), key[n]);
@@ -117,10 +123,10 @@ INLINE void scores_of(const int rows, const int num, const bf16 *const *q, const
 }
 
 /* Dims [16 * at, 16 * (at + num)) of the sums of values weighted by bf16 probabilities. Blocks of keys are
- * counted from the sequence's begin. */
+ * counted from the sequence's begin. Meanwhile the next keys are asked for. */
 INLINE void values_of(const int rows, const int num, const bf16 *probs, int64_t stride, const bf16 *values,
                       const int32_t *table, int64_t from_page, int64_t num_pages, int64_t dim, int64_t at,
-                      bf16 *const *out)
+                      bf16 *const *out, const struct pages *next)
 {
     vec total[ROWS][4] = {{{0}}}, sum[ROWS][4];
     const int64_t block = summed_at_once((from_page + num_pages) * PAGE) / PAGE;
@@ -132,10 +138,14 @@ INLINE void values_of(const int rows, const int num, const bf16 *probs, int64_t 
                 sum[r][n] = _mm512_setzero_ps();
         for (int64_t i = page; i < stop; i++) {
             const bf16 *from = values + table[i] * PAGE * dim + 32 * at, *weight = probs + i * PAGE;
-            for (int64_t t = 0; t < PAGE; t += 2, from += 2 * dim)
+            const bf16 *ahead = i < next->num ? next->base + next->table[i] * PAGE * dim + 32 * at : from;
+            for (int64_t t = 0; t < PAGE; t += 2, from += 2 * dim, ahead += 2 * dim) {
+                for (int n = 0; n < num; n++)
+                    _mm_prefetch((const char *)(ahead + 32 * n), _MM_HINT_T0);
                 for (int r = 0; r < rows; r++)
                     for (int n = 0; n < num; n++)
                         sum[r][n] = _mm512_dpbf16_ps(sum[r][n], both_of(weight + r * stride + t), load_pairs(from + 32 * n));
+            }
         }
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < num; n++)
@@ -168,9 +178,19 @@ static void softmax(float *scores, bf16 *probs, int64_t num_pages, int64_t low, 
         store16(probs + at, _mm512_mul_ps(_mm512_loadu_ps(scores + at), share));
 }
 
+/* The pages of `from`, one layer's keys or values, that hold what queries see whose sequences have so many keys. */
+INLINE struct pages pages_of(const struct attention *a, const struct piece *p, int64_t head, const bf16 *from,
+                             int64_t fewest, int64_t most)
+{
+    int64_t first = a->window && fewest > a->window ? (fewest - a->window) / PAGE : 0;
+    return (struct pages){from + head * a->pool_pages * PAGE * a->dim, a->tables + p->table + first, first,
+                          (most + PAGE - 1) / PAGE - first};
+}
+
 /* `rows` (a constant) neighbouring rows of one key head: row i is query i / group of the piece, head i % group. */
 INLINE void attend_rows(const int rows, const struct attention *a, const struct piece *p, int64_t head, int64_t row,
-                        const struct rows *q, const bf16 *keys, const bf16 *values, bf16 *out, float *scores)
+                        const struct rows *q, const bf16 *keys, const bf16 *values, bf16 *out, float *scores,
+                        const struct pages *next)
 {
     const int64_t group = a->heads / a->kv_heads;
     const bf16 *query[ROWS], *page[MAX_PAGES_AT_ONCE];
@@ -182,31 +202,29 @@ INLINE void attend_rows(const int rows, const struct attention *a, const struct 
         to[r] = out + (token * a->heads + h) * a->dim;
         seen[r] = p->start + (row + r) / group + 1;
     }
-    int64_t from_page = a->window && seen[0] > a->window ? (seen[0] - a->window) / PAGE : 0;
-    int64_t num_pages = (seen[rows - 1] + PAGE - 1) / PAGE - from_page, stride = num_pages * PAGE, n = 0;
-    const int32_t *table = a->tables + p->table + from_page;
-    const bf16 *base = keys + head * a->pool_pages * PAGE * a->dim;
+    const struct pages k = pages_of(a, p, head, keys, seen[0], seen[rows - 1]);
+    const struct pages v = pages_of(a, p, head, values, seen[0], seen[rows - 1]);
+    const int64_t stride = k.num * PAGE;
     bf16 *probs = (bf16 *)(scores + rows * stride);
     vec scale = _mm512_set1_ps(a->scale);
-    for (; n + MAX_PAGES_AT_ONCE <= num_pages; n += MAX_PAGES_AT_ONCE) {
+    int64_t n = 0, at = 0;
+    for (; n + MAX_PAGES_AT_ONCE <= k.num; n += MAX_PAGES_AT_ONCE) {
         for (int i = 0; i < MAX_PAGES_AT_ONCE; i++)
-            page[i] = base + table[n + i] * PAGE * a->dim;
-        scores_of(rows, MAX_PAGES_AT_ONCE, query, page, a->dim, scale, scores + n * PAGE, stride);
+            page[i] = k.base + k.table[n + i] * PAGE * a->dim;
+        scores_of(rows, MAX_PAGES_AT_ONCE, query, page, a->dim, scale, scores + n * PAGE, stride, v.base - k.base);
     }
-    for (; n < num_pages; n++) {
-        page[0] = base + table[n] * PAGE * a->dim;
-        scores_of(rows, 1, query, page, a->dim, scale, scores + n * PAGE, stride);
+    for (; n < k.num; n++) {
+        page[0] = k.base + k.table[n] * PAGE * a->dim;
+        scores_of(rows, 1, query, page, a->dim, scale, scores + n * PAGE, stride, v.base - k.base);
     }
     for (int r = 0; r < rows; r++) {
-        int64_t low = a->window && seen[r] > a->window ? seen[r] - a->window : 0;
-        softmax(scores + r * stride, probs + r * stride, num_pages, low - from_page * PAGE, seen[r] - from_page * PAGE);
+        int64_t low = a->window && seen[r] > a->window ? seen[r] - a->window : 0, before = k.first * PAGE;
+        softmax(scores + r * stride, probs + r * stride, k.num, low - before, seen[r] - before);
     }
-    base = values + head * a->pool_pages * PAGE * a->dim;
-    int64_t at = 0;
     for (; at + 4 <= a->dim / 16; at += 4)
-        values_of(rows, 4, probs, stride, base, table, from_page, num_pages, a->dim, at, to);
+        values_of(rows, 4, probs, stride, v.base, v.table, v.first, v.num, a->dim, at, to, next);
     for (; at < a->dim / 16; at++)
-        values_of(rows, 1, probs, stride, base, table, from_page, num_pages, a->dim, at, to);
+        values_of(rows, 1, probs, stride, v.base, v.table, v.first, v.num, a->dim, at, to, next);
 }
 
 /* Stores the pass's keys and values, then lets each query see all keys of its sequence up to its own.
@@ -224,13 +242,15 @@ void attention(const struct attention *a, const struct rows *q, const struct row
 #pragma omp for schedule(dynamic, 4)
         for (int64_t i = 0; i < num; i++) {
             const struct piece *p = a->pieces + i / a->kv_heads;
+            const struct piece *after = a->pieces + (i + 1 < num ? i + 1 : i) / a->kv_heads;
+            const struct pages next = pages_of(a, after, (i + 1) % a->kv_heads, keys, after->start + 1, after->start + 1);
             int64_t head = i % a->kv_heads, row = 0, end = p->count * group;
             for (; row + 4 <= end; row += 4)
-                attend_rows(4, a, p, head, row, q, keys, values, out, scores);
+                attend_rows(4, a, p, head, row, q, keys, values, out, scores, &next);
             switch (end - row) {
-            case 3: attend_rows(3, a, p, head, row, q, keys, values, out, scores); break;
-            case 2: attend_rows(2, a, p, head, row, q, keys, values, out, scores); break;
-            case 1: attend_rows(1, a, p, head, row, q, keys, values, out, scores); break;
+            case 3: attend_rows(3, a, p, head, row, q, keys, values, out, scores, &next); break;
+            case 2: attend_rows(2, a, p, head, row, q, keys, values, out, scores, &next); break;
+            case 1: attend_rows(1, a, p, head, row, q, keys, values, out, scores, &next); break;
             }
         }
         free(scores);
@@ -369,7 +389,10 @@ INLINE void product_rows(const int rows, const int lines, const bf16 *ahead, con
             __mmask16 real = first_lanes(columns - 16 * j);
             if (bias)
                 total[r][j] = _mm512_add_ps(total[r][j], widen(_mm256_maskz_loadu_epi16(real, bias + 16 * j)));
-            _mm256_mask_storeu_epi16(out + r * n + 16 * j, real, narrow(total[r][j]));
+            if (real == 0xFFFF)
+                store16(out + r * n + 16 * j, total[r][j]);
+            else
+                _mm256_mask_storeu_epi16(out + r * n + 16 * j, real, narrow(total[r][j]));
         }
 }
 
