@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arealite.api.errors import ArealiteError, ConfigError
+from arealite.api.errors import ArealiteError, ConfigError, ServerUnreachable
 from arealite.api.types import GenerationRequest
 from arealite.rollout.backend import Backend
 from arealite.rollout.native import NativeBackend
@@ -162,7 +162,11 @@ class ClosedLoop:
 
     async def _one(self, request: GenerationRequest, server: Server) -> int:
         call = self._backend.generate_call(request, request.rid, [])
-        answer = await self._transport.send(server, call, self._limit_s)
+        try:
+            async with asyncio.timeout(self._limit_s):
+                answer = await self._transport.stream(server, call, lambda _: None)
+        except TimeoutError as error:
+            raise ServerUnreachable(f"{server.id} gave no answer within {self._limit_s:g} s") from error
         return len(self._backend.parse_part(answer, server.id).token_ids)
 
     async def close(self) -> None:
