@@ -26,7 +26,7 @@ from arealite.dataset.fetch import cache_root
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
 COMPILE_LIMIT_S = 120.0
 PANEL = 64  # columns of a packed weight are filled up to a multiple
 DIM_STEP = 32  # head dims and widths must be multiples

@@ -35,15 +35,22 @@ class _OneDnn:
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def _products() -> _Products | None:
+    """What this machine has; None where bf16 products are better left to PyTorch."""
+    compiled = kernels.load()
+    if compiled is not None and compiled.exact_products:
+        return compiled
+    return _OneDnn() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+
+
 class PackedLinears:
     """The linear layers of a module, each calling its group's product from now on."""
 
     def __init__(self, module: nn.Module, run: Callable[[], object]) -> None:
         """`run` calls the module once, on anything: layers that are called one after the other with the same input, and
         have the same parent, are a group."""
-        compiled = kernels.load()
-        products: _Products = compiled if compiled is not None and compiled.exact_products else _OneDnn()
-        self._groups = [_Group(linears, products) for linears in _groups(module, run)]
+        products = _products()
+        self._groups = [] if products is None else [_Group(linears, products) for linears in _groups(module, run)]
 
     def refresh(self) -> None:
         """Pack again: the parameters have changed."""
@@ -94,7 +101,12 @@ class _Group:
 
 
 def _groups(module: nn.Module, run: Callable[[], object]) -> list[list[nn.Linear]]:
-    parents = {child: parent for parent in module.modules() for child in parent.children() if type(child) is nn.Linear}
+    parents = {
+        child: parent
+        for parent in module.modules()
+        for child in parent.children()
+        if type(child) is nn.Linear and child.in_features % 2 == 0 and child.weight.dtype == torch.bfloat16
+    }
     calls: list[tuple[nn.Linear, torch.Tensor]] = []
     hooks = [
         linear.register_forward_pre_hook(lambda linear, given: calls.append((linear, given[0]))) for linear in parents

@@ -77,7 +77,7 @@ class ServedModel:
         with torch.inference_mode():
             self.kv_shape = self._discover_kv_shape()  # layers, key heads, head dim
             plain = self._plain_logits()
-            self._linears, self._paging = (None, None) if shared else self._accelerate()
+            self._linears, self._paging = self._accelerate(shared)
             self._check_against(plain)
 
     @classmethod
@@ -207,11 +207,11 @@ class ServedModel:
         if self._linears is not None:
             self._linears.refresh()
 
-    def _accelerate(self) -> tuple[PackedLinears | None, Kernels | None]:
+    def _accelerate(self, shared: bool) -> tuple[PackedLinears | None, Kernels | None]:
         """On a CPU in bf16: packed weights, fused modules and, where it fits, attention by the compiled kernels."""
         if self.dtype != torch.bfloat16 or self.device.type != "cpu":
             return None, None
-        linears = PackedLinears(self.module, lambda: self._run([0], [0], ShapeProbe({})))
+        linears = None if shared else PackedLinears(self.module, lambda: self._run([0], [0], ShapeProbe({})))
         compiled = kernels.load()
         if compiled is None:
             return linears, None
