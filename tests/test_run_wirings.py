@@ -10,6 +10,7 @@ WIRINGS = {
     "asynchronous": [],
     "synchronous": ["rollout.max_head_offpolicyness=0"],
     "colocated": ["allocation_mode=native:d1|fsdp:d1"],
+    "by_broadcast": ["weight_update=distributed"],
     "two_ranks_by_disk": ["allocation_mode=native:d1+fsdp:d2", "weight_update=disk"],
 }
 

@@ -41,13 +41,15 @@ class Part:
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """The calls of one weight update, to be made on a paused server in this order: `before`, one of `buckets` for each
-    bucket of the update (it is answered once the trainer has broadcast that bucket), `after`."""
+    """The calls of one weight update, to be made on a paused server (unless `is_staged`), in order: `before`, one of
+    `buckets` for each bucket of the update (it is answered once the trainer has broadcast that bucket), `after`."""
 
     before: list[Call] = field(default_factory=list)
     buckets: list[Call] = field(default_factory=list)
     after: list[Call] = field(default_factory=list)
-    is_staged: bool = False  # what comes before `after` changes nothing that is live: generation may go on meanwhile
+    # Nothing before `after` changes what is live, and `after` swaps between two tokens, after which requests go on with
+    # the new weights: only requests that are to keep their cache need a pause for it.
+    is_staged: bool = False
 
 
 class Backend(Protocol):

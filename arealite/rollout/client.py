@@ -233,7 +233,7 @@ class RemoteInferenceEngine:
 
         receipts = live.run(update(), "rollout.update_weights")
         self.set_version(meta.version)
-        if not was_paused:
+        if live.fleet.is_paused and not was_paused:
             self.resume()
         return receipts
 

@@ -49,19 +49,24 @@ class WeightUpdates:
             ConfigError: a server cannot read updates of this kind.
         """
         outcomes: Outcomes = {}
+        num_attempts = 0
         while members:
+            num_attempts += 1
             talk = _Talk(self._ask, members, send)
             try:
-                await self._attempt(talk, meta, pause, is_retry=bool(outcomes))
+                await self._attempt(talk, meta, pause, is_retry=num_attempts > 1)
             finally:
                 if talk.failures and send is not None:
                     send.leave()
                     self._joined = []
+            for member in members:
+                outcomes.pop(member, None)
             outcomes |= {**talk.failures, **talk.receipts}  # the first to fail first
             gone = [m for m in members if isinstance(talk.failures.get(m), ServerUnreachable)]
             if meta.kind != "distributed" or not gone:
                 break
-            members = [m for m in members if m not in gone]  # a broadcast fails for all: again, without them
+            # A broadcast fails for all: again, without them; once more with all when it was all, for the group failed.
+            members = [m for m in members if m not in gone] or (members if num_attempts == 1 else [])
         return outcomes
 
     async def _attempt(
@@ -82,7 +87,9 @@ class WeightUpdates:
             await talk.make_bucket({m: plan.buckets[bucket] for m, plan in plans.items()}, bucket, meta.kind)
         if talk.is_over:
             return
-        if is_staged:
+        if (
+            is_staged and self._pause_mode == "in_place"
+        ):  # else the swap itself makes requests start over, at one stroke
             await pause()
         await talk.make({m: plan.after for m, plan in plans.items()})
         talk.read_receipts(meta)

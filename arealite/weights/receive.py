@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from arealite.api.errors import WeightSyncError
 from arealite.api.types import WeightUpdateMeta
+
+MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
 
 
 def iterate_tensors(meta: WeightUpdateMeta) -> Iterator[tuple[str, torch.Tensor]]:
@@ -41,6 +44,8 @@ def _from_memory(meta: WeightUpdateMeta) -> Iterator[tuple[str, torch.Tensor]]:
         ) from error
     if view is None or end > size:
         raise WeightSyncError(f"{meta.path} holds {size} bytes, the update describes {end}; publish the weights again")
+    with suppress(OSError):  # an older kernel: then the first copy meets each page
+        view.madvise(MADV_POPULATE_READ)
     for slot in meta.slots:
         dtype: torch.dtype = getattr(torch, slot.dtype)
         if slot.nbytes:
