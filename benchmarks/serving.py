@@ -100,7 +100,8 @@ class ServerProcess:
         ]  # fmt: skip
         ran = subprocess.run(words, capture_output=True, text=True, timeout=RUN_LIMIT_S)
         if ran.returncode:
-            raise SystemExit(f"{' '.join(words)} failed:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+            log = Path(self.log.name).read_text()[-3000:]
+            raise SystemExit(f"{' '.join(words)} failed:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}\nits log: {log}")
         return json.loads(ran.stdout.splitlines()[-1])
 
     def state(self) -> dict[str, Any]:

@@ -114,7 +114,6 @@ def workload(args: argparse.Namespace, num: int, seed: int) -> list[GenerationRe
                 max_new_tokens=next(output_lengths),
                 temperature=args.temperature,
                 ignore_eos=not args.stop_at_eos,
-                seed=rng.getrandbits(31),
                 group_id=group,
             )
             for member in range(args.group_size)
