@@ -248,7 +248,7 @@ class WatchdogConfig:
     stall_s: float = setting(300.0, "a wait or a silent process older than this is a stall", low=1)
     action: str = setting(
         "stop",
-        "on a stall of a trainer: stop with the report, or kill the culprit and recover; a server is started again alone",
+        "on a stall of a trainer: stop with the report, or kill it and recover; a server is started again alone",
         ("stop", "restart"),
     )
 

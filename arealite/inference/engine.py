@@ -63,9 +63,13 @@ class Engine:
     """Owner of a Batcher. `start`, `stop`, `submit`, `call` and `ask` may be used from any thread; the methods that
     change what is served (pause, abort, update_weights, ...) run on the engine thread, through `call` or `ask`."""
 
-    def __init__(self, batcher: Batcher, seed: int, max_queued: int = MAX_QUEUED) -> None:
-        """`seed` starts the stream of seeds for requests that bring none; `max_queued` requests may wait."""
+    def __init__(
+        self, batcher: Batcher, seed: int, max_queued: int = MAX_QUEUED, num_threads: int | None = None
+    ) -> None:
+        """`seed` starts the stream of seeds for requests that bring none; `max_queued` requests may wait;
+        `num_threads` compute, if the process should not decide."""
         self.batcher = batcher
+        self._num_threads = num_threads
         self._max_queued = max_queued
         self.paused: PauseMode | None = None
         self.failure = ""
@@ -190,6 +194,8 @@ class Engine:
         Waits for: the inbox, when idle or paused.
         Unblocked by: submit, call and stop, each of which puts an entry there.
         """
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
         try:
             with torch.inference_mode():
                 while self._take_inbox():

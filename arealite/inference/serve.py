@@ -74,13 +74,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def build_engine(args: argparse.Namespace) -> Engine:
-    """The engine, loaded and checked, not started."""
+    """The engine, loaded and checked, not started.
+
+    From here on the calling thread computes alone: OpenMP keeps a pool of threads for each thread that ever used one,
+    and stops spinning between regions once the pools together have more threads than there are cores.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = ServedModel.load(args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic)
     per_request = min(model.context_length, DEFAULT_TOKENS_PER_REQUEST)
     kv_tokens = args.kv_cache_tokens or max(args.max_running_requests * per_request, model.context_length)
     batcher = Batcher(model, args.max_running_requests, kv_tokens, args.weight_version, args.chunked_prefill_tokens)
-    return Engine(batcher, args.seed, args.max_queued_requests)
+    return Engine(batcher, args.seed, args.max_queued_requests, num_threads)
 
 
 async def serve(engine: Engine, settings: ServerSettings, host: str, port: int) -> int:
