@@ -38,12 +38,19 @@ def server(folders: list[Path]) -> Iterator[LocalServer]:
 def after(folders: list[Path]) -> Any:
     """What a server of the second folder answers."""
     with LocalServer(served(folders[1])) as running:
-        return greedy(running)
+        return expected(running)
 
 
 def greedy(server: LocalServer) -> tuple[list[int], list[float]]:
     answer = server.generate(PROMPT, max_new_tokens=10, temperature=0)
     return answer["output_ids"], output_logprobs(answer)
+
+
+def expected(server: LocalServer) -> tuple[list[int], Any]:
+    """For comparison with what comes later: the same tokens; logprobs but for the rounding of passes of other shapes,
+    since prompts that are cached in part are computed in other pieces."""
+    tokens, logprobs = greedy(server)
+    return tokens, pytest.approx(logprobs, abs=1e-4)
 
 
 def version(server: LocalServer) -> str:
@@ -111,7 +118,7 @@ def test_a_broadcast_update_arrives_as_one_from_disk_does(
     server: LocalServer, trainer: Trainer, folders: list[Path], after: Any, flat: bool, dtype: torch.dtype
 ) -> None:
     """One call without a session, as AReaL 1.0 sends it. A float of another width is cast, as at load."""
-    before = greedy(server)
+    before = expected(server)
     tensors = {name: tensor.to(dtype) for name, tensor in weights(folders[1]).items()}
     status, answer = trainer.send(tensors, flat, abort_all_requests=True, weight_version="3")
     assert status == 200 and answer["success"], answer
@@ -125,7 +132,7 @@ def test_a_broadcast_update_arrives_as_one_from_disk_does(
 def test_a_session_shows_nothing_before_its_last_bucket(
     server: LocalServer, trainer: Trainer, folders: list[Path], after: Any
 ) -> None:
-    before = greedy(server)
+    before = expected(server)
     tensors = list(weights(folders[1]).items())
     parts = [dict(tensors[:7]), dict(tensors[7:9]), dict(tensors[9:])]
     assert server.post("/begin_weight_update", {})[0] == 200
@@ -153,7 +160,7 @@ def test_a_session_ends_with_what_it_staged(
 def test_a_session_with_a_refused_bucket_loads_nothing(
     server: LocalServer, trainer: Trainer, folders: list[Path], after: Any
 ) -> None:
-    before = greedy(server)
+    before = expected(server)
     tensors = list(weights(folders[1]).items())
     server.post("/begin_weight_update", {})
     assert trainer.send(dict(tensors[:3]), True, flush_cache=False)[0] == 200
@@ -185,7 +192,7 @@ def test_without_a_session_a_refusal_tells_of_what_is_live_already(
 def test_a_trainer_that_goes_away_neither_hangs_nor_harms_the_server(
     server: LocalServer, trainer: Trainer, folders: list[Path], after: Any
 ) -> None:
-    before = greedy(server)
+    before = expected(server)
     tensors = weights(folders[1])
     body = {
         "names": list(tensors),
