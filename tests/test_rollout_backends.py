@@ -32,9 +32,12 @@ def paths(plan):
     return [[call.path.split("?")[0] for call in calls] for calls in (plan.before, plan.buckets, plan.after)]
 
 
-def settings(mode="processed_logprobs", extension="arealite.weights.vllm_worker.WeightReceiver", ranks=2):
+def settings(
+    mode="processed_logprobs", extension="arealite.weights.vllm_worker.WeightReceiver", ranks=2, device="cuda"
+):
     parallel = {"world_size": ranks, "worker_extension_cls": extension}
-    return {"vllm_config": {"model_config": {"logprobs_mode": mode}, "parallel_config": parallel}}
+    config = {"model_config": {"logprobs_mode": mode}, "parallel_config": parallel}
+    return {"vllm_config": {**config, "device_config": {"device": device}}}
 
 
 def vllm(routes=(GENERATE,), **changes):
@@ -122,6 +125,15 @@ def test_vllm_parameters_and_the_seed_of_a_resumed_request():
     assert len({body["sampling_params"]["seed"] for body in bodies}) == 4
     assert "seed" not in backend.generate_call(request(seed=None), "wire", []).body["sampling_params"]
     assert backend.abort_call("wire").body == {"request_ids": ["generate-tokens-wire"]}
+
+
+@pytest.mark.parametrize("routes", [(GENERATE,), ()])
+def test_vllm_gets_a_seed_only_where_it_survives_one(routes):
+    asked = {}
+    for device in ("cuda", "cpu"):
+        body = vllm(routes, device=device).generate_call(request(), "wire", []).body
+        asked[device] = body.get("sampling_params", body)
+    assert asked["cuda"].pop("seed") == 7 and asked["cuda"] == asked["cpu"]
 
 
 def test_vllm_answers_are_read_or_refused():

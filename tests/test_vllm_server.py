@@ -130,10 +130,18 @@ def test_logprobs_are_those_of_the_temperature(engine, model):
     assert len(done.token_ids) == 24 and done.finish_reason == "length"
     assert gap(done.logprobs, done.token_ids, model, 0.6) < CLOSE
     assert gap(done.logprobs, done.token_ids, model, 1.0) > 2 * CLOSE
-    assert generate(engine, temperature=0.6, seed=3).token_ids == done.token_ids
-    assert generate(engine, temperature=0.6, seed=4).token_ids != done.token_ids
     (scores,) = engine.score([[*PROMPT, *done.token_ids]])
     assert gap(scores[len(PROMPT) :], done.token_ids, model, 1.0) < CLOSE and scores[0] == 0
+
+
+def test_prompts_that_are_computed_in_parts_do_not_end_the_server(engine, address):
+    """More at once than the tokens of one step (2,048): vLLM on the CPU ends with that when they bring a seed."""
+    long = PROMPT * 60
+    tasks = [GenerationRequest(f"long-{i}", [i + 5, *long], 2, seed=i, ignore_eos=True) for i in range(7)]
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        done = list(pool.map(lambda task: engine._live.run(engine.agenerate(task), "test"), tasks))
+    assert all(len(one.token_ids) == 2 for one in done) and answers(f"http://{address}/health")
+    assert engine.stats()["num_request_failures"] == 0
 
 
 def test_sampling_parameters_arrive(engine):
@@ -238,10 +246,10 @@ def control(engine, call):
 
 
 def test_without_the_scale_out_route_completions_serve(engine, model):
-    fallback = VLLMCompletionsBackend(1, True, 7)
-    request = GenerationRequest("r", PROMPT, 24, temperature=0.6, seed=3, ignore_eos=True)
+    fallback = VLLMCompletionsBackend(1, True, False, 7)
+    request = GenerationRequest("r", PROMPT, 24, temperature=0.0, ignore_eos=True)
     part = fallback.parse_part(control(engine, fallback.generate_call(request, "w1", [])), "server-0")
-    done = generate(engine, temperature=0.6, seed=3)
+    done = generate(engine)
     assert part.token_ids == done.token_ids and set(part.versions) == {7}
     np.testing.assert_allclose(part.logprobs, done.logprobs, atol=1e-4)
     tokens = [*PROMPT, *done.token_ids]

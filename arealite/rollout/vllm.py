@@ -28,7 +28,11 @@ PAUSES = {
 
 
 class VLLMBackend:
-    """vLLM with --enable-scale-out (a rollout.backend.Backend)."""
+    """vLLM with --enable-scale-out (a rollout.backend.Backend).
+
+    `takes_seed`: on CPUs it does not, so sampling there is not reproducible: vLLM 0.32 ends with "CPU Generator does
+    not use offset" once it computes the prompt of a request that has a seed in parts.
+    """
 
     name = "vllm"
     health_path = "/health"
@@ -37,9 +41,10 @@ class VLLMBackend:
     facts_paths: tuple[str, ...] = (VERSION, WEIGHTS, SETTINGS, ROUTES)
     id_format = "generate-tokens-{}"  # what vLLM calls a request that was sent under an id of ours
 
-    def __init__(self, num_ranks: int = 1, has_extension: bool = True) -> None:
+    def __init__(self, num_ranks: int = 1, has_extension: bool = True, takes_seed: bool = True) -> None:
         self.num_ranks = num_ranks
         self._has_extension = has_extension
+        self._takes_seed = takes_seed
 
     def detect(self, facts: Mapping[str, Any], server_id: str) -> VLLMBackend:
         version = facts.get(VERSION, {}).get("version", "unknown")
@@ -56,7 +61,8 @@ class VLLMBackend:
                 " processed_logprobs"
             )
         parallel = settings["parallel_config"]
-        arguments = parallel["world_size"], parallel["worker_extension_cls"] == WORKER_EXTENSION
+        has_extension = parallel["worker_extension_cls"] == WORKER_EXTENSION
+        arguments = parallel["world_size"], has_extension, settings["device_config"]["device"] != "cpu"
         if GENERATE in facts.get(ROUTES, {}).get("paths", {}):
             return VLLMBackend(*arguments)
         return VLLMCompletionsBackend(*arguments, version_number(facts[WEIGHTS]["weight_version"], server_id))
@@ -65,7 +71,10 @@ class VLLMBackend:
 
     def generate_call(self, request: GenerationRequest, wire_id: str, so_far: list[int]) -> Call:
         tokens = [*request.input_ids, *so_far]
-        sampling: dict[str, Any] = {**_sampling(request, len(so_far)), "logprobs": 0}  # 0: the sampled token's own
+        sampling = _sampling(request, len(so_far))
+        if request.seed is not None and self._takes_seed:
+            # The server draws its numbers in order: after an interruption the same seed would draw the first ones again
+            sampling["seed"] = (request.seed + SEED_STEP * len(so_far)) % 2**31
         return self._sample_call(wire_id, tokens, sampling, request.lora)
 
     def score_call(self, tokens: list[int], wire_id: str) -> Call:
@@ -188,8 +197,8 @@ class VLLMCompletionsBackend(VLLMBackend):
 
     id_format = "cmpl-{}-0"
 
-    def __init__(self, num_ranks: int, has_extension: bool, version: int) -> None:
-        super().__init__(num_ranks, has_extension)
+    def __init__(self, num_ranks: int, has_extension: bool, takes_seed: bool, version: int) -> None:
+        super().__init__(num_ranks, has_extension, takes_seed)
         self._version = version  # of the last update
 
     def _sample_call(self, wire_id: str, tokens: list[int], sampling: dict[str, Any], lora: str | None) -> Call:
@@ -222,7 +231,7 @@ class VLLMCompletionsBackend(VLLMBackend):
 
 def _sampling(request: GenerationRequest, num_so_far: int) -> dict[str, Any]:
     """vLLM's sampling parameters for the tokens after the first `num_so_far`."""
-    sampling: dict[str, Any] = {
+    return {
         "max_tokens": request.max_new_tokens - num_so_far,
         "min_tokens": max(0, request.min_new_tokens - num_so_far),
         "temperature": request.temperature,
@@ -232,11 +241,8 @@ def _sampling(request: GenerationRequest, num_so_far: int) -> dict[str, Any]:
         "stop": list(request.stop),
         "stop_token_ids": list(request.stop_token_ids),
         "ignore_eos": request.ignore_eos,
+        "logprobs": 0,  # the sampled token's own
     }
-    if request.seed is not None:
-        # The server draws its numbers in order: after an interruption the same seed would draw the first ones again.
-        sampling["seed"] = (request.seed + SEED_STEP * num_so_far) % 2**31
-    return sampling
 
 
 def _on_workers(method: str, **arguments: Any) -> Call:
