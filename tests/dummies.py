@@ -45,6 +45,10 @@ def server(port: int, behaviour: str) -> None:
     if behaviour == "port_taken" and not (marker := Path(os.environ["AREALITE_RUN_DIR"]) / "taken").exists():
         marker.touch()
         raise OSError(98, "Address already in use")
+    if behaviour == "worker":  # as vLLM, whose engine is a process of its own
+        command = [sys.executable, "-c", f"import time; time.sleep({LIMIT_S})"]
+        name = f"worker-{os.getpid()}"
+        (Path(os.environ["AREALITE_RUN_DIR"]) / name).write_text(str(subprocess.Popen(command).pid))
     if behaviour == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     waits.configure_from_env()

@@ -156,6 +156,7 @@ class FakeServer:
         self.is_frozen = False  # nothing of /pause_generation answers
         self.interrupt_share = 0.0  # chance per token that the request is aborted
         self.refuse_update = ""
+        self.refuse_pause = 0  # the status of it
         self.checksums: dict[str, int] = {"w": 7}
         self.health = 200
         self.is_stopped = False  # as after SIGSTOP: connections are taken, nothing is answered
@@ -228,6 +229,8 @@ class FakeServer:
             return web.Response()
         while self.is_frozen:
             await asyncio.sleep(self.token_s)
+        if self.refuse_pause:
+            return web.Response(status=self.refuse_pause)
         self.pause_mode = body["mode"] if request.path == "/pause_generation" else None
         return web.json_response({"status": "ok"})
 

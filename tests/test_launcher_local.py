@@ -239,13 +239,16 @@ def test_a_dead_or_frozen_server_is_replaced_alone(number, tmp_path):
 
 
 def test_a_server_that_keeps_dying_is_given_up_and_the_others_go_on(tmp_path):
-    with Launched(tmp_path / "run", ["wait"], ["ok", "ok"], **{"recover.max_restarts": 1}) as run:
+    with Launched(tmp_path / "run", ["wait"], ["ok", "worker"], **{"recover.max_restarts": 1}) as run:
         pid, trainer = run.pids("server-1", "trainer-0")
         os.kill(pid, signal.SIGKILL)
-        os.kill(run.pid("server-1", old=(pid,)), signal.SIGKILL)
+        second = run.pid("server-1", old=(pid,))
+        worker = run.folder.root / f"worker-{second}"
+        run.until(worker.exists, "worker of the server")
+        os.kill(second, signal.SIGKILL)
         run.until(lambda: "server-1 is not started again" in run.text(), "end of the restarts")
         run.until(lambda: len(run.folder.servers.read_text().splitlines()) == 1, "shorter list")
-        assert is_alive(trainer)
+        assert is_alive(trainer) and not is_alive(int(worker.read_text()))
         (run.folder.root / "go").touch()
         assert run.wait() == 0, run.text()
 

@@ -181,6 +181,34 @@ def test_a_server_that_took_other_weights_than_it_was_sent_does_not_rejoin(conne
         assert alive(engine) == {"server-0"}
 
 
+def test_a_server_that_cannot_be_paused_when_it_is_back_does_not_end_the_update_of_the_others(connect):
+    with FakeServer() as a, FakeServer() as b:
+        engine = connect([a, b])
+        b.refuse_update = "no room left"
+        engine.update_weights(disk(4))
+        engine.prepare_update()  # so that it gets its weights by the next update only
+        b.refuse_update, b.refuse_pause = "", 500
+        (back,) = (m for m in engine._live.router.members if m.server.url.endswith(b.address))
+        until(lambda: back.breaker.state == "half_open")
+        assert engine.update_weights(disk(5)) == {"server-0": {"w": 7}}
+        b.refuse_pause = 0
+        until(lambda: b.version == 5 and alive(engine) == {"server-0", "server-1"})
+
+
+def test_a_version_of_an_earlier_life_of_the_run_is_not_trusted(connect):
+    """A trainer that went on from a recovery point makes version 5 again, and a server still holds the first one."""
+    with FakeServer() as a, FakeServer() as b:
+        engine = connect([a, b])
+        b.die()
+        until(lambda: alive(engine) == {"server-0"})
+        engine.update_weights(disk(5))
+        b.calls.clear()
+        b.come_back()
+        b.version = 5
+        until(lambda: alive(engine) == {"server-0", "server-1"})
+        assert "/update_weights_from_disk" in b.calls
+
+
 def test_an_update_waits_for_a_server_when_all_are_gone(connect):
     with FakeServer() as a:
         engine = connect([a])
@@ -281,6 +309,38 @@ def test_the_servers_file_adds_replaces_and_drains(connect, tmp_path, monkeypatc
         until(lambda: {m.id for m in list(engine._live.router.members)} == {"server-1"})
         assert engine.stats()["num_server_failures"] == 1  # to be drained is none
         assert {g.trajectories[0].status for g in engine.wait(4, timeout_s=LIMIT_S)} == {"ok"}
+
+
+def test_a_server_that_is_replaced_before_it_was_reached_costs_only_time(connect, tmp_path, monkeypatch):
+    monkeypatch.setenv("AREALITE_RUN_DIR", str(tmp_path))
+    with FakeServer() as a, FakeServer() as b, FakeServer() as c:
+        b.die()
+        (tmp_path / "servers").write_text(f"{a.address}\n{c.address}\n")
+        engine = connect([a, b], setup_timeout_s=3.0)
+        until(lambda: alive(engine) == {"server-0", "server-1"})
+        engine.run_groups([Task(f"e0-r{i}", prompt="x") for i in range(4)], MembersWorkflow())
+        assert a.requests and c.requests
+
+
+def test_a_replaced_server_is_forgotten_without_a_word(connect, caplog):
+    with FakeServer() as a, FakeServer() as b, FakeServer() as c:
+        engine = connect([a, b])
+        engine._live.call(lambda: engine._live.watch.set_listed([a.address, c.address]), "test")
+        until(lambda: alive(engine) == {"server-0", "server-1"})
+        until(lambda: len(engine._live.watch._loops) == 2)
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_paused_server_whose_health_check_samples_can_come_back(connect):
+    with FakeServer() as a, FakeServer() as b:
+        engine = connect([a, b], kind=RemoteSGLangEngine)
+        engine.pause()
+        b.health = 503  # until it is resumed
+        (lost,) = (m for m in engine._live.router.members if m.server.url.endswith(b.address))
+        engine._live.call(lambda: engine._live.router.fail(lost, "test"), "test")
+        until(lambda: alive(engine) == {"server-0", "server-1"})
+        engine.resume()
+        assert b.pause_mode is None
 
 
 def test_a_health_check_that_samples_is_not_made_while_paused(connect):

@@ -133,13 +133,14 @@ class Keeper:
 
     def _give_up(self, server: Server) -> None:
         server.given_up = True
+        children.kill(server.child, self._folder)  # what it left behind may hold memory and devices
         if not all(s.given_up for s in self.servers):
             say(f"{server.child.obituary()}\n{server.plan.name} is not started again")
             self.write_addresses()
 
     def _start(self, server: Server) -> None:
         server.due = None
-        children.kill(server.child, self._folder)  # what it left behind may hold memory and devices
+        children.kill(server.child, self._folder)  # as in `_give_up`
         plan = server.plan.on_port(free_ports(1)[0])
         server.child = children.start(plan, self._folder, self._attempt + server.num_starts, {})
         server.num_starts += 1

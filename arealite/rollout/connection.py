@@ -72,6 +72,7 @@ class Connection:
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
         try:
+            self.call(self.watch.follow, "rollout.servers_file")  # a server may be replaced before it was reached
             self.run(self.fleet.wait_healthy(), "rollout.servers_healthy", config.setup_timeout_s + CALL_LIMIT_S)
             self.call(self.watch.start, "rollout.watch")
         except BaseException:  # also on Ctrl-C: the thread and its sockets must not outlive a failed start

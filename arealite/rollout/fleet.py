@@ -66,16 +66,16 @@ class Fleet:
 
         async def come_up(member: Member) -> None:
             call = Call(member.backend.health_path, method="GET")
-            while True:
+            while member.is_listed:  # else it was replaced meanwhile
                 try:
                     await self.transport.send(member.server, call, HEALTH_LIMIT_S)
+                    await self.detect(member)
                     break
                 except (ServerUnreachable, RequestError) as error:
                     self._unanswered[member] = (member.id, str(error))
                 if time.monotonic() > deadline:
                     return
                 await asyncio.sleep(HEALTH_POLL_S)
-            await self.detect(member)
             del self._unanswered[member]
 
         await asyncio.gather(*map(come_up, self.router.members))
@@ -149,6 +149,8 @@ class Fleet:
                     member.holds_weights = member in receipts
                 if receipts:
                     self._update, self._send, self._is_readable = meta, send, True
+                    for member in receipts:
+                        member.update = meta
                     self.router.notify()
                     return {member.id: receipt for member, receipt in receipts.items() if receipt is not None}
 
@@ -173,7 +175,7 @@ class Fleet:
                 if receipt is not None and wrong:
                     raise WeightSyncError(f"{member.id} holds other weights than it was sent: {', '.join(wrong[:4])}")
             await self._set_pause(member)
-            member.holds_weights = True
+            member.holds_weights, member.update = True, self._update
         return True
 
     async def score(self, sequences: list[list[int]]) -> list[list[float]]:
@@ -217,21 +219,23 @@ class Fleet:
     ) -> dict[Member, dict[str, int] | None]:
         """Receipts. A server that comes back is paused for it, and what it still worked at is ended."""
         back = [m for m in members if not m.holds_weights]
-        reached = await self._all(back, lambda m: self._ask(m, m.backend.pause_call("abort")))
+        others = len(back) < len(members)
+        reached = await self._all(back, lambda m: self._ask(m, m.backend.pause_call("abort")), others)
         ready = [m for m in members if m in reached or m not in back]
         receipts = self._successes(await self._updates.load(ready, meta, send, pause))
-        released = await self._all([m for m in back if m in receipts], self._set_pause)
+        released = await self._all([m for m in back if m in receipts], self._set_pause, others)
         return {m: receipt for m, receipt in receipts.items() if m in released or m not in back}
 
     async def _holds_update(self, member: Member) -> bool:
-        """Whether the server says that it holds the last update. Version 0 is also that of a server just started."""
-        if self._update is None or self._update.version == 0:
+        """Whether the server took the last update from us, and still says so: in an earlier life of the run it may have
+        got other weights under this number. Version 0 is also that of a server just started."""
+        if self._update is None or self._update.version == 0 or member.update is not self._update:
             return self._update is None
         try:
             facts = await self._ask(member, Call(member.backend.version_path, method="GET"))
         except RequestError:
             return False  # this version has no such route
-        return bool(facts["weight_version"] == str(self._update.version))
+        return isinstance(facts, dict) and facts.get("weight_version") == str(self._update.version)
 
     async def _some_reachable(self, version: int, deadline: float) -> None:
         """Waits for: a server that answers probes, until `deadline`. Unblocked by: watch.py, or the limit."""
@@ -259,13 +263,15 @@ class Fleet:
         """
         return await self._all([m for m in self.router.members if m.breaker.state != "open"], act)
 
-    async def _all(self, members: list[Member], act: Callable[[Member], Coroutine[Any, Any, T]]) -> dict[Member, T]:
-        """As `_everywhere`, on these."""
+    async def _all(
+        self, members: list[Member], act: Callable[[Member], Coroutine[Any, Any, T]], others: bool = False
+    ) -> dict[Member, T]:
+        """As `_everywhere`, on these. `others`: there are servers beside them, so that all of them may fail."""
         outcomes = await asyncio.gather(*map(act, members), return_exceptions=True)
-        return self._successes(dict(zip(members, outcomes, strict=True)))
+        return self._successes(dict(zip(members, outcomes, strict=True)), others)
 
-    def _successes(self, outcomes: Mapping[Member, T | BaseException]) -> dict[Member, T]:
-        """Of those that did not fail; the others are taken out. Raises as `_everywhere` does."""
+    def _successes(self, outcomes: Mapping[Member, T | BaseException], others: bool = False) -> dict[Member, T]:
+        """Of those that did not fail; the others are taken out. Raises as `_all` does."""
         results: dict[Member, T] = {}
         failures: list[ArealiteError] = []
         for member, outcome in outcomes.items():
@@ -277,7 +283,7 @@ class Fleet:
             else:
                 results[member] = outcome
         refused = [f for f in failures if not isinstance(f, ConnectionLost)]
-        if refused and not results:
+        if refused and not results and not others:
             raise refused[0]
         return results
 

@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from arealite.api.types import WeightUpdateMeta
 from arealite.rollout.backend import Backend
 from arealite.rollout.transport import ConnectionLost, Server
 
@@ -69,6 +70,7 @@ class Member:
     server: Server
     backend: Backend
     holds_weights: bool = True
+    update: WeightUpdateMeta | None = None  # the last that it took
     is_detected: bool = False
     is_listed: bool = True  # False: it is being drained
     num_running: int = 0

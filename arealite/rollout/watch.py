@@ -39,13 +39,17 @@ class Watch:
         self._file = servers_file
         self._listed = {member.server.url for member in self._members}
         self._loops: set[asyncio.Task[None]] = set()
+        self._first = list(self._members)
 
-    def start(self) -> None:
-        """Call once, in the loop; destroy cancels what it starts."""
-        for member in self._members:
-            self._spawn(self._watch(member))
+    def follow(self) -> None:
+        """Keep to the servers file from now on. Call once, in the loop; destroy cancels what this and `start` start."""
         if self._file is not None:
             self._spawn(self._follow(self._file))
+
+    def start(self) -> None:
+        """Watch the first servers, once they have come up; those added later are watched from the beginning."""
+        for member in self._first:
+            self._spawn(self._watch(member))
 
     def add(self, server: Server) -> Member:
         """A server that takes requests as soon as it answers and holds the weights. One of the same name is replaced,
@@ -107,6 +111,8 @@ class Watch:
                 async with asyncio.timeout(member.breaker.wait_s or PROBE_S):
                     await member.woken.wait()
             member.woken.clear()
+            if member not in self._members:
+                return
             if not member.is_listed and (member.num_running == 0 or member.breaker.state == "open"):
                 self._drop(member, "no longer in the list of servers")
             elif member.breaker.wait_s:
@@ -150,7 +156,10 @@ class Watch:
         self._router.changed()
 
     async def _probe(self, member: Member) -> None:
-        call = Call(member.backend.health_path, method="GET")
+        """Where /health samples a token, a server that is out is asked for less: it may be paused still."""
+        backend = member.backend
+        path = backend.health_path if member.is_alive or backend.is_healthy_paused else backend.version_path
+        call = Call(path, method="GET")
         await member.ask(self._fleet.transport.send(member.server, call, self._silence_s / 2))
 
     def _drop(self, member: Member, why: str) -> None:

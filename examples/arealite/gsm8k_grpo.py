@@ -63,10 +63,7 @@ def main(argv: list[str]) -> None:
         actor.compute_advantages(batch)
         stats = actor.grpo_update(batch)
         rollout.mark_trained(step, skipped=bool(stats["skipped"]))
-
-        rollout.pause()
-        actor.upload_weights()
-        rollout.resume()
+        actor.upload_weights()  # generation pauses for the swap alone
 
         epoch = (step + 1) // dataloader.steps_per_epoch
         saver.maybe_save(step + 1, epoch, actor)
