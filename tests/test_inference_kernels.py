@@ -185,6 +185,13 @@ def test_without_a_compiler_one_line_says_so(
     assert len(caplog.records) == 1 and "PyTorch computes instead" in caplog.text
 
 
+def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where the cache lies on a file system that runs no programs."""
+    (tmp_path / "kernels.so").write_bytes(b"no library")
+    monkeypatch.setattr(kernels, "_library", lambda: tmp_path / "kernels.so")
+    assert kernels.load.__wrapped__() is None
+
+
 @compiled
 def test_processes_that_compile_at_the_same_time_all_get_a_library(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from arealite.inference import kernels; print(kernels.load() is not None)"]

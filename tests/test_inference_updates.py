@@ -222,6 +222,7 @@ def test_a_trainer_that_goes_away_neither_hangs_nor_harms_the_server(
         {"names": "model.norm.weight"},
         {"shapes": [[-64]]},
         {"shapes": [[2**40, 2**40]]},
+        {"shapes": [[0, 2**70]]},
         {"shapes": [64]},
         {"load_format": "zip"},
         {"group_name": "elsewhere"},
@@ -337,6 +338,8 @@ def test_weights_are_shown_by_name(server: LocalServer) -> None:
         norm[:3].tolist(),
     )
     assert server.post("/get_weights_by_name", {"name": "nope"})[0] == 400
+    server.batcher.model.tensors["scalar"] = torch.tensor(3.0)
+    assert server.post("/get_weights_by_name", {"name": "scalar"}) == (200, 3.0)
 
 
 def test_buckets_hold_one_dtype_and_stay_within_their_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class ControlRoutes:
         self._check_session()
         names, dtypes = (strings(key, body.get(key)) for key in ("names", "dtypes"))
         shapes = [
-            [integer(f"shapes[{i}]", size, 0) for size in of_type(f"shapes[{i}]", shape, list)]
+            [integer(f"shapes[{i}]", size, 0, self._max_bytes) for size in of_type(f"shapes[{i}]", shape, list)]
             for i, shape in enumerate(of_type("shapes", body.get("shapes"), list))
         ]
         incoming = Incoming(
@@ -149,15 +149,14 @@ class ControlRoutes:
 
     async def weights_by_name(self, request: web.Request) -> web.Response:
         body = await read_object(request)
-        name, count = (
-            of_type("name", body.get("name"), str),
-            integer("truncate_size", body.get("truncate_size", MAX_SHOWN), 0),
-        )
+        name = of_type("name", body.get("name"), str)
+        count = integer("truncate_size", body.get("truncate_size", MAX_SHOWN), 0)
         model = self._engine.batcher.model
 
         def read() -> Any:
             receiver.check_names(model, [name])
-            return model.tensors[name][:count].float().tolist()
+            tensor = model.tensors[name]
+            return (tensor[:count] if tensor.dim() else tensor).float().tolist()
 
         return web.json_response(await self._engine.ask("get_weights_by_name", read))
 

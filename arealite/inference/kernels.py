@@ -186,11 +186,10 @@ def _rows(x: torch.Tensor) -> ctypes._Pointer[_Rows]:
 def load() -> Kernels | None:
     """The kernels of this machine, compiled now if nobody has; None, and a line in the log, where it has none."""
     try:
-        library = _library()
-    except (OSError, subprocess.SubprocessError) as error:
+        return Kernels(_library())
+    except (OSError, subprocess.SubprocessError) as error:  # also where libraries may not be loaded from the cache
         logger.info("no compiled CPU kernels, PyTorch computes instead: %s", error)
         return None
-    return Kernels(library)
 
 
 def _library() -> Path:

@@ -5,7 +5,7 @@ The trainer's end, and reading what it published, are in weights/.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -42,9 +42,10 @@ def check_slots(model: ServedModel, slots: Iterable[TensorSlot]) -> None:
 
 
 def stage(
-    model: ServedModel, tensors: Iterable[tuple[str, torch.Tensor]], castable: bool, needs_all: bool
+    model: ServedModel, read: Callable[[], Iterable[tuple[str, torch.Tensor]]], castable: bool, needs_all: bool
 ) -> dict[str, torch.Tensor]:
-    """The new values, by `model.tensor_names`; nothing is changed yet. Another thread than the engine's may call.
+    """The new values that `read` gives, by `model.tensor_names`; nothing is changed yet. Another thread than the
+    engine's may call.
 
     `castable`: any float dtype is taken, and cast as at load; else the served one. `needs_all`: of the model's tensors.
 
@@ -53,13 +54,13 @@ def stage(
     """
     staged: dict[str, torch.Tensor] = {}
     try:
-        came = list(tensors)  # all of a broadcast, before anything of it is refused: the trainer is sending
+        came = list(read())  # all of a broadcast, before anything of it is refused: the trainer is sending
         for name, tensor in came:
             _check(model, name, tuple(tensor.shape), tensor.dtype, castable)
             if name in staged:
                 raise WeightSyncError(f"the update has {name!r} twice")
             staged[name] = tensor
-    except (OSError, ValueError) as error:  # a file that vanished meanwhile, a path that is none
+    except (OSError, ValueError, RuntimeError) as error:  # a file that vanished, a path that is none, no memory left
         raise WeightSyncError(f"cannot read the weights: {error}") from error
     missing = [name for name in model.tensor_names if name not in staged]
     if missing and needs_all:

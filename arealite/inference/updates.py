@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from arealite.api.errors import RequestError, WeightSyncError
+from arealite.api.errors import ArealiteError, WeightSyncError
 from arealite.inference import receiver
 from arealite.inference.engine import CALL_LIMIT_S, Engine, UpdateOptions
 from arealite.observe import waits
 
 READ_LIMIT_S = 600.0  # a folder on a slow file system; a broadcast has a limit of its own
+SESSION_LIMIT_S = 900.0  # between two calls of a session: then its trainer is gone, and what it staged is dropped
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -32,14 +33,15 @@ class _Session:
 
 class Updates:
     """One update at a time. Inside a session, tensors become live with the call that flushes the cache or brings a
-    version, or else at the session's end; outside, each with its own call. What is refused leaves weights and version
-    as they were, or says that they are partially updated."""
+    version, or else at the session's end; outside, each with its own call. What fails leaves weights and version as
+    they were, or says that they are partially updated; the rest of its session is refused."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = asyncio.Lock()
         self._works: set[asyncio.Task[dict[str, int]]] = set()
         self._session: _Session | None = None
+        self._expiry: asyncio.TimerHandle | None = None
         self._num_loose = 0  # tensors made live outside of sessions since the last flush or version
 
     @property
@@ -48,8 +50,7 @@ class Updates:
 
     async def begin(self) -> None:
         """Open a session. What an unfinished one has staged is dropped: its trainer is gone, or starts again."""
-        async with self._lock:
-            self._session = _Session()
+        await self._see_through(self._begin())
 
     async def take(
         self, read: Callable[[], NamedTensors], options: UpdateOptions, castable: bool = True, needs_all: bool = False
@@ -66,6 +67,24 @@ class Updates:
         """Close the session; what is staged becomes live. Raises as `take` does."""
         return await self._see_through(self._end(options))
 
+    async def _begin(self) -> dict[str, int]:
+        async with self._lock:
+            self._set_session(_Session())
+            return {}
+
+    def _set_session(self, session: _Session | None) -> None:
+        """The session as of now; what it may be idle is counted anew."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._session = session
+        if session is not None:
+            self._expiry = asyncio.get_running_loop().call_later(SESSION_LIMIT_S, self._expire, session)
+
+    def _expire(self, session: _Session) -> None:
+        if not self._lock.locked():  # else the call that goes on begins a new term
+            session.staged = {}
+            session.failure = session.failure or f"nothing more came for {SESSION_LIMIT_S:g} s"
+
     async def _see_through(self, work: Coroutine[Any, Any, dict[str, int]]) -> dict[str, int]:
         task = asyncio.ensure_future(work)
         self._works.add(task)
@@ -76,21 +95,24 @@ class Updates:
         self, read: Callable[[], NamedTensors], options: UpdateOptions, castable: bool, needs_all: bool
     ) -> dict[str, int]:
         model = self._engine.batcher.model
+        swaps = options.flush_cache or options.weight_version is not None
         async with self._lock:
             session = self._session
+            if session is not None and needs_all and swaps:
+                session = _Session()  # whole by itself: it takes the place of all that was staged or refused
             try:
                 came = await waits.in_thread(
-                    lambda: receiver.stage(model, read(), castable, needs_all), "weights", "trainer", READ_LIMIT_S
+                    lambda: receiver.stage(model, read, castable, needs_all), "weights", "trainer", READ_LIMIT_S
                 )
                 if session is None:
-                    return await self._swap(came, options)
+                    return await self._swap(came, options, is_whole=swaps)
                 self._check(session)
                 session.staged |= came
-                if not options.flush_cache and options.weight_version is None:
+                if not swaps:
                     return {}
                 came, session.staged = session.staged, {}
                 return await self._swap(came, options)
-            except (RequestError, WeightSyncError) as error:
+            except ArealiteError as error:
                 if session is not None:
                     session.failure = session.failure or str(error)
                 if not self._num_loose:
@@ -99,14 +121,19 @@ class Updates:
                     f"{error}. {self._num_loose} tensors of this update are live already: the weights are partially"
                     " updated, send all of them again"
                 ) from error
+            finally:
+                self._set_session(session)
 
     async def _end(self, options: UpdateOptions) -> dict[str, int]:
         async with self._lock:
-            session, self._session = self._session, None
-            if session is None:
-                return {}
-            self._check(session)
-            return await self._swap(session.staged, options)
+            session = self._session
+            self._set_session(None)
+            if session is not None:
+                self._check(session)
+                return await self._swap(session.staged, options)
+            if options.weight_version is not None or options.checksum_names:
+                raise WeightSyncError("no weight update session is open, so nothing was changed; begin one first")
+            return {}
 
     def _check(self, session: _Session) -> None:
         if session.failure:
@@ -114,8 +141,9 @@ class Updates:
                 f"a part of this update was refused ({session.failure}); nothing after it is loaded: begin again"
             )
 
-    async def _swap(self, staged: dict[str, torch.Tensor], options: UpdateOptions) -> dict[str, int]:
+    async def _swap(
+        self, staged: dict[str, torch.Tensor], options: UpdateOptions, is_whole: bool = True
+    ) -> dict[str, int]:
         found = await self._engine.ask("weight update", lambda: self._engine.update_weights(staged, options))
-        is_whole = self.in_session or options.flush_cache or options.weight_version is not None
         self._num_loose = 0 if is_whole else self._num_loose + len(staged)
         return found

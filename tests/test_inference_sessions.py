@@ -1,0 +1,111 @@
+"""Weight update sessions that go wrong: nothing of them becomes live, stays in memory, or stands in another's way."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import pickle
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inference_support import LocalServer, save_tiny_llama, served, wait_until
+from safetensors.torch import load_file
+
+from arealite.inference import receiver, updates
+from arealite.weights.checksum import checksum
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return [save_tiny_llama(tmp_path_factory.mktemp(f"llama{seed}"), seed=seed) for seed in (0, 1)]
+
+
+@pytest.fixture
+def server(folders: list[Path]) -> Iterator[LocalServer]:
+    with LocalServer(served(folders[0])) as running:
+        yield running
+
+
+def weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
+    return list(load_file(folder / "model.safetensors").items())
+
+
+def send(server: LocalServer, tensors: list[tuple[str, torch.Tensor]]) -> tuple[int, Any]:
+    """A call that makes nothing live inside a session."""
+    payload = base64.b64encode(pickle.dumps(tensors)).decode()
+    body = {"serialized_named_tensors": [payload], "flush_cache": False}
+    return server.post("/update_weights_from_tensor", body)
+
+
+def checksums(server: LocalServer) -> dict[str, int]:
+    found: dict[str, int] = server.post("/weights_checker", {"action": "checksum"})[1]["checksums"]
+    return found
+
+
+def version(server: LocalServer) -> str:
+    return str(server.get("/model_info")[1]["weight_version"])
+
+
+def test_a_whole_session_leaves_nothing_partial(server: LocalServer, folders: list[Path]) -> None:
+    server.post("/begin_weight_update", {})
+    assert send(server, weights(folders[1]))[0] == 200
+    assert server.post("/end_weight_update", {})[0] == 200
+    assert "partially" not in send(server, [("nope", torch.ones(1))])[1]["message"]
+
+
+def test_a_session_whose_trainer_is_gone_is_dropped(
+    server: LocalServer, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors take no memory for ever, and reach neither the weights nor anyone else's update."""
+    before = checksums(server)
+    found: list[weakref.ref[torch.Tensor]] = []
+    staging = receiver.stage
+
+    def stage(*args: Any) -> dict[str, torch.Tensor]:
+        staged = staging(*args)
+        found.extend(map(weakref.ref, staged.values()))
+        return staged
+
+    monkeypatch.setattr(receiver, "stage", stage)
+    server.post("/begin_weight_update", {})
+    monkeypatch.setattr(updates, "SESSION_LIMIT_S", 0.05)
+    assert send(server, weights(folders[1]))[0] == 200
+    wait_until(lambda: gc.collect() >= 0 and all(ref() is None for ref in found))
+    status, answer = server.post("/end_weight_update", {"weight_version": "3"})
+    assert status == 400 and "nothing more came" in answer["message"]
+    assert version(server) == "0" and checksums(server) == before
+
+
+def test_a_whole_update_takes_the_place_of_an_unfinished_session(server: LocalServer, folders: list[Path]) -> None:
+    server.post("/begin_weight_update", {})
+    assert send(server, [("model.norm.weight", torch.zeros(64))])[0] == 200
+    assert send(server, [("nope", torch.zeros(64))])[0] == 400
+    assert server.post("/update_weights_from_disk", {"model_path": str(folders[1]), "weight_version": "1"})[0] == 200
+    assert server.post("/end_weight_update", {})[0] == 200
+    assert version(server) == "1" and checksums(server) == {name: checksum(t) for name, t in weights(folders[1])}
+
+
+def test_the_end_of_no_session_claims_no_success(server: LocalServer) -> None:
+    status, answer = server.post("/end_weight_update", {"weight_version": "3"})
+    assert status == 400 and "nothing was changed" in answer["message"] and version(server) == "0"
+
+
+def test_a_read_that_fails_in_any_way_fails_its_session(
+    server: LocalServer, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = weights(folders[1])
+
+    def no_memory(*_: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    server.post("/begin_weight_update", {})
+    with monkeypatch.context() as patch:
+        patch.setattr("arealite.inference.control.named_tensors", no_memory)
+        assert send(server, tensors[:5])[0] == 400
+    assert send(server, tensors[5:])[0] == 400
+    assert server.post("/end_weight_update", {"weight_version": "3"})[0] == 400
+    assert version(server) == "0"
