@@ -106,6 +106,17 @@ def test_a_taken_port_is_refused(folder: Path, capsys: pytest.CaptureFixture[str
 
 def test_flags_are_checked() -> None:
     assert parse_arguments(["--model", "m"]).max_running_requests == 64
-    for wrong in (["--kv-cache-tokens", "0"], ["--dtype", "int8"], ["--max-running-requests", "-1"]):
+    for wrong in (
+        *(["--kv-cache-tokens", "0"], ["--dtype", "int8"], ["--max-running-requests", "-1"], ["--port", "65536"]),
+        *(["--hold-limit-s", "nan"], ["--hold-limit-s", "-1"], ["--device", "gpu"], ["--device", "cuda:x"]),
+    ):
         with pytest.raises(SystemExit):
             parse_arguments(["--model", "m", *wrong])
+
+
+@pytest.mark.parametrize("flags", [["--kv-cache-tokens", str(10**13)], ["--device", "cuda:99"]])
+def test_what_the_machine_has_not_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    assert main(["--model", str(folder), *flags]) == 2
+    assert flags[0] in capsys.readouterr().err

@@ -199,6 +199,21 @@ def test_random_bytes_are_refused(server: LocalServer, raw: bytes, path: str) ->
 def test_unknown_paths_and_methods_answer_json(server: LocalServer) -> None:
     assert server.get("/nowhere")[0] == 404 and server.get("/generate")[0] == 405
     assert "error" in server.get("/nowhere")[1]
+    assert "use POST, PUT" in server.get("/generate")[1]["message"]
+
+
+def test_one_model_is_told_by_its_name(server: LocalServer) -> None:
+    assert server.get("/v1/models/tiny") == (200, server.get("/v1/models")[1]["data"][0])
+    status, answer = server.get("/v1/models/no/thing")
+    assert status == 404 and "'no/thing'" in answer["message"] and "served are tiny" in answer["message"]
+
+
+def test_a_body_that_cannot_be_unpacked_is_the_clients_error(server: LocalServer) -> None:
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=WAIT_S)
+    connection.request("POST", "/generate", b"{}" * 100_000, {"Content-Encoding": "gzip"})
+    response = connection.getresponse()
+    assert response.status == 400 and b"content-encoding: gzip" in response.read()
+    connection.close()
 
 
 def test_introspection_endpoints(server: LocalServer) -> None:

@@ -206,3 +206,31 @@ def test_a_chat_is_held_while_paused_and_aborted_by_its_id(model: ServedModel) -
     [choice] = answer["choices"]
     assert status == 200 and answer["id"] == "chat" and choice["finish_reason"] == "abort"
     assert 3 < answer["usage"]["completion_tokens"] < 400 and choice["message"]["content"]
+
+
+def test_a_chat_stream_that_finds_no_place_is_refused_by_its_status(model: ServedModel) -> None:
+    with LocalServer(model) as server:
+        server.engine._max_queued = 0
+        status, answer = server.post("/v1/chat/completions", {"input_ids": [1], "stream": True})
+        assert status == 503 and "would pass 0" in answer["message"]
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(server: LocalServer) -> None:
+    """Also of characters that several tokens make up."""
+    text = "h\u00e9\U0001f600 "
+    tokens = server.post("/tokenize", {"prompt": text})[1]["tokens"]
+    bias = {"logprobs": True, "max_tokens": 1, "temperature": 0}
+    named = []
+    for token in tokens:
+        body = {"input_ids": [1], "logit_bias": {str(token): 1e6}, **bias}
+        [choice] = server.post("/v1/chat/completions", body)[1]["choices"]
+        named += choice["logprobs"]["content"][0]["bytes"]
+    assert len(tokens) == 8 and bytes(named).decode() == text
+
+
+def test_a_streamed_tokens_offset_is_that_of_the_whole(server: LocalServer) -> None:
+    body = {"prompt": [1, 2], "max_tokens": 24, "logprobs": 0, "seed": 3, "ignore_eos": True}
+    whole = server.post("/v1/completions", body)[1]["choices"][0]["logprobs"]["text_offset"]
+    _, text = server.post("/v1/completions", {**body, "stream": True})
+    parts = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
+    assert [o for part in parts for o in part["choices"][0]["logprobs"]["text_offset"]] == whole

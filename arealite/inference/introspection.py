@@ -14,7 +14,7 @@ from aiohttp import web
 
 from arealite.api.errors import RequestError
 from arealite.inference import strict
-from arealite.inference.bodies import field, integer, of_type, read_object
+from arealite.inference.bodies import field, integer, of_type, read_object, shown
 from arealite.inference.engine import Engine
 from arealite.inference.requests import ServedLimits
 from arealite.inference.settings import SERVER_VERSION, ServerSettings
@@ -49,6 +49,7 @@ class Introspection:
             web.get("/server_info", self.server_info),
             web.get("/get_server_info", self.server_info),
             web.get("/v1/models", self.models),
+            web.get("/v1/models/{name:.+}", self.model),
             web.get("/v1/loads", self.loads),
             web.get("/metrics", self.metrics),
             web.post("/tokenize", self.tokenize),
@@ -97,7 +98,7 @@ class Introspection:
             }
         )
 
-    async def models(self, request: web.Request) -> web.Response:
+    def _cards(self) -> list[dict[str, Any]]:
         """The model, and its adapters below it."""
         name = self._settings.served_model_name
         card = {
@@ -110,7 +111,16 @@ class Introspection:
             "max_model_len": self._limits.context_length,
         }
         adapters = [{**card, "id": adapter, "root": adapter, "parent": name} for adapter in self._limits.adapters]
-        return web.json_response({"object": "list", "data": [card, *adapters]})
+        return [card, *adapters]
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": self._cards()})
+
+    async def model(self, request: web.Request) -> web.Response:
+        name, cards = request.match_info["name"], {card["id"]: card for card in self._cards()}
+        if name not in cards:
+            raise web.HTTPNotFound(reason=f"no model {shown(name)} here; served are {', '.join(cards)}")
+        return web.json_response(cards[name])
 
     def _load(self) -> dict[str, Any]:
         scheduler, counters = self._engine.batcher.scheduler, self._engine.batcher.counters

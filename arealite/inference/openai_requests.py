@@ -1,6 +1,6 @@
 """Bodies of /v1/chat/completions and /v1/completions: turned into a body of /generate, whose checks then hold for both.
 
-Called by openai_routes.py.
+Called by routes.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What /v1/chat/completions and /v1/completions answer: whole, or as a stream's chunks. Called by openai_routes.py.
+"""What /v1/chat/completions and /v1/completions answer: whole, or as a stream's chunks. Called by routes.py.
 
 The keys are OpenAI's; `matched_stop`, `metadata`, token ids and `meta_info` are SGLang's.
 """
@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from itertools import accumulate
 from typing import Any
 
 from arealite.inference.openai_requests import OpenAICall
@@ -19,8 +20,8 @@ from arealite.inference.tool_calls import ToolCall, read_calls
 class Choice:
     """One choice of an answer, and how much of it has been sent. Its two kinds differ in their keys."""
 
-    kind = ""  # the answer's "object"
-    chunk_kind = ""
+    kind = chunk_kind = ""  # the answer's "object"
+    output_ids_name = ""
 
     def __init__(self, call: OpenAICall, index: int) -> None:
         self.call = call
@@ -28,26 +29,43 @@ class Choice:
         self.num_sent = 0  # tokens whose logprobs were sent
         self.num_characters = 0  # of the text sent
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        raise NotImplementedError
-
     def opening(self) -> dict[str, Any] | None:
         """The chunk that comes before all text, if there is one."""
-        raise NotImplementedError
+        return None
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """The choice of an answer that has ended."""
+        content, called = self.content(answer)
+        return self._show(answer, content, called)
 
     def grown(self, answer: Answer) -> dict[str, Any] | None:
-        """The next chunk; None when there is nothing to send."""
+        """The next chunk, with all logprobs that were not sent; None when there is nothing to send."""
+        content, called = self.new_content(answer)
+        new_logprobs = self.call.logprobs and answer.num_tokens > self.num_sent
+        return self._show(answer, content, called) if any(content.values()) or answer.finished or new_logprobs else None
+
+    def _show(self, answer: Answer, content: dict[str, Any], called: bool) -> dict[str, Any]:
+        shown = {"index": self.index, **content, "logprobs": None, "finish_reason": None}
+        if self.call.logprobs:
+            shown["logprobs"] = self.logprobs(answer)
+        self.num_sent = answer.num_tokens
+        if not answer.finished:
+            return shown
+        reason = answer.finish_reason or {}
+        kind = "tool_calls" if called and reason.get("type") == "stop" else reason.get("type")
+        ending = {"finish_reason": kind, "matched_stop": reason.get("matched")}
+        return {**shown, **ending, **_extras(self.call, answer, self.output_ids_name)}
+
+    def content(self, answer: Answer) -> tuple[dict[str, Any], bool]:
+        """All that is said, and whether a function is called."""
         raise NotImplementedError
 
-    def chunk(self, answer: Answer, content: dict[str, Any], empty: bool) -> dict[str, Any] | None:
-        """A chunk of `content` and all logprobs that were not sent; `empty` says that there is no content."""
-        if empty and not answer.finished and not (self.call.logprobs and answer.num_tokens > self.num_sent):
-            return None
-        logprobs = self.logprobs(answer) if self.call.logprobs else None
-        self.num_sent = answer.num_tokens
-        return {"index": self.index, **content, "logprobs": logprobs, "finish_reason": None}
+    def new_content(self, answer: Answer) -> tuple[dict[str, Any], bool]:
+        """The same of what was not sent yet."""
+        raise NotImplementedError
 
     def logprobs(self, answer: Answer) -> dict[str, Any]:
+        """Of the tokens from `num_sent` on."""
         raise NotImplementedError
 
 
@@ -55,29 +73,21 @@ class ChatChoice(Choice):
     """Text, and calls of functions."""
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    output_ids_name = "response_token_ids"
     num_calls = 0
-
-    def _read(self, answer: Answer) -> tuple[str, list[ToolCall]]:
-        return read_calls(answer.text, self.call.use, answer.finished) if self.call.use else (answer.text, [])
-
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        content, calls = self._read(answer)
-        message: dict[str, Any] = {"role": "assistant", "content": content if content.strip() or not calls else None}
-        if calls:
-            message["tool_calls"] = [self._call_of(call) for call in calls]
-        return {
-            "index": self.index,
-            "message": message,
-            "logprobs": self.logprobs(answer) if self.call.logprobs else None,
-            **_ending(self.call, answer, bool(calls)),
-            **_ids(self.call, answer, "response_token_ids"),
-        }
 
     def opening(self) -> dict[str, Any]:
         delta = {"role": "assistant", "content": ""}
         return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def grown(self, answer: Answer) -> dict[str, Any] | None:
+    def content(self, answer: Answer) -> tuple[dict[str, Any], bool]:
+        content, calls = self._read(answer)
+        message: dict[str, Any] = {"role": "assistant", "content": content if content.strip() or not calls else None}
+        if calls:
+            message["tool_calls"] = [_shown_call(call) for call in calls]
+        return {"message": message}, bool(calls)
+
+    def new_content(self, answer: Answer) -> tuple[dict[str, Any], bool]:
         content, calls = self._read(answer)
         delta: dict[str, Any] = {}
         if len(content) > self.num_characters:
@@ -85,16 +95,12 @@ class ChatChoice(Choice):
             self.num_characters = len(content)
         if len(calls) > self.num_calls:
             new = enumerate(calls[self.num_calls :], self.num_calls)
-            delta["tool_calls"] = [{"index": i, **self._call_of(call)} for i, call in new]
+            delta["tool_calls"] = [{"index": i, **_shown_call(call)} for i, call in new]
             self.num_calls = len(calls)
-        chunk = self.chunk(answer, {"delta": delta}, not delta)
-        if chunk is not None and answer.finished:
-            chunk |= {**_ending(self.call, answer, bool(calls)), **_ids(self.call, answer, "response_token_ids")}
-        return chunk
+        return {"delta": delta}, bool(calls)
 
-    def _call_of(self, call: ToolCall) -> dict[str, Any]:
-        function = {"name": call.name, "arguments": call.arguments}
-        return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    def _read(self, answer: Answer) -> tuple[str, list[ToolCall]]:
+        return read_calls(answer.text, self.call.use, answer.finished) if self.call.use else (answer.text, [])
 
     def logprobs(self, answer: Answer) -> dict[str, Any]:
         sequence = answer.sequence
@@ -110,34 +116,20 @@ class CompletionChoice(Choice):
     """Text that continues the prompt; `echo` repeats the prompt before it."""
 
     kind = chunk_kind = "text_completion"
+    output_ids_name = "token_ids"
+    offset = 0  # characters of the tokens whose logprobs were sent
 
-    def _text(self, answer: Answer) -> str:
+    def content(self, answer: Answer) -> tuple[dict[str, Any], bool]:
         prompt = answer.tokenizer.decode(answer.request.prompt_ids) if self.call.echo and answer.tokenizer else ""
-        return prompt + answer.text
+        return {"text": prompt + answer.text}, False
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        return {
-            "index": self.index,
-            "text": self._text(answer),
-            "logprobs": self.logprobs(answer) if self.call.logprobs else None,
-            **_ending(self.call, answer, False),
-            **_ids(self.call, answer, "token_ids"),
-        }
-
-    def opening(self) -> None:
-        return None
-
-    def grown(self, answer: Answer) -> dict[str, Any] | None:
-        text = self._text(answer)[self.num_characters :]
-        chunk = self.chunk(answer, {"text": text}, not text)
-        if chunk is not None:
-            self.num_characters += len(text)
-            if answer.finished:
-                chunk |= {**_ending(self.call, answer, False), **_ids(self.call, answer, "token_ids")}
-        return chunk
+    def new_content(self, answer: Answer) -> tuple[dict[str, Any], bool]:
+        text = self.content(answer)[0]["text"][self.num_characters :]
+        self.num_characters += len(text)
+        return {"text": text}, False
 
     def logprobs(self, answer: Answer) -> dict[str, Any]:
-        """Of the tokens not sent yet; with `echo` the prompt's come first, its first token without any."""
+        """With `echo` the prompt's tokens come first, the very first one without a logprob."""
         sequence, first, last = answer.sequence, self.num_sent, answer.num_tokens
         ids = answer.output_ids[first:]
         logprobs: list[float | None] = list(sequence.logprobs[first:last])
@@ -148,10 +140,7 @@ class CompletionChoice(Choice):
             scored = sequence.input_logprobs or [None] * len(prompt)  # none of a request that was aborted in the queue
             ids, logprobs = prompt + ids, [*scored, *logprobs]
         texts = [answer.token_text(token) for token in ids]
-        offset, offsets = self.num_characters, []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
+        *offsets, self.offset = accumulate(map(len, texts), initial=self.offset)
         return {
             "tokens": texts,
             "token_logprobs": [json_number(logprob) for logprob in logprobs],
@@ -162,22 +151,20 @@ class CompletionChoice(Choice):
         }
 
 
+def _shown_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
 def _named(answer: Answer, logprob: float, token: int) -> dict[str, Any]:
-    text = answer.token_text(token)
-    return {"token": text, "bytes": list(text.encode()), "logprob": json_number(logprob)}
+    return {"token": answer.token_text(token), "bytes": answer.token_bytes(token), "logprob": json_number(logprob)}
 
 
 def _top(positions: list[Scored | None], i: int) -> Scored:
     return (positions[i] or []) if i < len(positions) else []
 
 
-def _ending(call: OpenAICall, answer: Answer, called: bool) -> dict[str, Any]:
-    reason = answer.finish_reason or {}
-    kind = "tool_calls" if called and reason.get("type") == "stop" else reason.get("type")
-    return {"finish_reason": kind, "matched_stop": reason.get("matched")}
-
-
-def _ids(call: OpenAICall, answer: Answer, output_name: str) -> dict[str, Any]:
+def _extras(call: OpenAICall, answer: Answer, output_name: str) -> dict[str, Any]:
     """What an RL client asks for beyond the text."""
     extra: dict[str, Any] = {}
     if call.return_token_ids or call.return_prompt_token_ids:
@@ -225,11 +212,10 @@ async def chunks(
     choices = [choice_of(call, i) for i in range(len(call.generate.requests))]
     answers: dict[int, Answer] = {}
     async with aclosing(growing):
-        for choice in choices:
-            opening = choice.opening()
+        async for i, answer in growing:  # nothing before it: what is refused here is still answered by a status
+            opening = None if i in answers else choices[i].opening()
             if opening is not None:
                 yield {**frame, "choices": [opening]}
-        async for i, answer in growing:
             answers[i] = answer
             chunk = choices[i].grown(answer)
             if chunk is not None:

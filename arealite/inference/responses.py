@@ -16,6 +16,10 @@ from arealite.inference.tool_calls import held_back
 
 BYTES_PER_CHARACTER = 4  # UTF-8 at most; a token is at least one byte
 UNFINISHED_CHARACTER = "\ufffd"  # what the first bytes of a character decode to
+# GPT-2's alphabet: a printable byte is its own character, the others are those from 256 on, in order.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
+_BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)}
 
 
 def find_stop_string(tokenizer: Any, sequence: Sequence) -> str | None:
@@ -112,6 +116,17 @@ class Answer:
 
     def token_text(self, token: int) -> str:
         return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+    def token_bytes(self, token: int) -> list[int]:
+        """Its UTF-8. Part of a character has no text: its bytes are read from the vocabulary, which writes them in
+        GPT-2's alphabet or as <0xNN>."""
+        text = self.token_text(token)
+        piece = self.tokenizer.convert_ids_to_tokens(token) if UNFINISHED_CHARACTER in text else ""
+        if len(piece) == len("<0xNN>") and piece.startswith("<0x"):
+            return [int(piece[1:-1], 16)]
+        if piece and all(symbol in _BYTE_OF for symbol in piece):
+            return [_BYTE_OF[symbol] for symbol in piece]
+        return list(text.encode())
 
 
 def version_spans(versions: list[str]) -> list[dict[str, Any]]:

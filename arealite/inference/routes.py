@@ -1,5 +1,5 @@
-"""The HTTP surface of the built-in server: generation, pausing and health (SGLang's wire protocol), and how errors are
-answered. The other routes are in control.py, introspection.py and openai_routes.py.
+"""The HTTP surface of the built-in server: generation in SGLang's and OpenAI's wire protocols, pausing and health, and
+how errors are answered. The other routes are in control.py, introspection.py and adapters.py.
 
 `build_app` is called by serve.py and by tests. Routes validate, wait and render; the engine thread does the rest.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -24,8 +24,8 @@ from arealite.inference.control import ControlRoutes
 from arealite.inference.engine import PAUSE_MODES, Engine, EngineFailure
 from arealite.inference.introspection import Introspection
 from arealite.inference.model import ServedModel
-from arealite.inference.openai_requests import Served, model_defaults
-from arealite.inference.openai_routes import OpenAIRoutes
+from arealite.inference.openai_requests import OpenAICall, Served, model_defaults, parse_chat, parse_completion
+from arealite.inference.openai_responses import ChatChoice, Choice, CompletionChoice, chunks, whole_answer
 from arealite.inference.requests import GenerateCall, ServedLimits, parse_generate
 from arealite.inference.responses import Answer, render
 from arealite.inference.settings import ServerSettings
@@ -66,6 +66,15 @@ class ErrorAnswers:
             return self.response(request, 400, str(error), error)
         except (WaitTimeout, EngineFailure) as error:
             return self.response(request, 503, str(error))
+        except web.RequestPayloadError as error:
+            return self.response(request, 400, f"the body cannot be read: {' '.join(str(error).split())}", error)
+        except web.HTTPRequestEntityTooLarge as error:
+            return self.response(request, 413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB", error)
+        except web.HTTPMethodNotAllowed as error:
+            allowed = ", ".join(sorted(error.allowed_methods))
+            answer = self.response(request, 405, f"{request.method} {request.path}: Method Not Allowed; use {allowed}")
+            answer.headers["Allow"] = allowed
+            return answer
         except web.HTTPException as error:
             return self.response(request, error.status, f"{request.method} {request.path}: {error.reason}")
         except ConnectionResetError:  # the client is gone in the middle of its stream
@@ -78,18 +87,18 @@ class ErrorAnswers:
 class ServerRoutes:
     """Routes over one engine."""
 
-    def __init__(
-        self, engine: Engine, settings: ServerSettings, limits: ServedLimits, submissions: Submissions
-    ) -> None:
+    def __init__(self, engine: Engine, settings: ServerSettings, served: Served, submissions: Submissions) -> None:
         self._engine = engine
         self._settings = settings
-        self._limits = limits
+        self._served = served
         self._submissions = submissions
 
     def routes(self) -> list[web.RouteDef]:
         return [
             web.post("/generate", self.generate),
             web.put("/generate", self.generate),
+            web.post("/v1/chat/completions", self.chat),
+            web.post("/v1/completions", self.completion),
             web.post("/abort_request", self.abort),
             web.post("/pause_generation", self.pause),
             web.post("/continue_generation", self.resume),
@@ -102,7 +111,9 @@ class ServerRoutes:
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """Validate, be held while paused, sample. A client that goes away aborts its requests."""
         body = await read_json(request)
-        call = parse_generate(strict.with_default_length(body) if self._settings.strict_sglang else body, self._limits)
+        call = parse_generate(
+            strict.with_default_length(body) if self._settings.strict_sglang else body, self._served.limits
+        )
         with_prompt = field(body, "return_prompt_token_ids", bool, False)
         if call.stream:
             shape = strict.stream_error_body if self._settings.strict_sglang else error_body
@@ -121,6 +132,22 @@ class ServerRoutes:
     def _entry(self, answer: Answer, only_new: bool, with_prompt: bool) -> dict[str, Any]:
         entry = render(answer, only_new, with_prompt)
         return strict.as_sglang(entry, answer) if self._settings.strict_sglang else entry
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._openai(request, parse_chat, ChatChoice)
+
+    async def completion(self, request: web.Request) -> web.StreamResponse:
+        return await self._openai(request, parse_completion, CompletionChoice)
+
+    async def _openai(
+        self, request: web.Request, parse: Callable[[Any, Served], OpenAICall], choice_of: type[Choice]
+    ) -> web.StreamResponse:
+        call = parse(await read_json(request), self._served)
+        requests = call.generate.requests
+        if call.generate.stream:
+            events = chunks(call, choice_of, self._submissions.growing(requests))
+            return await send_events(request, events, error_body)
+        return web.json_response(whole_answer(call, choice_of, await self._submissions.finished(requests)))
 
     async def abort(self, request: web.Request) -> web.Response:
         """Answers at once; the requests end after the current step."""
@@ -223,9 +250,8 @@ def build_app(engine: Engine, settings: ServerSettings) -> web.Application:
 
     app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)  # type: ignore[list-item]
     for part in (
-        ServerRoutes(engine, settings, limits, submissions),
+        ServerRoutes(engine, settings, served, submissions),
         Introspection(engine, settings, limits, submissions),
-        OpenAIRoutes(served, submissions, error_body),
         ControlRoutes(engine, settings.strict_sglang),
         AdapterRoutes(engine),
     ):

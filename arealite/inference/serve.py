@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
+import re
 import signal
 import sys
 
@@ -70,6 +72,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         value = vars(args)[name]
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+    if not 0 <= args.port <= 65535:
+        parser.error(f"--port is {args.port}; expected 0 to 65535")
+    if not 0 < args.hold_limit_s < math.inf:
+        parser.error(f"--hold-limit-s is {args.hold_limit_s}; expected a finite number above 0")
+    if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        parser.error(f"--device is {args.device}; expected cpu, cuda or cuda:N")
     return args
 
 
@@ -82,10 +90,17 @@ def build_engine(args: argparse.Namespace) -> Engine:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {device}: {torch.cuda.device_count()} such devices are found; use --device cpu")
     model = ServedModel.load(args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic)
     per_request = min(model.context_length, DEFAULT_TOKENS_PER_REQUEST)
     kv_tokens = args.kv_cache_tokens or max(args.max_running_requests * per_request, model.context_length)
-    batcher = Batcher(model, args.max_running_requests, kv_tokens, args.weight_version, args.chunked_prefill_tokens)
+    try:
+        batcher = Batcher(model, args.max_running_requests, kv_tokens, args.weight_version, args.chunked_prefill_tokens)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigError(
+            f"no memory for a KV cache of {kv_tokens} tokens ({error}); lower it by --kv-cache-tokens"
+        ) from error
     return Engine(batcher, args.seed, args.max_queued_requests, num_threads)
 
 

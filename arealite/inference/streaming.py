@@ -1,5 +1,5 @@
 """Requests of HTTP calls on the engine: held while paused, followed token by token, aborted when their client goes
-away; and server-sent events. Used by routes.py and openai_routes.py.
+away; and server-sent events. Used by routes.py.
 """
 
 from __future__ import annotations
