@@ -78,11 +78,13 @@ def trainer(folder: Path, behaviour: str) -> None:
         while True:
             socket.create_connection((host, int(port))).close()
             time.sleep(0.01)
-    if behaviour == "wait":
+    if behaviour in ("wait", "fail later"):
         with waits.waiting("groups of step 3", "server-0", LIMIT_S, ["e0-r17 on server-0"]) as wait:
             while not (folder / "go").exists():
                 time.sleep(0.02)
                 wait.check()
+        if behaviour == "fail later":
+            raise ValueError("an error of its own")
 
 
 def config_with(overrides: dict[str, object]) -> GRPOConfig:

@@ -253,6 +253,17 @@ def test_a_server_that_keeps_dying_is_given_up_and_the_others_go_on(tmp_path):
         assert run.wait() == 0, run.text()
 
 
+def test_a_server_that_was_given_up_is_not_blamed_for_what_happens_later(tmp_path):
+    with Launched(tmp_path / "run", ["fail later"], ["ok", "ok"], **{"recover.max_restarts": 1}) as run:
+        (pid, _) = run.pids("server-1", "trainer-0")
+        os.kill(pid, signal.SIGKILL)
+        os.kill(run.pid("server-1", old=(pid,)), signal.SIGKILL)
+        run.until(lambda: "server-1 is not started again" in run.text(), "end of the restarts")
+        (run.folder.root / "go").touch()
+        assert run.wait() == 1
+        assert "the run stopped: trainer-0" in run.text() and "of at most 1, from the start" not in run.text()
+
+
 def test_when_no_server_is_left_the_run_is_restarted(tmp_path):
     with Launched(tmp_path / "run", ["wait"], OK, **{"recover.max_restarts": 1}) as run:
         trainer, pid = run.pids("trainer-0", "server-0")

@@ -151,8 +151,11 @@ class Supervisor:
     def _judge(self) -> RunFailed:
         """The one that died first: whoever a signal ended, since the others only lost their partner; then servers."""
         assert self.keeper is not None, "servers come first"
-        servers = {s.child.name: s for s in self.keeper.servers if s.child.poll() is not None}
-        dead = self._failed() + [s.child for s in servers.values()]
+        failed, all_servers = self._failed(), self.keeper.servers
+        # A server that was given up while others went on is not why a trainer failed later.
+        is_past = failed and not all(s.given_up for s in all_servers)
+        servers = {s.child.name: s for s in all_servers if s.child.poll() is not None and not (is_past and s.given_up)}
+        dead = failed + [s.child for s in servers.values()]
         codes = {c.name: c.poll() or 0 for c in dead}
         first = min(dead, key=lambda c: (codes[c.name] > 0, c.plan.kind == "trainer"))
         may_restart = servers[first.name].may_start_again if first.name in servers else codes[first.name] < 0
