@@ -29,7 +29,7 @@ class Meeting:
 
     def __init__(self, world_size):
         self.world_size = world_size
-        self.num_broadcasts = 0
+        self.num_scatters = 0
         self.gate = threading.Barrier(world_size)
         self.brought = [None] * world_size
 
@@ -52,8 +52,11 @@ class One:
         assert len({call for call, _ in brought}) == 1, f"ranks are in different calls: {[c for c, _ in brought]}"
         return [pickle.loads(value) for _, value in brought]
 
+    def scatter(self, shares):
+        self.meeting.num_scatters += self.rank == 0
+        return self._meet("scatter", shares)[0][self.rank]
+
     def broadcast(self, value):
-        self.meeting.num_broadcasts += self.rank == 0
         return self._meet("broadcast", value)[0]
 
     def gather(self, value):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import threading
 
 import pytest
 from ranks import Alone, Meeting, on_ranks
@@ -11,13 +10,13 @@ from rich.console import Console
 from arealite.api.cli_args import EvaluatorConfig, StatsLoggerConfig
 from arealite.api.errors import ArealiteError, RewardError
 from arealite.api.types import Group, Task, Trajectory
-from arealite.evaluation import evaluator as evaluator_module
 from arealite.evaluation.evaluator import Evaluator
 from arealite.observe.evaluation_log import read_answers, read_evaluations
 from arealite.observe.progress import Progress
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report, write_summary
+from arealite.rollout import share
 
 TASKS = [Task(id=f"e0-r{i}", messages=[{"role": "user", "content": f"{i}+1="}], answer=str(i + 1)) for i in range(4)]
 
@@ -25,12 +24,12 @@ TASKS = [Task(id=f"e0-r{i}", messages=[{"role": "user", "content": f"{i}+1="}], 
 class Rollout:
     """Answers with the given rewards; a list per task, None is a failed reward."""
 
-    def __init__(self, rewards, before=lambda: None):
+    def __init__(self, rewards, before=lambda beat: None):
         self.rewards, self.before, self.calls = rewards, before, 0
 
-    def run_groups(self, tasks, workflow):
+    def run_groups(self, tasks, workflow, beat):
         self.calls += 1
-        self.before()
+        self.before(beat)
         return [
             Group(task, i, [self.answer(task, m, r) for m, r in enumerate(self.rewards[i])])
             for i, task in enumerate(tasks)
@@ -93,28 +92,18 @@ def test_no_tasks_no_result(tmp_path):
 
 
 def test_ranks_wait_in_short_waits_and_get_the_same_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluator_module, "BEAT_S", 0.01)
+    monkeypatch.setattr(share, "BEAT_S", 0.0)
     ranks = Meeting(3)
-    enough = threading.Event()
 
-    def slow():
-        assert enough.wait(20)
+    def slow(beat):
+        for _ in range(4):
+            beat()
 
     evaluators = [make(tmp_path, [[1.0]] * 4, collective=ranks.of(r), before=slow) for r in range(3)]
-    watch = threading.Thread(target=lambda: (wait_for(lambda: ranks.num_broadcasts > 3), enough.set()))
-    watch.start()
     outcomes = on_ranks(ranks, lambda rank: evaluators[rank][0].evaluate(5))
-    watch.join()
     assert outcomes[0].accuracy == 1.0 and outcomes[1] == outcomes[0] == outcomes[2]
     assert [head.calls for _, head in evaluators] == [1, 0, 0]
-    assert ranks.num_broadcasts > 3
-
-
-def wait_for(condition):
-    for _ in range(2000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
+    assert ranks.num_scatters == 5
 
 
 def test_failure_on_rank_0_reaches_all_ranks(tmp_path):

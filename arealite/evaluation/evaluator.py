@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from math import comb
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +16,7 @@ from arealite.api.errors import ArealiteError, RewardError
 from arealite.observe.evaluation_log import EvaluationResult, write_evaluation
 from arealite.observe.frequency import Frequency
 from arealite.observe.rollout_log import rollout_rows
+from arealite.rollout.share import Beat, from_head
 
 if TYPE_CHECKING:
     from arealite.api.cli_args import EvaluatorConfig
@@ -26,13 +26,12 @@ if TYPE_CHECKING:
     from arealite.observe.run_folder import RunFolder
 
 CORRECT_REWARD = 1.0  # an answer counts for pass@k when its reward is at least this
-BEAT_S = 5.0  # how often rank 0 tells the waiting ranks that the evaluation goes on
 
 
 class GroupRunner(Protocol):
     """The one call of the rollout head that is needed: outside staleness and ledger, on rank 0 only."""
 
-    def run_groups(self, tasks: list[Task], workflow: RolloutWorkflow) -> list[Group]: ...
+    def run_groups(self, tasks: list[Task], workflow: RolloutWorkflow, beat: Beat) -> list[Group]: ...
 
 
 class Evaluator:
@@ -75,37 +74,13 @@ class Evaluator:
         if not self._tasks:
             return None
         if self._latest is None or self._latest.step != step:
-            self._latest = self._evaluate(step)
+            size = self._collective.world_size
+            self._latest = from_head(lambda beat: [self._run(step, beat)] * size, self._collective)
         return self._latest
 
-    def _evaluate(self, step: int) -> EvaluationResult:
-        """The result of rank 0 on every rank.
-
-        Consumes: rank 0's broadcasts, None while it runs, at last the result or the text of its error. Produces: the
-        result. Waits for: rank 0, each time at most the collective's limit. Unblocked by: a beat every BEAT_S, the
-        outcome, or the failure of the collective.
-        """
-        collective = self._collective
-        if collective.world_size == 1:
-            return self._run(step)
-        if collective.rank != 0:
-            while (outcome := collective.broadcast(None)) is None:
-                pass
-            if isinstance(outcome, EvaluationResult):
-                return outcome
-            raise ArealiteError(f"the evaluation after step {step} failed on rank 0: {outcome}")
-        # In a thread, so that this one can go on answering the other ranks, whose waits have a limit.
-        with ThreadPoolExecutor(1, thread_name_prefix="evaluate") as pool:
-            running = pool.submit(self._run, step)
-            while not wait([running], timeout=BEAT_S).done:
-                collective.broadcast(None)
-        error = running.exception()  # an exception need not survive pickling
-        collective.broadcast(running.result() if error is None else f"{type(error).__name__}: {error}")
-        return running.result()
-
-    def _run(self, step: int) -> EvaluationResult:
+    def _run(self, step: int, beat: Beat) -> EvaluationResult:
         start = time.monotonic()
-        groups = self._rollout.run_groups(self._tasks, self._workflow)
+        groups = self._rollout.run_groups(self._tasks, self._workflow, beat)
         result = score(groups, step, len(self._tasks), time.monotonic() - start)
         questions = {group.task.id: _question(group.task) for group in groups}
         rows = [row | {"question": questions[row["task"]]} for row in rollout_rows(groups)]

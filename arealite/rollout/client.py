@@ -136,9 +136,9 @@ class RemoteInferenceEngine:
 
         return self._share(groups)
 
-    def run_groups(self, tasks: list[Task], workflow: RolloutWorkflow) -> list[Group]:
+    def run_groups(self, tasks: list[Task], workflow: RolloutWorkflow, beat: Beat = lambda: None) -> list[Group]:
         """One group per task, in order, outside staleness and ledger (evaluation). A task that failed has one
-        trajectory of status "failed" with the error. Rank 0 only."""
+        trajectory of status "failed" with the error. Rank 0 only; `beat` is called again and again meanwhile."""
 
         live = self._live
         slots = asyncio.Semaphore(live.executor.staleness.max_concurrent)
@@ -156,7 +156,7 @@ class RemoteInferenceEngine:
         async def all_groups() -> list[Group]:
             return await asyncio.gather(*(one(i, task) for i, task in enumerate(tasks)))
 
-        return live.run(all_groups(), "rollout.groups")
+        return live.run(all_groups(), "rollout.groups", beat=beat)
 
     def submit(self, task: Task, workflow: RolloutWorkflow) -> None:
         """Put one task in flight, under the staleness bound. Rank 0 only."""

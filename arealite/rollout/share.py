@@ -1,12 +1,13 @@
-"""One step's groups for all trainer ranks: rank 0 takes them, every rank gets its packed share, or rank 0's error.
+"""Work that only rank 0 can do, for all trainer ranks: they wait with it, and get their share, or its error.
 
-Called by client.py.
+Called by client.py for one step's groups, and by evaluation/evaluator.py.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -19,15 +20,15 @@ BEAT_S = 5.0  # how often rank 0 tells the waiting ranks that it goes on
 Beat = Callable[[], None]
 
 
-def take_and_share(take: Callable[[Beat], list[Group]], collective: Collective | None) -> Batch:
-    """Collective: `take` runs on rank 0 only; what it raises is raised on all ranks. While it waits it calls the
-    function that it is given at least every BEAT_S, so that the other ranks' waits do not reach their limit.
+def from_head(work: Callable[[Beat], list[Any]], collective: Collective | None) -> Any:
+    """Collective: `work` runs on rank 0 only and gives one object per rank; what it raises is raised on all ranks.
+    While it waits it calls the function that it is given, so that the other ranks' waits do not reach their limit.
 
-    Consumes: rank 0's groups. Produces: this rank's share. Waits for: rank 0, each time at most the collective's
-    limit. Unblocked by: a share, a beat (None), rank 0's error, or the failure of the collective.
+    Consumes: rank 0's work. Produces: this rank's object. Waits for: rank 0, each time at most the collective's limit.
+    Unblocked by: the object, a beat (None) every BEAT_S, rank 0's error, or the failure of the collective.
     """
     if collective is None or collective.world_size == 1:
-        return Batch.pack(take(lambda: None))
+        return work(lambda: None)[0]
     size = collective.world_size
     if collective.rank != 0:
         while (share := collective.scatter(None)) is None:
@@ -44,11 +45,18 @@ def take_and_share(take: Callable[[Beat], list[Group]], collective: Collective |
             last = time.monotonic()
 
     try:
-        shares = split_batch(take(beat), size)
+        shares = work(beat)
     except Exception as error:  # user code lies below: the other ranks wait in scatter and must hear of it
         collective.scatter([_for_other_ranks(error)] * size)
         raise
-    return collective.scatter(list(shares))
+    return collective.scatter(shares)
+
+
+def take_and_share(take: Callable[[Beat], list[Group]], collective: Collective | None) -> Batch:
+    """Collective: rank 0 takes the groups of one step, every rank gets its packed share."""
+    size = 1 if collective is None else collective.world_size
+    batch: Batch = from_head(lambda beat: split_batch(take(beat), size), collective)
+    return batch
 
 
 def split_batch(groups: list[Group], num_ranks: int) -> list[Batch]:
@@ -58,6 +66,8 @@ def split_batch(groups: list[Group], num_ranks: int) -> list[Batch]:
     possible (Graham 1969). A rank gets an empty batch when there are fewer groups than ranks.
     """
     whole = Batch.pack(groups)
+    if num_ranks == 1:
+        return [whole]
     num_tokens = np.bincount(whole.group_ids, weights=whole.lengths, minlength=len(groups))
     rank_of = np.zeros(len(groups), np.int64)
     load = np.zeros(num_ranks)
