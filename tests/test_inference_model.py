@@ -11,6 +11,8 @@ import torch
 from inference_support import EOS, VOCAB, LocalServer, output_logprobs, save_tiny_llama, served
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
+    GPTNeoXConfig,
     MambaConfig,
     MistralConfig,
     Qwen2MoeConfig,
@@ -116,6 +118,7 @@ def test_bf16_logprobs_are_those_of_one_pass_over_the_whole_sequence(smollm2: st
     ("config", "reason"),
     [
         (lambda: MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2), "max_position_embeddings"),
+        (lambda: FalconConfig(VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4), "arealite_kv"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_load(config: Any, reason: str, tmp_path: Path) -> None:
@@ -142,6 +145,12 @@ def test_changed_logits_are_noticed_at_load(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="differ from the plain Hugging Face pass"):
         served(tmp_path)
+
+
+def test_in_bf16_attention_that_calls_its_sizes_otherwise_is_served(tmp_path: Path) -> None:
+    """GPT-NeoX has no `head_dim`, at which the kernels would look."""
+    AutoModelForCausalLM.from_config(GPTNeoXConfig(**SMALL)).save_pretrained(tmp_path)
+    assert served(tmp_path, torch.bfloat16).kv_shape[1] == SMALL["num_attention_heads"]
 
 
 def test_deterministic_mixture_of_experts_is_refused(tmp_path: Path) -> None:

@@ -82,9 +82,21 @@ def test_what_would_end_the_answer_too_early_gets_no_probability() -> None:
 
 
 def test_numbers_stay_finite_whatever_is_asked() -> None:
-    params = SamplingParams(5, repetition_penalty=1e-300, logit_bias=((3, 1e30), (4, -1e30)))
+    params = SamplingParams(5, repetition_penalty=1e-300, logit_bias=((3, 1e300), (4, -1e300)))
     after = adjust([Sequence(GenerateRequest("r", [1, 2], params))], torch.randn(1, 20))
     assert bool(torch.isfinite(after).all())
+
+
+def test_no_wish_makes_an_answer_fail(folder: Path) -> None:
+    with LocalServer(served(folder)) as server:
+        params = {
+            "max_new_tokens": 2,
+            "min_new_tokens": 2,
+            "temperature": 1e300,
+            "logit_bias": {"7": 1e300, "8": -1e300},
+        }
+        assert server.generate([1, 2], **params)["meta_info"]["finish_reason"]["type"] == "length"
+        assert server.batcher.counters.num_nan_requests == 0
 
 
 WISHES = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": {"7": 9.0}}

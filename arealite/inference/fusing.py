@@ -38,7 +38,7 @@ def fuse(module: Any, kernels: Kernels) -> None:
                 part.forward = functools.partial(kernels.rms_norm, weight=part.weight, eps=eps, plus_one=plus_one)
         elif set(own["_modules"]) == _GATED:
             _fuse_gated(part, kernels)
-        elif _ROTATE in kind.forward.__code__.co_names:
+        elif _ROTATE in kind.forward.__code__.co_names and "head_dim" in own:
             if kind not in rotaries:
                 rotaries[kind] = _with_rotation(kind.forward, kernels, part.head_dim)
             forward = rotaries[kind]

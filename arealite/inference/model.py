@@ -283,7 +283,7 @@ def _load_module(path: str, dtype: torch.dtype) -> Any:
     """The model in memory of its own: transformers may hand out a map of the file, which changes when the file does."""
     try:
         module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:  # the last one: its code knows only the attention it lists
         raise ConfigError(f"{path} cannot be loaded as a causal language model: {error}") from error
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:

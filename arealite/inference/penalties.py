@@ -42,6 +42,6 @@ def _adjust_row(sequence: Sequence, row: torch.Tensor) -> None:
         row[seen] = torch.where(values > 0, values / penalty, values * penalty).clamp_(-LARGEST, LARGEST)
     if params.logit_bias:
         biased, biases = zip(*params.logit_bias, strict=True)
-        row[list(biased)] += row.new_tensor(biases)
+        row[list(biased)] += row.new_tensor(biases).clamp_(-LARGEST, LARGEST)
     if len(generated) < params.min_new_tokens:
         row[[token for token in sequence.stop_ids if token < len(row)]] = -torch.inf

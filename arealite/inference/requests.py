@@ -17,6 +17,7 @@ from arealite.api.errors import RequestError
 from arealite.inference.bodies import WrongType, field, integer, number, of_type, shown, strings
 
 GREEDY_BELOW = 1e-6  # a temperature under this is greedy, and its logprobs are those of temperature 1
+MAX_TEMPERATURE = 1e30  # all tokens are equally likely long before; finite in float32
 DEFAULT_MAX_NEW_TOKENS = 128
 MAX_SAMPLES = 1024  # `n` of one prompt
 MAX_REQUESTS = 65_536  # of one body
@@ -183,8 +184,8 @@ def parse_sampling_params(
             near = difflib.get_close_matches(key[:64], [*_PARSERS, *_OFF_AT_ONE, *_OFF_WHEN_EMPTY], n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"known keys are {', '.join(sorted(_PARSERS))}"
             raise WrongType(f"sampling_params: unknown key {shown(key)}; {hint}")
-    if parsed.get("temperature", 1.0) < GREEDY_BELOW:
-        parsed["temperature"] = 0.0
+    temperature = parsed.get("temperature", 1.0)
+    parsed["temperature"] = 0.0 if temperature < GREEDY_BELOW else min(temperature, MAX_TEMPERATURE)
     if parsed.get("stop") and limits.encode is None:
         raise RequestError("sampling_params.stop: the served model folder has no tokenizer; use stop_token_ids")
     for token, _ in parsed.get("logit_bias", ()):

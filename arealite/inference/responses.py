@@ -28,8 +28,11 @@ def find_stop_string(tokenizer: Any, sequence: Sequence) -> str | None:
     Only the end of the answer is decoded; a hit counts when the whole answer's text has it too.
     """
     stop = sequence.request.params.stop
-    window = (max(map(len, stop), default=0) + 1) * BYTES_PER_CHARACTER
-    if not stop or not any(s in _decode(tokenizer, sequence, sequence.output_ids[-window:]) for s in stop):
+    if not stop:
+        return None
+    window = (max(map(len, stop)) + 1) * BYTES_PER_CHARACTER
+    end = _decode(tokenizer, sequence, sequence.output_ids[-window:])
+    if not any(s in end for s in stop):
         return None
     text = _decode(tokenizer, sequence, sequence.output_ids)
     return min((s for s in stop if s in text), key=text.find, default=None)
