@@ -252,6 +252,12 @@ def test_what_is_left_out_comes_from_the_model_or_from_openai() -> None:
     assert (request.params.temperature, request.params.top_p, request.params.max_new_tokens) == (1.0, 1.0, 16)
 
 
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]], None, 3, {}, ["a", 1], [[1], "a"], [1, "a"], [10**9]])
+def test_a_wrong_prompt_is_refused_by_that_name(prompt: Any) -> None:
+    with pytest.raises(RequestError, match="^prompt"):
+        parsed({"prompt": prompt})
+
+
 def test_an_adapter_is_named_with_its_base_or_alone() -> None:
     for body in ({"model": "base:ad"}, {"model": "ad"}, {"lora_path": "ad"}, {"model": "base", "lora_path": "ad"}):
         assert parsed(body).generate.requests[0].lora == "ad", body

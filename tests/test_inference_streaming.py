@@ -234,3 +234,10 @@ def test_a_streamed_tokens_offset_is_that_of_the_whole(server: LocalServer) -> N
     _, text = server.post("/v1/completions", {**body, "stream": True})
     parts = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
     assert [o for part in parts for o in part["choices"][0]["logprobs"]["text_offset"]] == whole
+
+
+def test_an_echo_has_no_special_tokens_that_the_answer_has_not(server: LocalServer) -> None:
+    prompt = [257, *server.post("/tokenize", {"prompt": "abc"})[1]["tokens"]]
+    for skip, text in ((True, "abc"), (False, "<bos>abc")):
+        body = {"prompt": prompt, "max_tokens": 0, "echo": True, "skip_special_tokens": skip}
+        assert server.post("/v1/completions", body)[1]["choices"][0]["text"] == text

@@ -5,11 +5,12 @@ Called by routes.py.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from arealite.api.errors import RequestError
-from arealite.inference.bodies import field, integer, of_type, shown
+from arealite.inference.bodies import WrongType, field, integer, of_type, shown
 from arealite.inference.chat_template import ChatTemplate
 from arealite.inference.requests import GenerateCall, ServedLimits, parse_generate
 from arealite.inference.tool_calls import CLOSE, ToolUse
@@ -94,8 +95,8 @@ def parse_completion(body: Any, served: Served) -> OpenAICall:
     _refuse(body, ("suffix", "use_beam_search"))
     prompt = body.get("prompt")
     is_text = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str))
-    if not is_text:
-        of_type("prompt", prompt, list)
+    if not is_text and not isinstance(prompt, list):
+        raise WrongType(f"prompt: expected text, token ids, or a list of either, found {shown(prompt)}")
     num_top = body.get("logprobs")
     num_top = None if num_top is None else integer("logprobs", num_top, 0, MAX_TOP_LOGPROBS)
     sampling = _sampling(body, served)
@@ -152,7 +153,7 @@ def _call(
     try:
         call = parse_generate(generate, served.limits)
     except RequestError as error:
-        raise type(error)(_in_their_words(str(error))) from error
+        raise type(error)(_in_their_words(str(error), completion="messages" not in body)) from error
     options = field(body, "stream_options", dict, {})
     return OpenAICall(
         call,
@@ -167,8 +168,10 @@ def _call(
     )
 
 
-def _in_their_words(message: str) -> str:
+def _in_their_words(message: str, completion: bool) -> str:
     """The message with the names that stand in the client's body."""
+    if completion:
+        message = re.sub(r"^(text|input_ids)\b", "prompt", message)
     for name, own in {**_RENAMED, "max_tokens": "max_new_tokens"}.items():
         message = message.replace(own, name)
     return message.replace("sampling_params.", "")

@@ -120,7 +120,9 @@ class CompletionChoice(Choice):
     offset = 0  # characters of the tokens whose logprobs were sent
 
     def content(self, answer: Answer) -> tuple[dict[str, Any], bool]:
-        prompt = answer.tokenizer.decode(answer.request.prompt_ids) if self.call.echo and answer.tokenizer else ""
+        prompt, skip = "", answer.request.params.skip_special_tokens  # such as the first one, which nobody wrote
+        if self.call.echo and answer.tokenizer is not None:
+            prompt = answer.tokenizer.decode(answer.request.prompt_ids, skip_special_tokens=skip)
         return {"text": prompt + answer.text}, False
 
     def new_content(self, answer: Answer) -> tuple[dict[str, Any], bool]:

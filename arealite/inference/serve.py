@@ -32,40 +32,39 @@ POLL_S = 0.2  # how often the engine's end is looked for
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="arealite serve", description="Serve a Hugging Face model to RL clients.")
-    parser.add_argument("--model", required=True, help="a Hugging Face folder or hub id")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one and prints it")
-    parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES), help="compute type")
-    parser.add_argument("--context-length", type=int, help="tokens of prompt and answer at most; default: the model's")
-    parser.add_argument("--max-running-requests", type=int, default=64, help="sequences decoded together")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", required=True, help="a Hugging Face folder or hub id")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=30000, help="port to listen on; 0 takes a free one and prints it")
+    add("--dtype", default="bfloat16", choices=sorted(DTYPES), help="compute type")
+    add("--context-length", type=int, help="tokens of prompt and answer at most; default: the model's")
+    add("--max-running-requests", type=int, default=64, help="sequences decoded together")
+    add(
         "--kv-cache-tokens",
         type=int,
         help=f"tokens of the KV cache; default: {DEFAULT_TOKENS_PER_REQUEST} per sequence",
     )
-    parser.add_argument(
+    add(
         "--chunked-prefill-tokens",
         type=int,
         help="tokens of prompts computed in one step beside running requests; default: 512, on a GPU 8192",
     )
-    parser.add_argument(
-        "--max-queued-requests", type=int, default=MAX_QUEUED, help="requests that wait; more are refused with 503"
-    )
-    parser.add_argument("--deterministic", action="store_true", help="results independent of the batch (slower)")
-    parser.add_argument("--weight-version", default="0", help="version of the weights loaded at start")
-    parser.add_argument("--seed", type=int, default=0, help="seed of requests that bring none")
-    parser.add_argument("--served-model-name", help="name in /v1/models; default: --model")
-    parser.add_argument("--hold-limit-s", type=float, default=600.0, help="longest hold of a request while paused")
-    parser.add_argument(
+    add("--max-queued-requests", type=int, default=MAX_QUEUED, help="requests that wait; more are refused with 503")
+    add("--deterministic", action="store_true", help="results independent of the batch (slower)")
+    add("--weight-version", default="0", help="version of the weights loaded at start")
+    add("--seed", type=int, default=0, help="seed of requests that bring none")
+    add("--served-model-name", help="name in /v1/models; default: --model")
+    add("--hold-limit-s", type=float, default=600.0, help="longest hold of a request while paused")
+    add(
         "--sampling-defaults",
         default="model",
         choices=["model", "openai"],
         help="what OpenAI calls leave out: from the model's generation_config.json, or OpenAI's values",
     )
-    parser.add_argument("--tool-call-parser", default="auto", choices=PARSERS, help="how the model writes tool calls")
-    parser.add_argument("--incremental-streaming-output", action="store_true", help="/generate streams what is new")
-    parser.add_argument("--strict-sglang", action="store_true", help="refuse and answer exactly as SGLang 0.5.23 does")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    add("--tool-call-parser", default="auto", choices=PARSERS, help="how the model writes tool calls")
+    add("--incremental-streaming-output", action="store_true", help="/generate streams what is new")
+    add("--strict-sglang", action="store_true", help="refuse and answer exactly as SGLang 0.5.23 does")
+    add("--device", help="cpu or cuda; default: cuda where there is one")
     args = parser.parse_args(argv)
     sizes = ("context_length", "max_running_requests", "kv_cache_tokens", "chunked_prefill_tokens")
     for name in (*sizes, "max_queued_requests"):

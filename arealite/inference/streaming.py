@@ -9,7 +9,6 @@ import json
 import logging
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -75,11 +74,25 @@ class Submissions:
         async with self._running(requests) as sequences:
             grown: asyncio.Queue[int] = asyncio.Queue()
             marked: set[int] = set()
-            mark = partial(_mark, marked, asyncio.get_running_loop(), grown)
+            loop = asyncio.get_running_loop()
             answers = [Answer(self._tokenizer, s) for s in sequences]
+
+            def mark(i: int, _: object = None) -> None:
+                """On any thread: wake the reader, unless it has yet to take the last mark."""
+                if i not in marked:
+                    marked.add(i)
+                    with suppress(RuntimeError):  # the event loop has ended, and with it the reader
+                        loop.call_soon_threadsafe(grown.put_nowait, i)
+
+            def listen(i: int, sequence: Sequence) -> None:
+                """On the engine thread."""
+                if sequence.num_output % sequence.request.params.stream_interval == 0:
+                    answers[i].num_known = sequence.num_output
+                    mark(i)
+
             for i, sequence in enumerate(sequences):
-                sequence.listener = partial(_listen, answers[i], mark, i)
-                sequence.future.add_done_callback(partial(_ended, mark, i))
+                sequence.listener = partial(listen, i)
+                sequence.future.add_done_callback(partial(mark, i))
             unfinished = set(range(len(sequences)))
             while unfinished:
                 pending = [requests[i].rid for i in sorted(unfinished)]
@@ -89,25 +102,6 @@ class Submissions:
                     if answers[i].finished:
                         unfinished.discard(i)
                     yield i, answers[i]
-
-
-def _listen(answer: Answer, mark: Callable[[int], None], i: int, sequence: Sequence) -> None:
-    """On the engine thread."""
-    if sequence.num_output % sequence.request.params.stream_interval == 0:
-        answer.num_known = sequence.num_output
-        mark(i)
-
-
-def _ended(mark: Callable[[int], None], i: int, _: Future[Sequence]) -> None:
-    mark(i)
-
-
-def _mark(marked: set[int], loop: asyncio.AbstractEventLoop, grown: asyncio.Queue[int], i: int) -> None:
-    """On any thread: wake the reader, unless it has yet to take the last mark."""
-    if i not in marked:
-        marked.add(i)
-        with suppress(RuntimeError):  # the event loop has ended, and with it the reader
-            loop.call_soon_threadsafe(grown.put_nowait, i)
 
 
 ErrorBody = Callable[[int, str], dict[str, Any]]
