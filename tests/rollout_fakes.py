@@ -157,6 +157,7 @@ class FakeServer:
         self.interrupt_share = 0.0  # chance per token that the request is aborted
         self.refuse_update = ""
         self.refuse_pause = 0  # the status of it
+        self.adapters: dict[str, str] = {}
         self.checksums: dict[str, int] = {"w": 7}
         self.health = 200
         self.is_stopped = False  # as after SIGSTOP: connections are taken, nothing is answered
@@ -183,7 +184,7 @@ class FakeServer:
 
     def come_back(self) -> None:
         """A new process at the old address, with the weights it was started with."""
-        self.version, self.pause_mode = 0, None
+        self.version, self.pause_mode, self.adapters = 0, None, {}
         asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(10)
 
     async def _open(self) -> str:
@@ -203,6 +204,8 @@ class FakeServer:
             app.router.add_post(f"/{path}", self._control)
         for path in ("begin_weight_update", "end_weight_update", "update_weights_from_disk", "update_weights_from_shm"):
             app.router.add_post(f"/{path}", self._update)
+        for path in ("load_lora_adapter", "unload_lora_adapter"):
+            app.router.add_post(f"/{path}", self._adapter)
         self._runner = web.AppRunner(app, shutdown_timeout=0.01, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", int(self.address.rpartition(":")[2] or 0))
@@ -240,6 +243,14 @@ class FakeServer:
             return web.json_response({"success": False, "message": self.refuse_update}, status=400)
         self.version = int(body.get("weight_version", self.version))
         return web.json_response({"success": True, "message": "", "checksums": self.checksums})
+
+    async def _adapter(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        name, path = body["lora_name"], body.get("lora_path")
+        if (name in self.adapters) == (path is not None):
+            return web.json_response({"success": False, "error_message": f"not so: {name}"}, status=400)
+        self.adapters = {**self.adapters, name: path} if path else {k: v for k, v in self.adapters.items() if k != name}
+        return web.json_response({"success": True})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from rollout_fakes import FakeServer, MembersWorkflow, expected_token, quick_config
 
-from arealite.api.errors import ServerUnreachable, WeightSyncError
+from arealite.api.errors import RequestError, ServerUnreachable, WeightSyncError
 from arealite.api.types import GenerationRequest, Task, WeightUpdateMeta
 from arealite.rollout import generate as generate_module
 from arealite.rollout import health, watch
@@ -373,6 +373,22 @@ def test_a_part_that_may_end_within_a_stop_string_is_sampled_again(connect):
         done = one(engine, stop=("bc",))
         assert [len(r["input_ids"]) for r in server.requests] == [3, 3, 5]
         assert done.text == "axabc" and done.finish_reason == "stop"
+
+
+def test_adapters_are_on_all_servers_and_on_those_that_come_back(connect):
+    with FakeServer() as a, FakeServer() as b:
+        engine = connect([a, b])
+        engine.load_adapter("poet", "/poet")
+        assert a.adapters == b.adapters == {"poet": "/poet"}
+        with pytest.raises(RequestError, match="not so: poet"):
+            engine.load_adapter("poet", "/other")
+        b.die()
+        until(lambda: alive(engine) == {"server-0"})
+        b.come_back()
+        until(lambda: alive(engine) == {"server-0", "server-1"})
+        assert b.adapters == {"poet": "/poet"} and engine.stats()["num_server_failures"] == 1
+        engine.unload_adapter("poet")
+        assert a.adapters == b.adapters == {}
 
 
 def test_scores_are_asked_again_elsewhere(connect):

@@ -230,10 +230,9 @@ def test_adapters_by_request(engine, model, tmp_path):
     save_file(weights, tmp_path / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"], "bias": "none"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    backend = engine.backend
-    control(engine, backend.lora_call("poet", str(tmp_path)))
+    engine.load_adapter("poet", str(tmp_path))
     done = generate(engine, lora="poet")
-    control(engine, backend.unload_lora_call("poet"))
+    engine.unload_adapter("poet")
     assert gap(done.logprobs, done.token_ids, merged) < CLOSE < gap(done.logprobs, done.token_ids, model)
     with pytest.raises(RequestError, match="poet"):
         generate(engine, lora="poet")

@@ -112,6 +112,20 @@ class RemoteInferenceEngine:
         """Logprobs (temperature 1) of each sequence's own tokens; the first is 0."""
         return self._live.run(self._live.fleet.score(sequences), "rollout.score")
 
+    def load_adapter(self, name: str, path: str) -> None:
+        """All servers load the LoRA adapter in folder `path` (PEFT's format); requests then choose it by `name`.
+
+        Raises:
+            RequestError: a server refused it.
+        """
+        if self.is_head:
+            self._live.run(self._live.fleet.set_adapter(name, path), "rollout.load_adapter")
+
+    def unload_adapter(self, name: str) -> None:
+        """Raises RequestError when a server has no adapter of this name."""
+        if self.is_head:
+            self._live.run(self._live.fleet.set_adapter(name, None), "rollout.unload_adapter")
+
     # -- groups --------------------------------------------------------------------------------------------------
 
     def prepare_batch(

@@ -9,6 +9,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from arealite.api.cli_args import InferenceEngineConfig
@@ -40,6 +41,7 @@ class Fleet:
         self._send: WeightSender | None = None  # its sender
         # Between pause and update the trainer may be writing the next weights where the last ones are.
         self._is_readable = False
+        self._adapters: dict[str, str] = {}  # name -> folder
         self._lock = asyncio.Lock()  # a server that rejoins sees one state of the others
         self._unanswered: dict[object, tuple[str, str]] = {}  # key -> server id and its line, oldest first
 
@@ -61,7 +63,8 @@ class Fleet:
             ConfigError: a server cannot be used as it was started.
         """
         deadline = time.monotonic() + self.config.setup_timeout_s
-        for member in self.router.members:
+        members = list(self.router.members)
+        for member in members:
             self._unanswered[member] = (member.id, f"{member.server.url}{member.backend.health_path} not asked yet")
 
         async def come_up(member: Member) -> None:
@@ -78,8 +81,8 @@ class Fleet:
                 await asyncio.sleep(HEALTH_POLL_S)
             del self._unanswered[member]
 
-        await asyncio.gather(*map(come_up, self.router.members))
-        if self._unanswered:
+        await asyncio.gather(*map(come_up, members))
+        if any(member in self._unanswered for member in members):
             raise ServerUnreachable(
                 f"not healthy after {self.config.setup_timeout_s} s: {'; '.join(self.pending())}. Look into the"
                 " servers' logs, or raise rollout.setup_timeout_s"
@@ -174,9 +177,33 @@ class Fleet:
                 wrong = [name for name, value in self._update.checksums.items() if (receipt or {}).get(name) != value]
                 if receipt is not None and wrong:
                     raise WeightSyncError(f"{member.id} holds other weights than it was sent: {', '.join(wrong[:4])}")
+            for name, path in self._adapters.items():
+                with suppress(RequestError):  # it has none of this name
+                    await self._ask(member, member.backend.unload_lora_call(name))
+                await self._ask(member, member.backend.lora_call(name, path))
             await self._set_pause(member)
             member.holds_weights, member.update = True, self._update
         return True
+
+    async def set_adapter(self, name: str, path: str | None) -> None:
+        """All servers load the adapter in folder `path` as `name`, those that come later too; None: they unload it.
+
+        Raises:
+            RequestError: a server refused it.
+        """
+        async with self._lock:
+            members = [m for m in self.router.members if m.is_alive]
+            calls = [
+                m.backend.unload_lora_call(name) if path is None else m.backend.lora_call(name, path) for m in members
+            ]
+            outcomes = await asyncio.gather(*map(self._ask, members, calls), return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, RequestError):
+                    raise outcome
+            self._successes(dict(zip(members, outcomes, strict=True)))
+            self._adapters.pop(name, None)
+            if path is not None:
+                self._adapters[name] = path
 
     async def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Logprobs of each sequence's own tokens, sent again to another server when one fails.
