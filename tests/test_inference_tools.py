@@ -44,6 +44,7 @@ CHATML = (
         ("<tool_call>" + "[" * 100_000, "<tool_call>" + "[" * 100_000, []),
         ('<tool_call>[1, 2]</tool_call>', '<tool_call>[1, 2]</tool_call>', []),
         ("x <tool_ca", "x <tool_ca", []),
+        *((f'{{"name": "get_weather", "parameters": {{"x": {n}}}}}',) * 2 + ([],) for n in ("NaN", "1e999")),
         (PLAIN, "", [PARIS]),
         (f"<|python_tag|>{PLAIN}; {PLAIN}", "", [PARIS, PARIS]),
         (f"[{PLAIN}, {PLAIN}]", "", [PARIS, PARIS]),

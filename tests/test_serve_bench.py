@@ -39,6 +39,12 @@ def test_bad_files_are_refused(tmp_path, line):
         take(str(listed), 1)
 
 
+def test_a_report_that_could_not_be_written_is_refused_before_it_is_measured(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--address", "x", "--json", str(tmp_path / "nowhere" / "out.json")])
+    assert "folder does not exist" in capsys.readouterr().err
+
+
 def test_groups_share_their_prompt():
     args = parse_arguments(["--address", "x", "--group-size", "4", "--prompt-tokens", "3-9"])
     requests = workload(args, 10, seed=3)

@@ -67,6 +67,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected at least 1")
     if args.vocab_size <= FIRST_TOKEN_ID:
         parser.error(f"--vocab-size is {args.vocab_size}; expected more than {FIRST_TOKEN_ID}")
+    if args.json and not Path(args.json).parent.is_dir():
+        parser.error(f"--json is {args.json}; its folder does not exist")
     return args
 
 
@@ -221,7 +223,7 @@ def main(argv: list[str]) -> int:
     if errors:
         print(f"{len(errors)} requests failed; the first: {errors[0]}")
     line = json.dumps(report)
+    print(line, flush=True)
     if args.json:
         Path(args.json).write_text(line + "\n")
-    print(line, flush=True)
     return 1 if errors else 0

@@ -152,4 +152,9 @@ def _call(found: Any) -> ToolCall | None:
     arguments = found.get("arguments", found.get("parameters", {}))
     if isinstance(arguments, str):
         arguments = _object_at(arguments)[0]
-    return ToolCall(found["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+    if not isinstance(arguments, dict):
+        return None
+    try:
+        return ToolCall(found["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    except (ValueError, RecursionError):  # NaN and 1e999, which Python reads and clients cannot; or just too deep
+        return None
