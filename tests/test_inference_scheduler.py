@@ -237,7 +237,7 @@ def test_a_full_queue_takes_all_of_a_call_or_nothing(model: ServedModel) -> None
     engine.submit_all(requests[:2])
     with pytest.raises(QueueFull, match="2 requests wait"):
         engine.submit_all(requests[:2])
-    engine.submit(requests[3])
+    engine.submit_all([requests[3]])
     engine.start()
     engine.stop(60)
     assert engine.failure == ""

@@ -316,7 +316,8 @@ def test_whoever_hears_of_a_failure_finds_it_in_health(folder: Path) -> None:
 
     engine = Engine(Batcher(served(folder), 2, 64, "0"), seed=0)
     heard: list[bool] = []
-    for future in (engine.call(broken), engine.submit(GenerateRequest("r", [1], SamplingParams(1))).future):
+    [sequence] = engine.submit_all([GenerateRequest("r", [1], SamplingParams(1))])
+    for future in (engine.call(broken), sequence.future):
         future.add_done_callback(lambda _: heard.append(engine.stopped.is_set()))
     engine.start()
     with pytest.raises(EngineFailure, match="the cable is unplugged"):

@@ -104,7 +104,7 @@ def test_a_read_that_fails_in_any_way_fails_its_session(
 
     server.post("/begin_weight_update", {})
     with monkeypatch.context() as patch:
-        patch.setattr("arealite.inference.control.named_tensors", no_memory)
+        patch.setattr("arealite.inference.pickles.named_tensors", no_memory)
         assert send(server, tensors[:5])[0] == 400
     assert send(server, tensors[5:])[0] == 400
     assert server.post("/end_weight_update", {"weight_version": "3"})[0] == 400

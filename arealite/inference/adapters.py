@@ -23,9 +23,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from arealite.api.errors import ArealiteError, RequestError
-from arealite.inference.bodies import field as read
 from arealite.inference.bodies import number, of_type, read_object, shown
-from arealite.inference.pickles import named_tensors, unpickle_text
+from arealite.inference.pickles import tensor_reader
 from arealite.observe import waits
 
 if TYPE_CHECKING:
@@ -181,16 +180,8 @@ class AdapterRoutes:
         body = await read_object(request)
         name = of_type("lora_name", body.get("lora_name"), str)
         settings = of_type("config_dict", body.get("config_dict"), dict)
-        payloads = of_type("serialized_named_tensors", body.get("serialized_named_tensors"), list)
-        load_format = read(body, "load_format", str, None)
-        if len(payloads) != 1:
-            raise RequestError(f"serialized_named_tensors: expected one, for the one rank here; found {len(payloads)}")
-
-        def tensors() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-            where = "serialized_named_tensors[0]"
-            return settings, dict(named_tensors(where, unpickle_text(where, payloads[0]), load_format))
-
-        return await self._add(name, "", tensors)
+        tensors = tensor_reader(body)
+        return await self._add(name, "", lambda: (settings, dict(tensors())))
 
     async def _add(self, name: str, path: str, source: Source) -> web.Response:
         def prepare() -> Adapter:

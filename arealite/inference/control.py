@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from aiohttp import web
 
 from arealite.api.errors import RequestError, WeightSyncError
@@ -14,7 +13,7 @@ from arealite.inference import receiver
 from arealite.inference.bodies import field, integer, of_type, read_object, shown, strings
 from arealite.inference.engine import Engine, UpdateOptions
 from arealite.inference.groups import Groups, Incoming, layout
-from arealite.inference.pickles import named_tensors, unpickle_text
+from arealite.inference.pickles import load_format, tensor_reader
 from arealite.inference.updates import NamedTensors, Updates
 from arealite.weights.receive import iterate_tensors
 
@@ -98,15 +97,14 @@ class ControlRoutes:
         incoming = Incoming(
             group=field(body, "group_name", str, DEFAULT_GROUP),
             slots=layout(names, dtypes, shapes, self._max_bytes),
-            is_flat=_load_format(body) == "flattened_bucket",
+            is_flat=load_format(body) == "flattened_bucket",
         )
         return await self._take(body, lambda: self._groups.receive(incoming))
 
     async def update_from_tensor(self, request: web.Request) -> web.Response:
         body = await read_object(request)
         self._check_session()
-        read = _reader(body)
-        return await self._take(body, read)
+        return await self._take(body, tensor_reader(body))
 
     async def _take(
         self, body: dict[str, Any], read: Callable[[], NamedTensors], castable: bool = True, needs_all: bool = False
@@ -176,23 +174,6 @@ def _options(body: dict[str, Any], flushes: bool = True) -> UpdateOptions:
         abort_all_requests=field(body, "abort_all_requests", bool, False),
         checksum_names=strings("checksum_names", field(body, "checksum_names", list, [])),
     )
-
-
-def _load_format(body: dict[str, Any]) -> str | None:
-    found = field(body, "load_format", str, None)
-    if found not in (None, "direct", "flattened_bucket"):
-        raise RequestError(f"load_format: expected null, direct or flattened_bucket; found {shown(found)}")
-    return found
-
-
-def _reader(body: dict[str, Any]) -> Callable[[], Iterable[tuple[str, torch.Tensor]]]:
-    """Reads the pickled tensors of a body, when it is called."""
-    load_format = _load_format(body)
-    payloads = of_type("serialized_named_tensors", body.get("serialized_named_tensors"), list)
-    if len(payloads) != 1:
-        raise RequestError(f"serialized_named_tensors: expected one, for the one rank here; found {len(payloads)}")
-    name = "serialized_named_tensors[0]"
-    return lambda: named_tensors(name, unpickle_text(name, payloads[0]), load_format)
 
 
 def _number(name: str, value: Any) -> int:

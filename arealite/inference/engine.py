@@ -60,7 +60,7 @@ class UpdateOptions:
 
 
 class Engine:
-    """Owner of a Batcher. `start`, `stop`, `submit`, `call` and `ask` may be used from any thread; the methods that
+    """Owner of a Batcher. `start`, `stop`, `submit_all`, `call` and `ask` may be used from any thread; the methods that
     change what is served (pause, abort, update_weights, ...) run on the engine thread, through `call` or `ask`."""
 
     def __init__(
@@ -86,10 +86,6 @@ class Engine:
         """Abort what is in flight and end the thread; waits at most `limit_s` for the current step."""
         self._inbox.put(None)
         self._thread.join(limit_s)
-
-    def submit(self, request: GenerateRequest) -> Sequence:
-        """`submit_all` for one."""
-        return self.submit_all([request])[0]
 
     def submit_all(self, requests: list[GenerateRequest]) -> list[Sequence]:
         """Queue requests, all or none; a sequence's future is resolved with the sequence itself, once it has ended.
@@ -192,7 +188,7 @@ class Engine:
         """Consumes: the inbox (requests, calls, the stop mark).
         Produces: resolved futures.
         Waits for: the inbox, when idle or paused.
-        Unblocked by: submit, call and stop, each of which puts an entry there.
+        Unblocked by: submit_all, call and stop, each of which puts an entry there.
         """
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)

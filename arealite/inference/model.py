@@ -148,16 +148,6 @@ class ServedModel:
         rows = self.head(torch.nn.functional.pad(hidden, (0, 0, 0, num_padding)))[: len(hidden)]
         return rows if self._softcap is None else rows.div_(self._softcap).tanh_().mul_(self._softcap)
 
-    def score(self, hidden: torch.Tensor, targets: list[int]) -> list[float]:
-        """Logprobs at temperature 1 of targets[i] after hidden state i; float32, in chunks over the LM head."""
-        logprobs: list[float] = []
-        for start in range(0, len(targets), HEAD_CHUNK):
-            wanted = torch.tensor(targets[start : start + HEAD_CHUNK], device=self.device)
-            rows = self.logits(hidden[start : start + len(wanted)]).float()
-            chosen = rows.gather(1, wanted[:, None])[:, 0] - rows.logsumexp(-1)
-            logprobs += chosen.clamp_(min=torch.finfo(torch.float32).min).tolist()
-        return logprobs
-
     def _run(self, tokens: list[int], positions: list[int], layout: KVLayout | ShapeProbe) -> torch.Tensor:
         """The modelling code over one row of T tokens; last hidden states [T, hidden]."""
         output = self.module.base_model(

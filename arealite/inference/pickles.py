@@ -10,7 +10,7 @@ import binascii
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 
 from arealite.api.errors import RequestError
 from arealite.api.types import TensorSlot
-from arealite.inference.bodies import shown
+from arealite.inference.bodies import field, of_type, shown
 from arealite.weights.buckets import cut
 
 # Python's own unpickler, because the C one allocates whatever index a memo opcode names.
@@ -55,6 +55,24 @@ def unpickle(name: str, raw: bytes) -> Any:
         raise RequestError(f"{name}: {error}") from error
     except Exception as error:  # boundary: hostile bytes make pickle and torch raise anything
         raise RequestError(f"{name}: not a pickle of tensors ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def load_format(body: dict[str, Any]) -> str | None:
+    """How the tensors of a call are laid out: None or "direct" one by one, or "flattened_bucket"."""
+    found = field(body, "load_format", str, None)
+    if found not in (None, "direct", "flattened_bucket"):
+        raise RequestError(f"load_format: expected null, direct or flattened_bucket; found {shown(found)}")
+    return found
+
+
+def tensor_reader(body: dict[str, Any]) -> Callable[[], list[tuple[str, torch.Tensor]]]:
+    """Reads the pickled tensors of a body, when it is called. Raises RequestError, as what it returns does."""
+    layout = load_format(body)
+    payloads = of_type("serialized_named_tensors", body.get("serialized_named_tensors"), list)
+    if len(payloads) != 1:
+        raise RequestError(f"serialized_named_tensors: expected one, for the one rank here; found {len(payloads)}")
+    name = "serialized_named_tensors[0]"
+    return lambda: named_tensors(name, unpickle_text(name, payloads[0]), layout)
 
 
 def named_tensors(name: str, payload: Any, load_format: str | None) -> list[tuple[str, torch.Tensor]]:

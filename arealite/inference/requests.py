@@ -314,11 +314,7 @@ def _prompts(body: dict[str, Any], limits: ServedLimits) -> tuple[list[list[int]
 def _encoded(text: Any, limits: ServedLimits) -> list[int]:
     if limits.encode is None:
         raise RequestError("text: the served model folder has no tokenizer; send input_ids")
-    try:
-        of_type("text", text, str).encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"text: half of a surrogate pair is no character: {error}") from error
-    return limits.encode(text)
+    return limits.encode(of_type("text", text, str))
 
 
 def _check_prompt(name: str, prompt: Any, limits: ServedLimits) -> None:
