@@ -182,9 +182,9 @@ class FakeServer:
         """All connections break, and nobody listens at the address any more."""
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
 
-    def come_back(self) -> None:
+    def come_back(self, version: int = 0) -> None:
         """A new process at the old address, with the weights it was started with."""
-        self.version, self.pause_mode, self.adapters = 0, None, {}
+        self.version, self.pause_mode, self.adapters = version, None, {}
         asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(10)
 
     async def _open(self) -> str:

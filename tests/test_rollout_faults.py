@@ -127,12 +127,12 @@ def test_a_server_rejoins_with_the_weights_it_missed_and_as_paused_as_the_others
         engine.pause()
         assert set(engine.update_weights(disk(5))) == {"server-0"}
         b.calls.clear()
-        b.come_back()
+        b.come_back(version=5)  # other weights, of before this trainer went on from a recovery point: not to be trusted
         until(lambda: alive(engine) == {"server-0", "server-1"})
         assert b.version == 5 and b.pause_mode == "retract"
         engine.resume()
         assert a.pause_mode is b.pause_mode is None
-        assert b.calls.index("/update_weights_from_disk") < len(b.calls)
+        assert "/update_weights_from_disk" in b.calls
         before = len(b.requests)
         engine.run_groups([Task(f"e0-r{i}", prompt="x") for i in range(4)], MembersWorkflow())
         assert len(b.requests) > before
@@ -164,7 +164,7 @@ def test_an_update_goes_on_without_the_server_that_refuses_it(connect):
         b.refuse_update = ""
         until(lambda: b.version == 4 and alive(engine) == {"server-0", "server-1"})
         a.refuse_update = b.refuse_update = "no room left"
-        with pytest.raises(WeightSyncError, match=r"version 5.*server-0.*no room left"):
+        with pytest.raises(WeightSyncError, match=r"version 5.*server-\d.*no room left"):
             engine.update_weights(disk(5))
         assert engine.get_version() == 4
 
@@ -188,25 +188,29 @@ def test_a_server_that_cannot_be_paused_when_it_is_back_does_not_end_the_update_
         engine.update_weights(disk(4))
         engine.prepare_update()  # so that it gets its weights by the next update only
         b.refuse_update, b.refuse_pause = "", 500
-        (back,) = (m for m in engine._live.router.members if m.server.url.endswith(b.address))
+        back = engine._live.router.members[1]
         until(lambda: back.breaker.state == "half_open")
         assert engine.update_weights(disk(5)) == {"server-0": {"w": 7}}
         b.refuse_pause = 0
         until(lambda: b.version == 5 and alive(engine) == {"server-0", "server-1"})
 
 
-def test_a_version_of_an_earlier_life_of_the_run_is_not_trusted(connect):
-    """A trainer that went on from a recovery point makes version 5 again, and a server still holds the first one."""
+def test_a_server_that_freezes_while_it_comes_back_holds_up_nobody(connect):
     with FakeServer() as a, FakeServer() as b:
-        engine = connect([a, b])
+        engine = connect([a, b], setup_timeout_s=300.0)
+        engine.update_weights(disk(4))
         b.die()
         until(lambda: alive(engine) == {"server-0"})
-        engine.update_weights(disk(5))
         b.calls.clear()
+        b.is_frozen = True
         b.come_back()
-        b.version = 5
-        until(lambda: alive(engine) == {"server-0", "server-1"})
-        assert "/update_weights_from_disk" in b.calls
+        until(lambda: "/pause_generation" in b.calls)
+        b.is_stopped = True
+        thread = threading.Thread(target=engine.prepare_update, daemon=True)
+        thread.start()
+        thread.join(LIMIT_S)
+        assert not thread.is_alive() and alive(engine) == {"server-0"}
+        b.is_stopped = b.is_frozen = False
 
 
 def test_an_update_waits_for_a_server_when_all_are_gone(connect):
@@ -289,7 +293,7 @@ def test_groups_keep_their_server_until_servers_come_or_go(connect):
         assert homes("xx") == ["server-1", "server-1"]
 
 
-def test_the_servers_file_adds_replaces_and_drains(connect, tmp_path, monkeypatch):
+def test_the_servers_file_adds_replaces_and_drains(connect, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("AREALITE_RUN_DIR", str(tmp_path))
     listed = tmp_path / "servers"
     with FakeServer(token_s=0.005) as a, FakeServer() as b, FakeServer() as c:
@@ -309,6 +313,8 @@ def test_the_servers_file_adds_replaces_and_drains(connect, tmp_path, monkeypatc
         until(lambda: {m.id for m in list(engine._live.router.members)} == {"server-1"})
         assert engine.stats()["num_server_failures"] == 1  # to be drained is none
         assert {g.trajectories[0].status for g in engine.wait(4, timeout_s=LIMIT_S)} == {"ok"}
+        until(lambda: len(engine._live.watch._loops) == 2)  # of the one server, and of the file
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_a_server_that_is_replaced_before_it_was_reached_costs_only_time(connect, tmp_path, monkeypatch):
@@ -322,22 +328,12 @@ def test_a_server_that_is_replaced_before_it_was_reached_costs_only_time(connect
         assert a.requests and c.requests
 
 
-def test_a_replaced_server_is_forgotten_without_a_word(connect, caplog):
-    with FakeServer() as a, FakeServer() as b, FakeServer() as c:
-        engine = connect([a, b])
-        engine._live.call(lambda: engine._live.watch.set_listed([a.address, c.address]), "test")
-        until(lambda: alive(engine) == {"server-0", "server-1"})
-        until(lambda: len(engine._live.watch._loops) == 2)
-        assert not [record for record in caplog.records if record.levelname == "ERROR"]
-
-
 def test_a_paused_server_whose_health_check_samples_can_come_back(connect):
     with FakeServer() as a, FakeServer() as b:
         engine = connect([a, b], kind=RemoteSGLangEngine)
         engine.pause()
         b.health = 503  # until it is resumed
-        (lost,) = (m for m in engine._live.router.members if m.server.url.endswith(b.address))
-        engine._live.call(lambda: engine._live.router.fail(lost, "test"), "test")
+        engine._live.call(lambda: engine._live.router.fail(engine._live.router.members[1], "test"), "test")
         until(lambda: alive(engine) == {"server-0", "server-1"})
         engine.resume()
         assert b.pause_mode is None

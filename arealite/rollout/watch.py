@@ -147,13 +147,25 @@ class Watch:
             await self._probe(member)
             member.breaker.answers()
             self._router.notify()
-            if not await self._fleet.join(member):
+            if not await self._joined(member):
                 return  # the next update brings the weights
         except ArealiteError as error:
             self._router.fail(member, str(error), is_dead=isinstance(error, ConnectionLost))
             return
         logger.warning("%s (%s) takes requests", member.id, member.server.url)
         self._router.changed()
+
+    async def _joined(self, member: Member) -> bool:
+        """Fleet.join, watched: the others wait for it, so a server that freezes in it is taken out."""
+        joining = asyncio.ensure_future(self._fleet.join(member))
+        num_misses = 0
+        try:
+            while not (await asyncio.wait({joining}, timeout=PROBE_S))[0]:
+                num_misses = 0 if await self._answers(member) else num_misses + 1
+                self._judge(member, num_misses)
+            return joining.result() and member.is_alive
+        finally:
+            joining.cancel()
 
     async def _probe(self, member: Member) -> None:
         """Where /health samples a token, a server that is out is asked for less: it may be paused still."""
