@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import socket
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from inference_support import LocalServer, fetch, output_logprobs, save_tiny_llama, served, wait_until
+from inference_support import WAIT_S, LocalServer, fetch, output_logprobs, save_tiny_llama, served, wait_until
 
 from arealite.inference.model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.responses import Answer
 from arealite.inference.sequence import Sequence
+from arealite.observe import waits
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +245,17 @@ def test_an_echo_has_no_special_tokens_that_the_answer_has_not(server: LocalServ
     for skip, text in ((True, "abc"), (False, "<bos>abc")):
         body = {"prompt": prompt, "max_tokens": 0, "echo": True, "skip_special_tokens": skip}
         assert server.post("/v1/completions", body)[1]["choices"][0]["text"] == text
+
+
+def test_a_client_that_stops_reading_is_cut_off(model: ServedModel) -> None:
+    body = {**asked(max_new_tokens=400), "top_logprobs_num": 200, "stream": True}
+    with LocalServer(model, request_limit_s=3.0) as server:
+        place = urlsplit(server.url)
+        with socket.create_connection((str(place.hostname), int(place.port or 0)), WAIT_S) as opened:
+            raw = json.dumps(body).encode()
+            opened.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(raw), raw))
+            wait_until(lambda: any("reading of a stream" in line for line in waits.lines()))
+            wait_until(lambda: not any("_handle" in str(task) for task in asyncio.all_tasks(server._loop)))
+            pieces = list(iter(partial(opened.recv, 1 << 20), b""))
+            assert b"data: {" in b"".join(pieces[:2]) and b"[DONE]" not in b"".join(pieces)
+        assert server.get("/health")[0] == 200

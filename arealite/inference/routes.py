@@ -117,7 +117,7 @@ class ServerRoutes:
         with_prompt = field(body, "return_prompt_token_ids", bool, False)
         if call.stream:
             shape = strict.stream_error_body if self._settings.strict_sglang else error_body
-            return await send_events(request, self._events(call, with_prompt), shape)
+            return await send_events(request, self._events(call, with_prompt), shape, self._settings.request_limit_s)
         answers = [
             self._entry(answer, False, with_prompt) for answer in await self._submissions.finished(call.requests)
         ]
@@ -146,7 +146,7 @@ class ServerRoutes:
         requests = call.generate.requests
         if call.generate.stream:
             events = chunks(call, choice_of, self._submissions.growing(requests))
-            return await send_events(request, events, error_body)
+            return await send_events(request, events, error_body, self._settings.request_limit_s)
         return web.json_response(whole_answer(call, choice_of, await self._submissions.finished(requests)))
 
     async def abort(self, request: web.Request) -> web.Response:

@@ -8,7 +8,7 @@ import asyncio
 import json
 import logging
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -23,6 +23,8 @@ from arealite.inference.sequence import Sequence
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)
+
+LONG_WRITE_BYTES = 1 << 15  # well below what asyncio buffers before it makes writers wait
 
 
 class Submissions:
@@ -108,29 +110,44 @@ ErrorBody = Callable[[int, str], dict[str, Any]]
 
 
 async def send_events(
-    request: web.Request, events: AsyncGenerator[dict[str, Any], None], error_body: ErrorBody
+    request: web.Request, events: AsyncGenerator[dict[str, Any], None], error_body: ErrorBody, limit_s: float
 ) -> web.StreamResponse:
     """Answer with server-sent events and `[DONE]`. What fails before the first one is raised, and answered as for any
-    other call; what fails later is the last event, made by `error_body(status, message)`."""
+    other call; what fails later is the last event, made by `error_body(status, message)`. A client that has read
+    nothing for `limit_s` is cut off."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+
+    async def send(event: str) -> None:
+        text = f"data: {event}\n\n".encode()
+        waiting = request.transport is not None and request.transport.get_write_buffer_size() > 0
+        if waiting or len(text) >= LONG_WRITE_BYTES:
+            await _read_by_client(request, response.write(text), limit_s)
+        else:  # cannot block; a limit would cost as much as the event
+            await response.write(text)
+
     async with aclosing(events):
         event: dict[str, Any] | None = await anext(events, None)
         await response.prepare(request)
         while event is not None:
-            await _send(response, json.dumps(event))
+            await send(json.dumps(event))
             try:
                 event = await anext(events, None)
             except (WaitTimeout, EngineFailure) as error:
-                await _send(response, json.dumps(error_body(503, str(error))))
+                await send(json.dumps(error_body(503, str(error))))
                 break
             except Exception:  # HTTP boundary: the status is sent, so that only the stream can tell of it
                 logger.exception("%s failed", request.path)
-                await _send(response, json.dumps(error_body(500, traceback.format_exc())))
+                await send(json.dumps(error_body(500, traceback.format_exc())))
                 break
-        await _send(response, "[DONE]")
-        await response.write_eof()
+        await send("[DONE]")
+        await _read_by_client(request, response.write_eof(), limit_s)
     return response
 
 
-async def _send(response: web.StreamResponse, event: str) -> None:
-    await response.write(f"data: {event}\n\n".encode())
+async def _read_by_client(request: web.Request, writing: Awaitable[None], limit_s: float) -> None:
+    try:
+        await waits.bounded(writing, "reading of a stream", "client", limit_s)
+    except WaitTimeout as error:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError(str(error)) from error
