@@ -6,6 +6,7 @@ makes; the built-in server and the vLLM worker call join_group.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import socket
@@ -23,6 +24,7 @@ from arealite.api.errors import WeightSyncError
 from arealite.api.types import GroupPlace
 
 GROUP_LIMIT_S = 60.0  # for all members to join, and for one broadcast
+LEAVE_LIMIT_S = 10.0  # how long a process that ends waits for its groups to be gone
 POLL_S = 0.0005  # how often the end of a broadcast is looked for
 FAILURES = (RuntimeError, ValueError, OSError)  # what torch.distributed raises; its own classes are RuntimeErrors
 
@@ -72,7 +74,10 @@ def leave_group(group: dist.ProcessGroup) -> None:
         with suppress(*FAILURES, KeyError):  # it was broken already, or all groups of this process have ended
             dist.destroy_process_group(group)
 
-    threading.Thread(target=destroy, name="leave weight group", daemon=True).start()
+    leaving = threading.Thread(target=destroy, name="leave weight group", daemon=True)
+    leaving.start()
+    # A daemon thread that comes back from C++ while Python shuts down takes the whole process with it (SIGABRT).
+    atexit.register(leaving.join, LEAVE_LIMIT_S)
 
 
 def broadcast(
