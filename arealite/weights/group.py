@@ -67,8 +67,9 @@ def join_group(
     return group
 
 
-def leave_group(group: dist.ProcessGroup) -> None:
-    """End the membership, at once and without waiting: the other members' broadcasts fail from now on."""
+def leave_group(group: dist.ProcessGroup) -> threading.Thread:
+    """End the membership, at once and without waiting: the other members' broadcasts fail from now on. The thread that
+    is returned ends when the group is gone."""
 
     def destroy() -> None:
         with suppress(*FAILURES, KeyError):  # it was broken already, or all groups of this process have ended
@@ -78,6 +79,7 @@ def leave_group(group: dist.ProcessGroup) -> None:
     leaving.start()
     # A daemon thread that comes back from C++ while Python shuts down takes the whole process with it (SIGABRT).
     atexit.register(leaving.join, LEAVE_LIMIT_S)
+    return leaving
 
 
 def broadcast(
@@ -119,6 +121,7 @@ class GroupSender:
         self._group: dist.ProcessGroup | None = None
         self._store: dist.TCPStore | None = None
         self._place: GroupPlace | None = None
+        self._leaving: threading.Thread | None = None
         self._cancelled = threading.Event()
 
     def listen(self, world_size: int, towards: str) -> GroupPlace:
@@ -160,7 +163,12 @@ class GroupSender:
         group, self._group, self._store, self._place = self._group, None, None, None
         self._cancelled = threading.Event()
         if group is not None:
-            leave_group(group)
+            self._leaving = leave_group(group)
+
+    def wait_until_left(self) -> None:
+        """The group closed last is gone, or the limit has passed: two threads must not destroy one group."""
+        if self._leaving is not None:
+            self._leaving.join(LEAVE_LIMIT_S)
 
 
 def own_address(towards: str) -> str:

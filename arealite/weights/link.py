@@ -88,6 +88,7 @@ class WeightLink:
     def close(self) -> None:
         """Release the memory and leave the group; folders stay."""
         self._group.close()
+        self._group.wait_until_left()
         if self._segment is not None:
             self._segment.close()
             self._segment = None
