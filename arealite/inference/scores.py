@@ -44,8 +44,10 @@ def score_prompt(model: ServedModel, sequence: Sequence, start: int, hidden: tor
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """In float32; what has no probability gets its lowest number, since JSON has no infinity."""
-    return torch.log_softmax(logits.float(), -1).clamp_(min=torch.finfo(torch.float32).min)
+    """In float32; what has no probability gets its lowest number, since JSON has no infinity. torch's log_softmax sums
+    a large vocabulary less exactly than logsumexp does, which would show as a mismatch with the trainer."""
+    rows = logits.float()
+    return (rows - rows.logsumexp(-1, keepdim=True)).clamp_(min=torch.finfo(torch.float32).min)
 
 
 def _chosen(sequence: Sequence, logprobs: torch.Tensor) -> tuple[list[Scored | None], list[Scored | None]]:
