@@ -13,7 +13,7 @@ from collections.abc import Callable
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
-from arealite.api.types import Group
+from arealite.api.types import Dims, Group
 from arealite.dataset.fetch import resolve_model
 from arealite.dataset.loader import StatefulDataLoader, load_tasks
 from arealite.engine.checkpoint import Saver
@@ -54,6 +54,13 @@ def remote_engine(config: GRPOConfig) -> RemoteInferenceEngine:
     return ENGINES[component.backend](config.rollout, seed=config.seed)
 
 
+def trainer_dims(config: GRPOConfig) -> Dims:
+    """How the allocation spreads the policy over the trainer ranks."""
+    component = AllocationMode.parse(config.allocation_mode).train
+    assert component is not None, "the launcher's plan refuses a run without a trainer"
+    return component.dims
+
+
 def total_steps(config: GRPOConfig, dataloader: StatefulDataLoader) -> int:
     """Optimiser steps of the whole run."""
     return config.total_train_steps or config.total_train_epochs * dataloader.steps_per_epoch
@@ -75,13 +82,14 @@ class PPOTrainer:
         self.takes_turns = os.environ.get("AREALITE_COLOCATED") == "1"
         self.tokenizer = load_tokenizer(config)
 
-        self.actor = FSDPPPOActor(config.actor)
+        dims = trainer_dims(config)
+        self.actor = FSDPPPOActor(config.actor, dims)
         self.actor.initialize()
         self.collective = self.actor.collective
         self.is_head = self.collective.rank == 0
         self.ref: FSDPEngine | None = None
         if config.ref is not None:
-            self.ref = FSDPEngine(config.ref, trainable=False)
+            self.ref = FSDPEngine(config.ref, trainable=False, dims=dims)
             self.ref.initialize()
 
         self.rollout = remote_engine(config)

@@ -9,7 +9,7 @@ from arealite.api.errors import ArealiteError
 class Alone:
     """api.engine.Collective of a single rank."""
 
-    rank, world_size = 0, 1
+    rank, world_size, num_shares = 0, 1, 1
 
     def broadcast(self, value):
         return value
@@ -42,6 +42,7 @@ class One:
 
     def __init__(self, meeting, rank):
         self.meeting, self.rank, self.world_size = meeting, rank, meeting.world_size
+        self.num_shares = self.world_size
 
     def _meet(self, call, value):
         meeting = self.meeting

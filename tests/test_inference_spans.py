@@ -274,9 +274,11 @@ def test_a_parameter_changed_in_place_is_what_is_served(sharded: bool, free_port
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port}", rank=0, world_size=1)
     try:
         if sharded:
-            from arealite.engine.parallel import shard
+            from arealite.api.types import Dims
+            from arealite.engine.mesh import RankMesh
+            from arealite.engine.parallelize import shard
 
-            shard(trained, {"LlamaDecoderLayer"}, torch.device("cpu"), torch.float32)
+            shard(trained, {"LlamaDecoderLayer"}, RankMesh(Dims(), torch.device("cpu")), torch.float32)
         model = ServedModel.from_module(trained, None)
         assert "lm_head.weight" not in model.tensor_names and trained.config._attn_implementation == "sdpa"
         with LocalServer(model) as server, torch.no_grad():

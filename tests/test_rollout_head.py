@@ -183,7 +183,7 @@ class Ranks:
         ranks = self
 
         class One:
-            world_size = ranks.size
+            world_size = num_shares = ranks.size
 
             def scatter(self, shares):
                 if rank == 0:

@@ -21,9 +21,10 @@ class Collective(Protocol):
 
     rank: int
     world_size: int
+    num_shares: int  # parts that a batch is divided into; ranks that compute one sequence together have the same one
 
     def scatter(self, shares: list[Any] | None) -> Any:
-        """Rank 0 gives one object per rank (others None); returns this rank's object."""
+        """Rank 0 gives one object per share (others None); returns the object of this rank's share."""
 
     def broadcast(self, value: Any) -> Any:
         """Returns rank 0's object on every rank."""

@@ -17,6 +17,21 @@ Status = Literal["ok", "reward_error", "failed", "aborted"]
 
 
 @dataclass(frozen=True)
+class Dims:
+    """Parallel degrees: d data (replicas; servers for inference), t tensor, p pipeline, c context, e expert."""
+
+    d: int = 1
+    t: int = 1
+    p: int = 1
+    c: int = 1
+    e: int = 1
+
+    def __str__(self) -> str:
+        sizes = {"t": self.t, "p": self.p, "c": self.c, "e": self.e}
+        return f"d{self.d}" + "".join(f"{letter}{size}" for letter, size in sizes.items() if size > 1)
+
+
+@dataclass(frozen=True)
 class Task:
     """One row of a data set, drawn once.
 

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from arealite.api.cli_args import TrainEngineConfig
 from arealite.api.engine import InferenceEngine
 from arealite.api.errors import ConfigError, NumericalError, WeightSyncError
-from arealite.api.types import Batch, WeightUpdateMeta
+from arealite.api.types import Batch, Dims, WeightUpdateMeta
 from arealite.dataset.fetch import resolve_model
 from arealite.engine import export, state
-from arealite.engine.export import whole
+from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch, cut, idle
 from arealite.engine.model import PackedLanguageModel, load_model
-from arealite.engine.optim import learning_rate, make_optimizer
-from arealite.engine.parallel import RankCollective, join_ranks, pick_device, shard
+from arealite.engine.optim import clip_gradients, gradient_norm, learning_rate, make_optimizer
+from arealite.engine.parallel import RankCollective, join_ranks, pick_device
+from arealite.engine.parallelize import parallelize
 from arealite.weights.handshake import verify
 from arealite.weights.link import WeightLink
 
@@ -55,8 +55,10 @@ class FSDPEngine:
 
     collective: RankCollective
 
-    def __init__(self, config: TrainEngineConfig, trainable: bool = True) -> None:
+    def __init__(self, config: TrainEngineConfig, trainable: bool = True, dims: Dims | None = None) -> None:
+        """`dims`: how the model is spread over the ranks; over all of them by data if not given."""
         self.config = config
+        self._dims = dims
         self.trainable = trainable
         self.dtype: torch.dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
         self.temperature: float = 1.0 if config.temperature is None else config.temperature
@@ -76,14 +78,16 @@ class FSDPEngine:
         config = self.config
         self.device = pick_device()
         self._made_group = join_ranks(self.device, config.collective_timeout_s)
-        self.collective = RankCollective(config.collective_timeout_s)
+        dims = self._dims or Dims(d=dist.get_world_size())
+        self.mesh = RankMesh(dims, self.device)
+        self.collective = RankCollective(config.collective_timeout_s, dims)
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(config.seed + self.collective.rank)
         self.folder = resolve_model(config.path)
         self.hf_model = load_model(self.folder, config.gradient_checkpointing and self.trainable)
         self.model = PackedLanguageModel(self.hf_model, config.logprob_chunk_tokens).to(self.device)
         self.model.requires_grad_(self.trainable)
-        self._sharded = shard(self.model, set(self.hf_model._no_split_modules), self.device, self.dtype)
+        self._sharded = parallelize(self.model, self.hf_model, self.mesh, self.dtype)
         # Taken here, because modules hold the gathered compute copies instead between the passes.
         self._parameters = dict(self.hf_model.named_parameters())
         self.optimizer = make_optimizer(self._parameters.values(), config.optimizer) if self.trainable else None
@@ -135,14 +139,13 @@ class FSDPEngine:
         statistics = self._over_ranks(columns)
         loss_sum = statistics.pop("loss")
         with self.collective.computing("update"):
-            total_norm = get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
-            norm = float(whole(total_norm))
+            norm = gradient_norm(self._parameters.values())
         skipped = not (math.isfinite(loss_sum) and math.isfinite(norm))
         if skipped:
             self._skip(batch, micro_batches, columns["loss"], loss_sum, norm)
         else:
             self._num_bad_steps = 0
-            clip_grads_with_norm_(self._parameters.values(), self.config.optimizer.max_grad_norm, total_norm)
+            clip_gradients(self._parameters.values(), self.config.optimizer.max_grad_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()

@@ -1,12 +1,16 @@
-"""AdamW on sharded float32 weights, and its schedule. Called by engine/fsdp_engine.py."""
+"""AdamW on sharded float32 weights, its schedule, and the gradients' norm. Called by engine/fsdp_engine.py."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from arealite.api.cli_args import OptimizerConfig
 from arealite.api.errors import ConfigError
@@ -36,8 +40,11 @@ def learning_rate(config: OptimizerConfig, update: int, num_updates: int | None)
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) with its moments in place, so that a recovery point can be read into them."""
     parameters = list(parameters)
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)  # one call of a kernel takes one mesh
+    for p in parameters:
+        by_mesh[p.device_mesh if isinstance(p, DTensor) else None].append(p)
     optimizer = torch.optim.AdamW(
-        parameters,
+        [{"params": group} for group in by_mesh.values()],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -51,3 +58,30 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
             "exp_avg_sq": torch.zeros_like(p),
         }
     return optimizer
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """The 2-norm of all gradients of all ranks together. Collective."""
+    parts = [_local(p.grad).norm().double().square() / _num_copies(p) for p in parameters if p.grad is not None]
+    total = torch.stack(parts).sum()
+    dist.all_reduce(total)
+    return math.sqrt(float(total))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: float) -> None:
+    """Scale the gradients, whose norm is `norm`, down to `max_norm` if they are above it."""
+    scale = max_norm / (norm + 1e-6)
+    if scale < 1:
+        torch._foreach_mul_([_local(p.grad) for p in parameters if p.grad is not None], scale)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _num_copies(tensor: torch.Tensor) -> int:
+    """On how many ranks each number of a tensor is."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_world_size()
+    mesh = tensor.device_mesh
+    return math.prod(mesh.size(i) for i, place in enumerate(tensor.placements) if place.is_replicate())

@@ -1,4 +1,4 @@
-"""The trainer ranks: joining them, talking among them, sharding a model over them. Called by engine/fsdp_engine.py."""
+"""The trainer ranks: joining them, talking among them. Called by engine/fsdp_engine.py."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from arealite.api.errors import ArealiteError
+from arealite.api.types import Dims
 from arealite.observe.waits import mark, waiting
 
 T = TypeVar("T")
@@ -68,13 +66,17 @@ class RankCollective:
 
     Consumes: objects of the other ranks. Produces: the same outcome on all ranks. Waits for: every rank to make the
     same call, at most `timeout_s`, under the call's name. Unblocked by: that call, or the death of a rank.
+
+    `dims`: the grid of the ranks (engine/mesh.py); every rank has a data share of its own if not given.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, dims: Dims | None = None) -> None:
         self.timeout_s = timeout_s
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self._dims = dims or Dims(d=self.world_size)
+        self.num_shares = self._dims.d
 
     def _waiting(self, what: str, from_head: bool = False) -> AbstractContextManager[None]:
         """A wait for all others, or for rank 0 only where it sends."""
@@ -86,8 +88,10 @@ class RankCollective:
             assert shares is not None
             return shares[0]
         received = [None]
+        width = self._dims.c * self._dims.t
+        each = None if shares is None else [shares[r // width % self.num_shares] for r in range(self.world_size)]
         with self._waiting("scatter", from_head=True):
-            dist.scatter_object_list(received, shares, src=0, group=self.group)
+            dist.scatter_object_list(received, each, src=0, group=self.group)
         return received[0]
 
     def broadcast(self, value: Any) -> Any:
@@ -116,9 +120,16 @@ class RankCollective:
             yield
         mark("micro-batch")
 
+    @property
+    def _speaks_for_share(self) -> bool:
+        """Whether this rank's values count in sums: one rank of each data share does, on the last pipeline stage, where
+        the loss is."""
+        dims = self._dims
+        return self.rank % (dims.c * dims.t) == 0 and self.rank >= self.world_size - self.world_size // dims.p
+
     def reduce(self, values: torch.Tensor, op: str) -> torch.Tensor:
-        """The "sum" or "max" of a CPU tensor over all ranks."""
-        total = values.clone()
+        """The "sum" of a CPU tensor over all data shares, or its "max" over all ranks."""
+        total = values.clone() if op == "max" or self._speaks_for_share else torch.zeros_like(values)
         with self._waiting(op):
             dist.all_reduce(total, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)
         return total
@@ -137,27 +148,3 @@ class RankCollective:
         if isinstance(outcome, ArealiteError):
             raise outcome
         return outcome
-
-
-def shard(model: nn.Module, layer_classes: set[str], device: torch.device, dtype: torch.dtype) -> list[FSDPModule]:
-    """Shard float32 `model` over all ranks by FSDP2, computing in `dtype`; returns its sharded modules, root last.
-
-    Layers of `layer_classes` are gathered one at a time. Gradients are summed over ranks in float32, not averaged:
-    losses carry global denominators. One rank keeps its compute copy between the passes, which costs one copy of the
-    weights in `dtype` and saves two passes over all of them.
-    """
-    world_size = dist.get_world_size()
-    mesh = init_device_mesh(device.type, (world_size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = [m for m in model.modules() if type(m).__name__ in layer_classes]
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=world_size > 1)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    sharded: list[FSDPModule] = [m for m in (*layers, model) if isinstance(m, FSDPModule)]
-    for module in sharded:
-        if world_size > 1:
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-        else:
-            module.set_reshard_after_backward(False, recurse=False)
-    return sharded

@@ -74,7 +74,7 @@ class Evaluator:
         if not self._tasks:
             return None
         if self._latest is None or self._latest.step != step:
-            size = self._collective.world_size
+            size = self._collective.num_shares
             self._latest = from_head(lambda beat: [self._run(step, beat)] * size, self._collective)
         return self._latest
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from arealite.api.errors import ConfigError
+from arealite.api.types import Dims
 
 INFERENCE_BACKENDS = ("native", "sglang", "vllm")
 TRAIN_BACKENDS = ("fsdp", "megatron", "archon")
@@ -28,21 +29,6 @@ NAME = re.compile("[A-Za-z0-9_-]*")
 NUMBER = re.compile("[0-9]*")
 
 Role = Literal["inference", "train"]
-
-
-@dataclass(frozen=True)
-class Dims:
-    """Parallel degrees: d data (replicas; servers for inference), t tensor, p pipeline, c context, e expert."""
-
-    d: int = 1
-    t: int = 1
-    p: int = 1
-    c: int = 1
-    e: int = 1
-
-    def __str__(self) -> str:
-        sizes = {"t": self.t, "p": self.p, "c": self.c, "e": self.e}
-        return f"d{self.d}" + "".join(f"{letter}{size}" for letter, size in sizes.items() if size > 1)
 
 
 @dataclass(frozen=True)

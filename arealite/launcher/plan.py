@@ -20,7 +20,7 @@ from arealite.launcher.machine import Machine
 from arealite.launcher.servers import HOST, PORT, check_vllm, server_command, server_env
 
 # Which letters above 1 a backend can be given today.
-SUPPORTED = {"native": "", "sglang": "tpe", "vllm": "t", "fsdp": ""}
+SUPPORTED = {"native": "", "sglang": "tpe", "vllm": "t", "fsdp": "tpce"}
 # Weight updates that a backend cannot read, whatever its layout.
 UNREAD_UPDATES: dict[str, tuple[str, ...]] = {"sglang": ("shm",), "vllm": ("tensor",)}
 # A training step on the CPU allocates and frees the same large tensors again and again. By default glibc maps each one

@@ -21,7 +21,7 @@ Beat = Callable[[], None]
 
 
 def from_head(work: Callable[[Beat], list[Any]], collective: Collective | None) -> Any:
-    """Collective: `work` runs on rank 0 only and gives one object per rank; what it raises is raised on all ranks.
+    """Collective: `work` runs on rank 0 only and gives one object per share; what it raises is raised on all ranks.
     While it waits it calls the function that it is given, so that the other ranks' waits do not reach their limit.
 
     Consumes: rank 0's work. Produces: this rank's object. Waits for: rank 0, each time at most the collective's limit.
@@ -29,7 +29,7 @@ def from_head(work: Callable[[Beat], list[Any]], collective: Collective | None) 
     """
     if collective is None or collective.world_size == 1:
         return work(lambda: None)[0]
-    size = collective.world_size
+    size = collective.num_shares
     if collective.rank != 0:
         while (share := collective.scatter(None)) is None:
             pass
@@ -54,27 +54,27 @@ def from_head(work: Callable[[Beat], list[Any]], collective: Collective | None) 
 
 def take_and_share(take: Callable[[Beat], list[Group]], collective: Collective | None) -> Batch:
     """Collective: rank 0 takes the groups of one step, every rank gets its packed share."""
-    size = 1 if collective is None else collective.world_size
+    size = 1 if collective is None else collective.num_shares
     batch: Batch = from_head(lambda beat: split_batch(take(beat), size), collective)
     return batch
 
 
-def split_batch(groups: list[Group], num_ranks: int) -> list[Batch]:
-    """Whole groups, packed, one batch per rank; group ids and `num_groups` are those of the whole step.
+def split_batch(groups: list[Group], num_shares: int) -> list[Batch]:
+    """Whole groups, packed, one batch per share; group ids and `num_groups` are those of the whole step.
 
-    The longest group first, each to the rank with the fewest tokens: the fullest rank has at most 4/3 of the best
-    possible (Graham 1969). A rank gets an empty batch when there are fewer groups than ranks.
+    The longest group first, each to the share with the fewest tokens: the fullest one has at most 4/3 of the best
+    possible (Graham 1969). A share is empty when there are fewer groups than shares.
     """
     whole = Batch.pack(groups)
-    if num_ranks == 1:
+    if num_shares == 1:
         return [whole]
     num_tokens = np.bincount(whole.group_ids, weights=whole.lengths, minlength=len(groups))
-    rank_of = np.zeros(len(groups), np.int64)
-    load = np.zeros(num_ranks)
+    share_of = np.zeros(len(groups), np.int64)
+    load = np.zeros(num_shares)
     for group in np.argsort(-num_tokens, kind="stable"):
-        rank_of[group] = rank = load.argmin()
-        load[rank] += num_tokens[group]
-    return [whole.select(np.flatnonzero(rank_of[whole.group_ids] == rank)) for rank in range(num_ranks)]
+        share_of[group] = share = load.argmin()
+        load[share] += num_tokens[group]
+    return [whole.select(np.flatnonzero(share_of[whole.group_ids] == share)) for share in range(num_shares)]
 
 
 def _for_other_ranks(error: Exception) -> Exception:

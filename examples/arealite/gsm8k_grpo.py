@@ -19,7 +19,7 @@ from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report
 from arealite.reward.math import gsm8k_reward
-from arealite.trainer import load_tokenizer, remote_engine, total_steps
+from arealite.trainer import load_tokenizer, remote_engine, total_steps, trainer_dims
 from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
 from arealite.workflow.rlvr import RLVRWorkflow
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     folder = RunFolder.of(config)
     tokenizer = load_tokenizer(config)
 
-    actor = FSDPPPOActor(config.actor)
+    actor = FSDPPPOActor(config.actor, trainer_dims(config))
     actor.initialize()
     rollout = remote_engine(config)  # RemoteSGLangEngine, RemoteNativeEngine: as allocation_mode says
     rollout.initialize(actor.collective)

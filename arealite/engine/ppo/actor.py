@@ -21,7 +21,7 @@ from arealite.algorithm.policy_loss import (
 )
 from arealite.api.cli_args import NormConfig, PPOActorConfig
 from arealite.api.errors import ConfigError
-from arealite.api.types import Batch
+from arealite.api.types import Batch, Dims
 from arealite.engine.fsdp_engine import FSDPEngine, Update
 from arealite.engine.micro_batch import MicroBatch
 
@@ -83,8 +83,8 @@ class FSDPPPOActor(FSDPEngine):
 
     config: PPOActorConfig
 
-    def __init__(self, config: PPOActorConfig) -> None:
-        super().__init__(config, trainable=True)
+    def __init__(self, config: PPOActorConfig, dims: Dims | None = None) -> None:
+        super().__init__(config, trainable=True, dims=dims)
         if config.max_new_tokens is None and (
             config.overlong_tokens or config.loss_aggregation == "seq-mean-token-sum-norm"
         ):

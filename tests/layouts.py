@@ -1,0 +1,76 @@
+"""Trainer ranks as processes that start in a blink: forked from a server that has imported torch and transformers.
+
+`on_ranks(4, work, ...)` runs the module-level function work(rank, ...) in 4 processes that have torchrun's environment
+and have joined a gloo group; what each returned, in rank order. Used by tests of layouts.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+LIMIT_S = 240.0
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "transformers", "torch.distributed.tensor", "arealite.engine.ppo.actor"])
+
+
+def on_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """Raises AssertionError with the traceback of the first rank that failed; ends all processes in any case."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    pipes = [_context.Pipe(duplex=False) for _ in range(world_size)]
+    ranks = [
+        _context.Process(target=_rank, args=(send, rank, world_size, port, sys.path, work, args))
+        for rank, (_, send) in enumerate(pipes)
+    ]
+    try:
+        for rank in ranks:
+            rank.start()
+        for _, send in pipes:
+            send.close()
+        found = []
+        for number, (receive, _) in enumerate(pipes):
+            assert receive.poll(LIMIT_S), f"rank {number} of {world_size} has not answered for {LIMIT_S:g} s"
+            try:
+                found.append(receive.recv())
+            except EOFError:
+                found.append((f"rank {number} died with exit code {ranks[number].exitcode}", None))
+            assert not found[-1][0], f"rank {number} of {world_size}: {found[-1][0]}"
+        return [value for _, value in found]
+    finally:
+        for rank in ranks:
+            if rank.pid is not None:
+                rank.kill()
+                rank.join()
+
+
+def _rank(
+    send: Any, rank: int, world_size: int, port: int, path: list[str], work: Callable[..., Any], args: Any
+) -> None:
+    sys.path[:] = path
+    os.environ.update(
+        {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1",
+        }
+    )  # fmt: skip
+    import torch
+
+    from arealite.engine.parallel import join_ranks
+
+    torch.set_num_threads(1)
+    join_ranks(torch.device("cpu"), 120.0)
+    try:
+        outcome = ("", work(rank, *args))
+    except BaseException:
+        outcome = (traceback.format_exc(), None)
+    send.send(outcome)
+    send.close()
+    os._exit(0)  # groups of a failed rank may hang in their destructors
