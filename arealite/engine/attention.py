@@ -30,8 +30,8 @@ class Block:
     where no query sees them."""
 
     queries: torch.Tensor  # int64 [n, Lq], nodes
-    keys: torch.Tensor  # int64 [n, Lk], nodes from the root on
-    hidden: torch.Tensor  # bool [n, 1, Lq, Lk], True where the key comes after the query
+    keys: torch.Tensor  # int64 [n, Lk], nodes from the root, or from the first query's window, on
+    hidden: torch.Tensor  # bool [n, 1, Lq, Lk], True where the key comes after the query, or before its window
 
 
 @dataclass
@@ -45,10 +45,15 @@ class Layout:
     def max_keys(self) -> int:
         return max(len(path) for path in self.tree.paths)
 
+    def blocks(self, window: int | None) -> list[Block]:
+        """For the portable path; `window`: how many of the last keys, its own included, a query sees (None: all)."""
+        if window not in self._blocks:
+            self._blocks[window] = _blocks(self.tree, window or self.max_keys, self.device)
+        return self._blocks[window]
+
     @cached_property
-    def blocks(self) -> list[Block]:
-        """For the portable path."""
-        return _blocks(self.tree, self.device)
+    def _blocks(self) -> dict[int | None, list[Block]]:
+        return {}
 
     @cached_property
     def varlen(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int, int]]:
@@ -65,38 +70,40 @@ class Layout:
         return key_nodes, (queries, keys, int(added.max()), self.max_keys)
 
 
-def _blocks(tree: PrefixTree, device: torch.device) -> list[Block]:
-    runs: list[tuple[int, int, int]] = []  # (number of queries, number of keys, row); queries are the last ones
+def _blocks(tree: PrefixTree, window: int, device: torch.device) -> list[Block]:
+    runs: list[tuple[int, int, int, int]] = []  # (number of queries, number of keys, row, end of both on its path)
     for row, path in enumerate(tree.paths):
         end = len(path)
         begin = end - int(tree.first_node[row + 1] - tree.first_node[row])
         for stop in range(end, begin, -MAX_QUERIES):
-            runs.append((min(MAX_QUERIES, stop - begin), stop, row))
+            num_queries = min(MAX_QUERIES, stop - begin)
+            runs.append((num_queries, min(stop, num_queries + window - 1), row, stop))
     runs.sort()
     blocks: list[Block] = []
-    chosen: list[tuple[int, int, int]] = []
+    chosen: list[tuple[int, int, int, int]] = []
     needed = 0
     for run in runs:
-        num_keys = max([run[1], *(keys for _, keys, _ in chosen)])
+        num_keys = max(run[1], *(r[1] for r in chosen)) if chosen else run[1]
         computed = (len(chosen) + 1) * run[0] * num_keys
         if chosen and (computed > MAX_SCORES or computed > PADDING_SLACK * (needed + run[0] * run[1])):
-            blocks.append(_block(tree, chosen, device))
+            blocks.append(_block(tree, chosen, window, device))
             chosen, needed = [], 0
         chosen.append(run)
         needed += run[0] * run[1]
-    return [*blocks, _block(tree, chosen, device)] if chosen else blocks
+    return [*blocks, _block(tree, chosen, window, device)] if chosen else blocks
 
 
-def _block(tree: PrefixTree, runs: list[tuple[int, int, int]], device: torch.device) -> Block:
+def _block(tree: PrefixTree, runs: list[tuple[int, int, int, int]], window: int, device: torch.device) -> Block:
     num_queries, num_keys = max(r[0] for r in runs), max(r[1] for r in runs)
     queries = np.full((len(runs), num_queries), len(tree.tokens), dtype=np.int64)
     keys = np.zeros((len(runs), num_keys), dtype=np.int64)
-    position = np.zeros((len(runs), num_queries), dtype=np.int64)
-    for i, (asked, seen, row) in enumerate(runs):
-        queries[i, :asked] = tree.paths[row][seen - asked : seen]
-        keys[i, :seen] = tree.paths[row][:seen]
-        position[i, :asked] = np.arange(seen - asked, seen)
-    hidden = np.arange(num_keys)[None, None, :] > position[:, :, None]
+    own_key = np.zeros((len(runs), num_queries, 1), dtype=np.int64)  # the column of `keys` that is the query itself
+    for i, (asked, seen, row, stop) in enumerate(runs):
+        queries[i, :asked] = tree.paths[row][stop - asked : stop]
+        keys[i, :seen] = tree.paths[row][stop - seen : stop]
+        own_key[i, :asked, 0] = np.arange(seen - asked, seen)
+    column = np.arange(num_keys)
+    hidden = (column > own_key) | (column <= own_key - window)
     return Block(
         torch.from_numpy(queries).to(device),
         torch.from_numpy(keys).to(device),
@@ -183,13 +190,16 @@ def _attend(
     return torch.softmax(scores, -1).to(q.dtype), queries, keys, values
 
 
-def _varlen_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Layout, scale: float) -> torch.Tensor:
+def _varlen_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Layout, scale: float, window: int | None
+) -> torch.Tensor:
     """PyTorch's FlashAttention kernel for sequences of any length; a row's queries are the last of its keys."""
     from torch.nn.attention.varlen import varlen_attn
 
     nodes, rows = where.varlen
     k, v = k.index_select(0, nodes), v.index_select(0, nodes)
-    out = varlen_attn(q, k, v, *rows, scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+    seen = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(q, k, v, *rows, scale=scale, window_size=seen, enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -220,16 +230,12 @@ def tree_attention(
             f"{type(module).__name__} uses attention soft-capping or sinks, which packed training does not compute yet;"
             " choose a model without them"
         )
-    if sliding_window is not None and sliding_window < tree_layout.max_keys:
-        raise ConfigError(
-            f"a sequence of {tree_layout.max_keys} tokens is longer than the model's sliding window of"
-            f" {sliding_window}; packed training computes full attention only: shorten prompts or max_new_tokens"
-        )
+    window = sliding_window if sliding_window is not None and sliding_window < tree_layout.max_keys else None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if q.is_cuda and q.dtype != torch.float32:
-        return _varlen_attention(q, k, v, tree_layout, scale)[None], None
-    return _TreeAttention.apply(q, k, v, tree_layout.blocks, scale)[None], None
+        return _varlen_attention(q, k, v, tree_layout, scale, window)[None], None
+    return _TreeAttention.apply(q, k, v, tree_layout.blocks(window), scale)[None], None
 
 
 # No mask function is registered under this name, so that transformers builds no mask.
