@@ -4,7 +4,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arealite.algorithm.packing import common_prefix, first_fit_decreasing, micro_batches, prefix_tree
+from arealite.algorithm.packing import (
+    common_prefix,
+    first_fit_decreasing,
+    karmarkar_karp,
+    micro_batches,
+    prefix_tree,
+)
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), max_size=7), max_size=9)
 
@@ -45,6 +51,35 @@ def test_bins_hold_everything_once_within_capacity(sizes, capacity):
         assert len(chosen) == 1 or sum(sizes[i] for i in chosen) <= capacity
     lower = -(-sum(min(s, capacity) for s in sizes) // capacity)
     assert len(bins) <= max(2 * lower, 1)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 30), max_size=20), st.integers(1, 6))
+def test_parts_hold_everything_once_and_are_about_equal(sizes, num_parts):
+    parts = karmarkar_karp(sizes, num_parts)
+    assert len(parts) == num_parts and sorted(i for p in parts for i in p) == list(range(len(sizes)))
+    sums = [sum(sizes[i] for i in p) for p in parts]
+    # What largest differencing never exceeds: the largest number, which greedy lists can reach.
+    assert max(sums) - min(sums) <= max(sizes, default=0)
+
+
+def test_parts_are_more_even_than_longest_first():
+    sums = sorted(sum(p) for p in ([[8, 7, 6, 5, 4][i] for i in part] for part in karmarkar_karp([8, 7, 6, 5, 4], 2)))
+    assert sums == [14, 16]  # longest first: 13 and 17
+
+
+def test_micro_batches_are_of_equal_size():
+    rows = arrays([[i] * n for i, n in enumerate((6, 5, 4, 3, 2))])
+    batches = micro_batches(rows, np.arange(5), 11)
+    assert sorted(sum(len(rows[i]) for i in b) for b in batches) == [10, 10]
+
+
+@settings(deadline=None, max_examples=50)
+@given(SEQUENCES)
+def test_without_sharing_every_sequence_has_its_own_nodes(sequences):
+    tree = prefix_tree(arrays(sequences), share=False)
+    assert len(tree.tokens) == sum(map(len, sequences)) == len(np.unique(np.concatenate([*tree.paths, [-1]]))) - 1
+    assert [tree.tokens[path].tolist() for path in tree.paths] == [sequences[i] for i in tree.order]
 
 
 @settings(deadline=None, max_examples=100)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_batches import actor_config, random_batch, train_one_step
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 from arealite.api.cli_args import NormConfig, OptimizerConfig
@@ -53,7 +54,7 @@ def test_compute_logp_equals_transformers(tiny_llama, temperature):
     np.testing.assert_allclose(actor.compute_logp(batch, temperature), expected, atol=1e-5)
 
 
-def test_an_untied_head_and_checkpointing_change_nothing(tiny_llama, tmp_path):
+def test_an_untied_head_changes_nothing(tiny_llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 1.5)
@@ -61,12 +62,33 @@ def test_an_untied_head_and_checkpointing_change_nothing(tiny_llama, tmp_path):
     batch = random_batch()
     straight = make(tmp_path / "untied")
     np.testing.assert_allclose(straight.compute_logp(batch), plain_logp(model, batch), atol=1e-5)
-    stats = train_one_step(straight, batch)
-    saving = make(tmp_path / "untied", gradient_checkpointing=True)
-    again = train_one_step(saving, batch)
-    assert again["grad_norm"] == pytest.approx(stats["grad_norm"], rel=1e-5)
-    assert "lm_head.weight" in weights_of(saving)
+    train_one_step(straight, batch)
+    assert "lm_head.weight" in weights_of(straight)
     assert "lm_head.weight" not in weights_of(make(tiny_llama))
+
+
+def test_checkpointing_and_prompt_sharing_change_nothing_but_the_work(tiny_llama):
+    batch = random_batch()
+    found = {}
+    for checkpointing in ("none", "selective", "full"):
+        for share_prompts in (True, False):
+            actor = make(tiny_llama, gradient_checkpointing=checkpointing, share_prompts=share_prompts)
+            with FlopCounterMode(display=False) as counted:
+                stats = train_one_step(actor, batch)
+            flops = counted.get_flop_counts()["Global"]
+            products = flops[torch.ops.aten.mm], flops[torch.ops.aten.bmm]
+            found[checkpointing, share_prompts] = stats, weights_of(actor), products
+    stats, weights, _ = found["none", True]
+    for again, theirs, _ in found.values():
+        assert again["loss"] == pytest.approx(stats["loss"], rel=1e-5)
+        assert again["grad_norm"] == pytest.approx(stats["grad_norm"], rel=1e-5)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-6)
+    for share_prompts in (True, False):
+        none, selective, full = (found[kind, share_prompts][2] for kind in ("none", "selective", "full"))
+        assert none[0] == selective[0] < full[0]  # with weights: selective computes none of them twice
+        assert none[1] < selective[1] == full[1]  # of attention
+    assert found["none", True][2][0] < 0.9 * found["none", False][2][0]
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])

@@ -1,4 +1,5 @@
-"""Which sequences are computed together: prefix trees, and micro-batches under a token budget. Called by engine/.
+"""Which sequences are computed together: prefix trees, micro-batches under a token budget, equal shares. Called by
+engine/ and rollout/share.py.
 
 Sequences that begin alike (the answers to one prompt; often their first tokens too) share the computation of what they
 have in common: a causal model's state at a token depends on the tokens before it only.
@@ -6,6 +7,7 @@ have in common: a causal model's state at a token depends on the tokens before i
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,8 +37,9 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs[0]) if len(differs) else n
 
 
-def prefix_tree(sequences: Sequence[np.ndarray]) -> PrefixTree:
-    """Build the tree of `sequences` (int64 [length] each, lengths from 0).
+def prefix_tree(sequences: Sequence[np.ndarray], share: bool = True) -> PrefixTree:
+    """Build the tree of `sequences` (int64 [length] each, lengths from 0). Without `share` every sequence is a branch
+    of its own, from its first token on.
 
     In lexicographic order a sequence shares its longest prefix with the one just before it, so one pass is enough.
     """
@@ -46,7 +49,7 @@ def prefix_tree(sequences: Sequence[np.ndarray]) -> PrefixTree:
     paths, tokens, depth, first_node = [], [previous], [previous], [0]
     for i in order.tolist():
         row = sequences[i]
-        shared = common_prefix(previous, row)
+        shared = common_prefix(previous, row) if share else 0
         added = len(row) - shared
         path = np.concatenate([path[:shared], np.arange(first_node[-1], first_node[-1] + added)])
         tokens.append(row[shared:])
@@ -76,12 +79,35 @@ def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]
     return bins
 
 
-def micro_batches(sequences: Sequence[np.ndarray], group_ids: np.ndarray, capacity: int) -> list[list[int]]:
-    """Partition the sequences into micro-batches of at most `capacity` tree nodes (a longer sequence stands alone).
+def karmarkar_karp(sizes: Sequence[float], num_parts: int) -> list[list[int]]:
+    """Partition range(len(sizes)) into `num_parts` parts, some maybe empty, whose sums differ little.
+
+    Largest differencing (Karmarkar and Karp 1982) for many parts: of the partial partitions, the two with the widest
+    spreads are joined, the largest part of one with the smallest of the other, until one is left.
+    """
+    heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []  # (-spread, first index, parts, largest first)
+    for i, size in enumerate(sizes):
+        heap.append((-size, i, [(size, [i]), *((0.0, []) for _ in range(num_parts - 1))]))
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (_, first, a), (_, second, b) = heapq.heappop(heap), heapq.heappop(heap)
+        parts = [(x + y, own + other) for (x, own), (y, other) in zip(a, reversed(b), strict=True)]
+        parts.sort(key=lambda part: (-part[0], part[1]))
+        heapq.heappush(heap, (parts[-1][0] - parts[0][0], min(first, second), parts))
+    return [sorted(part) for _, part in heap[0][2]] if heap else [[] for _ in range(num_parts)]
+
+
+def micro_batches(
+    sequences: Sequence[np.ndarray], group_ids: np.ndarray, capacity: int, share: bool = True
+) -> list[list[int]]:
+    """Partition the sequences into few micro-batches of at most `capacity` tree nodes (a longer sequence stands alone),
+    of equal sizes where that needs no more of them.
 
     Groups stay together where they fit, since their sequences share prefixes; a group that does not fit is cut in
-    lexicographic order, where neighbours share most. `group_ids` int64 [n].
+    lexicographic order, where neighbours share most. `group_ids` int64 [n]. Without `share` sequences stand alone.
     """
+    if not share:
+        group_ids = np.arange(len(sequences))
     pieces: list[list[int]] = []
     sizes: list[int] = []  # tree nodes of each piece
     for group in np.unique(group_ids):
@@ -99,4 +125,7 @@ def micro_batches(sequences: Sequence[np.ndarray], group_ids: np.ndarray, capaci
             size += added
         pieces.append(piece)
         sizes.append(size)
-    return [[i for p in chosen for i in pieces[p]] for chosen in first_fit_decreasing(sizes, capacity)]
+    bins = first_fit_decreasing(sizes, capacity)
+    even = karmarkar_karp(sizes, len(bins))
+    fits = all(len(chosen) == 1 or sum(sizes[p] for p in chosen) <= capacity for chosen in even)
+    return [[i for p in chosen for i in pieces[p]] for chosen in (even if fits else bins)]

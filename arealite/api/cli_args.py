@@ -135,8 +135,17 @@ class TrainEngineConfig:
     )
     max_tokens_per_mb: int = setting(8192, "packed tokens per micro-batch", low=1)
     logprob_chunk_tokens: int = setting(1024, "tokens whose logits exist at one time", low=1)
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    share_prompts: bool = setting(
+        True, "compute what sequences of a micro-batch have in common once; off: every sequence by itself"
+    )
+    gradient_checkpointing: str = setting(
+        "none",
+        "what the backward pass computes again to save memory: none; full: all of a layer but its input; selective: all"
+        " but the results of matrix products",
+        ("none", "full", "selective"),
+    )
     optimizer: OptimizerConfig = setting(OptimizerConfig, "optimiser and schedule")
+    deterministic: bool = setting(False, "the same step gives the same bits; what cannot is refused (slower on GPUs)")
     collective_timeout_s: float = setting(600.0, "longest wait of one rank for the others", low=0.1)
     max_bad_steps: int = setting(
         3, "NaN or infinite steps in a row before the run stops; each is skipped and counted", low=1
@@ -235,6 +244,7 @@ class StatsLoggerConfig:
 
     tensorboard: bool = setting(True, "TensorBoard events in the run folder")
     save_rollouts: bool = setting(True, "one JSONL file of rollouts per step")
+    timeline: int = setting(0, "a Chrome trace of the first and of every so many-th step; 0 is never", low=0)
     probe_every_steps: int = setting(10, "steps between comparisons of trainer and server logprobs; 0 is never", low=0)
     mismatch_warn: float = setting(0.05, "mean |logprob difference| above which a warning is given", low=0)
     mismatch_stop: float | None = setting(None, "mean |logprob difference| above which the run stops", low=0)

@@ -20,6 +20,7 @@ from arealite.api.errors import ConfigError, NumericalError, WeightSyncError
 from arealite.api.types import Batch, Dims, WeightUpdateMeta
 from arealite.dataset.fetch import resolve_model
 from arealite.engine import export, state
+from arealite.engine.checkpointing import checkpoint_activations
 from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch, cut, idle
 from arealite.engine.model import PackedLanguageModel, load_model
@@ -84,7 +85,8 @@ class FSDPEngine:
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(config.seed + self.collective.rank)
         self.folder = resolve_model(config.path)
-        self.hf_model = load_model(self.folder, config.gradient_checkpointing and self.trainable)
+        self.hf_model = load_model(self.folder)
+        checkpoint_activations(self.hf_model, config.gradient_checkpointing if self.trainable else "none")
         self.model = PackedLanguageModel(self.hf_model, config.logprob_chunk_tokens).to(self.device)
         self.model.requires_grad_(self.trainable)
         self._sharded = parallelize(self.model, self.hf_model, self.mesh, self.dtype)
@@ -168,7 +170,7 @@ class FSDPEngine:
     def _micro_batches(self, batch: Batch, what: str) -> list[MicroBatch]:
         """This rank's micro-batches, filled up with idle ones to the largest number on any rank."""
         self.collective.barrier(what)
-        own = cut(batch, self.config.max_tokens_per_mb, self.device)
+        own = cut(batch, self.config.max_tokens_per_mb, self.device, self.config.share_prompts)
         most = int(self.collective.reduce(torch.tensor([len(own)]), "max"))
         return own + [idle(self.device) for _ in range(most - len(own))]
 

@@ -27,11 +27,11 @@ class MicroBatch:
     sequence_of: torch.Tensor  # int64 [P], index into `sequences`
 
 
-def cut(batch: Batch, capacity: int, device: torch.device) -> list[MicroBatch]:
+def cut(batch: Batch, capacity: int, device: torch.device, share_prompts: bool = True) -> list[MicroBatch]:
     """Micro-batches of at most `capacity` computed tokens over all sequences that have loss tokens.
 
     A sequence is computed up to the token that predicts its last loss token; what it shares with others of its
-    micro-batch is computed once.
+    micro-batch is computed once, unless `share_prompts` is off.
     """
     inputs: list[np.ndarray] = []
     targets: list[np.ndarray] = []
@@ -49,8 +49,8 @@ def cut(batch: Batch, capacity: int, device: torch.device) -> list[MicroBatch]:
         inputs.append(batch.tokens[begin : begin + positions[-1]])
         targets.append(positions)
     out = []
-    for members in micro_batches(inputs, batch.group_ids[chosen], capacity):
-        tree = prefix_tree([inputs[m] for m in members])
+    for members in micro_batches(inputs, batch.group_ids[chosen], capacity, share_prompts):
+        tree = prefix_tree([inputs[m] for m in members], share_prompts)
         sequences = np.asarray([chosen[m] for m in members])
         wanted = [targets[members[m]] for m in tree.order]
         # For every loss token: the node that predicts it, its place in the batch, its sequence; by ascending node.

@@ -42,7 +42,7 @@ class PackedLanguageModel(nn.Module):
         return token_logprobs(rows, head.weight, micro.row_of, micro.targets, temperature, self.chunk)
 
 
-def load_model(folder: str, gradient_checkpointing: bool) -> Any:
+def load_model(folder: str) -> Any:
     """The model of a Hugging Face folder or hub id on CPU in float32, without dropout.
 
     Raises:
@@ -71,8 +71,4 @@ def load_model(folder: str, gradient_checkpointing: bool) -> Any:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.config.use_cache = False
-    # Without dropout both modes compute the same; checkpointing is only active in training mode.
-    model.train(gradient_checkpointing)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+    return model.eval()

@@ -144,7 +144,7 @@ def memory(plan: Plan, config: GRPOConfig, machine: Machine) -> list[str]:
     if machine.memory_bytes and total > machine.memory_bytes:
         lines.append(
             "WARNING: this does not fit. Lower actor.max_tokens_per_mb or server.kv_cache_tokens, or set"
-            " actor.gradient_checkpointing=true"
+            " actor.gradient_checkpointing=full"
         )
     return lines
 

@@ -105,7 +105,7 @@ def trainer_parts(config: GRPOConfig, shape: ModelShape, world_size: int, ref: M
     step_tokens = config.train_dataset.batch_size * config.gconfig.n_samples * context
     tokens = min(actor.max_tokens_per_mb, -(-step_tokens // world_size))
     layer = tokens * size * (HIDDEN_KEPT * shape.hidden + INTERMEDIATE_KEPT * shape.intermediate)
-    if actor.gradient_checkpointing:
+    if actor.gradient_checkpointing != "none":
         activations, kept = tokens * size * shape.num_layers * shape.hidden + layer, "one layer, and the input of each"
     else:
         activations, kept = shape.num_layers * layer, "all layers"

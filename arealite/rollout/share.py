@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from arealite.algorithm.packing import karmarkar_karp
 from arealite.api.engine import Collective
 from arealite.api.errors import ArealiteError, WorkflowError
 from arealite.api.types import Batch, Group
@@ -62,19 +63,15 @@ def take_and_share(take: Callable[[Beat], list[Group]], collective: Collective |
 def split_batch(groups: list[Group], num_shares: int) -> list[Batch]:
     """Whole groups, packed, one batch per share; group ids and `num_groups` are those of the whole step.
 
-    The longest group first, each to the share with the fewest tokens: the fullest one has at most 4/3 of the best
-    possible (Graham 1969). A share is empty when there are fewer groups than shares.
+    Shares have about the same number of tokens (Karmarkar-Karp); some are empty when there are fewer groups than
+    shares.
     """
     whole = Batch.pack(groups)
     if num_shares == 1:
         return [whole]
     num_tokens = np.bincount(whole.group_ids, weights=whole.lengths, minlength=len(groups))
-    share_of = np.zeros(len(groups), np.int64)
-    load = np.zeros(num_shares)
-    for group in np.argsort(-num_tokens, kind="stable"):
-        share_of[group] = share = load.argmin()
-        load[share] += num_tokens[group]
-    return [whole.select(np.flatnonzero(share_of[whole.group_ids] == share)) for share in range(num_shares)]
+    shares = karmarkar_karp(num_tokens.tolist(), num_shares)
+    return [whole.select(np.flatnonzero(np.isin(whole.group_ids, chosen))) for chosen in shares]
 
 
 def _for_other_ranks(error: Exception) -> Exception:

@@ -1,0 +1,37 @@
+"""Activation checkpointing: a layer's backward pass computes again what its forward pass did not keep. Called by
+engine/fsdp_engine.py. (Checkpoints on disk are checkpoint.py.)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+
+def checkpoint_activations(model: Any, kind: str) -> None:
+    """`kind`: "none" keeps everything; "full" keeps the input of each layer; "selective" also the results of matrix
+    products with weights, so that attention and element-wise operations alone are computed twice.
+
+    The layers of a transformers model, whose randomness is off, are changed in place.
+    """
+    if kind == "none":
+        return
+    contexts = {} if kind == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _keep)}
+    for layer in model.modules():
+        if type(layer).__name__ in model._no_split_modules:
+            _checkpoint(layer, contexts)
+
+
+def _checkpoint(layer: nn.Module, contexts: dict[str, Any]) -> None:
+    # Its forward is replaced, not its call: FSDP's hooks stay outside and gather its weights once for both.
+    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+def _keep(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
