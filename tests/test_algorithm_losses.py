@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arealite.algorithm.advantage import kl_to_go, overlong_penalty, shape_rewards
+from arealite.algorithm.advantage import overlong_penalty, shape_rewards, sum_to_go
 from arealite.algorithm.policy_loss import (
     Denominators,
     behaviour_weight,
@@ -184,17 +184,17 @@ def test_reward_shaping():
 
 @settings(deadline=None, max_examples=40)
 @given(LENGTHS, st.integers(0, 99), st.sampled_from([1.0, 0.9, 0.0]))
-def test_kl_to_go_equals_the_plain_loop(lengths, seed, gamma):
+def test_sum_to_go_equals_the_plain_loop(lengths, seed, gamma):
     rewards, *_, sequence_of = columns(lengths, seed)
     expected, at = [], 0
     for length in lengths:
         own = rewards[at : at + length].tolist()
         at += length
         expected += [sum(gamma ** (k - t) * own[k] for k in range(t, length)) for t in range(length)]
-    assert kl_to_go(rewards, sequence_of, gamma).tolist() == pytest.approx(expected, abs=1e-12)
+    assert sum_to_go(rewards, sequence_of, gamma).tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_kl_to_go_of_sequences_without_tokens():
-    assert kl_to_go(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 1.0).tolist() == []
-    got = kl_to_go(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 1, 4]), 0.5)
+def test_sum_to_go_of_sequences_without_tokens():
+    assert sum_to_go(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 1.0).tolist() == []
+    got = sum_to_go(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 1, 4]), 0.5)
     assert got.tolist() == [2.0, 2.0, 4.0]

@@ -21,16 +21,33 @@ def shape_rewards(rewards: torch.Tensor, bias: float, scaling: float, clip: floa
     return shaped if clip is None else shaped.clamp(-clip, clip)
 
 
-def kl_to_go(token_rewards: torch.Tensor, sequence_of: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Discounted sum of the token rewards from each token to the end of its sequence, float64 [T].
+def sum_to_go(x: torch.Tensor, sequence_of: torch.Tensor, factor: float) -> torch.Tensor:
+    """Discounted sum of `x` [T] from each token to the end of its sequence, float64 [T].
 
-    G_t = sum over k >= t of gamma^(k - t) * r_k, where k counts loss tokens only, so that prompts and tool output
-    take no time. `token_rewards` [T] are -weight * KL of each loss token, `sequence_of` int64 [T] is ascending.
+    G_t = sum over k >= t of factor^(k - t) * x_k, where k counts loss tokens only, so that prompts and tool output
+    take no time. `sequence_of` int64 [T] is ascending. Of -weight * KL of each token this is the KL to go.
     """
-    out: list[float] = []
-    total, later = 0.0, -1
-    for reward, owner in zip(reversed(token_rewards.tolist()), reversed(sequence_of.tolist()), strict=True):
-        total = reward + gamma * total if owner == later else reward
-        later = owner
-        out.append(total)
-    return torch.tensor(out[::-1], dtype=torch.float64)
+    count = torch.bincount(sequence_of)
+    to_the_end = count.cumsum(0)[sequence_of] - 1 - torch.arange(len(x))
+    rows = x.new_zeros(int(count.max()) if len(x) else 0, len(count), dtype=torch.float64)  # the last tokens first
+    rows[to_the_end, sequence_of] = x.double()
+    for earlier, later in zip(rows[1:], rows, strict=False):
+        earlier += factor * later
+    return rows[to_the_end, sequence_of]
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, sequence_of: torch.Tensor, gamma: float, gae_lambda: float
+) -> torch.Tensor:
+    """Generalised advantage estimates of loss tokens (arXiv:1506.02438, eq. 16), float64 [T]; returns are A + V.
+
+    A_t = sum over k of (gamma * lambda)^k * delta_(t+k), delta_t = r_t + gamma * V_(t+1) - V_t. `rewards` and `values`
+    are [T]; V_t is the value of the state in which token t was chosen. Time counts loss tokens, as in `sum_to_go`. After the
+    last one comes 0, also where an answer was cut off at its limit: the limit belongs to the task, and the reward
+    speaks of the answer as it is. (A value there would pay for an answer that nobody will ever see the end of.)
+    """
+    values = values.double()
+    following = torch.cat([values[1:], values.new_zeros(1)])[: len(values)]
+    is_last = torch.cat([sequence_of[1:] != sequence_of[:-1], sequence_of.new_ones(1, dtype=torch.bool)])[: len(values)]
+    deltas = rewards.double() + gamma * torch.where(is_last, 0.0, following) - values
+    return sum_to_go(deltas, sequence_of, gamma * gae_lambda)

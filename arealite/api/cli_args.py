@@ -198,7 +198,8 @@ class PPOActorConfig(TrainEngineConfig):
     )
     kl_in: str = setting("loss", "KL as a term of the loss, or subtracted from the reward", ("loss", "reward"))
     entropy_weight: float = setting(0.0, "weight of the entropy bonus", low=0)
-    gamma: float = setting(1.0, "discount per token (of KL in the reward)", low=0, high=1)
+    gamma: float = setting(1.0, "discount per token (of KL in the reward, and with a critic)", low=0, high=1)
+    gae_lambda: float = setting(1.0, "with a critic: 1 trusts rewards alone, 0 the critic's next value", low=0, high=1)
 
 
 @dataclass

@@ -124,6 +124,12 @@ class Group:
     trajectories: list[Trajectory]
 
 
+PER_TOKEN = (
+    "tokens", "loss_mask", "logprobs", "versions", "prox_logp", "ref_logp", "values", "advantages", "returns"
+)  # fmt: skip
+PER_SEQUENCE = ("group_ids", "rewards", "truncated")
+
+
 @dataclass
 class Batch:
     """Trajectories packed end to end, without padding; T tokens in N sequences.
@@ -144,7 +150,9 @@ class Batch:
     task_ids: list[str]  # N entries
     prox_logp: np.ndarray | None = None  # float32 [T], trainer's logprob at the start of the step
     ref_logp: np.ndarray | None = None  # float32 [T]
+    values: np.ndarray | None = None  # float32 [T], the critic's at the start of the step
     advantages: np.ndarray | None = None  # float32 [T]
+    returns: np.ndarray | None = None  # float32 [T], what the critic is to predict
 
     @property
     def num_sequences(self) -> int:
@@ -185,16 +193,26 @@ class Batch:
         chosen = [int(i) for i in sequences]
         spans = [np.arange(self.cu_seqlens[i], self.cu_seqlens[i + 1]) for i in chosen]
         at = np.concatenate(spans) if spans else np.zeros(0, np.int64)
-        per_token = ("tokens", "loss_mask", "logprobs", "versions", "prox_logp", "ref_logp", "advantages")
         changes: dict[str, Any] = {}
-        for name in per_token:
+        for name in PER_TOKEN:
             array = getattr(self, name)
             changes[name] = None if array is None else array[at]
-        for name in ("group_ids", "rewards", "truncated"):
+        for name in PER_SEQUENCE:
             changes[name] = getattr(self, name)[chosen]
         changes["cu_seqlens"] = np.cumsum([0, *(int(self.lengths[i]) for i in chosen)]).astype(np.int64)
         changes["task_ids"] = [self.task_ids[i] for i in chosen]
         return replace(self, **changes)
+
+    @classmethod
+    def join(cls, parts: list[Batch]) -> Batch:
+        """Shares of one step end to end; per-token arrays that a part lacks are lacking in the whole."""
+        changes: dict[str, Any] = {}
+        for name in PER_TOKEN + PER_SEQUENCE:
+            arrays = [getattr(part, name) for part in parts]
+            changes[name] = None if any(a is None for a in arrays) else np.concatenate(arrays)
+        changes["cu_seqlens"] = np.cumsum([0, *(n for part in parts for n in part.lengths.tolist())]).astype(np.int64)
+        changes["task_ids"] = [task_id for part in parts for task_id in part.task_ids]
+        return replace(parts[0], **changes)
 
 
 @dataclass(frozen=True)
@@ -213,18 +231,20 @@ class WeightUpdateMeta:
     """One version of the weights, ready to be read by servers.
 
     `kind` "disk": `path` is a Hugging Face folder. `kind` "shm": `path` is a file to be mapped, `slots` its layout.
+    `kind` "lora": `path` is a folder in PEFT's format, to be served as `adapter` in place of the one of that name.
     `kind` "distributed": `group` is the process group that `buckets` are broadcast in, ranges of `slots` whose offsets
     count from the bucket's start. `kind` "tensor": the same buckets, each carried in the body of a call.
     `checksums` (CRC-32 of the raw bytes in the wire dtype) of the tensors that servers must confirm.
     """
 
-    kind: Literal["disk", "shm", "distributed", "tensor"]
+    kind: Literal["disk", "shm", "distributed", "tensor", "lora"]
     version: int
     path: str
     slots: tuple[TensorSlot, ...] = ()
     checksums: dict[str, int] = field(default_factory=dict)
     buckets: tuple[tuple[int, int], ...] = ()
     group: str = ""
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

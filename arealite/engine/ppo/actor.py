@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from arealite.algorithm.advantage import kl_to_go, overlong_penalty, shape_rewards
+from arealite.algorithm.advantage import gae, overlong_penalty, shape_rewards, sum_to_go
 from arealite.algorithm.norm import normalise
 from arealite.algorithm.policy_loss import (
     Denominators,
@@ -107,10 +107,12 @@ class FSDPPPOActor(FSDPEngine):
     def compute_advantages(self, batch: Batch) -> None:
         """Fill batch.advantages (float32 [T], 0 outside the loss) from batch.rewards. Collective.
 
-        overlong penalty -> bias, scale, clip -> reward_norm -> (+ KL to go, when kl_in is "reward") -> adv_norm.
+        overlong penalty -> bias, scale, clip -> reward_norm -> (+ KL to go, when kl_in is "reward") -> adv_norm. With
+        a critic's batch.values the reward stands at the last loss token, KL at each, and GAE takes the place of the
+        sum; batch.returns are filled too, with what the critic is to learn (from truncated answers as well).
         """
         config = self.config
-        mask, sequence_of = self._in_loss(batch), np.repeat(np.arange(batch.num_sequences), batch.lengths)
+        mask, sequence_of = batch.loss_mask, np.repeat(np.arange(batch.num_sequences), batch.lengths)
         owner = torch.from_numpy(sequence_of[mask])
         groups = torch.from_numpy(batch.group_ids)
         rewards = torch.from_numpy(batch.rewards)
@@ -120,16 +122,29 @@ class FSDPPPOActor(FSDPEngine):
             factor = config.overlong_penalty_factor
             rewards = rewards + overlong_penalty(generated, config.max_new_tokens, config.overlong_tokens, factor)
         shaped = shape_rewards(rewards, config.reward_bias, config.reward_scaling, config.reward_clip)
-        tokens = self._normalise(shaped, groups, config.reward_norm)[owner]
-        if config.kl_in == "reward" and config.kl_weight:
-            old = torch.from_numpy(_required(batch.prox_logp, "prox_logp")[mask]).double()
-            ref = torch.from_numpy(_required(batch.ref_logp, "ref_logp")[mask]).double()
-            kl = kl_value(old, ref, config.kl_estimator)
-            tokens = tokens + kl_to_go(-config.kl_weight * kl, owner, config.gamma)
+        rewards = self._normalise(shaped, groups, config.reward_norm)[owner]
+        costs = self._kl_costs(batch, mask)
+        if batch.values is None:
+            tokens = rewards if costs is None else rewards - sum_to_go(costs, owner, config.gamma)
+        else:
+            is_last = torch.from_numpy(np.append(np.diff(sequence_of[mask]) != 0, True)[: len(owner)])
+            of_tokens = torch.where(is_last, rewards, 0.0) - (0.0 if costs is None else costs)
+            values = torch.from_numpy(batch.values[mask])
+            tokens = gae(of_tokens, values, owner, config.gamma, config.gae_lambda)
+            batch.returns = _spread(tokens + values, mask)
+        in_loss = self._in_loss(batch)
+        tokens, owner = tokens[in_loss[mask]], owner[in_loss[mask]]
         if config.adv_norm is not None:
             tokens = self._normalise(tokens, groups[owner], config.adv_norm)
-        batch.advantages = np.zeros(len(batch.tokens), dtype=np.float32)
-        batch.advantages[mask] = tokens.float().numpy()
+        batch.advantages = _spread(tokens, in_loss)
+
+    def _kl_costs(self, batch: Batch, mask: np.ndarray) -> torch.Tensor | None:
+        """What each loss token pays for its distance from the reference; None when KL is not in the reward."""
+        if self.config.kl_in != "reward" or not self.config.kl_weight:
+            return None
+        old = torch.from_numpy(_required(batch.prox_logp, "prox_logp")[mask]).double()
+        ref = torch.from_numpy(_required(batch.ref_logp, "ref_logp")[mask]).double()
+        return self.config.kl_weight * kl_value(old, ref, self.config.kl_estimator)
 
     def _in_loss(self, batch: Batch) -> np.ndarray:
         """bool [T]: generated tokens, but for those of truncated answers where `mask_truncated` leaves them out."""
@@ -194,6 +209,13 @@ SOURCES = {
     "prox_logp": "batch.prox_logp = actor.compute_logp(batch)",
     "ref_logp": "batch.ref_logp = ref.compute_logp(batch)",
 }
+
+
+def _spread(tokens: torch.Tensor, mask: np.ndarray) -> np.ndarray:
+    """float32 [T], `tokens` where `mask`, 0 elsewhere."""
+    out = np.zeros(len(mask), dtype=np.float32)
+    out[mask] = tokens.float().numpy()
+    return out
 
 
 def _required(values: np.ndarray | None, name: str) -> np.ndarray:
