@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from arealite.algorithm.packing import PrefixTree
@@ -138,7 +139,7 @@ class _TreeAttention(torch.autograd.Function):
         # A prompt's keys collect from all its answers: a sum in float32.
         grad_k = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
         grad_v = torch.zeros_like(grad_k)
-        grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, 0, 1))  # padding queries: no gradient
+        grad = functional.pad(grad, (0, 0, 0, 0, 0, 1))  # padding queries: no gradient
         for block in ctx.blocks:
             probs, queries, keys, values = _attend(q, k, v, block, ctx.scale)
             above = _group(_pick(grad, block.queries), k.shape[1])
@@ -217,7 +218,9 @@ def tree_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [1, H, S, D], key and value [1, K, S, D]; returns [1, S, H, D].
+    """transformers' attention interface: query [1, H, N, D], key and value [1, K, N, D]; returns [1, N, H, D].
+
+    Of the N tokens the first are the layout's S nodes, the others padding.
 
     Dropout is never applied: it would make the trained policy differ from the one that sampled.
 
@@ -231,11 +234,16 @@ def tree_attention(
             " choose a model without them"
         )
     window = sliding_window if sliding_window is not None and sliding_window < tree_layout.max_keys else None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Padding behind the nodes is seen by nobody and gets zeros.
+    num_nodes = len(tree_layout.tree.tokens)
+    num_padding = query.shape[2] - num_nodes
+    q, k, v = (x[0, :, :num_nodes].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if q.is_cuda and q.dtype != torch.float32:
-        return _varlen_attention(q, k, v, tree_layout, scale, window)[None], None
-    return _TreeAttention.apply(q, k, v, tree_layout.blocks(window), scale)[None], None
+        out = _varlen_attention(q, k, v, tree_layout, scale, window)
+    else:
+        out = _TreeAttention.apply(q, k, v, tree_layout.blocks(window), scale)
+    return (functional.pad(out, (0, 0, 0, 0, 0, num_padding)) if num_padding else out)[None], None
 
 
 # No mask function is registered under this name, so that transformers builds no mask.

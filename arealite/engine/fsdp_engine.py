@@ -87,7 +87,7 @@ class FSDPEngine:
         self.folder = resolve_model(config.path)
         self.hf_model = load_model(self.folder)
         checkpoint_activations(self.hf_model, config.gradient_checkpointing if self.trainable else "none")
-        self.model = PackedLanguageModel(self.hf_model, config.logprob_chunk_tokens).to(self.device)
+        self.model = PackedLanguageModel(self.hf_model, config.logprob_chunk_tokens, self.mesh).to(self.device)
         self.model.requires_grad_(self.trainable)
         self._sharded = parallelize(self.model, self.hf_model, self.mesh, self.dtype)
         # Taken here, because modules hold the gathered compute copies instead between the passes.

@@ -72,7 +72,9 @@ class _TokenLogprobs(torch.autograd.Function):
             by_chunk = logits.t() @ part
             # Chunks add up in float32; one chunk alone needs no sum.
             grad_weight = by_chunk if grad_weight is None else grad_weight.float().add_(by_chunk)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        # A rank without rows has a gradient of zeros: FSDP sums over all ranks.
+        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _blocks(logits: torch.Tensor, start: int, temperature: float) -> Any:

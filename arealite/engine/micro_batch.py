@@ -27,6 +27,28 @@ class MicroBatch:
     sequence_of: torch.Tensor  # int64 [P], index into `sequences`
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one of several token places computes of a micro-batch."""
+
+    nodes: slice  # of its S nodes, as if padded to a multiple of the number of places
+    rows: slice  # of `predicting`
+    pairs: slice  # of `targets`
+
+
+def part(micro: MicroBatch, place: int, num_places: int) -> Part:
+    """Places hold equally many nodes, in order; each predicts where its nodes do."""
+    if num_places == 1:
+        return Part(slice(0, len(micro.tokens)), slice(0, len(micro.predicting)), slice(0, len(micro.targets)))
+    width = -(-len(micro.tokens) // num_places)
+    nodes = slice(place * width, (place + 1) * width)
+    edges = micro.predicting.new_tensor([nodes.start, nodes.stop])
+    rows = torch.searchsorted(micro.predicting, edges)
+    pairs = torch.searchsorted(micro.row_of, rows)
+    (first, last), (begin, end) = torch.stack([rows, pairs]).tolist()
+    return Part(nodes, slice(first, last), slice(begin, end))
+
+
 def cut(batch: Batch, capacity: int, device: torch.device, share_prompts: bool = True) -> list[MicroBatch]:
     """Micro-batches of at most `capacity` computed tokens over all sequences that have loss tokens.
 
@@ -77,8 +99,7 @@ def _assemble(
     sequence_of: np.ndarray,
     device: torch.device,
 ) -> MicroBatch:
-    # Without a wanted token the first node is asked for nothing, so that every weight still gets its (zero) gradient.
-    predicting, row_of = np.unique(nodes, return_inverse=True) if len(nodes) else (np.zeros(1, np.int64), nodes)
+    predicting, row_of = np.unique(nodes, return_inverse=True)
 
     def tensor(x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(x).to(device)

@@ -1,6 +1,6 @@
 """The Hugging Face causal language model as the trainer calls it: packed tokens in, logprobs out.
 
-Called by engine/fsdp_engine.py. The head is applied inside this module's forward, where FSDP has gathered its weight.
+Called by engine/fsdp_engine.py. The head is applied inside the module's forward, where FSDP has gathered its weight.
 """
 
 from __future__ import annotations
@@ -9,37 +9,106 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError
 from arealite.engine.attention import ATTENTION
 from arealite.engine.logprobs import token_logprobs
-from arealite.engine.micro_batch import MicroBatch
+from arealite.engine.mesh import RankMesh
+from arealite.engine.micro_batch import MicroBatch, Part, part
 
 HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
-class PackedLanguageModel(nn.Module):
-    """`model` is any transformers causal language model whose attention goes through its attention interface."""
+class PackedModel(nn.Module):
+    """`model` is any transformers causal language model whose attention goes through its attention interface.
 
-    def __init__(self, model: Any, chunk: int) -> None:
+    Where several ranks share the tokens of a micro-batch (`mesh`), this one computes those of its place (micro_batch.
+    part). What a subclass makes of its rows comes together in `gather`.
+    """
+
+    def __init__(self, model: Any, mesh: RankMesh | None = None) -> None:
         super().__init__()
         self.model = model
+        self.mesh = mesh
+        self.place, self.num_places = (0, 1) if mesh is None else (mesh.token_place, mesh.num_token_places)
+
+    def hidden(self, micro: MicroBatch, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """[1, N / n, H] last hidden states of this place's tokens, in the compute dtype. N: the S nodes and padding up
+        to a multiple of the number of places n. `inputs_embeds` [1, N / n, H] takes the place of the embedding."""
+        context, contexts = (0, 1) if self.mesh is None else (self.mesh.context_rank, self.mesh.dims.c)
+        extra = -len(micro.tokens) % self.num_places
+        tokens, positions = (functional.pad(x, (0, extra)) for x in (micro.tokens, micro.positions))
+        out = self.model.base_model(
+            input_ids=tokens.view(self.num_places, -1)[self.place, None] if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
+            position_ids=positions.view(contexts, -1)[context, None],  # attention gathers over tensor ranks
+            use_cache=False,
+            tree_layout=micro.layout,
+        )
+        return out.last_hidden_state
+
+    def rows(self, hidden: torch.Tensor, micro: MicroBatch, own: Part) -> torch.Tensor:
+        """[R', H]: of `hidden` (as above) this place's predicting nodes, micro.predicting[own.rows]; maybe none."""
+        return hidden[0].index_select(0, micro.predicting[own.rows] - own.nodes.start)
+
+    def own(self, micro: MicroBatch) -> Part:
+        return part(micro, self.place, self.num_places)
+
+    def gather(self, values: torch.Tensor, own: slice, num_values: int) -> torch.Tensor:
+        """[num_values] of all places from this place's, which are the slice `own`. Differentiable: a gradient of the
+        whole is the same on all places, and each takes its slice."""
+        if self.mesh is None or self.num_places == 1:
+            return values
+        gathered: torch.Tensor = _Gather.apply(values, own, num_values, self.mesh.tokens.get_group())
+        return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """See PackedModel.gather. A sum with zeros: a few numbers per token, and places have different numbers of them."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, own: slice, num_values: int, group: Any) -> torch.Tensor:
+        ctx.own = own
+        whole = values.new_zeros(num_values)
+        whole[own] = values
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad[ctx.own], None, None, None
+
+
+class PackedLanguageModel(PackedModel):
+    def __init__(self, model: Any, chunk: int, mesh: RankMesh | None = None) -> None:
+        """`chunk`: logit rows that exist at one time."""
+        super().__init__(model, mesh)
         self.chunk = chunk
 
     def forward(self, micro: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 logp [P] of the targets and entropy [R] of the predicting nodes."""
-        hidden = self.model.base_model(
-            input_ids=micro.tokens[None],
-            position_ids=micro.positions[None],
-            use_cache=False,
-            tree_layout=micro.layout,
-        ).last_hidden_state[0]
-        head = self.model.get_output_embeddings()
-        rows = hidden.index_select(0, micro.predicting)
-        return token_logprobs(rows, head.weight, micro.row_of, micro.targets, temperature, self.chunk)
+        """float32 logp [P] of the targets and entropy [R] of the predicting nodes, on every place all of them."""
+        return self.head(self.hidden(micro), micro, temperature)
+
+    def head(self, hidden: torch.Tensor, micro: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` returns, from its hidden states."""
+        own = self.own(micro)
+        logp, entropy = token_logprobs(
+            self.rows(hidden, micro, own),
+            self.model.get_output_embeddings().weight,
+            micro.row_of[own.pairs] - own.rows.start,
+            micro.targets[own.pairs],
+            temperature,
+            self.chunk,
+        )
+        return (
+            self.gather(logp, own.pairs, len(micro.targets)),
+            self.gather(entropy, own.rows, len(micro.predicting)),
+        )
 
 
 def load_model(folder: str) -> Any:
