@@ -22,7 +22,7 @@ from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.recover import RecoverHandler
 from arealite.evaluation.evaluator import Evaluator
 from arealite.launcher.allocation import AllocationMode
-from arealite.observe import waits
+from arealite.observe import timeline, waits
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats import StatsTracker
 from arealite.observe.stats_logger import StatsLogger
@@ -87,6 +87,7 @@ class PPOTrainer:
         self.actor.initialize()
         self.collective = self.actor.collective
         self.is_head = self.collective.rank == 0
+        timeline.open_timeline(self.folder, config.stats_logger.timeline, self.collective.rank)
         self.ref: FSDPEngine | None = None
         if config.ref is not None:
             self.ref = FSDPEngine(config.ref, trainable=False, dims=dims)
@@ -154,6 +155,7 @@ class PPOTrainer:
     def train_step(self, step: int) -> None:
         """One optimiser step: a batch, its advantages, the update, and the new weights on the servers."""
         stats = self.stats
+        timeline.begin_step(step)
         with stats.timer("step"):
             with stats.timer("rollout_wait"):
                 batch = self.rollout.prepare_batch(self.dataloader, self.workflow, self.should_accept)

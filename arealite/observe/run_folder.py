@@ -48,6 +48,7 @@ class RunFolder:
     checkpoints_dir = _Place("checkpoints")
     recover_dir = _Place("recover")
     tensorboard_dir = _Place("tensorboard")
+    timeline_dir = _Place("timeline")
 
     @classmethod
     def of(cls, config: GRPOConfig) -> RunFolder:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from arealite.observe.timeline import span
+
 
 class StatsTracker:
     """Scalars, and timers that add up until the next export. Not thread-safe: each thread keeps its own tracker."""
@@ -24,10 +26,11 @@ class StatsTracker:
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `<name>_s`, also when the block raises."""
+        """Adds the seconds spent inside to `<name>_s`, also when the block raises; a span of the timeline."""
         start = time.monotonic()
         try:
-            yield
+            with span(name):
+                yield
         finally:
             self._values[f"{name}_s"] = self._values.get(f"{name}_s", 0.0) + time.monotonic() - start
 

@@ -23,6 +23,7 @@ from typing import TypeVar
 from arealite.api.errors import WaitTimeout
 from arealite.observe.processes import BeatAge, Heartbeat, WaitRecord, process_state
 from arealite.observe.run_folder import RunFolder
+from arealite.observe.timeline import span
 
 T = TypeVar("T")
 Pending = Iterable[str] | Callable[[], Iterable[str]]
@@ -57,6 +58,10 @@ class Wait:
     def left_s(self) -> float:
         """Seconds until the limit; 0 when it has passed."""
         return max(0.0, self.limit_s - self.age_s)
+
+    def restart(self) -> None:
+        """What was waited for came, and the next of its kind is waited for: age and limit count from now on."""
+        self._since, self._started = time.time(), time.monotonic()
 
     def check(self) -> None:
         """Raise WaitTimeout if the limit has passed."""
@@ -111,7 +116,8 @@ def waiting(name: str, owner: str, limit_s: float, pending: Pending = ()) -> Ite
     with _registry.lock:
         _registry.waits[id(wait)] = wait
     try:
-        yield wait
+        with span(f"wait: {name}", owner=owner):
+            yield wait
     finally:
         with _registry.lock:
             del _registry.waits[id(wait)]

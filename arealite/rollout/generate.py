@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import RequestError, ServerUnreachable
 from arealite.api.types import Completion, FinishReason, GenerationRequest
+from arealite.observe.timeline import span
 from arealite.observe.waits import mark
 from arealite.rollout.backend import Part
 from arealite.rollout.counters import Counters
@@ -140,18 +141,22 @@ class Generator:
         flight = Flight(request)
         self._flights.add(flight)
         try:
-            while True:
-                part = await self._send(flight)
-                if part is None or (part.finish_reason == "abort" and _may_hide_stop(flight, part)):
-                    continue
-                flight.add(part)
-                if part.finish_reason != "abort":
-                    return self._completion(flight, part.finish_reason, part.matched)
-                if len(flight.token_ids) >= request.max_new_tokens:
-                    return self._completion(flight, "length", None)
-                await self._interrupted(flight, part)
+            with span("request", rid=request.rid):
+                return await self._until_done(flight)
         finally:
             self._flights.discard(flight)
+
+    async def _until_done(self, flight: Flight) -> Completion:
+        while True:
+            part = await self._send(flight)
+            if part is None or (part.finish_reason == "abort" and _may_hide_stop(flight, part)):
+                continue
+            flight.add(part)
+            if part.finish_reason != "abort":
+                return self._completion(flight, part.finish_reason, part.matched)
+            if len(flight.token_ids) >= flight.request.max_new_tokens:
+                return self._completion(flight, "length", None)
+            await self._interrupted(flight, part)
 
     async def close(self) -> None:
         """Give the servers a moment to hear of the requests that were cancelled."""
