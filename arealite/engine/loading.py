@@ -1,0 +1,277 @@
+"""A model built without memory for its weights, and a checkpoint from which each rank reads just its own shards.
+
+Called by engine/model.py, which builds, and by engine/fsdp_engine.py, which fills the model once it is spread.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from arealite.api.errors import ConfigError
+from arealite.weights.naming import Part, hub_parts
+
+logger = logging.getLogger(__name__)
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+OLD_BUFFERS = r"rotary_emb\.inv_freq$"  # older checkpoints hold what the model computes from its configuration
+SHOWN_NAMES = 5  # names listed in an error message
+COMPARED_ROWS = 8192  # of a tied weight that the checkpoint has twice, at one time
+# What the tests train. Other models run as far as nothing refuses them.
+TESTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "mistral", "mixtral")
+
+
+def build_model(path: str, auto_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """The model of a Hugging Face folder or hub id in float32: parameters on the meta device, buffers with their values.
+
+    `options` go to transformers' `from_config`. Raises ConfigError: the path holds no such model.
+    """
+    where = path if Path(path).is_dir() else f"{path} (not a local folder, so a hub id)"
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with _weightless():
+            model = auto_class.from_config(config, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no model can be built from {where}: {error}") from error
+    if "quantization_config" in config.to_dict():
+        raise ConfigError(f"{where} is quantised, and training needs its full weights: take the model it was made from")
+    if config.model_type not in TESTED:
+        logger.warning("%s is a %s; tested are %s", path, config.model_type, ", ".join(TESTED))
+    if model.can_generate():
+        with suppress(OSError):  # the folder has none: what the configuration says about generation counts
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """Parameters lose their memory before anything is written to it; buffers stay."""
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None  # as it is
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(emptied)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def materialize(root: nn.Module, device: torch.device) -> None:
+    """Give all meta tensors of `root` memory on `device`, with any numbers in it, and move the others there. A sharded
+    parameter gets the memory of this rank's shard."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the same objects, so ties hold
+    try:
+        root._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+class Checkpoint:
+    """The safetensors of a folder or hub id, and which of them make up each tensor of a model.
+
+    Made from the whole model, before ranks drop layers that others compute; all ranks come to the same verdict.
+    """
+
+    def __init__(self, path: str, model: Any, ignore: tuple[str, ...] = ()) -> None:
+        """`ignore`: regular expressions of names that the model or the checkpoint may have alone.
+
+        Raises:
+            ConfigError: no safetensors there, or tensors that are missing, left over, misshapen or no plain floats.
+        """
+        self.folder = _local_folder(path)
+        with _reading(self.folder):
+            self._files = _tensor_files(self.folder)
+            found = _shapes(self._files)
+        self.hub_parts = hub_parts(model)  # the names that it would have on the hub, however this one is written
+        self._parts: dict[str, tuple[Part, ...]] = {}
+        tensors = model.state_dict(keep_vars=True)
+        first_names: dict[int, str] = {}
+        wrong: dict[str, list[str]] = {"missing": [], "left over": [], "misshapen": []}
+        for name, tensor in tensors.items():
+            first = first_names.setdefault(id(tensor), name)
+            parts = self._find(name, model.base_model_prefix) or self._parts.get(first)
+            if parts is None:
+                wrong["missing"].append(name)
+                continue
+            self._parts[name] = parts
+            if self._parts.setdefault(first, parts) is parts and first in wrong["missing"]:
+                wrong["missing"].remove(first)  # the checkpoint has a tied weight under its second name only
+        used = {part.name for parts in self._parts.values() for part in parts}
+        wrong["left over"] = [name for name in found if name not in used]
+        for name, parts in self._parts.items():
+            empty = torch.empty_like(tensors[name], device="meta")
+            shapes = {part.name: list(empty[part.index].shape) for part in parts}
+            wrong["misshapen"] += [f"{n} {found[n]} for {shape}" for n, shape in shapes.items() if shape != found[n]]
+        ignored = [*ignore, *(model._keys_to_ignore_on_load_unexpected or ()), OLD_BUFFERS]
+        self._refuse(path, model, {kind: _besides(names, ignored) for kind, names in wrong.items()})
+        with _reading(self.folder):
+            for name, tensor in tensors.items():
+                self._check_tie(name, first_names[id(tensor)])
+
+    def _find(self, name: str, prefix: str) -> tuple[Part, ...] | None:
+        """What makes up a tensor: its hub names, or its own, each also with or without the base model's prefix."""
+        for parts in (self.hub_parts[name], (Part(name),)):
+            for rename in (str, lambda n: n.removeprefix(f"{prefix}."), lambda n: f"{prefix}.{n}"):
+                renamed = tuple(Part(rename(part.name), part.index) for part in parts)
+                if all(part.name in self._files for part in renamed):
+                    return renamed
+        return None
+
+    def _refuse(self, path: str, model: Any, wrong: dict[str, list[str]]) -> None:
+        told = [f"{len(names)} tensors {kind} ({_listed(names)})" for kind, names in wrong.items() if names]
+        if told:
+            raise ConfigError(
+                f"{path} is no whole checkpoint of a {type(model).__name__} as its config.json describes it:"
+                f" {', '.join(told)}; download or export it again, or correct config.json"
+            )
+
+    def _check_tie(self, name: str, first: str) -> None:
+        """A tied weight that the checkpoint has twice must be the same both times."""
+        if name == first or self._parts.get(name) == self._parts.get(first):
+            return
+        with ExitStack() as opened:
+            one, other = (self._slices(self._parts[n][0].name, {}, opened) for n in (first, name))
+            for row in range(0, one.get_shape()[0], COMPARED_ROWS):
+                if not torch.equal(one[row : row + COMPARED_ROWS], other[row : row + COMPARED_ROWS]):
+                    raise ConfigError(
+                        f"{self.folder}: config.json ties {name} to {first}, and the checkpoint has different numbers"
+                        " for them: set tie_word_embeddings to false in its config.json"
+                    )
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fill the live tensors, sharded or not, by name as in the model's `state_dict`; what this rank does not hold
+        of them is not read. Names that the checkpoint may lack stay as they are.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        done: set[int] = set()
+        opened: dict[Path, Any] = {}
+        with torch.no_grad(), ExitStack() as stack, _reading(self.folder):
+            for name, tensor in tensors.items():
+                if id(tensor) in done or name not in self._parts:
+                    continue
+                done.add(id(tensor))
+                local, begins = _own_shard(tensor)
+                for part in self._parts[name]:
+                    _copy_overlap(local, begins, part, tensor.shape, self._slices(part.name, opened, stack))
+
+    def _slices(self, name: str, opened: dict[Path, Any], stack: ExitStack) -> Any:
+        file = self._files[name]
+        if file not in opened:
+            opened[file] = stack.enter_context(safe_open(file, "pt"))
+        return opened[file].get_slice(name)
+
+
+def _own_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The numbers of a tensor that this rank holds, and where they begin in it."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * tensor.ndim
+    _, begins = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), begins
+
+
+def _copy_overlap(local: torch.Tensor, begins: tuple[int, ...], part: Part, shape: torch.Size, source: Any) -> None:
+    """What `part` of a tensor of `shape` shares with the shard `local`, which begins at `begins`, from its slices."""
+    if not local.numel():
+        return
+    to: list[int | slice] = []
+    take: list[slice] = []
+    for dim, (begin, end) in enumerate(part.box(shape)):
+        own = begins[dim]
+        low, high = max(begin, own), min(end, own + local.shape[dim])
+        if low >= high:
+            return
+        if dim < len(part.index) and isinstance(part.index[dim], int):
+            to.append(low - own)
+        else:
+            to.append(slice(low - own, high - own))
+            take.append(slice(low - begin, high - begin))
+    local[tuple(to)].copy_(source[tuple(take)])
+
+
+def _local_folder(path: str) -> Path:
+    """The folder itself, or the cached one of a hub id."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no local folder, and as a hub id it cannot be fetched: {error}") from error
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ConfigError(f"the checkpoint {folder} cannot be read: {error}; download or export it again") from error
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor."""
+    if (folder / INDEX).exists():
+        files = {name: folder / file for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+        absent = sorted({file.name for file in files.values() if not file.exists()})
+        if absent:
+            raise ConfigError(f"{folder / INDEX} names {_listed(absent)}, which {folder} lacks: download it again")
+        return files
+    if (folder / SINGLE).exists():
+        with safe_open(folder / SINGLE, "pt") as file:
+            return dict.fromkeys(file.keys(), folder / SINGLE)
+    others = sorted(f.name for f in chain(folder.glob("*.safetensors"), folder.glob("*.bin"), folder.glob("*.gguf")))
+    raise ConfigError(
+        f"{folder} has neither {SINGLE} nor {INDEX}" + (f", only {_listed(others)}" if others else "") + ": training"
+        " reads safetensors; load it with transformers once and write it anew with save_pretrained"
+    )
+
+
+def _shapes(files: Mapping[str, Path]) -> dict[str, list[int]]:
+    """By tensor. Raises ConfigError for numbers that are no plain floats."""
+    shapes: dict[str, list[int]] = {}
+    others: list[str] = []
+    for path in dict.fromkeys(files.values()):
+        with safe_open(path, "pt") as file:
+            held = set(file.keys())
+            for name in [name for name, where in files.items() if where == path]:
+                if name not in held:
+                    raise ConfigError(f"{path} lacks {name}, which {INDEX} names there: download it again")
+                view = file.get_slice(name)
+                shapes[name] = list(view.get_shape())
+                if view.get_dtype() not in FLOATS:
+                    others.append(f"{name} {view.get_dtype()}")
+    if others:
+        raise ConfigError(
+            f"{len(others)} tensors are no plain floats ({_listed(others)}), so the checkpoint is quantised; training"
+            " needs the full weights: take the model it was made from"
+        )
+    return shapes
+
+
+def _besides(names: list[str], patterns: list[str]) -> list[str]:
+    return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more

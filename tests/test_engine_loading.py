@@ -1,0 +1,173 @@
+"""Models that are built without memory and read from safetensors piece by piece: the same as from_pretrained."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+from transformers.models.mistral import MistralConfig, MistralForCausalLM
+from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
+from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from arealite.api.errors import ConfigError
+from arealite.engine.loading import Checkpoint, build_model, materialize
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.1,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=64)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3)),
+}
+
+
+def save_model(kind: str, folder: Path, **how) -> str:
+    """A random model of this kind in bf16, in several files if `max_shard_size` says so."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = KINDS[kind]().to(torch.bfloat16)
+    for name, buffer in model.named_buffers():  # what the configuration says in full is in no checkpoint
+        assert name not in model.state_dict(), buffer
+    model.save_pretrained(folder, **how)
+    return str(folder)
+
+
+def load(path: str):
+    model = build_model(path)
+    assert all(p.is_meta for p in model.parameters())
+    checkpoint = Checkpoint(path, model)
+    materialize(model, torch.device("cpu"))
+    checkpoint.load(model.state_dict(keep_vars=True))
+    return model
+
+
+def assert_same(model, plain) -> None:
+    tensors, wanted = model.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
+    assert list(tensors) == list(wanted)
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, wanted[name]), name
+    buffers = dict(plain.named_buffers())
+    assert dict(model.named_buffers()).keys() == buffers.keys()
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype and torch.equal(buffer, buffers[name]), name
+    assert model.generation_config.to_dict() == plain.generation_config.to_dict()
+    tied = [m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in (model, plain)]
+    assert tied[0] == tied[1]
+    ids = torch.arange(1, 40)[None]
+    assert torch.equal(model.eval()(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_model_is_that_of_from_pretrained(kind, tmp_path):
+    path = save_model(kind, tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 2
+    assert_same(load(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+
+
+def test_experts_may_be_one_by_one_or_in_one_tensor(tmp_path):
+    path = save_model("qwen3_moe", tmp_path / "hub")
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    names = load_file(tmp_path / "hub" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight" in names
+    plain.save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in load_file(tmp_path / "fused" / "model.safetensors")
+    for folder in ("hub", "fused"):
+        assert_same(load(str(tmp_path / folder)), plain)
+
+
+def test_names_may_lack_the_prefix_of_the_base_model(tmp_path):
+    path = save_model("qwen2", tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    change(tmp_path, lambda t: {name.removeprefix("model."): v for name, v in t.items()})
+    assert_same(load(path), plain)
+
+
+def change(folder: Path, how) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(how(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+NORM, HEAD, EMBEDDING = "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("name", [HEAD, EMBEDDING, "both"])
+def test_a_tied_weight_may_have_either_name(tmp_path, name):
+    path = save_model("qwen2", tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+    def rename(tensors):
+        held = tensors.pop(EMBEDDING)
+        return tensors | {n: held.clone() for n in (HEAD, EMBEDDING) if name in (n, "both")}
+
+    change(tmp_path, rename)
+    assert_same(load(path), plain)
+
+
+BROKEN = {
+    "missing": (lambda t: {k: v for k, v in t.items() if k != NORM}, rf"1 tensors missing \({NORM}\)"),
+    "left over": (lambda t: t | {"model.extra": torch.zeros(2)}, r"1 tensors left over \(model.extra\)"),
+    "misshapen": (lambda t: t | {NORM: torch.zeros(3)}, rf"misshapen \({NORM} \[3\] for \[32\]\)"),
+    "half an expert": (
+        lambda t: {k: v for k, v in t.items() if "experts.2.up_proj" not in k},
+        r"missing \(model.layers.0.mlp.experts.gate_up_proj",
+    ),
+    "bytes": (lambda t: t | {NORM: torch.zeros(32, dtype=torch.int8)}, "quantised"),
+    "untied": (
+        lambda t: {**t, HEAD: t[EMBEDDING] + 1},
+        "set tie_word_embeddings to false",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_checkpoint_is_refused(tmp_path, fault):
+    how, told = BROKEN[fault]
+    path = save_model("qwen2" if fault == "untied" else "qwen3_moe", tmp_path)
+    load(path)
+    change(tmp_path, how)
+    with pytest.raises(ConfigError, match=told):
+        Checkpoint(path, build_model(path))
+
+
+def test_folders_that_are_no_checkpoint_are_refused(tmp_path):
+    path = save_model("llama", tmp_path / "whole", max_shard_size="20KB")
+    model = build_model(path)
+    one = sorted((tmp_path / "whole").glob("*.safetensors"))[1]
+    cut = one.read_bytes()[:-100]
+    one.write_bytes(cut)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Checkpoint(path, model)
+    one.unlink()
+    with pytest.raises(ConfigError, match=f"names {re.escape(one.name)}, which"):
+        Checkpoint(path, model)
+    old = tmp_path / "old"
+    old.mkdir()
+    shutil.copy(tmp_path / "whole" / "config.json", old)
+    torch.save({}, old / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"only pytorch_model.bin.*save_pretrained"):
+        Checkpoint(str(old), model)
+    config = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ConfigError, match="quantised"):
+        build_model(str(old))
+    with pytest.raises(ConfigError, match="no model can be built from .*hub id"):
+        build_model("nobody/has-this-model")
