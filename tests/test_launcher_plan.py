@@ -180,7 +180,7 @@ def test_trainers_keep_their_memory_on_cpus_only_and_the_user_has_the_last_word(
         ("vllm:p2+fsdp:d1", gpu_machine(3), "no pipeline parallelism"),
         ("native:d1t2+fsdp:d1", None, r"native has no tensor parallelism \(t2\)"),
         ("native:d1+fsdp:(attn:d2|ffn:d2)", None, "attn / ffn form"),
-        ("native:d1+fsdp[actor]:d1|fsdp[critic]:d1", None, r"nothing would run on fsdp\[critic\]:d1"),
+        ("native:d1+fsdp[actor]:d1|fsdp[critic]:d1", None, r"nothing would run on fsdp\[critic\]:d1; roles"),
         ("sglang:d1+fsdp:d1", None, "need GPUs"),
         ("native:d4+fsdp:d8", gpu_machine(8), "needs 12 GPUs .*there are 8"),
     ],

@@ -55,6 +55,9 @@ class DatasetConfig:
     )
     system_prompt: str | None = setting(None, "system message put before every chat prompt")
     max_prompt_tokens: int | None = setting(None, "rows with longer prompts are left out, counted and reported", low=1)
+    max_length: int | None = setting(
+        None, "supervised training: rows of more tokens are left out, counted and reported", low=2
+    )
 
 
 @dataclass
@@ -108,10 +111,15 @@ class ServerConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """How gradients become updates, and the schedule."""
 
+    kind: str = setting(
+        "adamw",
+        "adafactor: next to no memory, and a step of its own size (no beta1, beta2, eps); lr means the same",
+        ("adamw", "adafactor"),
+    )
     lr: float = setting(1e-6, "peak learning rate", low=0)
-    weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of matrices; norms and biases have none", low=0)
     beta1: float = setting(0.9, "decay of the gradient's running mean", low=0, high=0.99999)
     beta2: float = setting(0.95, "decay of the squared gradient's running mean", low=0, high=0.99999)
     eps: float = setting(1e-8, "added to the root of the second moment", low=0)
@@ -121,6 +129,18 @@ class OptimizerConfig:
     warmup_steps: int = setting(0, "optimiser steps of linear warm-up", low=0)
     min_lr_ratio: float = setting(0.0, "final learning rate of linear and cosine as a share of lr", low=0, high=1)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; inf is off", low=1e-9)
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters (LoRA) beside frozen weights, which are held in the compute dtype."""
+
+    rank: int = setting(16, "rank of the adapters", low=1)
+    alpha: int = setting(32, "what the adapters add is scaled by alpha / rank", low=1)
+    target_modules: list[str] = setting(
+        lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "linear layers that get an adapter, by the last part of their names",
+    )
 
 
 @dataclass
@@ -143,6 +163,13 @@ class TrainEngineConfig:
         "what the backward pass computes again to save memory: none; full: all of a layer but its input; selective: all"
         " but the results of matrix products",
         ("none", "full", "selective"),
+    )
+    lora: LoRAConfig | None = setting(None, "train adapters instead of the weights; needs peft (arealite[lora])")
+    offload: str = setting(
+        "none",
+        "what the CPU holds for the accelerator: the optimizer's moments between updates; all: weights and gradients"
+        " too, and the update happens there",
+        ("none", "optimizer", "all"),
     )
     optimizer: OptimizerConfig = setting(OptimizerConfig, "optimiser and schedule")
     deterministic: bool = setting(False, "the same step gives the same bits; what cannot is refused (slower on GPUs)")
@@ -200,6 +227,14 @@ class PPOActorConfig(TrainEngineConfig):
     entropy_weight: float = setting(0.0, "weight of the entropy bonus", low=0)
     gamma: float = setting(1.0, "discount per token (of KL in the reward, and with a critic)", low=0, high=1)
     gae_lambda: float = setting(1.0, "with a critic: 1 trusts rewards alone, 0 the critic's next value", low=0, high=1)
+
+
+@dataclass
+class PPOCriticConfig(TrainEngineConfig):
+    """The value model of PPO: a language model with a value head, or a folder of such a model."""
+
+    ppo_n_minibatches: int = setting(1, "optimiser updates per step, each on its own groups", low=1)
+    eps_clip: float = setting(0.5, "values may leave the old ones by this much before the loss is clipped", low=0)
 
 
 @dataclass
@@ -285,24 +320,43 @@ class LauncherConfig:
 
 
 @dataclass
-class GRPOConfig:
-    """One run."""
+class RunConfig:
+    """What every run has, whatever it trains."""
 
+    kind: str = setting("grpo", "learns from rewards (grpo), answers (sft), preferences (rw)", ("grpo", "sft", "rw"))
     experiment_name: str = setting("experiment", "first folder under cluster.fileroot")
     trial_name: str = setting("trial", "second folder: one run")
     allocation_mode: str = setting("native:d1+fsdp:d1", "who runs where; see docs/allocation.md")
     seed: int = setting(1, "seed of data order and sampling")
     total_train_steps: int | None = setting(None, "optimiser steps; from total_train_epochs if not given", low=1)
     total_train_epochs: int = setting(1, "passes over the training data", low=1)
-    tokenizer_path: str | None = setting(None, "tokenizer; actor.path if not given")
+    tokenizer_path: str | None = setting(None, "tokenizer; that of the trained model if not given")
+    train_dataset: DatasetConfig = setting(DatasetConfig, "training tasks")
+    valid_dataset: DatasetConfig | None = setting(None, "held-out tasks")
+    saver: SaverConfig = setting(SaverConfig, "checkpoints")
+    evaluator: EvaluatorConfig = setting(EvaluatorConfig, "evaluation")
+    recover: RecoverConfig = setting(RecoverConfig, "recovery")
+    stats_logger: StatsLoggerConfig = setting(StatsLoggerConfig, "metrics")
+    watchdog: WatchdogConfig = setting(WatchdogConfig, "stall detection")
+    cluster: ClusterSpecConfig = setting(ClusterSpecConfig, "machines")
+    launcher: LauncherConfig = setting(LauncherConfig, "processes")
+
+    @property
+    def trained(self) -> tuple[str, TrainEngineConfig]:
+        """Key and settings of the model that the run is for."""
+        raise NotImplementedError
+
+
+@dataclass
+class GRPOConfig(RunConfig):
+    """One run of reinforcement learning: GRPO, or PPO where there is a critic."""
+
     weight_update: str = setting(
         "shm",
         "how weights reach the servers: memory of this host, a shared folder, broadcast, bodies of HTTP calls;"
         " SGLang servers cannot read shm, and have distributed if not given",
         ("shm", "disk", "distributed", "tensor"),
     )
-    train_dataset: DatasetConfig = setting(DatasetConfig, "training tasks")
-    valid_dataset: DatasetConfig | None = setting(None, "held-out tasks")
     gconfig: GenerationHyperparameters = setting(GenerationHyperparameters, "sampling of training answers")
     eval_gconfig: GenerationHyperparameters = setting(
         lambda: GenerationHyperparameters(n_samples=1, temperature=0.0), "sampling of held-out answers"
@@ -311,10 +365,27 @@ class GRPOConfig:
     server: ServerConfig = setting(ServerConfig, "inference servers")
     actor: PPOActorConfig = setting(PPOActorConfig, "policy")
     ref: TrainEngineConfig | None = setting(None, "reference policy for the KL; frozen")
-    saver: SaverConfig = setting(SaverConfig, "checkpoints")
-    evaluator: EvaluatorConfig = setting(EvaluatorConfig, "evaluation")
-    recover: RecoverConfig = setting(RecoverConfig, "recovery")
-    stats_logger: StatsLoggerConfig = setting(StatsLoggerConfig, "metrics")
-    watchdog: WatchdogConfig = setting(WatchdogConfig, "stall detection")
-    cluster: ClusterSpecConfig = setting(ClusterSpecConfig, "machines")
-    launcher: LauncherConfig = setting(LauncherConfig, "processes")
+    critic: PPOCriticConfig | None = setting(
+        None, "value model of PPO; with it actor.reward_norm is off and actor.adv_norm over the batch if not given"
+    )
+
+    @property
+    def trained(self) -> tuple[str, TrainEngineConfig]:
+        return "actor", self.actor
+
+
+@dataclass
+class SFTConfig(RunConfig):
+    """One run of supervised fine-tuning."""
+
+    allocation_mode: str = setting("fsdp:d1", "the trainer's layout; see docs/allocation.md")
+    model: TrainEngineConfig = setting(TrainEngineConfig, "the model that is trained")
+
+    @property
+    def trained(self) -> tuple[str, TrainEngineConfig]:
+        return "model", self.model
+
+
+@dataclass
+class RWConfig(SFTConfig):
+    """One run that trains a reward model on pairs of answers."""

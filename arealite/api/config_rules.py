@@ -7,53 +7,78 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from arealite.api.cli_args import DatasetConfig, FrequencyConfig, GRPOConfig
+from arealite.api.cli_args import DatasetConfig, FrequencyConfig, GRPOConfig, NormConfig, RunConfig
 
 REASONING_GYM = "reasoning_gym:"
 
 
-def contradictions(config: GRPOConfig) -> list[str]:
+def contradictions(config: RunConfig) -> list[str]:
     """Every contradiction found; empty when the configuration can run."""
-    checks = (paths, generation, datasets, lengths, batches, normalisation, loss, schedule)
-    return [problem for check in checks for problem in check(config)]
+    problems = [problem for check in (paths, datasets, schedule) for problem in check(config)]
+    if isinstance(config, GRPOConfig):
+        checks = (models, generation, lengths, batches, normalisation, loss, adapters)
+        problems += [problem for check in checks for problem in check(config)]
+    return problems
 
 
-def fill_derived(config: GRPOConfig, given: set[str]) -> None:
+def choose_for_critic(config: GRPOConfig, given: set[str]) -> None:
+    """A critic takes the place of the group's mean, and advantages are normalised over the batch instead."""
+    if not any(key.startswith("actor.reward_norm") for key in given):
+        config.actor.reward_norm = NormConfig(mean="none", std="none")
+    if not any(key.startswith("actor.adv_norm") for key in given):
+        config.actor.adv_norm = NormConfig(mean="batch", std="batch")
+
+
+def fill_derived(config: RunConfig, given: set[str]) -> None:
     """Set what was left open and follows from other fields. `given` holds the keys that the user wrote."""
+    key, trained = config.trained
+    if config.tokenizer_path is None:
+        config.tokenizer_path = trained.path
+    if f"{key}.seed" not in given:
+        trained.seed = config.seed
+    if not isinstance(config, GRPOConfig):
+        return
     rollout = config.rollout
     if rollout.consumer_batch_size is None:
         rollout.consumer_batch_size = config.train_dataset.batch_size
     if rollout.max_concurrent_rollouts is None:
         rollout.max_concurrent_rollouts = (rollout.max_head_offpolicyness + 1) * rollout.consumer_batch_size
-    if config.tokenizer_path is None:
-        config.tokenizer_path = config.actor.path
     if config.actor.temperature is None:
         config.actor.temperature = config.gconfig.temperature
     if config.actor.max_new_tokens is None:
         config.actor.max_new_tokens = config.gconfig.max_new_tokens
     if "weight_update" not in given and "sglang" in config.allocation_mode:
         config.weight_update = "distributed"
-    if "actor.seed" not in given:
-        config.actor.seed = config.seed
-    if config.ref is not None:
-        if config.ref.temperature is None:
-            config.ref.temperature = config.actor.temperature
-        if "ref.seed" not in given:
-            config.ref.seed = config.seed
+    if config.actor.lora is not None:
+        if "weight_update" not in given:
+            config.weight_update = "disk"
+        if "rollout.pause_mode" not in given and replaces_adapters_only_when_unused(config):
+            rollout.pause_mode = "abort"
+    if config.ref is not None and config.ref.temperature is None:
+        config.ref.temperature = config.actor.temperature
+    for name, other in (("ref", config.ref), ("critic", config.critic)):
+        if other is not None and f"{name}.seed" not in given:
+            other.seed = config.seed
 
 
-def paths(config: GRPOConfig) -> Iterator[str]:
-    if not config.actor.path:
-        yield "actor.path is missing: give a Hugging Face folder, a fetched model's name, or a hub id"
+def paths(config: RunConfig) -> Iterator[str]:
+    key, trained = config.trained
+    if not trained.path:
+        yield f"{key}.path is missing: give a Hugging Face folder, a fetched model's name, or a hub id"
     if not config.train_dataset.path:
         yield "train_dataset.path is missing: give a JSONL / Parquet file, a hub id, or reasoning_gym:TASK"
     if config.valid_dataset is not None and not config.valid_dataset.path:
         yield "valid_dataset.path is missing: give it, or valid_dataset=null"
-    if config.ref is not None and not config.ref.path:
-        yield "ref.path is missing: the reference is usually the start model, ref.path=${actor.path}"
     for key, name in (("experiment_name", config.experiment_name), ("trial_name", config.trial_name)):
         if not name or "/" in name or name in (".", ".."):
             yield f"{key} is {name!r}: it names a folder, so it needs at least one letter and no '/'"
+
+
+def models(config: GRPOConfig) -> Iterator[str]:
+    if config.ref is not None and not config.ref.path:
+        yield "ref.path is missing: the reference is usually the start model, ref.path=${actor.path}"
+    if config.critic is not None and not config.critic.path:
+        yield "critic.path is missing: usually a reward model's folder or the start model, critic.path=${actor.path}"
 
 
 def generation(config: GRPOConfig) -> Iterator[str]:
@@ -82,7 +107,7 @@ def generation(config: GRPOConfig) -> Iterator[str]:
         )
 
 
-def datasets(config: GRPOConfig) -> Iterator[str]:
+def datasets(config: RunConfig) -> Iterator[str]:
     named = [("train_dataset", config.train_dataset)]
     if config.valid_dataset is not None:
         named.append(("valid_dataset", config.valid_dataset))
@@ -137,12 +162,13 @@ def batches(config: GRPOConfig) -> Iterator[str]:
             f"rollout.consumer_batch_size ({consumer_size}) is not train_dataset.batch_size ({dataset_size}): both are"
             " the prompts per step; leave rollout.consumer_batch_size out"
         )
-    parts = config.actor.ppo_n_minibatches
-    if dataset_size % parts:
-        yield (
-            f"train_dataset.batch_size ({dataset_size}) is not divisible by actor.ppo_n_minibatches ({parts}): set"
-            f" train_dataset.batch_size={-(-dataset_size // parts) * parts} or another number of mini-batches"
-        )
+    for key, role in (("actor", config.actor), ("critic", config.critic)):
+        parts = 1 if role is None else role.ppo_n_minibatches
+        if dataset_size % parts:
+            yield (
+                f"train_dataset.batch_size ({dataset_size}) is not divisible by {key}.ppo_n_minibatches ({parts}): set"
+                f" train_dataset.batch_size={-(-dataset_size // parts) * parts} or another number of mini-batches"
+            )
 
 
 def normalisation(config: GRPOConfig) -> Iterator[str]:
@@ -168,8 +194,13 @@ def loss(config: GRPOConfig) -> Iterator[str]:
             f"actor.kl_weight is {actor.kl_weight} but there is no reference: add ref.path=${{actor.path}}, or set"
             " actor.kl_weight=0"
         )
-    if actor.gamma != 1 and not (actor.kl_in == "reward" and actor.kl_weight > 0):
-        yield f"actor.gamma is {actor.gamma} but discounts only a KL in the reward: set actor.kl_in=reward or gamma=1"
+    if actor.gamma != 1 and config.critic is None and not (actor.kl_in == "reward" and actor.kl_weight > 0):
+        yield (
+            f"actor.gamma is {actor.gamma} but discounts only a KL in the reward, and with a critic: set"
+            " actor.kl_in=reward, critic.path or gamma=1"
+        )
+    if actor.gae_lambda != 1 and config.critic is None:
+        yield f"actor.gae_lambda is {actor.gae_lambda} but there is no critic: add critic.path, or leave it out"
     if not actor.use_decoupled_loss:
         fresh = type(actor)()
         for field in ("behav_imp_correction", "behav_imp_weight_cap"):
@@ -192,11 +223,36 @@ def loss(config: GRPOConfig) -> Iterator[str]:
         yield "actor.reward_clip or actor.reward_scaling is 0, which makes every reward 0: leave it out"
 
 
-def schedule(config: GRPOConfig) -> Iterator[str]:
-    steps, warmup_steps = config.total_train_steps, config.actor.optimizer.warmup_steps
+def adapters(config: GRPOConfig) -> Iterator[str]:
+    lora = config.actor.lora
+    if lora is None:
+        return
+    if config.weight_update != "disk":
+        yield (
+            f"weight_update is {config.weight_update}, but the adapters of actor.lora reach the servers as small"
+            " folders: leave weight_update out, or set weight_update=disk"
+        )
+    if config.rollout.pause_mode != "abort" and replaces_adapters_only_when_unused(config):
+        yield (
+            f"rollout.pause_mode is {config.rollout.pause_mode}, but SGLang and vLLM replace an adapter only while no"
+            " request uses it: set rollout.pause_mode=abort, with which requests go on from the tokens they have"
+        )
+    if not lora.target_modules:
+        yield "actor.lora.target_modules is empty: name the linear layers that get an adapter, such as [q_proj, v_proj]"
+    if config.ref is not None and config.ref.lora is not None:
+        yield "ref.lora is given, but the reference is not trained: remove it"
+
+
+def replaces_adapters_only_when_unused(config: GRPOConfig) -> bool:
+    return "sglang" in config.allocation_mode or "vllm" in config.allocation_mode
+
+
+def schedule(config: RunConfig) -> Iterator[str]:
+    key, trained = config.trained
+    steps, warmup_steps = config.total_train_steps, trained.optimizer.warmup_steps
     if steps is not None and steps <= warmup_steps:
         yield (
-            f"actor.optimizer.warmup_steps ({warmup_steps}) leaves nothing of total_train_steps ({steps}): lower the"
+            f"{key}.optimizer.warmup_steps ({warmup_steps}) leaves nothing of total_train_steps ({steps}): lower the"
             " first"
         )
     if has_frequency(config.evaluator) and config.valid_dataset is None:
@@ -217,7 +273,7 @@ def schedule(config: GRPOConfig) -> Iterator[str]:
             f"watchdog.heartbeat_s ({watchdog.heartbeat_s}) is not below watchdog.stall_s ({watchdog.stall_s}): every"
             " process would look stalled; lower the first"
         )
-    if config.weight_update == "shm" and config.cluster.num_nodes > 1:
+    if isinstance(config, GRPOConfig) and config.weight_update == "shm" and config.cluster.num_nodes > 1:
         yield (
             f"weight_update is shm, which works within one machine, but cluster.num_nodes is"
             f" {config.cluster.num_nodes}: set weight_update=disk or distributed"

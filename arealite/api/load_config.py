@@ -15,12 +15,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from arealite.api.cli_args import GRPOConfig
-from arealite.api.config_rules import contradictions, fill_derived
+from arealite.api.cli_args import GRPOConfig, RunConfig, RWConfig, SFTConfig
+from arealite.api.config_rules import choose_for_critic, contradictions, fill_derived
 from arealite.api.config_source import Given, Reader, is_config_class, type_at, type_name
 from arealite.api.errors import ConfigError
 
 T = TypeVar("T")
+KINDS: dict[str, type[RunConfig]] = {"grpo": GRPOConfig, "sft": SFTConfig, "rw": RWConfig}
 
 
 def load_config(argv: list[str], cls: type[T]) -> T:
@@ -40,6 +41,16 @@ def load_config(argv: list[str], cls: type[T]) -> T:
     return load_config_file(Path(path), overrides, cls)
 
 
+def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
+    """As `load_config_file`, of the class that the file's or an override's `kind` names. For the launcher."""
+    reader = Reader(RunConfig)
+    reader.read_file(Path(path))
+    for override in overrides:
+        reader.read_override(override)
+    kinds = [given.value for given in reader.givens if given.key == "kind" and given.value in KINDS]
+    return load_config_file(path, overrides, KINDS[kinds[-1]] if kinds else GRPOConfig)
+
+
 def load_config_file(path: str | Path, overrides: list[str], cls: type[T]) -> T:
     """The configuration of a YAML file with `dotted.key=value` overrides. Raises ConfigError naming every problem."""
     reader = Reader(cls)
@@ -51,12 +62,18 @@ def load_config_file(path: str | Path, overrides: list[str], cls: type[T]) -> T:
     where = {given.key: given.where for given in reader.givens}
     out_of_range = [f"{where.get(key, 'default')}: {key} {said}" for key, said in check_ranges(config)]
     problems += out_of_range
-    if isinstance(config, GRPOConfig) and not out_of_range:
+    if isinstance(config, RunConfig) and not out_of_range:
+        kind = next(name for c in type(config).__mro__ for name, known in KINDS.items() if c is known)
+        if config.kind != kind:
+            found = f"{where.get('kind', 'default')}: kind is {config.kind}"
+            problems.append(f"{found}, but the script loads {cls.__name__}: write kind: {kind}, or use another script")
+        if isinstance(config, GRPOConfig) and config.critic is not None:
+            choose_for_critic(config, set(where))
         problems += contradictions(config)
     if problems:
         num = len(problems)
         raise ConfigError(f"{num} problem{'s' * (num != 1)} in the configuration:\n  " + "\n  ".join(problems))
-    if isinstance(config, GRPOConfig):
+    if isinstance(config, RunConfig):
         fill_derived(config, set(where))
     return config
 

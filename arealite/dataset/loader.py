@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from arealite.api.cli_args import DatasetConfig, GRPOConfig
+from arealite.api.cli_args import DatasetConfig, RunConfig
 from arealite.api.errors import DatasetError, RecoveryError
 from arealite.api.types import Task, as_record
 from arealite.dataset.rows import task_of
@@ -73,7 +73,7 @@ class StatefulDataLoader:
     are "e<epoch>-r<row>", so that every draw of a row has its own. A batch may span two epochs; no row is skipped.
     """
 
-    def __init__(self, tasks: Sequence[Task], config: GRPOConfig) -> None:
+    def __init__(self, tasks: Sequence[Task], config: RunConfig) -> None:
         if not tasks:
             raise DatasetError("the data loader got no tasks: expected at least one")
         self._tasks = tasks

@@ -91,6 +91,10 @@ class AllocationMode:
         """The policy's trainer: the first training component."""
         return next((c for c in self.components if c.role == "train"), None)
 
+    def role(self, name: str) -> Component | None:
+        """The training component called `name`; where there is none, the policy's trainer."""
+        return next((c for c in self.components if c.role == "train" and c.label == name), self.train)
+
     @property
     def colocated(self) -> bool:
         """Whether servers and the policy's trainer share devices."""

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from arealite.api.cli_args import DatasetConfig, GRPOConfig
+from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig
 from arealite.api.config_rules import REASONING_GYM
 from arealite.api.errors import DatasetError
-from arealite.api.load_config import explain, load_config_file, to_yaml
+from arealite.api.load_config import explain, load_run_config, to_yaml
 from arealite.dataset.fetch import resolve_model
 from arealite.dataset.sources import local_rows
 from arealite.launcher.allocation import AllocationMode
@@ -21,9 +21,9 @@ from arealite.observe.run_folder import RunFolder
 
 def check(config_path: str, overrides: list[str], explained: bool) -> str:
     """The whole answer of `arealite check`. Raises ConfigError, DatasetError."""
-    config = load_config_file(config_path, overrides, GRPOConfig)
+    config = load_run_config(config_path, overrides)
     machine = Machine.local(config.cluster)
-    model, note = find_model(config.actor.path)
+    model, note = find_model(config.trained[1].path)
     plan = make_plan(config, machine, model, ["SCRIPT", "--config", config_path, *overrides])
     settings = to_yaml(config).splitlines()
     if explained:
@@ -34,8 +34,8 @@ def check(config_path: str, overrides: list[str], explained: bool) -> str:
         ("machine", f"{len(machine.cores)} cores, {len(machine.gpus)} GPUs, {amount(machine.memory_bytes)} available"),
         ("wiring", f"{plan.allocation}: {wiring(plan, config)}"),
         ("steps", steps(config)),
-        ("staleness", staleness(config)),
     ]
+    facts += [("staleness", staleness(config))] if isinstance(config, GRPOConfig) else []
     sections = {
         "CONFIGURATION": settings,
         "RUN": table(facts),
@@ -57,7 +57,9 @@ def find_model(path: str) -> tuple[str, str]:
     return model, f"{shape.num_parameters / 1e6:,.1f} M parameters"
 
 
-def wiring(plan: Plan, config: GRPOConfig) -> str:
+def wiring(plan: Plan, config: RunConfig) -> str:
+    if not isinstance(config, GRPOConfig):
+        return "training alone"
     if plan.colocated:
         return "colocated; servers and trainers share devices and take turns"
     if config.rollout.max_head_offpolicyness == 0:
@@ -65,10 +67,11 @@ def wiring(plan: Plan, config: GRPOConfig) -> str:
     return "servers generate while trainers train, side by side"
 
 
-def steps(config: GRPOConfig) -> str:
+def steps(config: RunConfig) -> str:
     """Optimiser steps and what each consumes."""
     source = config.train_dataset
-    each = f"each {source.batch_size} prompts x {config.gconfig.n_samples} answers"
+    answers = f" prompts x {config.gconfig.n_samples} answers" if isinstance(config, GRPOConfig) else " rows"
+    each = f"each {source.batch_size}{answers}"
     rows = num_rows(source)
     found = "unknown here (not a local data set)" if rows is None else str(rows)
     if source.max_prompt_tokens is not None and rows is not None:
@@ -119,19 +122,19 @@ def processes(plan: Plan) -> list[str]:
     return table(rows)
 
 
-def memory(plan: Plan, config: GRPOConfig, machine: Machine) -> list[str]:
+def memory(plan: Plan, config: RunConfig, machine: Machine) -> list[str]:
     """What each kind of process takes, part by part, and whether it fits."""
-    shape = ModelShape.read(find_model(config.actor.path)[0])
-    ref = ModelShape.read(find_model(config.ref.path)[0]) if config.ref is not None else None
-    if shape is None or (config.ref is not None and ref is None):
+    shape = ModelShape.read(find_model(config.trained[1].path)[0])
+    reference = config.ref if isinstance(config, GRPOConfig) else None
+    ref = None if reference is None else ModelShape.read(find_model(reference.path)[0])
+    if shape is None or (reference is not None and ref is None):
         return ["unknown: no model folder with safetensors on this machine"]
     mode = AllocationMode.parse(config.allocation_mode)
-    assert mode.inference is not None and mode.train is not None, "make_plan refuses a run without both"
-    num_shards = mode.inference.world_size // mode.inference.num_servers
-    kinds: list[tuple[str, int, list[Part]]] = [
-        ("server", len(plan.servers), server_parts(config, shape, num_shards, mode.inference.backend)),
-        ("trainer", len(plan.trainers), trainer_parts(config, shape, mode.train.world_size, ref)),
-    ]
+    kinds: list[tuple[str, int, list[Part]]] = []
+    if mode.inference is not None and isinstance(config, GRPOConfig):
+        num_shards = mode.inference.world_size // mode.inference.num_servers
+        kinds.append(("server", len(plan.servers), server_parts(config, shape, num_shards, mode.inference.backend)))
+    kinds.append(("trainer", len(plan.trainers), trainer_parts(config, shape, len(plan.trainers), ref)))
     lines, total = [], 0.0
     for kind, count, parts in kinds:
         each = sum(part.num_bytes for part in parts)

@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from arealite.api.cli_args import GRPOConfig
+from arealite.api.cli_args import RunConfig
 from arealite.launcher import children
 from arealite.launcher.children import Child
 from arealite.launcher.failures import ADDRESS_IN_USE
@@ -69,7 +69,7 @@ class Server:
 class Keeper:
     """All servers of one start of the run."""
 
-    def __init__(self, plans: tuple[ProcessPlan, ...], config: GRPOConfig, folder: RunFolder, attempt: int) -> None:
+    def __init__(self, plans: tuple[ProcessPlan, ...], config: RunConfig, folder: RunFolder, attempt: int) -> None:
         self._config = config
         self._folder = folder
         self._attempt = attempt
@@ -109,7 +109,7 @@ class Keeper:
         self._probe_one()
         has_begun = all(server.was_healthy for server in self.servers)
         given_up = [server.given_up for server in self.servers]
-        return not (all(given_up) if has_begun else any(given_up))
+        return not given_up or not (all(given_up) if has_begun else any(given_up))
 
     def may_kill(self, name: str) -> bool:
         """Whether it is a server that would be started again."""

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from arealite.api.cli_args import GRPOConfig
+from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ConfigError
-from arealite.api.load_config import load_config_file, to_yaml
+from arealite.api.load_config import load_run_config, to_yaml
 from arealite.dataset.fetch import resolve_model
 from arealite.launcher import children
 from arealite.launcher.failures import RunFailed
@@ -35,13 +35,13 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
     """Run a training script with its servers; returns the exit code. Raises ConfigError, DatasetError."""
     if not Path(script).is_file():
         raise ConfigError(f"no training script {script!r}: expected a Python file")
-    config = load_config_file(config_path, overrides, GRPOConfig)
-    model = resolve_model(config.actor.path)
+    config = load_run_config(config_path, overrides)
+    model = resolve_model(config.trained[1].path)
     plan = make_plan(config, Machine.local(config.cluster), model, [script, "--config", config_path, *overrides])
     return launch(plan, config, RunFolder.of(config))
 
 
-def launch(plan: Plan, config: GRPOConfig, folder: RunFolder) -> int:
+def launch(plan: Plan, config: RunConfig, folder: RunFolder) -> int:
     """Run a plan in `folder` to its end, with the restarts that `recover` allows; returns the exit code.
 
     Call from the main thread. Raises ConfigError when the folder is in use, or used and recover.mode is fresh.
@@ -66,7 +66,7 @@ def launch(plan: Plan, config: GRPOConfig, folder: RunFolder) -> int:
             waits.shut_down()
 
 
-def _start_and_restart(plan: Plan, config: GRPOConfig, folder: RunFolder, stop: StopSignals) -> int:
+def _start_and_restart(plan: Plan, config: RunConfig, folder: RunFolder, stop: StopSignals) -> int:
     """Consumes: ends of starts. Produces: the exit code. Waits for: Supervisor.run. Unblocked by: its return."""
     recover = config.recover
     max_restarts = recover.max_restarts if recover.mode == "auto" else 0

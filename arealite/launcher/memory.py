@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from arealite.api.cli_args import GRPOConfig
+from arealite.api.cli_args import GRPOConfig, RunConfig
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 PROGRAM_BYTES = 600 << 20  # Python with torch and transformers loaded
@@ -96,13 +96,17 @@ def server_parts(config: GRPOConfig, shape: ModelShape, num_shards: int, backend
     ]
 
 
-def trainer_parts(config: GRPOConfig, shape: ModelShape, world_size: int, ref: ModelShape | None) -> list[Part]:
+def trainer_parts(config: RunConfig, shape: ModelShape, world_size: int, ref: ModelShape | None) -> list[Part]:
     """One trainer rank of `world_size`; `ref` is the reference model's shape when there is one."""
-    actor = config.actor
+    _, actor = config.trained
     size = DTYPE_BYTES[actor.dtype]
     count = shape.num_parameters / world_size
-    context = config.server.context_length or shape.context_length
-    step_tokens = config.train_dataset.batch_size * config.gconfig.n_samples * context
+    source = config.train_dataset
+    if isinstance(config, GRPOConfig):
+        context = config.server.context_length or shape.context_length
+        step_tokens = source.batch_size * config.gconfig.n_samples * context
+    else:
+        step_tokens = source.batch_size * (source.max_length or shape.context_length) * (1 + (config.kind == "rw"))
     tokens = min(actor.max_tokens_per_mb, -(-step_tokens // world_size))
     layer = tokens * size * (HIDDEN_KEPT * shape.hidden + INTERMEDIATE_KEPT * shape.intermediate)
     if actor.gradient_checkpointing != "none":
@@ -120,9 +124,13 @@ def trainer_parts(config: GRPOConfig, shape: ModelShape, world_size: int, ref: M
             3 * 4 * actor.logprob_chunk_tokens * shape.vocabulary,
             f"logprob_chunk_tokens={actor.logprob_chunk_tokens} x {shape.vocabulary}, three float32 copies",
         ),
-        Part("weights to send", DTYPE_BYTES[config.server.dtype] * shape.num_parameters, "rank 0 only, host memory"),
         Part("program", PROGRAM_BYTES, "Python, torch, transformers"),
     ]
+    if isinstance(config, GRPOConfig):
+        num_bytes = DTYPE_BYTES[config.server.dtype] * shape.num_parameters
+        parts.append(Part("weights to send", num_bytes, "rank 0 only, host memory"))
+        if config.critic is not None:
+            parts.append(Part("critic", (16 + size) * count, "as large as the policy; weights, gradients, Adam, copy"))
     if ref is not None:
         parts.insert(3, Part("reference", 4 * ref.num_parameters / world_size, "float32, frozen"))
     return [part for part in parts if part.num_bytes]

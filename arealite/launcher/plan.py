@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from arealite.api.cli_args import GRPOConfig
+from arealite.api.cli_args import GRPOConfig, RunConfig
 from arealite.api.errors import ConfigError
 from arealite.launcher.allocation import DIMENSIONS, AllocationMode, Component
 from arealite.launcher.machine import Machine
@@ -72,30 +72,35 @@ class Plan:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def make_plan(config: GRPOConfig, machine: Machine, model: str, trainer_command: Sequence[str]) -> Plan:
+def make_plan(config: RunConfig, machine: Machine, model: str, trainer_command: Sequence[str]) -> Plan:
     """The processes of a run on one machine.
 
     `model` is what servers load (folder or hub id), `trainer_command` the script with its arguments, without the
     interpreter. Raises ConfigError for what this version or this machine cannot run.
     """
     mode = AllocationMode.parse(config.allocation_mode)
-    rollout, actor = _components(mode)
-    _check_supported(config, rollout, actor)
-    _check_devices(config, mode, rollout, machine)
-    takes_turns = mode.colocated or config.rollout.max_head_offpolicyness == 0
-    cores = share_cores(machine.cores, rollout.num_servers, actor.world_size, takes_turns)
-    devices = _share_devices(mode, rollout, actor, machine)
+    actor = mode.train
+    if actor is None:
+        raise ConfigError(f"allocation_mode {mode} has no trainer: add one, such as fsdp:d1")
+    _check_roles(config, mode, actor)
+    _check_supported(config, mode)
+    _check_devices(config, mode, machine)
+    takes_turns = mode.colocated or (isinstance(config, GRPOConfig) and config.rollout.max_head_offpolicyness == 0)
+    num_servers = 0 if mode.inference is None else mode.inference.num_servers
+    cores = share_cores(machine.cores, num_servers, actor.world_size, takes_turns)
+    devices = _share_devices(mode, actor, machine)
     # As torchrun does it: all ranks see all trainer devices, LOCAL_RANK picks one.
-    of_trainers = tuple(d for own in devices[rollout.num_servers :] for d in own)
+    of_trainers = tuple(d for own in devices[num_servers:] for d in own)
     processes = []
     for i, (own_cores, own_devices) in enumerate(zip(cores, devices, strict=True)):
-        rank = i - rollout.num_servers
+        rank = i - num_servers
         env = {**_common_env(config, mode), "OMP_NUM_THREADS": str(len(own_cores))}
         kind: Literal["server", "trainer"] = "server" if rank < 0 else "trainer"
-        if kind == "server":
+        if rank < 0:
+            assert isinstance(config, GRPOConfig) and mode.inference is not None
             name, visible = f"server-{i}", own_devices
-            command = server_command(config, rollout, model, machine)
-            env |= server_env(config, rollout, own_cores, machine)
+            command = server_command(config, mode.inference, model, machine)
+            env |= server_env(config, mode.inference, own_cores, machine)
         else:
             name, visible = f"trainer-{rank}", of_trainers
             command = (sys.executable, *trainer_command)
@@ -109,26 +114,37 @@ def make_plan(config: GRPOConfig, machine: Machine, model: str, trainer_command:
     return Plan(str(mode), tuple(processes), mode.colocated)
 
 
-def _components(mode: AllocationMode) -> tuple[Component, Component]:
-    """The rollout servers and the policy's trainer; refuses everything beside them."""
-    rollout, actor = mode.inference, mode.train
-    if rollout is None or actor is None:
-        missing = "inference servers" if rollout is None else "trainer"
+def _check_roles(config: RunConfig, mode: AllocationMode, actor: Component) -> None:
+    """Refuses components that nothing would run on, and roles on ranks of their own."""
+    roles = {}
+    if isinstance(config, GRPOConfig):
+        roles = {"critic": config.critic, "ref": config.ref}
+        if mode.inference is None:
+            raise ConfigError(
+                f"allocation_mode {mode} has no inference servers: GRPO needs servers and a trainer, such as"
+                " native:d1+fsdp:d1 (separate devices) or native:d1|fsdp:d1 (shared)"
+            )
+    elif mode.inference is not None:
         raise ConfigError(
-            f"allocation_mode {mode} has no {missing}: GRPO needs both, such as native:d1+fsdp:d1 (separate devices)"
-            " or native:d1|fsdp:d1 (shared)"
+            f"allocation_mode {mode} has inference servers, which kind: {config.kind} does not use: allocate the"
+            f" trainer alone, such as {actor}"
         )
-    others = [c for c in mode.components if c not in (rollout, actor)]
-    if others:
-        raise ConfigError(
-            f"allocation_mode {mode}: nothing would run on {', '.join(map(str, others))}; this version runs one"
-            " inference and one training component"
-        )
-    return rollout, actor
+    of_actor = next(group for group in mode.groups if actor in group)
+    for component in mode.components:
+        if component in (mode.inference, actor):
+            continue
+        if component.role == "inference" or roles.get(component.label) is None:
+            known = f"; roles that can be named are {' and '.join(roles)}, where the configuration has them"
+            raise ConfigError(f"allocation_mode {mode}: nothing would run on {component}{known if roles else ''}")
+        if component not in of_actor:
+            raise ConfigError(
+                f"allocation_mode {mode}: {component} has devices of its own, which this version cannot run: let it"
+                f" share those of {actor}, as {'|'.join(map(str, (*of_actor, component)))} with the same number"
+            )
 
 
-def _check_supported(config: GRPOConfig, rollout: Component, actor: Component) -> None:
-    for component in (rollout, actor):
+def _check_supported(config: RunConfig, mode: AllocationMode) -> None:
+    for component in mode.components:
         if component.backend not in SUPPORTED:
             same_role = [b for b in SUPPORTED if Component(b, component.dims).role == component.role]
             raise ConfigError(
@@ -148,6 +164,9 @@ def _check_supported(config: GRPOConfig, rollout: Component, actor: Component) -
             f"cluster.num_nodes is {config.cluster.num_nodes}, but the local launcher starts processes on this machine"
             " only: set it to 1"
         )
+    rollout = mode.inference
+    if rollout is None or not isinstance(config, GRPOConfig):
+        return
     unread = UNREAD_UPDATES.get(rollout.backend, ())
     if rollout.dims.p > 1:
         unread += ("distributed", "tensor")
@@ -157,13 +176,15 @@ def _check_supported(config: GRPOConfig, rollout: Component, actor: Component) -
         )
 
 
-def _check_devices(config: GRPOConfig, mode: AllocationMode, rollout: Component, machine: Machine) -> None:
-    if rollout.backend == "vllm":
+def _check_devices(config: RunConfig, mode: AllocationMode, machine: Machine) -> None:
+    rollout = mode.inference
+    if rollout is not None and rollout.backend == "vllm":
+        assert isinstance(config, GRPOConfig)
         check_vllm(config, machine)
     if not machine.gpus:
-        if rollout.backend == "sglang":
+        if rollout is not None and rollout.backend == "sglang":
             raise ConfigError("sglang servers need GPUs and this machine has none: use native or vllm")
-        if rollout.backend == "vllm" and rollout.dims.t > 1:
+        if rollout is not None and rollout.backend == "vllm" and rollout.dims.t > 1:
             raise ConfigError(f"vllm:t{rollout.dims.t} needs GPUs and this machine has none: use vllm:d1")
         return
     if mode.num_devices > len(machine.gpus):
@@ -193,24 +214,26 @@ def _split(cores: Sequence[int], num_parts: int) -> list[tuple[int, ...]]:
     return [tuple(cores[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-def _share_devices(
-    mode: AllocationMode, rollout: Component, actor: Component, machine: Machine
-) -> list[tuple[str, ...]]:
+def _share_devices(mode: AllocationMode, actor: Component, machine: Machine) -> list[tuple[str, ...]]:
     """The GPUs of each server, then of each trainer rank; empty tuples without GPUs."""
+    rollout = mode.inference
     if not machine.gpus:
-        return [()] * (rollout.num_servers + actor.world_size)
+        return [()] * ((rollout.num_servers if rollout else 0) + actor.world_size)
     gpus: dict[str, tuple[str, ...]] = {}
     offset = 0
     for group in mode.groups:
         size = group[0].world_size
         gpus |= {component.label: machine.gpus[offset : offset + size] for component in group}
         offset += size
+    of_trainers: list[tuple[str, ...]] = [(gpu,) for gpu in gpus[actor.label]]
+    if rollout is None:
+        return of_trainers
     width = rollout.world_size // rollout.num_servers
     starts = range(0, rollout.world_size, width)
-    return [gpus[rollout.label][at : at + width] for at in starts] + [(gpu,) for gpu in gpus[actor.label]]
+    return [gpus[rollout.label][at : at + width] for at in starts] + of_trainers
 
 
-def _common_env(config: GRPOConfig, mode: AllocationMode) -> dict[str, str]:
+def _common_env(config: RunConfig, mode: AllocationMode) -> dict[str, str]:
     env = {
         # Threads that spin while they wait take the cores of the other side.
         "OMP_WAIT_POLICY": "PASSIVE",

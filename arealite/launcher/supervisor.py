@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from arealite.api.cli_args import GRPOConfig
+from arealite.api.cli_args import RunConfig
 from arealite.api.errors import WaitTimeout
 from arealite.launcher import children
 from arealite.launcher.children import Child
@@ -58,7 +58,7 @@ class StopSignals:
 class Supervisor:
     """Runs a plan once. Who asks a second time by signal to stop is not made to wait for the processes' grace."""
 
-    def __init__(self, plan: Plan, config: GRPOConfig, folder: RunFolder, attempt: int, stop: StopSignals) -> None:
+    def __init__(self, plan: Plan, config: RunConfig, folder: RunFolder, attempt: int, stop: StopSignals) -> None:
         self.plan = plan
         self.config = config
         self.folder = folder

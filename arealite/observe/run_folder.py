@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from arealite.api.cli_args import GRPOConfig
+    from arealite.api.cli_args import RunConfig
 
 RUN_DIR_VARIABLE = "AREALITE_RUN_DIR"
 
@@ -51,7 +51,7 @@ class RunFolder:
     timeline_dir = _Place("timeline")
 
     @classmethod
-    def of(cls, config: GRPOConfig) -> RunFolder:
+    def of(cls, config: RunConfig) -> RunFolder:
         """The configured folder, fileroot/experiment_name/trial_name; AREALITE_RUN_DIR goes first when it is set."""
         given = os.environ.get(RUN_DIR_VARIABLE)
         if given:
