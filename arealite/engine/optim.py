@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -60,12 +60,40 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     return optimizer
 
 
+def gradient_norms(parameters: Mapping[str, nn.Parameter], device: torch.device) -> dict[str, float]:
+    """The 2-norms of the gradients of all ranks together, by group of parameters; of the groups that have a gradient.
+    `device`: where the ranks talk. Collective."""
+    squares = torch.zeros(len(GROUPS), dtype=torch.float64, device=device)
+    for name, p in parameters.items():
+        if p.grad is not None:
+            squares[GROUPS.index(group_of(name))] += _local(p.grad).norm().double().square() / _num_copies(p)
+    dist.all_reduce(squares)
+    return {group: math.sqrt(x) for group, x in zip(GROUPS, squares.tolist(), strict=True) if x != 0}
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
     """The 2-norm of all gradients of all ranks together. Collective."""
     parts = [_local(p.grad).norm().double().square() / _num_copies(p) for p in parameters if p.grad is not None]
     total = torch.stack(parts).sum()
     dist.all_reduce(total)
     return math.sqrt(float(total))
+
+
+GROUPS = ("embedding", "attention", "mlp", "experts", "norms", "head")
+
+
+def group_of(name: str) -> str:
+    """The part of the model that a parameter of this Hugging Face name belongs to; routers are part of the experts."""
+    words = name.split(".")
+    if any("norm" in word for word in words):
+        return "norms"
+    if any("embed" in word for word in words):
+        return "embedding"
+    if any("attn" in word or "attention" in word for word in words):
+        return "attention"
+    if "experts" in words or "gate" in words or "router" in words:
+        return "experts"
+    return "mlp" if "mlp" in words else "head"
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: float) -> None:
