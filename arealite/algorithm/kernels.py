@@ -1,6 +1,6 @@
 """kernels.c, compiled once per machine and called on CPU bf16 tensors; None where it cannot be had.
 
-Used by layout.py (attention), linears.py (products, norms, element-wise) and sampler.py. Whoever finds no kernels takes
+Used by inference/ (attention, products, norms, element-wise, sampling) and engine/ (with gradients). Who finds none takes
 the PyTorch path, which gives the same results. Calls release the interpreter lock only where they last.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arealite.dataset.fetch import cache_root
+from arealite.api.paths import cache_root
 
 logger = logging.getLogger(__name__)
 
