@@ -169,5 +169,5 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path):
     (old / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ConfigError, match="quantised"):
         build_model(str(old))
-    with pytest.raises(ConfigError, match="no model can be built from .*hub id"):
+    with pytest.raises(ConfigError, match="no causal language model can be loaded from .*hub id"):
         build_model("nobody/has-this-model")

@@ -37,18 +37,20 @@ COMPARED_ROWS = 8192  # of a tied weight that the checkpoint has twice, at one t
 TESTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "mistral", "mixtral")
 
 
-def build_model(path: str, auto_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
-    """The model of a Hugging Face folder or hub id in float32: parameters on the meta device, buffers with their values.
+def build_model(
+    path: str, auto_class: Any = AutoModelForCausalLM, num_labels: int | None = None, **options: Any
+) -> Any:
+    """The model of a Hugging Face folder or hub id in float32: parameters on the meta device, buffers as they are.
 
-    `options` go to transformers' `from_config`. Raises ConfigError: the path holds no such model.
+    `num_labels`: outputs of a classification head; `options` go to transformers' `from_config`. Raises ConfigError: the path holds no such model.
     """
     where = path if Path(path).is_dir() else f"{path} (not a local folder, so a hub id)"
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **({} if num_labels is None else {"num_labels": num_labels}))
         with _weightless():
             model = auto_class.from_config(config, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no model can be built from {where}: {error}") from error
+        raise ConfigError(f"no causal language model can be loaded from {where}: {error}") from error
     if "quantization_config" in config.to_dict():
         raise ConfigError(f"{where} is quantised, and training needs its full weights: take the model it was made from")
     if config.model_type not in TESTED:
@@ -76,12 +78,12 @@ def _weightless() -> Iterator[None]:
 
 
 def materialize(root: nn.Module, device: torch.device) -> None:
-    """Give all meta tensors of `root` memory on `device`, with any numbers in it, and move the others there. A sharded
-    parameter gets the memory of this rank's shard."""
+    """Give all meta tensors of `root` memory on `device`, with any numbers in it; a sharded one that of this rank's
+    shard."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the same objects, so ties hold
     try:
-        root._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+        root._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
@@ -157,6 +159,10 @@ class Checkpoint:
                         f"{self.folder}: config.json ties {name} to {first}, and the checkpoint has different numbers"
                         " for them: set tie_word_embeddings to false in its config.json"
                     )
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor that the model calls `name`."""
+        return name in self._parts
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill the live tensors, sharded or not, by name as in the model's `state_dict`; what this rank does not hold
