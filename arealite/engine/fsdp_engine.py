@@ -21,6 +21,7 @@ from arealite.api.types import Batch, Dims, WeightUpdateMeta
 from arealite.dataset.fetch import resolve_model
 from arealite.engine import export, state
 from arealite.engine.checkpointing import checkpoint_activations
+from arealite.engine.loading import Checkpoint, materialize
 from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch, cut, idle
 from arealite.engine.model import PackedLanguageModel, load_model
@@ -86,10 +87,14 @@ class FSDPEngine:
             seed(config.seed + self.collective.rank)
         self.folder = resolve_model(config.path)
         self.hf_model = load_model(self.folder)
+        self._checkpoint = Checkpoint(self.folder, self.hf_model)
         checkpoint_activations(self.hf_model, config.gradient_checkpointing if self.trainable else "none")
-        self.model = PackedLanguageModel(self.hf_model, config.logprob_chunk_tokens, self.mesh).to(self.device)
+        self.model = PackedLanguageModel(self.hf_model, config.logprob_chunk_tokens, self.mesh)
         self.model.requires_grad_(self.trainable)
+        self.model._apply(lambda t: t if t.is_meta else t.to(self.device))  # buffers, adapters
         self._sharded = parallelize(self.model, self.hf_model, self.mesh, self.dtype)
+        materialize(self.model, self.device)
+        self._checkpoint.load(self.hf_model.state_dict(keep_vars=True))
         # Taken here, because modules hold the gathered compute copies instead between the passes.
         self._parameters = dict(self.hf_model.named_parameters())
         self.optimizer = make_optimizer(self._parameters.values(), config.optimizer) if self.trainable else None

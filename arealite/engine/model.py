@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError
 from arealite.engine.attention import ATTENTION
+from arealite.engine.loading import build_model
 from arealite.engine.logprobs import token_logprobs
 from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch, Part, part
@@ -112,18 +112,14 @@ class PackedLanguageModel(PackedModel):
 
 
 def load_model(folder: str) -> Any:
-    """The model of a Hugging Face folder or hub id on CPU in float32, without dropout.
+    """The model of a Hugging Face folder or hub id in float32, without dropout; its parameters have no memory yet
+    (loading.py).
 
     Raises:
         ConfigError: the path holds no such model, or its architecture cannot be trained on packed sequences.
     """
     where = folder if Path(folder).is_dir() else f"{folder} (not a local folder, so a hub id)"
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=ATTENTION, low_cpu_mem_usage=True
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no causal language model can be loaded from {where}: {error}") from error
+    model = build_model(folder, attn_implementation=ATTENTION)
     settings = model.config.to_dict()
     others = sorted(set(settings.get("layer_types") or ()) - ATTENTION_LAYERS)
     if not model._supports_attention_backend or model._is_stateful or others:
