@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from layouts import on_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
@@ -171,3 +173,44 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path):
         build_model(str(old))
     with pytest.raises(ConfigError, match="no causal language model can be loaded from .*hub id"):
         build_model("nobody/has-this-model")
+
+
+class PeakMemory:
+    """The most anonymous memory of this process while the block runs, above what it had before, in bytes."""
+
+    def __enter__(self):
+        self._end, self._before, self.num_bytes = threading.Event(), self._now(), 0
+        self._watch = threading.Thread(target=self._run)
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_):
+        self._end.set()
+        self._watch.join()
+
+    def _run(self):
+        while not self._end.wait(0.001):
+            self.num_bytes = max(self.num_bytes, self._now() - self._before)
+
+    def _now(self):
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def load_half(rank: int, path: str) -> tuple[int, int, int]:
+    """Bytes of this rank's shards, of the largest tensor, and at the peak of loading."""
+    from arealite.api.cli_args import TrainEngineConfig
+    from arealite.engine.fsdp_engine import FSDPEngine
+
+    engine = FSDPEngine(TrainEngineConfig(path=path, dtype="float32"), trainable=False)
+    with PeakMemory() as peak:
+        engine.initialize()
+    shards = [p.to_local().nbytes for p in engine.model.parameters()]
+    return sum(shards), max(p.nbytes for p in engine.model.parameters()), peak.num_bytes
+
+
+def test_a_rank_takes_the_memory_of_its_shards(tmp_path):
+    sizes = SIZES | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 128}
+    LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20MB")
+    for shards, largest, peak in on_ranks(2, load_half, str(tmp_path)):
+        assert shards > 60e6
+        assert shards < peak < shards + largest + 20e6, (shards, largest, peak)
