@@ -278,7 +278,7 @@ def test_a_parameter_changed_in_place_is_what_is_served(sharded: bool, free_port
             from arealite.engine.mesh import RankMesh
             from arealite.engine.parallelize import shard
 
-            shard(trained, {"LlamaDecoderLayer"}, RankMesh(Dims(), torch.device("cpu")), torch.float32)
+            shard(trained, {"LlamaDecoderLayer"}, RankMesh(Dims(), torch.device("cpu"), 60.0), torch.float32)
         model = ServedModel.from_module(trained, None)
         assert "lm_head.weight" not in model.tensor_names and trained.config._attn_implementation == "sdpa"
         with LocalServer(model) as server, torch.no_grad():

@@ -28,6 +28,7 @@ from arealite.engine.model import PackedLanguageModel, load_model
 from arealite.engine.optim import clip_gradients, gradient_norm, learning_rate, make_optimizer
 from arealite.engine.parallel import RankCollective, join_ranks, pick_device
 from arealite.engine.parallelize import parallelize
+from arealite.engine.pipeline import Runner, add_tied_gradients, from_last_stage, over_stages, split_stages
 from arealite.weights.handshake import verify
 from arealite.weights.link import WeightLink
 
@@ -81,16 +82,18 @@ class FSDPEngine:
         self.device = pick_device()
         self._made_group = join_ranks(self.device, config.collective_timeout_s)
         dims = self._dims or Dims(d=dist.get_world_size())
-        self.mesh = RankMesh(dims, self.device)
+        self.mesh = RankMesh(dims, self.device, config.collective_timeout_s)
         self.collective = RankCollective(config.collective_timeout_s, dims)
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(config.seed + self.collective.rank)
         self.folder = resolve_model(config.path)
         self.hf_model = load_model(self.folder)
         self._checkpoint = Checkpoint(self.folder, self.hf_model)
+        self._tied = split_stages(self.hf_model, self.mesh)
         checkpoint_activations(self.hf_model, config.gradient_checkpointing if self.trainable else "none")
         self.model = PackedLanguageModel(self.hf_model, config.logprob_chunk_tokens, self.mesh)
         self.model.requires_grad_(self.trainable)
+        self._runner = Runner(self.model, self.mesh, self.collective, self.dtype)
         self.model._apply(lambda t: t if t.is_meta else t.to(self.device))  # buffers, adapters
         self._sharded = parallelize(self.model, self.hf_model, self.mesh, self.dtype)
         materialize(self.model, self.device)
@@ -117,12 +120,15 @@ class FSDPEngine:
         """float32 [T] logprobs of the batch's tokens at `temperature` (config's if not given, else 1); 0 where
         loss_mask is False."""
         out = np.zeros(len(batch.tokens), dtype=np.float32)
+
+        def keep(micro: MicroBatch, logp: torch.Tensor, _: torch.Tensor) -> None:
+            out[micro.at] = logp.cpu().numpy()
+
+        micro_batches = self._micro_batches(batch, "compute_logp")
         with torch.no_grad():
-            for micro in self._micro_batches(batch, "compute_logp"):
-                with self.collective.computing("compute_logp"):
-                    logp, _ = self.model(micro, self.temperature if temperature is None else temperature)
-                out[micro.at] = logp.cpu().numpy()
-        return out
+            at = self.temperature if temperature is None else temperature
+            self._runner.run(micro_batches, at, keep, "compute_logp")
+        return from_last_stage(out, self.mesh, self.collective)
 
     def update(self, batch: Batch, loss_fn: LossFn) -> Update:
         """One optimiser update with the sum of `loss_fn` over all micro-batches of all ranks.
@@ -134,22 +140,23 @@ class FSDPEngine:
         """
         assert self.optimizer is not None, "the engine was made with trainable=False"
         lr = learning_rate(self.config.optimizer, self.num_updates, self._planned_updates)
-        columns: dict[str, list[float]] = defaultdict(list)
+        columns: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+        def compute(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+            loss, parts = loss_fn(micro, logp, entropy)
+            for name, value in {"loss": loss, **parts}.items():
+                columns[name].append(value.detach())
+            return loss
+
         micro_batches = self._micro_batches(batch, "update")
-        for micro in micro_batches:
-            with self.collective.computing("update"):
-                logp, entropy = self.model(micro, self.temperature)
-                loss, parts = loss_fn(micro, logp, entropy)
-                loss.backward()
-            for name, value in {"loss": loss.detach(), **parts}.items():
-                columns[name].append(float(value))
+        self._runner.run(micro_batches, self.temperature, compute, "update")
         statistics = self._over_ranks(columns)
         loss_sum = statistics.pop("loss")
         with self.collective.computing("update"):
-            norm = gradient_norm(self._parameters.values())
+            norm = self._gradient_norm()
         skipped = not (math.isfinite(loss_sum) and math.isfinite(norm))
         if skipped:
-            self._skip(batch, micro_batches, columns["loss"], loss_sum, norm)
+            self._skip(batch, micro_batches, [float(x) for x in columns["loss"]], loss_sum, norm)
         else:
             self._num_bad_steps = 0
             clip_gradients(self._parameters.values(), self.config.optimizer.max_grad_norm, norm)
@@ -163,13 +170,24 @@ class FSDPEngine:
             module.reshard()  # the compute copies are of the old weights
         return Update(loss_sum, norm, lr, skipped, statistics)
 
-    def _over_ranks(self, columns: dict[str, list[float]]) -> dict[str, float]:
-        """One number per statistic from its values in this rank's micro-batches; no rank has no micro-batch."""
+    def _gradient_norm(self) -> float:
+        """Of the whole model. The gradients of a tied weight that two stages have become their sum, and count once."""
+        counted = self._parameters
+        if self._tied in counted:
+            add_tied_gradients(counted[self._tied], self.mesh)
+            if self.mesh.is_last_stage:
+                counted = {name: p for name, p in counted.items() if name != self._tied}
+        return gradient_norm(counted.values())
+
+    def _over_ranks(self, columns: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+        """One number per statistic from its values in this rank's micro-batches; stages before the last have none."""
+        found = {name: torch.stack(values).double().cpu() for name, values in columns.items()}
+        names = list(found) if self.mesh.dims.p == 1 else self.collective.gather(list(found))[-1]
         out: dict[str, float] = {}
-        for op, reduce in (("max", max), ("sum", sum)):
-            names = [name for name in columns if name.endswith("_max") == (op == "max")]
-            own = torch.tensor([reduce(columns[name]) for name in names], dtype=torch.float64)
-            out |= dict(zip(names, self.collective.reduce(own, op).tolist(), strict=True))
+        for op, reduce, none in (("max", torch.amax, -math.inf), ("sum", torch.sum, 0.0)):
+            chosen = [name for name in names if name.endswith("_max") == (op == "max")]
+            own = torch.tensor([float(reduce(found[n])) if n in found else none for n in chosen], dtype=torch.float64)
+            out |= dict(zip(chosen, self.collective.reduce(own, op).tolist(), strict=True))
         return out
 
     def _micro_batches(self, batch: Batch, what: str) -> list[MicroBatch]:
@@ -213,7 +231,9 @@ class FSDPEngine:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(checkpoint name, whole tensor in `dtype` on `device`); tied weights once. By default the compute dtype, on
         the CPU."""
-        return export.full_tensors(self.hf_model, dtype or self.dtype, device or torch.device("cpu"))
+        own = export.full_tensors(self.hf_model, dtype or self.dtype, self.device)
+        place = device or torch.device("cpu")
+        return ((name, tensor.to(place)) for name, tensor in over_stages(own, self.mesh, self.collective))
 
     def connect_engine(self, rollout: InferenceEngine, link: WeightLink) -> None:
         """Where `upload_weights` sends the weights, and by which way."""

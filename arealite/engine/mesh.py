@@ -5,11 +5,13 @@ Called by engine/fsdp_engine.py; read by parallelize.py and what it calls.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
@@ -26,14 +28,15 @@ class RankMesh:
     Each rank computes the tokens of its place (context, tensor) of its data share: `token_place` of `num_token_places`.
     """
 
-    def __init__(self, dims: Dims, device: torch.device) -> None:
+    def __init__(self, dims: Dims, device: torch.device, timeout_s: float) -> None:
+        """`timeout_s`: the longest wait in any of the meshes' groups."""
         world_size = dist.get_world_size()
         if dims.p * dims.d * dims.c * dims.t != world_size:
             raise ConfigError(
                 f"the trainer's layout {dims} has {dims.p * dims.d * dims.c * dims.t} ranks and {world_size} were"
                 " started: give allocation_mode and the number of processes the same product d x t x c x p"
             )
-        self.dims, self.device = dims, device
+        self.dims, self.device, self._timeout_s = dims, device, timeout_s
         rank = dist.get_rank()
         self.tensor_rank = rank % dims.t
         self.context_rank = rank // dims.t % dims.c
@@ -46,7 +49,11 @@ class RankMesh:
     def _grid(self, **sizes: int) -> DeviceMesh:
         """All ranks as a mesh with these dimensions, slowest first. Collective."""
         ranks = torch.arange(dist.get_world_size()).view(*sizes.values())
-        return DeviceMesh(self.device.type, ranks, mesh_dim_names=tuple(sizes))
+        mesh = DeviceMesh(self.device.type, ranks, mesh_dim_names=tuple(sizes))
+        limit = timedelta(seconds=self._timeout_s)  # a DeviceMesh takes none: its groups would wait for half an hour
+        for group in mesh.get_all_groups():
+            _set_pg_timeout(limit, group)
+        return mesh
 
     @property
     def is_first_stage(self) -> bool:

@@ -28,7 +28,8 @@ class PackedModel(nn.Module):
     """`model` is any transformers causal language model whose attention goes through its attention interface.
 
     Where several ranks share the tokens of a micro-batch (`mesh`), this one computes those of its place (micro_batch.
-    part). What a subclass makes of its rows comes together in `gather`.
+    part). What a subclass makes of its rows comes together in `gather`. On a pipeline's stages before the last one the
+    hidden states themselves are the result; they are `received` on the stage that follows.
     """
 
     def __init__(self, model: Any, mesh: RankMesh | None = None) -> None:
@@ -36,6 +37,16 @@ class PackedModel(nn.Module):
         self.model = model
         self.mesh = mesh
         self.place, self.num_places = (0, 1) if mesh is None else (mesh.token_place, mesh.num_token_places)
+
+    def forward(self, micro: MicroBatch, temperature: float, received: torch.Tensor | None = None) -> Any:
+        """What `head` returns; on stages before the last one what `hidden` does."""
+        hidden = self.hidden(micro, received)
+        is_last = self.mesh is None or self.mesh.is_last_stage
+        return self.head(hidden, micro, temperature) if is_last else hidden
+
+    def head(self, hidden: torch.Tensor, micro: MicroBatch, temperature: float) -> tuple[torch.Tensor, ...]:
+        """A tuple of tensors, the same on every place, from last hidden states as `hidden` returns them."""
+        raise NotImplementedError
 
     def hidden(self, micro: MicroBatch, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """[1, N / n, H] last hidden states of this place's tokens, in the compute dtype. N: the S nodes and padding up
@@ -90,12 +101,8 @@ class PackedLanguageModel(PackedModel):
         super().__init__(model, mesh)
         self.chunk = chunk
 
-    def forward(self, micro: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 logp [P] of the targets and entropy [R] of the predicting nodes, on every place all of them."""
-        return self.head(self.hidden(micro), micro, temperature)
-
     def head(self, hidden: torch.Tensor, micro: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `forward` returns, from its hidden states."""
+        """float32 logp [P] of the targets and entropy [R] of the predicting nodes, on every place all of them."""
         own = self.own(micro)
         logp, entropy = token_logprobs(
             self.rows(hidden, micro, own),

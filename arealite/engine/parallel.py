@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from arealite.api.errors import ArealiteError
 from arealite.api.types import Dims
-from arealite.observe.waits import mark, waiting
+from arealite.observe.timeline import span
+from arealite.observe.waits import Wait, mark, waiting
 
 T = TypeVar("T")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -47,14 +48,14 @@ def join_ranks(device: torch.device, timeout_s: float) -> bool:
 
 
 @contextmanager
-def _bounded(what: str, limit_s: float, ranks: set[int]) -> Iterator[None]:
+def _bounded(what: str, limit_s: float, ranks: set[int]) -> Iterator[Wait | None]:
     """A named wait for `ranks`, if there are any, around calls that torch ends after `limit_s`."""
     if not ranks:
-        yield
+        yield None
         return
     with waiting(what, "trainers", limit_s, [f"rank {r}" for r in sorted(ranks)]) as wait:
         try:
-            yield
+            yield wait
         except RuntimeError as error:  # torch has no error class for the time limits of its stores and of gloo
             if wait.left_s > 0:
                 raise
@@ -78,7 +79,7 @@ class RankCollective:
         self._dims = dims or Dims(d=self.world_size)
         self.num_shares = self._dims.d
 
-    def _waiting(self, what: str, from_head: bool = False) -> AbstractContextManager[None]:
+    def _waiting(self, what: str, from_head: bool = False) -> AbstractContextManager[Wait | None]:
         """A wait for all others, or for rank 0 only where it sends."""
         ranks = {0} if from_head and self.rank != 0 else range(self.world_size)
         return _bounded(f"collective: {what}", self.timeout_s, set(ranks) - {self.rank})
@@ -114,10 +115,18 @@ class RankCollective:
             dist.monitored_barrier(self.group, timedelta(seconds=self.timeout_s), wait_all_ranks=True)
 
     @contextmanager
-    def computing(self, what: str) -> Iterator[None]:
-        """Around one micro-batch: sharded layers wait for the other ranks in the midst of their work."""
-        with self._waiting(f"weights and gradients of the other ranks in {what}"):
-            yield
+    def computing(self, what: str) -> Iterator[Callable[[], None]]:
+        """Around one micro-batch: sharded layers wait for the other ranks in the midst of their work. Around several:
+        call what this yields at each, so that the limit counts from there."""
+        found = self._waiting(f"weights and gradients of the other ranks in {what}")
+        with found as wait, span(f"micro-batch of {what}"):
+
+            def advanced() -> None:
+                mark("micro-batch")
+                if wait is not None:
+                    wait.restart()
+
+            yield advanced
         mark("micro-batch")
 
     @property

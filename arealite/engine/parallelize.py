@@ -25,7 +25,7 @@ def parallelize(root: nn.Module, model: Any, mesh: RankMesh, dtype: torch.dtype)
 
 def check_supported(config: Any, dims: Dims) -> None:
     """Raises ConfigError with what is supported. `config`: the transformers configuration of the model."""
-    for letter, size in (("t", dims.t), ("c", dims.c), ("p", dims.p), ("e", dims.e)):
+    for letter, size in (("t", dims.t), ("c", dims.c), ("e", dims.e)):
         if size > 1:
             raise ConfigError(f"the trainer's layout {dims} has {letter}{size}, which is not supported yet: use d only")
 
