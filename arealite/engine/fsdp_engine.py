@@ -23,6 +23,8 @@ from arealite.engine import export, state
 from arealite.engine.checkpointing import checkpoint_activations
 from arealite.engine.loading import Checkpoint, materialize
 from arealite.engine.mesh import RankMesh
+from arealite.engine.determinism import be_deterministic
+from arealite.engine.flops import ModelFlops, peak_flops, speed
 from arealite.engine.micro_batch import MicroBatch, cut, idle
 from arealite.engine.model import PackedLanguageModel, load_model
 from arealite.engine.optim import clip_gradients, gradient_norm, learning_rate, make_optimizer
@@ -86,6 +88,8 @@ class FSDPEngine:
         self.collective = RankCollective(config.collective_timeout_s, dims)
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(config.seed + self.collective.rank)
+        if config.deterministic:
+            be_deterministic()
         self.folder = resolve_model(config.path)
         self.hf_model = load_model(self.folder)
         self._checkpoint = Checkpoint(self.folder, self.hf_model)
