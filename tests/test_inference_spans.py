@@ -276,9 +276,9 @@ def test_a_parameter_changed_in_place_is_what_is_served(sharded: bool, free_port
         if sharded:
             from arealite.api.types import Dims
             from arealite.engine.mesh import RankMesh
-            from arealite.engine.parallelize import shard
+            from arealite.engine.parallelize import parallelize
 
-            shard(trained, {"LlamaDecoderLayer"}, RankMesh(Dims(), torch.device("cpu"), 60.0), torch.float32)
+            parallelize(trained, trained, RankMesh(Dims(), torch.device("cpu"), 60.0), torch.float32)
         model = ServedModel.from_module(trained, None)
         assert "lm_head.weight" not in model.tensor_names and trained.config._attn_implementation == "sdpa"
         with LocalServer(model) as server, torch.no_grad():

@@ -2,46 +2,111 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
+from arealite.engine.context_parallel import context_parallel
 from arealite.engine.mesh import RankMesh
+from arealite.engine.tensor_parallel import tensor_parallel
+
+# transformers' model types that can be spread by other dimensions than d
+MODEL_TYPES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
-def parallelize(root: nn.Module, model: Any, mesh: RankMesh, dtype: torch.dtype) -> list[FSDPModule]:
-    """Spread `model`, a transformers model inside of `root`, over `mesh`, computing in `dtype`.
+def parallelize(
+    root: nn.Module, model: Any, mesh: RankMesh, dtype: torch.dtype, offload: bool = False
+) -> list[FSDPModule]:
+    """Spread `model`, a transformers model inside of `root`, over `mesh`, computing in `dtype`; its shards and their
+    gradients stay on the CPU if `offload`.
 
     Returns its sharded modules, `root` last. Raises ConfigError for a model or layout that is not supported.
     """
     check_supported(model.config, mesh.dims)
-    return shard(root, set(model._no_split_modules), mesh, dtype)
+    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    experts = [m for layer in layers for m in layer.modules() if any(p.ndim == 3 for p in m.parameters(recurse=False))]
+    if mesh.dims.c > 1:
+        context_parallel(model, layers, mesh.context)
+    if mesh.dims.t > 1:
+        tensor_parallel(layers, mesh.tensor, apart=experts)
+    return shard(root, layers, experts, mesh, dtype, offload)
 
 
 def check_supported(config: Any, dims: Dims) -> None:
     """Raises ConfigError with what is supported. `config`: the transformers configuration of the model."""
-    for letter, size in (("t", dims.t), ("c", dims.c), ("e", dims.e)):
+    for letter, size in (("e", dims.e),):
         if size > 1:
             raise ConfigError(f"the trainer's layout {dims} has {letter}{size}, which is not supported yet: use d only")
+    if max(dims.t, dims.c, dims.p, dims.e) > 1 and config.model_type not in MODEL_TYPES:
+        raise ConfigError(
+            f"a model of type {config.model_type} can be spread over the trainer's ranks by d only, and the layout is"
+            f" {dims}; by t, c, p and e the types {', '.join(MODEL_TYPES)}"
+        )
+    if max(dims.t, dims.c) > 1:
+        _check_heads(config, dims)
+    if dims.t > 1:
+        _check_projections(config, dims)
 
 
-def shard(root: nn.Module, layer_classes: set[str], mesh: RankMesh, dtype: torch.dtype) -> list[FSDPModule]:
+def _check_heads(config: Any, dims: Dims) -> None:
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % (dims.t * dims.c) or key_heads % dims.t:
+        pairs = [(t, c) for t in _divisors(key_heads) for c in _divisors(heads // t)]
+        raise ConfigError(
+            f"{heads} attention heads and {key_heads} key heads cannot be spread by t = {dims.t} and c = {dims.c}: t"
+            " must divide both numbers, and t x c the first. These work: "
+            + ", ".join(f"t{t}c{c}" for t, c in pairs if t * c > 1)
+        )
+
+
+def _check_projections(config: Any, dims: Dims) -> None:
+    settings = config.to_dict()
+    biased = [key for key in ("attention_bias", "mlp_bias") if settings.get(key)]
+    if biased:
+        raise ConfigError(f"{', '.join(biased)} of the model is set, which t = {dims.t} does not compute: use d, c, p")
+    has_dense = config.model_type != "qwen3_moe" or config.mlp_only_layers or config.decoder_sparse_step > 1
+    if has_dense and config.intermediate_size % dims.t:
+        sizes = _divisors(math.gcd(config.intermediate_size, config.num_key_value_heads))
+        raise ConfigError(
+            f"the model's intermediate size {config.intermediate_size} does not divide by t = {dims.t}; with its"
+            f" {config.num_key_value_heads} key heads t may be {', '.join(map(str, sizes))}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def shard(
+    root: nn.Module,
+    layers: Collection[nn.Module],
+    experts: Collection[nn.Module],
+    mesh: RankMesh,
+    dtype: torch.dtype,
+    offload: bool = False,
+) -> list[FSDPModule]:
     """FSDP2 over float32 `root`, computing in `dtype`; returns its sharded modules, root last.
 
-    Layers of `layer_classes` are gathered one at a time. Gradients are summed over ranks in float32, not averaged:
-    losses carry global denominators. One rank keeps its compute copy between the passes, which costs one copy of the
-    weights in `dtype` and saves two passes over all of them.
+    `layers` are gathered one at a time, and `experts` in them apart where other ranks have other tokens for them.
+    Gradients are summed over ranks in float32, not averaged: losses carry global denominators. One rank keeps its
+    compute copy between the passes, which costs one copy of the weights in `dtype` and saves two passes over all of
+    them.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    place = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
     sharded: list[FSDPModule] = []
 
     def apply(module: nn.Module, over: DeviceMesh, reshard_after_forward: bool) -> None:
-        fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(
+            module, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=place
+        )
         assert isinstance(module, FSDPModule)
         if over.size() > 1:
             module.set_gradient_divide_factor(1.0)
@@ -50,7 +115,10 @@ def shard(root: nn.Module, layer_classes: set[str], mesh: RankMesh, dtype: torch
             module.set_reshard_after_backward(False, recurse=False)
         sharded.append(module)
 
-    for layer in [m for m in root.modules() if type(m).__name__ in layer_classes]:
+    if mesh.dims.t > 1:
+        for module in experts:
+            apply(module, mesh.stage, reshard_after_forward=True)
+    for layer in layers:
         apply(layer, mesh.shards, reshard_after_forward=mesh.shards.size() > 1)
     apply(root, mesh.stage, reshard_after_forward=False)
     return sharded
