@@ -19,6 +19,14 @@ CASES = [
     (["train_dataset.path="], "train_dataset.path is missing", ["train_dataset.path=d"]),
     (["valid_dataset.batch_size=2"], "valid_dataset.path is missing", ["valid_dataset=null"]),
     (["ref.dtype=float32"], "ref.path is missing", ["ref.path=${actor.path}"]),
+    (["actor.lora.rank=8", "weight_update=shm"], "weight_update is shm, but the adapters", ["weight_update=disk"]),
+    (
+        ["actor.lora.rank=8", "allocation_mode=vllm:d1+fsdp:d1", "rollout.pause_mode=retract"],
+        "rollout.pause_mode is retract, but SGLang and vLLM replace an adapter only while no request uses it",
+        ["rollout.pause_mode=abort"],
+    ),
+    (["actor.lora.target_modules=[]"], "target_modules is empty", ["actor.lora.target_modules=[q_proj]"]),
+    (["ref.path=m", "ref.lora.rank=8"], "ref.lora is given, but the reference is not trained", ["ref.lora=null"]),
     (["trial_name=a/b"], "trial_name is 'a/b'", ["trial_name=b"]),
     (["experiment_name="], "experiment_name is ''", ["experiment_name=e"]),
     (

@@ -252,5 +252,5 @@ def test_without_the_scale_out_route_completions_serve(engine, model):
     assert part.token_ids == done.token_ids and set(part.versions) == {7}
     np.testing.assert_allclose(part.logprobs, done.logprobs, atol=1e-4)
     tokens = [*PROMPT, *done.token_ids]
-    scores = fallback.parse_scores(control(engine, fallback.score_call(tokens, "w2")), len(tokens), "server-0")
+    scores = fallback.parse_scores(control(engine, fallback.score_call(tokens, "w2", None)), len(tokens), "server-0")
     np.testing.assert_allclose(scores, engine.score([tokens])[0], atol=1e-4)

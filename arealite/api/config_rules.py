@@ -21,12 +21,22 @@ def contradictions(config: RunConfig) -> list[str]:
     return problems
 
 
-def choose_for_critic(config: GRPOConfig, given: set[str]) -> None:
-    """A critic takes the place of the group's mean, and advantages are normalised over the batch instead."""
-    if not any(key.startswith("actor.reward_norm") for key in given):
-        config.actor.reward_norm = NormConfig(mean="none", std="none")
-    if not any(key.startswith("actor.adv_norm") for key in given):
-        config.actor.adv_norm = NormConfig(mean="batch", std="batch")
+def choose_defaults(config: GRPOConfig, given: set[str]) -> None:
+    """Defaults that others would contradict. `given` holds the keys that the user wrote.
+
+    A critic takes the place of the group's mean, and advantages are normalised over the batch instead. Adapters travel
+    as small folders, and SGLang and vLLM replace them only while no request uses them.
+    """
+    if config.critic is not None:
+        if not any(key.startswith("actor.reward_norm") for key in given):
+            config.actor.reward_norm = NormConfig(mean="none", std="none")
+        if not any(key.startswith("actor.adv_norm") for key in given):
+            config.actor.adv_norm = NormConfig(mean="batch", std="batch")
+    if config.actor.lora is not None:
+        if "weight_update" not in given:
+            config.weight_update = "disk"
+        if "rollout.pause_mode" not in given and replaces_adapters_only_when_unused(config):
+            config.rollout.pause_mode = "abort"
 
 
 def fill_derived(config: RunConfig, given: set[str]) -> None:
@@ -47,13 +57,8 @@ def fill_derived(config: RunConfig, given: set[str]) -> None:
         config.actor.temperature = config.gconfig.temperature
     if config.actor.max_new_tokens is None:
         config.actor.max_new_tokens = config.gconfig.max_new_tokens
-    if "weight_update" not in given and "sglang" in config.allocation_mode:
+    if "weight_update" not in given and "sglang" in config.allocation_mode and config.actor.lora is None:
         config.weight_update = "distributed"
-    if config.actor.lora is not None:
-        if "weight_update" not in given:
-            config.weight_update = "disk"
-        if "rollout.pause_mode" not in given and replaces_adapters_only_when_unused(config):
-            rollout.pause_mode = "abort"
     if config.ref is not None and config.ref.temperature is None:
         config.ref.temperature = config.actor.temperature
     for name, other in (("ref", config.ref), ("critic", config.critic)):
@@ -224,6 +229,8 @@ def loss(config: GRPOConfig) -> Iterator[str]:
 
 
 def adapters(config: GRPOConfig) -> Iterator[str]:
+    if config.ref is not None and config.ref.lora is not None:
+        yield "ref.lora is given, but the reference is not trained: remove it"
     lora = config.actor.lora
     if lora is None:
         return
@@ -239,8 +246,6 @@ def adapters(config: GRPOConfig) -> Iterator[str]:
         )
     if not lora.target_modules:
         yield "actor.lora.target_modules is empty: name the linear layers that get an adapter, such as [q_proj, v_proj]"
-    if config.ref is not None and config.ref.lora is not None:
-        yield "ref.lora is given, but the reference is not trained: remove it"
 
 
 def replaces_adapters_only_when_unused(config: GRPOConfig) -> bool:

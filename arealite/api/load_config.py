@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from arealite.api.cli_args import GRPOConfig, RunConfig, RWConfig, SFTConfig
-from arealite.api.config_rules import choose_for_critic, contradictions, fill_derived
+from arealite.api.config_rules import choose_defaults, contradictions, fill_derived
 from arealite.api.config_source import Given, Reader, is_config_class, type_at, type_name
 from arealite.api.errors import ConfigError
 
@@ -67,8 +67,8 @@ def load_config_file(path: str | Path, overrides: list[str], cls: type[T]) -> T:
         if config.kind != kind:
             found = f"{where.get('kind', 'default')}: kind is {config.kind}"
             problems.append(f"{found}, but the script loads {cls.__name__}: write kind: {kind}, or use another script")
-        if isinstance(config, GRPOConfig) and config.critic is not None:
-            choose_for_critic(config, set(where))
+        if isinstance(config, GRPOConfig):
+            choose_defaults(config, set(where))
         problems += contradictions(config)
     if problems:
         num = len(problems)

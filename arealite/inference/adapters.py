@@ -23,9 +23,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from arealite.api.errors import ArealiteError, RequestError
+from arealite.inference import bodies
 from arealite.inference.bodies import number, of_type, read_object, shown
 from arealite.inference.pickles import tensor_reader
 from arealite.observe import waits
+from arealite.weights.checksum import checksum
 
 if TYPE_CHECKING:
     from arealite.inference.engine import Engine
@@ -50,10 +52,18 @@ Source = Callable[[], tuple[dict[str, Any], dict[str, torch.Tensor]]]
 
 @dataclass
 class Adapter:
-    """`sides`: module name -> (A [r, in], B [out, r] times the scale), in the model's dtype."""
+    """`sides`: module name -> (A [r, in], B [out, r], both in the model's dtype, and the scale of what they add)."""
 
     path: str
-    sides: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    sides: dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of the tensors that are served, by their names in the file."""
+        found: dict[str, int] = {}
+        for target, (a, b, _) in self.sides.items():
+            stem = f"base_model.model.{target}.lora_"
+            found |= {f"{stem}A.weight": checksum(a), f"{stem}B.weight": checksum(b)}
+        return found
 
 
 @dataclass
@@ -64,20 +74,26 @@ class Adapters:
     names: dict[str, str] = field(default_factory=dict)  # that requests may choose, and where they come from
     _loaded: dict[str, Adapter] = field(default_factory=dict)
     _hooks: dict[str, Any] = field(default_factory=dict)
-    _rows: dict[str, torch.Tensor] = field(default_factory=dict)  # of the current pass, by adapter
+    # Of the current pass, by adapter; None: all rows.
+    _rows: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
-    def add(self, name: str, adapter: Adapter) -> None:
-        """Raises RequestError: the name is taken."""
-        if name in self._loaded:
+    def add(self, name: str, adapter: Adapter, in_place: bool = False) -> None:
+        """Raises RequestError: the name is taken, and what has it is not to be replaced."""
+        if name in self._loaded and not in_place:
             raise RequestError(f"lora_name: an adapter named {name!r} is loaded already; unload it, or use a new name")
         self._loaded[name] = adapter
-        for target in adapter.sides.keys() - self._hooks.keys():
-            hook = functools.partial(self._add_delta, target)
-            self._hooks[target] = self.module.get_submodule(target).register_forward_hook(hook)
+        self._follow()
 
     def remove(self, name: str) -> None:
         self._loaded.pop(name, None)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Hooks on those linear layers that some adapter changes."""
         used = {target for adapter in self._loaded.values() for target in adapter.sides}
+        for target in used - self._hooks.keys():
+            hook = functools.partial(self._add_delta, target)
+            self._hooks[target] = self.module.get_submodule(target).register_forward_hook(hook)
         for target in self._hooks.keys() - used:
             self._hooks.pop(target).remove()
 
@@ -89,6 +105,10 @@ class Adapters:
         """Which rows of the pass to come want which adapter."""
         self._rows = {}
         if not self._loaded:
+            return
+        wanted = {span.sequence.request.lora for span in spans}
+        if len(wanted) == 1:
+            self._rows = {name: None for name in wanted if name is not None}
             return
         rows: dict[str, list[int]] = {}
         start = 0
@@ -102,8 +122,13 @@ class Adapters:
         """Adds x A^T B^T to the rows [1, T, out] of those who want it; in place."""
         for name, rows in self._rows.items():
             sides = self._loaded[name].sides.get(target)
-            if sides is not None:
-                output[0].index_add_(0, rows, given[0][0, rows] @ sides[0].t() @ sides[1].t())
+            if sides is None:
+                continue
+            a, b, scale = sides
+            if rows is None:
+                output.add_(given[0] @ a.t() @ b.t(), alpha=scale)
+            else:
+                output[0].index_add_(0, rows, given[0][0, rows] @ a.t() @ b.t(), alpha=scale)
 
 
 def parse_adapter(module: nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor], path: str) -> Adapter:
@@ -141,8 +166,8 @@ def parse_adapter(module: nn.Module, settings: dict[str, Any], tensors: dict[str
         rank = max(1, a.shape[0])
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         weight = linear.weight
-        scaled = b.to(weight.device, torch.float32) * scale
-        sides[target] = (a.detach().to(weight.device, weight.dtype), scaled.to(weight.dtype))
+        a, b = (side.detach().to(weight.device, weight.dtype) for side in (a, b))
+        sides[target] = (a, b, scale)
     if not sides:
         raise RequestError("adapter: it has no tensors")
     return Adapter(path, sides)
@@ -174,7 +199,10 @@ class AdapterRoutes:
     async def load(self, request: web.Request) -> web.Response:
         body = await read_object(request)
         name, path = (of_type(key, body.get(key), str) for key in ("lora_name", "lora_path"))
-        return await self._add(name, path, lambda: read_folder(path))
+        if not bodies.field(body, "load_inplace", bool, False):
+            return await self._add(name, path, lambda: read_folder(path))
+        version = bodies.field(body, "weight_version", str, None)
+        return await self._add(name, path, lambda: read_folder(path), in_place=True, version=version)
 
     async def load_tensors(self, request: web.Request) -> web.Response:
         body = await read_object(request)
@@ -183,18 +211,27 @@ class AdapterRoutes:
         tensors = tensor_reader(body)
         return await self._add(name, "", lambda: (settings, dict(tensors())))
 
-    async def _add(self, name: str, path: str, source: Source) -> web.Response:
-        def prepare() -> Adapter:
+    async def _add(
+        self, name: str, path: str, source: Source, in_place: bool = False, version: str | None = None
+    ) -> web.Response:
+        """`in_place`: it becomes the adapter of this name between two tokens, also for the requests that run; the
+        weights have `version` then, and the answer has the adapter's checksums."""
+
+        def prepare() -> tuple[Adapter, dict[str, int]]:
             settings, tensors = source()
-            return parse_adapter(self._adapters.module, settings, tensors, path)
+            adapter = parse_adapter(self._adapters.module, settings, tensors, path)
+            return adapter, adapter.checksums() if in_place else {}
 
         try:
-            adapter = await waits.in_thread(prepare, f"adapter {name}", "client", LOAD_LIMIT_S)
-            await self._engine.ask("load adapter", lambda: self._adapters.add(name, adapter))
+            adapter, checksums = await waits.in_thread(prepare, f"adapter {name}", "client", LOAD_LIMIT_S)
+            if in_place:
+                await self._engine.ask("adapter update", lambda: self._engine.replace_adapter(name, adapter, version))
+            else:
+                await self._engine.ask("load adapter", lambda: self._adapters.add(name, adapter))
         except ArealiteError as error:
             return self._answer(str(error))
         self._adapters.names[name] = path
-        return self._answer("")
+        return self._answer("", **({"checksums": checksums} if in_place else {}))
 
     async def unload(self, request: web.Request) -> web.Response:
         """New requests are refused at once; answered when those that use it have ended."""
@@ -217,9 +254,9 @@ class AdapterRoutes:
         batcher.scheduler.prefix.clear()  # the name may come back with other weights
         return True
 
-    def _answer(self, error: str) -> web.Response:
+    def _answer(self, error: str, **more_fields: Any) -> web.Response:
         body = {"rid": None, "http_worker_ipc": None, "success": not error, "error_message": error}
         more = {"error": {"message": error}, "message": error} if error else {}
         return web.json_response(
-            {**body, **more, "loaded_adapters": self._adapters.names}, status=400 if error else 200
+            {**body, **more, **more_fields, "loaded_adapters": self._adapters.names}, status=400 if error else 200
         )

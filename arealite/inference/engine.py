@@ -21,6 +21,7 @@ import torch
 
 from arealite.api.errors import ArealiteError, WeightSyncError
 from arealite.inference import receiver
+from arealite.inference.adapters import Adapter
 from arealite.inference.batcher import Batcher, abort_reason
 from arealite.inference.requests import GenerateRequest
 from arealite.inference.sequence import Sequence
@@ -183,6 +184,17 @@ class Engine:
         if options.weight_version is not None:
             self.batcher.weight_version = options.weight_version
         return receiver.checksums(model, options.checksum_names)
+
+    def replace_adapter(self, name: str, adapter: Adapter, weight_version: str | None) -> None:
+        """Serve `adapter` under `name` from now on, instead of the one of that name, if there is one. Running requests
+        and computed prompts fare as in `update_weights`."""
+        scheduler = self.batcher.scheduler
+        scheduler.prefix.clear()
+        if self.paused != "in_place":
+            scheduler.retract_all()
+        self.batcher.model.adapters.add(name, adapter, in_place=True)
+        if weight_version is not None:
+            self.batcher.weight_version = weight_version
 
     def _run(self) -> None:
         """Consumes: the inbox (requests, calls, the stop mark).

@@ -19,6 +19,7 @@ from arealite.launcher.memory import ModelShape, kv_cache_bytes
 
 PORT = "{port}"
 HOST = "127.0.0.1"
+VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 VLLM_WORKER_EXTENSION = "arealite.weights.vllm_worker.WeightReceiver"
 UNKNOWN_KV_CACHE_BYTES = 2 << 30  # for a model that is not a folder on this machine
 
@@ -64,8 +65,18 @@ def server_command(config: GRPOConfig, rollout: Component, model: str, machine: 
         options |= {"max_running_requests": server.max_running_requests, "context_length": server.context_length}
         options |= {"model": model, "seed": config.seed, "kv_cache_tokens": server.kv_cache_tokens}
         options |= {"weight_version": "0", "deterministic": server.deterministic}
+    options |= _lora_options(config, rollout.backend)
     own = {key.lstrip("-").replace("-", "_"): value for key, value in server.args.items()}
     return (python, "-m", module, *flags({**options, **own}))
+
+
+def _lora_options(config: GRPOConfig, backend: str) -> dict[str, Any]:
+    lora = config.actor.lora
+    if lora is None or backend == "native":
+        return {}
+    if backend == "sglang":
+        return {"enable_lora": True, "max_lora_rank": lora.rank, "lora_target_modules": lora.target_modules}
+    return {"enable_lora": True, "max_lora_rank": next((r for r in VLLM_LORA_RANKS if r >= lora.rank), lora.rank)}
 
 
 def server_env(config: GRPOConfig, rollout: Component, cores: tuple[int, ...], machine: Machine) -> dict[str, str]:

@@ -19,12 +19,13 @@ UNNAMED_VERSION = "default"  # what SGLang and vLLM call their weights before th
 @dataclass(frozen=True)
 class Call:
     """One HTTP request; `body` is JSON-ready (None: an empty one), `path` may hold a query. The answer is empty, JSON,
-    or plain text."""
+    or plain text. In an update, `may_be_refused`: that is no failure, and has no answer."""
 
     path: str
     body: dict[str, Any] | None = None
     method: str = "POST"
     expects_json: bool = True
+    may_be_refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Part:
     finish_reason: FinishReason
     matched: int | str | None
     text: str
+
+
+ADAPTER_NEEDS_ABORT = (
+    "rollout.pause_mode is {}, but {} replaces an adapter only while no request uses it: set rollout.pause_mode=abort,"
+    " with which requests go on from the tokens they have"
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,8 @@ class Backend(Protocol):
             RequestError: the answer breaks the protocol, holds a logprob that is not a number, or is an error.
         """
 
-    def score_call(self, tokens: list[int], wire_id: str) -> Call:
-        """Asks for the logprobs of `tokens` themselves (temperature 1)."""
+    def score_call(self, tokens: list[int], wire_id: str, lora: str | None) -> Call:
+        """Asks for the logprobs of `tokens` themselves (temperature 1), under the adapter `lora`."""
 
     def parse_scores(self, answer: Any, num_tokens: int, server_id: str) -> list[float]:
         """`num_tokens` logprobs; the first, which has no context, is 0. Raises RequestError as `parse_part` does."""

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,11 @@ class RemoteInferenceEngine:
     # -- requests ------------------------------------------------------------------------------------------------
 
     async def agenerate(self, request: GenerationRequest) -> Completion:
-        """Sample one sequence; awaited by workflows, in the client's own loop. Errors: see generate.py."""
+        """Sample one sequence; awaited by workflows, in the client's own loop. Errors: see generate.py.
+
+        With LoRA training, requests that name no adapter are for the one that is trained."""
+        if request.lora is None:
+            request = replace(request, lora=self._live.fleet.adapter)
         return await self._live.generator.generate(request)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:

@@ -54,6 +54,11 @@ class Fleet:
         """The server that has not answered for longest; empty when nothing was asked. Any thread may call."""
         return next((server_id for server_id, _ in list(self._unanswered.values())), "")
 
+    @property
+    def adapter(self) -> str | None:
+        """The name of the policy's adapter on the servers, if its updates are one."""
+        return None if self._update is None else self._update.adapter
+
     async def wait_healthy(self) -> None:
         """Consumes: answers of the servers' health routes. Produces: nothing. Waits for: 200 from every server, at
         most `setup_timeout_s`. Unblocked by: the servers, or the limit.
@@ -217,7 +222,7 @@ class Fleet:
             num_failures = 0
             while True:
                 member = await self.router.acquire("", len(tokens))
-                call = member.backend.score_call(tokens, uuid.uuid4().hex)
+                call = member.backend.score_call(tokens, uuid.uuid4().hex, self.adapter)
                 try:
                     answer = await self._ask(member, call, self.config.request_timeout_s)
                     self.router.succeeded(member)

@@ -26,6 +26,10 @@ class NativeBackend(SGLangBackend):
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
         """Everything is read and checked beside the live weights; the session's end swaps it in."""
+        if meta.kind == "lora":
+            swap = {"load_inplace": True, "weight_version": str(meta.version)}
+            load = {"lora_name": meta.adapter, "lora_path": meta.path, **swap}
+            return UpdatePlan(after=[Call("/load_lora_adapter", load)], is_staged=True)
         before, buckets = [Call("/begin_weight_update", {})], []
         if meta.kind == "disk":
             before.append(Call("/update_weights_from_disk", {"model_path": meta.path, "flush_cache": False}))

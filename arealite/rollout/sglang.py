@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
 from arealite.api.types import GenerationRequest, WeightUpdateMeta
-from arealite.rollout.backend import UNNAMED_VERSION, Call, Part, UpdatePlan, finite, token_versions
+from arealite.rollout.backend import (
+    ADAPTER_NEEDS_ABORT,
+    UNNAMED_VERSION,
+    Call,
+    Part,
+    UpdatePlan,
+    finite,
+    token_versions,
+)
 
 CHECKED_VERSION = (0, 5, 23)
 SPANS_SINCE = (0, 5, 20)  # answers tell which weights made which token
@@ -107,14 +116,16 @@ class SGLangBackend:
             text=answer.get("text") or "",
         )
 
-    def score_call(self, tokens: list[int], wire_id: str) -> Call:
-        body = {
+    def score_call(self, tokens: list[int], wire_id: str, lora: str | None) -> Call:
+        body: dict[str, Any] = {
             "rid": wire_id,
             "input_ids": tokens,
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
             "logprob_start_len": 0,
         }
+        if lora:
+            body["lora_path"] = lora
         return Call("/generate", body)
 
     def parse_scores(self, answer: Any, num_tokens: int, server_id: str) -> list[float]:
@@ -157,6 +168,8 @@ class SGLangBackend:
         last = {"flush_cache": pause_mode != "in_place", "weight_version": str(meta.version)}
         if meta.kind == "disk":
             return UpdatePlan(after=[Call("/update_weights_from_disk", {"model_path": meta.path, **last})])
+        if meta.kind == "lora":
+            return self._adapter_plan(meta, pause_mode)
         if meta.kind == "shm":
             raise ConfigError(f"weight_update is {meta.kind!r}, which SGLang cannot read; set weight_update=disk")
         if self._num_stages > 1:
@@ -170,6 +183,15 @@ class SGLangBackend:
         if self.version < SESSION_SINCE:
             return UpdatePlan(buckets=buckets)
         return UpdatePlan([Call("/begin_weight_update", {})], buckets, [Call("/end_weight_update", {})])
+
+    def _adapter_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
+        """Unloading waits for those who use the adapter. Each loading has prefixes of its own in the cache."""
+        if pause_mode != "abort":
+            raise ConfigError(ADAPTER_NEEDS_ABORT.format(pause_mode, "SGLang"))
+        name = meta.adapter or ""
+        stamp = {"new_version": str(meta.version), "abort_all_requests": False}
+        unload = replace(self.unload_lora_call(name), may_be_refused=True)  # it is not there before the first update
+        return UpdatePlan(after=[unload, self.lora_call(name, meta.path), Call("/update_weight_version", stamp)])
 
     def _bucket_call(self, meta: WeightUpdateMeta, start: int, end: int) -> Call:
         body: dict[str, Any] = {"load_format": "flattened_bucket", "flush_cache": False}

@@ -207,7 +207,8 @@ class _Talk:
     async def _one(self, member: Member, calls: list[Call]) -> None:
         try:
             for call in calls:
-                self._answers[member].append(await self._ask(member, call))
+                with suppress(*([RequestError] if call.may_be_refused else [])):
+                    self._answers[member].append(await self._ask(member, call))
         except ServerUnreachable as error:
             self.failures.setdefault(member, error)
         except RequestError as error:

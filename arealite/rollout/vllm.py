@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
 from arealite.api.types import GenerationRequest, WeightUpdateMeta, as_record
-from arealite.rollout.backend import UNNAMED_VERSION, Call, Part, UpdatePlan, finite, token_versions, version_number
+from arealite.rollout.backend import (
+    ADAPTER_NEEDS_ABORT,
+    UNNAMED_VERSION,
+    Call,
+    Part,
+    UpdatePlan,
+    finite,
+    token_versions,
+    version_number,
+)
 
 VERSION, WEIGHTS = "/version", "/weight_info"
 SETTINGS, ROUTES = "/server_info?config_format=json", "/openapi.json"
@@ -77,8 +87,8 @@ class VLLMBackend:
             sampling["seed"] = (request.seed + SEED_STEP * len(so_far)) % 2**31
         return self._sample_call(wire_id, tokens, sampling, request.lora)
 
-    def score_call(self, tokens: list[int], wire_id: str) -> Call:
-        return self._sample_call(wire_id, tokens, {"max_tokens": 1, "prompt_logprobs": 0}, None)
+    def score_call(self, tokens: list[int], wire_id: str, lora: str | None) -> Call:
+        return self._sample_call(wire_id, tokens, {"max_tokens": 1, "prompt_logprobs": 0}, lora)
 
     def _sample_call(self, wire_id: str, tokens: list[int], sampling: dict[str, Any], lora: str | None) -> Call:
         body = {"request_id": wire_id, "token_ids": tokens, "sampling_params": sampling}
@@ -147,6 +157,8 @@ class VLLMBackend:
         return _on_workers("arealite_join", **where, name=name, backend=backend)
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
+        if meta.kind == "lora":
+            return self._adapter_plan(meta, pause_mode)
         if meta.kind == "tensor" or (meta.kind != "disk" and not self._has_extension):
             raise ConfigError(
                 f"weight_update is {meta.kind!r}, which this vLLM server cannot read: set weight_update=disk"
@@ -170,11 +182,25 @@ class VLLMBackend:
         begin = _on_workers("arealite_begin", checksum_names=confirmed)
         return UpdatePlan([begin], buckets, [_on_workers("arealite_end"), *stamp])
 
+    def _adapter_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
+        """Requests remember the folder that their adapter came from, so those that were queued since the pause go too.
+        The cache knows adapters by name alone."""
+        if pause_mode != "abort":
+            raise ConfigError(ADAPTER_NEEDS_ABORT.format(pause_mode, "vLLM"))
+        name = meta.adapter or ""
+        unload = replace(self.unload_lora_call(name), may_be_refused=True)  # it is not there before the first update
+        flush = Call("/reset_prefix_cache?reset_running_requests=true")
+        stamp = Call("/update_weight_version", {"new_version": str(meta.version)})
+        end_queued = Call("/abort_requests", {})
+        return UpdatePlan(after=[unload, self.lora_call(name, meta.path), end_queued, flush, stamp])
+
     def with_bucket(self, call: Call, text: str) -> Call:
         raise ConfigError("vLLM takes no weights in the body of a call: set weight_update=distributed")
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         """Checksums of the tensors as they reached the loaders: the live ones are fused, sharded or repacked."""
+        if meta.kind == "lora":  # it has no answer that tells the adapter's numbers
+            return None
         receipt: dict[str, int] | None = None
         for answer in answers:
             if not isinstance(answer, dict) or answer.get("success") is False:

@@ -9,15 +9,17 @@ import itertools
 import mmap
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 
 from arealite.api.errors import ConfigError, WeightSyncError
 from arealite.api.types import GroupPlace, TensorSlot, WeightUpdateMeta
+from arealite.weights.adapter import SERVED_NAME, write_adapter
 from arealite.weights.buckets import Buckets, slot_of
 from arealite.weights.checksum import checksum
 from arealite.weights.group import GroupSender
@@ -58,9 +60,14 @@ class WeightLink:
         self._group = GroupSender("nccl" if on_gpu else "gloo")
 
     def publish(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], version: int, writer: bool = True
+        self,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        version: int,
+        writer: bool = True,
+        adapter: dict[str, Any] | None = None,
     ) -> WeightUpdateMeta | None:
-        """Write all `tensors` (Hugging Face names, wire dtype) as `version`.
+        """Write all `tensors` (Hugging Face names, wire dtype) as `version`. `adapter`: the content of PEFT's
+        adapter_config.json, when they are a LoRA adapter (PEFT's names); it becomes a folder, whatever the link's kind.
 
         Every rank iterates, because producing a tensor may be a collective call; only the writer keeps them and gets
         the description back.
@@ -73,6 +80,8 @@ class WeightLink:
                 pass
             return None
         try:
+            if adapter is not None:
+                return self._write_adapter(dict(tensors), version, adapter)
             if self._segment is not None:
                 return self._segment.write(tensors, version)
             if self.kind == "disk":
@@ -129,27 +138,45 @@ class WeightLink:
         return WeightUpdateMeta(kind, version, "", slots, checksums, ranges)
 
     def _write_folder(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightUpdateMeta:
+        checksums: dict[str, int] = {}
+        shard: dict[str, torch.Tensor] = {}
+        num_bytes = num_shards = 0
+        with self._new_folder(version) as partial:
+            for index, (name, tensor) in enumerate(tensors):
+                if is_checked(index, version):
+                    checksums[name] = checksum(tensor)
+                if shard and num_bytes + tensor.nbytes > SHARD_BYTES:
+                    save_file(shard, partial / f"model-{num_shards:05d}.safetensors", metadata={"format": "pt"})
+                    shard, num_bytes, num_shards = {}, 0, num_shards + 1
+                shard[name] = tensor.detach().cpu().contiguous()
+                num_bytes += tensor.nbytes
+            save_file(shard, partial / f"model-{num_shards:05d}.safetensors", metadata={"format": "pt"})
+        return WeightUpdateMeta("disk", version, self._path(version), checksums=checksums)
+
+    def _write_adapter(
+        self, tensors: dict[str, torch.Tensor], version: int, settings: dict[str, Any]
+    ) -> WeightUpdateMeta:
+        """All of its tensors are confirmed: there are few bytes."""
+        with self._new_folder(version) as partial:
+            write_adapter(partial, tensors, settings)
+        checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+        return WeightUpdateMeta("lora", version, self._path(version), checksums=checksums, adapter=SERVED_NAME)
+
+    def _path(self, version: int) -> str:
+        return str((self.folder / f"v{version:08d}").resolve())
+
+    @contextmanager
+    def _new_folder(self, version: int) -> Iterator[Path]:
+        """A folder to write into; at the end it gets its version's name, and old versions go."""
         final = self.folder / f"v{version:08d}"
         partial = self.folder / f".v{version:08d}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        checksums: dict[str, int] = {}
-        shard: dict[str, torch.Tensor] = {}
-        num_bytes = num_shards = 0
-        for index, (name, tensor) in enumerate(tensors):
-            if is_checked(index, version):
-                checksums[name] = checksum(tensor)
-            if shard and num_bytes + tensor.nbytes > SHARD_BYTES:
-                save_file(shard, partial / f"model-{num_shards:05d}.safetensors", metadata={"format": "pt"})
-                shard, num_bytes, num_shards = {}, 0, num_shards + 1
-            shard[name] = tensor.detach().cpu().contiguous()
-            num_bytes += tensor.nbytes
-        save_file(shard, partial / f"model-{num_shards:05d}.safetensors", metadata={"format": "pt"})
+        yield partial
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in sorted(self.folder.glob("v*"))[:-NUM_VERSIONS_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
-        return WeightUpdateMeta("disk", version, str(final.resolve()), checksums=checksums)
 
 
 class _Segment:
