@@ -1,4 +1,4 @@
-"""The GRPO loop with everything around it: probe, checkpoints, evaluation, recovery, metrics, summary.
+"""The loop of GRPO, and of PPO, with everything around it: probe, checkpoints, evaluation, recovery, metrics, summary.
 
 Scripts that need no loop of their own call `PPOTrainer(config, reward_fn).train()`; the loop itself, spelled out, is
 examples/arealite/gsm8k_grpo.py. Every trainer rank runs this code.
@@ -10,18 +10,17 @@ import logging
 import os
 from collections.abc import Callable
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
-from arealite.api.types import Dims, Group
-from arealite.dataset.fetch import resolve_model
-from arealite.dataset.loader import StatefulDataLoader, load_tasks
+from arealite.api.types import Group
+from arealite.dataset.loader import StatefulDataLoader, load_tasks, load_tokenizer
 from arealite.engine.checkpoint import Saver
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.engine.ppo.critic import FSDPPPOCritic
 from arealite.engine.recover import RecoverHandler
+from arealite.engine.roles import OtherShares, TrainedTogether
 from arealite.evaluation.evaluator import Evaluator
-from arealite.launcher.allocation import AllocationMode
+from arealite.launcher.allocation import AllocationMode, trainer_dims
 from arealite.observe import timeline, waits
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats import StatsTracker
@@ -42,23 +41,11 @@ ENGINES: dict[str, Callable[..., RemoteInferenceEngine]] = {
 }
 
 
-def load_tokenizer(config: GRPOConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `tokenizer_path`, else of the policy."""
-    return AutoTokenizer.from_pretrained(resolve_model(config.tokenizer_path or config.actor.path))
-
-
 def remote_engine(config: GRPOConfig) -> RemoteInferenceEngine:
     """The client that speaks the wire protocol of the allocation's inference backend."""
     component = AllocationMode.parse(config.allocation_mode).inference
     assert component is not None, "the launcher's plan refuses a GRPO run without inference servers"
     return ENGINES[component.backend](config.rollout, seed=config.seed)
-
-
-def trainer_dims(config: GRPOConfig) -> Dims:
-    """How the allocation spreads the policy over the trainer ranks."""
-    component = AllocationMode.parse(config.allocation_mode).train
-    assert component is not None, "the launcher's plan refuses a run without a trainer"
-    return component.dims
 
 
 def total_steps(config: GRPOConfig, dataloader: StatefulDataLoader) -> int:
@@ -82,16 +69,23 @@ class PPOTrainer:
         self.takes_turns = os.environ.get("AREALITE_COLOCATED") == "1"
         self.tokenizer = load_tokenizer(config)
 
-        dims = trainer_dims(config)
-        self.actor = FSDPPPOActor(config.actor, dims)
+        self.actor = FSDPPPOActor(config.actor, trainer_dims(config))
         self.actor.initialize()
         self.collective = self.actor.collective
         self.is_head = self.collective.rank == 0
         timeline.open_timeline(self.folder, config.stats_logger.timeline, self.collective.rank)
         self.ref: FSDPEngine | None = None
         if config.ref is not None:
-            self.ref = FSDPEngine(config.ref, trainable=False, dims=dims)
+            self.ref = FSDPEngine(config.ref, trainable=False, dims=trainer_dims(config, "ref"))
             self.ref.initialize()
+            self.ref_shares = OtherShares(self.actor, self.ref)
+        self.critic: FSDPPPOCritic | None = None
+        self.trained: FSDPPPOActor | TrainedTogether = self.actor
+        if config.critic is not None:
+            self.critic = FSDPPPOCritic(config.critic, trainer_dims(config, "critic"))
+            self.critic.initialize()
+            self.critic_shares = OtherShares(self.actor, self.critic)
+            self.trained = TrainedTogether(self.actor, self.critic)
 
         self.rollout = remote_engine(config)
         self.rollout.initialize(self.collective)
@@ -102,6 +96,8 @@ class PPOTrainer:
         self.workflow = self._make_workflow(reward_fn, config.gconfig)
         self.total_steps = total_steps(config, self.dataloader)
         self.actor.plan_updates(self.total_steps * config.actor.ppo_n_minibatches)
+        if self.critic is not None:
+            self.critic.plan_updates(self.total_steps * self.critic.config.ppo_n_minibatches)
         self.stats = StatsTracker()
         self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
         self.guard = MismatchGuard(config.stats_logger)
@@ -131,7 +127,7 @@ class PPOTrainer:
         an error of the rollout head.
         """
         try:
-            step = self.recover.load(self.actor, self.rollout, self.dataloader)
+            step = self.recover.load(self.trained, self.rollout, self.dataloader)
             for timed in (self.saver, self.evaluator):
                 if timed is not None:
                     timed.frequency.restart(self.recover.epoch)
@@ -167,9 +163,14 @@ class PPOTrainer:
                 if self.actor.needs_prox_logp:
                     batch.prox_logp = self.actor.compute_logp(batch)
                 if self.ref is not None:
-                    batch.ref_logp = self.ref.compute_logp(batch)
+                    batch.ref_logp = self.ref_shares.score(batch, self.ref.compute_logp)
+                if self.critic is not None:
+                    batch.values = self.critic_shares.score(batch, self.critic.compute_values)
                 self.actor.compute_advantages(batch)
                 update = self.actor.grpo_update(batch)
+                if self.critic is not None:
+                    learned = self.critic.ppo_update(self.critic_shares.batch(batch))
+                    stats.update({f"critic_{name}": value for name, value in learned.items()})
             self.rollout.mark_trained(step, skipped=bool(update["skipped"]))
             with stats.timer("sync"):
                 self.actor.upload_weights()  # pauses generation for the swap
@@ -180,7 +181,7 @@ class PPOTrainer:
         """Everything that happens between steps; `step` counts finished ones."""
         epoch = step // self.dataloader.steps_per_epoch
         with self.stats.timer("save"):
-            self.saver.maybe_save(step, epoch, self.actor)
+            self.saver.maybe_save(step, epoch, self.trained)
         if self.evaluator is not None:
             with self.stats.timer("eval"):
                 result = self.evaluator.maybe_evaluate(step, epoch, last=step == self.total_steps)
@@ -189,7 +190,7 @@ class PPOTrainer:
         if self.is_head:
             self.stats.update(self.rollout.stats())
             self.logger.commit(step - 1, epoch, self.stats.export(), self.rollout.last_groups, self.tokenizer)
-        self.recover.maybe_save(step, epoch, self.actor, self.rollout, self.dataloader)
+        self.recover.maybe_save(step, epoch, self.trained, self.rollout, self.dataloader)
 
     def finish(self) -> None:
         """The summary, the plot, and the table for the person who started the run."""

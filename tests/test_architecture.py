@@ -23,7 +23,7 @@ LEVELS = [
     {"algorithm", "dataset", "weights"},
     {"reward", "rollout", "inference", "engine", "launcher"},
     {"workflow", "evaluation"},
-    {"cli", "trainer"},
+    {"cli", "trainer", "supervised"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 NO_TORCH = ("api", "launcher", "rollout", "workflow", "reward", "cli")

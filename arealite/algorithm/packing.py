@@ -98,26 +98,27 @@ def karmarkar_karp(sizes: Sequence[float], num_parts: int) -> list[list[int]]:
 
 
 def micro_batches(
-    sequences: Sequence[np.ndarray], group_ids: np.ndarray, capacity: int, share: bool = True
+    sequences: Sequence[np.ndarray], group_ids: np.ndarray, capacity: int, share: bool = True, keep_groups: bool = False
 ) -> list[list[int]]:
     """Partition the sequences into few micro-batches of at most `capacity` tree nodes (a longer sequence stands alone),
     of equal sizes where that needs no more of them.
 
     Groups stay together where they fit, since their sequences share prefixes; a group that does not fit is cut in
     lexicographic order, where neighbours share most. `group_ids` int64 [n]. Without `share` sequences stand alone.
+    With `keep_groups` no group is cut, and one that does not fit stands alone.
     """
-    if not share:
+    if not share and not keep_groups:
         group_ids = np.arange(len(sequences))
     pieces: list[list[int]] = []
     sizes: list[int] = []  # tree nodes of each piece
     for group in np.unique(group_ids):
         members = np.flatnonzero(group_ids == group)
-        tree = prefix_tree([sequences[i] for i in members.tolist()])
+        tree = prefix_tree([sequences[i] for i in members.tolist()], share)
         piece: list[int] = []
         size = 0
         for row, path in enumerate(tree.paths):
             added = int(tree.first_node[row + 1] - tree.first_node[row])
-            if piece and size + added > capacity:
+            if piece and size + added > capacity and not keep_groups:
                 pieces.append(piece)
                 sizes.append(size)
                 piece, size, added = [], 0, len(path)

@@ -10,18 +10,27 @@ import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arealite.api.cli_args import DatasetConfig, RunConfig
 from arealite.api.errors import DatasetError, RecoveryError
 from arealite.api.types import Task, as_record
+from arealite.dataset.examples import Example
+from arealite.dataset.fetch import resolve_model
 from arealite.dataset.rows import task_of
 from arealite.dataset.sources import read_rows
 
 logger = logging.getLogger(__name__)
+
+Drawn = TypeVar("Drawn", Task, Example)
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `tokenizer_path`, else of the trained model."""
+    return AutoTokenizer.from_pretrained(resolve_model(config.tokenizer_path or config.trained[1].path))
 
 
 def load_tasks(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Task]:
@@ -66,33 +75,35 @@ def prompt_lengths(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) ->
     ]
 
 
-class StatefulDataLoader:
-    """An endless stream of tasks (api.engine.DataSource): epoch after epoch, each in its own order from the seed.
+class StatefulDataLoader(Generic[Drawn]):
+    """An endless stream of tasks (api.engine.DataSource) or examples: epoch after epoch, each in its own order from
+    the seed.
 
     The position is one task wide: a loader that loads `state_dict()` goes on with exactly the next task. Task ids
     are "e<epoch>-r<row>", so that every draw of a row has its own. A batch may span two epochs; no row is skipped.
     """
 
-    def __init__(self, tasks: Sequence[Task], config: RunConfig) -> None:
+    def __init__(self, tasks: Sequence[Drawn], config: RunConfig) -> None:
         if not tasks:
             raise DatasetError("the data loader got no tasks: expected at least one")
-        self._tasks = tasks
+        self._tasks: Sequence[Drawn] = tasks
         self._seed = config.seed
         self._shuffle = config.train_dataset.shuffle
         self.batch_size = config.train_dataset.batch_size
         self._position = 0
         self._order: tuple[int, np.ndarray] | None = None
-        self._fingerprint = zlib.crc32(json.dumps([as_record(task) for task in tasks], sort_keys=True).encode())
+        records = [as_record(task) for task in tasks]
+        self._fingerprint = zlib.crc32(json.dumps(records, sort_keys=True, default=np.ndarray.tolist).encode())
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps after which every row has been drawn once."""
         return -(-len(self._tasks) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[Drawn]:
         return self
 
-    def __next__(self) -> Task:
+    def __next__(self) -> Drawn:
         epoch, place = divmod(self._position, len(self._tasks))
         task = self._tasks[int(self._order_of(epoch)[place])]
         self._position += 1

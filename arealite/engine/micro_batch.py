@@ -49,11 +49,14 @@ def part(micro: MicroBatch, place: int, num_places: int) -> Part:
     return Part(nodes, slice(first, last), slice(begin, end))
 
 
-def cut(batch: Batch, capacity: int, device: torch.device, share_prompts: bool = True) -> list[MicroBatch]:
+def cut(
+    batch: Batch, capacity: int, device: torch.device, share_prompts: bool = True, keep_groups: bool = False
+) -> list[MicroBatch]:
     """Micro-batches of at most `capacity` computed tokens over all sequences that have loss tokens.
 
     A sequence is computed up to the token that predicts its last loss token; what it shares with others of its
-    micro-batch is computed once, unless `share_prompts` is off.
+    micro-batch is computed once, unless `share_prompts` is off. `keep_groups`: a group is in one micro-batch, whatever
+    its size.
     """
     inputs: list[np.ndarray] = []
     targets: list[np.ndarray] = []
@@ -71,7 +74,7 @@ def cut(batch: Batch, capacity: int, device: torch.device, share_prompts: bool =
         inputs.append(batch.tokens[begin : begin + positions[-1]])
         targets.append(positions)
     out = []
-    for members in micro_batches(inputs, batch.group_ids[chosen], capacity, share_prompts):
+    for members in micro_batches(inputs, batch.group_ids[chosen], capacity, share_prompts, keep_groups):
         tree = prefix_tree([inputs[m] for m in members], share_prompts)
         sequences = np.asarray([chosen[m] for m in members])
         wanted = [targets[members[m]] for m in tree.order]

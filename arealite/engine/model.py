@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
+from arealite.algorithm import kernels
+from arealite.algorithm.fusing import fuse
 from arealite.api.errors import ConfigError
 from arealite.engine.attention import ATTENTION
 from arealite.engine.loading import build_model
@@ -37,6 +40,8 @@ class PackedModel(nn.Module):
         self.model = model
         self.mesh = mesh
         self.place, self.num_places = (0, 1) if mesh is None else (mesh.token_place, mesh.num_token_places)
+        if (mesh is None or mesh.device.type == "cpu") and (compiled := kernels.load()) is not None:
+            fuse(model, compiled)
 
     def forward(self, micro: MicroBatch, temperature: float, received: torch.Tensor | None = None) -> Any:
         """What `head` returns; on stages before the last one what `hidden` does."""
@@ -118,15 +123,15 @@ class PackedLanguageModel(PackedModel):
         )
 
 
-def load_model(folder: str) -> Any:
+def load_model(folder: str, auto_class: Any = AutoModelForCausalLM, num_labels: int | None = None) -> Any:
     """The model of a Hugging Face folder or hub id in float32, without dropout; its parameters have no memory yet
-    (loading.py).
+    (loading.py). `auto_class` and `num_labels` say which head it has.
 
     Raises:
         ConfigError: the path holds no such model, or its architecture cannot be trained on packed sequences.
     """
     where = folder if Path(folder).is_dir() else f"{folder} (not a local folder, so a hub id)"
-    model = build_model(folder, attn_implementation=ATTENTION)
+    model = build_model(folder, auto_class, num_labels, attn_implementation=ATTENTION)
     settings = model.config.to_dict()
     others = sorted(set(settings.get("layer_types") or ()) - ATTENTION_LAYERS)
     if not model._supports_attention_backend or model._is_stateful or others:
@@ -135,8 +140,9 @@ def load_model(folder: str) -> Any:
             f"tokens of {type(model).__name__} see each other outside of full attention ({why}), so its sequences"
             " cannot be packed; choose another architecture"
         )
-    special = [key for key in HEAD_SETTINGS if settings.get(key) not in (None, 1.0)]
-    special += ["lm_head.bias"] if model.get_output_embeddings().bias is not None else []
+    head = model.get_output_embeddings()
+    special = [] if head is None else [key for key in HEAD_SETTINGS if settings.get(key) not in (None, 1.0)]
+    special += ["lm_head.bias"] if head is not None and head.bias is not None else []
     if special:
         raise ConfigError(f"the head of {where} uses {', '.join(special)}, which packed training does not compute yet")
     for module in model.modules():

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
+from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
 
@@ -61,6 +62,13 @@ class Component:
     def __str__(self) -> str:
         layout = str(self.dims) if self.ffn is None else f"(attn:{self.dims}|ffn:{self.ffn})"
         return f"{self.backend}{f'[{self.name}]' if self.name else ''}:{layout}"
+
+
+def trainer_dims(config: RunConfig, role: str = "") -> Dims:
+    """How the allocation spreads a role's model over the trainer ranks: as the policy's where it does not say."""
+    component = AllocationMode.parse(config.allocation_mode).role(role)
+    assert component is not None, "the launcher's plan refuses a run without a trainer"
+    return component.dims
 
 
 @dataclass(frozen=True)

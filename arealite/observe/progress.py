@@ -70,7 +70,13 @@ class Progress:
         width = len(str(self._total_steps))
         text = Text.assemble(("step ", "dim"), (f"{step + 1:>{width}}/{self._total_steps}", "bold"))
         _put(text, "reward", stats.get("reward_mean"), "{:.3f}", "bold green")
+        if "reward_mean" not in stats:
+            _put(text, "loss", stats.get("loss"), "{:.4f}", "bold green")
+            _put(text, "accuracy", stats.get("accuracy"), "{:.3f}")
+            _put(text, "held-out loss", stats.get("eval_loss"), "{:.4f}")
         _put(text, "tokens/s", stats.get("tokens_per_s"), "{:.0f}")
+        _put(text, "trained tokens/s", stats.get("train_tokens_per_s"), "{:.0f}")
+        _put(text, "mfu", stats.get("mfu"), "{:.0%}")
         _put(text, "stale", stats.get("staleness_mean"), "{:.1f}")
         _put(text, "max", stats.get("staleness_max"), "{:.0f}", separator=" ")
         shares = time_shares(stats)

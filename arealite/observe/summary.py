@@ -39,8 +39,8 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
     evaluations = read_evaluations(folder)
     before = next((e for e in evaluations if e.step == 0), None)
     after = evaluations[-1] if evaluations and evaluations[-1].step > 0 else None
-    train_s = _total(lines, "step_s")
-    num_tokens, num_samples = _total(lines, "num_completion_tokens"), _total(lines, "num_samples")
+    train_s = total(lines, "step_s")
+    num_tokens, num_samples = total(lines, "num_completion_tokens"), total(lines, "num_samples")
     return {
         "accuracy_before": before and before.accuracy,
         "accuracy_after": after and after.accuracy,
@@ -59,8 +59,10 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
         "mismatch_max": _over(lines, "mismatch_max", max),
         "staleness_mean": _over(lines, "staleness_mean", fmean),
         "staleness_max": _over(lines, "staleness_max", max),
-        "num_steps_skipped": int(_total(lines, "skipped")),
-        **{name: int(_total(lines, name)) for name in COUNTS},
+        "train_tokens_per_s": _over(lines, "train_tokens_per_s", fmean),
+        "mfu": _over(lines, "mfu", fmean),
+        "num_steps_skipped": int(total(lines, "skipped")),
+        **{name: int(total(lines, name)) for name in COUNTS},
         "num_restarts": num_restarts(folder.metrics),
         "time_shares": _time_shares(lines),
     }
@@ -86,11 +88,11 @@ def report(folder: RunFolder, console: Console | None = None) -> dict[str, Any]:
         _print_examples(console, folder, evaluations[0], evaluations[-1])
     if no_plot:
         console.print(Text(f"warning: {no_plot}", style="yellow"), soft_wrap=True)
-    _print_places(console, folder)
+    print_places(console, folder)
     return summary
 
 
-def _total(lines: list[dict[str, Any]], name: str) -> float:
+def total(lines: list[dict[str, Any]], name: str) -> float:
     return float(sum(line.get(name) or 0 for line in lines))
 
 
@@ -101,14 +103,14 @@ def _over(lines: list[dict[str, Any]], name: str, form: Callable[[list[float]], 
 
 def _time_shares(lines: list[dict[str, Any]]) -> dict[str, float]:
     names = {name for line in lines for name in line if name.endswith("_s") and not name.endswith("_per_s")}
-    return {phase: round(share, 4) for phase, share in time_shares({n: _total(lines, n) for n in names}).items()}
+    return {phase: round(share, 4) for phase, share in time_shares({n: total(lines, n) for n in names}).items()}
 
 
 def _accuracy(value: float | None, stderr: float | None) -> str:
     return "not measured" if value is None else f"{value:.3f} ± {stderr or 0:.3f}"
 
 
-def _number(value: float | None, spec: str) -> str:
+def number(value: float | None, spec: str) -> str:
     return "-" if value is None or not math.isfinite(value) else spec.format(value)
 
 
@@ -122,20 +124,22 @@ def _table(summary: dict[str, Any]) -> Table:
         _accuracy(summary["accuracy_before"], summary["accuracy_before_stderr"]),
         _accuracy(summary["accuracy_after"], summary["accuracy_after_stderr"]),
     )
-    first, last = _number(summary["reward_first"], "{:.3f}"), _number(summary["reward_last"], "{:.3f}")
+    first, last = number(summary["reward_first"], "{:.3f}"), number(summary["reward_last"], "{:.3f}")
     table.add_row("training reward, first and last step", first, last)
     table.add_section()
     shares = ", ".join(f"{phase} {100 * share:.0f}%" for phase, share in summary["time_shares"].items())
-    per_s = f"{_number(summary['samples_per_s'], '{:.1f}')} and {_number(summary['tokens_per_s'], '{:.0f}')}"
-    mean, most = _number(summary["staleness_mean"], "{:.2f}"), _number(summary["staleness_max"], "{:.0f}")
+    per_s = f"{number(summary['samples_per_s'], '{:.1f}')} and {number(summary['tokens_per_s'], '{:.0f}')}"
+    mean, most = number(summary["staleness_mean"], "{:.2f}"), number(summary["staleness_max"], "{:.0f}")
+    trained_per_s, mfu = number(summary["train_tokens_per_s"], "{:.0f}"), number(summary["mfu"], "{:.0%}")
     for name, value in (
         ("optimiser steps (skipped)", f"{summary['steps']} ({summary['num_steps_skipped']})"),
         ("training time", format_span(summary["train_s"])),
         ("where it went", shares or "-"),
         ("samples and tokens per second", per_s),
+        ("trained tokens per second of updates, MFU", f"{trained_per_s}, {mfu}"),
         ("samples trained on", str(summary["num_samples"])),
         ("staleness, mean and max", f"{mean} and {most}"),
-        ("trainer / server logprobs, mean |difference|", _number(summary["mismatch_mean"], "{:.2g}")),
+        ("trainer / server logprobs, mean |difference|", number(summary["mismatch_mean"], "{:.2g}")),
         ("reward errors, failed, restarts", "{num_reward_errors}, {num_failed}, {num_restarts}".format(**summary)),
     ):
         table.add_row(name, "", value)
@@ -168,7 +172,7 @@ def _short(text: str, max_characters: int = 160) -> str:
     return text if len(text) <= max_characters else text[: max_characters - 1] + "…"
 
 
-def _print_places(console: Console, folder: RunFolder) -> None:
+def print_places(console: Console, folder: RunFolder) -> None:
     places = {
         "reward plot": folder.reward_png,
         "numbers of each step": folder.metrics,

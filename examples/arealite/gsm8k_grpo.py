@@ -9,7 +9,7 @@ import sys
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.load_config import load_config
-from arealite.dataset.loader import StatefulDataLoader, load_tasks
+from arealite.dataset.loader import StatefulDataLoader, load_tasks, load_tokenizer
 from arealite.engine.checkpoint import Saver
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.recover import RecoverHandler
@@ -19,7 +19,7 @@ from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report
 from arealite.reward.math import gsm8k_reward
-from arealite.trainer import load_tokenizer, remote_engine, total_steps, trainer_dims
+from arealite.trainer import remote_engine, total_steps, trainer_dims
 from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
 from arealite.workflow.rlvr import RLVRWorkflow

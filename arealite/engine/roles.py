@@ -1,0 +1,99 @@
+"""Several models of one run on the same ranks, each in its own layout. Called by arealite/trainer.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+
+from arealite.algorithm.packing import karmarkar_karp
+from arealite.api.types import Batch
+from arealite.engine.fsdp_engine import FSDPEngine
+from arealite.engine.parallel import RankCollective
+
+T = TypeVar("T")
+
+
+class OtherShares:
+    """Gives `role` the batches that are shared out for `actor`, and gives back what it says of their tokens.
+
+    Where both have the same shares nothing moves. Otherwise every rank gets the whole step's batch for the moment, a
+    few bytes per token, and takes its share in the role's layout: whole groups, about the same number of tokens.
+    """
+
+    def __init__(self, actor: FSDPEngine, role: FSDPEngine) -> None:
+        self.actor, self.role = actor, role
+        a, r = actor.mesh.dims, role.mesh.dims
+        self.is_same = (a.d, a.c * a.t) == (r.d, r.c * r.t)
+
+    def batch(self, own: Batch) -> Batch:
+        """The role's share of the step, from the actor's share `own`. Collective."""
+        if self.is_same:
+            return own
+        whole, _ = self._whole(own)
+        return whole.select(self._sequences(whole))
+
+    def score(self, own: Batch, score: Callable[[Batch], np.ndarray]) -> np.ndarray:
+        """`score`, a pass of the role: float32 [T] for the actor's share `own`. Collective."""
+        if self.is_same:
+            return score(own)
+        whole, begin = self._whole(own)
+        sequences = self._sequences(whole)
+        found = score(whole.select(sequences))
+        out = np.zeros(len(whole.tokens), np.float32)
+        for chosen, values in _by_share(self.role, (sequences, found)):
+            spans = [np.arange(whole.cu_seqlens[i], whole.cu_seqlens[i + 1]) for i in chosen]
+            out[np.concatenate(spans) if spans else np.zeros(0, np.int64)] = values
+        return out[begin : begin + len(own.tokens)]
+
+    def _whole(self, own: Batch) -> tuple[Batch, int]:
+        """All shares end to end, and the token at which the actor's own begins."""
+        shares = _by_share(self.actor, own)
+        return Batch.join(shares), sum(len(share.tokens) for share in shares[: self.actor.mesh.share])
+
+    def _sequences(self, whole: Batch) -> np.ndarray:
+        num_tokens = np.bincount(whole.group_ids, weights=whole.lengths, minlength=whole.num_groups)
+        groups = karmarkar_karp(num_tokens.tolist(), self.role.collective.num_shares)[self.role.mesh.share]
+        return np.flatnonzero(np.isin(whole.group_ids, groups))
+
+
+def _by_share(engine: FSDPEngine, value: T) -> list[T]:
+    """One rank's value of every share of `engine`, in their order. Collective."""
+    mesh = engine.mesh
+    speaks = mesh.token_place == 0 and mesh.is_last_stage
+    found = engine.collective.gather((mesh.share, value) if speaks else None)
+    return [v for _, v in sorted((pair for pair in found if pair is not None), key=lambda pair: pair[0])]
+
+
+class TrainedTogether:
+    """The actor and its critic as one for checkpoints and recovery points: the critic's part is a folder in it."""
+
+    def __init__(self, actor: FSDPEngine, critic: FSDPEngine) -> None:
+        self.actor, self.critic = actor, critic
+
+    @property
+    def collective(self) -> RankCollective:
+        return self.actor.collective
+
+    @property
+    def background(self) -> RankCollective:
+        return self.actor.background
+
+    def save(self, path: str) -> None:
+        self.actor.save(path)
+        self.critic.save(f"{path}/critic")
+
+    def stage_state(self, path: str) -> Callable[[], None]:
+        """As FSDPEngine.stage_state; one after the other, so that ranks agree on the order of their calls."""
+        writes = self.actor.stage_state(path), self.critic.stage_state(f"{path}/critic")
+
+        def write() -> None:
+            for each in writes:
+                each()
+
+        return write
+
+    def load_state(self, path: str) -> None:
+        self.actor.load_state(path)
+        self.critic.load_state(f"{path}/critic")

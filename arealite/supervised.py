@@ -1,0 +1,167 @@
+"""Supervised training with everything around it: held-out loss, checkpoints, recovery, metrics, summary.
+
+Scripts call `SFTTrainer(config).train()` or `RWTrainer(config).train()`. Every trainer rank runs this code.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from arealite.algorithm.packing import karmarkar_karp
+from arealite.api.cli_args import DatasetConfig, SFTConfig, TrainEngineConfig
+from arealite.api.errors import ArealiteError
+from arealite.api.types import Batch, Dims
+from arealite.dataset.examples import Example, load_answers, load_preferences, pack_examples
+from arealite.dataset.loader import StatefulDataLoader, load_tokenizer
+from arealite.engine.checkpoint import Saver
+from arealite.engine.fsdp_engine import FSDPEngine
+from arealite.engine.recover import RecoverHandler
+from arealite.engine.rw.reward_engine import FSDPRWEngine
+from arealite.engine.sft.lm_engine import FSDPLMEngine
+from arealite.launcher.allocation import trainer_dims
+from arealite.observe import timeline, waits
+from arealite.observe.frequency import Frequency
+from arealite.observe.run_folder import RunFolder
+from arealite.observe.stats import StatsTracker
+from arealite.observe.stats_logger import StatsLogger
+from arealite.observe.supervised_summary import report_supervised, write_held_out
+
+logger = logging.getLogger(__name__)
+
+# What an engine makes of this rank's share of a batch: statistics over all ranks.
+Pass = Callable[[Batch], dict[str, float]]
+
+
+class NoRollout:
+    """Stands for the rollout client in recovery points of runs that have none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class SupervisedTrainer:
+    """One rank of a run: owns the model and the records of the run. All ranks draw the same rows, each has a share."""
+
+    def __init__(self, config: SFTConfig) -> None:
+        waits.configure_from_env()
+        self.config = config
+        self.folder = RunFolder.of(config)
+        self.tokenizer = load_tokenizer(config)
+        self.engine, self.learn, self.measure = self.make_engine(config.model, trainer_dims(config))
+        self.engine.initialize()
+        self.collective = self.engine.collective
+        self.is_head = self.collective.rank == 0
+        timeline.open_timeline(self.folder, config.stats_logger.timeline, self.collective.rank)
+
+        self.dataloader: StatefulDataLoader[Example] = StatefulDataLoader(self.load_rows(config.train_dataset), config)
+        held_out = [] if config.valid_dataset is None else self.load_rows(config.valid_dataset)
+        self.held_out = held_out[: config.evaluator.max_tasks]
+        self.total_steps = config.total_train_steps or config.total_train_epochs * self.dataloader.steps_per_epoch
+        self.engine.plan_updates(self.total_steps)
+        self.stats = StatsTracker()
+        self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
+        self.saver = Saver(config.saver, self.folder)
+        self.recover = RecoverHandler(config.recover, self.folder, config)
+        self.evaluation = Frequency(config.evaluator)
+
+    def make_engine(self, config: TrainEngineConfig, dims: Dims) -> tuple[FSDPEngine, Pass, Pass]:
+        """The engine, and its passes that learn from a batch and that measure it."""
+        raise NotImplementedError
+
+    def load_rows(self, source: DatasetConfig) -> list[Example]:
+        raise NotImplementedError
+
+    def train(self) -> None:
+        """Run all steps that are left and write the summary. Consumes: rows. Produces: weights, checkpoints, metrics.
+        Waits for: the other ranks, within the engine's named waits. Unblocked by: their calls, or a rank's death."""
+        try:
+            step = self.recover.load(self.engine, NoRollout(), self.dataloader)
+            for timed in (self.saver.frequency, self.evaluation):
+                timed.restart(self.recover.epoch)
+            if step >= self.total_steps and self.is_head:
+                logger.warning(
+                    "this run has made all its %d steps (%s): choose another trial_name", step, self.folder.root
+                )
+            if step == 0 and self.config.evaluator.at_start:
+                self.evaluate(0)
+            while step < self.total_steps:
+                self.train_step(step)
+                step += 1
+                self.after_step(step)
+            self.recover.finish()
+            if self.is_head:
+                self.logger.close()
+                report_supervised(self.folder)
+        finally:
+            self.recover.close()
+            self.engine.destroy()
+
+    def train_step(self, step: int) -> None:
+        """One optimiser update on the next `batch_size` rows."""
+        timeline.begin_step(step)
+        with self.stats.timer("step"):
+            rows = [next(self.dataloader) for _ in range(self.dataloader.batch_size)]
+            self.stats.update(self.learn(self.share_of(rows)))
+        self.stats.scalar("num_sequence_tokens", sum(row.num_tokens for row in rows))
+
+    def after_step(self, step: int) -> None:
+        """Everything that happens between steps; `step` counts finished ones."""
+        epoch = step // self.dataloader.steps_per_epoch
+        with self.stats.timer("save"):
+            self.saver.maybe_save(step, epoch, self.engine)
+        is_due = self.evaluation.due(step, epoch, self.collective)
+        if is_due or (step == self.total_steps and self.config.evaluator.at_end):
+            with self.stats.timer("eval"):
+                self.stats.update({f"eval_{name}": value for name, value in self.evaluate(step).items()})
+        if self.is_head:
+            stats = self.stats.export()
+            stats["tokens_per_s"] = stats["num_sequence_tokens"] / stats["step_s"]
+            self.logger.commit(step - 1, epoch, stats)
+        self.recover.maybe_save(step, epoch, self.engine, NoRollout(), self.dataloader)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The held-out numbers of the current weights, written to the run folder; none without held-out rows."""
+        if not self.held_out:
+            return {}
+        result = self.measure(self.share_of(self.held_out))
+        self.collective.on_head(lambda: self._write(step, result))
+        return result
+
+    def _write(self, step: int, result: dict[str, float]) -> None:
+        try:
+            write_held_out(self.folder, step, result)
+        except OSError as error:
+            raise ArealiteError(f"cannot write to {self.folder.evaluation_dir}: {error.strerror}; make room") from error
+
+    def share_of(self, rows: Sequence[Example]) -> Batch:
+        """This rank's part of a step's rows; parts have about the same number of tokens."""
+        parts = karmarkar_karp([row.num_tokens for row in rows], self.collective.num_shares)
+        own = parts[self.engine.mesh.share]
+        return pack_examples([rows[i] for i in own], own, len(rows))
+
+
+class SFTTrainer(SupervisedTrainer):
+    """Learns answers: dataset.examples.load_answers says which rows and which of their tokens."""
+
+    def make_engine(self, config: TrainEngineConfig, dims: Dims) -> tuple[FSDPEngine, Pass, Pass]:
+        engine = FSDPLMEngine(config, dims=dims)
+        return engine, engine.train_lm, engine.evaluate_lm
+
+    def load_rows(self, source: DatasetConfig) -> list[Example]:
+        return load_answers(source, self.tokenizer, self.config.seed)
+
+
+class RWTrainer(SupervisedTrainer):
+    """Learns preferences: dataset.examples.load_preferences says which rows."""
+
+    def make_engine(self, config: TrainEngineConfig, dims: Dims) -> tuple[FSDPEngine, Pass, Pass]:
+        engine = FSDPRWEngine(config, dims=dims)
+        return engine, engine.train_rw, engine.evaluate_rw
+
+    def load_rows(self, source: DatasetConfig) -> list[Example]:
+        return load_preferences(source, self.tokenizer, self.config.seed)
