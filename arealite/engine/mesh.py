@@ -72,9 +72,13 @@ class RankMesh:
         return self._layers["dc"]
 
     @cached_property
-    def pipeline(self) -> DeviceMesh:
-        """The ranks with this rank's place on all stages."""
-        return self._layers["p"]
+    def pipeline(self) -> dist.ProcessGroup:
+        """The ranks with this rank's place on all stages, by stage."""
+        ranks = torch.arange(dist.get_world_size()).view(self.dims.p, -1).T.tolist()
+        # Not the grid's: gloo takes the limit of messages from one rank to another when a group is made, and then only.
+        group: dist.ProcessGroup
+        group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timedelta(seconds=self._timeout_s))
+        return group
 
     @cached_property
     def context(self) -> DeviceMesh:

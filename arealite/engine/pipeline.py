@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -40,7 +41,7 @@ class _PassThrough(nn.Module):
 
 
 def split_stages(model: Any, mesh: RankMesh) -> str | None:
-    """Keep in `model`, a transformers causal language model, only what is this rank's stage; names stay the same.
+    """Keep in `model`, a transformers model with a head, only what is this rank's stage; names stay the same.
 
     The first stage has the embedding, the last one the final norm and the head; it has the embedding too if the head's
     weight is tied to it. Returns the name of that weight on the two stages that have a copy of it.
@@ -51,17 +52,20 @@ def split_stages(model: Any, mesh: RankMesh) -> str | None:
     num_stages = mesh.dims.p
     if num_stages == 1:
         return None
-    base, head, embedding = model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
+    base, embedding = model.base_model, model.get_input_embeddings()
+    heads = {name: child for name, child in model.named_children() if child is not base}
     if len(base.layers) < num_stages:
         raise ConfigError(f"{len(base.layers)} layers cannot be p{num_stages} pipeline stages: give p at most as many")
-    is_tied = head.weight is embedding.weight
-    starts = stage_starts([_work(layer, model.config) for layer in base.layers], _work(head, model.config), num_stages)
+    is_tied = any(p is embedding.weight for head in heads.values() for p in head.parameters())
+    work = [_work(module, model.config) for module in [*base.layers, *heads.values()]]
+    starts = stage_starts(work[: len(base.layers)], sum(work[len(base.layers) :]), num_stages)
     for i in range(len(base.layers)):
         if not starts[mesh.stage_rank] <= i < starts[mesh.stage_rank + 1]:
             base.layers[i] = _PassThrough()
     if not mesh.is_last_stage:
         base.norm = nn.Identity()
-        model.set_output_embeddings(nn.Identity())
+        for name in heads:
+            setattr(model, name, nn.Identity())
     has_embedding = mesh.is_first_stage or (mesh.is_last_stage and is_tied)
     if not has_embedding:
         model.set_input_embeddings(nn.Identity())
@@ -140,7 +144,7 @@ class Runner:
             mesh.device,
             input_args=index[:1] if mesh.is_first_stage else hidden,
             output_args=torch.empty((), device="meta", requires_grad=backward) if mesh.is_last_stage else hidden,
-            group=mesh.pipeline.get_group(),
+            group=mesh.pipeline,
         )
         args, target = (index,) if mesh.is_first_stage else (), index if mesh.is_last_stage else None
         try:
@@ -158,7 +162,11 @@ class Runner:
 
 class _Stage(nn.Module):
     """This rank's stage as torch's schedules call it: once per micro-batch, in order. Hidden states travel with zeros
-    behind them, all [1, longest, H]; what is computed are a micro-batch's own nodes."""
+    behind them, all [1, longest, H]; what is computed are a micro-batch's own nodes.
+
+    The model is no submodule of it: a schedule would drop the gradients that earlier ones left in FSDP's modules, and
+    change when they are reduced.
+    """
 
     def __init__(
         self,
@@ -170,7 +178,7 @@ class _Stage(nn.Module):
         mesh: RankMesh,
     ) -> None:
         super().__init__()
-        self.model, self.temperature, self.compute = model, temperature, compute
+        self.call, self.temperature, self.compute = partial(model), temperature, compute
         self.advanced, self.mesh = advanced, mesh
         self.longest, self.micro_batches = max(length for _, length in micro_batches), iter(micro_batches)
 
@@ -179,7 +187,7 @@ class _Stage(nn.Module):
         self.advanced()
         micro, length = next(self.micro_batches)
         with span("forward"):
-            found = self.model(micro, self.temperature, None if self.mesh.is_first_stage else received[:, :length])
+            found = self.call(micro, self.temperature, None if self.mesh.is_first_stage else received[:, :length])
             if not self.mesh.is_last_stage:
                 return nn.functional.pad(found, (0, 0, 0, self.longest - length))
             wanted = self.compute(micro, *found)
@@ -192,7 +200,7 @@ def from_last_stage(values: np.ndarray, mesh: RankMesh, ranks: RankCollective) -
         return values
     received = torch.from_numpy(values).to(mesh.device)
     with ranks.computing("results of the last pipeline stage"):
-        dist.broadcast(received, group=mesh.pipeline.get_group(), group_src=mesh.dims.p - 1)
+        dist.broadcast(received, group=mesh.pipeline, group_src=mesh.dims.p - 1)
     return received.cpu().numpy()
 
 
@@ -202,7 +210,7 @@ def add_tied_gradients(weight: nn.Parameter, mesh: RankMesh) -> None:
     local = weight.grad.to_local()
     own = local.to(mesh.device).contiguous()
     other = torch.empty_like(own)
-    group, peer = mesh.pipeline.get_group(), mesh.dims.p - 1 - mesh.stage_rank
+    group, peer = mesh.pipeline, mesh.dims.p - 1 - mesh.stage_rank
     works = dist.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, own, group=group, group_peer=peer),
@@ -239,7 +247,7 @@ def over_stages(
 
 def _broadcast(found: tuple[str, torch.Tensor] | None, stage: int, mesh: RankMesh) -> tuple[str, torch.Tensor] | None:
     """What the ranks of `stage` give, if anything, on the ranks with their places on all stages."""
-    group = mesh.pipeline.get_group()
+    group = mesh.pipeline
     box: list[Any] = [None if found is None else (found[0], found[1].shape, found[1].dtype)]
     dist.broadcast_object_list(box, group=group, group_src=stage, device=mesh.device)
     if box[0] is None:
