@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from arealite.engine.checkpoint import partial_name, put_in_place
+from arealite.engine.loading import INDEX, SINGLE
+from arealite.weights.naming import Part
 
+SHARD_BYTES = 2 << 30  # of one file, and what the writing rank holds of the weights at one time
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model"
 )  # fmt: skip
@@ -41,16 +46,39 @@ def full_tensors(model: Any, dtype: torch.dtype, device: torch.device) -> Iterat
         yield name, whole(tensor).to(device)
 
 
-def write_folder(path: str, tensors: dict[str, torch.Tensor], model: Any, dtype: torch.dtype, source: str) -> None:
+def hub_tensors(
+    tensors: Iterable[tuple[str, torch.Tensor]], parts: Mapping[str, tuple[Part, ...]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`tensors` by transformers' names, as a hub checkpoint has them (weights/naming.py): experts one by one. Memory of
+    a part is that of its tensor."""
+    for name, tensor in tensors:
+        for part in parts.get(name, (Part(name),)):
+            yield part.name, tensor[part.index]
+
+
+def write_folder(
+    path: str, tensors: Iterable[tuple[str, torch.Tensor]], model: Any, dtype: torch.dtype, source: str
+) -> None:
     """Write a Hugging Face folder: weights, config, generation config, and the tokenizer files of `source`.
 
-    It is written beside `path` and renamed, so that `path` is whole or absent at any time. Raises OSError.
+    It is written beside `path` and renamed, so that `path` is whole or absent at any time. `tensors` are iterated to
+    the end in any case, since other ranks take part in that. Raises OSError or SafetensorError.
     """
+    try:
+        _write_folder(path, tensors, model, dtype, source)
+    finally:
+        for _ in tensors:
+            pass
+
+
+def _write_folder(
+    path: str, tensors: Iterable[tuple[str, torch.Tensor]], model: Any, dtype: torch.dtype, source: str
+) -> None:
     final = Path(path)
     partial = partial_name(final)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_torch_state_dict(tensors, partial, metadata={"format": "pt"})
+    _write_tensors(partial, tensors)
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.use_cache = True
@@ -61,6 +89,41 @@ def write_folder(path: str, tensors: dict[str, torch.Tensor], model: Any, dtype:
     for file in tokenizer_files(source):
         shutil.copy2(file, partial / file.name)
     put_in_place(partial, final)
+
+
+def _write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """One file, or several with an index, under the names that transformers gives them."""
+    weight_map: dict[str, int] = {}
+    num_files = num_bytes = 0
+    for shard in _shards(tensors):
+        num_files += 1
+        save_file(shard, folder / f"{num_files}", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, num_files)
+        num_bytes += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # before the next one is filled
+    names = {n: f"model-{n:05d}-of-{num_files:05d}.safetensors" for n in range(1, num_files + 1)}
+    if num_files == 1:
+        names = {1: SINGLE}
+    else:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": {k: names[n] for k, n in weight_map.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for number, name in names.items():
+        (folder / f"{number}").rename(folder / name)
+
+
+def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors of at most SHARD_BYTES together, or a larger one alone."""
+    shard: dict[str, torch.Tensor] = {}
+    num_bytes = 0
+    for name, tensor in tensors:
+        if shard and num_bytes + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, num_bytes = {}, 0
+        # A file holds no two tensors of one memory, and a part must not keep all of its tensor alive.
+        is_part = tensor.nbytes < tensor.untyped_storage().nbytes()
+        shard[name] = tensor.clone() if is_part else tensor.contiguous()
+        num_bytes += tensor.nbytes
+    yield shard
 
 
 def tokenizer_files(source: str) -> list[Path]:

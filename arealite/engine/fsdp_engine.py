@@ -256,7 +256,8 @@ class FSDPEngine:
         self.collective.barrier("upload_weights")
         failure: WeightSyncError | None = None
         if meta is None:
-            tensors = self.named_full_tensors(device=link.device)
+            # Names as the hub has them: SGLang and vLLM know no others, experts one by one; the native server both.
+            tensors = export.hub_tensors(self.named_full_tensors(device=link.device), self._checkpoint.hub_parts)
             rollout.prepare_update()
             try:
                 meta = link.publish(tensors, self.version, writer=is_head)
@@ -282,9 +283,11 @@ class FSDPEngine:
     def save(self, path: str) -> None:
         """Write a Hugging Face folder in the compute dtype, atomically. OSError on rank 0 when it cannot be written."""
         is_writer = self.collective.rank == 0
-        tensors = {name: tensor for name, tensor in self.named_full_tensors() if is_writer}
+        tensors = export.hub_tensors(self.named_full_tensors(), self._checkpoint.hub_parts)
         if is_writer:
             export.write_folder(path, tensors, self.hf_model, self.dtype, self.folder)
+        for _ in tensors:  # the writer is through already
+            pass
 
     # --- recovery
 

@@ -30,7 +30,7 @@ class ControlRoutes:
         self._engine = engine
         self._needs_session = needs_session
         model = engine.batcher.model
-        self._max_bytes = MAX_RECEIVED * sum(tensor.nbytes for tensor in model.tensors.values())
+        self._max_bytes = MAX_RECEIVED * sum(model.tensors[name].nbytes for name in model.tensor_names)
         self._updates = Updates(engine)
         self._groups = Groups(model.device)
 

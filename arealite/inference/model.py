@@ -25,6 +25,7 @@ from arealite.inference.layout import ATTENTION_NAME, KVLayout, ShapeProbe, pack
 from arealite.inference.linears import PackedLinears
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence, Span
+from arealite.weights.naming import hub_parts
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,15 @@ class ServedModel:
         self.module = module.eval()
         self.adapters = Adapters(self.module)
         self.head = self.module.get_output_embeddings()
-        # Parameters and persistent buffers by checkpoint name; a tied tensor has two, of which the first one counts.
-        self.tensors: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
-        first_names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
-        self.tensor_names = [name for name, tensor in self.tensors.items() if first_names[id(tensor)] == name]
+        # Parameters and persistent buffers, by transformers' names and by those of the hub, where every expert has
+        # tensors of its own: views. A tied tensor has two names, of which the first one counts.
+        own: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
+        first_names = {id(tensor): name for name, tensor in reversed(own.items())}
+        self.hub_parts = hub_parts(self.module)
+        names = [name for name, tensor in own.items() if first_names[id(tensor)] == name]
+        self.tensor_names = [part.name for name in names for part in self.hub_parts[name]]
+        views = {part.name: own[name][part.index] for name, parts in self.hub_parts.items() for part in parts}
+        self.tensors = views | own
         self.vocab_size = int(self.module.get_input_embeddings().weight.shape[0])
         self.context_length = context_length or int(self.config.get_text_config().max_position_embeddings)
         self._softcap: float | None = self.config.get_text_config().to_dict().get("final_logit_softcapping")

@@ -13,6 +13,7 @@ from arealite.api.errors import WeightSyncError
 from arealite.api.types import TensorSlot
 from arealite.inference.model import ServedModel
 from arealite.weights.checksum import checksum
+from arealite.weights.naming import Part
 
 SHOWN_NAMES = 5  # names listed in an error message
 
@@ -57,9 +58,10 @@ def stage(
         came = list(read())  # all of a broadcast, before anything of it is refused: the trainer is sending
         for name, tensor in came:
             _check(model, name, tuple(tensor.shape), tensor.dtype, castable)
-            if name in staged:
-                raise WeightSyncError(f"the update has {name!r} twice")
-            staged[name] = tensor
+            for part in model.hub_parts.get(name, (Part(name),)):
+                if part.name in staged:
+                    raise WeightSyncError(f"the update has {part.name!r} twice")
+                staged[part.name] = tensor[part.index]
     except (OSError, ValueError, RuntimeError) as error:  # a file that vanished, a path that is none, no memory left
         raise WeightSyncError(f"cannot read the weights: {error}") from error
     missing = [name for name in model.tensor_names if name not in staged]
@@ -68,7 +70,7 @@ def stage(
             f"{len(missing)} of the model's {len(model.tensor_names)} tensors are missing from the update:"
             f' {_listed(missing)}; send all of them, or "partial": true'
         )
-    return {name: tensor for name, tensor in staged.items() if name in model.tensor_names}
+    return {name: staged[name] for name in model.tensor_names if name in staged}
 
 
 def load(model: ServedModel, staged: dict[str, torch.Tensor]) -> None:

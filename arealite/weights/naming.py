@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from arealite.api.errors import ConfigError
 
@@ -36,10 +36,13 @@ def hub_parts(model: Any) -> dict[str, tuple[Part, ...]]:
     Raises:
         ConfigError: the hub's layout is no cut along experts and rows.
     """
-    names = model.state_dict(keep_vars=True)
-    if not get_model_conversion_mapping(model, add_legacy=False):
-        return {name: (Part(name),) for name in names}
-    return {name: _parts(model, name, tensor.shape) for name, tensor in names.items()}
+    tensors = model.state_dict(keep_vars=True)
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    # Where transformers keeps those that fitted the files which a model came from. Prefixes stay as the model has them.
+    model._weight_conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
+    if not model._weight_conversions:
+        return {name: (Part(name),) for name in tensors}
+    return {name: _parts(model, name, tensor.shape) for name, tensor in tensors.items()}
 
 
 def _parts(model: Any, name: str, shape: torch.Size) -> tuple[Part, ...]:
