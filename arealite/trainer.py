@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
 from arealite.api.types import Group
@@ -144,6 +145,7 @@ class PPOTrainer:
                 self.train_step(step)
                 step += 1
                 self.after_step(step)
+            self.recover.finish()
             self.finish()
         finally:
             self.close()
@@ -153,7 +155,7 @@ class PPOTrainer:
         stats = self.stats
         timeline.begin_step(step)
         with stats.timer("step"):
-            with stats.timer("rollout_wait"):
+            with stats.timer("rollout_wait"), self.servers_turn():
                 batch = self.rollout.prepare_batch(self.dataloader, self.workflow, self.should_accept)
             with stats.timer("probe"):
                 stats.update(self.guard.check(step, batch, self.actor, self.rollout))
@@ -176,6 +178,16 @@ class PPOTrainer:
                 self.actor.upload_weights()  # pauses generation for the swap
                 self.rollout.resume()
         stats.update(update)
+
+    @contextmanager
+    def servers_turn(self) -> Iterator[None]:
+        """While servers on the same accelerators generate, the trainer leaves them its memory."""
+        engines = [e for e in (self.actor, self.ref, self.critic) if e is not None and self.takes_turns]
+        for engine in engines:
+            engine.sleep()
+        yield
+        for engine in engines:
+            engine.wake()
 
     def after_step(self, step: int) -> None:
         """Everything that happens between steps; `step` counts finished ones."""
@@ -202,4 +214,5 @@ class PPOTrainer:
         self.rollout.destroy()
         for workflow in self._workflows:
             workflow.close()
+        self.recover.close()
         self.actor.destroy()

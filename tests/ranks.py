@@ -11,6 +11,10 @@ class Alone:
 
     rank, world_size, num_shares = 0, 1, 1
 
+    @property
+    def background(self):
+        return self
+
     def broadcast(self, value):
         return value
 
@@ -32,6 +36,14 @@ class Meeting:
         self.num_scatters = 0
         self.gate = threading.Barrier(world_size)
         self.brought = [None] * world_size
+        self._lock, self._background = threading.Lock(), None
+
+    @property
+    def background(self):
+        """A meeting of the ranks' other threads."""
+        with self._lock:
+            self._background = self._background or Meeting(self.world_size)
+            return self._background
 
     def of(self, rank):
         return One(self, rank)
@@ -43,6 +55,10 @@ class One:
     def __init__(self, meeting, rank):
         self.meeting, self.rank, self.world_size = meeting, rank, meeting.world_size
         self.num_shares = self.world_size
+
+    @property
+    def background(self):
+        return self.meeting.background.of(self.rank)
 
     def _meet(self, call, value):
         meeting = self.meeting

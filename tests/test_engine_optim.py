@@ -31,15 +31,15 @@ def test_schedules():
 
 def test_adamw_equals_its_formula():
     config = OptimizerConfig(lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.9, eps=1e-3)
-    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    parameter = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
     optimizer = make_optimizer([parameter], config)
     x, m, v = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]
     for step in range(1, 4):
         grads = [0.5 * step, -3.0]
-        parameter.grad = torch.tensor(grads)
+        parameter.grad = torch.tensor([grads])
         optimizer.step()
         for i, g in enumerate(grads):
             m[i], v[i] = 0.8 * m[i] + 0.2 * g, 0.9 * v[i] + 0.1 * g * g
             x[i] *= 1 - 0.1 * 0.2
             x[i] -= 0.1 * (m[i] / (1 - 0.8**step)) / (math.sqrt(v[i] / (1 - 0.9**step)) + 1e-3)
-    assert parameter.tolist() == pytest.approx(x, rel=1e-5)
+    assert parameter.tolist()[0] == pytest.approx(x, rel=1e-5)

@@ -138,7 +138,15 @@ class TrainEngine(Protocol):
     def save(self, path: str) -> None:
         """Write a Hugging Face folder (safetensors, config, tokenizer), atomically."""
 
+    @property
+    def background(self) -> Collective:
+        """The same ranks, for the calls of one other thread."""
+
+    def stage_state(self, path: str) -> Callable[[], None]:
+        """Copy model, optimizer, schedule and RNG of all ranks; returns the call that writes them under `path` (part of
+        a recovery point), while training goes on. OSError or RuntimeError on ranks that cannot write."""
+
     def save_state(self, path: str) -> None:
-        """Write model, optimizer, schedule and RNG of all ranks under `path` (part of a recovery point)."""
+        """`stage_state`, and write at once."""
 
     def load_state(self, path: str) -> None: ...

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError
 
@@ -18,7 +18,7 @@ from arealite.observe.frequency import Frequency
 
 if TYPE_CHECKING:
     from arealite.api.cli_args import SaverConfig
-    from arealite.api.engine import Collective, TrainEngine
+    from arealite.api.engine import Collective
     from arealite.observe.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -76,9 +76,9 @@ def attempt(write: Callable[..., None], *args: Any) -> str:
     return ""
 
 
-def attempt_on_ranks(collective: Collective, write: Callable[[str], None], path: Path) -> str:
-    """`write(path)` on every rank; which ranks could not write and why, "" when all could. Collective."""
-    found = collective.gather(attempt(write, str(path)))
+def attempt_on_ranks(collective: Collective, write: Callable[..., None], *args: Any) -> str:
+    """`write(*args)` on every rank; which ranks could not write and why, "" when all could. Collective."""
+    found = collective.gather(attempt(write, *args))
     return "; ".join(f"rank {rank}: {why}" for rank, why in enumerate(found) if why)
 
 
@@ -104,6 +104,15 @@ class WriteFailures:
         return False
 
 
+class Savable(Protocol):
+    """An engine, or several together (roles.py)."""
+
+    @property
+    def collective(self) -> Collective: ...
+
+    def save(self, path: str) -> None: ...
+
+
 class Saver:
     """Saves `checkpoints/step_000020` when due and keeps the newest `num_kept`; never deletes the one just saved."""
 
@@ -113,17 +122,17 @@ class Saver:
         self._folder = folder
         self._failures = WriteFailures()
 
-    def maybe_save(self, step: int, epoch: int, actor: TrainEngine) -> Path | None:
+    def maybe_save(self, step: int, epoch: int, actor: Savable) -> Path | None:
         """Save if it is due after `step` finished steps; the folder, or None. Collective."""
         return self.save(step, actor) if self.frequency.due(step, epoch, actor.collective) else None
 
-    def save(self, step: int, actor: TrainEngine) -> Path | None:
+    def save(self, step: int, actor: Savable) -> Path | None:
         """Save now; None when it failed with a warning. Collective. `actor.save` swaps the folder in atomically.
 
         Raises ArealiteError on every rank at the second failure in a row.
         """
         path = self._folder.checkpoint(step)
-        why_not = attempt_on_ranks(actor.collective, actor.save, path)
+        why_not = attempt_on_ranks(actor.collective, actor.save, str(path))
         if not self._failures.was_written(f"checkpoint {path}", why_not):
             return None
         if actor.collective.rank == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from arealite.engine.checkpoint import partial_name, put_in_place
 from arealite.engine.loading import INDEX, SINGLE
+from arealite.weights.adapter import write_adapter
 from arealite.weights.naming import Part
 
 SHARD_BYTES = 2 << 30  # of one file, and what the writing rank holds of the weights at one time
@@ -26,24 +27,29 @@ TOKENIZER_FILES = (
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that is sharded over the ranks. Collective if it is."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to(tensor.device_mesh.device_type)  # offloaded shards are on the CPU, and the ranks talk there
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_tensors(model: Any, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+def full_tensors(
+    model: Any, dtype: torch.dtype, device: torch.device, name_of: Callable[[str], str | None] = lambda name: name
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, tensor in `dtype` on `device`) of a transformers model; a tied weight comes once, by its first
-    name.
+    name. `name_of`: a parameter's name in the checkpoint; None leaves it out.
 
     Every rank must iterate to the end: gathering a sharded tensor is a collective call.
     """
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
+        written = name_of(name)
+        if id(tensor) in seen or written is None:
             continue
         seen.add(id(tensor))
         tensor = tensor.detach()
         if tensor.is_floating_point():
             tensor = tensor.to(dtype)  # before gathering: half the bytes travel
-        yield name, whole(tensor).to(device)
+        yield written, whole(tensor).to(device)
 
 
 def hub_tensors(
@@ -84,7 +90,7 @@ def _write_folder(
     config.use_cache = True
     config.architectures = [type(model).__name__]
     config.save_pretrained(partial)
-    if model.generation_config is not None:
+    if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(partial)
     for file in tokenizer_files(source):
         shutil.copy2(file, partial / file.name)
@@ -124,6 +130,18 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, t
         shard[name] = tensor.clone() if is_part else tensor.contiguous()
         num_bytes += tensor.nbytes
     yield shard
+
+
+def write_adapter_folder(path: str, tensors: dict[str, torch.Tensor], settings: dict[str, Any], source: str) -> None:
+    """Write a LoRA adapter in PEFT's format and the tokenizer files of `source`, as `write_folder` does."""
+    final = Path(path)
+    partial = partial_name(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_adapter(partial, tensors, settings)
+    for file in tokenizer_files(source):
+        shutil.copy2(file, partial / file.name)
+    put_in_place(partial, final)
 
 
 def tokenizer_files(source: str) -> list[Path]:

@@ -8,6 +8,8 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,24 +23,27 @@ from arealite.api.types import Batch, Dims, WeightUpdateMeta
 from arealite.dataset.fetch import resolve_model
 from arealite.engine import export, state
 from arealite.engine.checkpointing import checkpoint_activations
-from arealite.engine.loading import Checkpoint, materialize
-from arealite.engine.mesh import RankMesh
 from arealite.engine.determinism import be_deterministic
 from arealite.engine.flops import ModelFlops, peak_flops, speed
+from arealite.engine.loading import Checkpoint, materialize
+from arealite.engine.lora import add_adapters, base_name, file_name, freeze
+from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch, cut, idle
-from arealite.engine.model import PackedLanguageModel, load_model
-from arealite.engine.optim import clip_gradients, gradient_norm, learning_rate, make_optimizer
+from arealite.engine.model import PackedLanguageModel, PackedModel, load_model
+from arealite.engine.offload import CPU, Placement
+from arealite.engine.optim import clip_gradients, gradient_norms, learning_rate, make_optimizer
 from arealite.engine.parallel import RankCollective, join_ranks, pick_device
 from arealite.engine.parallelize import parallelize
 from arealite.engine.pipeline import Runner, add_tied_gradients, from_last_stage, over_stages, split_stages
+from arealite.observe.timeline import span
 from arealite.weights.handshake import verify
 from arealite.weights.link import WeightLink
 
 logger = logging.getLogger(__name__)
 
-# (micro-batch, logp [P], entropy [R]) -> (loss, statistics). Over micro-batches and ranks statistics are added up; of
-# those whose name ends in _max the largest is taken.
-LossFn = Callable[[MicroBatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# (micro-batch, what the model's head returns: logp [P], entropy [R]) -> (loss, statistics). Over micro-batches and
+# ranks statistics are added up; of those whose name ends in _max the largest is taken.
+LossFn = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class FSDPEngine:
     """
 
     collective: RankCollective
+    other_heads: tuple[str, ...] = ()  # patterns of tensors that only one of checkpoint and model may have
+    keep_groups = False  # whether a group must be in one micro-batch
 
     def __init__(self, config: TrainEngineConfig, trainable: bool = True, dims: Dims | None = None) -> None:
         """`dims`: how the model is spread over the ranks; over all of them by data if not given."""
@@ -73,6 +80,7 @@ class FSDPEngine:
         self.num_updates = 0  # optimiser updates applied
         self._planned_updates: int | None = None
         self._num_bad_steps = 0  # in a row
+        self._adapter: dict[str, Any] | None = None  # LoRA: what PEFT's adapter_config.json says
         self._rollout: InferenceEngine | None = None
         self._link: WeightLink | None = None
         self._sent: WeightUpdateMeta | None = None
@@ -81,6 +89,8 @@ class FSDPEngine:
     def initialize(self) -> None:
         """Join the ranks, load the model, shard it, make the optimizer."""
         config = self.config
+        if config.deterministic:
+            be_deterministic()
         self.device = pick_device()
         self._made_group = join_ranks(self.device, config.collective_timeout_s)
         dims = self._dims or Dims(d=dist.get_world_size())
@@ -88,23 +98,36 @@ class FSDPEngine:
         self.collective = RankCollective(config.collective_timeout_s, dims)
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(config.seed + self.collective.rank)
-        if config.deterministic:
-            be_deterministic()
         self.folder = resolve_model(config.path)
-        self.hf_model = load_model(self.folder)
-        self._checkpoint = Checkpoint(self.folder, self.hf_model)
+        self.hf_model = self._build_model()
+        self._checkpoint = Checkpoint(self.folder, self.hf_model, self.other_heads)
+        if not self.trainable or config.lora is not None:
+            freeze(self.hf_model, self.dtype)
+        if self.trainable and config.lora is not None:
+            self._adapter = add_adapters(self.hf_model, config.lora, config.seed)
+        self._flops = ModelFlops.of(self.hf_model)
         self._tied = split_stages(self.hf_model, self.mesh)
         checkpoint_activations(self.hf_model, config.gradient_checkpointing if self.trainable else "none")
-        self.model = PackedLanguageModel(self.hf_model, config.logprob_chunk_tokens, self.mesh)
-        self.model.requires_grad_(self.trainable)
+        self.model = self._packed_model()
         self._runner = Runner(self.model, self.mesh, self.collective, self.dtype)
         self.model._apply(lambda t: t if t.is_meta else t.to(self.device))  # buffers, adapters
-        self._sharded = parallelize(self.model, self.hf_model, self.mesh, self.dtype)
-        materialize(self.model, self.device)
-        self._checkpoint.load(self.hf_model.state_dict(keep_vars=True))
+        is_offloaded = config.offload == "all"
+        self._sharded = parallelize(self.model, self.hf_model, self.mesh, self.dtype, is_offloaded)
+        materialize(self.model, CPU if is_offloaded else self.device)
+        tensors = self.hf_model.state_dict(keep_vars=True)
+        self._checkpoint.load({base_name(name): tensor for name, tensor in tensors.items()})
         # Taken here, because modules hold the gathered compute copies instead between the passes.
-        self._parameters = dict(self.hf_model.named_parameters())
+        # Those that are trained: with LoRA, the adapters alone.
+        named = self.hf_model.named_parameters()
+        self._parameters = {name: p for name, p in named if p.requires_grad == self.trainable}
         self.optimizer = make_optimizer(self._parameters.values(), config.optimizer) if self.trainable else None
+        self._placement = Placement(self.model, self.optimizer, self.device, config.offload)
+
+    def _build_model(self) -> Any:
+        return load_model(self.folder)
+
+    def _packed_model(self) -> PackedModel:
+        return PackedLanguageModel(self.hf_model, self.config.logprob_chunk_tokens, self.mesh)
 
     def destroy(self) -> None:
         """Release shared memory and leave the ranks."""
@@ -123,15 +146,18 @@ class FSDPEngine:
     def compute_logp(self, batch: Batch, temperature: float | None = None) -> np.ndarray:
         """float32 [T] logprobs of the batch's tokens at `temperature` (config's if not given, else 1); 0 where
         loss_mask is False."""
+        return self._score(batch, self.temperature if temperature is None else temperature, "compute_logp")
+
+    def _score(self, batch: Batch, temperature: float, what: str) -> np.ndarray:
+        """float32 [T], the first thing that the model's head says of each loss token; 0 elsewhere."""
         out = np.zeros(len(batch.tokens), dtype=np.float32)
 
-        def keep(micro: MicroBatch, logp: torch.Tensor, _: torch.Tensor) -> None:
-            out[micro.at] = logp.cpu().numpy()
+        def keep(micro: MicroBatch, scores: torch.Tensor, *_: torch.Tensor) -> None:
+            out[micro.at] = scores.cpu().numpy()
 
-        micro_batches = self._micro_batches(batch, "compute_logp")
+        micro_batches = self._micro_batches(batch, what)
         with torch.no_grad():
-            at = self.temperature if temperature is None else temperature
-            self._runner.run(micro_batches, at, keep, "compute_logp")
+            self._runner.run(micro_batches, temperature, keep, what)
         return from_last_stage(out, self.mesh, self.collective)
 
     def update(self, batch: Batch, loss_fn: LossFn) -> Update:
@@ -146,18 +172,22 @@ class FSDPEngine:
         lr = learning_rate(self.config.optimizer, self.num_updates, self._planned_updates)
         columns: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-        def compute(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-            loss, parts = loss_fn(micro, logp, entropy)
+        def compute(micro: MicroBatch, *found: torch.Tensor) -> torch.Tensor:
+            loss, parts = loss_fn(micro, *found)
             for name, value in {"loss": loss, **parts}.items():
                 columns[name].append(value.detach())
             return loss
 
         micro_batches = self._micro_batches(batch, "update")
         self._runner.run(micro_batches, self.temperature, compute, "update")
+        flops = [self._flops.count(micro) for micro in micro_batches]
+        for name, value in (("num_flops", sum(flops)), ("num_sequence_tokens", len(batch.tokens))):
+            columns[name].append(torch.tensor(value, dtype=torch.float64))
         statistics = self._over_ranks(columns)
         loss_sum = statistics.pop("loss")
         with self.collective.computing("update"):
-            norm = self._gradient_norm()
+            norms = self._gradient_norms()
+        norm = math.hypot(*norms.values())
         skipped = not (math.isfinite(loss_sum) and math.isfinite(norm))
         if skipped:
             self._skip(batch, micro_batches, [float(x) for x in columns["loss"]], loss_sum, norm)
@@ -166,22 +196,42 @@ class FSDPEngine:
             clip_gradients(self._parameters.values(), self.config.optimizer.max_grad_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            with span("optimizer"):
+                self._placement.step()
             self.num_updates += 1
             self._changed_since_sent |= lr > 0 and norm > 0
         self.optimizer.zero_grad(set_to_none=True)
         for module in self._sharded:
             module.reshard()  # the compute copies are of the old weights
+        statistics |= {f"grad_norm_{group}": value for group, value in norms.items()}
         return Update(loss_sum, norm, lr, skipped, statistics)
 
-    def _gradient_norm(self) -> float:
-        """Of the whole model. The gradients of a tied weight that two stages have become their sum, and count once."""
+    def speed(self, updates: list[Update], took_s: float) -> dict[str, float]:
+        """Tokens per second and MFU of updates that took `took_s` seconds together; see flops.py."""
+        peak = peak_flops(self.device, self.dtype)
+        return speed([update.statistics for update in updates], took_s, peak, self.collective.world_size)
+
+    def count_tokens(self, batch: Batch) -> int:
+        """Loss tokens of all ranks. Collective."""
+        return int(self.collective.reduce(torch.tensor([int(batch.loss_mask.sum())]), "sum"))
+
+    def summary(self, updates: list[Update], update_s: float) -> dict[str, float]:
+        """What there is to say of every kind of update: means over those that were applied, and the speed."""
+        counted = [u for u in updates if not u.skipped] or updates
+        stats = {"skipped": float(all(u.skipped for u in updates)), "lr": updates[-1].lr if updates else 0.0}
+        for name in ("loss", "grad_norm"):
+            stats[name] = sum(vars(u)[name] for u in counted) / max(len(counted), 1)
+        return {**stats, **self.speed(updates, update_s), "update_s": update_s}
+
+    def _gradient_norms(self) -> dict[str, float]:
+        """Of the whole model, by group of parameters. The gradients of a tied weight that two stages have become their
+        sum, and count once."""
         counted = self._parameters
         if self._tied in counted:
             add_tied_gradients(counted[self._tied], self.mesh)
             if self.mesh.is_last_stage:
                 counted = {name: p for name, p in counted.items() if name != self._tied}
-        return gradient_norm(counted.values())
+        return gradient_norms(counted, self.device)
 
     def _over_ranks(self, columns: dict[str, list[torch.Tensor]]) -> dict[str, float]:
         """One number per statistic from its values in this rank's micro-batches; stages before the last have none."""
@@ -197,7 +247,7 @@ class FSDPEngine:
     def _micro_batches(self, batch: Batch, what: str) -> list[MicroBatch]:
         """This rank's micro-batches, filled up with idle ones to the largest number on any rank."""
         self.collective.barrier(what)
-        own = cut(batch, self.config.max_tokens_per_mb, self.device, self.config.share_prompts)
+        own = cut(batch, self.config.max_tokens_per_mb, self.device, self.config.share_prompts, self.keep_groups)
         most = int(self.collective.reduce(torch.tensor([len(own)]), "max"))
         return own + [idle(self.device) for _ in range(most - len(own))]
 
@@ -234,8 +284,9 @@ class FSDPEngine:
         self, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(checkpoint name, whole tensor in `dtype` on `device`); tied weights once. By default the compute dtype, on
-        the CPU."""
-        own = export.full_tensors(self.hf_model, dtype or self.dtype, self.device)
+        the CPU. With LoRA: those of the adapter, by PEFT's names."""
+        named = {} if self._adapter is None else {"name_of": file_name}
+        own = export.full_tensors(self.hf_model, dtype or self.dtype, self.device, **named)
         place = device or torch.device("cpu")
         return ((name, tensor.to(place)) for name, tensor in over_stages(own, self.mesh, self.collective))
 
@@ -260,7 +311,7 @@ class FSDPEngine:
             tensors = export.hub_tensors(self.named_full_tensors(device=link.device), self._checkpoint.hub_parts)
             rollout.prepare_update()
             try:
-                meta = link.publish(tensors, self.version, writer=is_head)
+                meta = link.publish(tensors, self.version, writer=is_head, adapter=self._adapter)
             except WeightSyncError as error:
                 failure = error
                 for _ in tensors:  # the other ranks are gathering
@@ -281,21 +332,49 @@ class FSDPEngine:
         return self._sent.version
 
     def save(self, path: str) -> None:
-        """Write a Hugging Face folder in the compute dtype, atomically. OSError on rank 0 when it cannot be written."""
+        """Write a Hugging Face folder in the compute dtype, atomically; with LoRA the adapter in float32, in PEFT's
+        format. OSError on rank 0 when it cannot be written."""
         is_writer = self.collective.rank == 0
+        if self._adapter is not None:
+            adapter = {name: tensor for name, tensor in self.named_full_tensors(torch.float32) if is_writer}
+            if is_writer:
+                export.write_adapter_folder(path, adapter, self._adapter, self.folder)
+            return
         tensors = export.hub_tensors(self.named_full_tensors(), self._checkpoint.hub_parts)
         if is_writer:
             export.write_folder(path, tensors, self.hf_model, self.dtype, self.folder)
         for _ in tensors:  # the writer is through already
             pass
 
+    # --- turns with the servers on one accelerator
+
+    def sleep(self) -> None:
+        """Leave the accelerator's memory to others until `wake`: shards and moments go to the CPU, and copies that were
+        gathered for the passes are dropped. Only `wake`, recovery and the end may follow."""
+        for module in self._sharded:
+            module.reshard()
+        self._placement.sleep()
+
+    def wake(self) -> None:
+        self._placement.wake()
+
     # --- recovery
 
-    def save_state(self, path: str) -> None:
-        """Write weights, moments, counters and random numbers of all ranks under `path`."""
+    @cached_property
+    def background(self) -> RankCollective:
+        """The same ranks, for the calls of one other thread."""
+        return RankCollective(self.config.collective_timeout_s, self.mesh.dims)
+
+    def stage_state(self, path: str) -> Callable[[], None]:
+        """Copy weights, moments, counters and random numbers of all ranks; returns the call that writes them under
+        `path`, for a thread of its own. Only that call raises OSError or RuntimeError when they cannot be written."""
         counters = {"version": self.version, "num_updates": self.num_updates, "num_bad_steps": self._num_bad_steps}
+        return state.stage_state(path, self._parameters, self.optimizer, counters, self.background)
+
+    def save_state(self, path: str) -> None:
+        """`stage_state` and write at once."""
         try:
-            state.save_state(path, self._parameters, self.optimizer, counters, self.collective)
+            self.stage_state(path)()
         finally:  # a rank with a full disk must not leave the others waiting here
             self.collective.barrier("save_state")
 

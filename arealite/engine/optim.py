@@ -1,4 +1,4 @@
-"""AdamW on sharded float32 weights, its schedule, and the gradients' norm. Called by engine/fsdp_engine.py."""
+"""Optimizers on sharded float32 weights, their schedule, and the gradients' norm. Called by engine/fsdp_engine.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from transformers.optimization import Adafactor
 
 from arealite.api.cli_args import OptimizerConfig
 from arealite.api.errors import ConfigError
@@ -37,27 +38,58 @@ def learning_rate(config: OptimizerConfig, update: int, num_updates: int | None)
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) with its moments in place, so that a recovery point can be read into them."""
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """`config.kind`, with its state in place, so that a recovery point can be read into it. Vectors (norms, biases) do
+    not decay, as in transformers' Trainer.
+
+    - adamw: arXiv:1711.05101, two moments of every weight;
+    - adafactor: arXiv:1804.04235 without its own step sizes: `lr` bounds the root mean square of a matrix's update. Of
+      a matrix's squared gradients it keeps the means of rows and columns; there is no first moment.
+    """
     parameters = list(parameters)
-    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)  # one call of a kernel takes one mesh
+    groups: dict[tuple[DeviceMesh | None, bool], list[nn.Parameter]] = defaultdict(list)
+    for p in parameters:  # one call of a kernel takes one mesh
+        groups[p.device_mesh if isinstance(p, DTensor) else None, p.ndim > 1].append(p)
+    grouped = [
+        {"params": members, "weight_decay": config.weight_decay if is_matrix else 0.0}
+        for (_, is_matrix), members in groups.items()
+    ]
+    optimizer: torch.optim.Optimizer
+    if config.kind == "adafactor":
+        optimizer = Adafactor(grouped, lr=config.lr, scale_parameter=False, relative_step=False)
+        for p in parameters:
+            optimizer.state[p] = {"step": 0, **_squares(p.detach())}
+        return optimizer
+    betas = config.beta1, config.beta2
+    optimizer = torch.optim.AdamW(grouped, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     for p in parameters:
-        by_mesh[p.device_mesh if isinstance(p, DTensor) else None].append(p)
-    optimizer = torch.optim.AdamW(
-        [{"params": group} for group in by_mesh.values()],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    for p in parameters:
-        optimizer.state[p] = {
-            "step": torch.zeros((), dtype=torch.float32, device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
+
+
+def _squares(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Adafactor's zeros for `weight`: of a matrix [.., R, C] the means over C and R, sharded as R and C are."""
+    if weight.ndim < 2:
+        return {"exp_avg_sq": torch.zeros_like(weight)}
+    means = {"exp_avg_sq_row": torch.zeros_like(weight).mean(-1), "exp_avg_sq_col": torch.zeros_like(weight).mean(-2)}
+    for key, mean in means.items():
+        if isinstance(mean, DTensor):  # partial sums where the dimension that is gone was sharded
+            whole = [Replicate() if place.is_partial() else place for place in mean.placements]
+            means[key] = mean.redistribute(placements=whole)
+    return means
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """What the optimizer remembers of `parameter`'s gradients, live, by the optimizer's own names."""
+    return {key: value for key, value in optimizer.state[parameter].items() if key.startswith("exp_avg")}
+
+
+def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
+    """Go on as after `num_updates` updates."""
+    for state in optimizer.state.values():
+        step = state["step"]
+        state["step"] = torch.full_like(step, num_updates) if isinstance(step, torch.Tensor) else num_updates
 
 
 def gradient_norms(parameters: Mapping[str, nn.Parameter], device: torch.device) -> dict[str, float]:

@@ -1,28 +1,35 @@
 """Recovery points: everything a killed run needs to go on as if nothing had happened. Called by the training script.
 
 A point is a folder, recover/point_000020: point.json (step, configuration, data position, rollout head), actor/ (model,
-optimizer, schedule, RNG of every rank), COMPLETE (sizes of all files, written last). It is built under a hidden name
-and renamed when it is whole and on disk: a kill at any moment leaves the points there were, or one more.
+optimizer, schedule, RNG of every rank), COMPLETE (sizes of all files, written last). The state is copied, and a thread
+writes the copy while training goes on: under a hidden name, renamed when all is on disk. A kill at any moment leaves
+the points there were, or one more.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from arealite.api.errors import RecoveryError
+from arealite.api.cli_args import GRPOConfig
+from arealite.api.errors import ArealiteError, RecoveryError
 from arealite.engine import checkpoint
 from arealite.engine.checkpoint import WriteFailures, attempt, attempt_on_ranks
+from arealite.engine.state import sync
 from arealite.observe.frequency import Frequency
+from arealite.observe.waits import in_background, waiting
 
 if TYPE_CHECKING:
-    from arealite.api.cli_args import GRPOConfig, RecoverConfig
-    from arealite.api.engine import DataSource, TrainEngine
+    from arealite.api.cli_args import RecoverConfig, RunConfig
+    from arealite.api.engine import Collective
     from arealite.observe.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -31,22 +38,48 @@ COMPLETE = "COMPLETE"
 
 
 class Stateful(Protocol):
-    """The rollout client: its state is a JSON-ready dict, saved on rank 0 (the head) and given back to every rank."""
+    """The rollout client or the data loader: its state is a JSON-ready dict, saved on rank 0 (the head) and given back
+    to every rank."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def fingerprint(config: GRPOConfig) -> dict[str, Any]:
+class Recoverable(Protocol):
+    """The trainer's side of a point, as in api.engine.TrainEngine: an engine, or several together (roles.py)."""
+
+    @property
+    def collective(self) -> Collective: ...
+
+    @property
+    def background(self) -> Collective: ...
+
+    def stage_state(self, path: str) -> Callable[[], None]: ...
+
+    def load_state(self, path: str) -> None: ...
+
+
+def fingerprint(config: RunConfig) -> dict[str, Any]:
     """What a run must keep to go on from a point: its model, its tasks in their order, and the shape of a step.
 
     Learning rates, lengths, frequencies and machines may change at a restart.
     """
-    kept = {"actor.path": config.actor.path, "seed": config.seed, "gconfig.n_samples": config.gconfig.n_samples}
+    key, trained = config.trained
+    kept: dict[str, Any] = {f"{key}.path": trained.path, "seed": config.seed}
+    if isinstance(config, GRPOConfig):
+        kept |= {"gconfig.n_samples": config.gconfig.n_samples, "critic": config.critic is not None}
     kept |= {f"train_dataset.{name}": value for name, value in vars(config.train_dataset).items()}
     # Through JSON, as it will be read back: a tuple is a list then, and they would differ.
     return dict(json.loads(json.dumps(kept)))
+
+
+@dataclass
+class _Writing:
+    """A point that is being written; `outcome` is why it could not be, "" if it is whole: the same on all ranks."""
+
+    point: Path
+    outcome: Future[str]
 
 
 class RecoverHandler:
@@ -56,51 +89,101 @@ class RecoverHandler:
     a row stops the run. `epoch` is the epoch of the point that was loaded.
     """
 
-    def __init__(self, config: RecoverConfig, folder: RunFolder, run_config: GRPOConfig) -> None:
+    def __init__(self, config: RecoverConfig, folder: RunFolder, run_config: RunConfig) -> None:
         self.frequency = Frequency(config)
         self.epoch = 0
         self._config = config
         self._folder = folder
         self._fingerprint = fingerprint(run_config)
+        self._limit_s = run_config.trained[1].collective_timeout_s
         self._failures = WriteFailures()
+        self._writing: _Writing | None = None  # one at most
 
     def maybe_save(
-        self, step: int, epoch: int, actor: TrainEngine, rollout: Stateful, dataloader: DataSource
+        self, step: int, epoch: int, actor: Recoverable, rollout: Stateful, dataloader: Stateful
     ) -> Path | None:
-        """Write a point if it is due after `step` finished steps; its folder, or None. Collective.
+        """Begin a point if it is due after `step` finished steps; its folder to be, or None. Collective.
 
-        Call it last of all that belongs to the step: what comes after it is done again after a kill.
+        Call it last of all that belongs to the step: what comes after it is done again after a kill. `finish` waits
+        for the last one. Raises as `finish` does: a failure shows at the first call after it.
         """
-        if self._config.mode == "off" or not self.frequency.due(step, epoch, actor.collective):
+        if self._config.mode == "off":
             return None
-        return self.save(step, epoch, actor, rollout, dataloader)
+        writing = self._writing
+        if writing is not None and actor.collective.on_head(writing.outcome.done):
+            self.finish()
+        if not self.frequency.due(step, epoch, actor.collective):
+            return None
+        return self._begin(step, epoch, actor, rollout, dataloader)
 
-    def save(self, step: int, epoch: int, actor: TrainEngine, rollout: Stateful, dataloader: DataSource) -> Path | None:
-        """Write a point now; None when that failed with a warning. Collective.
+    def save(self, step: int, epoch: int, actor: Recoverable, rollout: Stateful, dataloader: Stateful) -> Path | None:
+        """Write a point now; None when that failed with a warning. Collective. Raises as `finish` does."""
+        begun = self._begin(step, epoch, actor, rollout, dataloader)
+        return begun and self.finish()
 
-        Raises ArealiteError on every rank at the second failure in a row.
-        """
-        collective = actor.collective
-        point = self._folder.recovery_point(step)
+    def _begin(self, step: int, epoch: int, actor: Recoverable, rollout: Stateful, dataloader: Stateful) -> Path | None:
+        """Copy everything as it is now and leave the rest to a thread. None when that failed with a warning."""
+        self.finish()
+        collective, point = actor.collective, self._folder.recovery_point(step)
         partial = checkpoint.partial_name(point)
 
         def begin() -> str:
             states = {"rollout": rollout.state_dict(), "dataloader": dataloader.state_dict()}
             record = {"step": step, "epoch": epoch, "at": time.time(), **states, "fingerprint": self._fingerprint}
-            return attempt(_begin, partial, record)
+            why_not = attempt(_begin, partial, record)
+            if why_not:
+                shutil.rmtree(partial, ignore_errors=True)
+            return why_not
 
         why_not = collective.on_head(begin)
+        if why_not:
+            self._failures.was_written(f"recovery point {point}", why_not)
+            return None
+        write, ranks = actor.stage_state(str(partial / "actor")), actor.background
+        outcome = in_background(lambda: self._write(partial, point, write, ranks), f"recovery point {point.name}")
+        self._writing = _Writing(point, outcome)
+        return point
+
+    def _write(self, partial: Path, point: Path, write: Callable[[], None], ranks: Collective) -> str:
+        """Why the point could not be written; "" if it is in place.
+
+        Consumes: the copied state. Produces: the point. Waits for: the writing threads of the other ranks, each at
+        most `collective_timeout_s`. Unblocked by: these threads, or the death of a rank.
+        """
+        why_not = attempt_on_ranks(ranks, write)
         if not why_not:
-            why_not = attempt_on_ranks(collective, actor.save_state, partial / "actor")
-        if not why_not:
-            why_not = collective.on_head(lambda: attempt(_finish, partial, point))
-        if collective.rank == 0:
+            why_not = ranks.on_head(lambda: attempt(_finish, partial, point))
+        if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             if not why_not:
                 self._prune()
-        return point if self._failures.was_written(f"recovery point {point}", why_not) else None
+        return why_not
 
-    def load(self, actor: TrainEngine, rollout: Stateful, dataloader: DataSource) -> int:
+    def finish(self) -> Path | None:
+        """Wait for the point that is being written, at most `collective_timeout_s`; None if there was none, or when it
+        failed with a warning. All ranks make the call.
+
+        Raises:
+            ArealiteError: the second failure in a row, on every rank.
+            WaitTimeout: the disk is too slow.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return None
+        with waiting(f"recovery point {writing.point.name} on disk", "disk", self._limit_s) as wait:
+            if not futures.wait([writing.outcome], wait.left_s).done:
+                raise wait.expired()
+        is_whole = self._failures.was_written(f"recovery point {writing.point}", writing.outcome.result())
+        return writing.point if is_whole else None
+
+    def close(self) -> None:
+        """`finish` at the end of a run that may have failed: what is wrong with the point is a warning."""
+        try:
+            self.finish()
+        except (ArealiteError, RuntimeError) as error:  # RuntimeError: torch, when another rank is gone
+            logger.warning("the last recovery point: %s", error)
+
+    def load(self, actor: Recoverable, rollout: Stateful, dataloader: Stateful) -> int:
         """Restore the newest complete point; returns the number of finished steps, that is the next step (counted from
         0); 0 when there is no point. Collective.
 
@@ -180,18 +263,9 @@ def _finish(partial: Path, point: Path) -> None:
     sizes = {str(path.relative_to(partial)): path.stat().st_size for path in paths if path.is_file()}
     (partial / COMPLETE).write_text(json.dumps({"files": sizes}), encoding="utf-8")
     for path in (*paths, partial / COMPLETE, partial):
-        _sync(path)
+        sync(path)
     checkpoint.put_in_place(partial, point)
-    _sync(point.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's or a folder's content is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(point.parent)
 
 
 def _read(point: Path) -> dict[str, Any] | None:

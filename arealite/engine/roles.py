@@ -9,6 +9,7 @@ import numpy as np
 
 from arealite.algorithm.packing import karmarkar_karp
 from arealite.api.types import Batch
+from arealite.engine.checkpoint import attempt
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.parallel import RankCollective
 
@@ -89,8 +90,9 @@ class TrainedTogether:
         writes = self.actor.stage_state(path), self.critic.stage_state(f"{path}/critic")
 
         def write() -> None:
-            for each in writes:
-                each()
+            why_not = [why for each in writes if (why := attempt(each))]  # both in any case: other ranks take part
+            if why_not:
+                raise OSError("; ".join(why_not))
 
         return write
 

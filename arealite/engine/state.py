@@ -1,13 +1,15 @@
 """The trainer's part of a recovery point: sharded weights and moments, schedule, and random numbers of every rank.
 
-Called by engine/fsdp_engine.py. The layout follows torch.distributed.checkpoint, which can also read a point with
-another number of ranks (random numbers then start from the seed again on ranks that had none).
+Called by engine/fsdp_engine.py. Tensors have Hugging Face's names and are written by torch.distributed.checkpoint,
+which reads them back into any other layout of the ranks (a rank without random numbers starts them from the seed).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from arealite.api.errors import RecoveryError
+from arealite.engine.optim import moments, set_num_updates
 from arealite.engine.parallel import RankCollective
 
 
@@ -26,43 +29,62 @@ def _tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimiz
     for name, parameter in parameters.items():
         found[f"model.{name}"] = parameter.detach()
         if optimizer is not None:
-            for key in ("exp_avg", "exp_avg_sq"):
-                found[f"{key}.{name}"] = optimizer.state[parameter][key]
+            found |= {f"{key}.{name}": moment for key, moment in moments(optimizer, parameter).items()}
     return found
 
 
-def save_state(
+def stage_state(
     path: str,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
     counters: dict[str, int],
     ranks: RankCollective,
-) -> None:
-    """Write everything under `path`, an existing or new folder. Collective. Raises OSError."""
+) -> Callable[[], None]:
+    """Copy everything to the CPU's memory; returns the call that writes the copy under `path`, an existing or new
+    folder. That call is collective over `ranks`, may be made in another thread than the caller's next ones, and raises
+    OSError or RuntimeError."""
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        dcp.save(_tensors(parameters, optimizer), checkpoint_id=folder / "tensors", process_group=ranks.group)
-    except CheckpointException as error:  # no Exception in torch's class tree
-        raise OSError(f"cannot write the trainer's state under {folder}: {error}") from None
+    staged = {name: tensor.to("cpu", copy=True) for name, tensor in _tensors(parameters, optimizer).items()}
     randoms = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "python": random.getstate(),
         "numpy": np.random.get_state(),
     }
-    torch.save(randoms, folder / f"random-{ranks.rank}.pt")
-    if ranks.rank == 0:
-        (folder / "counters.json").write_text(json.dumps(counters))
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # It syncs its files to the disk. torch's own async_save is "experimental and subject to change".
+            dcp.save(staged, checkpoint_id=folder / "tensors", process_group=ranks.group)
+        except CheckpointException as error:  # no Exception in torch's class tree
+            raise OSError(f"cannot write the trainer's state under {folder}: {error}") from None
+        staged.clear()
+        own = folder / f"random-{ranks.rank}.pt"
+        torch.save(randoms, own)
+        sync(own)
+        if ranks.rank == 0:
+            (folder / "counters.json").write_text(json.dumps(counters))
+
+    return write
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's or a folder's content is on disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_state(
     path: str, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None, ranks: RankCollective
 ) -> dict[str, int]:
-    """Read what `save_state` wrote into the live tensors; returns its counters. Collective.
+    """Read what `stage_state` wrote, on these or other ranks, into the live tensors; returns its counters. Collective.
 
     Raises:
-        RecoveryError: something is missing, or belongs to another model.
+        RecoveryError: something is missing, or belongs to another model or optimizer.
     """
     folder = Path(path)
     try:
@@ -74,8 +96,7 @@ def load_state(
             " optimizer. Remove this recovery point to go on from the one before it"
         ) from None
     if optimizer is not None:
-        for state in optimizer.state.values():
-            state["step"].fill_(counters["num_updates"])
+        set_num_updates(optimizer, counters["num_updates"])
     own = folder / f"random-{ranks.rank}.pt"
     if own.exists():
         randoms = torch.load(own, weights_only=False)

@@ -135,9 +135,8 @@ async def bounded(awaitable: Awaitable[T], name: str, owner: str, limit_s: float
             raise
 
 
-async def in_thread(run: Callable[[], T], name: str, owner: str, limit_s: float) -> T:
-    """A blocking call in a thread of its own, awaited under a name and a limit. Raises WaitTimeout when the limit
-    passes, or what `run` raises. The thread goes on after that, but never keeps the process from ending."""
+def in_background(run: Callable[[], T], name: str) -> Future[T]:
+    """A call in a thread of its own, which never keeps the process from ending."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()  # whoever waits may go away
 
@@ -148,7 +147,13 @@ async def in_thread(run: Callable[[], T], name: str, owner: str, limit_s: float)
             future.set_exception(error)
 
     threading.Thread(target=work, name=name, daemon=True).start()
-    return await bounded(asyncio.wrap_future(future), name, owner, limit_s)
+    return future
+
+
+async def in_thread(run: Callable[[], T], name: str, owner: str, limit_s: float) -> T:
+    """A blocking call in a thread of its own, awaited under a name and a limit. Raises WaitTimeout when the limit
+    passes, or what `run` raises. The thread goes on after that."""
+    return await bounded(asyncio.wrap_future(in_background(run, name)), name, owner, limit_s)
 
 
 def mark(what: str) -> None:

@@ -70,8 +70,9 @@ def main(argv: list[str]) -> None:
         evaluator.maybe_evaluate(step + 1, epoch, last=step + 1 == num_steps)
         if actor.collective.rank == 0:
             logger.commit(step, epoch, stats | mismatch | rollout.stats(), rollout.last_groups, tokenizer)
-        recover.maybe_save(step + 1, epoch, actor, rollout, dataloader)
+        recover.maybe_save(step + 1, epoch, actor, rollout, dataloader)  # written while training goes on
 
+    recover.finish()
     if actor.collective.rank == 0:
         logger.close()
         report(folder)

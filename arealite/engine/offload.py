@@ -1,0 +1,61 @@
+"""Where weights and moments are: on the accelerator, or out of its way on the CPU. Called by engine/fsdp_engine.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+CPU = torch.device("cpu")
+
+
+class Placement:
+    """Moves the shards of `model` and the state of `optimizer` between the CPU and `device`. What `offload` (of
+    api.cli_args.TrainEngineConfig) keeps on the CPU stays there: with "all" by FSDP's own policy."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device, offload: str
+    ) -> None:
+        self.model, self.optimizer, self.device, self.offload = model, optimizer, device, offload
+        if offload == "optimizer":
+            self._move_moments(CPU)
+
+    def step(self) -> None:
+        """The optimizer's; its state is where the weights are meanwhile."""
+        assert self.optimizer is not None
+        if self.offload == "optimizer":
+            self._move_moments(self.device)
+        self.optimizer.step()
+        if self.offload == "optimizer":
+            self._move_moments(CPU)
+
+    def sleep(self) -> None:
+        self._move(CPU)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # other processes get it
+
+    def wake(self) -> None:
+        self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self.offload != "all":
+            # Parameters stay the same objects, which the optimizer knows; FSDP takes the new shards from them.
+            before = torch.__future__.get_swap_module_params_on_conversion()
+            torch.__future__.set_swap_module_params_on_conversion(True)
+            try:
+                self.model._apply(lambda tensor: moved(tensor, device))
+            finally:
+                torch.__future__.set_swap_module_params_on_conversion(before)
+        if self.offload == "none":
+            self._move_moments(device)
+
+    def _move_moments(self, device: torch.device) -> None:
+        states: list[dict[str, Any]] = [] if self.optimizer is None else list(self.optimizer.state.values())
+        for state in states:
+            state.update({key: moved(x, device) for key, x in state.items() if isinstance(x, torch.Tensor)})
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` itself if it is there already."""
+    return tensor.to(device)
