@@ -16,9 +16,9 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from arealite.algorithm import kernels
+from arealite.algorithm.fusing import fuse
 from arealite.algorithm.kernels import Kernels, PagedSpans
 from arealite.inference.cache import PAGE_TOKENS, pages_for
-from arealite.inference.fusing import fuse
 from arealite.inference.linears import PackedLinears
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sampler import sample, uniform

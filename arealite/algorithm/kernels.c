@@ -1,4 +1,5 @@
-/* The server's CPU kernels for bf16 models: attention over the page pool, norms, rotary, gated units, sampling.
+/* CPU kernels for bf16 models. The server's: attention over the page pool, norms, rotary, gated units, sampling. The
+ * trainer's: the same element-wise functions with their gradients, and logprobs from logits.
  *
  * Compiled and called by kernels.py. They exist to save memory traffic and calls, not to change results: each rounds to
  * bf16 where the PyTorch operations of the trainer do, adds in the order in which those add, and takes exp by the same
@@ -6,6 +7,7 @@
  */
 #include <immintrin.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -313,23 +315,69 @@ void silu_times(const bf16 *gate, const bf16 *up, int64_t stride, bf16 *out, int
         }
 }
 
-/* In place: x * cos + rotate_half(x) * sin, each product and the sum rounded. `x` [heads][tokens][dim], `cos` and `sin`
- * [tokens][dim]. */
-void rotate(const struct rows *x, const bf16 *cos, const bf16 *sin, int64_t heads, int64_t tokens, int64_t dim)
+/* out = x * cos + rotate_half(x) * sin, each product and the sum rounded; or, `back`, the gradient of x from that of the
+ * result. Both [heads][tokens][dim], the same or apart; `cos` and `sin` [tokens][dim]. */
+void rotate(const struct rows *x, const struct rows *out, const bf16 *cos, const bf16 *sin, int64_t heads,
+            int64_t tokens, int64_t dim, int32_t back, int32_t threads)
 {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && heads * tokens * dim > 1 << 18)
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < heads; h++) {
-            bf16 *row = (bf16 *)row_of(x, h, t);
-            const bf16 *c = cos + t * dim, *s = sin + t * dim;
+            const bf16 *row = row_of(x, h, t), *c = cos + t * dim, *s = sin + t * dim;
+            bf16 *to = (bf16 *)row_of(out, h, t);
             for (int64_t i = 0, j = dim / 2; i < dim / 2; i += 16, j += 16) {
-                vec a = load16(row + i), b = load16(row + j);
-                vec minus_b = _mm512_sub_ps(_mm512_set1_ps(-0.f), b);
-                store16(row + i, _mm512_add_ps(rounded(_mm512_mul_ps(a, load16(c + i))),
-                                               rounded(_mm512_mul_ps(minus_b, load16(s + i)))));
-                store16(row + j, _mm512_add_ps(rounded(_mm512_mul_ps(b, load16(c + j))),
-                                               rounded(_mm512_mul_ps(a, load16(s + j)))));
+                vec a = load16(row + i), b = load16(row + j), sign = _mm512_set1_ps(-0.f);
+                vec left = _mm512_mul_ps(back ? b : _mm512_xor_ps(b, sign), load16(s + (back ? j : i)));
+                vec right = _mm512_mul_ps(back ? _mm512_xor_ps(a, sign) : a, load16(s + (back ? i : j)));
+                store16(to + i, _mm512_add_ps(rounded(_mm512_mul_ps(a, load16(c + i))), rounded(left)));
+                store16(to + j, _mm512_add_ps(rounded(_mm512_mul_ps(b, load16(c + j))), rounded(right)));
             }
         }
+}
+
+/* ---- gradients -----------------------------------------------------------------------------------------------------
+ * In float32, rounded once at the end. */
+
+/* Of rms_norm: `dx` [num][n], and `dw` [threads][n], of which the caller takes the sum; it brings zeros. */
+void rms_norm_grad(const bf16 *x, const bf16 *weight, const bf16 *grad, bf16 *dx, float *dw, int64_t num, int64_t n,
+                   float eps, int32_t offset, int32_t threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && num * n > 1 << 16)
+    for (int64_t i = 0; i < num; i++) {
+        const bf16 *row = x + i * n, *g = grad + i * n;
+        float *own = dw + omp_get_thread_num() * n;
+        const float scale = 1.f / sqrtf(sum_of_squares(row, n) / (float)n + eps);
+        const vec s = _mm512_set1_ps(scale), one = _mm512_set1_ps(offset ? 1.f : 0.f);
+        vec sum = _mm512_setzero_ps();
+        for (int64_t at = 0; at < n; at += 16) {
+            vec y = _mm512_mul_ps(load16(row + at), s), dy = load16(g + at);
+            vec through = _mm512_mul_ps(dy, _mm512_add_ps(load16(weight + at), one));
+            sum = _mm512_fmadd_ps(through, y, sum);
+            y = offset ? y : rounded(y);
+            _mm512_storeu_ps(own + at, _mm512_fmadd_ps(dy, y, _mm512_loadu_ps(own + at)));
+        }
+        const vec mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)n);
+        for (int64_t at = 0; at < n; at += 16) {
+            vec y = _mm512_mul_ps(load16(row + at), s);
+            vec through = _mm512_mul_ps(load16(g + at), _mm512_add_ps(load16(weight + at), one));
+            store16(dx + i * n + at, _mm512_mul_ps(s, _mm512_fnmadd_ps(y, mean, through)));
+        }
+    }
+}
+
+/* Of silu_times; all rows [num][n] without gaps. */
+void silu_times_grad(const bf16 *gate, const bf16 *up, const bf16 *grad, bf16 *dgate, bf16 *dup, int64_t num,
+                     int32_t threads)
+{
+    const vec one = _mm512_set1_ps(1.f);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && num > 1 << 16)
+    for (int64_t at = 0; at < num; at += 16) {
+        vec x = load16(gate + at), dy = load16(grad + at);
+        vec sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+        vec slope = _mm512_mul_ps(sigmoid, _mm512_fmadd_ps(x, _mm512_sub_ps(one, sigmoid), one));
+        store16(dup + at, _mm512_mul_ps(dy, rounded(_mm512_mul_ps(x, sigmoid))));
+        store16(dgate + at, _mm512_mul_ps(_mm512_mul_ps(dy, load16(up + at)), slope));
+    }
 }
 
 /* ---- products with a packed weight ---------------------------------------------------------------------------------
@@ -421,6 +469,88 @@ void product(const bf16 *x, const bf16 *packed, const bf16 *bias, bf16 *out, int
         break;                                                                         \
     }
             switch (rows) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
+        }
+    }
+}
+
+/* ---- logprobs -------------------------------------------------------------------------------------------------- */
+
+struct scoring {
+    bf16 *logits; /* [rows][vocab]; score_grad puts their gradient in their place */
+    const int64_t *edges, *targets; /* row r is asked for targets [edges[r], edges[r + 1]) */
+    float *logsum, *entropy; /* [rows], of logits / temperature */
+    float *logp; /* [targets] */
+    const float *logp_grad, *entropy_grad; /* as logp and entropy */
+    int64_t rows, vocab;
+    float temperature;
+    int32_t threads;
+};
+
+INLINE vec score_at(const struct scoring *s, const bf16 *row, int64_t at, vec temperature)
+{
+    __mmask16 real = first_lanes(s->vocab - at);
+    vec x = _mm512_div_ps(widen(_mm256_maskz_loadu_epi16(real, row + at)), temperature);
+    return _mm512_mask_blend_ps(real, _mm512_set1_ps(-INFINITY), x);
+}
+
+/* Logprobs of the targets, logsumexp and entropy of the rows. */
+void score(const struct scoring *s)
+{
+    const vec temperature = _mm512_set1_ps(s->temperature);
+#pragma omp parallel for num_threads(s->threads) schedule(static) if (s->threads > 1 && s->rows > 1)
+    for (int64_t r = 0; r < s->rows; r++) {
+        const bf16 *row = s->logits + r * s->vocab;
+        vec top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), dot = _mm512_setzero_ps();
+        for (int64_t at = 0; at < s->vocab; at += 16)
+            top = _mm512_max_ps(top, score_at(s, row, at, temperature));
+        const float best = _mm512_reduce_max_ps(top);
+        top = _mm512_set1_ps(best);
+        for (int64_t block = 0; block < s->vocab; block += BLOCK) { /* sums of sums: short chains of rounding */
+            vec sum = _mm512_setzero_ps(), weighed = _mm512_setzero_ps();
+            for (int64_t at = block; at < block + BLOCK && at < s->vocab; at += 16) {
+                vec x = _mm512_sub_ps(score_at(s, row, at, temperature), top), e = exp_of(x);
+                sum = _mm512_add_ps(sum, e);
+                weighed = _mm512_mask_add_ps(weighed, _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104.f), _CMP_NLT_UQ),
+                                             weighed, _mm512_mul_ps(x, e));
+            }
+            total = _mm512_add_ps(total, sum);
+            dot = _mm512_add_ps(dot, weighed);
+        }
+        const float sum = _mm512_reduce_add_ps(total);
+        s->logsum[r] = logf(sum) + best;
+        s->entropy[r] = logf(sum) - _mm512_reduce_add_ps(dot) / sum;
+        for (int64_t t = s->edges[r]; t < s->edges[r + 1]; t++) {
+            float lanes[16];
+            _mm512_storeu_ps(lanes, score_at(s, row, s->targets[t] / 16 * 16, temperature));
+            s->logp[t] = lanes[s->targets[t] % 16] - s->logsum[r];
+        }
+    }
+}
+
+/* dL/dz_j = sum of the gradients of target j - p_j (sum of all targets' gradients + dL/dH (log p_j + H)) */
+void score_grad(const struct scoring *s)
+{
+    const vec temperature = _mm512_set1_ps(s->temperature);
+#pragma omp parallel for num_threads(s->threads) schedule(static) if (s->threads > 1 && s->rows > 1)
+    for (int64_t r = 0; r < s->rows; r++) {
+        bf16 *row = s->logits + r * s->vocab;
+        float all = 0;
+        for (int64_t t = s->edges[r]; t < s->edges[r + 1]; t++)
+            all += s->logp_grad[t];
+        const float slope = s->entropy_grad[r], start = all + slope * s->entropy[r];
+        const vec logsum = _mm512_set1_ps(s->logsum[r]), by_logp = _mm512_set1_ps(slope), base = _mm512_set1_ps(start);
+        for (int64_t at = 0; at < s->vocab; at += 16) {
+            vec logp = _mm512_sub_ps(score_at(s, row, at, temperature), logsum);
+            vec scale = slope ? _mm512_fmadd_ps(_mm512_max_ps(logp, _mm512_set1_ps(-104.f)), by_logp, base) : base;
+            vec x = _mm512_div_ps(_mm512_mul_ps(exp_of(logp), scale), temperature);
+            x = _mm512_sub_ps(_mm512_setzero_ps(), x);
+            _mm256_mask_storeu_epi16(row + at, first_lanes(s->vocab - at), narrow(x));
+        }
+        for (int64_t t = s->edges[r]; t < s->edges[r + 1]; t++) {
+            float sum = -expf(s->logp[t]) * (start + slope * s->logp[t]);
+            for (int64_t same = s->edges[r]; same < s->edges[r + 1]; same++)
+                sum += s->targets[same] == s->targets[t] ? s->logp_grad[same] : 0;
+            row[s->targets[t]] = (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(sum / s->temperature)), 0);
         }
     }
 }

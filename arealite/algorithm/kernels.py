@@ -1,7 +1,7 @@
 """kernels.c, compiled once per machine and called on CPU bf16 tensors; None where it cannot be had.
 
-Used by inference/ (attention, products, norms, element-wise, sampling) and engine/ (with gradients). Who finds none takes
-the PyTorch path, which gives the same results. Calls release the interpreter lock only where they last.
+Used by inference/ and by engine/, partly through fused.py (element-wise functions with their gradients). Who finds none
+takes the PyTorch path, which gives the same results. Calls release the interpreter lock only where they last.
 """
 
 from __future__ import annotations
@@ -57,6 +57,30 @@ class _Sampling(ctypes.Structure):
     ]
 
 
+class _Scoring(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ["logits", "edges", "targets"]),
+        *((name, c_void_p) for name in ["logsum", "entropy", "logp", "logp_grad", "entropy_grad"]),
+        *((name, c_int64) for name in ["rows", "vocab"]),
+        ("temperature", c_float),
+        ("threads", c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of R rows and P targets, contiguous: logsumexp and entropy [R], logprobs [P] (float32); the gradients of the last
+    two, where these are known. Row r is asked for the targets [edges[r], edges[r + 1]) (int64 [R + 1] and [P])."""
+
+    edges: torch.Tensor
+    targets: torch.Tensor
+    logsum: torch.Tensor
+    entropy: torch.Tensor
+    logp: torch.Tensor
+    logp_grad: torch.Tensor | None = None
+    entropy_grad: torch.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class PagedSpans:
     """What the tokens of a pass see. `pieces` [n, 4] int32: first token of the pass, its position in its sequence,
@@ -76,6 +100,8 @@ class Kernels:
         long, short = ctypes.CDLL(str(library)), ctypes.PyDLL(str(library))
         self._product, self._pack, self._attention, self._sample = long.product, long.pack, long.attention, long.sample
         self._norm, self._silu, self._rotate = short.rms_norm, short.silu_times, short.rotate
+        self._norm_grad, self._silu_grad = long.rms_norm_grad, long.silu_times_grad
+        self._score, self._score_grad = long.score, long.score_grad
         pointer, size, number = c_void_p, c_int64, c_int32
         self._product.argtypes = [pointer, pointer, pointer, pointer, size, size, size, number]
         self._pack.argtypes = [pointer, pointer, size, size, size, number]
@@ -83,7 +109,10 @@ class Kernels:
         self._sample.argtypes = [POINTER(_Sampling)]
         self._norm.argtypes = [pointer, size, pointer, pointer, size, size, c_float, number, number]
         self._silu.argtypes = [pointer, pointer, size, pointer, size, size, number]
-        self._rotate.argtypes = [POINTER(_Rows), pointer, pointer, size, size, size]
+        self._rotate.argtypes = [*[POINTER(_Rows)] * 2, pointer, pointer, size, size, size, number, number]
+        self._norm_grad.argtypes = [*[pointer] * 5, size, size, c_float, number, number]
+        self._silu_grad.argtypes = [*[pointer] * 5, size, number]
+        self._score.argtypes = self._score_grad.argtypes = [POINTER(_Scoring)]
         for function in list(vars(self).values()):
             function.restype = None
         self.exact_products = self._compare_products()
@@ -135,10 +164,43 @@ class Kernels:
         self._silu(gate.data_ptr(), up.data_ptr(), stride, out.data_ptr(), num, n, threads)
         return out
 
-    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Rotary embedding in place: x [1, heads, T, D], cos and sin [1, T, D], contiguous."""
+    def rotate(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, back: bool = False
+    ) -> None:
+        """Rotary embedding of x [1, heads, T, D] into `out`, which may be x itself; cos and sin [1, T, D], contiguous.
+        `back`: of the result's gradient x, the input's."""
         _, heads, tokens, dim = x.shape
-        self._rotate(_rows(x[0]), cos.data_ptr(), sin.data_ptr(), heads, tokens, dim)
+        places = _rows(x[0]), _rows(out[0]), cos.data_ptr(), sin.data_ptr()
+        self._rotate(*places, heads, tokens, dim, back, torch.get_num_threads())
+
+    def rms_norm_grad(
+        self, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, eps: float, plus_one: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of x and weight from that of the result of `rms_norm`."""
+        x, grad, threads, n = x.contiguous(), grad.contiguous(), torch.get_num_threads(), x.shape[-1]
+        by_x = torch.empty_like(x)
+        by_weight = torch.zeros(threads, n)
+        places = [tensor.data_ptr() for tensor in (x, weight, grad, by_x, by_weight)]
+        self._norm_grad(*places, x.numel() // n, n, eps, plus_one, threads)
+        return by_x, by_weight.sum(0).to(weight.dtype)
+
+    def silu_times_grad(
+        self, gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of gate and up from that of the result of `silu_times`."""
+        gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
+        by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
+        places = [tensor.data_ptr() for tensor in (gate, up, grad, by_gate, by_up)]
+        self._silu_grad(*places, gate.numel(), torch.get_num_threads())
+        return by_gate, by_up
+
+    def score(self, logits: torch.Tensor, first: int, scores: Scores, temperature: float) -> None:
+        """Fill `scores` from row `first` on, by contiguous logits [r, V] / temperature."""
+        self._score(_scoring(logits, first, scores, temperature))
+
+    def score_grad(self, logits: torch.Tensor, first: int, scores: Scores, temperature: float) -> None:
+        """Put the gradient of the logits in their place, from those of logprobs and entropies."""
+        self._score_grad(_scoring(logits, first, scores, temperature))
 
     def sample(
         self, logits: torch.Tensor, temperatures: list[float], uniforms: list[float]
@@ -180,6 +242,17 @@ def _rows(x: torch.Tensor) -> ctypes._Pointer[_Rows]:
     head, token, step = x.stride()
     assert step == 1
     return byref(_Rows(x.data_ptr(), head, token))  # type: ignore[return-value]
+
+
+def _scoring(logits: torch.Tensor, first: int, scores: Scores, temperature: float) -> ctypes._Pointer[_Scoring]:
+    assert logits.is_contiguous()
+    by_row = [x.data_ptr() + 4 * first for x in (scores.logsum, scores.entropy)]
+    grads = None, None
+    if scores.logp_grad is not None and scores.entropy_grad is not None:
+        grads = scores.logp_grad.data_ptr(), scores.entropy_grad.data_ptr() + 4 * first
+    edges = scores.edges.data_ptr() + 8 * first
+    places = [logits.data_ptr(), edges, scores.targets.data_ptr(), *by_row, scores.logp.data_ptr(), *grads]
+    return byref(_Scoring(*places, *logits.shape, temperature, torch.get_num_threads()))  # type: ignore[return-value]
 
 
 @functools.cache

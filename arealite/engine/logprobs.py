@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from arealite.algorithm import fused, kernels
+from arealite.algorithm.kernels import Scores
+
 ROWS_IN_CACHE = 32  # logit rows that are worked on at one time: their float32 copy stays in the processor's cache
 
 
@@ -27,9 +30,14 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy = torch.empty_like(logsum)
         logp = torch.empty(pairs, dtype=torch.float32, device=hidden.device)
         # Pairs are sorted by row, so each block of rows owns one slice of them.
-        edges = torch.searchsorted(row_of, torch.arange(rows + 1, device=row_of.device)).tolist()
+        first_pair = torch.searchsorted(row_of, torch.arange(rows + 1, device=row_of.device))
+        edges = first_pair.tolist()
+        compiled = kernels.load() if fused.fits(hidden, weight) else None
         for start in range(0, rows, chunk):
             logits = hidden[start : start + chunk] @ weight.t()
+            if compiled is not None:
+                compiled.score(logits, start, Scores(first_pair, targets, logsum, entropy, logp), temperature)
+                continue
             for begin, block in _blocks(logits, start, temperature):
                 stop = begin + len(block)
                 span = slice(edges[begin], edges[stop])
@@ -42,32 +50,24 @@ class _TokenLogprobs(torch.autograd.Function):
                 logp[span] = picked - logsum[row_of[span]]
                 # H = logsumexp(z) - sum(p * z), with z shifted by its maximum
                 entropy[begin:stop] = total.log() - exponentials.mul_(block).sum(-1) / total
-        ctx.save_for_backward(hidden, weight, row_of, targets, logsum, entropy)
-        ctx.temperature, ctx.chunk, ctx.edges = temperature, chunk, edges
+        ctx.save_for_backward(hidden, weight, row_of, targets, logsum, entropy, logp, first_pair)
+        ctx.temperature, ctx.chunk, ctx.edges, ctx.compiled = temperature, chunk, edges, compiled
         return logp, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logp: torch.Tensor, grad_entropy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, row_of, targets, logsum, entropy = ctx.saved_tensors
+        hidden, weight, _, targets, logsum, entropy, logp, first_pair = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight: torch.Tensor | None = None
-        row_grad = torch.zeros_like(logsum).index_add_(0, row_of, grad_logp)
-        has_entropy = bool(grad_entropy.any())
+        grads = grad_logp.contiguous(), grad_entropy.contiguous()
+        scores = Scores(first_pair, targets, logsum, entropy, logp, *grads)
         for start in range(0, len(hidden), ctx.chunk):
             part = hidden[start : start + ctx.chunk]
             logits = part @ weight.t()
-            for begin, block in _blocks(logits, start, ctx.temperature):
-                stop = begin + len(block)
-                span = slice(ctx.edges[begin], ctx.edges[stop])
-                block.sub_(logsum[begin:stop, None])
-                if has_entropy:  # dH/dz_j = -p_j (log p_j + H)
-                    scale = (block + entropy[begin:stop, None]).mul_(grad_entropy[begin:stop, None])
-                    scale.add_(row_grad[begin:stop, None])
-                    block.exp_().mul_(scale).neg_()
-                else:
-                    block.exp_().mul_(-row_grad[begin:stop, None])
-                block.index_put_((row_of[span] - begin, targets[span]), grad_logp[span], accumulate=True)
-                logits[begin - start : stop - start] = block.div_(ctx.temperature)
+            if ctx.compiled is None:
+                _plain_grad(ctx, logits, start, grad_logp, grad_entropy)
+            else:
+                ctx.compiled.score_grad(logits, start, scores, ctx.temperature)
             grad_hidden[start : start + ctx.chunk] = logits @ weight
             by_chunk = logits.t() @ part
             # Chunks add up in float32; one chunk alone needs no sum.
@@ -75,6 +75,27 @@ class _TokenLogprobs(torch.autograd.Function):
         # A rank without rows has a gradient of zeros: FSDP sums over all ranks.
         grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _plain_grad(
+    ctx: Any, logits: torch.Tensor, start: int, grad_logp: torch.Tensor, grad_entropy: torch.Tensor
+) -> None:
+    """Put the gradient of the rows from `start` on in the place of their logits."""
+    _, _, row_of, targets, logsum, entropy, _, _ = ctx.saved_tensors
+    row_grad = torch.zeros_like(logsum).index_add_(0, row_of, grad_logp)
+    has_entropy = bool(grad_entropy.any())
+    for begin, block in _blocks(logits, start, ctx.temperature):
+        stop = begin + len(block)
+        span = slice(ctx.edges[begin], ctx.edges[stop])
+        block.sub_(logsum[begin:stop, None])
+        if has_entropy:  # dH/dz_j = -p_j (log p_j + H)
+            scale = (block + entropy[begin:stop, None]).mul_(grad_entropy[begin:stop, None])
+            scale.add_(row_grad[begin:stop, None])
+            block.exp_().mul_(scale).neg_()
+        else:
+            block.exp_().mul_(-row_grad[begin:stop, None])
+        block.index_put_((row_of[span] - begin, targets[span]), grad_logp[span], accumulate=True)
+        logits[begin - start : stop - start] = block.div_(ctx.temperature)
 
 
 def _blocks(logits: torch.Tensor, start: int, temperature: float) -> Any:

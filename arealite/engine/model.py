@@ -40,6 +40,8 @@ class PackedModel(nn.Module):
         self.model = model
         self.mesh = mesh
         self.place, self.num_places = (0, 1) if mesh is None else (mesh.token_place, mesh.num_token_places)
+        # Taken here, on all ranks: making a group is a collective call, and not all stages of a pipeline gather.
+        self._tokens = None if mesh is None or self.num_places == 1 else mesh.tokens.get_group()
         if (mesh is None or mesh.device.type == "cpu") and (compiled := kernels.load()) is not None:
             fuse(model, compiled)
 
@@ -78,9 +80,9 @@ class PackedModel(nn.Module):
     def gather(self, values: torch.Tensor, own: slice, num_values: int) -> torch.Tensor:
         """[num_values] of all places from this place's, which are the slice `own`. Differentiable: a gradient of the
         whole is the same on all places, and each takes its slice."""
-        if self.mesh is None or self.num_places == 1:
+        if self._tokens is None:
             return values
-        gathered: torch.Tensor = _Gather.apply(values, own, num_values, self.mesh.tokens.get_group())
+        gathered: torch.Tensor = _Gather.apply(values, own, num_values, self._tokens)
         return gathered
 
 

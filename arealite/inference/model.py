@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arealite.algorithm import kernels
+from arealite.algorithm.fusing import fuse
 from arealite.algorithm.kernels import Kernels
 from arealite.api.errors import ConfigError
 from arealite.inference.adapters import Adapters
 from arealite.inference.cache import PAGE_TOKENS, PagePool
-from arealite.inference.fusing import fuse
 from arealite.inference.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention, to_device
 from arealite.inference.linears import PackedLinears
 from arealite.inference.requests import GenerateRequest, SamplingParams

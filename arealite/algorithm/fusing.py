@@ -1,19 +1,19 @@
 """Norms, rotary embedding and gated units of Hugging Face modules, each replaced by one call into the kernels.
 
-Called by model.py after load, on modules of its own. A module is changed only if a probe on random numbers shows that
-every bit stays what it was; any other is left alone.
+Called by inference/model.py and engine/fsdp_engine.py. A module is changed only if a probe on random numbers shows that
+every bit of a bf16 result stays what it was; any other is left alone, and so is whatever is no bf16 on a CPU.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
+from arealite.algorithm.fused import fits, gated, rms_norm, rotate
 from arealite.algorithm.kernels import DIM_STEP, Kernels
 
 _ROTATE = "apply_rotary_pos_emb"  # the function of every modelling file of transformers that has this embedding
@@ -21,8 +21,9 @@ _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _PROBE_ROWS = 3
 
 
+@torch.no_grad()
 def fuse(module: Any, kernels: Kernels) -> None:
-    """Replace what can be replaced in `module`, in place."""
+    """Replace what can be replaced in `module`, in place. Parameters are looked up when a module is called."""
     norms: dict[tuple[type, int, float], bool | None] = {}
     rotaries: dict[type, FunctionType | None] = {}
     for part in module.modules():
@@ -35,9 +36,10 @@ def fuse(module: Any, kernels: Kernels) -> None:
                 norms[key] = _norm_kind(part, kernels, eps)
             plus_one = norms[key]
             if plus_one is not None:
-                part.forward = functools.partial(kernels.rms_norm, weight=part.weight, eps=eps, plus_one=plus_one)
+                part.forward = _norm(part, kernels, eps, plus_one)
         elif set(own["_modules"]) == _GATED:
-            _fuse_gated(part, kernels)
+            if _is_silu_times(part, kernels):
+                part.forward = _gated(part, kernels)
         elif _ROTATE in kind.forward.__code__.co_names and "head_dim" in own:
             if kind not in rotaries:
                 rotaries[kind] = _with_rotation(kind.forward, kernels, part.head_dim)
@@ -53,53 +55,72 @@ def _random(*shape: int) -> torch.Tensor:
 
 def _norm_kind(norm: Any, kernels: Kernels, eps: float) -> bool | None:
     """Whether it multiplies by one plus the weight; None when the kernel does not give its bits."""
-    probe = copy.deepcopy(norm)
-    width = probe.weight.numel()
+    probe = copy.copy(norm)
+    width = norm.weight.numel()
     if width % DIM_STEP:
         return None
-    probe.weight.copy_(_random(width))
+    probe._parameters = {"weight": nn.Parameter(_random(width))}
     x = _random(_PROBE_ROWS, width)
-    wanted = probe(x)
-    fits = [kind for kind in (False, True) if torch.equal(kernels.rms_norm(x, probe.weight, eps, kind), wanted)]
-    return fits[0] if fits else None
+    wanted = type(norm).forward(probe, x)
+    matching = [kind for kind in (False, True) if torch.equal(rms_norm(kernels, x, probe.weight, eps, kind), wanted)]
+    return matching[0] if matching else None
 
 
-def _fuse_gated(unit: Any, kernels: Kernels) -> None:
-    """down(silu(gate(x)) * up(x))"""
-    gate, up, down = unit.gate_proj, unit.up_proj, unit.down_proj
-    if any(type(layer) is not nn.Linear for layer in (gate, up, down)) or gate.out_features % DIM_STEP:
-        return
+def _norm(norm: Any, kernels: Kernels, eps: float, plus_one: bool) -> Any:
+    plain = norm.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return down(kernels.silu_times(gate(x), up(x)))
+        weight = norm.weight
+        return rms_norm(kernels, x, weight, eps, plus_one) if fits(x, weight) else plain(x)
 
-    x = _random(_PROBE_ROWS, gate.in_features)
-    if torch.equal(forward(x), unit(x)):
-        unit.forward = forward
+    return forward
+
+
+def _is_silu_times(unit: Any, kernels: Kernels) -> bool:
+    """Whether it computes down(silu(gate(x)) * up(x)), by its own code on small layers."""
+    probe = copy.copy(unit)
+    layers = {name: nn.Linear(DIM_STEP, DIM_STEP, dtype=torch.bfloat16, device="cpu") for name in sorted(_GATED)[1:]}
+    for layer in layers.values():
+        layer.weight.copy_(_random(DIM_STEP, DIM_STEP))
+    probe._modules = {**layers, "act_fn": unit.act_fn}
+    x = _random(_PROBE_ROWS, DIM_STEP)
+    return torch.equal(type(unit).forward(probe, x), _gated(probe, kernels)(x))
+
+
+def _gated(unit: Any, kernels: Kernels) -> Any:
+    plain = unit.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not fits(x):
+            return plain(x)
+        gate, up = unit.gate_proj(x), unit.up_proj(x)
+        if fits(gate, up) and not gate.shape[-1] % DIM_STEP:
+            return gated(kernels, gate, up, unit.down_proj)
+        return unit.down_proj(unit.act_fn(gate) * up)
+
+    return forward
 
 
 def _with_rotation(forward: Any, kernels: Kernels, dim: int) -> FunctionType | None:
     """The attention layer's own code with another rotary function among its globals; None when bits would change."""
     plain = forward.__globals__[_ROTATE]
 
-    def rotate(
+    def rotate_both(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if cos.shape[-1] != q.shape[-1] or cos.dtype != q.dtype:
+        if not fits(q, k, cos, sin) or cos.shape[-1] != q.shape[-1] or len(q) > 1:
             return plain(q, k, cos, sin)
-        kernels.rotate(q, cos, sin)
-        kernels.rotate(k, cos, sin)
-        return q, k
+        return rotate(kernels, q, cos, sin), rotate(kernels, k, cos, sin)
 
     # What the layer makes of its products: [1, T, heads, dim], seen with the heads first.
     q, k = (_random(1, _PROBE_ROWS, heads, dim).transpose(1, 2) for heads in (4, 2))
     cos, sin = _random(2, 1, _PROBE_ROWS, dim)
     wanted = plain(q, k, cos, sin)
-    if dim % DIM_STEP or not all(map(torch.equal, rotate(q, k, cos, sin), wanted)):
+    if dim % DIM_STEP or not all(map(torch.equal, rotate_both(q, k, cos, sin), wanted)):
         return None
     changed = FunctionType(
         forward.__code__,
-        {**forward.__globals__, _ROTATE: rotate},
+        {**forward.__globals__, _ROTATE: rotate_both},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,

@@ -1,0 +1,202 @@
+"""The compiled kernels of the trainer: gradients against PyTorch's in float32, and models that are fused with them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+
+from arealite.algorithm import fused, kernels
+from arealite.algorithm.fusing import fuse
+from arealite.algorithm.kernels import Kernels
+from arealite.algorithm.packing import prefix_tree
+from arealite.engine.attention import ATTENTION, Layout
+from arealite.engine.logprobs import token_logprobs
+
+pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no AVX512-BF16, or no C compiler")
+ROUNDING = 2**-8  # of bf16, relative
+
+
+@pytest.fixture
+def lib() -> Kernels:
+    found = kernels.load()
+    assert found is not None
+    return found
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def gradients(function: Any, *inputs: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor]:
+    inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    return list(torch.autograd.grad(function(*inputs), inputs, up))
+
+
+def assert_near(got: list[torch.Tensor], wanted: list[torch.Tensor], roundings: float = 2) -> None:
+    """Within so many roundings of the largest entries."""
+    for x, y in zip(got, wanted, strict=True):
+        assert x.dtype == torch.bfloat16 and x.shape == y.shape
+        assert float((x.float() - y).abs().max()) <= roundings * ROUNDING * float(y.abs().max())
+
+
+@pytest.mark.parametrize("width", [32, 576])
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("num", [1, 7, 300])
+def test_norm(lib: Kernels, width: int, plus_one: bool, num: int) -> None:
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, (width,), weight + plus_one, 1e-5)
+
+    x, weight, up = normal(2, num, width), normal(width, seed=1), normal(2, num, width, seed=2)
+    got = gradients(lambda x, w: fused.rms_norm(lib, x, w, 1e-5, plus_one), x, weight, up=up)
+    assert_near(got, gradients(plain, x.float(), weight.float(), up=up.float()))
+
+
+@pytest.mark.parametrize("num", [1, 50, 3000])
+def test_gated_unit(lib: Kernels, num: int) -> None:
+    gate, up, above = normal(num, 64) * 4, normal(num, 64, seed=1), normal(num, 64, seed=2)
+    gate[0, :4] = torch.tensor([200.0, -200.0, 0.0, -90.0])
+    got = gradients(lambda g, u: fused.gated(lib, g, u, lambda x: x * 1.0), gate, up, up=above)
+    plain = gradients(lambda g, u: torch.nn.functional.silu(g) * u, gate.float(), up.float(), up=above.float())
+    assert_near(got, plain)
+
+
+@pytest.mark.parametrize(("heads", "tokens", "dim"), [(4, 5, 32), (9, 700, 64), (1, 3, 128)])
+def test_rotation(lib: Kernels, heads: int, tokens: int, dim: int) -> None:
+    x, up = (normal(1, tokens, heads, dim, seed=s).transpose(1, 2) for s in (0, 1))
+    cos, sin = normal(2, 1, tokens, dim, seed=2)  # halves that differ, which real ones do not
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return apply_rotary_pos_emb(x, x, cos.float(), sin.float())[0]
+
+    got = gradients(lambda x: fused.rotate(lib, x, cos, sin), x, up=up)
+    assert_near(got, gradients(plain, x.float(), up=up.float()))
+    with torch.no_grad():
+        given = x.clone()
+        assert fused.rotate(lib, given, cos, sin) is given, "in place where no gradient is wanted"
+
+
+@pytest.mark.parametrize("vocabulary", [37, 49152])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_logprobs(vocabulary: int, temperature: float, with_entropy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are asked for no token, for several, and for one token twice; over several chunks."""
+    hidden, weight = normal(41, 32) * 0.5, normal(vocabulary, 32, seed=1)
+    rng = np.random.default_rng(0)
+    row_of = torch.from_numpy(np.sort(np.append(rng.integers(0, 41, 60), [9, 9, 9])))
+    targets = torch.from_numpy(rng.integers(0, vocabulary, 63))
+    targets[row_of == 9] = 5
+    up_logp, up_entropy = normal(63, seed=3).float(), normal(41, seed=4).float() * with_entropy
+
+    def ours(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logp, entropy = token_logprobs(hidden, weight, row_of, targets, temperature, 16)
+        return (logp * up_logp).sum() + (entropy * up_entropy).sum()
+
+    logits = (hidden @ weight.t()).double() / temperature
+    logp, entropy = token_logprobs(hidden, weight, row_of, targets, temperature, 16)
+    exact = logits.log_softmax(-1)
+    assert float((logp - exact[row_of, targets]).abs().max()) < 5e-6
+    torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), atol=2e-5, rtol=1e-5)
+    found = gradients(ours, hidden, weight, up=torch.ones(()))
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    assert_near(found, [g.float() for g in gradients(ours, hidden, weight, up=torch.ones(()))], 1)
+
+
+def test_a_logit_that_is_no_number_is_seen() -> None:
+    hidden, weight = normal(3, 32), normal(40, 32, seed=1)
+    hidden[1, 3] = math.nan
+    logp, entropy = token_logprobs(hidden, weight, torch.arange(3), torch.arange(3), 1.0, 16)
+    assert logp.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
+
+
+def model_of(config: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(
+        config(vocab_size=120, num_key_value_heads=2, head_dim=32, **sizes), attn_implementation=ATTENTION
+    )
+
+
+def loss_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    rows = [np.arange(3, 40), np.arange(5, 80)]
+    tree = prefix_tree(rows)
+    tokens, positions = (torch.from_numpy(x)[None] for x in (tree.tokens % 120, tree.depth))
+    hidden = model.base_model(
+        input_ids=tokens, position_ids=positions, use_cache=False, tree_layout=Layout(tree, torch.device("cpu"))
+    ).last_hidden_state.float()
+    loss = (hidden * torch.sin(torch.arange(hidden.numel()).view_as(hidden))).sum()
+    named = {name: p for name, p in model.named_parameters() if "lm_head" not in name}
+    return hidden.detach(), dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config, GemmaConfig], ids=lambda c: c.__name__)
+def test_a_fused_model_has_the_results_of_the_plain_one(config: Any, lib: Kernels) -> None:
+    exact = model_of(config)
+    plain = copy.deepcopy(exact).bfloat16()
+    model = copy.deepcopy(exact)
+    fuse(model, lib)  # before its weights get their type, as the trainer does it
+    wanted, wanted_gradients = loss_and_gradients(exact)
+    assert torch.equal(loss_and_gradients(model)[0], wanted), "in float32 nothing changes"
+    model.bfloat16()
+    hidden, found = loss_and_gradients(model)
+    plain_hidden, plain_found = loss_and_gradients(plain)
+    assert torch.equal(hidden, plain_hidden)
+    for name, gradient in wanted_gradients.items():
+        size = float(gradient.norm()) + 1e-6
+        error, usual = (float((g[name].float() - gradient).norm()) / size for g in (found, plain_found))
+        assert error <= max(1.5 * usual, 2 * ROUNDING), f"{name}: {error} off, and {usual} without kernels"
+
+
+class Kept:
+    """Bytes that autograd keeps, counted once per storage."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+
+    def __enter__(self) -> Kept:
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            self.sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hooks.__exit__()
+
+
+def test_the_product_of_a_gated_unit_is_computed_again(lib: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=256)).bfloat16()
+    x = normal(100, 64)
+    inputs = x, *(p.detach() for p in unit.parameters())
+
+    def run(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        names = [name for name, _ in unit.named_parameters()]
+        return torch.func.functional_call(unit, dict(zip(names, weights, strict=True)), (x,))
+
+    wanted = gradients(run, *inputs, up=x)
+    fuse(torch.nn.ModuleList([unit]), lib)
+    made = []
+    plain = lib.silu_times
+    monkeypatch.setattr(lib, "silu_times", lambda *args: made.append(plain(*args)) or made[-1])
+    assert_near(gradients(run, *inputs, up=x), [g.float() for g in wanted])
+    assert len(made) == 2 and torch.equal(*made) and made[0].data_ptr() != made[1].data_ptr()
+
+
+def test_activations_of_fused_modules_are_computed_again_by_checkpointing(lib: Kernels) -> None:
+    unit = torch.nn.Sequential(LlamaRMSNorm(64), LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=256)))
+    unit.bfloat16()
+    fuse(unit, lib)
+    x = normal(100, 64)
+    with Kept() as kept:
+        found = gradients(lambda x: checkpoint(unit, x, use_reentrant=False), x, up=x)
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(unit, x, up=x), strict=True))
+    assert sum(kept.sizes.values()) <= 2 * 100 * 64
