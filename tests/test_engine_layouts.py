@@ -1,6 +1,7 @@
 """Two optimiser steps on every layout of the ranks equal those of one process: loss, gradient norm and all weights.
 
-A case is a layout, a model, and what is varied. Cases of one number of ranks run in one start of the ranks.
+A case is a layout, a model, and what is varied; all cases of one number of ranks run in one start of the ranks. To add
+one: put it in CASES, and what it names in LAYOUTS, MODELS or SAME.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import transformers
 from engine_batches import actor_config, random_batch, share, train_one_step
 from layouts import on_ranks
 
-from arealite.api.cli_args import OptimizerConfig
+from arealite.api.cli_args import LoRAConfig, OptimizerConfig
+from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
+from arealite.engine.micro_batch import cut, idle, part
+from arealite.engine.parallelize import check_supported
 
 TOLERANCE = 1e-5  # relative; of weights: to the largest number of the tensor
 VOCABULARY = 512
@@ -45,16 +49,25 @@ LAYOUTS = {
     "c2": Dims(c=2),
     "d2t2": Dims(d=2, t=2),
     "c2t2": Dims(c=2, t=2),
+    "p2": Dims(p=2),
+    "d2p2": Dims(d=2, p=2),
+    "t2p2": Dims(t=2, p=2),
+    "c2p2": Dims(c=2, p=2),
 }
-# Changes of the actor's configuration; a name in ORDERS or SHARES changes the batch too.
-SAME = {
+# Changes of the actor's configuration. batch_of and two_steps know some of the names.
+SAME: dict[str, dict[str, Any]] = {  # what leaves the outcome as it is
     "plain": {},
-    "small budget": {"max_tokens_per_mb": 24},
-    "permuted": {"max_tokens_per_mb": 40},
-    "checkpointing": {"gradient_checkpointing": "full", "max_tokens_per_mb": 60},
+    "permuted, small budget": {"max_tokens_per_mb": 24},
+    "checkpointing": {"gradient_checkpointing": "full", "share_prompts": False, "max_tokens_per_mb": 60},
+    "selective checkpointing": {"gradient_checkpointing": "selective"},
     "all on one share": {},
 }
-OTHERS = {"sequence ratios": {"importance_sampling_level": "sequence", "ppo_n_minibatches": 2}}  # not what "plain" does
+OTHERS: dict[str, dict[str, Any]] = {
+    "sequence ratios": {"importance_sampling_level": "sequence", "ppo_n_minibatches": 2},
+    "bfloat16": {"dtype": "bfloat16"},
+    "lora": {"lora": LoRAConfig(rank=4, alpha=3), "max_tokens_per_mb": 24},
+    "lora, checkpointing": {"lora": LoRAConfig(4, 6, ["q_proj", "o_proj"]), "gradient_checkpointing": "full"},
+}
 VARIATIONS = {**SAME, **OTHERS}
 
 
@@ -63,10 +76,22 @@ class Case(NamedTuple):
     model: str
     variation: str
 
+    @property
+    def alone(self) -> Case:
+        return Case("alone", self.model, "plain" if self.variation in SAME else self.variation)
 
-CASES = [Case(layout, "llama", variation) for layout in LAYOUTS for variation in VARIATIONS]
-CASES += [Case(layout, model, "small budget") for layout in ("t2", "c2t2") for model in MODELS if model != "llama"]
-CASES += [Case("c2", "gemma3_text", "checkpointing"), Case("d2t2", "qwen3_moe", "all on one share")]
+
+CASES = [
+    Case(layout, "llama", variation)
+    for layout in LAYOUTS
+    for variation in ("plain", "permuted, small budget", "checkpointing", "sequence ratios")
+]
+CASES += [Case(layout, model, "permuted, small budget") for layout in ("t2", "c2t2") for model in [*MODELS][1:]]
+CASES += [Case("d2", "llama", "all on one share"), Case("d2t2", "qwen3_moe", "all on one share")]
+CASES += [Case("c2t2", "llama", "selective checkpointing"), Case("c2", "gemma3_text", "checkpointing")]
+CASES += [Case(layout, "llama", "lora") for layout in ("d2", "t2", "c2", "p2", "d2t2", "t2p2")]
+CASES += [Case("d2", "qwen3_moe", "lora, checkpointing"), Case("c2t2", "qwen3_moe", "lora, checkpointing")]
+ROUGH = [Case("t2", "qwen3", "bfloat16"), Case("c2t2", "llama", "bfloat16"), Case("d2t2", "qwen3_moe", "bfloat16")]
 
 
 class Found(NamedTuple):
@@ -98,7 +123,7 @@ def batch_of(variation: str) -> tuple[Batch, np.ndarray]:
         assert column is not None
         column[batch.loss_mask] += 3  # near the logprobs of so small a vocabulary
     order = np.arange(batch.num_sequences)
-    if variation == "permuted":
+    if variation == "permuted, small budget":
         order = np.random.default_rng(1).permutation(order)
         batch = batch.select(order)
     return batch, order
@@ -114,7 +139,7 @@ def two_steps(folder: str, dims: Dims, variation: str, changes: dict[str, Any], 
     lopsided = variation == "all on one share"
     mine = share(whole, actor.mesh.share, dims.d, lopsided)
     ids = share_ids(whole, order, actor.mesh.share, dims.d, lopsided)
-    numbers = {}
+    numbers: dict[str, float] = {}
     for step in range(2):
         stats = train_one_step(actor, mine)
         numbers |= {f"{key} {step}": stats[key] for key in ("loss", "grad_norm", "entropy", "importance_weight_max")}
@@ -149,23 +174,22 @@ class Table:
     @functools.cache  # noqa: B019 one object per module
     def run(self, world_size: int) -> list[dict[Case, Found]]:
         """By rank."""
-        if world_size == 1:
-            alone = {Case("alone", case.model, self.reference(case)) for case in CASES}
-            cases = [(case, Dims(), self.folders[case.model], VARIATIONS[case.variation]) for case in sorted(alone)]
-        else:
-            dims = {name: d for name, d in LAYOUTS.items() if d.d * d.t * d.c * d.p == world_size}
-            cases = [
-                (case, dims[case.layout], self.folders[case.model], VARIATIONS[case.variation])
-                for case in CASES
-                if case.layout in dims
-            ]
+        wanted = {case.alone for case in CASES + ROUGH} if world_size == 1 else {*CASES, *ROUGH}
+        layouts = {"alone": Dims(), **LAYOUTS}
+        cases = [
+            (case, dims, self.folders[case.model], VARIATIONS[case.variation])
+            for case in sorted(wanted)
+            if num_ranks(dims := layouts[case.layout]) == world_size
+        ]
         return on_ranks(world_size, run_cases, cases)
 
-    def reference(self, case: Case) -> str:
-        return "plain" if case.variation in SAME else case.variation
+    def of(self, case: Case) -> tuple[Found, list[Found]]:
+        """Of one process, and of all ranks."""
+        return self.run(1)[0][case.alone], [found[case] for found in self.run(num_ranks(LAYOUTS[case.layout]))]
 
-    def alone(self, case: Case) -> Found:
-        return self.run(1)[0][Case("alone", case.model, self.reference(case))]
+
+def num_ranks(dims: Dims) -> int:
+    return dims.d * dims.t * dims.c * dims.p
 
 
 @pytest.fixture(scope="module")
@@ -173,17 +197,63 @@ def table(tmp_path_factory):
     return Table(tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: ", ".join(case))
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
 def test_layout_equals_one_process(table, case):
-    dims, expected = LAYOUTS[case.layout], table.alone(case)
-    ranks = [found[case] for found in table.run(dims.d * dims.t * dims.c * dims.p)]
+    alone, ranks = table.of(case)
     for found in ranks:
-        assert found.numbers == pytest.approx(expected.numbers, rel=TOLERANCE, abs=1e-7)
+        assert found.numbers == pytest.approx(alone.numbers, rel=TOLERANCE, abs=1e-7)
         assert found.digest == ranks[0].digest, "ranks export different weights"
         for sequence, logp in found.logp.items():
-            np.testing.assert_allclose(logp, expected.logp[sequence], rtol=TOLERANCE, atol=TOLERANCE)
-    assert {sequence for found in ranks for sequence in found.logp} == set(expected.logp)
-    assert ranks[0].weights.keys() == expected.weights.keys()
-    for name, weight in expected.weights.items():
+            np.testing.assert_allclose(logp, alone.logp[sequence], rtol=TOLERANCE, atol=TOLERANCE)
+    assert {sequence for found in ranks for sequence in found.logp} == set(alone.logp)
+    assert ranks[0].weights.keys() == alone.weights.keys()
+    for name, weight in alone.weights.items():
         limit = TOLERANCE * np.abs(weight).max()
         np.testing.assert_allclose(ranks[0].weights[name], weight, rtol=0, atol=limit, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ROUGH, ids=", ".join)
+def test_bfloat16_stays_near(table, case):
+    alone, ranks = table.of(case)
+    for found in ranks:
+        assert found.digest == ranks[0].digest
+        for key in ("grad_norm 0", "entropy 0", "grad_norm 1", "entropy 1"):
+            assert found.numbers[key] == pytest.approx(alone.numbers[key], rel=0.05), key
+
+
+def test_places_split_a_micro_batch():
+    whole, _ = batch_of("plain")
+    for micro in [*cut(whole, 24, torch.device("cpu")), idle(torch.device("cpu"))]:
+        assert len(micro.tokens) <= 24
+        for num_places in (1, 2, 3, 8):
+            parts = [part(micro, place, num_places) for place in range(num_places)]
+            assert len({p.nodes.stop - p.nodes.start for p in parts}) == 1
+            assert torch.equal(torch.cat([micro.predicting[p.rows] for p in parts]), micro.predicting)
+            assert torch.equal(torch.cat([micro.targets[p.pairs] for p in parts]), micro.targets)
+            for p in parts:
+                nodes, rows = micro.predicting[p.rows], micro.row_of[p.pairs]
+                assert all(p.nodes.start <= node < p.nodes.stop for node in nodes)
+                assert all(p.rows.start <= row < p.rows.stop for row in rows)
+
+
+@pytest.mark.parametrize(
+    "model, changes, dims, told",
+    [
+        ("llama", {}, Dims(t=8), "These work: c2, c4, c8, t2, t2c2, t2c4, t4, t4c2"),
+        (
+            "llama",
+            {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3},
+            Dims(t=2),
+            "These work: c3, c9, t3, t3c3",
+        ),
+        ("llama", {}, Dims(t=2, c=8), "t x c"),
+        ("llama", {"intermediate_size": 98}, Dims(t=4), "t may be 1, 2"),
+        ("qwen3", {"attention_bias": True}, Dims(t=2), "attention_bias"),
+        ("gpt_neox", {}, Dims(c=2), "llama, mistral, qwen2"),
+    ],
+)
+def test_what_is_not_supported_is_told(model, changes, dims, told):
+    config = transformers.AutoConfig.for_model(model, **{**SHAPE, **changes})
+    with pytest.raises(ConfigError, match=told):
+        check_supported(config, dims)
+    check_supported(config, Dims(d=8))

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
 from arealite.engine.context_parallel import context_parallel
+from arealite.engine.expert_parallel import expert_parallel
 from arealite.engine.mesh import RankMesh
 from arealite.engine.tensor_parallel import tensor_parallel
 
@@ -36,14 +38,13 @@ def parallelize(
         context_parallel(model, layers, mesh.context)
     if mesh.dims.t > 1:
         tensor_parallel(layers, mesh.tensor, apart=experts)
+    if mesh.dims.e > 1:
+        expert_parallel(experts, mesh.expert)
     return shard(root, layers, experts, mesh, dtype, offload)
 
 
 def check_supported(config: Any, dims: Dims) -> None:
     """Raises ConfigError with what is supported. `config`: the transformers configuration of the model."""
-    for letter, size in (("e", dims.e),):
-        if size > 1:
-            raise ConfigError(f"the trainer's layout {dims} has {letter}{size}, which is not supported yet: use d only")
     if max(dims.t, dims.c, dims.p, dims.e) > 1 and config.model_type not in MODEL_TYPES:
         raise ConfigError(
             f"a model of type {config.model_type} can be spread over the trainer's ranks by d only, and the layout is"
@@ -53,6 +54,8 @@ def check_supported(config: Any, dims: Dims) -> None:
         _check_heads(config, dims)
     if dims.t > 1:
         _check_projections(config, dims)
+    if dims.e > 1:
+        _check_experts(config, dims)
 
 
 def _check_heads(config: Any, dims: Dims) -> None:
@@ -62,7 +65,7 @@ def _check_heads(config: Any, dims: Dims) -> None:
         raise ConfigError(
             f"{heads} attention heads and {key_heads} key heads cannot be spread by t = {dims.t} and c = {dims.c}: t"
             " must divide both numbers, and t x c the first. These work: "
-            + ", ".join(f"t{t}c{c}" for t, c in pairs if t * c > 1)
+            + ", ".join(f"t{t}" * (t > 1) + f"c{c}" * (c > 1) for t, c in pairs if t * c > 1)
         )
 
 
@@ -71,12 +74,31 @@ def _check_projections(config: Any, dims: Dims) -> None:
     biased = [key for key in ("attention_bias", "mlp_bias") if settings.get(key)]
     if biased:
         raise ConfigError(f"{', '.join(biased)} of the model is set, which t = {dims.t} does not compute: use d, c, p")
-    has_dense = config.model_type != "qwen3_moe" or config.mlp_only_layers or config.decoder_sparse_step > 1
-    if has_dense and config.intermediate_size % dims.t:
+    if config.intermediate_size % dims.t:
         sizes = _divisors(math.gcd(config.intermediate_size, config.num_key_value_heads))
         raise ConfigError(
             f"the model's intermediate size {config.intermediate_size} does not divide by t = {dims.t}; with its"
             f" {config.num_key_value_heads} key heads t may be {', '.join(map(str, sizes))}"
+        )
+
+
+def _check_experts(config: Any, dims: Dims) -> None:
+    settings = config.to_dict()
+    num_experts = settings.get("num_experts", settings.get("num_local_experts"))
+    if not num_experts:
+        raise ConfigError(f"a model of type {config.model_type} has no experts, and the layout is {dims}: leave e out")
+    num_ranks = dims.d * dims.c * dims.t
+    if num_experts % dims.e or num_ranks % dims.e:
+        sizes = _divisors(math.gcd(num_experts, num_ranks))
+        raise ConfigError(
+            f"{num_experts} experts cannot be spread over e = {dims.e} of d x c x t = {num_ranks} ranks: e must divide"
+            f" both numbers, so it may be {', '.join(map(str, sizes))}"
+        )
+    widths = (config.hidden_size, 2 * settings.get("moe_intermediate_size", config.intermediate_size))
+    if any(width % (num_ranks // dims.e) for width in widths):
+        raise ConfigError(
+            f"each expert is cut over d x c x t / e = {num_ranks // dims.e} ranks, which must divide the hidden size"
+            f" {widths[0]} and twice the experts' intermediate size, {widths[1]}: raise e"
         )
 
 
@@ -103,9 +125,14 @@ def shard(
     place = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
     sharded: list[FSDPModule] = []
 
-    def apply(module: nn.Module, over: DeviceMesh, reshard_after_forward: bool) -> None:
+    def apply(module: nn.Module, over: DeviceMesh, reshard_after_forward: bool, dim: int = 0) -> None:
         fully_shard(
-            module, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward, offload_policy=place
+            module,
+            mesh=over,
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+            offload_policy=place,
+            shard_placement_fn=lambda _: Shard(dim),
         )
         assert isinstance(module, FSDPModule)
         if over.size() > 1:
@@ -115,7 +142,10 @@ def shard(
             module.set_reshard_after_backward(False, recurse=False)
         sharded.append(module)
 
-    if mesh.dims.t > 1:
+    if mesh.dims.e > 1:  # ranks have whole experts already, maybe fewer than there are ranks in expert_shards
+        for module in experts:
+            apply(module, mesh.expert_shards, reshard_after_forward=mesh.expert_shards.size() > 1, dim=1)
+    elif mesh.dims.t > 1:
         for module in experts:
             apply(module, mesh.stage, reshard_after_forward=True)
     for layer in layers:

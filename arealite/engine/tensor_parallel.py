@@ -43,7 +43,7 @@ def tensor_parallel(layers: Collection[nn.Module], mesh: DeviceMesh, apart: Coll
             for key, parameter in own.items():
                 spread = DTensor.from_local(*_own_slice(f"{name}.{key}", parameter.detach(), mesh), run_check=False)
                 module.register_parameter(key, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-            _compute_on_local(module)
+            compute_on_local(module)
         for block in (layer.get_submodule("self_attn"), layer.get_submodule("mlp")):
             if not any(module in apart for module in block.modules()):
                 _with_all_tokens(block, mesh.get_group())
@@ -64,7 +64,7 @@ def _own_slice(
     return parameter.chunk(mesh.size(), dim)[mesh.get_local_rank()].clone(), mesh, [Shard(dim)]
 
 
-def _compute_on_local(module: nn.Module) -> None:
+def compute_on_local(module: nn.Module) -> None:
     """Plain tensors in place of DTensors while `module` computes. What each rank has whole gets gradients from this
     rank's tokens or heads alone: FSDP sums them over the ranks before its own reduction."""
     stored: dict[str, Any] = {}
