@@ -80,7 +80,8 @@ def train_one_step(actor, batch: Batch) -> dict[str, float]:
     mine = replace(batch)
     mine.prox_logp = actor.compute_logp(mine)
     actor.compute_advantages(mine)
-    return actor.grpo_update(mine)
+    stats = actor.grpo_update(mine)
+    return {name: value for name, value in stats.items() if name not in ("train_tokens_per_s", "mfu")}  # times
 
 
 def outcome(path: str, case: str, rank: int, world_size: int) -> dict:

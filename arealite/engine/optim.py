@@ -103,14 +103,6 @@ def gradient_norms(parameters: Mapping[str, nn.Parameter], device: torch.device)
     return {group: math.sqrt(x) for group, x in zip(GROUPS, squares.tolist(), strict=True) if x != 0}
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """The 2-norm of all gradients of all ranks together. Collective."""
-    parts = [_local(p.grad).norm().double().square() / _num_copies(p) for p in parameters if p.grad is not None]
-    total = torch.stack(parts).sum()
-    dist.all_reduce(total)
-    return math.sqrt(float(total))
-
-
 GROUPS = ("embedding", "attention", "mlp", "experts", "norms", "head")
 
 

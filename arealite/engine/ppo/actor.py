@@ -175,7 +175,8 @@ class FSDPPPOActor(FSDPEngine):
             if over.num_tokens:
                 updates.append((self._update_on(part, over), over.num_tokens))
         self.version += 1
-        return {**_summary(updates), "update_s": time.perf_counter() - started}
+        update_s = time.perf_counter() - started
+        return {**self.summary([update for update, _ in updates], update_s), **_token_statistics(updates)}
 
     ppo_update = grpo_update
 
@@ -224,19 +225,14 @@ def _required(values: np.ndarray | None, name: str) -> np.ndarray:
     return values
 
 
-def _summary(updates: list[tuple[Update, int]]) -> dict[str, float]:
-    """Means over the updates that were applied; token statistics weighed by tokens."""
+def _token_statistics(updates: list[tuple[Update, int]]) -> dict[str, float]:
+    """Means over the tokens of the updates that were applied, and counts."""
     applied = [u for u in updates if not u[0].skipped]
     tokens = sum(n for _, n in applied)
     stats = {
         "num_tokens": float(sum(n for _, n in updates)),
-        "skipped": float(not applied),
         "num_skipped_updates": float(len(updates) - len(applied)),
-        "lr": updates[-1][0].lr if updates else 0.0,
     }
-    for name in ("loss", "grad_norm"):
-        values = [getattr(u, name) for u, _ in applied or updates]
-        stats[name] = sum(values) / max(len(values), 1)
     for name in ("entropy", "kl", "clip_ratio", "importance_weight_mean", "behav_kl"):
         stats[name] = sum(u.statistics[name] for u, _ in applied) / max(tokens, 1)
     stats["importance_weight_max"] = max((u.statistics["importance_weight_max"] for u, _ in applied), default=0.0)
