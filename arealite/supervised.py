@@ -119,9 +119,7 @@ class SupervisedTrainer:
             with self.stats.timer("eval"):
                 self.stats.update({f"eval_{name}": value for name, value in self.evaluate(step).items()})
         if self.is_head:
-            stats = self.stats.export()
-            stats["tokens_per_s"] = stats["num_sequence_tokens"] / stats["step_s"]
-            self.logger.commit(step - 1, epoch, stats)
+            self.logger.commit(step - 1, epoch, self.stats.export())
         self.recover.maybe_save(step, epoch, self.engine, NoRollout(), self.dataloader)
 
     def evaluate(self, step: int) -> dict[str, float]:

@@ -35,15 +35,18 @@ TINY = [
 
 
 class Run:
-    """One `arealite run` of the quickstart script under `root`; the context manager ends whatever is left of it."""
+    """One `arealite run` of an example, the quickstart if not said, under `root`; the context manager ends whatever is
+    left of it."""
+
+    example, name, tiny = "quickstart", "quickstart/addition", (*TINY, "actor.path={model}")
 
     def __init__(self, root: Path, model: Path, *overrides: str) -> None:
-        self.folder = root / "quickstart" / "addition"
+        self.folder = root / self.name
         self.log = root / "launcher.log"
+        path = f"examples/arealite/{self.example}"
         self.command = [
-            sys.executable, "-m", "arealite.cli", "run", "examples/arealite/quickstart.py",
-            "--config", "examples/arealite/quickstart.yaml", f"cluster.fileroot={root}", f"actor.path={model}",
-            *TINY, *overrides,
+            sys.executable, "-m", "arealite.cli", "run", f"{path}.py", "--config", f"{path}.yaml",
+            f"cluster.fileroot={root}", *(word.replace("{model}", str(model)) for word in self.tiny), *overrides,
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
