@@ -17,7 +17,8 @@ from arealite.algorithm import fused, kernels
 from arealite.algorithm.fusing import fuse
 from arealite.algorithm.kernels import Kernels
 from arealite.algorithm.packing import prefix_tree
-from arealite.engine.attention import ATTENTION, Layout
+from arealite.engine import attention
+from arealite.engine.attention import ATTENTION, Layout, tree_attention
 from arealite.engine.logprobs import token_logprobs
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no AVX512-BF16, or no C compiler")
@@ -114,6 +115,55 @@ def test_a_logit_that_is_no_number_is_seen() -> None:
     hidden[1, 3] = math.nan
     logp, entropy = token_logprobs(hidden, weight, torch.arange(3), torch.arange(3), 1.0, 16)
     assert logp.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("lengths", "shared", "heads", "kv_heads", "dim", "window"),
+    [
+        ([15, 39, 27, 27, 1], 35, 9, 3, 64, None),  # answers to one prompt
+        ([1, 2, 63, 64, 65, 128, 700], 0, 4, 2, 32, None),
+        ([600, 130], 70, 5, 1, 96, None),
+        ([300, 5], 40, 2, 2, 128, 37),
+        ([700], 0, 6, 2, 64, 100),
+        ([40], 3, 260, 1, 32, 7),  # more heads than a block has rows
+    ],
+)
+def test_attention_over_a_tree(
+    lib: Kernels,
+    lengths: list[int],
+    shared: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "MAX_QUERIES", 256)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, 9999, shared)
+    layout = Layout(prefix_tree([np.append(prompt, rng.integers(0, 9999, n)) for n in lengths]), torch.device("cpu"))
+    num = len(layout.tree.tokens)
+    q, k, v, up = (normal(1, h, num, dim, seed=i) for i, h in enumerate([heads, kv_heads, kv_heads, heads]))
+    up = up.transpose(1, 2)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return tree_attention(torch.nn.Identity(), q, k, v, None, tree_layout=layout, sliding_window=window)[0]
+
+    kept = attention._CompiledAttention.apply
+    calls: list[int] = []
+    monkeypatch.setattr(attention._CompiledAttention, "apply", lambda *args: calls.append(1) or kept(*args))
+    out, found = run(q, k, v), gradients(run, q, k, v, up=up)
+    assert len(calls) == 2
+    exact = gradients(run, q.float(), k.float(), v.float(), up=up.float())
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    plain_out, plain = run(q, k, v), gradients(run, q, k, v, up=up)
+    assert torch.equal(out, plain_out) or window is not None, "sums that begin elsewhere are rounded otherwise"
+    assert_near([out], [plain_out.float()], 1)
+    for x, y, z in zip(found, plain, exact, strict=True):
+        assert float((x.float() - z).norm()) <= 1.1 * float((y.float() - z).norm())
 
 
 def model_of(config: Any) -> Any:

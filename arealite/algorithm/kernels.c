@@ -10,6 +10,7 @@
 #include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { PAGE = 16, ROWS = 4, MAX_PAGES_AT_ONCE = 4, BLOCK = 256 };
 typedef uint16_t bf16;
@@ -444,22 +445,18 @@ INLINE void product_rows(const int rows, const int lines, const bf16 *ahead, con
         }
 }
 
-void product(const bf16 *x, const bf16 *packed, const bf16 *bias, bf16 *out, int64_t num, int64_t n, int64_t k,
-             int32_t threads)
+/* Columns [0, columns) of one panel for `num` rows; rows of `out` are n apart. */
+static void product_panel(const bf16 *x, const bf16 *panel, const bf16 *shift, bf16 *out, int64_t num, int64_t n,
+                          int64_t k, int64_t columns)
 {
-    const int64_t num_panels = (n + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && num * n * k > 1 << 20)
-    for (int64_t p = 0; p < num_panels * ((num + ROWS_KEPT - 1) / ROWS_KEPT); p++) {
-        const int64_t at = p % num_panels * PANEL, first = p / num_panels * ROWS_KEPT;
-        const int64_t stop = first + ROWS_KEPT < num ? first + ROWS_KEPT : num;
-        int64_t blocks = (stop - first + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-        const int64_t lines = blocks >= 4 ? 1 : blocks >= 2 ? 2 : 4; /* four blocks, two or one fetch the next panel */
-        const bf16 *panel = packed + at * k, *ahead = panel + PANEL * k, *shift = bias ? bias + at : 0;
-        for (int64_t row = first, rows; row < stop; row += rows, blocks--, ahead += lines * 16 * k) {
-            rows = (stop - row + blocks - 1) / blocks;
-            const bf16 *from = x + row * k;
-            bf16 *to = out + row * n + at;
-#define RUN(r, l) product_rows(r, l, ahead, from, panel, shift, to, n, k, n - at)
+    int64_t blocks = (num + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    const int64_t lines = blocks >= 4 ? 1 : blocks >= 2 ? 2 : 4; /* four blocks, two or one fetch the next panel */
+    const bf16 *ahead = panel + PANEL * k;
+    for (int64_t row = 0, rows; row < num; row += rows, blocks--, ahead += lines * 16 * k) {
+        rows = (num - row + blocks - 1) / blocks;
+        const bf16 *from = x + row * k;
+        bf16 *to = out + row * n;
+#define RUN(r, l) product_rows(r, l, ahead, from, panel, shift, to, n, k, columns)
 #define CASE(r)                                                                        \
     case r: {                                                                          \
         if (ahead >= panel + 2 * PANEL * k) RUN(r, 0);                                 \
@@ -468,8 +465,279 @@ void product(const bf16 *x, const bf16 *packed, const bf16 *bias, bf16 *out, int
         else RUN(r, 4);                                                                \
         break;                                                                         \
     }
-            switch (rows) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
+        switch (rows) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
+    }
+}
+
+void product(const bf16 *x, const bf16 *packed, const bf16 *bias, bf16 *out, int64_t num, int64_t n, int64_t k,
+             int32_t threads)
+{
+    const int64_t num_panels = (n + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && num * n * k > 1 << 20)
+    for (int64_t p = 0; p < num_panels * ((num + ROWS_KEPT - 1) / ROWS_KEPT); p++) {
+        const int64_t at = p % num_panels * PANEL, first = p / num_panels * ROWS_KEPT;
+        const int64_t rows = num - first < ROWS_KEPT ? num - first : ROWS_KEPT;
+        product_panel(x + first * k, packed + at * k, bias ? bias + at : 0, out + first * n + at, rows, n, k, n - at);
+    }
+}
+
+/* ---- attention over a prefix tree, for training ---------------------------------------------------------------------
+ * A run: some neighbouring queries of one path, and the keys that they see. Scores, probabilities and the sums weighed
+ * by them are products of bf16 rounded where PyTorch's are; a block of queries has all its scores at one time. The
+ * gradients of keys and values add up in float32, for each thread by itself. */
+
+enum { BLOCK_ROWS = 192 }; /* queries times heads of one key head that are computed together */
+
+struct run { int32_t first, keys, queries; }; /* it sees the nodes path[first .. first + keys); the last ones ask */
+
+struct tree {
+    const struct run *runs; /* the largest ones first */
+    const int32_t *path;
+    int64_t num_runs, max_keys, nodes, heads, kv_heads, dim, window; /* window: keys seen at most; 0 for all */
+    float scale;
+    int32_t threads;
+};
+
+struct scratch { bf16 *keys, *values, *more, *queries, *grads, *probs, *slopes, *panel; float *scores; };
+
+INLINE int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+/* Rows of one head at the nodes, as `pack` puts them; zeros behind them. */
+static void pack_nodes(const struct rows *x, int64_t head, const int32_t *node, int64_t num, int64_t dim, bf16 *packed)
+{
+    for (int64_t c = 0; c < padded(num); c++) {
+        const int32_t *from = (const int32_t *)row_of(x, head, node[c < num ? c : 0]);
+        int32_t *to = (int32_t *)packed + c / PANEL * dim / 2 * PANEL + c % PANEL;
+        for (int64_t i = 0; i < dim / 2; i++)
+            to[i * PANEL] = c < num ? from[i] : 0;
+    }
+}
+
+/* [rows][dim] packed as the transpose of a weight: pairs of rows side by side. Behind `num` rows come zeros up to
+ * `all`, which is even. With `node`, rows of a head at the nodes. */
+static void pack_pairs(const struct rows *x, int64_t head, const int32_t *node, int64_t num, int64_t all, int64_t dim,
+                       bf16 *packed)
+{
+    for (int64_t t = 0; t < all; t += 2)
+        for (int64_t d = 0; d < dim; d += 16) {
+            __m512i pair = _mm512_setzero_si512();
+            for (int64_t i = 0; i < 2 && t + i < num; i++) {
+                const bf16 *from = row_of(x, head, node ? node[t + i] : t + i) + d;
+                __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+                pair = _mm512_or_si512(pair, i ? _mm512_slli_epi32(wide, 16) : wide);
+            }
+            _mm512_storeu_si512(packed + (d / PANEL * all + t) * PANEL + d % PANEL * 2, pair);
         }
+}
+
+/* In place: pairs of rows of n side by side. */
+static void interleave(bf16 *x, int64_t rows, int64_t n, float *scratch)
+{
+    bf16 *copy = (bf16 *)scratch;
+    for (int64_t r = 0; r < rows; r += 2, x += 2 * n) {
+        memcpy(copy, x, 2 * n * sizeof(bf16));
+        for (int64_t i = 0; i < n; i += 16) {
+            __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(copy + i)));
+            __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(copy + n + i)));
+            _mm512_storeu_si512(x + 2 * i, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+        }
+    }
+}
+
+/* The float32 rows `to` += the transpose of x times a panel, both in pairs of rows; x has `step` columns. */
+INLINE void transposed_rows(const int rows, const bf16 *x, int64_t step, const bf16 *panel, int64_t num,
+                            float *const *to, int64_t columns)
+{
+    vec sum[ROWS_AT_ONCE][4];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < 4; j++)
+            sum[r][j] = _mm512_maskz_loadu_ps(first_lanes(columns - 16 * j), to[r] + 16 * j);
+    for (int64_t t = 0; t < num; t += 2, x += 2 * step, panel += 2 * PANEL) {
+        pairs w[4];
+        for (int j = 0; j < 4; j++)
+            w[j] = load_pairs(panel + 32 * j);
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < 4; j++)
+                sum[r][j] = _mm512_dpbf16_ps(sum[r][j], both_of(x + 2 * r), w[j]);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < 4; j++)
+            _mm512_mask_storeu_ps(to[r] + 16 * j, first_lanes(columns - 16 * j), sum[r][j]);
+}
+
+/* Adds to the rows of one key head at the nodes [num] the transpose of x [rows][num] times y [rows][dim]. */
+static void add_transposed(const bf16 *x, int64_t step, const bf16 *packed, int64_t rows, const struct tree *a,
+                           const int32_t *node, int64_t num, int64_t head, float *grad)
+{
+    for (int64_t at = 0; at < a->dim; at += PANEL)
+        for (int64_t c = 0, count; c < num; c += count) {
+            float *to[ROWS_AT_ONCE];
+            count = num - c < ROWS_AT_ONCE ? num - c : ROWS_AT_ONCE;
+            for (int64_t i = 0; i < count; i++)
+                to[i] = grad + (node[c + i] * a->kv_heads + head) * a->dim + at;
+#define ADD(r) case r: transposed_rows(r, x + 2 * c, step, packed + at * rows, rows, to, a->dim - at); break
+            switch (count) { ADD(1); ADD(2); ADD(3); ADD(4); ADD(5); ADD(6); }
+        }
+}
+
+/* A block of queries [begin, begin + count) of a run, and its keys [low, high). */
+struct block { int64_t begin, count, low, high, rows; };
+
+INLINE struct block block_of(const struct tree *a, const struct run *run, int64_t begin)
+{
+    const int64_t group = a->heads / a->kv_heads, most = group < BLOCK_ROWS ? BLOCK_ROWS / group : 1;
+    const int64_t count = run->queries - begin < most ? run->queries - begin : most;
+    const int64_t own = run->keys - run->queries + begin; /* the first query's own key */
+    const int64_t low = a->window && own >= a->window ? (own - a->window + 1) / PANEL * PANEL : 0;
+    return (struct block){begin, count, low, padded(own + count), count * group};
+}
+
+/* Rows [queries][heads of the key head][dim] of the block, one below the other. */
+static void take_rows(const struct tree *a, const struct block *b, const struct rows *x, int64_t head,
+                      const int32_t *node, bf16 *out)
+{
+    const int64_t group = a->heads / a->kv_heads;
+    for (int64_t r = 0; r < b->rows; r++)
+        memcpy(out + r * a->dim, row_of(x, head * group + r % group, node[r / group]), a->dim * sizeof(bf16));
+}
+
+static void put_rows(const struct tree *a, const struct block *b, const bf16 *x, int64_t head, const int32_t *node,
+                     bf16 *out)
+{
+    const int64_t group = a->heads / a->kv_heads;
+    for (int64_t r = 0; r < b->rows; r++)
+        memcpy(out + (node[r / group] * a->heads + head * group + r % group) * a->dim, x + r * a->dim,
+               a->dim * sizeof(bf16));
+}
+
+/* out [rows][high - low] = x [rows][dim] times packed keys or values. */
+static void against_keys(const struct tree *a, const struct block *b, const bf16 *x, const bf16 *packed, bf16 *out)
+{
+    const int64_t width = b->high - b->low;
+    for (int64_t at = 0; at < width; at += PANEL)
+        product_panel(x, packed + (b->low + at) * a->dim, 0, out + at, b->rows, width, a->dim, PANEL);
+}
+
+/* out [rows][dim] = x [rows][high - low] times keys or values packed in pairs, of which the run has `all`. */
+static void over_keys(const struct tree *a, const struct block *b, const bf16 *x, const bf16 *packed, int64_t all,
+                      bf16 *out)
+{
+    for (int64_t at = 0; at < a->dim; at += PANEL)
+        product_panel(x, packed + at * all + b->low * PANEL, 0, out + at, b->rows, a->dim, b->high - b->low,
+                      a->dim - at);
+}
+
+/* Probabilities of the block in s->probs. */
+static void probabilities(const struct tree *a, const struct run *run, const struct block *b, const struct rows *q,
+                          int64_t head, struct scratch *s)
+{
+    const int64_t group = a->heads / a->kv_heads, width = b->high - b->low;
+    const vec scale = _mm512_set1_ps(a->scale);
+    take_rows(a, b, q, head, a->path + run->first + run->keys - run->queries + b->begin, s->queries);
+    against_keys(a, b, s->queries, s->keys, s->probs);
+    for (int64_t r = 0; r < b->rows; r++) {
+        bf16 *row = s->probs + r * width;
+        int64_t end = run->keys - run->queries + b->begin + r / group + 1 - b->low;
+        int64_t begin = a->window && end + b->low > a->window ? end - a->window : 0;
+        for (int64_t i = 0; i < width; i += 16)
+            _mm512_storeu_ps(s->scores + i, _mm512_mul_ps(load16(row + i), scale));
+        softmax(s->scores, row, width / PAGE, begin, end);
+    }
+}
+
+static struct scratch new_scratch(const struct tree *a)
+{
+    const int64_t group = a->heads / a->kv_heads, rows = (group < BLOCK_ROWS ? BLOCK_ROWS : group) + 1;
+    const int64_t keys = padded(a->max_keys), dim = padded(a->dim);
+    bf16 *at = aligned_alloc(64, (3 * keys * dim + 3 * rows * dim + 2 * (rows + 1) * keys + 4 * keys + 64) / 32 * 64);
+    struct scratch s = {at, at + keys * dim, at + 2 * keys * dim};
+    s.queries = s.more + keys * dim;
+    s.grads = s.queries + rows * dim;
+    s.panel = s.grads + rows * dim;
+    s.probs = s.panel + rows * dim;
+    s.slopes = s.probs + (rows + 1) * keys;
+    s.scores = (float *)(s.slopes + (rows + 1) * keys);
+    return s;
+}
+
+/* `out` [nodes][heads][dim] */
+void tree_attention(const struct tree *a, const struct rows *q, const struct rows *k, const struct rows *v, bf16 *out)
+{
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
+    {
+        struct scratch s = new_scratch(a);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < a->num_runs * a->kv_heads; i++) {
+            const struct run *run = a->runs + i / a->kv_heads;
+            const int32_t *node = a->path + run->first;
+            const int64_t head = i % a->kv_heads, all = padded(run->keys);
+            pack_nodes(k, head, node, run->keys, a->dim, s.keys);
+            pack_pairs(v, head, node, run->keys, all, a->dim, s.values);
+            for (int64_t begin = 0; begin < run->queries;) {
+                const struct block b = block_of(a, run, begin);
+                probabilities(a, run, &b, q, head, &s);
+                over_keys(a, &b, s.probs, s.values, all, s.queries);
+                put_rows(a, &b, s.queries, head, node + run->keys - run->queries + begin, out);
+                begin += b.count;
+            }
+        }
+        free(s.keys);
+    }
+}
+
+/* From the gradient `up` of the result those of q, [nodes][heads][dim], and of k and v, [threads][nodes][kv heads][dim],
+ * whose sum the caller takes; it brings zeros. */
+void tree_attention_grad(const struct tree *a, const struct rows *q, const struct rows *k, const struct rows *v,
+                         const struct rows *up, bf16 *dq, float *dk, float *dv)
+{
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
+    {
+        struct scratch s = new_scratch(a);
+        const int64_t mine = omp_get_thread_num() * a->nodes * a->kv_heads * a->dim;
+#pragma omp for schedule(static, 1)
+        for (int64_t i = 0; i < a->num_runs * a->kv_heads; i++) {
+            const struct run *run = a->runs + i / a->kv_heads;
+            const int32_t *node = a->path + run->first;
+            const int64_t head = i % a->kv_heads, all = padded(run->keys);
+            pack_nodes(k, head, node, run->keys, a->dim, s.keys);
+            pack_nodes(v, head, node, run->keys, a->dim, s.values);
+            pack_pairs(k, head, node, run->keys, all, a->dim, s.more);
+            for (int64_t begin = 0; begin < run->queries;) {
+                const struct block b = block_of(a, run, begin);
+                const int32_t *asking = node + run->keys - run->queries + begin;
+                const int64_t width = b.high - b.low, rows = b.rows + b.rows % 2;
+                const int64_t num = run->keys - b.low < width ? run->keys - b.low : width;
+                const vec scale = _mm512_set1_ps(a->scale);
+                probabilities(a, run, &b, q, head, &s);
+                take_rows(a, &b, up, head, asking, s.grads);
+                against_keys(a, &b, s.grads, s.values, s.slopes);
+                for (int64_t r = 0; r < b.rows; r++) {
+                    bf16 *slope = s.slopes + r * width;
+                    const bf16 *prob = s.probs + r * width;
+                    vec dot = _mm512_setzero_ps();
+                    for (int64_t n = 0; n < width; n += 16)
+                        dot = _mm512_fmadd_ps(load16(prob + n), load16(slope + n), dot);
+                    dot = _mm512_set1_ps(_mm512_reduce_add_ps(dot));
+                    for (int64_t n = 0; n < width; n += 16) {
+                        vec x = _mm512_mul_ps(load16(prob + n), _mm512_sub_ps(load16(slope + n), dot));
+                        store16(slope + n, _mm512_mul_ps(x, scale));
+                    }
+                }
+                /* An odd last row gets one of zeros beside it. */
+                memset(s.probs + b.rows * width, 0, (rows - b.rows) * width * sizeof(bf16));
+                memset(s.slopes + b.rows * width, 0, (rows - b.rows) * width * sizeof(bf16));
+                interleave(s.probs, rows, width, s.scores);
+                pack_pairs(&(struct rows){s.grads, 0, a->dim}, 0, 0, b.rows, rows, a->dim, s.panel);
+                add_transposed(s.probs, width, s.panel, rows, a, node + b.low, num, head, dv + mine);
+                over_keys(a, &b, s.slopes, s.more, all, s.grads);
+                put_rows(a, &b, s.grads, head, asking, dq);
+                interleave(s.slopes, rows, width, s.scores);
+                pack_pairs(&(struct rows){s.queries, 0, a->dim}, 0, 0, b.rows, rows, a->dim, s.panel);
+                add_transposed(s.slopes, width, s.panel, rows, a, node + b.low, num, head, dk + mine);
+                begin += b.count;
+            }
+        }
+        free(s.keys);
     }
 }
 

@@ -30,6 +30,7 @@ FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-strict-a
 COMPILE_LIMIT_S = 120.0
 PANEL = 64  # columns of a packed weight are filled up to a multiple
 DIM_STEP = 32  # head dims and widths must be multiples
+MAX_SUMS = 8  # threads that add up gradients of keys and values, each for itself
 _PROBE = (24, 704)  # rows and width of the products that are compared with PyTorch's
 
 
@@ -67,6 +68,26 @@ class _Scoring(ctypes.Structure):
     ]
 
 
+class _Tree(ctypes.Structure):
+    _fields_ = [
+        ("runs", c_void_p),
+        ("path", c_void_p),
+        *((name, c_int64) for name in ["num_runs", "max_keys", "nodes", "heads", "kv_heads", "dim", "window"]),
+        ("scale", c_float),
+        ("threads", c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class TreeRuns:
+    """Who sees whom in a prefix tree. `runs` [n, 3] int32, the largest first: a run sees the nodes path[first : first +
+    keys] (int32), and the last ones of them ask: (first, keys, queries). `window`: keys seen at most; 0 for all."""
+
+    runs: np.ndarray
+    path: np.ndarray
+    window: int
+
+
 @dataclass(frozen=True)
 class Scores:
     """Of R rows and P targets, contiguous: logsumexp and entropy [R], logprobs [P] (float32); the gradients of the last
@@ -102,6 +123,7 @@ class Kernels:
         self._norm, self._silu, self._rotate = short.rms_norm, short.silu_times, short.rotate
         self._norm_grad, self._silu_grad = long.rms_norm_grad, long.silu_times_grad
         self._score, self._score_grad = long.score, long.score_grad
+        self._tree, self._tree_grad = long.tree_attention, long.tree_attention_grad
         pointer, size, number = c_void_p, c_int64, c_int32
         self._product.argtypes = [pointer, pointer, pointer, pointer, size, size, size, number]
         self._pack.argtypes = [pointer, pointer, size, size, size, number]
@@ -112,6 +134,8 @@ class Kernels:
         self._rotate.argtypes = [*[POINTER(_Rows)] * 2, pointer, pointer, size, size, size, number, number]
         self._norm_grad.argtypes = [*[pointer] * 5, size, size, c_float, number, number]
         self._silu_grad.argtypes = [*[pointer] * 5, size, number]
+        self._tree.argtypes = [POINTER(_Tree), *[POINTER(_Rows)] * 3, pointer]
+        self._tree_grad.argtypes = [POINTER(_Tree), *[POINTER(_Rows)] * 4, *[pointer] * 3]
         self._score.argtypes = self._score_grad.argtypes = [POINTER(_Scoring)]
         for function in list(vars(self).values()):
             function.restype = None
@@ -202,6 +226,29 @@ class Kernels:
         """Put the gradient of the logits in their place, from those of logprobs and entropies."""
         self._score_grad(_scoring(logits, first, scores, temperature))
 
+    def tree_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: TreeRuns, scale: float
+    ) -> torch.Tensor:
+        """q [S, H, D] over k and v [S, K, D], S nodes of a prefix tree; [S, H, D]."""
+        out = torch.empty(q.shape, dtype=q.dtype)
+        tree = _tree(q, k, seen, scale, torch.get_num_threads())
+        self._tree(tree, *(_rows(x.transpose(0, 1)) for x in (q, k, v)), out.data_ptr())
+        return out
+
+    def tree_attention_grad(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, up: torch.Tensor, seen: TreeRuns, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q, k and v from that of the result of `tree_attention`."""
+        threads = min(torch.get_num_threads(), MAX_SUMS)
+        by_q = torch.empty(q.shape, dtype=q.dtype)
+        sums = torch.zeros(2, threads, *k.shape)
+        places = [_rows(x.transpose(0, 1)) for x in (q, k, v, up)]
+        self._tree_grad(
+            _tree(q, k, seen, scale, threads), *places, by_q.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr()
+        )
+        by_k, by_v = sums.sum(1).to(k.dtype)
+        return by_q, by_k, by_v
+
     def sample(
         self, logits: torch.Tensor, temperatures: list[float], uniforms: list[float]
     ) -> tuple[list[int], list[float], list[bool]]:
@@ -238,6 +285,11 @@ class Kernels:
         return out
 
 
+def _tree(q: torch.Tensor, k: torch.Tensor, seen: TreeRuns, scale: float, threads: int) -> ctypes._Pointer[_Tree]:
+    shape = (len(seen.runs), int(seen.runs[:, 1].max()), *q.shape[:2], k.shape[1], q.shape[2], seen.window)
+    return byref(_Tree(seen.runs.ctypes.data, seen.path.ctypes.data, *shape, scale, threads))  # type: ignore[return-value]
+
+
 def _rows(x: torch.Tensor) -> ctypes._Pointer[_Rows]:
     head, token, step = x.stride()
     assert step == 1
@@ -247,7 +299,7 @@ def _rows(x: torch.Tensor) -> ctypes._Pointer[_Rows]:
 def _scoring(logits: torch.Tensor, first: int, scores: Scores, temperature: float) -> ctypes._Pointer[_Scoring]:
     assert logits.is_contiguous()
     by_row = [x.data_ptr() + 4 * first for x in (scores.logsum, scores.entropy)]
-    grads = None, None
+    grads: tuple[int | None, int | None] = None, None
     if scores.logp_grad is not None and scores.entropy_grad is not None:
         grads = scores.logp_grad.data_ptr(), scores.entropy_grad.data_ptr() + 4 * first
     edges = scores.edges.data_ptr() + 8 * first

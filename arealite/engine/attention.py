@@ -16,6 +16,8 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from arealite.algorithm import fused, kernels
+from arealite.algorithm.kernels import Kernels, TreeRuns
 from arealite.algorithm.packing import PrefixTree
 from arealite.api.errors import ConfigError
 
@@ -56,6 +58,20 @@ class Layout:
     def _blocks(self) -> dict[int | None, list[Block]]:
         return {}
 
+    def runs(self, window: int | None) -> TreeRuns:
+        """For the compiled kernels; `window` as for blocks."""
+        if window not in self._runs:
+            found = _runs(self.tree, window or self.max_keys)
+            found.sort(key=lambda run: -run[0] * run[1])
+            starts = np.cumsum([0, *map(len, self.tree.paths)])
+            runs = np.asarray([(starts[row] + stop - keys, keys, num) for num, keys, row, stop in found], np.int32)
+            self._runs[window] = TreeRuns(runs, np.concatenate(self.tree.paths).astype(np.int32), window or 0)
+        return self._runs[window]
+
+    @cached_property
+    def _runs(self) -> dict[int | None, TreeRuns]:
+        return {}
+
     @cached_property
     def varlen(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int, int]]:
         """For CUDA: the paths of all rows end to end, int64; then where each row's queries and keys begin, int32
@@ -71,15 +87,20 @@ class Layout:
         return key_nodes, (queries, keys, int(added.max()), self.max_keys)
 
 
-def _blocks(tree: PrefixTree, window: int, device: torch.device) -> list[Block]:
-    runs: list[tuple[int, int, int, int]] = []  # (number of queries, number of keys, row, end of both on its path)
+def _runs(tree: PrefixTree, window: int) -> list[tuple[int, int, int, int]]:
+    """(number of queries, number of keys, row, end of both on its path)"""
+    runs: list[tuple[int, int, int, int]] = []
     for row, path in enumerate(tree.paths):
         end = len(path)
         begin = end - int(tree.first_node[row + 1] - tree.first_node[row])
         for stop in range(end, begin, -MAX_QUERIES):
             num_queries = min(MAX_QUERIES, stop - begin)
             runs.append((num_queries, min(stop, num_queries + window - 1), row, stop))
-    runs.sort()
+    return runs
+
+
+def _blocks(tree: PrefixTree, window: int, device: torch.device) -> list[Block]:
+    runs = sorted(_runs(tree, window))
     blocks: list[Block] = []
     chosen: list[tuple[int, int, int, int]] = []
     needed = 0
@@ -153,6 +174,30 @@ class _TreeAttention(torch.autograd.Function):
         return grad_q[:-1], grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
+class _CompiledAttention(torch.autograd.Function):
+    """The same by the kernels, for bf16 on a CPU: a block's scores stay in the processor's cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        compiled: Kernels,
+        seen: TreeRuns,
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.setting = compiled, seen, scale
+        return compiled.tree_attention(q, k, v, seen, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        compiled, seen, scale = ctx.setting
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        return *compiled.tree_attention_grad(*ctx.saved_tensors, grad, seen, scale), None, None, None
+
+
 def _pick(x: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
     """x[nodes] with any row for padding; [n, L, heads, D]."""
     return x.index_select(0, nodes.reshape(-1).clamp(max=len(x) - 1)).view(*nodes.shape, *x.shape[1:])
@@ -205,6 +250,14 @@ def _varlen_attention(
     return out
 
 
+def _kernels_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernels | None:
+    """The compiled kernels where they compute what PyTorch's products would."""
+    if not fused.fits(q, k, v) or q.shape[-1] % kernels.DIM_STEP or any(x.stride(-1) != 1 for x in (q, k, v)):
+        return None
+    compiled = kernels.load()
+    return compiled if compiled is not None and compiled.exact_products else None
+
+
 def tree_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -241,6 +294,8 @@ def tree_attention(
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if q.is_cuda and q.dtype != torch.float32:
         out = _varlen_attention(q, k, v, tree_layout, scale, window)
+    elif (compiled := _kernels_for(q, k, v)) is not None:
+        out = _CompiledAttention.apply(q, k, v, compiled, tree_layout.runs(window), scale)
     else:
         out = _TreeAttention.apply(q, k, v, tree_layout.blocks(window), scale)
     return (functional.pad(out, (0, 0, 0, 0, 0, num_padding)) if num_padding else out)[None], None
