@@ -11,7 +11,8 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LIMIT_S = 240.0
@@ -22,33 +23,40 @@ _context.set_forkserver_preload(["torch", "transformers", "torch.distributed.ten
 
 def on_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """Raises AssertionError with the traceback of the first rank that failed; ends all processes in any case."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    pipes = [_context.Pipe(duplex=False) for _ in range(world_size)]
-    ranks = [
-        _context.Process(target=_rank, args=(send, rank, world_size, port, sys.path, work, args))
-        for rank, (_, send) in enumerate(pipes)
-    ]
-    try:
-        for rank in ranks:
-            rank.start()
-        for _, send in pipes:
-            send.close()
+    with ranks(world_size, work, *args) as started:
         found = []
-        for number, (receive, _) in enumerate(pipes):
+        for number, (rank, receive) in enumerate(started):
             assert receive.poll(LIMIT_S), f"rank {number} of {world_size} has not answered for {LIMIT_S:g} s"
             try:
                 found.append(receive.recv())
             except EOFError:
-                found.append((f"rank {number} died with exit code {ranks[number].exitcode}", None))
+                found.append((f"rank {number} died with exit code {rank.exitcode}", None))
             assert not found[-1][0], f"rank {number} of {world_size}: {found[-1][0]}"
         return [value for _, value in found]
+
+
+@contextmanager
+def ranks(world_size: int, work: Callable[..., Any], *args: Any) -> Iterator[list[tuple[Any, Any]]]:
+    """The processes, and the pipes that they answer on; they are ended in any case."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    pipes = [_context.Pipe(duplex=False) for _ in range(world_size)]
+    processes = [
+        _context.Process(target=_rank, args=(send, rank, world_size, port, sys.path, work, args))
+        for rank, (_, send) in enumerate(pipes)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for _, send in pipes:
+            send.close()
+        yield [(process, receive) for process, (receive, _) in zip(processes, pipes, strict=True)]
     finally:
-        for rank in ranks:
-            if rank.pid is not None:
-                rank.kill()
-                rank.join()
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
 
 
 def _rank(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from arealite.api.cli_args import OptimizerConfig
 from arealite.api.errors import ConfigError
@@ -27,6 +28,34 @@ def test_schedules():
     assert learning_rate(config, 99, 5) == pytest.approx(0.1)
     with pytest.raises(ConfigError):
         learning_rate(config, 0, None)
+
+
+@pytest.mark.parametrize("num_updates, warmup", [(6, 0), (6, 2), (6, 5), (6, 6), (6, 9), (2, 0)])
+@pytest.mark.parametrize("kind, floor", [("linear", 0.0), ("linear", 0.1), ("cosine", 0.0), ("cosine", 0.1)])
+def test_schedules_equal_those_of_transformers(kind, floor, num_updates, warmup):
+    """Which begin warm-up at 0, one update earlier, and reach their end one update after the last. Warm-up may be as
+    long as the run or longer; after the end the rate stays."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    rising = transformers.get_scheduler("constant_with_warmup", optimizer, warmup).lr_lambdas[0]
+    falling = transformers.get_scheduler(kind, optimizer, warmup, num_updates - 1).lr_lambdas[0]
+    config = OptimizerConfig(lr=2.0, lr_scheduler=kind, warmup_steps=warmup, min_lr_ratio=floor)
+    for update in range(num_updates):
+        share = rising(update + 1) if update < warmup else floor + (1 - floor) * falling(update)
+        if update == warmup == num_updates - 1:
+            share = 1.0  # the end of warm-up is the end of the run
+        assert learning_rate(config, update, num_updates) == pytest.approx(2.0 * share), update
+    if warmup < num_updates:
+        assert learning_rate(config, num_updates + 7, num_updates) == pytest.approx(2.0 * floor)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_matrices_decay_and_vectors_do_not(kind):
+    matrix, vector = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3,)))
+    optimizer = make_optimizer([matrix, vector], OptimizerConfig(kind=kind, lr=0.1, weight_decay=0.5))
+    matrix.grad, vector.grad = torch.zeros_like(matrix), torch.zeros_like(vector)
+    optimizer.step()
+    assert matrix.tolist() == [[pytest.approx(1 - 0.1 * 0.5)] * 3] * 2
+    assert vector.tolist() == [1.0] * 3
 
 
 def test_adamw_equals_its_formula():

@@ -43,7 +43,7 @@ def step(actor, number: int) -> dict[str, float]:
 
 
 def weights(actor) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in actor.named_full_tensors()}
+    return {name: tensor.numpy().copy() for name, tensor in actor.named_full_tensors()}
 
 
 def lives(rank: int, model: str, folder: str, pairs: list[tuple[str, str | None]]) -> dict[Any, Any]:

@@ -45,6 +45,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     - adamw: arXiv:1711.05101, two moments of every weight;
     - adafactor: arXiv:1804.04235 without its own step sizes: `lr` bounds the root mean square of a matrix's update. Of
       a matrix's squared gradients it keeps the means of rows and columns; there is no first moment.
+
+    Raises ConfigError: adafactor's means run over the ranks, which do not talk where offloaded weights are.
     """
     parameters = list(parameters)
     groups: dict[tuple[DeviceMesh | None, bool], list[nn.Parameter]] = defaultdict(list)
@@ -56,6 +58,11 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     ]
     optimizer: torch.optim.Optimizer
     if config.kind == "adafactor":
+        if any(isinstance(p, DTensor) and p.device.type != p.device_mesh.device_type for p in parameters):
+            raise ConfigError(
+                "optimizer.kind=adafactor was found with offload=all; expected weights on the accelerator: use"
+                " offload=optimizer or none, or optimizer.kind=adamw"
+            )
         optimizer = Adafactor(grouped, lr=config.lr, scale_parameter=False, relative_step=False)
         for p in parameters:
             optimizer.state[p] = {"step": 0, **_squares(p.detach())}
