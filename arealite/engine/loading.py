@@ -40,9 +40,10 @@ TESTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "mistral", "mix
 def build_model(
     path: str, auto_class: Any = AutoModelForCausalLM, num_labels: int | None = None, **options: Any
 ) -> Any:
-    """The model of a Hugging Face folder or hub id in float32: parameters on the meta device, buffers as they are.
+    """The model of a Hugging Face folder or hub id in float32; parameters without memory, buffers as they should be.
 
-    `num_labels`: outputs of a classification head; `options` go to transformers' `from_config`. Raises ConfigError: the path holds no such model.
+    `num_labels`: outputs of a classification head; `options` go to transformers' `from_config`. Raises ConfigError: the
+    path holds no such model.
     """
     where = path if Path(path).is_dir() else f"{path} (not a local folder, so a hub id)"
     try:

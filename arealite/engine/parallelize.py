@@ -20,7 +20,7 @@ from arealite.engine.mesh import RankMesh
 from arealite.engine.tensor_parallel import tensor_parallel
 
 # transformers' model types that can be spread by other dimensions than d
-MODEL_TYPES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+MODEL_TYPES = ("gemma3_text", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
 
 def parallelize(
@@ -119,11 +119,13 @@ def shard(
     `layers` are gathered one at a time, and `experts` in them apart where other ranks have other tokens for them.
     Gradients are summed over ranks in float32, not averaged: losses carry global denominators. One rank keeps its
     compute copy between the passes, which costs one copy of the weights in `dtype` and saves two passes over all of
-    them.
+    them; frozen weights, which are in `dtype`, are their own copy there.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
     sharded: list[FSDPModule] = []
+    is_alone = mesh.stage.size() == 1 and not offload
+    left_alone = {p for p in root.parameters() if is_alone and not p.requires_grad}
 
     def apply(module: nn.Module, over: DeviceMesh, reshard_after_forward: bool, dim: int = 0) -> None:
         fully_shard(
@@ -133,6 +135,7 @@ def shard(
             reshard_after_forward=reshard_after_forward,
             offload_policy=place,
             shard_placement_fn=lambda _: Shard(dim),
+            ignored_params=left_alone,
         )
         assert isinstance(module, FSDPModule)
         if over.size() > 1:
