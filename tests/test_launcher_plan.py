@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arealite.api.cli_args import GRPOConfig
+from arealite.api.cli_args import GRPOConfig, LoRAConfig
 from arealite.api.errors import ConfigError
+from arealite.api.types import Dims
 from arealite.launcher.machine import Machine
 from arealite.launcher.memory import ModelShape, server_parts, trainer_parts
 from arealite.launcher.plan import make_plan, share_cores
@@ -32,6 +33,7 @@ def test_side_by_side_gets_a_core_each():
     assert (server.cores, trainer.cores) == ((0,), (1,))
     for process in (server, trainer):
         assert process.env["OMP_NUM_THREADS"] == "1" and process.env["OMP_WAIT_POLICY"] == "PASSIVE"
+        assert int(process.env["GOMP_SPINCOUNT"]) > 0
         assert "CUDA_VISIBLE_DEVICES" not in process.env and "AREALITE_COLOCATED" not in process.env
 
 
@@ -230,8 +232,44 @@ def test_memory_grows_with_what_is_said_to_drive_it(tiny_llama):
     config.server.kv_cache_tokens = 1000
     kv = {p.name: p.num_bytes for p in server_parts(config, shape, 1)}["KV cache"]
     assert kv == 1000 * 2 * 2 * 32 * 2  # tokens x (K and V) x layers x width x bfloat16
-    parts = {p.name: p.num_bytes for p in trainer_parts(config, shape, 2, shape)}
-    assert parts["Adam"] == 8 * shape.num_parameters / 2 and parts["reference"] == 2 * shape.num_parameters
-    config.actor.gradient_checkpointing = "full"
-    less = {p.name: p.num_bytes for p in trainer_parts(config, shape, 2, None)}
-    assert less["activations"] < parts["activations"] and "reference" not in less
+
+    def of(dims, ref=None):
+        return {p.name: p.num_bytes for p in trainer_parts(config, shape, dims, ref)}
+
+    count, ends = shape.num_parameters, shape.vocabulary * shape.hidden
+    alone, parts = of(Dims()), of(Dims(d=2), shape)
+    assert parts["optimizer"] == 8 * count / 2 and parts["reference"] == 2 * count / 2
+    assert alone["working copy"] == 2 * count and of(Dims(d=2))["working copy"] == 2 * count  # both layers are gathered
+    for dims in (Dims(d=2), Dims(t=2), Dims(c=2)):
+        assert of(dims)["weights"] == 4 * count / 2 and of(dims)["activations"] < alone["activations"]
+    assert of(Dims(p=2))["weights"] == 4 * ((count - ends) / 2 + ends)  # each stage has the tied embedding
+    sizes = []
+    for config.actor.gradient_checkpointing in ("none", "selective", "full"):
+        sizes.append(of(Dims())["activations"])
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    config.actor.optimizer.kind = "adafactor"
+    assert of(Dims())["optimizer"] < 0.05 * alone["optimizer"]
+    config.actor.optimizer.kind, config.actor.lora = "adamw", LoRAConfig(rank=4)
+    adapters = 4 * shape.num_layers * (7 * 64 + 2 * 64 + 2 * 32 + 3 * 128)  # rank x (inputs + outputs)
+    assert of(Dims())["gradients"] == 4 * adapters and of(Dims())["weights"] == 2 * count + 4 * adapters
+
+
+def test_tokens_of_a_step_follow_the_prompts(tiny_llama, tmp_path):
+    shape = ModelShape.read(tiny_llama)
+    config = GRPOConfig()
+    config.gconfig.n_samples, config.gconfig.max_new_tokens, config.train_dataset.batch_size = 4, 10, 2
+    (tmp_path / "rows.jsonl").write_text('{"question": "' + 300 * "x" + '", "answer": "1"}\n')
+
+    def tokens():
+        (part,) = (p for p in trainer_parts(config, shape, Dims(), None) if p.name == "activations")
+        return int(part.assumption.partition(" ")[0])
+
+    assert tokens() == 2 * (2048 + 3 * 10)  # the context holds prompt and answer
+    config.train_dataset.path = str(tmp_path / "rows.jsonl")
+    assert tokens() == 2 * (100 + 24 + 4 * 10)
+    config.actor.share_prompts = False
+    assert tokens() == 2 * 4 * (100 + 24 + 10)
+    config.train_dataset.max_prompt_tokens = 50
+    assert tokens() == 2 * 4 * (50 + 10)
+    config.actor.max_tokens_per_mb = 100  # evenly cut
+    assert tokens() == 96

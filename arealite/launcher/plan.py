@@ -237,6 +237,8 @@ def _common_env(config: RunConfig, mode: AllocationMode) -> dict[str, str]:
     env = {
         # Threads that spin while they wait take the cores of the other side.
         "OMP_WAIT_POLICY": "PASSIVE",
+        # But for a moment: a step has thousands of parallel regions, and a sleeping thread is late for each.
+        "GOMP_SPINCOUNT": "30000",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # logs are files
