@@ -42,6 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 LAYOUTS = {
     "d2": Dims(d=2),
@@ -53,6 +54,12 @@ LAYOUTS = {
     "d2p2": Dims(d=2, p=2),
     "t2p2": Dims(t=2, p=2),
     "c2p2": Dims(c=2, p=2),
+    "d2e2": Dims(d=2, e=2),
+    "t2e2": Dims(t=2, e=2),
+    "d4e2": Dims(d=4, e=2),
+    "d2c2e4": Dims(d=2, c=2, e=4),
+    "d2t2e2": Dims(d=2, t=2, e=2),
+    "d2p2e2": Dims(d=2, p=2, e=2),
 }
 # Changes of the actor's configuration. batch_of and two_steps know some of the names.
 SAME: dict[str, dict[str, Any]] = {  # what leaves the outcome as it is
@@ -90,12 +97,15 @@ CASES = [
     Case(layout, "llama", variation)
     for layout, dims in LAYOUTS.items()
     for variation in ("plain", "permuted, small budget", "checkpointing", "sequence ratios")
-    if num_ranks(dims) == 2 or variation != "plain"
+    if dims.e == 1 and (num_ranks(dims) == 2 or variation != "plain")
 ]
 CASES += [Case(layout, model, "permuted, small budget") for layout in ("t2", "c2t2") for model in [*MODELS][1:]]
 CASES += [Case("d2", "llama", "all on one share"), Case("d2t2", "qwen3_moe", "all on one share")]
 CASES += [Case("c2t2", "llama", "selective checkpointing"), Case("c2", "gemma3_text", "checkpointing")]
 CASES += [Case(layout, "llama", "lora") for layout in ("d2", "t2", "c2", "p2", "d2t2", "t2p2")]
+CASES += [Case(layout, "qwen3_moe", "permuted, small budget") for layout, dims in LAYOUTS.items() if dims.e > 1]
+CASES += [Case("d2e2", "qwen3_moe", v) for v in ("checkpointing", "lora, checkpointing", "offload")]
+CASES += [Case("d2c2e4", "qwen3_moe", "all on one share"), Case("t2e2", "mixtral", "checkpointing")]
 CASES += [Case("d2", "qwen3_moe", "lora, checkpointing"), Case("c2t2", "qwen3_moe", "lora, checkpointing")]
 CASES += [Case(layout, "llama", "offload") for layout in ("d2", "c2t2", "t2p2")]
 ROUGH = [Case("t2", "qwen3", "bfloat16"), Case("c2t2", "llama", "bfloat16"), Case("d2t2", "qwen3_moe", "bfloat16")]
@@ -252,7 +262,7 @@ def test_places_split_a_micro_batch():
         ("llama", {}, Dims(t=2, c=8), "t x c"),
         ("llama", {"intermediate_size": 98}, Dims(t=4), "t may be 1, 2"),
         ("qwen3", {"attention_bias": True}, Dims(t=2), "attention_bias"),
-        ("gpt_neox", {}, Dims(c=2), "llama, mistral, qwen2"),
+        ("gpt_neox", {}, Dims(c=2), "llama, mistral, mixtral, qwen2"),
     ],
 )
 def test_what_is_not_supported_is_told(model, changes, dims, told):
