@@ -1,4 +1,4 @@
-"""`arealite run` without servers, supervised fine-tuning and a reward model; and PPO whose critic has its own layout."""
+"""`arealite run` without servers, supervised fine-tuning and a reward model; and PPO whose critic has its layout."""
 
 import json
 import os

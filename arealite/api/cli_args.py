@@ -326,7 +326,9 @@ class RunConfig:
     kind: str = setting("grpo", "learns from rewards (grpo), answers (sft), preferences (rw)", ("grpo", "sft", "rw"))
     experiment_name: str = setting("experiment", "first folder under cluster.fileroot")
     trial_name: str = setting("trial", "second folder: one run")
-    allocation_mode: str = setting("native:d1+fsdp:d1", "who runs where; see docs/allocation.md")
+    allocation_mode: str = setting(
+        "native:d1+fsdp:d1", "who runs where, fsdp:d1 alone where no servers are needed; see docs/allocation.md"
+    )
     seed: int = setting(1, "seed of data order and sampling")
     total_train_steps: int | None = setting(None, "optimiser steps; from total_train_epochs if not given", low=1)
     total_train_epochs: int = setting(1, "passes over the training data", low=1)
@@ -378,7 +380,6 @@ class GRPOConfig(RunConfig):
 class SFTConfig(RunConfig):
     """One run of supervised fine-tuning."""
 
-    allocation_mode: str = setting("fsdp:d1", "the trainer's layout; see docs/allocation.md")
     model: TrainEngineConfig = setting(TrainEngineConfig, "the model that is trained")
 
     @property

@@ -47,6 +47,8 @@ def fill_derived(config: RunConfig, given: set[str]) -> None:
     if f"{key}.seed" not in given:
         trained.seed = config.seed
     if not isinstance(config, GRPOConfig):
+        if "allocation_mode" not in given:
+            config.allocation_mode = "fsdp:d1"
         return
     rollout = config.rollout
     if rollout.consumer_batch_size is None:
