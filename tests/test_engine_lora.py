@@ -118,6 +118,9 @@ def test_the_base_is_held_in_the_compute_dtype_and_the_adapters_in_float32(tiny_
     assert {d for n, d in held.items() if n in actor._parameters} == {(torch.float32, True)}
     assert {d for n, d in held.items() if n not in actor._parameters} == {(torch.bfloat16, False)}
     assert actor.hf_model.model.rotary_emb.inv_freq.dtype == torch.float32
+    # One process computes with the frozen weights themselves: FSDP would hold a gathered copy besides.
+    named = actor.hf_model.named_parameters()
+    assert {name for name, p in named if isinstance(p, DTensor)} == actor._parameters.keys()
     full = FSDPPPOActor(actor_config(tiny_llama, dtype="bfloat16"))
     full.initialize()
     np.testing.assert_array_equal(actor.compute_logp(batch), full.compute_logp(batch))  # B is 0

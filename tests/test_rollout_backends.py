@@ -14,6 +14,8 @@ SLOTS = (
     TensorSlot("c", "float32", (1,), 0, 4),
 )
 
+ADAPTER = WeightUpdateMeta("lora", 5, "folder", checksums={"a": 1}, adapter="policy")
+
 
 def meta(kind, version=5, **changes):
     fields = {"slots": SLOTS, "buckets": ((0, 2), (2, 3)), "group": "g", "checksums": {"b": 1}}
@@ -109,6 +111,37 @@ def test_native_confirms_what_came_by_every_link():
         assert NativeBackend().update_plan(meta(kind), "retract").after[-1].body["checksum_names"] == ["b"]
     answers = [{"success": True}, {"success": True, "checksums": {"b": 3}}]
     assert NativeBackend().parse_receipt(answers, meta("distributed"), "server-0") == {"b": 3}
+
+
+@pytest.mark.parametrize("backend", [SGLangBackend(), VLLMBackend()], ids=lambda b: b.name)
+def test_an_adapter_is_replaced_while_no_request_uses_it(backend):
+    plan = backend.update_plan(ADAPTER, "abort")
+    unload, load = plan.after[:2]
+    assert not plan.before and not plan.buckets and not plan.is_staged
+    assert unload.path.endswith("/unload_lora_adapter") and unload.may_be_refused
+    assert load.path.endswith("/load_lora_adapter") and not load.may_be_refused
+    assert load.body == {"lora_name": "policy", "lora_path": "folder"}
+    stamp = plan.after[-1]
+    assert stamp.path == "/update_weight_version" and stamp.body["new_version"] == "5"
+    for mode in ("retract", "in_place"):
+        with pytest.raises(ConfigError, match="rollout.pause_mode=abort"):
+            backend.update_plan(ADAPTER, mode)
+    assert "policy" in backend.score_call([1, 2], "w", "policy").body.values()
+    assert "policy" not in backend.score_call([1, 2], "w", None).body.values()
+
+
+def test_vllm_forgets_what_the_old_adapter_computed():
+    paths_after = [call.path for call in VLLMBackend().update_plan(ADAPTER, "abort").after]
+    assert paths_after[2:4] == ["/abort_requests", "/reset_prefix_cache?reset_running_requests=true"]
+    assert VLLMBackend().parse_receipt(["Success", {"status": "aborted"}], ADAPTER, "server-0") is None
+
+
+def test_native_swaps_an_adapter_at_one_stroke():
+    for mode in ("abort", "retract", "in_place"):
+        plan = NativeBackend().update_plan(ADAPTER, mode)
+        (call,) = plan.after
+        assert plan.is_staged and call.path == "/load_lora_adapter"
+        assert call.body["load_inplace"] and call.body["weight_version"] == "5"
 
 
 def test_vllm_parameters_and_the_seed_of_a_resumed_request():
