@@ -145,6 +145,20 @@ def test_vllm_command_and_environment(tiny_llama):
     assert "VLLM_CPU_OMP_THREADS_BIND" not in on_gpus.servers[0].env
 
 
+def test_servers_make_room_for_the_adapter():
+    lora = LoRAConfig(rank=24, target_modules=["q_proj", "v_proj"])
+    for backend, told in (
+        ("sglang", "--enable-lora --max-lora-rank 24 --lora-target-modules q_proj v_proj"),
+        ("vllm", "--enable-lora --max-lora-rank 32"),
+    ):
+        config = GRPOConfig(allocation_mode=f"{backend}:d1+fsdp:d1", weight_update="disk")
+        config.actor.lora = lora
+        machine = Machine((0,), ("0", "1"), vllm_python="other/python")
+        assert told in " ".join(make_plan(config, machine, "hub/model", SCRIPT).servers[0].command)
+    config.allocation_mode = "native:d1+fsdp:d1"
+    assert "lora" not in " ".join(make_plan(config, Machine((0,)), "folder", SCRIPT).servers[0].command)
+
+
 def test_vllm_is_refused_what_would_falsify_its_logprobs():
     config = GRPOConfig(allocation_mode="vllm:d1+fsdp:d1")
     config.gconfig.top_p = 0.9
@@ -181,7 +195,7 @@ def test_trainers_keep_their_memory_on_cpus_only_and_the_user_has_the_last_word(
         ("vllm:t2+fsdp:d1", Machine((0, 1), vllm_python="python"), "needs GPUs"),
         ("vllm:p2+fsdp:d1", gpu_machine(3), "no pipeline parallelism"),
         ("native:d1t2+fsdp:d1", None, r"native has no tensor parallelism \(t2\)"),
-        ("native:d1+fsdp:(attn:d2|ffn:d2)", None, "attn / ffn form"),
+        ("native:d1+fsdp:(attn:d2t2|ffn:d1t2e2)", None, r"stay whole.* such as fsdp:\(attn:d2t2\|ffn:d2e2\)"),
         ("native:d1+fsdp[actor]:d1|fsdp[critic]:d1", None, r"nothing would run on fsdp\[critic\]:d1; roles"),
         ("sglang:d1+fsdp:d1", None, "need GPUs"),
         ("native:d4+fsdp:d8", gpu_machine(8), "needs 12 GPUs .*there are 8"),
