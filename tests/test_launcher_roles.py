@@ -72,6 +72,19 @@ def test_training_alone(allocation, num_ranks):
     assert [p.devices for p in gpus.trainers] == [("0",), ("1",)]
 
 
+def test_experts_of_the_moe_form_are_spread_over_the_ranks_of_attention():
+    for allocation, dims in (
+        ("fsdp:(attn:d4t2|ffn:d4e2)", Dims(d=4, t=2, e=2)),
+        ("fsdp:(attn:d2c2p2|ffn:p2e4)", Dims(d=2, c=2, p=2, e=4)),
+        ("fsdp:(attn:d2t2|ffn:d4)", Dims(d=2, t=2)),
+        ("fsdp:d4e2", Dims(d=4, e=2)),
+    ):
+        config = GRPOConfig(allocation_mode=f"native:d1+{allocation}", weight_update="disk")
+        assert trainer_dims(config) == dims
+        num_ranks = dims.d * dims.t * dims.c * dims.p
+        assert len(plan_of(config).trainers) == num_ranks
+
+
 def test_roles_share_the_policys_ranks():
     config = GRPOConfig(allocation_mode=ROLES, critic=PPOCriticConfig(), ref=TrainEngineConfig())
     plan = plan_of(config)
@@ -94,6 +107,11 @@ def test_roles_share_the_policys_ranks():
         (
             GRPOConfig(allocation_mode="native:d1+fsdp:d1+fsdp[critic]:d1", critic=PPOCriticConfig()),
             r"devices of its own(.|\n)*fsdp:d1\|fsdp\[critic\]:d1",
+        ),
+        (RWConfig(kind="rw", allocation_mode="d2p2"), "value head cannot be on a pipeline"),
+        (
+            GRPOConfig(allocation_mode="native:d1+fsdp:d1p2", critic=PPOCriticConfig()),
+            r"fsdp:d1p2 has p2; (.|\n)*fsdp:d1p2\|fsdp\[critic\]:d2",
         ),
         (GRPOConfig(allocation_mode="native:d1+sglang[b]:d1+d1"), "nothing would run on sglang"),
     ],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NoReturn
 
 from arealite.api.cli_args import RunConfig
@@ -56,6 +56,11 @@ class Component:
         return self.dims.d * self.dims.t * self.dims.p * self.dims.c
 
     @property
+    def engine_dims(self) -> Dims:
+        """How a trainer's ranks share a model: the attention's layout, in the MoE form with the experts' e."""
+        return self.dims if self.ffn is None else replace(self.dims, e=self.ffn.e)
+
+    @property
     def num_servers(self) -> int:
         return self.dims.d if self.role == "inference" else 0
 
@@ -68,7 +73,7 @@ def trainer_dims(config: RunConfig, role: str = "") -> Dims:
     """How the allocation spreads a role's model over the trainer ranks: as the policy's where it does not say."""
     component = AllocationMode.parse(config.allocation_mode).role(role)
     assert component is not None, "the launcher's plan refuses a run without a trainer"
-    return component.dims
+    return component.engine_dims
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,13 @@ def _check_roles(config: RunConfig, mode: AllocationMode, actor: Component) -> N
             f"allocation_mode {mode} has inference servers, which kind: {config.kind} does not use: allocate the"
             f" trainer alone, such as {actor}"
         )
+    with_value_head = mode.role("critic") if roles.get("critic") is not None else actor if config.kind == "rw" else None
+    if with_value_head is not None and with_value_head.dims.p > 1:
+        raise ConfigError(
+            f"allocation_mode {mode}: a model with a value head cannot be on a pipeline in this version, and"
+            f" {with_value_head} has p{with_value_head.dims.p}; give it d, t and c, a critic as in"
+            f" {actor}|fsdp[critic]:d{actor.world_size}"
+        )
     of_actor = next(group for group in mode.groups if actor in group)
     for component in mode.components:
         if component in (mode.inference, actor):
@@ -153,11 +160,18 @@ def _check_supported(config: RunConfig, mode: AllocationMode) -> None:
             )
         sizes = asdict(component.dims)
         too_wide = [k for k in sizes if k != "d" and sizes[k] > 1 and k not in SUPPORTED[component.backend]]
-        if too_wide or component.ffn is not None:
-            what = ", ".join(f"{DIMENSIONS[k]} parallelism ({k}{sizes[k]})" for k in too_wide) or "the attn / ffn form"
+        if too_wide:
+            what = ", ".join(f"{DIMENSIONS[k]} parallelism ({k}{sizes[k]})" for k in too_wide)
             raise ConfigError(
                 f"allocation_mode: {component.backend} has no {what} in this version; use"
                 f" {component.backend}:d{component.world_size}"
+            )
+        if component.ffn is not None and component.ffn.t > 1:
+            num_others = component.ffn.d * component.ffn.t
+            wider = replace(component, ffn=replace(component.ffn, t=1, d=num_others))
+            raise ConfigError(
+                f"allocation_mode: {component} cuts every expert into t{component.ffn.t}, and here experts stay whole:"
+                f" they go to ranks by e alone, and tokens to them. Use t1 for ffn, such as {wider}, or a larger e"
             )
     if config.cluster.num_nodes > 1:
         raise ConfigError(
