@@ -116,9 +116,9 @@ def test_malformed_answers_are_named(tmp_path, tokenizer, row, said):
     ("row", "said"),
     [
         ({"prompt": "?", "chosen": "a"}, "rows.jsonl:1: no rejected"),
-        ({"prompt": "?", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+        ({"prompt": "?", "chosen": "a", "rejected": "a"}, "gives no example: 1 are empty or prefer nothing: check"),
         ({"chosen": "a", "rejected": "b"}, "rows.jsonl:1: no question"),
-        ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}, "does not end with an assistant's turn"),
+        ({"chosen": [USER], "rejected": [USER, ASSISTANT]}, "chosen does not end with an assistant's turn"),
     ],
 )
 def test_malformed_preferences_are_named(tmp_path, tokenizer, row, said):
@@ -131,9 +131,18 @@ def test_long_rows_are_counted_and_left_out(tmp_path, tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         kept = load_answers(rows_in(tmp_path, *rows, max_length=30), tokenizer, 0)
     assert [e.id for e in kept] == ["r0", "r2"]
-    assert "1 of 3 rows left out" in caplog.text
-    with pytest.raises(DatasetError, match="all 3 rows have more than max_length \\(3\\) tokens"):
+    assert "1 rows of" in caplog.text and "exceed max_length (30) and are left out, the first is" in caplog.text
+    with pytest.raises(DatasetError, match="gives no example: 3 exceed max_length \\(3\\)"):
         load_answers(rows_in(tmp_path, *rows, max_length=3), tokenizer, 0)
+
+
+def test_pairs_that_prefer_nothing_are_counted_and_left_out(tmp_path, tokenizer, caplog):
+    asked = "\n\nHuman: a\n\nAssistant:"
+    sides = [(" b", " c"), (" b", ""), (" b", " b"), (" b\n\nHuman: c", " d")]
+    rows = [{name: asked + text for name, text in zip(("chosen", "rejected"), pair, strict=True)} for pair in sides]
+    with caplog.at_level(logging.WARNING):
+        assert [e.id for e in load_preferences(rows_in(tmp_path, *rows), tokenizer, 0)] == ["r0"]
+    assert "3 rows of" in caplog.text and "rows.jsonl:2" in caplog.text
 
 
 def test_examples_are_drawn_like_tasks(tmp_path, tokenizer):

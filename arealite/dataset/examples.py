@@ -64,35 +64,40 @@ def load_answers(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed
 def load_preferences(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Example]:
     """For reward models: rows with `chosen` and `rejected`, each a list of messages, a dialogue in hh-rlhf's form, or
     an answer to the row's prompt. The score is wanted at the last token, so a token is added that it is to predict.
+    Rows that prefer nothing, as hh-rlhf has some, are left out with a warning: two equal sides, an empty answer.
 
     Raises DatasetError as `load_answers` does.
     """
 
-    def example(row: Row) -> Example:
-        sides = [_side(row, name, config) for name in ("chosen", "rejected")]
-        if sides[0] == sides[1]:
-            raise DatasetError(
-                f"{row.where}: chosen and rejected are the same, so nothing is preferred: remove the row"
-            )
-        sequences = [np.append(_learned(row, messages, tokenizer)[0], 0) for messages in sides]
+    def example(row: Row) -> Example | None:
+        chosen, rejected = (_side(row, name, config) for name in ("chosen", "rejected"))
+        if chosen is None or rejected is None or chosen == rejected:
+            return None
+        sequences = [np.append(_learned(row, messages, tokenizer)[0], 0) for messages in (chosen, rejected)]
         return Example(f"r{row.number}", tuple(sequences), tuple(np.arange(len(s)) == len(s) - 1 for s in sequences))
 
     return _load(config, seed, example)
 
 
-def _load(config: DatasetConfig, seed: int, example: Callable[[Row], Example]) -> list[Example]:
-    """All rows but those of more than `max_length` tokens."""
-    limit = config.max_length
-    found = [example(row) for row in read_rows(config, seed)]
-    kept = [e for e in found if limit is None or max(map(len, e.tokens)) <= limit]
+def _load(config: DatasetConfig, seed: int, example: Callable[[Row], Example | None]) -> list[Example]:
+    """All rows but those of more than `max_length` tokens, and those that are no example; both are counted."""
+    kept: list[Example] = []
+    left_out: dict[str, list[str]] = {"are empty or prefer nothing": [], f"exceed max_length ({config.max_length})": []}
+    empty, long = left_out.values()
+    for row in read_rows(config, seed):
+        made = example(row)
+        if made is None:
+            empty.append(row.where)
+        elif config.max_length is not None and max(map(len, made.tokens)) > config.max_length:
+            long.append(row.where)
+        else:
+            kept.append(made)
+    for why, rows in left_out.items():
+        if rows:
+            logger.warning("%d rows of %s %s and are left out, the first is %s", len(rows), config.path, why, rows[0])
     if not kept:
-        what = f"all {len(found)} rows have more than max_length ({limit}) tokens" if found else "it has no rows"
-        raise DatasetError(f"data set {config.path!r}: {what}: check path, split, num_rows and max_length")
-    if len(kept) < len(found):
-        logger.warning(
-            "%s: %d of %d rows left out, they have more tokens than max_length (%d)",
-            *(config.path, len(found) - len(kept), len(found), limit),
-        )
+        told = ", ".join(f"{len(rows)} {why}" for why, rows in left_out.items() if rows) or "it has no rows"
+        raise DatasetError(f"data set {config.path!r} gives no example: {told}: check path, split, max_length")
     return kept
 
 
@@ -108,7 +113,8 @@ def _conversation(row: Row, config: DatasetConfig) -> list[Message]:
     return _checked(row, answer_column, turns, config)
 
 
-def _side(row: Row, column: str, config: DatasetConfig) -> list[Message]:
+def _side(row: Row, column: str, config: DatasetConfig) -> list[Message] | None:
+    """One side's messages; None where its answer is empty."""
     _, value = find_column(row, (column,), f"the column {column}")
     if isinstance(value, list):
         return _checked(row, column, value, config)
@@ -118,7 +124,10 @@ def _side(row: Row, column: str, config: DatasetConfig) -> list[Message]:
         turns = [
             {"role": HH_ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
         ]
-        return _checked(row, column, turns, config)
+        is_whole = all(turn["content"] for turn in turns) and turns[-1]["role"] == "assistant"
+        return _checked(row, column, turns, config) if is_whole else None
+    if not text.strip():
+        return None
     prompt_column, question = find_column(row, PROMPT_COLUMNS, "a question")
     asked = config.prompt_template.replace("{prompt}", text_of(row, prompt_column, question))
     return _checked(row, column, [{"role": "user", "content": asked}, {"role": "assistant", "content": text}], config)
