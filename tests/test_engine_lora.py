@@ -10,10 +10,11 @@ import torch
 from engine_batches import actor_config, random_batch, train_one_step
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from arealite.api.cli_args import LoRAConfig, OptimizerConfig
 from arealite.api.errors import ConfigError, RecoveryError
+from arealite.engine.lora import add_adapters
 from arealite.engine.ppo.actor import FSDPPPOActor
 
 TARGETS = LoRAConfig().target_modules
@@ -188,3 +189,16 @@ def test_what_cannot_be_adapted_is_refused(tiny_llama, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_peft)
     with pytest.raises(ConfigError, match=r"pip install 'arealite\[lora\]'"):
         make(tiny_llama)
+
+
+def test_experts_get_no_adapters():
+    config = Qwen3MoeConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_experts=2
+    )
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config)
+    with pytest.raises(ConfigError, match=r"names gate_proj, up_proj, down_proj, .* experts are no linear layers"):
+        add_adapters(model, LoRAConfig(), seed=1)
+    add_adapters(model, LoRAConfig(target_modules=["q_proj"]), seed=1)
+    kept = {name for name, p in model.named_parameters() if not p.is_meta}
+    assert kept == {f"model.layers.0.self_attn.q_proj.lora_{side}.default.weight" for side in "AB"}

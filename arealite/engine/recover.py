@@ -67,6 +67,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     """
     key, trained = config.trained
     kept: dict[str, Any] = {f"{key}.path": trained.path, "seed": config.seed}
+    if trained.lora is not None:
+        kept |= {f"{key}.lora.{name}": value for name, value in vars(trained.lora).items()}
     if isinstance(config, GRPOConfig):
         kept |= {"gconfig.n_samples": config.gconfig.n_samples, "critic": config.critic is not None}
     kept |= {f"train_dataset.{name}": value for name, value in vars(config.train_dataset).items()}
