@@ -100,6 +100,35 @@ def test_stages_make_the_steps_of_one_rank(folders, alone, dims, micro_batches_p
             close(got[2], after)
 
 
+def values(rank, folder, dims):
+    """A critic's values before and after two updates that change its head and its layers."""
+    from arealite.api.cli_args import OptimizerConfig, PPOCriticConfig
+    from arealite.engine.ppo.critic import FSDPPPOCritic
+
+    optimizer = OptimizerConfig(lr=1e-2, eps=1e-3)
+    settings = PPOCriticConfig(path=folder, dtype="float32", optimizer=optimizer, max_tokens_per_mb=24)
+    critic = FSDPPPOCritic(settings, dims)
+    critic.initialize()
+    mine = share_of(critic)
+    mine.returns = np.linspace(-1, 1, len(mine.tokens), dtype=np.float32) * mine.loss_mask
+    found = []
+    for _ in range(2):
+        mine.values = critic.compute_values(mine)
+        stats = critic.ppo_update(mine)
+        found.append((mine.values, [stats[key] for key in ("loss", "grad_norm", "explained_variance")]))
+    return found, weights(critic)
+
+
+def test_a_critic_on_stages_learns_as_on_one_rank(folders):
+    expected, after = on_ranks(1, values, folders["llama tied"], Dims())[0]
+    for found, own in on_ranks(2, values, folders["llama tied"], Dims(p=2)):
+        for (got, stats), (wanted, theirs) in zip(found, expected, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+            assert stats == pytest.approx(theirs, rel=1e-5)
+        close(own, after)
+    assert np.abs(expected[1][0]).max() > 0.01
+
+
 def states(rank, folder, dims, path):
     """A step from the state under `path`, if it is there already; else a step to it and one from it."""
     actor = make(folder, dims, max_tokens_per_mb=24)

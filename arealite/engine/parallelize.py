@@ -50,6 +50,8 @@ def check_supported(config: Any, dims: Dims) -> None:
             f"a model of type {config.model_type} can be spread over the trainer's ranks by d only, and the layout is"
             f" {dims}; by t, c, p and e the types {', '.join(MODEL_TYPES)}"
         )
+    if dims.p > config.num_hidden_layers:
+        raise ConfigError(f"{config.num_hidden_layers} layers cannot be p{dims.p} stages: give p at most as many")
     if max(dims.t, dims.c) > 1:
         _check_heads(config, dims)
     if dims.t > 1:

@@ -18,11 +18,12 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 
-from arealite.api.errors import ArealiteError, ConfigError
+from arealite.api.errors import ArealiteError
 from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch
 from arealite.engine.model import PackedModel
 from arealite.engine.parallel import RankCollective
+from arealite.engine.parallelize import check_supported
 from arealite.observe.timeline import span
 
 # (micro-batch, what the model returns for it) -> the scalar whose gradient is wanted, or nothing
@@ -47,15 +48,14 @@ def split_stages(model: Any, mesh: RankMesh) -> str | None:
     weight is tied to it. Returns the name of that weight on the two stages that have a copy of it.
 
     Raises:
-        ConfigError: there are fewer layers than stages.
+        ConfigError: the model cannot be spread so.
     """
     num_stages = mesh.dims.p
     if num_stages == 1:
         return None
+    check_supported(model.config, mesh.dims)
     base, embedding = model.base_model, model.get_input_embeddings()
     heads = {name: child for name, child in model.named_children() if child is not base}
-    if len(base.layers) < num_stages:
-        raise ConfigError(f"{len(base.layers)} layers cannot be p{num_stages} pipeline stages: give p at most as many")
     is_tied = any(p is embedding.weight for head in heads.values() for p in head.parameters())
     work = [_work(module, model.config) for module in [*base.layers, *heads.values()]]
     starts = stage_starts(work[: len(base.layers)], sum(work[len(base.layers) :]), num_stages)

@@ -40,10 +40,6 @@ class FSDPValueEngine(FSDPEngine):
 
     def __init__(self, config: TrainEngineConfig, trainable: bool = True, dims: Dims | None = None) -> None:
         super().__init__(config, trainable, dims)
-        if dims is not None and dims.p > 1:
-            raise ConfigError(
-                f"the layout {dims} has p{dims.p}, and a value head cannot be on a pipeline yet: use d, t, c"
-            )
         if config.lora is not None:
             raise ConfigError("lora is given for a model with a value head, which needs all of its weights: remove it")
 
