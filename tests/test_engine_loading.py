@@ -6,8 +6,10 @@ import shutil
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from layouts import on_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -173,6 +175,19 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path):
         build_model(str(old))
     with pytest.raises(ConfigError, match="no causal language model can be loaded from .*hub id"):
         build_model("nobody/has-this-model")
+
+
+def test_a_hub_id_is_found_in_the_cache(tmp_path, monkeypatch):
+    cached = tmp_path / "models--nobody--tiny"
+    path = save_model("qwen3", cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    for module in (huggingface_hub.constants, transformers.utils.hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
+    assert_same(load("nobody/tiny"), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    (Path(path) / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has neither model.safetensors nor"):
+        load("nobody/tiny")
 
 
 class PeakMemory:
