@@ -1,12 +1,13 @@
 """Seconds and memory of training on sequences of very different lengths: AReaLite against padded Hugging Face training.
 
-    python benchmarks/long_sequences.py [--steps 2] [--peer-batch 2] [--peer-dtype bfloat16] [--peer-checkpointing]
+    python benchmarks/long_sequences.py [--steps 2] [--peer-batch 1] [--peer-dtype bfloat16] [--peer-checkpointing]
 
 Both sides train SmolLM2-135M on the same 8 sequences of 64 to 4,096 random tokens. Ours: a GRPO update on packed
-sequences, bf16 over float32 masters, in the environment that the launcher gives a trainer. The peer:
-AutoModelForCausalLM with SDPA, sequences padded to the longest, `--peer-batch` at a time (all 8 at once need more than
-24 GB: their logits alone are 6 GB in float32), cross-entropy, AdamW; weights in bf16, or in float32 under autocast. The
-first step of each is warm-up. Peak memory is VmHWM of each process, loading included. The last line is one JSON object.
+sequences, bf16 over float32 masters, activation checkpointing, in the environment that the launcher gives a trainer.
+The peer: AutoModelForCausalLM with SDPA, sequences padded to the longest, `--peer-batch` at a time (one takes over
+10 GB, all 8 at once far more than 24: their logits alone are 6 GB in float32), cross-entropy, AdamW; weights in bf16, or
+in float32 under autocast. The first step of each is warm-up. Peak memory is VmHWM of each process, loading included.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from train_step import peer_env, run_ours, run_side, say, say_peak, summarise, t
 
 LENGTHS = (1024, 64, 4096, 256, 2048, 128, 3072, 512)
 NUM_PROMPT = 16
-TOKENS_PER_MICRO_BATCH = 4096
+SETTINGS = {"max_tokens_per_mb": 4096, "gradient_checkpointing": "full"}
 
 
 def make_sequences() -> list[dict[str, Any]]:
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--side", choices=("both", "ours", "padded"), default="both", help=argparse.SUPPRESS)
     parser.add_argument("--model", default=None, help="a Hugging Face folder; smollm2-135m if not given")
     parser.add_argument("--steps", type=int, default=2, help="steps of each side, the first is warm-up")
-    parser.add_argument("--peer-batch", type=int, default=2, help="sequences that the peer computes together")
+    parser.add_argument("--peer-batch", type=int, default=1, help="sequences that the peer computes together")
     parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--peer-checkpointing", action="store_true", help="the peer recomputes its activations")
     args = parser.parse_args()
@@ -93,7 +94,7 @@ def main() -> None:
 
     model = args.model or str(fetch("smollm2-135m", None))
     if args.side == "ours":
-        run_ours(model, make_sequences(), len(LENGTHS), args.steps, max_tokens_per_mb=TOKENS_PER_MICRO_BATCH)
+        run_ours(model, make_sequences(), len(LENGTHS), args.steps, **SETTINGS)
     elif args.side == "padded":
         run_padded(model, args)
     else:
