@@ -108,11 +108,6 @@ def test_roles_share_the_policys_ranks():
             GRPOConfig(allocation_mode="native:d1+fsdp:d1+fsdp[critic]:d1", critic=PPOCriticConfig()),
             r"devices of its own(.|\n)*fsdp:d1\|fsdp\[critic\]:d1",
         ),
-        (RWConfig(kind="rw", allocation_mode="d2p2"), "value head cannot be on a pipeline"),
-        (
-            GRPOConfig(allocation_mode="native:d1+fsdp:d1p2", critic=PPOCriticConfig()),
-            r"fsdp:d1p2 has p2; (.|\n)*fsdp:d1p2\|fsdp\[critic\]:d2",
-        ),
         (GRPOConfig(allocation_mode="native:d1+sglang[b]:d1+d1"), "nothing would run on sglang"),
     ],
 )

@@ -129,13 +129,6 @@ def _check_roles(config: RunConfig, mode: AllocationMode, actor: Component) -> N
             f"allocation_mode {mode} has inference servers, which kind: {config.kind} does not use: allocate the"
             f" trainer alone, such as {actor}"
         )
-    with_value_head = mode.role("critic") if roles.get("critic") is not None else actor if config.kind == "rw" else None
-    if with_value_head is not None and with_value_head.dims.p > 1:
-        raise ConfigError(
-            f"allocation_mode {mode}: a model with a value head cannot be on a pipeline in this version, and"
-            f" {with_value_head} has p{with_value_head.dims.p}; give it d, t and c, a critic as in"
-            f" {actor}|fsdp[critic]:d{actor.world_size}"
-        )
     of_actor = next(group for group in mode.groups if actor in group)
     for component in mode.components:
         if component in (mode.inference, actor):
