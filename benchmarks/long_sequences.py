@@ -5,8 +5,8 @@
 Both sides train SmolLM2-135M on the same 8 sequences of 64 to 4,096 random tokens. Ours: a GRPO update on packed
 sequences, bf16 over float32 masters, activation checkpointing, in the environment that the launcher gives a trainer.
 The peer: AutoModelForCausalLM with SDPA, sequences padded to the longest, `--peer-batch` at a time (one takes over
-10 GB, all 8 at once far more than 24: their logits alone are 6 GB in float32), cross-entropy, AdamW; weights in bf16, or
-in float32 under autocast. The first step of each is warm-up. Peak memory is VmHWM of each process, loading included.
+10 GB, all 8 at once more than 24: their logits alone are 6 GB in float32), cross-entropy, AdamW; weights in bf16 or,
+under autocast, float32. The first step of each is warm-up. Peak memory is VmHWM of each process, loading included.
 The last line is one JSON object.
 """
 
