@@ -40,7 +40,7 @@ def check(config_path: str, overrides: list[str], explained: bool) -> str:
         "CONFIGURATION": settings,
         "RUN": table(facts),
         "PROCESSES": processes(plan),
-        "MEMORY (estimates, expect 25% either way)": memory(plan, config, machine),
+        "MEMORY (estimated peaks, meant to be within 20%)": memory(plan, config, machine),
     }
     return "\n\n".join("\n".join([title, *indented(lines)]) for title, lines in sections.items())
 
@@ -130,11 +130,14 @@ def memory(plan: Plan, config: RunConfig, machine: Machine) -> list[str]:
     if shape is None or (reference is not None and ref is None):
         return ["unknown: no model folder with safetensors on this machine"]
     mode = AllocationMode.parse(config.allocation_mode)
+    assert mode.train is not None, "make_plan refuses a run without a trainer"
     kinds: list[tuple[str, int, list[Part]]] = []
     if mode.inference is not None and isinstance(config, GRPOConfig):
         num_shards = mode.inference.world_size // mode.inference.num_servers
         kinds.append(("server", len(plan.servers), server_parts(config, shape, num_shards, mode.inference.backend)))
-    kinds.append(("trainer", len(plan.trainers), trainer_parts(config, shape, len(plan.trainers), ref)))
+    kinds.append(
+        ("trainer", len(plan.trainers), trainer_parts(config, shape, mode.train.dims, ref, bool(machine.gpus)))
+    )
     lines, total = [], 0.0
     for kind, count, parts in kinds:
         each = sum(part.num_bytes for part in parts)

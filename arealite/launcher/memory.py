@@ -1,6 +1,6 @@
 """How much memory each process of a run will take, estimated from the model's files. Called by describe.py.
 
-Rough on purpose (expect 25% either way); every part carries the assumption behind it.
+Meant to be within 20% of what benchmarks/memory_estimate.py measures; every part carries the assumption behind it.
 """
 
 from __future__ import annotations
@@ -8,16 +8,22 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from arealite.api.cli_args import GRPOConfig, RunConfig
+from arealite.api.cli_args import GRPOConfig, LoRAConfig, RunConfig
+from arealite.api.types import Dims
+from arealite.dataset.rows import task_of
+from arealite.dataset.sources import read_rows
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-PROGRAM_BYTES = 600 << 20  # Python with torch and transformers loaded
+PROGRAM_BYTES = 350 << 20  # Python with torch and transformers loaded
 VLLM_PROGRAM_BYTES = 2400 << 20  # vLLM's three processes
 KV_TOKENS_PER_SEQUENCE = 2048  # the native server's default for the size of its cache
-# Values kept per token and layer for the backward pass of a Llama-like block.
-HIDDEN_KEPT, INTERMEDIATE_KEPT = 12, 4
+GATHERED_LAYERS = 2  # at one time, where layers are sharded: the one that computes, and the next
+KEPT_FREE = 0.08  # of what is allocated: lies free between blocks of other sizes; measured
+TEMPLATE_TOKENS, CHARACTERS_PER_TOKEN = 16, 3
+ROWS_READ = 1000
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,10 @@ class ModelShape:
     hidden: int
     intermediate: int
     vocabulary: int
+    query_width: int  # heads x head size
     kv_width: int  # KV heads x head size
     context_length: int
+    is_tied: bool  # embedding and head are one weight
 
     @classmethod
     def read(cls, folder: str | Path) -> ModelShape | None:
@@ -39,18 +47,20 @@ class ModelShape:
             config = json.loads((Path(folder) / "config.json").read_text())
             config |= config.get("text_config", {})
             hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
-            num_parameters = sum(map(_count_parameters, Path(folder).glob("*.safetensors")))
-            if not num_parameters:
+            tensors = {name: size for path in Path(folder).glob("*.safetensors") for name, size in _sizes(path).items()}
+            if not tensors:
                 return None
+            head_size = config.get("head_dim") or hidden // num_heads
             return cls(
-                num_parameters=num_parameters,
+                num_parameters=sum(tensors.values()),
                 num_layers=config["num_hidden_layers"],
                 hidden=hidden,
                 intermediate=config.get("intermediate_size", 4 * hidden),
                 vocabulary=config["vocab_size"],
-                kv_width=(config.get("num_key_value_heads") or num_heads)
-                * (config.get("head_dim") or hidden // num_heads),
+                query_width=num_heads * head_size,
+                kv_width=(config.get("num_key_value_heads") or num_heads) * head_size,
                 context_length=config.get("max_position_embeddings", KV_TOKENS_PER_SEQUENCE),
+                is_tied="lm_head.weight" not in tensors,
             )
         except (OSError, ValueError, KeyError):
             return None
@@ -65,11 +75,11 @@ class Part:
     assumption: str
 
 
-def _count_parameters(path: Path) -> int:
-    """Parameters of a safetensors file, from its header alone."""
+def _sizes(path: Path) -> dict[str, int]:
+    """Parameters of each tensor of a safetensors file, from its header alone."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+    return {name: math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__"}
 
 
 def kv_cache_bytes(config: GRPOConfig, shape: ModelShape) -> int:
@@ -96,41 +106,142 @@ def server_parts(config: GRPOConfig, shape: ModelShape, num_shards: int, backend
     ]
 
 
-def trainer_parts(config: RunConfig, shape: ModelShape, world_size: int, ref: ModelShape | None) -> list[Part]:
-    """One trainer rank of `world_size`; `ref` is the reference model's shape when there is one."""
-    _, actor = config.trained
-    size = DTYPE_BYTES[actor.dtype]
-    count = shape.num_parameters / world_size
-    source = config.train_dataset
-    if isinstance(config, GRPOConfig):
-        context = config.server.context_length or shape.context_length
-        step_tokens = source.batch_size * config.gconfig.n_samples * context
-    else:
-        step_tokens = source.batch_size * (source.max_length or shape.context_length) * (1 + (config.kind == "rw"))
-    tokens = min(actor.max_tokens_per_mb, -(-step_tokens // world_size))
-    layer = tokens * size * (HIDDEN_KEPT * shape.hidden + INTERMEDIATE_KEPT * shape.intermediate)
-    if actor.gradient_checkpointing != "none":
-        activations, kept = tokens * size * shape.num_layers * shape.hidden + layer, "one layer, and the input of each"
-    else:
-        activations, kept = shape.num_layers * layer, "all layers"
+def trainer_parts(
+    config: RunConfig, shape: ModelShape, dims: Dims, ref: ModelShape | None, on_gpu: bool = False
+) -> list[Part]:
+    """One trainer rank of the layout `dims`, the fullest; `ref` is the reference model's shape when there is one.
+
+    Calibrated on CPUs (benchmarks/memory_estimate.py). GPUs are assumed to be the same without the compiled kernels.
+    """
+    _, engine = config.trained
+    layout = _Layout(shape, dims, DTYPE_BYTES[engine.dtype])
+    held, copied = layout.held(shape.num_parameters), f"weights in {engine.dtype}, gathered or kept between the passes"
+    trained, frozen = (held, 0.0) if engine.lora is None else (layout.held(_adapters(shape, engine.lora)), held)
+    moments = 2 if engine.optimizer.kind == "adamw" else 2 / shape.hidden
     parts = [
-        Part("weights", 4 * count, f"float32 masters, over {world_size} rank(s)"),
-        Part("gradients", 4 * count, "float32"),
-        Part("Adam", 8 * count, "two float32 moments"),
-        Part("working copy", size * shape.num_parameters if size < 4 else 0, f"weights in {actor.dtype}"),
-        Part("activations", activations, f"{tokens} tokens (max_tokens_per_mb={actor.max_tokens_per_mb}): {kept}"),
         Part(
-            "logits",
-            3 * 4 * actor.logprob_chunk_tokens * shape.vocabulary,
-            f"logprob_chunk_tokens={actor.logprob_chunk_tokens} x {shape.vocabulary}, three float32 copies",
+            "weights", 4 * trained + layout.size * frozen, f"float32 masters, {dims}; what is frozen in {engine.dtype}"
         ),
-        Part("program", PROGRAM_BYTES, "Python, torch, transformers"),
+        Part("gradients", 4 * trained, "float32"),
+        Part("optimizer", 4 * moments * trained, engine.optimizer.kind),
+        Part("working copy", layout.working_copy(is_kept=engine.lora is None), copied),
+        *_activations(config, shape, layout, on_gpu),
     ]
+    if engine.lora is None:
+        passing = layout.working_copy(is_kept=True) or layout.size * held
+        parts.insert(4, Part("passing gradients", passing, f"{engine.dtype}, on their way to the float32 ones"))
     if isinstance(config, GRPOConfig):
-        num_bytes = DTYPE_BYTES[config.server.dtype] * shape.num_parameters
-        parts.append(Part("weights to send", num_bytes, "rank 0 only, host memory"))
+        num_sent = shape.num_parameters if engine.lora is None else _adapters(shape, engine.lora)
+        parts.append(Part("weights to send", layout.size * num_sent, "rank 0 only, host memory"))
         if config.critic is not None:
-            parts.append(Part("critic", (16 + size) * count, "as large as the policy; weights, gradients, Adam, copy"))
+            parts.append(
+                Part("critic", 16 * held + layout.working_copy(True), "as large as the policy, and so trained")
+            )
     if ref is not None:
-        parts.insert(3, Part("reference", 4 * ref.num_parameters / world_size, "float32, frozen"))
+        parts.insert(3, Part("reference", layout.size * layout.held(ref.num_parameters), "in the compute type, frozen"))
+    total = sum(part.num_bytes for part in parts)
+    parts.append(Part("allocator", KEPT_FREE * total, "what lies free between blocks of other sizes"))
+    parts.append(Part("program", PROGRAM_BYTES, "Python, torch, transformers"))
     return [part for part in parts if part.num_bytes]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What of a model lies on one rank. `size`: bytes of a value in the compute type."""
+
+    shape: ModelShape
+    dims: Dims
+    size: int
+
+    @property
+    def ends(self) -> int:
+        """Parameters of embedding and head on one stage: with p > 1 they are on different ones."""
+        return self.shape.vocabulary * self.shape.hidden * (1 if self.shape.is_tied or self.dims.p > 1 else 2)
+
+    def held(self, num_parameters: float) -> float:
+        """Parameters that a rank of the fullest stage holds of so many."""
+        ends = self.ends if num_parameters > self.ends else 0
+        copies = 1 if self.shape.is_tied or self.dims.p == 1 else 2
+        layers = (num_parameters - ends * copies) / self.dims.p
+        return (layers + ends) / (self.dims.d * self.dims.c * self.dims.t)
+
+    def working_copy(self, is_kept: bool) -> float:
+        """Bytes of gathered weights in the compute type. `is_kept`: whether one rank alone needs a copy too (not if its
+        own weights are of that type)."""
+        dims, shape = self.dims, self.shape
+        layers = (shape.num_parameters - shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2)) / dims.t
+        one_rank = dims.d * dims.c == 1
+        needed = (is_kept and self.size < 4) or not one_rank
+        gathered = layers / dims.p if one_rank else GATHERED_LAYERS * layers / shape.num_layers
+        ends = self.ends if needed or dims.t > 1 else 0
+        return self.size * ((gathered if needed else 0) + ends)
+
+
+def _adapters(shape: ModelShape, lora: LoRAConfig) -> float:
+    """Parameters of all adapters."""
+    wide = {
+        "q_proj": shape.query_width,
+        "o_proj": shape.query_width,
+        "k_proj": shape.kv_width,
+        "v_proj": shape.kv_width,
+    }
+    mlp = {"gate_proj": shape.intermediate, "up_proj": shape.intermediate, "down_proj": shape.intermediate}
+    widths = wide | mlp
+    ends = sum(shape.hidden + widths[name] for name in lora.target_modules if name in widths)
+    return float(lora.rank * shape.num_layers * ends)
+
+
+def _activations(config: RunConfig, shape: ModelShape, layout: _Layout, on_gpu: bool) -> list[Part]:
+    """What a micro-batch keeps for its backward pass, and the head's working memory."""
+    _, engine = config.trained
+    dims, size = layout.dims, layout.size
+    total, longest = _tokens(config, shape, engine.share_prompts)
+    total = -(-total // dims.d)
+    num_batches = max(1, -(-total // engine.max_tokens_per_mb))
+    tokens = max(-(-total // num_batches), min(longest, total))
+    # Kept per token: queries, keys, values and what attention makes of them, gate and up; the input of two norms, and
+    # without the compiled kernels its float32 copy, what the norms make of it, and the results inside the gated unit.
+    layer = size * (2 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + 2 * shape.intermediate)
+    if on_gpu:
+        layer += 2 * (4 + size) * shape.hidden + 2 * size * shape.intermediate
+    if dims.t > 1:
+        layer += 2 * size * shape.hidden * (dims.t - 1)  # tokens of the other ranks, gathered for two products
+    products = size * (2 * shape.query_width + 2 * shape.kv_width + 2 * shape.hidden + 2 * shape.intermediate)
+    selective = min(layer, size * shape.hidden + products)
+    kept_of = {"none": layer, "full": size * shape.hidden, "selective": selective}
+    kept = kept_of[engine.gradient_checkpointing]
+    per_token = shape.num_layers / dims.p * kept * min(dims.p, num_batches) + max(layer - kept, 0)
+    activations = tokens / (dims.c * dims.t) * per_token
+    rows = min(engine.logprob_chunk_tokens, tokens)
+    head = rows * shape.vocabulary * size + 4 * shape.vocabulary * shape.hidden
+    what = (
+        f"{tokens} tokens (max_tokens_per_mb={engine.max_tokens_per_mb}), checkpointing {engine.gradient_checkpointing}"
+    )
+    return [
+        Part("activations", activations, what),
+        Part("logits", head, f"{rows} rows x {shape.vocabulary}, and the gradient of the head's weight"),
+    ]
+
+
+def _tokens(config: RunConfig, shape: ModelShape, share_prompts: bool) -> tuple[int, int]:
+    """Computed tokens of a step, over all ranks, and of its longest sequence, if every answer has its full length."""
+    source = config.train_dataset
+    if not isinstance(config, GRPOConfig):
+        longest = source.max_length or shape.context_length
+        return source.batch_size * longest * (1 + (config.kind == "rw")), longest
+    g, context = config.gconfig, config.server.context_length or shape.context_length
+    prompt = min(_prompt_tokens(config), max(context - g.max_new_tokens, 1))
+    answer = g.max_new_tokens - 1  # nothing is predicted from the last token
+    group = prompt + g.n_samples * answer if share_prompts else g.n_samples * (prompt + answer)
+    return source.batch_size * group, prompt + answer
+
+
+def _prompt_tokens(config: GRPOConfig) -> int:
+    """Of the longest of the first prompts of a local data set, by its characters; else the limit."""
+    source = config.train_dataset
+    most = source.max_prompt_tokens or 1 << 30
+    if not source.path or not Path(source.path).expanduser().exists():
+        return most
+    tasks = (task_of(row, source, chat=True) for row in islice(read_rows(source, config.seed), ROWS_READ))
+    texts = [task.prompt or "".join(str(m["content"]) for m in task.messages or []) for task in tasks]
+    return min(most, TEMPLATE_TOKENS + round(max(map(len, texts), default=0) / CHARACTERS_PER_TOKEN))
