@@ -1,4 +1,4 @@
-"""The `arealite` command: run, serve, check, fetch, bench. Starts in well under a second, importing
+"""The `arealite` command: run, serve, check, prove, fetch, bench. Starts in well under a second, importing
 nothing heavy.
 """
 
@@ -32,6 +32,13 @@ SERVE_EXAMPLES = """examples:
   arealite serve --model smollm2-135m --port 8000
   arealite serve --help                 all options of the server"""
 
+PROVE_EXAMPLES = """examples:
+  arealite prove examples/arealite/quickstart.yaml
+  arealite prove run.yaml actor.path=smollm2-135m --quick      float32 only, fewer variants, no server
+  arealite prove run.yaml allocation_mode=native:d1+fsdp:d2t2 --ranks 4
+
+Exit codes: 0 nothing failed; 1 a check failed; 2 the configuration was refused."""
+
 FETCH_EXAMPLES = """examples:
   arealite fetch smollm2-135m"""
 
@@ -60,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(check(arguments.config, arguments.overrides, arguments.explain), flush=True)
             return 0
+        if arguments.command == "prove":
+            return prove(arguments)
         from arealite.dataset.fetch import fetch
 
         print(fetch(arguments.model), flush=True)
@@ -85,11 +94,22 @@ def serve(words: list[str]) -> int:
     return serve_main([*rest, "--model", given.model] if given.model else rest)
 
 
+def prove(arguments: argparse.Namespace) -> int:
+    """Run the checks in a process of their own, which loads torch."""
+    import subprocess
+
+    options = ["--quick"] if arguments.quick else []
+    options += ["--ranks", str(arguments.ranks)] if arguments.ranks else []
+    options += ["--json", arguments.json] if arguments.json else []
+    command = [sys.executable, "-m", "arealite.evaluation.prove", arguments.config, *arguments.overrides, *options]
+    return subprocess.call(command)
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     """The parsed command line; overrides may stand before and after options."""
     top = parser()
     arguments, rest = top.parse_known_args(words)
-    takes_overrides = arguments.command in ("run", "check")
+    takes_overrides = arguments.command in ("run", "check", "prove")
     wrong = [word for word in rest if not takes_overrides or word.startswith("-") or "=" not in word]
     if wrong:
         top.error(f"{arguments.command} does not know {' '.join(wrong)}; overrides are key=value")
@@ -124,6 +144,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("config", metavar="YAML", help="the configuration")
     add_overrides(command)
     command.add_argument("--explain", action="store_true", help="document every field")
+    command = add("prove", "prove that a training step does not depend on how it is computed", PROVE_EXAMPLES)
+    command.add_argument("config", metavar="YAML", help="the configuration")
+    add_overrides(command)
+    command.add_argument("--ranks", type=int, metavar="N", help="processes for layouts; default: the GPUs, or 2")
+    command.add_argument("--quick", action="store_true", help="float32 only, fewer variants, no server")
+    command.add_argument("--json", metavar="FILE", help="where the findings go; default: the run folder")
     command = add("fetch", "make a small pretrained model available locally", FETCH_EXAMPLES)
     command.add_argument("model", help="its name, such as smollm2-135m")
     command = add("bench", "measure throughput and latency of running servers", BENCH_EXAMPLES)

@@ -49,6 +49,7 @@ class RunFolder:
     recover_dir = _Place("recover")
     tensorboard_dir = _Place("tensorboard")
     timeline_dir = _Place("timeline")
+    prove_json = _Place("prove.json")
 
     @classmethod
     def of(cls, config: RunConfig) -> RunFolder:

@@ -14,7 +14,7 @@ from arealite.engine.checkpoint import Saver
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.recover import RecoverHandler
 from arealite.evaluation.evaluator import Evaluator
-from arealite.observe import waits
+from arealite.observe import timeline, waits
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
     recover = RecoverHandler(config.recover, folder, config)
     num_steps = total_steps(config, dataloader)
     actor.plan_updates(num_steps * config.actor.ppo_n_minibatches)
+    timeline.open_timeline(folder, config.stats_logger.timeline, actor.collective.rank)
     logger = StatsLogger(folder, config.stats_logger, num_steps)
 
     start = recover.load(actor, rollout, dataloader)
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> None:
     if start == 0:
         evaluator.maybe_evaluate(0, 0)
     for step in range(start, num_steps):
+        timeline.begin_step(step)
         batch = rollout.prepare_batch(dataloader, workflow)  # rollout_batch(tasks, workflow) is synchronous
         mismatch = guard.check(step, batch, actor, rollout)
         if actor.needs_prox_logp:  # a single update per step computes them anyway

@@ -1,0 +1,197 @@
+"""What `arealite prove` compares: one training step, as numbers that must not depend on how it was computed.
+
+Called by prove.py and what it calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from arealite.api.cli_args import PPOActorConfig
+from arealite.api.types import Batch
+from arealite.engine.ppo.actor import FSDPPPOActor
+
+# Largest differences allowed, by compute type: in float32 what another order of sums makes; in bfloat16 what another
+# order of roundings to 8 bits makes in some thirty layers. Logprobs: absolute. The loss: relative to the mean absolute
+# advantage, since it may itself be near 0. The gradient's norm and the gradients (norm of the difference): relative.
+TOLERANCES = {
+    "float32": {"logprobs": 2e-4, "loss": 1e-5, "gradient norm": 1e-4, "gradients": 2e-4},
+    "bfloat16": {"logprobs": 0.5, "loss": 1e-2, "gradient norm": 5e-2, "gradients": 0.15},
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table. `absolute`, `relative`: of the quantity `worst`, which came nearest to its `tolerance`."""
+
+    check: str
+    compared: str
+    outcome: str  # pass, FAIL or skipped
+    worst: str = ""
+    absolute: float = 0.0
+    relative: float = 0.0
+    tolerance: float = 0.0
+    reason: str = ""
+
+
+def skipped(check: str, compared: str, reason: str) -> Finding:
+    return Finding(check, compared, "skipped", reason=reason)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far two values of one quantity are apart; `judged` is the one that the tolerance bounds."""
+
+    absolute: float
+    relative: float
+    judged: float
+
+
+def judge(check: str, compared: str, distances: Mapping[str, Distance], tolerances: Mapping[str, float]) -> Finding:
+    """Pass when every distance is within its tolerance; NaN never is."""
+    shares = {name: d.judged / max(tolerances[name], 1e-300) for name, d in distances.items()}
+    worst = max(shares, key=lambda name: np.inf if np.isnan(shares[name]) else shares[name])
+    outcome = "pass" if shares[worst] <= 1 else "FAIL"
+    found = distances[worst]
+    return Finding(check, compared, outcome, worst, found.absolute, found.relative, tolerances[worst])
+
+
+@dataclass
+class Step:
+    """One update without a change of weights. `gradients` are clipped, whole, float32 on the CPU, by parameter; of a
+    step that was compared while it was made, their squared distance to the reference instead, and the largest."""
+
+    logp: np.ndarray  # float32 [T]
+    loss: float
+    grad_norm: float
+    gradients: dict[str, torch.Tensor]
+    scale: float = 1.0  # of the loss: the mean absolute advantage
+    squared_distance: float = 0.0
+    largest: float = 0.0
+
+
+def proof_config(config: PPOActorConfig, dtype: str) -> PPOActorConfig:
+    """The user's policy in `dtype`, one update per step, at learning rate 0: every step then starts from the same
+    weights, and what it would do to them is in the gradients."""
+    optimizer = replace(config.optimizer, lr=0.0, lr_scheduler="constant", warmup_steps=0)
+    return replace(config, dtype=dtype, ppo_n_minibatches=1, optimizer=optimizer)
+
+
+def take_step(actor: FSDPPPOActor, batch: Batch, reference: Mapping[str, torch.Tensor] | None = None) -> Step:
+    """One step on `batch`, this rank's share. `reference`: gradients to compare with, instead of keeping one's own.
+    Collective; on another stage of a pipeline the gradients are those of that stage."""
+    step = Step(np.zeros(0), 0.0, 0.0, {})
+
+    def look(*_: object) -> None:
+        for module in actor.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the parameters with gradients are the sharded ones
+        for name, p in actor.hf_model.named_parameters():
+            if not p.requires_grad or p.grad is None:
+                continue
+            whole = (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).float().cpu()
+            if reference is None:
+                step.gradients[name] = whole.clone()
+                continue
+            difference = whole.double() - reference[name].double()
+            step.squared_distance += float(difference.square().sum())
+            step.largest = max(step.largest, float(difference.abs().max()))
+
+    assert actor.optimizer is not None
+    hook = actor.optimizer.register_step_pre_hook(look)
+    try:
+        mine = replace(batch)
+        step.logp = actor.compute_logp(mine)
+        actor.compute_advantages(mine)
+        assert mine.advantages is not None
+        step.scale = float(np.abs(mine.advantages[batch.loss_mask]).mean()) if batch.loss_mask.any() else 0.0
+        stats = actor.grpo_update(mine)
+    finally:
+        hook.remove()
+    step.loss, step.grad_norm = stats["loss"], stats["grad_norm"]
+    return step
+
+
+def distances(step: Step, reference: Step) -> dict[str, Distance]:
+    """How far a step that was made with `reference`'s gradients is from it."""
+    norm = sum(float(g.double().square().sum()) for g in reference.gradients.values()) ** 0.5
+    loss, grad_norm = abs(step.loss - reference.loss), abs(step.grad_norm - reference.grad_norm)
+    apart = step.squared_distance**0.5
+    return {
+        "logprobs": logprob_distance(step.logp, reference.logp),
+        "loss": Distance(
+            loss, loss / max(abs(reference.loss), 1e-30), loss / max(abs(reference.loss), reference.scale)
+        ),
+        "gradient norm": Distance(grad_norm, grad_norm / reference.grad_norm, grad_norm / reference.grad_norm),
+        "gradients": Distance(step.largest, apart / norm, apart / norm),
+    }
+
+
+def logprob_distance(one: np.ndarray, other: np.ndarray) -> Distance:
+    """Of float32 [T] logprobs, 0 outside of the loss."""
+    apart = np.abs(one.astype(np.float64) - other)
+    relative = apart / np.maximum(np.abs(other), 1e-30)
+    worst = float(apart.max(initial=0.0))
+    return Distance(worst, float(relative[other != 0].max(initial=0.0)), worst)
+
+
+def random_batch(
+    prompts: list[list[int]], group_size: int, longest: int, vocabulary: int, rng: np.random.Generator
+) -> Batch:
+    """Groups of `group_size` random answers of 3 to `longest` tokens to each prompt; in each group two answers begin
+    alike, one equals another, and one has a turn of the environment in the middle. Logprobs are still 0."""
+    rows, masks, groups = [], [], []
+    for group, prompt in enumerate(prompts):
+        answers = [rng.integers(0, vocabulary, rng.integers(3, longest + 1)) for _ in range(group_size)]
+        answers[-1] = answers[0].copy()
+        answers[group_size // 2][:2] = answers[0][:2]
+        for member, answer in enumerate(answers):
+            mask = np.concatenate([np.zeros(len(prompt), bool), np.ones(len(answer), bool)])
+            mask[len(prompt) + 1] &= member != 1
+            rows.append(np.concatenate([prompt, answer]))
+            masks.append(mask)
+            groups.append(group)
+    mask = np.concatenate(masks)
+    return Batch(
+        tokens=np.concatenate(rows).astype(np.int64),
+        loss_mask=mask,
+        logprobs=np.zeros(len(mask), np.float32),
+        versions=np.where(mask, 0, -1).astype(np.int32),
+        cu_seqlens=np.cumsum([0, *map(len, rows)]),
+        group_ids=np.asarray(groups),
+        rewards=rng.normal(size=len(rows)),
+        truncated=np.arange(len(rows)) % group_size == group_size - 1,
+        num_groups=len(prompts),
+        task_ids=[f"proof-{group}" for group in groups],
+    )
+
+
+def with_logprobs(batch: Batch, actor: FSDPPPOActor, rng: np.random.Generator) -> Batch:
+    """`batch` with older policies' logprobs near the current ones, where the loss asks for them."""
+    logp = actor.compute_logp(batch)
+
+    def near(spread: float) -> np.ndarray:
+        noise = rng.normal(size=len(logp)) * spread
+        return np.where(batch.loss_mask, np.minimum(logp + noise, 0), 0).astype(np.float32)
+
+    config = actor.config
+    return replace(
+        batch,
+        logprobs=near(0.1),
+        prox_logp=near(0.05) if actor.needs_prox_logp else None,
+        ref_logp=near(0.2) if config.kl_weight else None,
+    )
+
+
+def permuted(batch: Batch, rng: np.random.Generator) -> tuple[Batch, np.ndarray]:
+    """The same sequences and groups in another order, and int64 [T]: where each of the new tokens was."""
+    order = rng.permutation(batch.num_sequences)
+    tokens = np.concatenate([np.arange(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]) for i in order])
+    changed = batch.select(order)
+    return replace(changed, group_ids=rng.permutation(batch.num_groups)[changed.group_ids]), tokens

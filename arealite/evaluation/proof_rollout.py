@@ -1,0 +1,140 @@
+"""Synchronous and asynchronous rollouts without staleness are the same groups, and make the same step.
+
+Called by prove.py. Starts a built-in server of its own on the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
+from arealite.api.engine import InferenceEngine
+from arealite.api.errors import ServerUnreachable
+from arealite.api.types import Batch, GenerationRequest, Task, Trajectory
+from arealite.dataset.loader import StatefulDataLoader
+from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.evaluation.proof import TOLERANCES, Finding, distances, judge, logprob_distance, take_step
+from arealite.observe.waits import waiting
+from arealite.rollout.client import RemoteNativeEngine
+
+START_LIMIT_S = 300.0
+STOP_LIMIT_S = 20.0
+NUM_GROUPS, GROUP_SIZE = 2, 4
+MAX_NEW_TOKENS = 12
+
+
+class SampledAnswers:
+    """A workflow whose reward depends on the answer's tokens alone, and differs between answers. `prompt` gives a
+    task's tokens."""
+
+    def __init__(self, prompt: Callable[[Task], list[int]], config: GenerationHyperparameters) -> None:
+        self.prompt, self.config = prompt, config
+
+    async def arun_episode(self, engine: InferenceEngine, task: Task) -> list[Trajectory]:
+        return await asyncio.gather(*(self._member(engine, task, i) for i in range(GROUP_SIZE)))
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    async def _member(self, engine: InferenceEngine, task: Task, member: int) -> Trajectory:
+        prompt, g = self.prompt(task), self.config
+        sampling: dict[str, Any] = {"temperature": g.temperature, "top_p": g.top_p, "top_k": g.top_k, "min_p": g.min_p}
+        found = await engine.agenerate(
+            GenerationRequest(f"{task.id}.{member}", prompt, MAX_NEW_TOKENS, group_id=task.id, **sampling)
+        )
+        return Trajectory(
+            task_id=task.id,
+            member=member,
+            tokens=[*prompt, *found.token_ids],
+            loss_mask=[False] * len(prompt) + [True] * len(found.token_ids),
+            logprobs=[0.0] * len(prompt) + found.logprobs,
+            versions=[-1] * len(prompt) + found.versions,
+            reward=sum(found.token_ids) % 7 / 7,
+            finish_reason=found.finish_reason,
+        )
+
+
+@contextmanager
+def server(model: str, context_length: int) -> Iterator[str]:
+    """A built-in server in float32; yields its address. Raises ServerUnreachable with its last words."""
+    words = ["--port", "0", "--dtype", "float32", "--deterministic", "--max-running-requests", "8"]
+    command = [sys.executable, "-m", "arealite.inference.serve", "--model", model, *words]
+    command += ["--context-length", str(context_length)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    try:
+        said: list[str] = []
+        with waiting("start of the built-in server", "server", START_LIMIT_S) as limit:
+            for line in process.stdout:
+                limit.check()
+                said.append(line)
+                if "listening on" in line:
+                    break
+            else:
+                raise ServerUnreachable(f"the built-in server ended at its start: {''.join(said[-5:])}")
+        yield said[-1].strip().rpartition("//")[2]
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def check_rollouts(
+    config: GRPOConfig, tasks: list[Task], prompt: Callable[[Task], list[int]], actor: FSDPPPOActor
+) -> list[Finding]:
+    """`actor` computes in float32 at learning rate 0. Two findings: the steps, and the logprobs of both sides."""
+    run = replace(config, train_dataset=replace(config.train_dataset, batch_size=NUM_GROUPS))
+    workflow = SampledAnswers(prompt, config.gconfig)
+    rollout = replace(config.rollout, max_head_offpolicyness=0, consumer_batch_size=NUM_GROUPS)
+    batches: list[Batch] = []
+    with server(actor.folder, context_length=2048) as address:
+        for asynchronous in (False, True):
+            engine = RemoteNativeEngine(rollout, seed=config.seed)
+            loader = StatefulDataLoader(tasks, run)
+            try:
+                engine.initialize(addresses=[address])
+                if asynchronous:
+                    batches.append(_by_task(engine.prepare_batch(loader, workflow)))
+                else:
+                    batches.append(_by_task(engine.rollout_batch(list(islice(loader, NUM_GROUPS)), workflow)))
+            finally:
+                engine.destroy()
+    tolerances = TOLERANCES["float32"]
+    first, second = batches
+    check, compared = "asynchronous rollouts, eta = 0", "against synchronous ones: groups, and the step on them"
+    if not np.array_equal(first.tokens, second.tokens) or first.task_ids != second.task_ids:
+        return [Finding(check, compared, "FAIL", reason="the same prompts and seeds gave other answers")]
+    if actor.needs_prox_logp or actor.config.kl_weight:
+        for batch in batches:
+            batch.prox_logp = batch.ref_logp = actor.compute_logp(batch)
+    reference = take_step(actor, first)
+    if reference.grad_norm == 0:  # all answers of a group have the same reward
+        return [Finding(check, compared, "FAIL", reason="the groups have no gradient to compare")]
+    step = take_step(actor, second, reference.gradients)
+    seen = first.loss_mask
+    apart = {"logprobs": logprob_distance(np.where(seen, reference.logp, 0), np.where(seen, first.logprobs, 0))}
+    return [
+        judge(check, compared, distances(step, reference), tolerances),
+        judge("trainer and server", "logprobs of the sampled tokens, float32", apart, tolerances),
+    ]
+
+
+def _by_task(batch: Batch) -> Batch:
+    """Groups in the order of their tasks, not in that of their ends."""
+    order = np.asarray(sorted(range(batch.num_sequences), key=lambda i: (batch.task_ids[i], i)))
+    chosen = batch.select(order)
+    _, groups = np.unique(chosen.task_ids, return_inverse=True)
+    return replace(chosen, group_ids=groups)

@@ -1,0 +1,130 @@
+"""`arealite prove` passes on a sound engine, on all layouts of two ranks, and fails where something is broken."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from arealite.api.cli_args import GRPOConfig
+from arealite.api.errors import ConfigError
+from arealite.api.load_config import load_config_file
+from arealite.api.types import Dims
+from arealite.engine import determinism, fsdp_engine, state
+from arealite.engine.ppo import actor as actor_module
+from arealite.evaluation import proof
+from arealite.evaluation.proof_layouts import LayoutTask, candidates, check_layouts
+from arealite.evaluation.proof_rollout import check_rollouts
+from arealite.evaluation.prove import Options, Prover, engine, line
+
+CONFIG = "examples/arealite/quickstart.yaml"
+
+
+@pytest.fixture
+def config(tiny_llama, tmp_path, repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    words = [f"actor.path={tiny_llama}", f"cluster.fileroot={tmp_path}", "actor.dtype=float32"]
+    return load_config_file(CONFIG, words, GRPOConfig)
+
+
+def outcomes(findings):
+    return {(f.check, f.compared.partition(" against")[0]): f.outcome for f in findings}
+
+
+def test_a_sound_engine_passes_on_all_layouts_of_two_ranks(tiny_llama, tmp_path, repository):
+    command = [sys.executable, "-m", "arealite.cli", "prove", CONFIG, "--quick", f"actor.path={tiny_llama}"]
+    command += ["allocation_mode=native:d1+fsdp:d4", f"cluster.fileroot={tmp_path}", "--ranks", "2"]
+    ran = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    findings = [
+        proof.Finding(**f) for f in json.loads((tmp_path / "quickstart" / "addition" / "prove.json").read_text())
+    ]
+    by_check = {}
+    for finding in findings:
+        by_check.setdefault(finding.check, []).append(finding)
+    assert {f.compared.partition(" ")[0]: f.outcome for f in by_check["layout"]} == {
+        "d2": "pass", "d1t2": "pass", "d1c2": "pass", "d1p2": "pass", "d4": "skipped",
+    }  # fmt: skip
+    assert "--ranks 4" in by_check["layout"][-1].reason and "--ranks 4" in ran.stdout
+    for check in ("micro-batches", "share_prompts", "packing order", "gradient checkpointing", "Hugging Face"):
+        assert any(f.check.startswith(check) and f.outcome == "pass" for f in findings), check
+    assert all(f.outcome == "pass" for f in by_check["resumed from a recovery point"])
+    assert all(f.outcome == "pass" for f in by_check["same step twice, deterministic"])
+
+
+def mean_per_micro_batch(monkeypatch):
+    """The classic mistake: each micro-batch's own mean, instead of one over the whole mini-batch."""
+    monkeypatch.setattr(
+        actor_module,
+        "token_weights",
+        lambda sequence_of, *_: torch.full((len(sequence_of),), 1 / max(len(sequence_of), 1)),
+    )
+
+
+def forgetful_resume(monkeypatch):
+    load = state.load_state
+
+    def half_moments(path, parameters, optimizer, *args, **kwargs):
+        counters = load(path, parameters, optimizer, *args, **kwargs)
+        for moments in optimizer.state.values():
+            moments["exp_avg"].mul_(0.5)
+        return counters
+
+    monkeypatch.setattr(fsdp_engine.state, "load_state", half_moments)
+
+
+@pytest.mark.parametrize(
+    "broken, failing",
+    [
+        (mean_per_micro_batch, {"micro-batches", "packing order"}),
+        (forgetful_resume, {"resumed from a recovery point"}),
+    ],
+)
+def test_what_is_broken_on_purpose_fails(config, monkeypatch, broken, failing):
+    broken(monkeypatch)
+    findings = Prover(config, Options(quick=True, ranks=1)).run()
+    assert {f.check for f in findings if f.outcome == "FAIL"} == failing
+    assert all(line(f)[-1] == f.outcome for f in findings)
+    assert {f.compared for f in findings if f.check == "layout"} == {"d2", "d1t2", "d1c2", "d1p2"}  # too few ranks
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_rollouts_without_staleness_are_the_same(config):
+    prover = Prover(config, Options())
+    with engine(proof.proof_config(config.actor, "float32")) as actor:
+        findings = check_rollouts(config, prover.tasks, prover.prompt, actor)
+    assert [f.outcome for f in findings] == ["pass", "pass"], findings
+
+
+def test_ranks_that_die_are_a_failure_with_their_error(config):
+    prover = Prover(config, Options())
+    with engine(proof.proof_config(config.actor, "float32")) as actor:
+        reference = proof.take_step(actor, proof.with_logprobs(prover.batch, actor, np.random.default_rng(0)))
+    broken = proof.replace(config.actor, max_tokens_per_mb=None)
+    (finding,) = check_layouts(LayoutTask(broken, prover.batch, reference, (Dims(),)))
+    assert finding.outcome == "FAIL" and "TypeError" in finding.reason and "rank 0" in finding.reason
+
+
+def test_candidates_and_judgement():
+    fitting, left_out = candidates(Dims(d=2, t=2), 4, has_experts=True)
+    assert fitting == [Dims(d=2, t=2), Dims(d=2), Dims(t=2), Dims(c=2), Dims(p=2), Dims(d=2, e=2)] and not left_out
+    assert len(candidates(Dims(), 1, has_experts=False)[1]) == 4
+    good, bad = proof.Distance(1.0, 1.0, 0.5), proof.Distance(2.0, 2.0, float("nan"))
+    assert proof.judge("c", "x", {"a": good}, {"a": 0.5}).outcome == "pass"
+    assert proof.judge("c", "x", {"a": good, "b": bad}, {"a": 0.5, "b": 9.0}).worst == "b"
+    assert proof.judge("c", "x", {"a": good, "b": bad}, {"a": 0.5, "b": 9.0}).outcome == "FAIL"
+
+
+def test_determinism_is_refused_where_it_cannot_be(monkeypatch):
+    monkeypatch.setenv(determinism.WORKSPACE_VARIABLE, ":0:0")
+    with pytest.raises(ConfigError, match="cuBLAS"):
+        determinism.be_deterministic()
+    monkeypatch.delenv(determinism.WORKSPACE_VARIABLE)
+    try:
+        determinism.be_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        monkeypatch.delenv(determinism.WORKSPACE_VARIABLE)
