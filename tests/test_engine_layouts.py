@@ -108,6 +108,8 @@ CASES += [Case("d2e2", "qwen3_moe", v) for v in ("checkpointing", "lora, checkpo
 CASES += [Case("d2c2e4", "qwen3_moe", "all on one share"), Case("t2e2", "mixtral", "checkpointing")]
 CASES += [Case("d2", "qwen3_moe", "lora, checkpointing"), Case("c2t2", "qwen3_moe", "lora, checkpointing")]
 CASES += [Case(layout, "llama", "offload") for layout in ("d2", "c2t2", "t2p2")]
+CASES += [Case("p2", model, "permuted, small budget") for model in ("qwen2", "gemma3_text", "mixtral")]
+CASES += [Case("d2p2", "llama", "all on one share")]
 ROUGH = [Case("t2", "qwen3", "bfloat16"), Case("c2t2", "llama", "bfloat16"), Case("d2t2", "qwen3_moe", "bfloat16")]
 
 
