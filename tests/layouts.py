@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LIMIT_S = 600.0  # for all that one call does; a rank whose partner hangs ends after the 120 s of its group
+LIMIT_S = 600.0  # for all that one call does, on a busy machine
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "transformers", "torch.distributed.tensor", "arealite.engine.ppo.actor"])
