@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from arealite.algorithm.value_loss import clipped_value_loss
-from arealite.api.cli_args import OptimizerConfig, PPOActorConfig, PPOCriticConfig, TrainEngineConfig
+from arealite.api.cli_args import LoRAConfig, OptimizerConfig, PPOActorConfig, PPOCriticConfig, TrainEngineConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.fsdp_engine import FSDPEngine
@@ -126,8 +126,8 @@ def test_a_new_value_head_is_zero_and_a_saved_one_comes_back(tiny_llama, tmp_pat
 
 
 def test_what_a_value_model_cannot_be(tiny_llama):
-    with pytest.raises(ConfigError, match="p2, and a value head"):
-        FSDPPPOCritic(PPOCriticConfig(**settings(tiny_llama)), Dims(d=1, p=2))
+    with pytest.raises(ConfigError, match="lora is given for a model with a value head"):
+        FSDPRWEngine(TrainEngineConfig(**settings(tiny_llama, lora=LoRAConfig())))
     critic = started(FSDPPPOCritic(PPOCriticConfig(**settings(tiny_llama))))
     with pytest.raises(ConfigError, match="compute_values"):
         critic.ppo_update(random_batch())
@@ -165,8 +165,9 @@ def test_supervised_loss_equals_padded_transformers(tiny_llama):
         span, n = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]), int(batch.lengths[i])
         ids[i, :n], seen[i, :n] = torch.from_numpy(batch.tokens[span]), 1
         labels[i, :n] = torch.from_numpy(np.where(batch.loss_mask[span], batch.tokens[span], -100))
-    expected = model(ids, attention_mask=seen, labels=labels).loss
-    expected.backward()
+    loss = model(ids, attention_mask=seen, labels=labels).loss
+    loss.backward()
+    expected = loss.detach()
     engine = started(FSDPLMEngine(TrainEngineConfig(**settings(tiny_llama, max_tokens_per_mb=40))))
     measured = engine.evaluate_lm(batch)
     stats = engine.train_lm(batch)
@@ -187,8 +188,9 @@ def test_preferences_equal_transformers(value_model, tmp_path):
         ids = torch.from_numpy(batch.tokens[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1] - 1])[None]
         scores.append(model(ids).logits[0, 0])
     chosen, rejected = torch.stack(scores).view(-1, 2).unbind(1)
-    expected = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
-    expected.backward()
+    loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+    loss.backward()
+    expected, chosen, rejected = (x.detach() for x in (loss, chosen, rejected))
     measured = engine.evaluate_rw(batch)
     stats = engine.train_rw(batch)
     for found in (stats, measured):
@@ -240,13 +242,14 @@ def test_no_result_depends_on_budget_or_order(tiny_llama, value_model):
 def on_two(rank: int, path: str, value_path: str, folder: str) -> dict:
     by_data = outcomes(path, value_path, Dims(d=2), (rank, 2))
     by_tensor = outcomes(path, value_path, Dims(t=2))
+    by_stage = outcomes(path, value_path, Dims(p=2), max_tokens_per_mb=40)
     actor = started(FSDPPPOActor(PPOActorConfig(**settings(path)), Dims(d=2)))
     critic = started(FSDPPPOCritic(PPOCriticConfig(**settings(value_path)), Dims(t=2)))
     ref = started(FSDPEngine(TrainEngineConfig(**settings(path)), trainable=False, dims=Dims(t=2)))
     back = started(FSDPPPOCritic(PPOCriticConfig(**settings(value_path)), Dims(d=2)))
     mine = share(learning_batch(), rank, 2, lopsided=True)
     values = OtherShares(actor, critic).score(mine, critic.compute_values)
-    logp = OtherShares(actor, ref).score(mine, ref.compute_logp)
+    logp = OtherShares(actor, ref).score(share(learning_batch(), rank, 2), ref.compute_logp)
     # from one share to two, so that ranks of the role have what none of the actor's shares has alone
     whole = learning_batch()
     spread = OtherShares(critic, back)
@@ -259,7 +262,8 @@ def on_two(rank: int, path: str, value_path: str, folder: str) -> dict:
     critic.ppo_update(whole)
     both.load_state(folder)
     return {
-        "by_data": by_data, "by_tensor": by_tensor, "values": values, "logp": logp, "also": also, "halves": halves,
+        "by_data": by_data, "by_tensor": by_tensor, "by_stage": by_stage, "values": values, "logp": logp,
+        "also": also, "halves": halves,
         "stats": stats, "restored": bool((critic.compute_values(whole) == before).all()),
     }  # fmt: skip
 
@@ -271,8 +275,8 @@ def test_layouts_of_ranks_and_roles(tiny_llama, value_model, tmp_path):
     critic = started(FSDPPPOCritic(PPOCriticConfig(**settings(value_model))))
     expected = critic.compute_values(batch)
     for found in (first, second):
-        assert_same(whole, found["by_data"])
-        assert_same(whole, found["by_tensor"])
+        for layout in ("by_data", "by_tensor", "by_stage"):
+            assert_same(whole, found[layout])
         np.testing.assert_allclose(found["also"], expected, atol=1e-5)
         assert found["stats"]["loss"] == pytest.approx(whole["critic"][0], rel=1e-5)
         assert found["restored"]
@@ -280,4 +284,5 @@ def test_layouts_of_ranks_and_roles(tiny_llama, value_model, tmp_path):
     np.testing.assert_allclose(np.concatenate([first["values"], second["values"]]), expected, atol=1e-5)
     assert len(second["values"]) == 0  # that rank had no share of the actor's batch, and worked for the critic's
     plain = started(FSDPEngine(TrainEngineConfig(**settings(tiny_llama)), trainable=False))
-    np.testing.assert_allclose(first["logp"], plain.compute_logp(batch), atol=1e-5)
+    for rank, found in enumerate((first, second)):
+        np.testing.assert_allclose(found["logp"], plain.compute_logp(share(batch, rank, 2)), atol=1e-5)
