@@ -6,7 +6,9 @@ those; gradients are computed in float32 and rounded once, and what can be compu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,12 +28,18 @@ class _Norm(torch.autograd.Function):
         ctx: Any, kernels: Kernels, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.setting = kernels, eps, plus_one
+        ctx.setting, ctx.again = (kernels, eps, plus_one), None
         return kernels.rms_norm(x, weight, eps, plus_one)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def remake(ctx: Any) -> torch.Tensor:
         kernels, eps, plus_one = ctx.setting
+        remade: torch.Tensor = kernels.rms_norm(*ctx.saved_tensors, eps, plus_one)
+        return remade
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (kernels, eps, plus_one), ctx.again = ctx.setting, None
         return None, *kernels.rms_norm_grad(*ctx.saved_tensors, grad, eps, plus_one), None, None
 
 
@@ -39,22 +47,18 @@ class _SiluTimes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Kernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.kernels, ctx.unpacked = kernels, None
+        ctx.kernels, ctx.again = kernels, None
         return kernels.silu_times(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs = _SiluTimes.inputs(ctx)
-        ctx.unpacked = None
-        return None, *ctx.kernels.silu_times_grad(*inputs, grad)
+    def remake(ctx: Any) -> torch.Tensor:
+        remade: torch.Tensor = ctx.kernels.silu_times(*ctx.saved_tensors)
+        return remade
 
     @staticmethod
-    def inputs(ctx: Any) -> tuple[torch.Tensor, ...]:
-        """Gate and up, kept until the backward pass is done: checkpointing hands them out once only."""
-        if ctx.unpacked is None:
-            ctx.unpacked = ctx.saved_tensors
-        unpacked: tuple[torch.Tensor, ...] = ctx.unpacked
-        return unpacked
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.again = None
+        return None, *ctx.kernels.silu_times_grad(*ctx.saved_tensors, grad)
 
 
 class _Rotate(torch.autograd.Function):
@@ -82,8 +86,7 @@ def rms_norm(kernels: Kernels, x: torch.Tensor, weight: torch.Tensor, eps: float
     """As Kernels.rms_norm."""
     if not torch.is_grad_enabled():
         return kernels.rms_norm(x, weight, eps, plus_one)
-    normed: torch.Tensor = _Norm.apply(kernels, x, weight, eps, plus_one)
-    return normed
+    return _remember(_Norm, _Norm.apply(kernels, x, weight, eps, plus_one))
 
 
 def rotate(kernels: Kernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -95,23 +98,48 @@ def rotate(kernels: Kernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
     return x
 
 
-def gated(
-    kernels: Kernels, gate: torch.Tensor, up: torch.Tensor, down: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """down(silu(gate) * up). What `down` keeps of its input for its gradient is computed again from gate and up."""
+def silu_times(kernels: Kernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """As Kernels.silu_times."""
     if not torch.is_grad_enabled():
-        return down(kernels.silu_times(gate, up))
-    product: torch.Tensor = _SiluTimes.apply(kernels, gate, up)
-    node: Any = product.grad_fn
-    if node is None:
-        return down(product)
-    place, size = product.data_ptr(), product.numel()
+        return kernels.silu_times(gate, up)
+    return _remember(_SiluTimes, _SiluTimes.apply(kernels, gate, up))
 
-    def keep(kept: torch.Tensor) -> Any:
-        return kept.shape if kept.data_ptr() == place and kept.numel() == size else kept
 
-    def bring_back(kept: Any) -> torch.Tensor:
-        return kept if isinstance(kept, torch.Tensor) else kernels.silu_times(*_SiluTimes.inputs(node)).view(kept)
+_made: dict[int, tuple[Any, Any, Any]] = {}  # by address: a result, still alive or not; its function and its node
+_is_recomputing = False
 
-    with saved_tensors_hooks(keep, bring_back):
-        return down(product)
+
+def _remember(function: Any, result: torch.Tensor) -> torch.Tensor:
+    if _is_recomputing and result.grad_fn is not None:
+        _made[result.data_ptr()] = weakref.ref(result), function, result.grad_fn
+    return result
+
+
+def _keep(kept: torch.Tensor) -> Any:
+    result, function, node = _made.get(kept.data_ptr(), (lambda: None, None, None))
+    whole = result()  # while it lives, nothing else is at its address
+    is_same = whole is not None and whole.numel() == kept.numel() and kept.is_contiguous() and not kept._version
+    return (function, node, kept.shape) if is_same else kept
+
+
+def _bring_back(kept: Any) -> torch.Tensor:
+    if isinstance(kept, torch.Tensor):
+        return kept
+    function, node, shape = kept
+    if node.again is None:  # until the node's own gradient has been computed: several layers may ask
+        node.again = function.remake(node)
+    brought: torch.Tensor = node.again.view(shape)
+    return brought
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Within, layers keep no results of norms and of gates for their gradients: these are computed again."""
+    global _is_recomputing
+    _is_recomputing = True
+    try:
+        with saved_tensors_hooks(_keep, _bring_back):
+            yield
+    finally:
+        _is_recomputing = False
+        _made.clear()

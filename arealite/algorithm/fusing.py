@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from arealite.algorithm.fused import fits, gated, rms_norm, rotate
+from arealite.algorithm.fused import fits, rms_norm, rotate, silu_times
 from arealite.algorithm.kernels import DIM_STEP, Kernels
 
 _ROTATE = "apply_rotary_pos_emb"  # the function of every modelling file of transformers that has this embedding
@@ -95,7 +95,7 @@ def _gated(unit: Any, kernels: Kernels) -> Any:
             return plain(x)
         gate, up = unit.gate_proj(x), unit.up_proj(x)
         if fits(gate, up) and not gate.shape[-1] % DIM_STEP:
-            return gated(kernels, gate, up, unit.down_proj)
+            return unit.down_proj(silu_times(kernels, gate, up))
         return unit.down_proj(unit.act_fn(gate) * up)
 
     return forward

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from arealite.algorithm import kernels
+from arealite.algorithm.fused import recomputing
 from arealite.algorithm.fusing import fuse
 from arealite.api.errors import ConfigError
 from arealite.engine.attention import ATTENTION
@@ -61,13 +62,14 @@ class PackedModel(nn.Module):
         context, contexts = (0, 1) if self.mesh is None else (self.mesh.context_rank, self.mesh.dims.c)
         extra = -len(micro.tokens) % self.num_places
         tokens, positions = (functional.pad(x, (0, extra)) for x in (micro.tokens, micro.positions))
-        out = self.model.base_model(
-            input_ids=tokens.view(self.num_places, -1)[self.place, None] if inputs_embeds is None else None,
-            inputs_embeds=inputs_embeds,
-            position_ids=positions.view(contexts, -1)[context, None],  # attention gathers over tensor ranks
-            use_cache=False,
-            tree_layout=micro.layout,
-        )
+        with recomputing():
+            out = self.model.base_model(
+                input_ids=tokens.view(self.num_places, -1)[self.place, None] if inputs_embeds is None else None,
+                inputs_embeds=inputs_embeds,
+                position_ids=positions.view(contexts, -1)[context, None],  # attention gathers over tensor ranks
+                use_cache=False,
+                tree_layout=micro.layout,
+            )
         return out.last_hidden_state
 
     def rows(self, hidden: torch.Tensor, micro: MicroBatch, own: Part) -> torch.Tensor:
