@@ -101,7 +101,7 @@ class PPOTrainer:
             self.critic.plan_updates(self.total_steps * self.critic.config.ppo_n_minibatches)
         self.stats = StatsTracker()
         self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
-        self.guard = MismatchGuard(config.stats_logger)
+        self.guard = MismatchGuard(config.stats_logger, config.gconfig.min_new_tokens)
         self.saver = Saver(config.saver, self.folder)
         self.recover = RecoverHandler(config.recover, self.folder, config)
         self.evaluator = self._make_evaluator(reward_fn)

@@ -18,11 +18,12 @@ import transformers
 from engine_batches import actor_config, random_batch, share, train_one_step
 from layouts import on_ranks
 
-from arealite.api.cli_args import LoRAConfig, OptimizerConfig
+from arealite.api.cli_args import LoRAConfig, OptimizerConfig, StatsLoggerConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.micro_batch import cut, idle, part
 from arealite.engine.parallelize import check_supported
+from arealite.weights.handshake import MismatchGuard
 
 TOLERANCE = 1e-5  # relative; of weights: to the largest number of the tensor
 VOCABULARY = 512
@@ -225,6 +226,46 @@ def test_layout_equals_one_process(table, case):
     for name, weight in alone.weights.items():
         limit = TOLERANCE * np.abs(weight).max()
         np.testing.assert_allclose(ranks[0].weights[name], weight, rtol=0, atol=limit, err_msg=name)
+
+
+class Servers:
+    """What the guard asks of them; they know the logprob of every token that `alone` computed."""
+
+    def __init__(self, whole: Batch, alone: np.ndarray) -> None:
+        spans = zip(
+            np.split(whole.tokens, whole.cu_seqlens[1:-1]), np.split(alone, whole.cu_seqlens[1:-1]), strict=True
+        )
+        self.known = {tuple(tokens): logp.tolist() for tokens, logp in spans}
+
+    def score(self, rows: list[list[int]]) -> list[list[float]]:
+        return [self.known[tuple(row)] for row in rows]
+
+    def get_version(self) -> int:
+        return 0
+
+
+def probe(rank: int, folder: str, layouts: list[Dims], alone: np.ndarray | None) -> list[Any]:
+    """What the guard finds in each layout, on this rank; one process computes what it compares with."""
+    from arealite.engine.ppo.actor import FSDPPPOActor
+
+    found = []
+    for dims in layouts:
+        actor = FSDPPPOActor(actor_config(folder), dims)
+        actor.initialize()
+        whole = random_batch(vocabulary=VOCABULARY)
+        if alone is None:
+            return [actor.compute_logp(whole)]
+        whole.logprobs = alone
+        mine, guard = share(whole, actor.mesh.share, dims.d), MismatchGuard(StatsLoggerConfig(probe_every_steps=1))
+        found.append(guard.check(0, mine, actor, Servers(whole, alone)))  # type: ignore[arg-type]
+    return found
+
+
+def test_the_guard_compares_in_every_layout(tmp_path):
+    folder = save_model("llama", tmp_path)
+    [[alone]] = on_ranks(1, probe, folder, [Dims()], None)
+    for found in on_ranks(2, probe, folder, [Dims(d=2), Dims(t=2), Dims(c=2), Dims(p=2)], alone):
+        assert [each["mismatch_max"] < 1e-5 for each in found] == [True] * 4, found
 
 
 @pytest.mark.parametrize("case", ROUGH, ids=", ".join)

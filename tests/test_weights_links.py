@@ -121,7 +121,11 @@ class Actor:
     """A trainer of one rank whose logprobs are known."""
 
     class collective:
-        rank = 0
+        rank, num_shares = 0, 1
+
+        @staticmethod
+        def scatter(shares):
+            return shares[0]
 
         @staticmethod
         def on_head(work):
@@ -161,6 +165,9 @@ def test_guard_compares_scored_tokens_and_those_sampled_by_this_version(caplog):
     assert guard.check(2, make_batch(0), Actor(-1.1, -2.4), Servers()) == {}
     guard.check(2, make_batch(), Actor(-1.4, -2.1), Servers())
     assert "differ by 0.3000" in caplog.text
+    # Where servers may not end an answer yet, they record logprobs of another distribution: not compared.
+    forced = MismatchGuard(StatsLoggerConfig(probe_every_steps=2), min_new_tokens=1)
+    assert forced.check(2, make_batch(), Actor(-1.1, -2.4), Servers())["mismatch_max"] == pytest.approx(0.1)
     with pytest.raises(WeightSyncError, match="mismatch_stop allows 0.5"):
         guard.check(2, make_batch(), Actor(-2.0, -2.0), Servers())
     with pytest.raises(WeightSyncError, match="NaN"):

@@ -1,6 +1,7 @@
 """What a request does to its logits before a token is drawn: penalties, biases, and no end before min_new_tokens.
 
-Called by batcher.py; returned logprobs include all of it, as SGLang's do (sampling/penaltylib, 0.5.23).
+Called by batcher.py; returned logprobs include all of it, as SGLang's do (sampling/penaltylib, 0.5.23): they are of the
+policy that drew the token, which a trainer's importance weights need. What the trainer computes has none of it.
 """
 
 from __future__ import annotations

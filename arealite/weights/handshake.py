@@ -66,11 +66,14 @@ class MismatchGuard:
     """Compares trainer and servers on the same tokens and the same weights, now and then.
 
     Two comparisons: what the servers' prefill gives a few trajectories of the batch (at temperature 1), and what they
-    recorded when they sampled those tokens, for the tokens that the current version produced.
+    recorded when they sampled those tokens, for the tokens that the current version produced. Of an answer's first
+    `min_new_tokens` servers record the logprobs of a distribution without its stop tokens, which is not the trainer's:
+    these are left out.
     """
 
-    def __init__(self, config: StatsLoggerConfig) -> None:
+    def __init__(self, config: StatsLoggerConfig, min_new_tokens: int = 0) -> None:
         self._every = config.probe_every_steps
+        self._min_new_tokens = min_new_tokens
         self._warn, self._stop = config.mismatch_warn, config.mismatch_stop
 
     def check(self, step: int, batch: Batch, actor: TrainEngine, rollout: InferenceEngine) -> dict[str, float]:
@@ -83,15 +86,18 @@ class MismatchGuard:
         """
         if not self._every or step % self._every:
             return {}
-        head = actor.collective.rank == 0
-        part = batch.select(list(range(min(NUM_PROBE_SEQUENCES, batch.num_sequences) if head else 0)))
+        shares = None
+        if actor.collective.rank == 0:
+            none, probe = (batch.select(list(range(min(n, batch.num_sequences)))) for n in (0, NUM_PROBE_SEQUENCES))
+            shares = [probe, *[none] * (actor.collective.num_shares - 1)]
+        part = actor.collective.scatter(shares)  # ranks that compute one sequence together need the same ones
         ours = np.concatenate([actor.compute_logp(part, temperature=1.0), actor.compute_logp(part)])
 
         def compare() -> dict[str, float]:
             rows = [row.tolist() for row in np.split(part.tokens, part.cu_seqlens[1:-1])]
             scored = [logp for row in (rollout.score(rows) if part.num_sequences else []) for logp in row]
             version = rollout.get_version()
-            fresh = part.loss_mask & (part.versions == version)
+            fresh = part.loss_mask & (part.versions == version) & (places_in_answers(part) >= self._min_new_tokens)
             theirs = np.concatenate([np.asarray(scored, np.float64), part.logprobs])
             return self._judge(
                 logprob_gap(ours, theirs, np.concatenate([part.loss_mask, fresh])), rollout.get_version()
@@ -113,6 +119,14 @@ class MismatchGuard:
         if mean > self._warn:
             logger.warning("%s; expected at most %g (stats_logger.mismatch_warn)", told, self._warn)
         return {"mismatch_mean": mean, "mismatch_max": float(gap.max())}
+
+
+def places_in_answers(batch: Batch) -> np.ndarray:
+    """int64 [T]: of each generated token the number of those right before it; -1 elsewhere. The first token of a
+    sequence is never generated, so that answers are apart."""
+    index = np.arange(len(batch.tokens))
+    begins = np.maximum.accumulate(np.where(batch.loss_mask, 0, index + 1))
+    return np.where(batch.loss_mask, index - begins, -1)
 
 
 def logprob_gap(trainer: np.ndarray, server: np.ndarray, mask: np.ndarray) -> np.ndarray:

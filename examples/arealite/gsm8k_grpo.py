@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     eval_workflow = RLVRWorkflow(gsm8k_reward, config.eval_gconfig, tokenizer, config=config.rollout)
     eval_tasks = load_tasks(config.valid_dataset, tokenizer, config.seed)
     evaluator = Evaluator(config.evaluator, folder, rollout, eval_workflow, eval_tasks, actor.collective)
-    guard = MismatchGuard(config.stats_logger)
+    guard = MismatchGuard(config.stats_logger, config.gconfig.min_new_tokens)
     saver = Saver(config.saver, folder)
     recover = RecoverHandler(config.recover, folder, config)
     num_steps = total_steps(config, dataloader)
