@@ -23,6 +23,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from arealite.api.errors import ConfigError
 from arealite.engine.loading import Checkpoint, build_model, materialize
+from arealite.engine.model import load_model
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -175,6 +176,26 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path):
         build_model(str(old))
     with pytest.raises(ConfigError, match="no causal language model can be loaded from .*hub id"):
         build_model("nobody/has-this-model")
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_positions_that_depend_on_the_longest_sequence_are_refused(tmp_path, kind):
+    LlamaConfig(**SIZES, rope_parameters=ROPES[kind]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"rope_type {kind}.*yarn"):
+        load_model(str(tmp_path))
+    by_layers = {"sliding_attention": LLAMA3_ROPE, "full_attention": ROPES[kind]}
+    Gemma3TextConfig(**SIZES, sliding_window=64, rope_parameters=by_layers).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"rope_type {kind}"):
+        load_model(str(tmp_path))
 
 
 def test_a_hub_id_is_found_in_the_cache(tmp_path, monkeypatch):

@@ -26,6 +26,8 @@ from arealite.engine.micro_batch import MicroBatch, Part, part
 
 HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# Rotary embeddings that are others for all tokens of a forward pass once one of them stands far enough in its sequence
+ROPES_BY_LONGEST = {"dynamic", "longrope"}
 
 
 class PackedModel(nn.Module):
@@ -143,6 +145,14 @@ def load_model(folder: str, auto_class: Any = AutoModelForCausalLM, num_labels: 
         raise ConfigError(
             f"tokens of {type(model).__name__} see each other outside of full attention ({why}), so its sequences"
             " cannot be packed; choose another architecture"
+        )
+    ropes = settings.get("rope_parameters") or {}
+    kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}  # one, or by layers
+    if by_longest := sorted(ROPES_BY_LONGEST & kinds):
+        raise ConfigError(
+            f"{where} has rotary embeddings of rope_type {by_longest[0]}, which depend on the longest sequence of a"
+            " forward pass; packed with a longer one, a sequence would get other logprobs than alone. Choose a model"
+            " whose rope_type is default, linear, llama3 or yarn"
         )
     head = model.get_output_embeddings()
     special = [] if head is None else [key for key in HEAD_SETTINGS if settings.get(key) not in (None, 1.0)]
