@@ -22,6 +22,7 @@ from arealite.algorithm.value_loss import clipped_value_loss
 from arealite.api.cli_args import LoRAConfig, OptimizerConfig, PPOActorConfig, PPOCriticConfig, TrainEngineConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
+from arealite.engine.checkpoint import attempt_on_ranks
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.ppo.critic import FSDPPPOCritic
@@ -266,6 +267,22 @@ def on_two(rank: int, path: str, value_path: str, folder: str) -> dict:
         "also": also, "halves": halves,
         "stats": stats, "restored": bool((critic.compute_values(whole) == before).all()),
     }  # fmt: skip
+
+
+def on_a_full_disk(rank: int, path: str, folder: Path) -> tuple[bool, bool]:
+    """Whether this rank hears of it, and whether anything of the critic was begun."""
+    both = TrainedTogether(
+        started(FSDPPPOActor(PPOActorConfig(**settings(path)))),
+        started(FSDPPPOCritic(PPOCriticConfig(**settings(path)))),
+    )
+    if rank == 0:
+        (folder / ".partial-step").touch()  # a file where the folder would be built
+    told = attempt_on_ranks(both.collective, both.save, str(folder / "step"))
+    return "exists" in told, (folder / "step").exists()
+
+
+def test_an_actor_that_cannot_be_written_leaves_no_rank_waiting(tiny_llama, tmp_path):
+    assert on_ranks(2, on_a_full_disk, tiny_llama, tmp_path) == [(True, False)] * 2
 
 
 def test_layouts_of_ranks_and_roles(tiny_llama, value_model, tmp_path):

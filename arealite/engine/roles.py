@@ -9,7 +9,7 @@ import numpy as np
 
 from arealite.algorithm.packing import karmarkar_karp
 from arealite.api.types import Batch
-from arealite.engine.checkpoint import attempt
+from arealite.engine.checkpoint import attempt, attempt_on_ranks
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.parallel import RankCollective
 
@@ -82,8 +82,12 @@ class TrainedTogether:
         return self.actor.background
 
     def save(self, path: str) -> None:
-        self.actor.save(path)
-        self.critic.save(f"{path}/critic")
+        """As FSDPEngine.save; no rank begins with the critic where the actor could not be written."""
+        why_not = attempt_on_ranks(self.collective, self.actor.save, path)
+        if not why_not:
+            self.critic.save(f"{path}/critic")
+        elif self.collective.rank == 0:
+            raise OSError(why_not)
 
     def stage_state(self, path: str) -> Callable[[], None]:
         """As FSDPEngine.stage_state; one after the other, so that ranks agree on the order of their calls."""
