@@ -13,7 +13,10 @@ from test_engine_layouts import TOLERANCE, VOCABULARY, save_model
 from arealite.api.cli_args import OptimizerConfig
 from arealite.api.types import Dims
 
-LAYOUTS = {"d1": Dims(), "d2": Dims(d=2), "t2": Dims(t=2), "p2": Dims(p=2), "d2t2": Dims(d=2, t=2)}
+LAYOUTS = {
+    "d1": Dims(), "d2": Dims(d=2), "t2": Dims(t=2), "p2": Dims(p=2), "d2t2": Dims(d=2, t=2),
+    "d2e2": Dims(d=2, e=2), "d4e2": Dims(d=4, e=2), "t2e2": Dims(t=2, e=2),
+}  # fmt: skip
 KINDS = ("adamw", "adafactor")
 # (layout that goes on, layout whose point it reads); None: it begins, writes the point, and goes on itself.
 FIRST = {1: [("d1", None)], 4: [("d2t2", None)], 2: [("d2", None), ("t2", None), ("p2", None)]}
@@ -22,6 +25,9 @@ THEN = {
     1: [("d1", "d2"), ("d1", "t2"), ("d1", "d2t2")],
     4: [("d2t2", "t2")],
 }
+# The same with experts.
+EXPERTS_FIRST = {1: [("d1", None)], 2: [("d2e2", None)], 4: [("d4e2", None)]}
+EXPERTS_THEN = {1: [("d1", "d2e2"), ("d1", "d4e2")], 2: [("d2e2", "d1"), ("t2e2", "d2e2")]}
 
 
 def engine(model: str, dims: Dims | None = None, **changes: Any):
@@ -71,11 +77,14 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def found(model, tmp_path_factory) -> dict[Any, Any]:
+    return all_lives(model, str(tmp_path_factory.mktemp("points")), FIRST, THEN)
+
+
+def all_lives(model: str, folder: str, *rounds: dict[int, Any]) -> dict[Any, Any]:
     """Outcomes of all lives, by kind, layout and source."""
-    folder = str(tmp_path_factory.mktemp("points"))
     outcomes: dict[Any, Any] = {}
-    for rounds in (FIRST, THEN):
-        for world_size, pairs in rounds.items():
+    for each in rounds:
+        for world_size, pairs in each.items():
             outcomes |= on_ranks(world_size, lives, model, folder, pairs)[0]
     return outcomes
 
@@ -83,6 +92,16 @@ def found(model, tmp_path_factory) -> dict[Any, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pair", [p for r in (FIRST, THEN) for pairs in r.values() for p in pairs], ids=str)
 def test_every_layout_goes_on_as_one_process_does(found, kind, pair):
+    assert_same_life(found, kind, pair)
+
+
+def test_experts_go_on_in_every_layout(tmp_path):
+    found = all_lives(save_model("qwen3_moe", tmp_path), str(tmp_path), EXPERTS_FIRST, EXPERTS_THEN)
+    for kind, *pair in found:
+        assert_same_life(found, kind, pair)
+
+
+def assert_same_life(found: dict[Any, Any], kind: str, pair: Any) -> None:
     stats, after = found[kind, *pair]
     expected_stats, expected = found[kind, "d1", None]
     assert stats == pytest.approx(expected_stats, rel=TOLERANCE)
