@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(check(arguments.config, arguments.overrides, arguments.explain), flush=True)
             return 0
         if arguments.command == "prove":
-            return prove(arguments)
+            from arealite.evaluation.prove import prove
+
+            return prove(arguments.config, arguments.overrides, arguments.quick, arguments.ranks, arguments.json)
         from arealite.dataset.fetch import fetch
 
         print(fetch(arguments.model), flush=True)
@@ -92,17 +94,6 @@ def serve(words: list[str]) -> int:
     options.add_argument("--model", type=resolve_model)
     given, rest = options.parse_known_args(words)
     return serve_main([*rest, "--model", given.model] if given.model else rest)
-
-
-def prove(arguments: argparse.Namespace) -> int:
-    """Run the checks in a process of their own, which loads torch."""
-    import subprocess
-
-    options = ["--quick"] if arguments.quick else []
-    options += ["--ranks", str(arguments.ranks)] if arguments.ranks else []
-    options += ["--json", arguments.json] if arguments.json else []
-    command = [sys.executable, "-m", "arealite.evaluation.prove", arguments.config, *arguments.overrides, *options]
-    return subprocess.call(command)
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -15,9 +15,9 @@ from arealite.api.types import Dims
 from arealite.engine import determinism, fsdp_engine, state
 from arealite.engine.ppo import actor as actor_module
 from arealite.evaluation import proof
-from arealite.evaluation.proof_layouts import LayoutTask, candidates, check_layouts
+from arealite.evaluation.proof_layouts import candidates, check_layout
 from arealite.evaluation.proof_rollout import check_rollouts
-from arealite.evaluation.prove import Options, Prover, engine, line
+from arealite.evaluation.prove import Prover, engine, table
 
 CONFIG = "examples/arealite/quickstart.yaml"
 
@@ -27,10 +27,6 @@ def config(tiny_llama, tmp_path, repository, monkeypatch):
     monkeypatch.chdir(repository)
     words = [f"actor.path={tiny_llama}", f"cluster.fileroot={tmp_path}", "actor.dtype=float32"]
     return load_config_file(CONFIG, words, GRPOConfig)
-
-
-def outcomes(findings):
-    return {(f.check, f.compared.partition(" against")[0]): f.outcome for f in findings}
 
 
 def test_a_sound_engine_passes_on_all_layouts_of_two_ranks(tiny_llama, tmp_path, repository):
@@ -47,7 +43,8 @@ def test_a_sound_engine_passes_on_all_layouts_of_two_ranks(tiny_llama, tmp_path,
     assert {f.compared.partition(" ")[0]: f.outcome for f in by_check["layout"]} == {
         "d2": "pass", "d1t2": "pass", "d1c2": "pass", "d1p2": "pass", "d4": "skipped",
     }  # fmt: skip
-    assert "--ranks 4" in by_check["layout"][-1].reason and "--ranks 4" in ran.stdout
+    assert "--ranks 4" in by_check["layout"][0].reason and "--ranks 4" in ran.stdout
+    assert "float32: logprobs absolute 0.0002, loss 1e-05" in ran.stdout  # the tolerances
     for check in ("micro-batches", "share_prompts", "packing order", "gradient checkpointing", "Hugging Face"):
         assert any(f.check.startswith(check) and f.outcome == "pass" for f in findings), check
     assert all(f.outcome == "pass" for f in by_check["resumed from a recovery point"])
@@ -84,37 +81,46 @@ def forgetful_resume(monkeypatch):
 )
 def test_what_is_broken_on_purpose_fails(config, monkeypatch, broken, failing):
     broken(monkeypatch)
-    findings = Prover(config, Options(quick=True, ranks=1)).run()
+    findings = Prover(config, quick=True, ranks=1).run()
     assert {f.check for f in findings if f.outcome == "FAIL"} == failing
-    assert all(line(f)[-1] == f.outcome for f in findings)
+    assert table(findings).row_count == len(findings)
     assert {f.compared for f in findings if f.check == "layout"} == {"d2", "d1t2", "d1c2", "d1p2"}  # too few ranks
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_rollouts_without_staleness_are_the_same(config):
-    prover = Prover(config, Options())
+    prover = Prover(config)
     with engine(proof.proof_config(config.actor, "float32")) as actor:
         findings = check_rollouts(config, prover.tasks, prover.prompt, actor)
     assert [f.outcome for f in findings] == ["pass", "pass"], findings
 
 
 def test_ranks_that_die_are_a_failure_with_their_error(config):
-    prover = Prover(config, Options())
+    prover = Prover(config)
     with engine(proof.proof_config(config.actor, "float32")) as actor:
         reference = proof.take_step(actor, proof.with_logprobs(prover.batch, actor, np.random.default_rng(0)))
     broken = proof.replace(config.actor, max_tokens_per_mb=None)
-    (finding,) = check_layouts(LayoutTask(broken, prover.batch, reference, (Dims(),)))
+    finding = check_layout(broken, prover.batch, reference, Dims())
     assert finding.outcome == "FAIL" and "TypeError" in finding.reason and "rank 0" in finding.reason
 
 
+def test_a_layout_that_is_refused_fails_if_it_is_the_users_own(config):
+    config.allocation_mode = "native:d1+fsdp:p3"  # of 2 layers
+    prover = Prover(config, quick=True, ranks=3)
+    nothing = proof.Step(np.zeros(0), 0.0, 0.0, {})
+    finding = next(prover._check_layouts(config.actor, prover.batch, nothing))
+    assert finding.outcome == "FAIL" and "layers" in finding.reason, finding
+
+
 def test_candidates_and_judgement():
-    fitting, left_out = candidates(Dims(d=2, t=2), 4, has_experts=True)
-    assert fitting == [Dims(d=2, t=2), Dims(d=2), Dims(t=2), Dims(c=2), Dims(p=2), Dims(d=2, e=2)] and not left_out
-    assert len(candidates(Dims(), 1, has_experts=False)[1]) == 4
-    good, bad = proof.Distance(1.0, 1.0, 0.5), proof.Distance(2.0, 2.0, float("nan"))
-    assert proof.judge("c", "x", {"a": good}, {"a": 0.5}).outcome == "pass"
-    assert proof.judge("c", "x", {"a": good, "b": bad}, {"a": 0.5, "b": 9.0}).worst == "b"
-    assert proof.judge("c", "x", {"a": good, "b": bad}, {"a": 0.5, "b": 9.0}).outcome == "FAIL"
+    every = [Dims(d=2, t=2), Dims(d=2), Dims(t=2), Dims(c=2), Dims(p=2), Dims(d=2, e=2)]
+    assert candidates(Dims(d=2, t=2), has_experts=True) == every
+    assert candidates(Dims(), has_experts=False) == every[1:-1]
+    near, far = {"logprobs": (1e-4, 9.0)}, {"gradients": (0.0, float("nan"))}
+    assert proof.judge("c", "x", near, "float32").outcome == "pass"
+    found = proof.judge("c", "x", near | far, "bfloat16")
+    assert (found.worst, found.outcome, found.compared) == ("gradients", "FAIL", "x, bfloat16")
+    assert proof.judge("c", "x", {"weights": (1e-45, 0.0)}, "float32").outcome == "FAIL"
 
 
 def test_determinism_is_refused_where_it_cannot_be(monkeypatch):

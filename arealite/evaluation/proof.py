@@ -5,6 +5,7 @@ Called by prove.py and what it calls.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -14,16 +15,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from arealite.api.cli_args import PPOActorConfig
-from arealite.api.types import Batch
+from arealite.api.types import Batch, Group, Task, Trajectory
 from arealite.engine.ppo.actor import FSDPPPOActor
 
 # Largest differences allowed, by compute type: in float32 what another order of sums makes; in bfloat16 what another
-# order of roundings to 8 bits makes in some thirty layers. Logprobs: absolute. The loss: relative to the mean absolute
-# advantage, since it may itself be near 0. The gradient's norm and the gradients (norm of the difference): relative.
+# order of roundings to 8 bits makes in some thirty layers; none between weights, which are compared where every bit
+# must be the same. Absolute for ABSOLUTE quantities, else relative (of gradients: the norm of the difference).
 TOLERANCES = {
-    "float32": {"logprobs": 2e-4, "loss": 1e-5, "gradient norm": 1e-4, "gradients": 2e-4},
-    "bfloat16": {"logprobs": 0.5, "loss": 1e-2, "gradient norm": 5e-2, "gradients": 0.15},
+    "float32": {"logprobs": 2e-4, "loss": 1e-5, "gradient norm": 1e-4, "gradients": 2e-4, "weights": 0.0},
+    "bfloat16": {"logprobs": 0.5, "loss": 1e-2, "gradient norm": 5e-2, "gradients": 0.15, "weights": 0.0},
 }
+ABSOLUTE = ("logprobs", "weights")
+TINY = 1e-30
+
+Distance = tuple[float, float]  # absolute, relative
 
 
 @dataclass(frozen=True)
@@ -40,26 +45,16 @@ class Finding:
     reason: str = ""
 
 
-def skipped(check: str, compared: str, reason: str) -> Finding:
-    return Finding(check, compared, "skipped", reason=reason)
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far two values of one quantity are apart; `judged` is the one that the tolerance bounds."""
-
-    absolute: float
-    relative: float
-    judged: float
-
-
-def judge(check: str, compared: str, distances: Mapping[str, Distance], tolerances: Mapping[str, float]) -> Finding:
+def judge(check: str, compared: str, apart: Mapping[str, Distance], dtype: str) -> Finding:
     """Pass when every distance is within its tolerance; NaN never is."""
-    shares = {name: d.judged / max(tolerances[name], 1e-300) for name, d in distances.items()}
-    worst = max(shares, key=lambda name: np.inf if np.isnan(shares[name]) else shares[name])
-    outcome = "pass" if shares[worst] <= 1 else "FAIL"
-    found = distances[worst]
-    return Finding(check, compared, outcome, worst, found.absolute, found.relative, tolerances[worst])
+
+    def share(name: str) -> float:
+        judged = apart[name][0 if name in ABSOLUTE else 1]
+        return math.inf if math.isnan(judged) else judged / (TOLERANCES[dtype][name] or 1e-300)
+
+    worst = max(apart, key=share)
+    outcome = "pass" if share(worst) <= 1 else "FAIL"
+    return Finding(check, f"{compared}, {dtype}", outcome, worst, *apart[worst], TOLERANCES[dtype][worst])
 
 
 @dataclass
@@ -101,7 +96,7 @@ def take_step(actor: FSDPPPOActor, batch: Batch, reference: Mapping[str, torch.T
                 continue
             difference = whole.double() - reference[name].double()
             step.squared_distance += float(difference.square().sum())
-            step.largest = max(step.largest, float(difference.abs().max()))
+            step.largest = float(np.maximum(step.largest, float(difference.abs().max())))  # NaN stays
 
     assert actor.optimizer is not None
     hook = actor.optimizer.register_step_pre_hook(look)
@@ -119,57 +114,45 @@ def take_step(actor: FSDPPPOActor, batch: Batch, reference: Mapping[str, torch.T
 
 
 def distances(step: Step, reference: Step) -> dict[str, Distance]:
-    """How far a step that was made with `reference`'s gradients is from it."""
+    """How far a step that was made with `reference`'s gradients is from it. The loss's may itself be near 0: it is
+    taken relative to the mean absolute advantage then."""
     norm = sum(float(g.double().square().sum()) for g in reference.gradients.values()) ** 0.5
     loss, grad_norm = abs(step.loss - reference.loss), abs(step.grad_norm - reference.grad_norm)
-    apart = step.squared_distance**0.5
     return {
         "logprobs": logprob_distance(step.logp, reference.logp),
-        "loss": Distance(
-            loss, loss / max(abs(reference.loss), 1e-30), loss / max(abs(reference.loss), reference.scale)
-        ),
-        "gradient norm": Distance(grad_norm, grad_norm / reference.grad_norm, grad_norm / reference.grad_norm),
-        "gradients": Distance(step.largest, apart / norm, apart / norm),
+        "loss": (loss, loss / max(abs(reference.loss), reference.scale, TINY)),
+        "gradient norm": (grad_norm, grad_norm / max(reference.grad_norm, TINY)),
+        "gradients": (step.largest, step.squared_distance**0.5 / max(norm, TINY)),
     }
 
 
 def logprob_distance(one: np.ndarray, other: np.ndarray) -> Distance:
     """Of float32 [T] logprobs, 0 outside of the loss."""
     apart = np.abs(one.astype(np.float64) - other)
-    relative = apart / np.maximum(np.abs(other), 1e-30)
-    worst = float(apart.max(initial=0.0))
-    return Distance(worst, float(relative[other != 0].max(initial=0.0)), worst)
+    relative = (apart / np.maximum(np.abs(other), TINY))[other != 0]
+    return float(apart.max(initial=0.0)), float(relative.max(initial=0.0))
 
 
 def random_batch(
     prompts: list[list[int]], group_size: int, longest: int, vocabulary: int, rng: np.random.Generator
 ) -> Batch:
     """Groups of `group_size` random answers of 3 to `longest` tokens to each prompt; in each group two answers begin
-    alike, one equals another, and one has a turn of the environment in the middle. Logprobs are still 0."""
-    rows, masks, groups = [], [], []
-    for group, prompt in enumerate(prompts):
-        answers = [rng.integers(0, vocabulary, rng.integers(3, longest + 1)) for _ in range(group_size)]
-        answers[-1] = answers[0].copy()
+    alike, one equals another and is truncated, and one has a turn of the environment in the middle. Logprobs are 0."""
+    groups = []
+    for number, prompt in enumerate(prompts):
+        answers = [rng.integers(0, vocabulary, rng.integers(3, longest + 1)).tolist() for _ in range(group_size)]
+        answers[-1] = list(answers[0])
         answers[group_size // 2][:2] = answers[0][:2]
+        task, members = Task(f"proof-{number}"), []
         for member, answer in enumerate(answers):
-            mask = np.concatenate([np.zeros(len(prompt), bool), np.ones(len(answer), bool)])
-            mask[len(prompt) + 1] &= member != 1
-            rows.append(np.concatenate([prompt, answer]))
-            masks.append(mask)
-            groups.append(group)
-    mask = np.concatenate(masks)
-    return Batch(
-        tokens=np.concatenate(rows).astype(np.int64),
-        loss_mask=mask,
-        logprobs=np.zeros(len(mask), np.float32),
-        versions=np.where(mask, 0, -1).astype(np.int32),
-        cu_seqlens=np.cumsum([0, *map(len, rows)]),
-        group_ids=np.asarray(groups),
-        rewards=rng.normal(size=len(rows)),
-        truncated=np.arange(len(rows)) % group_size == group_size - 1,
-        num_groups=len(prompts),
-        task_ids=[f"proof-{group}" for group in groups],
-    )
+            mask = [False] * len(prompt) + [member != 1 or i != 1 for i in range(len(answer))]
+            versions = [0 if seen else -1 for seen in mask]
+            row = Trajectory(
+                task.id, member, [*prompt, *answer], mask, [0.0] * len(mask), versions, rng.normal(), "stop"
+            )
+            members.append(replace(row, finish_reason="length") if member == group_size - 1 else row)
+        groups.append(Group(task, number, members))
+    return Batch.pack(groups)
 
 
 def with_logprobs(batch: Batch, actor: FSDPPPOActor, rng: np.random.Generator) -> Batch:
@@ -180,13 +163,8 @@ def with_logprobs(batch: Batch, actor: FSDPPPOActor, rng: np.random.Generator) -
         noise = rng.normal(size=len(logp)) * spread
         return np.where(batch.loss_mask, np.minimum(logp + noise, 0), 0).astype(np.float32)
 
-    config = actor.config
-    return replace(
-        batch,
-        logprobs=near(0.1),
-        prox_logp=near(0.05) if actor.needs_prox_logp else None,
-        ref_logp=near(0.2) if config.kl_weight else None,
-    )
+    prox = near(0.05) if actor.needs_prox_logp else None
+    return replace(batch, logprobs=near(0.1), prox_logp=prox, ref_logp=near(0.2) if actor.config.kl_weight else None)
 
 
 def permuted(batch: Batch, rng: np.random.Generator) -> tuple[Batch, np.ndarray]:

@@ -22,7 +22,7 @@ from arealite.api.errors import ServerUnreachable
 from arealite.api.types import Batch, GenerationRequest, Task, Trajectory
 from arealite.dataset.loader import StatefulDataLoader
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.evaluation.proof import TOLERANCES, Finding, distances, judge, logprob_distance, take_step
+from arealite.evaluation.proof import Finding, distances, judge, logprob_distance, take_step
 from arealite.observe.waits import waiting
 from arealite.rollout.client import RemoteNativeEngine
 
@@ -64,23 +64,20 @@ class SampledAnswers:
 
 
 @contextmanager
-def server(model: str, context_length: int) -> Iterator[str]:
+def server(model: str) -> Iterator[str]:
     """A built-in server in float32; yields its address. Raises ServerUnreachable with its last words."""
     words = ["--port", "0", "--dtype", "float32", "--deterministic", "--max-running-requests", "8"]
-    command = [sys.executable, "-m", "arealite.inference.serve", "--model", model, *words]
-    command += ["--context-length", str(context_length)]
+    command = [sys.executable, "-m", "arealite.inference.serve", "--model", model, *words, "--context-length", "2048"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
+    said = [""]
     try:
-        said: list[str] = []
         with waiting("start of the built-in server", "server", START_LIMIT_S) as limit:
-            for line in process.stdout:
+            while "listening on" not in said[-1]:
                 limit.check()
-                said.append(line)
-                if "listening on" in line:
-                    break
-            else:
-                raise ServerUnreachable(f"the built-in server ended at its start: {''.join(said[-5:])}")
+                said.append(process.stdout.readline())
+                if not said[-1]:
+                    raise ServerUnreachable(f"the built-in server ended at its start: {''.join(said[-6:])}")
         yield said[-1].strip().rpartition("//")[2]
     finally:
         process.terminate()
@@ -100,26 +97,25 @@ def check_rollouts(
     workflow = SampledAnswers(prompt, config.gconfig)
     rollout = replace(config.rollout, max_head_offpolicyness=0, consumer_batch_size=NUM_GROUPS)
     batches: list[Batch] = []
-    with server(actor.folder, context_length=2048) as address:
+    with server(actor.folder) as address:
         for asynchronous in (False, True):
             engine = RemoteNativeEngine(rollout, seed=config.seed)
             loader = StatefulDataLoader(tasks, run)
             try:
                 engine.initialize(addresses=[address])
                 if asynchronous:
-                    batches.append(_by_task(engine.prepare_batch(loader, workflow)))
+                    batch = engine.prepare_batch(loader, workflow)
                 else:
-                    batches.append(_by_task(engine.rollout_batch(list(islice(loader, NUM_GROUPS)), workflow)))
+                    batch = engine.rollout_batch(list(islice(loader, NUM_GROUPS)), workflow)
             finally:
                 engine.destroy()
-    tolerances = TOLERANCES["float32"]
+            batches.append(_by_task(batch))
+            if actor.needs_prox_logp or actor.config.kl_weight:
+                batches[-1].prox_logp = batches[-1].ref_logp = actor.compute_logp(batches[-1])
     first, second = batches
     check, compared = "asynchronous rollouts, eta = 0", "against synchronous ones: groups, and the step on them"
     if not np.array_equal(first.tokens, second.tokens) or first.task_ids != second.task_ids:
         return [Finding(check, compared, "FAIL", reason="the same prompts and seeds gave other answers")]
-    if actor.needs_prox_logp or actor.config.kl_weight:
-        for batch in batches:
-            batch.prox_logp = batch.ref_logp = actor.compute_logp(batch)
     reference = take_step(actor, first)
     if reference.grad_norm == 0:  # all answers of a group have the same reward
         return [Finding(check, compared, "FAIL", reason="the groups have no gradient to compare")]
@@ -127,14 +123,12 @@ def check_rollouts(
     seen = first.loss_mask
     apart = {"logprobs": logprob_distance(np.where(seen, reference.logp, 0), np.where(seen, first.logprobs, 0))}
     return [
-        judge(check, compared, distances(step, reference), tolerances),
-        judge("trainer and server", "logprobs of the sampled tokens, float32", apart, tolerances),
+        judge(check, compared, distances(step, reference), "float32"),
+        judge("trainer and server", "logprobs of the sampled tokens", apart, "float32"),
     ]
 
 
 def _by_task(batch: Batch) -> Batch:
     """Groups in the order of their tasks, not in that of their ends."""
-    order = np.asarray(sorted(range(batch.num_sequences), key=lambda i: (batch.task_ids[i], i)))
-    chosen = batch.select(order)
-    _, groups = np.unique(chosen.task_ids, return_inverse=True)
-    return replace(chosen, group_ids=groups)
+    chosen = batch.select(sorted(range(batch.num_sequences), key=lambda i: (batch.task_ids[i], i)))
+    return replace(chosen, group_ids=np.unique(chosen.task_ids, return_inverse=True)[1])
