@@ -27,48 +27,40 @@ class _Recorder:
     format allows that."""
 
     def __init__(self, folder: RunFolder, every_steps: int, rank: int) -> None:
-        self.every_steps = every_steps
-        self.rank = rank
-        self.is_on = False
-        self.num_left = 0
+        self.every_steps, self.rank = every_steps, rank
+        self.is_first, self.num_left = True, 0  # events that the step may still have; none: it is not recorded
         self.ids = itertools.count()
         self.threads: set[int] = set()
         self.path = folder.timeline_dir / f"rank-{rank}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  # as long as the process
         self.num_bytes = self.file.tell()
-        if not self.num_bytes:
-            self.write_line("[")
-        self.write({"ph": "M", "name": "process_name", "tid": 0, "args": {"name": f"trainer rank {rank}"}})
+        self.write("M", "process_name", {"tid": 0, "args": {"name": f"trainer rank {rank}"}})
 
-    def begin_step(self, step: int, is_first: bool) -> None:
-        self.is_on = (is_first or step % self.every_steps == 0) and self.num_bytes < MAX_BYTES
-        self.num_left = MAX_STEP_EVENTS
-        if self.is_on:
+    def begin_step(self, step: int) -> None:
+        is_on = (self.is_first or step % self.every_steps == 0) and self.num_bytes < MAX_BYTES
+        self.is_first, self.num_left = False, MAX_STEP_EVENTS if is_on else 0
+        if is_on:
             self.event("i", f"step {step}", {"s": "p"})
 
     def event(self, phase: str, name: str, more: dict[str, Any]) -> None:
         thread = threading.get_ident()
         if thread not in self.threads:
             self.threads.add(thread)
-            named = {"name": threading.current_thread().name}
-            self.write({"ph": "M", "name": "thread_name", "tid": thread, "args": named})
+            self.write("M", "thread_name", {"tid": thread, "args": {"name": threading.current_thread().name}})
         self.num_left -= 1
-        self.write({"ph": phase, "name": name, "ts": time.time_ns() / 1000, "tid": thread, **more})
+        self.write(phase, name, {"ts": time.time_ns() / 1000, "tid": thread, **more})
 
-    def write(self, event: dict[str, Any]) -> None:
-        self.write_line(json.dumps({**event, "pid": self.rank}) + ",")
-
-    def write_line(self, line: str) -> None:
+    def write(self, phase: str, name: str, more: dict[str, Any]) -> None:
+        line = json.dumps({"ph": phase, "name": name, **more, "pid": self.rank}) + ",\n"
         try:
-            self.num_bytes += self.file.write(f"{line}\n".encode())
+            self.num_bytes += self.file.write((line if self.num_bytes else "[\n" + line).encode())
         except OSError as error:  # for reading only: training goes on
-            self.is_on, self.num_bytes = False, MAX_BYTES
+            self.num_left, self.num_bytes = 0, MAX_BYTES
             print(f"warning: no more timeline in {self.path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 _recorder: _Recorder | None = None
-_num_steps = 0  # begun in this process
 
 
 def open_timeline(folder: RunFolder, every_steps: int, rank: int) -> None:
@@ -76,17 +68,14 @@ def open_timeline(folder: RunFolder, every_steps: int, rank: int) -> None:
 
     Raises OSError when the file cannot be made.
     """
-    global _recorder, _num_steps
-    _num_steps = 0
+    global _recorder
     _recorder = _Recorder(folder, every_steps, rank) if every_steps else None
 
 
 def begin_step(step: int) -> None:
     """From here on events belong to `step`."""
-    global _num_steps
     if _recorder is not None:
-        _recorder.begin_step(step, is_first=_num_steps == 0)
-    _num_steps += 1
+        _recorder.begin_step(step)
 
 
 @contextmanager
@@ -94,7 +83,7 @@ def span(name: str, **facts: Any) -> Iterator[None]:
     """The block as a span of its thread; inside an event loop, where spans overlap, as a row of its own. `facts` are
     shown with it."""
     recorder = _recorder
-    if recorder is None or not recorder.is_on or recorder.num_left <= 0:
+    if recorder is None or recorder.num_left <= 0:
         yield
         return
     overlaps = {"cat": "async", "id": next(recorder.ids)} if _in_event_loop() else {}
