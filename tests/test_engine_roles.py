@@ -224,6 +224,16 @@ def outcomes(path, value_path, dims=None, place=(0, 1), order=None, **changes) -
     return found
 
 
+def test_a_batch_without_loss_tokens_has_no_gradient(tiny_llama, value_model):
+    none = replace(random_batch(), loss_mask=np.zeros(len(random_batch().tokens), bool))
+    language, reward = (
+        started(kind(TrainEngineConfig(**settings(path))))
+        for kind, path in ((FSDPLMEngine, tiny_llama), (FSDPRWEngine, value_model))
+    )
+    assert language.train_lm(none)["loss"] == 0 and language.evaluate_lm(none)["loss"] == 0
+    assert reward.train_rw(none)["grad_norm"] == 0
+
+
 def assert_same(one, other):
     for name, numbers in one.items():
         assert other[name] == pytest.approx(numbers, rel=2e-5, abs=1e-7), name

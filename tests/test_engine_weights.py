@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from engine_batches import actor_config, random_batch, train_one_step
+from layouts import on_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from arealite.api.errors import RecoveryError, WeightSyncError
+from arealite.api.errors import RecoveryError, WaitTimeout, WeightSyncError
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.weights.checksum import checksum
 from arealite.weights.link import WeightLink
@@ -69,6 +70,24 @@ def test_upload_is_verified(tiny_llama, tmp_path, kind):
     with pytest.raises(WeightSyncError, match="server-1"):
         actor.upload_weights()
     actor.destroy()
+
+
+class Stuck(Servers):
+    def prepare_update(self):
+        if torch.distributed.get_rank() == 0:  # where the servers' client is
+            raise WaitTimeout("server-1 is still being sent the last update")
+
+
+def on_two(rank, path, folder):
+    actor = make(path, collective_timeout_s=20.0)
+    actor.connect_engine(Stuck(), WeightLink("disk", folder))
+    with pytest.raises(WaitTimeout) as raised:
+        actor.upload_weights()
+    return str(raised.value)
+
+
+def test_servers_that_are_not_ready_stop_all_ranks(tiny_llama, tmp_path):
+    assert on_ranks(2, on_two, tiny_llama, tmp_path) == ["server-1 is still being sent the last update"] * 2
 
 
 def test_a_stale_copy_is_noticed(tiny_llama, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Weight links: what the trainer publishes is what another process reads; what is wrong is named."""
 
+import resource
+import signal
 import subprocess
 import sys
 
@@ -79,6 +81,19 @@ def test_disk_keeps_two_versions_and_no_partial_folder(tmp_path):
     for version in range(4):
         link.publish(make_tensors(version, 3).items(), version)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v00000002", "v00000003"]
+
+
+def test_a_full_disk_is_explained(tmp_path):
+    """safetensors raises an error of its own there, which is no OSError."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(WeightSyncError, match="cannot write weights of version 4 by disk.*free room"):
+            WeightLink("disk", tmp_path).publish(make_tensors().items(), 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_missing_and_truncated_weights_are_explained(tmp_path):

@@ -247,10 +247,10 @@ class FSDPEngine:
         return out
 
     def _micro_batches(self, batch: Batch, what: str) -> list[MicroBatch]:
-        """This rank's micro-batches, filled up with idle ones to the largest number on any rank."""
+        """This rank's micro-batches, filled up with idle ones to the largest number on any rank, and to one."""
         self.collective.barrier(what)
         own = cut(batch, self.config.max_tokens_per_mb, self.device, self.config.share_prompts, self.keep_groups)
-        most = int(self.collective.reduce(torch.tensor([len(own)]), "max"))
+        most = int(self.collective.reduce(torch.tensor([max(len(own), 1)]), "max"))
         return own + [idle(self.device) for _ in range(most - len(own))]
 
     def _skip(
@@ -311,7 +311,7 @@ class FSDPEngine:
         if meta is None:
             # Names as the hub has them: SGLang and vLLM know no others, experts one by one; the native server both.
             tensors = export.hub_tensors(self.named_full_tensors(device=link.device), self._checkpoint.hub_parts)
-            rollout.prepare_update()
+            self.collective.on_head(rollout.prepare_update)
             try:
                 meta = link.publish(tensors, self.version, writer=is_head, adapter=self._adapter)
             except WeightSyncError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from arealite.api.errors import ConfigError, WeightSyncError
@@ -87,7 +88,7 @@ class WeightLink:
             if self.kind == "disk":
                 return self._write_folder(tensors, version)
             return self._fill_buckets(tensors, version)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter, without a class of its own, on a full disk
             raise WeightSyncError(
                 f"cannot write weights of version {version} by {self.kind}"
                 f" ({self.folder if self.kind == 'disk' else 'memory'}): {error}; free room there,"
