@@ -23,10 +23,11 @@ from arealite.engine.sft.lm_engine import FSDPLMEngine
 from arealite.launcher.allocation import trainer_dims
 from arealite.observe import timeline, waits
 from arealite.observe.frequency import Frequency
+from arealite.observe.rollout_log import write_json
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats import StatsTracker
 from arealite.observe.stats_logger import StatsLogger
-from arealite.observe.supervised_summary import report_supervised, write_held_out
+from arealite.observe.summary import report_supervised
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class SupervisedTrainer:
 
     def _write(self, step: int, result: dict[str, float]) -> None:
         try:
-            write_held_out(self.folder, step, result)
+            write_json(self.folder.evaluation(step).with_suffix(".json"), {"step": step, **result})
         except OSError as error:
             raise ArealiteError(f"cannot write to {self.folder.evaluation_dir}: {error.strerror}; make room") from error
 

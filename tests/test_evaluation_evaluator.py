@@ -15,7 +15,7 @@ from arealite.observe.evaluation_log import read_answers, read_evaluations
 from arealite.observe.progress import Progress
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats_logger import StatsLogger
-from arealite.observe.summary import report, write_summary
+from arealite.observe.summary import report, summarise
 from arealite.rollout import share
 
 TASKS = [Task(id=f"e0-r{i}", messages=[{"role": "user", "content": f"{i}+1="}], answer=str(i + 1)) for i in range(4)]
@@ -145,7 +145,7 @@ def test_summary_and_report(tmp_path):
 
 
 def test_summary_of_a_run_that_did_nothing(tmp_path):
-    summary = write_summary(RunFolder(tmp_path))
+    summary = summarise(RunFolder(tmp_path))
     assert summary["accuracy_before"] is None and summary["steps"] == 0 and summary["train_s"] == 0
 
 

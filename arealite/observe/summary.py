@@ -6,6 +6,7 @@ resumed gets the same report as a straight one.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 NUM_EXAMPLES = 3
 COUNTS = ("num_reward_errors", "num_failed", "num_rejected", "num_interruptions")
+MEANS = ("mismatch_mean", "staleness_mean", "train_tokens_per_s", "mfu")
+MEASURES = {"loss": "loss", "ppl": "perplexity", "accuracy": "share of pairs ranked as preferred"}
 
 
 def summarise(folder: RunFolder) -> dict[str, Any]:
@@ -39,47 +42,31 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
     evaluations = read_evaluations(folder)
     before = next((e for e in evaluations if e.step == 0), None)
     after = evaluations[-1] if evaluations and evaluations[-1].step > 0 else None
-    train_s = total(lines, "step_s")
-    num_tokens, num_samples = total(lines, "num_completion_tokens"), total(lines, "num_samples")
-    return {
+    common = _common(folder, lines, "num_completion_tokens")
+    num_samples, train_s = _total(lines, "num_samples"), common["train_s"]
+    return common | {
         "accuracy_before": before and before.accuracy,
         "accuracy_after": after and after.accuracy,
         "accuracy_before_stderr": before and before.stderr,
         "accuracy_after_stderr": after and after.stderr,
         "num_held_out_tasks": evaluations[-1].num_tasks if evaluations else 0,
-        "steps": lines[-1]["step"] + 1 if lines else 0,
-        "train_s": train_s,
-        "tokens_per_s": num_tokens / train_s if train_s > 0 else None,
         "samples_per_s": num_samples / train_s if train_s > 0 else None,
         "num_samples": int(num_samples),
-        "num_tokens": int(num_tokens),
+        "num_tokens": int(_total(lines, "num_completion_tokens")),
         "reward_first": lines[0].get("reward_mean") if lines else None,
         "reward_last": lines[-1].get("reward_mean") if lines else None,
-        "mismatch_mean": _over(lines, "mismatch_mean", fmean),
-        "mismatch_max": _over(lines, "mismatch_max", max),
-        "staleness_mean": _over(lines, "staleness_mean", fmean),
-        "staleness_max": _over(lines, "staleness_max", max),
-        "train_tokens_per_s": _over(lines, "train_tokens_per_s", fmean),
-        "mfu": _over(lines, "mfu", fmean),
-        "num_steps_skipped": int(total(lines, "skipped")),
-        **{name: int(total(lines, name)) for name in COUNTS},
-        "num_restarts": num_restarts(folder.metrics),
+        **{name: _over(lines, name, fmean) for name in MEANS},
+        **{name: _over(lines, name, max) for name in ("mismatch_max", "staleness_max")},
+        **{name: int(_total(lines, name)) for name in COUNTS},
         "time_shares": _time_shares(lines),
     }
 
 
-def write_summary(folder: RunFolder) -> dict[str, Any]:
-    """Write summary.json; returns what it holds. Raises OSError."""
+def report(folder: RunFolder, console: Console | None = None) -> dict[str, Any]:
+    """Write summary.json and the plot, print the table, the examples and where everything lies. Raises OSError."""
+    console = console or _console()
     summary = summarise(folder)
     write_json(folder.summary_json, summary)
-    return summary
-
-
-def report(folder: RunFolder, console: Console | None = None) -> dict[str, Any]:
-    """Write summary.json and the plot, print the table, the examples and where everything lies."""
-    # A pipe has no width of its own, and 80 columns would fold the tables.
-    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-    summary = write_summary(folder)
     no_plot = plot_reward(folder)
     evaluations = read_evaluations(folder)
     console.print()
@@ -88,11 +75,53 @@ def report(folder: RunFolder, console: Console | None = None) -> dict[str, Any]:
         _print_examples(console, folder, evaluations[0], evaluations[-1])
     if no_plot:
         console.print(Text(f"warning: {no_plot}", style="yellow"), soft_wrap=True)
-    print_places(console, folder)
+    _print_places(console, folder)
     return summary
 
 
-def total(lines: list[dict[str, Any]], name: str) -> float:
+def report_supervised(folder: RunFolder, console: Console | None = None) -> dict[str, Any]:
+    """As `report`, of a supervised run: what it measured first and last, while training and on held-out rows."""
+    console = console or _console()
+    lines = read_metrics(folder.metrics)
+    held_out = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.evaluation_dir.glob("*.json"))]
+    summary = _common(folder, lines, "num_sequence_tokens")
+    table = Table("", title="The run", title_justify="left", title_style="bold")
+    for heading in ("first", "last"):
+        table.add_column(heading, justify="right")
+    for source, rows, prefix in (("training", lines, ""), ("held-out", held_out, "eval_")):
+        for name, words in MEASURES.items():
+            found = [row[name] for row in rows if row.get(name) is not None]
+            if found:
+                summary |= {f"{prefix}{name}_first": found[0], f"{prefix}{name}_last": found[-1]}
+                table.add_row(f"{source} {words}", _number(found[0], "{:.4f}"), _number(found[-1], "{:.4f}"))
+    for name in ("steps", "num_steps_skipped", "num_restarts"):
+        table.add_row(name.removeprefix("num_").replace("_", " "), "", str(summary[name]))
+    table.add_row("training time", "", format_span(summary["train_s"]))
+    table.add_row("tokens per second", "", _number(summary["tokens_per_s"], "{:.0f}"))
+    write_json(folder.summary_json, summary)
+    console.print(table)
+    _print_places(console, folder)
+    return summary
+
+
+def _console() -> Console:
+    """A pipe has no width of its own, and 80 columns would fold the tables."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+
+
+def _common(folder: RunFolder, lines: list[dict[str, Any]], tokens: str) -> dict[str, Any]:
+    """What summaries of all runs have; `tokens` is the metric whose rate counts."""
+    train_s = _total(lines, "step_s")
+    return {
+        "steps": lines[-1]["step"] + 1 if lines else 0,
+        "train_s": train_s,
+        "tokens_per_s": _total(lines, tokens) / train_s if train_s > 0 else None,
+        "num_steps_skipped": int(_total(lines, "skipped")),
+        "num_restarts": num_restarts(folder.metrics),
+    }
+
+
+def _total(lines: list[dict[str, Any]], name: str) -> float:
     return float(sum(line.get(name) or 0 for line in lines))
 
 
@@ -103,14 +132,14 @@ def _over(lines: list[dict[str, Any]], name: str, form: Callable[[list[float]], 
 
 def _time_shares(lines: list[dict[str, Any]]) -> dict[str, float]:
     names = {name for line in lines for name in line if name.endswith("_s") and not name.endswith("_per_s")}
-    return {phase: round(share, 4) for phase, share in time_shares({n: total(lines, n) for n in names}).items()}
+    return {phase: round(share, 4) for phase, share in time_shares({n: _total(lines, n) for n in names}).items()}
 
 
 def _accuracy(value: float | None, stderr: float | None) -> str:
     return "not measured" if value is None else f"{value:.3f} ± {stderr or 0:.3f}"
 
 
-def number(value: float | None, spec: str) -> str:
+def _number(value: float | None, spec: str) -> str:
     return "-" if value is None or not math.isfinite(value) else spec.format(value)
 
 
@@ -124,13 +153,13 @@ def _table(summary: dict[str, Any]) -> Table:
         _accuracy(summary["accuracy_before"], summary["accuracy_before_stderr"]),
         _accuracy(summary["accuracy_after"], summary["accuracy_after_stderr"]),
     )
-    first, last = number(summary["reward_first"], "{:.3f}"), number(summary["reward_last"], "{:.3f}")
+    first, last = _number(summary["reward_first"], "{:.3f}"), _number(summary["reward_last"], "{:.3f}")
     table.add_row("training reward, first and last step", first, last)
     table.add_section()
     shares = ", ".join(f"{phase} {100 * share:.0f}%" for phase, share in summary["time_shares"].items())
-    per_s = f"{number(summary['samples_per_s'], '{:.1f}')} and {number(summary['tokens_per_s'], '{:.0f}')}"
-    mean, most = number(summary["staleness_mean"], "{:.2f}"), number(summary["staleness_max"], "{:.0f}")
-    trained_per_s, mfu = number(summary["train_tokens_per_s"], "{:.0f}"), number(summary["mfu"], "{:.0%}")
+    per_s = f"{_number(summary['samples_per_s'], '{:.1f}')} and {_number(summary['tokens_per_s'], '{:.0f}')}"
+    mean, most = _number(summary["staleness_mean"], "{:.2f}"), _number(summary["staleness_max"], "{:.0f}")
+    trained_per_s, mfu = _number(summary["train_tokens_per_s"], "{:.0f}"), _number(summary["mfu"], "{:.0%}")
     for name, value in (
         ("optimiser steps (skipped)", f"{summary['steps']} ({summary['num_steps_skipped']})"),
         ("training time", format_span(summary["train_s"])),
@@ -139,7 +168,7 @@ def _table(summary: dict[str, Any]) -> Table:
         ("trained tokens per second of updates, MFU", f"{trained_per_s}, {mfu}"),
         ("samples trained on", str(summary["num_samples"])),
         ("staleness, mean and max", f"{mean} and {most}"),
-        ("trainer / server logprobs, mean |difference|", number(summary["mismatch_mean"], "{:.2g}")),
+        ("trainer / server logprobs, mean |difference|", _number(summary["mismatch_mean"], "{:.2g}")),
         ("reward errors, failed, restarts", "{num_reward_errors}, {num_failed}, {num_restarts}".format(**summary)),
     ):
         table.add_row(name, "", value)
@@ -172,7 +201,7 @@ def _short(text: str, max_characters: int = 160) -> str:
     return text if len(text) <= max_characters else text[: max_characters - 1] + "…"
 
 
-def print_places(console: Console, folder: RunFolder) -> None:
+def _print_places(console: Console, folder: RunFolder) -> None:
     places = {
         "reward plot": folder.reward_png,
         "numbers of each step": folder.metrics,
