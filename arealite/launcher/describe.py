@@ -12,7 +12,7 @@ from arealite.api.errors import DatasetError
 from arealite.api.load_config import explain, load_run_config, to_yaml
 from arealite.dataset.fetch import resolve_model
 from arealite.dataset.sources import local_rows
-from arealite.launcher.allocation import AllocationMode
+from arealite.launcher.allocation import AllocationMode, trainer_dims
 from arealite.launcher.machine import Machine
 from arealite.launcher.memory import ModelShape, Part, server_parts, trainer_parts
 from arealite.launcher.plan import Plan, make_plan
@@ -130,14 +130,12 @@ def memory(plan: Plan, config: RunConfig, machine: Machine) -> list[str]:
     if shape is None or (reference is not None and ref is None):
         return ["unknown: no model folder with safetensors on this machine"]
     mode = AllocationMode.parse(config.allocation_mode)
-    assert mode.train is not None, "make_plan refuses a run without a trainer"
     kinds: list[tuple[str, int, list[Part]]] = []
     if mode.inference is not None and isinstance(config, GRPOConfig):
         num_shards = mode.inference.world_size // mode.inference.num_servers
         kinds.append(("server", len(plan.servers), server_parts(config, shape, num_shards, mode.inference.backend)))
-    kinds.append(
-        ("trainer", len(plan.trainers), trainer_parts(config, shape, mode.train.dims, ref, bool(machine.gpus)))
-    )
+    parts = trainer_parts(config, shape, trainer_dims(config), ref, bool(machine.gpus))
+    kinds.append(("trainer", len(plan.trainers), parts))
     lines, total = [], 0.0
     for kind, count, parts in kinds:
         each = sum(part.num_bytes for part in parts)

@@ -93,11 +93,9 @@ def kv_cache_bytes(config: GRPOConfig, shape: ModelShape) -> int:
 
 def server_parts(config: GRPOConfig, shape: ModelShape, num_shards: int, backend: str = "native") -> list[Part]:
     """One inference server of `num_shards` devices."""
-    program = VLLM_PROGRAM_BYTES if backend == "vllm" else PROGRAM_BYTES
-    server = config.server
-    size = DTYPE_BYTES[server.dtype]
-    kv_bytes = kv_cache_bytes(config, shape)
+    server, size, kv_bytes = config.server, DTYPE_BYTES[config.server.dtype], kv_cache_bytes(config, shape)
     per_token = 2 * shape.num_layers * shape.kv_width * size
+    program = VLLM_PROGRAM_BYTES if backend == "vllm" else PROGRAM_BYTES
     return [
         Part("weights", shape.num_parameters * size / num_shards, server.dtype),
         Part("KV cache", kv_bytes / num_shards, f"{kv_bytes // per_token} tokens of {per_token / 1024:.0f} KiB"),
@@ -115,28 +113,27 @@ def trainer_parts(
     """
     _, engine = config.trained
     layout = _Layout(shape, dims, DTYPE_BYTES[engine.dtype])
-    held, copied = layout.held(shape.num_parameters), f"weights in {engine.dtype}, gathered or kept between the passes"
-    trained, frozen = (held, 0.0) if engine.lora is None else (layout.held(_adapters(shape, engine.lora)), held)
+    held, lora = layout.held(shape.num_parameters), engine.lora
+    num_trained = shape.num_parameters if lora is None else _adapters(shape, lora)
+    trained, frozen = (held, 0.0) if lora is None else (layout.held(num_trained), held)
     moments = 2 if engine.optimizer.kind == "adamw" else 2 / shape.hidden
+    masters = f"float32 masters, {dims}; what is frozen in {engine.dtype}"
+    copied = f"weights in {engine.dtype}, gathered or kept between the passes"
     parts = [
-        Part(
-            "weights", 4 * trained + layout.size * frozen, f"float32 masters, {dims}; what is frozen in {engine.dtype}"
-        ),
+        Part("weights", 4 * trained + layout.size * frozen, masters),
         Part("gradients", 4 * trained, "float32"),
         Part("optimizer", 4 * moments * trained, engine.optimizer.kind),
-        Part("working copy", layout.working_copy(is_kept=engine.lora is None), copied),
+        Part("working copy", layout.working_copy(is_kept=lora is None), copied),
         *_activations(config, shape, layout, on_gpu),
     ]
-    if engine.lora is None:
+    if lora is None:
         passing = layout.working_copy(is_kept=True) or layout.size * held
         parts.insert(4, Part("passing gradients", passing, f"{engine.dtype}, on their way to the float32 ones"))
     if isinstance(config, GRPOConfig):
-        num_sent = shape.num_parameters if engine.lora is None else _adapters(shape, engine.lora)
-        parts.append(Part("weights to send", layout.size * num_sent, "rank 0 only, host memory"))
+        parts.append(Part("weights to send", layout.size * num_trained, "rank 0 only, host memory"))
         if config.critic is not None:
-            parts.append(
-                Part("critic", 16 * held + layout.working_copy(True), "as large as the policy, and so trained")
-            )
+            critic = 16 * held + layout.working_copy(is_kept=True)
+            parts.append(Part("critic", critic, "as large as the policy, and so trained"))
     if ref is not None:
         parts.insert(3, Part("reference", layout.size * layout.held(ref.num_parameters), "in the compute type, frozen"))
     total = sum(part.num_bytes for part in parts)
@@ -179,14 +176,10 @@ class _Layout:
 
 def _adapters(shape: ModelShape, lora: LoRAConfig) -> float:
     """Parameters of all adapters."""
-    wide = {
-        "q_proj": shape.query_width,
-        "o_proj": shape.query_width,
-        "k_proj": shape.kv_width,
-        "v_proj": shape.kv_width,
-    }
-    mlp = {"gate_proj": shape.intermediate, "up_proj": shape.intermediate, "down_proj": shape.intermediate}
-    widths = wide | mlp
+    widths = dict.fromkeys(("q_proj", "o_proj"), shape.query_width) | dict.fromkeys(
+        ("k_proj", "v_proj"), shape.kv_width
+    )
+    widths |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.intermediate)
     ends = sum(shape.hidden + widths[name] for name in lora.target_modules if name in widths)
     return float(lora.rank * shape.num_layers * ends)
 
@@ -196,9 +189,9 @@ def _activations(config: RunConfig, shape: ModelShape, layout: _Layout, on_gpu: 
     _, engine = config.trained
     dims, size = layout.dims, layout.size
     total, longest = _tokens(config, shape, engine.share_prompts)
-    total = -(-total // dims.d)
-    num_batches = max(1, -(-total // engine.max_tokens_per_mb))
-    tokens = max(-(-total // num_batches), min(longest, total))
+    total = math.ceil(total / dims.d)
+    num_batches = max(1, math.ceil(total / engine.max_tokens_per_mb))
+    tokens = max(math.ceil(total / num_batches), min(longest, total))
     # Kept per token: queries, keys, values and what attention makes of them, gate and up; the input of two norms, and
     # without the compiled kernels its float32 copy, what the norms make of it, and the results inside the gated unit.
     layer = size * (2 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + 2 * shape.intermediate)
@@ -206,19 +199,17 @@ def _activations(config: RunConfig, shape: ModelShape, layout: _Layout, on_gpu: 
         layer += 2 * (4 + size) * shape.hidden + 2 * size * shape.intermediate
     if dims.t > 1:
         layer += 2 * size * shape.hidden * (dims.t - 1)  # tokens of the other ranks, gathered for two products
-    products = size * (2 * shape.query_width + 2 * shape.kv_width + 2 * shape.hidden + 2 * shape.intermediate)
-    selective = min(layer, size * shape.hidden + products)
-    kept_of = {"none": layer, "full": size * shape.hidden, "selective": selective}
+    selective = size * (3 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + 2 * shape.intermediate)
+    kept_of = {"none": layer, "full": size * shape.hidden, "selective": min(layer, selective)}
     kept = kept_of[engine.gradient_checkpointing]
     per_token = shape.num_layers / dims.p * kept * min(dims.p, num_batches) + max(layer - kept, 0)
-    activations = tokens / (dims.c * dims.t) * per_token
     rows = min(engine.logprob_chunk_tokens, tokens)
     head = rows * shape.vocabulary * size + 4 * shape.vocabulary * shape.hidden
     what = (
         f"{tokens} tokens (max_tokens_per_mb={engine.max_tokens_per_mb}), checkpointing {engine.gradient_checkpointing}"
     )
     return [
-        Part("activations", activations, what),
+        Part("activations", tokens / (dims.c * dims.t) * per_token, what),
         Part("logits", head, f"{rows} rows x {shape.vocabulary}, and the gradient of the head's weight"),
     ]
 
