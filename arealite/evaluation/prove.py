@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from arealite.api.load_config import load_config_file
 from arealite.api.types import Batch, Task
 from arealite.dataset.fetch import resolve_model
 from arealite.dataset.loader import load_tasks
+from arealite.engine.determinism import WORKSPACE_VARIABLE, WORKSPACES
 from arealite.engine.micro_batch import cut
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.evaluation import proof
@@ -246,6 +248,7 @@ def table(findings: list[Finding]) -> Table:
 
 def prove(path: str, overrides: list[str], quick: bool, ranks: int | None, report_path: str | None) -> int:
     """Returns the exit code: 0 nothing failed, 1 a check did. Raises ArealiteError: the configuration is refused."""
+    os.environ.setdefault(WORKSPACE_VARIABLE, WORKSPACES[0])  # read at the first product, long before the last check
     set_verbosity_error()
     disable_progress_bar()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
