@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import DatasetConfig
 from arealite.api.errors import DatasetError
-from arealite.api.types import Batch
+from arealite.api.types import Batch, Group, Task, Trajectory
 from arealite.dataset.rows import find_column, text_of
 from arealite.dataset.sources import Row, read_rows
 
@@ -108,9 +108,7 @@ def _conversation(row: Row, config: DatasetConfig) -> list[Message]:
         return _checked(row, "messages", value, config)
     column, question = find_column(row, PROMPT_COLUMNS, "a question")
     answer_column, answer = find_column(row, ANSWER_COLUMNS, "an answer")
-    text = config.prompt_template.replace("{prompt}", text_of(row, column, question))
-    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text_of(row, answer_column, answer)}]
-    return _checked(row, answer_column, turns, config)
+    return _asked(row, column, question, answer_column, text_of(row, answer_column, answer), config)
 
 
 def _side(row: Row, column: str, config: DatasetConfig) -> list[Message] | None:
@@ -129,8 +127,13 @@ def _side(row: Row, column: str, config: DatasetConfig) -> list[Message] | None:
     if not text.strip():
         return None
     prompt_column, question = find_column(row, PROMPT_COLUMNS, "a question")
-    asked = config.prompt_template.replace("{prompt}", text_of(row, prompt_column, question))
-    return _checked(row, column, [{"role": "user", "content": asked}, {"role": "assistant", "content": text}], config)
+    return _asked(row, prompt_column, question, column, text, config)
+
+
+def _asked(row: Row, column: str, question: Any, of_answer: str, answer: str, config: DatasetConfig) -> list[Message]:
+    text = config.prompt_template.replace("{prompt}", text_of(row, column, question))
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    return _checked(row, of_answer, turns, config)
 
 
 def _checked(row: Row, column: str, messages: Any, config: DatasetConfig) -> list[Message]:
@@ -183,36 +186,26 @@ def _learned(
             f"{row.where}: the chat template does not put the last answer behind its own generation prompt, so what is"
             " to be learned cannot be told apart: use another template"
         )
-    tokens: list[int] = []
-    mask: list[bool] = []
-    done = 0
+    tokens, masks, done = [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], 0
     for begin, end in spans:
         for text, is_learned in ((whole[done:begin], False), (whole[begin:end], True)):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            tokens += ids
-            mask += [is_learned] * len(ids)
+            tokens.append(np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64))
+            masks.append(np.full(len(tokens[-1]), is_learned))
         done = end
-    return np.asarray(tokens, np.int64), np.asarray(mask, np.bool_)
+    return np.concatenate(tokens), np.concatenate(masks)
 
 
 def pack_examples(examples: Sequence[Example], places: Sequence[int], num_examples: int) -> Batch:
     """The batch of `examples`, a share of a step of `num_examples`; `places` are their positions in the step, which
     become group ids. The first sequence of an example has reward 1, a second one 0."""
-    sequences = [(place, side, e) for place, e in zip(places, examples, strict=True) for side in range(len(e.tokens))]
-
-    def flat(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-        return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
-
-    tokens = flat([e.tokens[side] for _, side, e in sequences], np.int64)
-    return Batch(
-        tokens=tokens,
-        loss_mask=flat([e.loss_mask[side] for _, side, e in sequences], np.bool_),
-        logprobs=np.zeros(len(tokens), np.float32),
-        versions=np.full(len(tokens), -1, np.int32),
-        cu_seqlens=np.cumsum([0, *(len(e.tokens[side]) for _, side, e in sequences)]).astype(np.int64),
-        group_ids=np.asarray([place for place, _, _ in sequences], np.int64),
-        rewards=np.asarray([1.0 - side for _, side, _ in sequences], np.float64),
-        truncated=np.zeros(len(sequences), np.bool_),
-        num_groups=num_examples,
-        task_ids=[e.id for _, _, e in sequences],
+    groups = []
+    for place, example in zip(places, examples, strict=True):
+        sides = []
+        for side, (tokens, mask) in enumerate(zip(example.tokens, example.loss_mask, strict=True)):
+            nothing = [0.0] * len(tokens), [-1] * len(tokens)  # logprobs and versions
+            sides.append(Trajectory(example.id, side, tokens.tolist(), mask.tolist(), *nothing, 1.0 - side, "stop"))
+        groups.append(Group(Task(example.id), place, sides))
+    return replace(
+        Batch.pack(groups, num_groups=num_examples),
+        group_ids=np.asarray([group.ordinal for group in groups for _ in group.trajectories], np.int64),
     )

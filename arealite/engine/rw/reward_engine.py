@@ -40,7 +40,8 @@ class FSDPRWEngine(FSDPValueEngine):
         update = self.update(batch, loss_fn)
         self.version += 1
         stats = self.summary([update], time.perf_counter() - started)
-        return {**stats, **_chosen(update.statistics), "num_pairs": float(num_pairs)}
+        chosen = {name: update.statistics[name] for name in ("accuracy", "margin")}
+        return {**stats, **chosen, "num_pairs": float(num_pairs)}
 
     def evaluate_rw(self, batch: Batch) -> dict[str, float]:
         """`loss`, `accuracy` and `margin` under the current weights, over all ranks. Collective."""
@@ -66,7 +67,3 @@ class FSDPRWEngine(FSDPValueEngine):
 def pairs_first(batch: Batch, sequences: np.ndarray) -> np.ndarray:
     """The order of `sequences` (int64 [2 n], of the batch) that puts each preferred one right before its other."""
     return np.lexsort((-batch.rewards[sequences], batch.group_ids[sequences]))
-
-
-def _chosen(statistics: dict[str, float]) -> dict[str, float]:
-    return {name: statistics[name] for name in ("accuracy", "margin")}
