@@ -7,9 +7,7 @@ examples/arealite/gsm8k_grpo.py. Every trainer rank runs this code.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
 from arealite.api.types import Group
@@ -19,7 +17,7 @@ from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.ppo.critic import FSDPPPOCritic
 from arealite.engine.recover import RecoverHandler
-from arealite.engine.roles import OtherShares, TrainedTogether
+from arealite.engine.roles import OtherShares, TrainedTogether, Turns
 from arealite.evaluation.evaluator import Evaluator
 from arealite.launcher.allocation import AllocationMode, trainer_dims
 from arealite.observe import timeline, waits
@@ -67,7 +65,6 @@ class PPOTrainer:
         self.config = config
         self.should_accept = should_accept
         self.folder = RunFolder.of(config)
-        self.takes_turns = os.environ.get("AREALITE_COLOCATED") == "1"
         self.tokenizer = load_tokenizer(config)
 
         self.actor = FSDPPPOActor(config.actor, trainer_dims(config))
@@ -91,6 +88,9 @@ class PPOTrainer:
         self.rollout = remote_engine(config)
         self.rollout.initialize(self.collective)
         self.actor.connect_engine(self.rollout, WeightLink(config.weight_update, self.folder.root / "weights"))
+
+        engines = [e for e in (self.actor, self.ref, self.critic) if e is not None]
+        self.turns = Turns(self.rollout, *engines)
 
         self.dataloader = StatefulDataLoader(load_tasks(config.train_dataset, self.tokenizer, config.seed), config)
         self._workflows: list[RLVRWorkflow] = []
@@ -155,39 +155,27 @@ class PPOTrainer:
         stats = self.stats
         timeline.begin_step(step)
         with stats.timer("step"):
-            with stats.timer("rollout_wait"), self.servers_turn():
+            with stats.timer("rollout_wait"), self.turns.of_servers():
                 batch = self.rollout.prepare_batch(self.dataloader, self.workflow, self.should_accept)
             with stats.timer("probe"):
                 stats.update(self.guard.check(step, batch, self.actor, self.rollout))
-            if self.takes_turns:
-                self.rollout.pause()
-            with stats.timer("train"):
-                if self.actor.needs_prox_logp:
-                    batch.prox_logp = self.actor.compute_logp(batch)
-                if self.ref is not None:
-                    batch.ref_logp = self.ref_shares.score(batch, self.ref.compute_logp)
-                if self.critic is not None:
-                    batch.values = self.critic_shares.score(batch, self.critic.compute_values)
-                self.actor.compute_advantages(batch)
-                update = self.actor.grpo_update(batch)
-                if self.critic is not None:
-                    learned = self.critic.ppo_update(self.critic_shares.batch(batch))
-                    stats.update({f"critic_{name}": value for name, value in learned.items()})
-            self.rollout.mark_trained(step, skipped=bool(update["skipped"]))
-            with stats.timer("sync"):
-                self.actor.upload_weights()  # pauses generation for the swap
-                self.rollout.resume()
+            with self.turns.of_trainer():
+                with stats.timer("train"):
+                    if self.actor.needs_prox_logp:
+                        batch.prox_logp = self.actor.compute_logp(batch)
+                    if self.ref is not None:
+                        batch.ref_logp = self.ref_shares.score(batch, self.ref.compute_logp)
+                    if self.critic is not None:
+                        batch.values = self.critic_shares.score(batch, self.critic.compute_values)
+                    self.actor.compute_advantages(batch)
+                    update = self.actor.grpo_update(batch)
+                    if self.critic is not None:
+                        learned = self.critic.ppo_update(self.critic_shares.batch(batch))
+                        stats.update({f"critic_{name}": value for name, value in learned.items()})
+                self.rollout.mark_trained(step, skipped=bool(update["skipped"]))
+                with stats.timer("sync"):
+                    self.actor.upload_weights()  # pauses generation for the swap
         stats.update(update)
-
-    @contextmanager
-    def servers_turn(self) -> Iterator[None]:
-        """While servers on the same accelerators generate, the trainer leaves them its memory."""
-        engines = [e for e in (self.actor, self.ref, self.critic) if e is not None and self.takes_turns]
-        for engine in engines:
-            engine.sleep()
-        yield
-        for engine in engines:
-            engine.wake()
 
     def after_step(self, step: int) -> None:
         """Everything that happens between steps; `step` counts finished ones."""

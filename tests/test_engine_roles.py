@@ -26,7 +26,7 @@ from arealite.engine.checkpoint import attempt_on_ranks
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.ppo.critic import FSDPPPOCritic
-from arealite.engine.roles import OtherShares, TrainedTogether
+from arealite.engine.roles import OtherShares, TrainedTogether, Turns
 from arealite.engine.rw.reward_engine import FSDPRWEngine
 from arealite.engine.sft.lm_engine import FSDPLMEngine
 
@@ -224,6 +224,14 @@ def outcomes(path, value_path, dims=None, place=(0, 1), order=None, **changes) -
     return found
 
 
+def test_the_critics_statistics_are_of_updates_that_were_applied(value_model):
+    critic = started(FSDPPPOCritic(PPOCriticConfig(**settings(value_model), ppo_n_minibatches=2)))
+    batch = learning_batch()
+    batch.returns[batch.cu_seqlens[-2] :] = np.nan  # in the last mini-batch
+    found = critic.ppo_update(batch)
+    assert critic.num_updates == 1 and np.isfinite([found["value_mean"], found["clip_ratio"], found["loss"]]).all()
+
+
 def test_a_batch_without_loss_tokens_has_no_gradient(tiny_llama, value_model):
     none = replace(random_batch(), loss_mask=np.zeros(len(random_batch().tokens), bool))
     language, reward = (
@@ -248,6 +256,31 @@ def test_no_result_depends_on_budget_or_order(tiny_llama, value_model):
         return np.random.default_rng(1).permutation(batch.num_sequences)
 
     assert_same(whole, outcomes(tiny_llama, value_model, order=shuffled, max_tokens_per_mb=30))
+
+
+class Told:
+    """An engine or the servers' client: notes what it is told."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.sleep, self.wake, self.pause, self.resume = (
+            lambda word=word: told.append(word) for word in ("sleep", "wake", "pause", "resume")
+        )
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+def test_servers_and_trainer_take_turns_on_shared_devices(monkeypatch, colocated):
+    if colocated:
+        monkeypatch.setenv("AREALITE_COLOCATED", "1")
+    else:
+        monkeypatch.delenv("AREALITE_COLOCATED", raising=False)
+    told: list[str] = []
+    turns = Turns(Told(told), Told(told))
+    with turns.of_servers():
+        told.append("generate")
+    with turns.of_trainer():
+        told.append("train")
+    everything = ["sleep", "generate", "wake", "pause", "train", "resume"]
+    assert told == (everything if colocated else ["generate", "train"])
 
 
 def on_two(rank: int, path: str, value_path: str, folder: str) -> dict:

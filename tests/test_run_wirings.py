@@ -12,6 +12,7 @@ WIRINGS = {
     "colocated": ["allocation_mode=native:d1|fsdp:d1"],
     "by_broadcast": ["weight_update=distributed"],
     "two_ranks_by_disk": ["allocation_mode=native:d1+fsdp:d2", "weight_update=disk"],
+    "adapters_on_context_ranks": ["allocation_mode=native:d1+fsdp:c2", "actor.lora.rank=4", "gconfig.min_new_tokens=2"],
 }
 
 

@@ -1,13 +1,18 @@
-"""Several models of one run on the same ranks, each in its own layout. Called by arealite/trainer.py."""
+"""Several models of one run on the same ranks, each in its own layout, and by turns with the servers.
+
+Called by arealite/trainer.py and scripts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
 
 from arealite.algorithm.packing import karmarkar_karp
+from arealite.api.engine import InferenceEngine
 from arealite.api.types import Batch
 from arealite.engine.checkpoint import attempt, attempt_on_ranks
 from arealite.engine.fsdp_engine import FSDPEngine
@@ -65,6 +70,32 @@ def _by_share(engine: FSDPEngine, value: T) -> list[T]:
     speaks = mesh.token_place == 0 and mesh.is_last_stage
     found = engine.collective.gather((mesh.share, value) if speaks else None)
     return [v for _, v in sorted((pair for pair in found if pair is not None), key=lambda pair: pair[0])]
+
+
+class Turns:
+    """Of the trainer and of servers on the same accelerators. Where each has its own, nobody waits."""
+
+    def __init__(self, rollout: InferenceEngine, *engines: FSDPEngine) -> None:
+        self.are_taken = os.environ.get("AREALITE_COLOCATED") == "1"
+        self._rollout, self._engines = rollout, engines if self.are_taken else ()
+
+    @contextmanager
+    def of_servers(self) -> Iterator[None]:
+        """While servers generate, the engines leave them the memory."""
+        for engine in self._engines:
+            engine.sleep()
+        yield
+        for engine in self._engines:
+            engine.wake()
+
+    @contextmanager
+    def of_trainer(self) -> Iterator[None]:
+        """Servers stop until the engines have trained and uploaded."""
+        if self.are_taken:
+            self._rollout.pause()
+        yield
+        if self.are_taken:
+            self._rollout.resume()
 
 
 class TrainedTogether:

@@ -13,6 +13,7 @@ from arealite.dataset.loader import StatefulDataLoader, load_tasks, load_tokeniz
 from arealite.engine.checkpoint import Saver
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.recover import RecoverHandler
+from arealite.engine.roles import Turns
 from arealite.evaluation.evaluator import Evaluator
 from arealite.observe import timeline, waits
 from arealite.observe.run_folder import RunFolder
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> None:
     rollout = remote_engine(config)  # RemoteSGLangEngine, RemoteNativeEngine: as allocation_mode says
     rollout.initialize(actor.collective)
     actor.connect_engine(rollout, WeightLink(config.weight_update, folder.root / "weights"))
+    turns = Turns(rollout, actor)  # with servers on the same accelerators
 
     dataloader = StatefulDataLoader(load_tasks(config.train_dataset, tokenizer, config.seed), config)
     workflow = RLVRWorkflow(gsm8k_reward, config.gconfig, tokenizer, config=config.rollout)
@@ -58,14 +60,16 @@ def main(argv: list[str]) -> None:
         evaluator.maybe_evaluate(0, 0)
     for step in range(start, num_steps):
         timeline.begin_step(step)
-        batch = rollout.prepare_batch(dataloader, workflow)  # rollout_batch(tasks, workflow) is synchronous
+        with turns.of_servers():
+            batch = rollout.prepare_batch(dataloader, workflow)  # rollout_batch(tasks, workflow) is synchronous
         mismatch = guard.check(step, batch, actor, rollout)
-        if actor.needs_prox_logp:  # a single update per step computes them anyway
-            batch.prox_logp = actor.compute_logp(batch)
-        actor.compute_advantages(batch)
-        stats = actor.grpo_update(batch)
-        rollout.mark_trained(step, skipped=bool(stats["skipped"]))
-        actor.upload_weights()  # generation pauses for the swap alone
+        with turns.of_trainer():
+            if actor.needs_prox_logp:  # a single update per step computes them anyway
+                batch.prox_logp = actor.compute_logp(batch)
+            actor.compute_advantages(batch)
+            stats = actor.grpo_update(batch)
+            rollout.mark_trained(step, skipped=bool(stats["skipped"]))
+            actor.upload_weights()  # generation pauses for the swap alone
 
         epoch = (step + 1) // dataloader.steps_per_epoch
         saver.maybe_save(step + 1, epoch, actor)

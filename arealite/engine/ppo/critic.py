@@ -45,10 +45,11 @@ class FSDPPPOCritic(FSDPValueEngine):
             if num_tokens:
                 updates.append(self._update_on(part, num_tokens))
         self.version += 1
+        applied = [update.statistics for update in updates if not update.skipped]
         return {
             **self.summary(updates, time.perf_counter() - started),
-            "clip_ratio": sum(u.statistics["clip_ratio"] for u in updates) / max(len(updates), 1),
-            "value_mean": sum(u.statistics["value"] for u in updates) / max(len(updates), 1),
+            "clip_ratio": sum(found["clip_ratio"] for found in applied) / max(len(applied), 1),
+            "value_mean": sum(found["value"] for found in applied) / max(len(applied), 1),
             "explained_variance": self._explained_variance(batch, batch.values, batch.returns),
         }
 
