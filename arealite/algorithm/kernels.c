@@ -815,10 +815,13 @@ void score_grad(const struct scoring *s)
             _mm256_mask_storeu_epi16(row + at, first_lanes(s->vocab - at), narrow(x));
         }
         for (int64_t t = s->edges[r]; t < s->edges[r + 1]; t++) {
+            const int64_t own = s->targets[t];
+            if (own < 0 || own >= s->vocab)
+                continue;
             float sum = -expf(s->logp[t]) * (start + slope * s->logp[t]);
             for (int64_t same = s->edges[r]; same < s->edges[r + 1]; same++)
                 sum += s->targets[same] == s->targets[t] ? s->logp_grad[same] : 0;
-            row[s->targets[t]] = (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(sum / s->temperature)), 0);
+            row[own] = (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(sum / s->temperature)), 0);
         }
     }
 }

@@ -223,7 +223,8 @@ class Kernels:
         self._score(_scoring(logits, first, scores, temperature))
 
     def score_grad(self, logits: torch.Tensor, first: int, scores: Scores, temperature: float) -> None:
-        """Put the gradient of the logits in their place, from those of logprobs and entropies."""
+        """Put the gradient of the logits in their place, from those of logprobs and entropies. Where the logits are of
+        a slice of the vocabulary, targets count from its first token; those outside of it are left out."""
         self._score_grad(_scoring(logits, first, scores, temperature))
 
     def tree_attention(

@@ -13,7 +13,8 @@ ROWS_IN_CACHE = 32  # logit rows that are worked on at one time: their float32 c
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """See `token_logprobs`. The backward pass computes the logits of each chunk again."""
+    """See `token_logprobs`. The backward pass computes the logits again: of all rows for a slice of the vocabulary at a
+    time, so that each slice of the weight has its gradient from one product."""
 
     @staticmethod
     def forward(
@@ -57,34 +58,34 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logp: torch.Tensor, grad_entropy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, _, targets, logsum, entropy, logp, first_pair = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight: torch.Tensor | None = None
+        if not len(hidden):  # a gradient of zeros all the same: FSDP sums over all ranks
+            return torch.zeros_like(hidden), torch.zeros_like(weight), None, None, None, None
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        grad_weight = torch.empty_like(weight)
         grads = grad_logp.contiguous(), grad_entropy.contiguous()
-        scores = Scores(first_pair, targets, logsum, entropy, logp, *grads)
-        for start in range(0, len(hidden), ctx.chunk):
-            part = hidden[start : start + ctx.chunk]
-            logits = part @ weight.t()
+        # As many logits at one time as in the forward pass.
+        width = max(ctx.chunk * len(weight) // len(hidden), 1)
+        for first in range(0, len(weight), width):
+            part = weight[first : first + width]
+            logits = hidden @ part.t()
             if ctx.compiled is None:
-                _plain_grad(ctx, logits, start, grad_logp, grad_entropy)
+                _plain_grad(ctx, logits, first, grad_logp, grad_entropy)
             else:
-                ctx.compiled.score_grad(logits, start, scores, ctx.temperature)
-            grad_hidden[start : start + ctx.chunk] = logits @ weight
-            by_chunk = logits.t() @ part
-            # Chunks add up in float32; one chunk alone needs no sum.
-            grad_weight = by_chunk if grad_weight is None else grad_weight.float().add_(by_chunk)
-        # A rank without rows has a gradient of zeros: FSDP sums over all ranks.
-        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+                scores = Scores(first_pair, targets - first, logsum, entropy, logp, *grads)
+                ctx.compiled.score_grad(logits, 0, scores, ctx.temperature)
+            grad_hidden += logits @ part
+            torch.mm(logits.t(), hidden, out=grad_weight[first : first + width])
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 
 def _plain_grad(
-    ctx: Any, logits: torch.Tensor, start: int, grad_logp: torch.Tensor, grad_entropy: torch.Tensor
+    ctx: Any, logits: torch.Tensor, first: int, grad_logp: torch.Tensor, grad_entropy: torch.Tensor
 ) -> None:
-    """Put the gradient of the rows from `start` on in the place of their logits."""
+    """Put the gradient of logits, those of the tokens from `first` on, in their place."""
     _, _, row_of, targets, logsum, entropy, _, _ = ctx.saved_tensors
     row_grad = torch.zeros_like(logsum).index_add_(0, row_of, grad_logp)
     has_entropy = bool(grad_entropy.any())
-    for begin, block in _blocks(logits, start, ctx.temperature):
+    for begin, block in _blocks(logits, 0, ctx.temperature):
         stop = begin + len(block)
         span = slice(ctx.edges[begin], ctx.edges[stop])
         block.sub_(logsum[begin:stop, None])
@@ -94,8 +95,10 @@ def _plain_grad(
             block.exp_().mul_(scale).neg_()
         else:
             block.exp_().mul_(-row_grad[begin:stop, None])
-        block.index_put_((row_of[span] - begin, targets[span]), grad_logp[span], accumulate=True)
-        logits[begin - start : stop - start] = block.div_(ctx.temperature)
+        column = targets[span] - first
+        own = (column >= 0) & (column < logits.shape[1])
+        block.index_put_((row_of[span][own] - begin, column[own]), grad_logp[span][own], accumulate=True)
+        logits[begin:stop] = block.div_(ctx.temperature)
 
 
 def _blocks(logits: torch.Tensor, start: int, temperature: float) -> Any:
@@ -119,6 +122,6 @@ def token_logprobs(
     `hidden` [R, H] and `weight` [V, H] in the compute dtype; `targets` int64 [P] with their rows `row_of` int64 [P],
     ascending (a row may be asked for several tokens, or none). Returns float32 logp [P] and entropy [R], both
     differentiable. Logits are products in the compute dtype, as the model's own head makes them; all that follows is
-    float32. At most `chunk` rows of logits exist at one time, in the backward pass too.
+    float32. At most `chunk` x V logits exist at one time, in the backward pass too.
     """
     return _TokenLogprobs.apply(hidden, weight, row_of, targets, temperature, chunk)
