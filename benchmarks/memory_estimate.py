@@ -152,7 +152,7 @@ def main(names: list[str]) -> None:
             shape = ModelShape.read(resolve_model(config.actor.path))
             ref = None if config.ref is None else ModelShape.read(resolve_model(config.ref.path))
             assert component is not None and shape is not None
-            parts = trainer_parts(config, shape, component.dims, ref)
+            parts = trainer_parts(config, shape, component.engine_dims, ref)
             estimate = sum(part.num_bytes for part in parts)
             measured = measure(overrides, component.world_size, folder)
             found[name] = round(estimate / measured, 3)

@@ -81,7 +81,7 @@ def forgetful_resume(monkeypatch):
 )
 def test_what_is_broken_on_purpose_fails(config, monkeypatch, broken, failing):
     broken(monkeypatch)
-    findings = Prover(config, quick=True, ranks=1).run()
+    findings = list(Prover(config, quick=True, ranks=1).findings())
     assert {f.check for f in findings if f.outcome == "FAIL"} == failing
     assert table(findings).row_count == len(findings)
     assert {f.compared for f in findings if f.check == "layout"} == {"d2", "d1t2", "d1c2", "d1p2"}  # too few ranks
@@ -100,15 +100,14 @@ def test_ranks_that_die_are_a_failure_with_their_error(config):
     with engine(proof.proof_config(config.actor, "float32")) as actor:
         reference = proof.take_step(actor, proof.with_logprobs(prover.batch, actor, np.random.default_rng(0)))
     broken = proof.replace(config.actor, max_tokens_per_mb=None)
-    finding = check_layout(broken, prover.batch, reference, Dims())
+    finding = check_layout(broken, reference, Dims())
     assert finding.outcome == "FAIL" and "TypeError" in finding.reason and "rank 0" in finding.reason
 
 
 def test_a_layout_that_is_refused_fails_if_it_is_the_users_own(config):
     config.allocation_mode = "native:d1+fsdp:p3"  # of 2 layers
     prover = Prover(config, quick=True, ranks=3)
-    nothing = proof.Step(np.zeros(0), 0.0, 0.0, {})
-    finding = next(prover._check_layouts(config.actor, prover.batch, nothing))
+    finding = next(prover._check_layouts(config.actor, proof.Step(prover.batch)))
     assert finding.outcome == "FAIL" and "layers" in finding.reason, finding
 
 

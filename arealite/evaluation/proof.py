@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -59,16 +59,17 @@ def judge(check: str, compared: str, apart: Mapping[str, Distance], dtype: str) 
 
 @dataclass
 class Step:
-    """One update without a change of weights. `gradients` are clipped, whole, float32 on the CPU, by parameter; of a
-    step that was compared while it was made, their squared distance to the reference instead, and the largest."""
+    """One update on `batch` without a change of weights. `gradients` are clipped, whole, float32 on the CPU, by
+    parameter; of a step that was compared while it was made, their distance to the reference instead."""
 
-    logp: np.ndarray  # float32 [T]
-    loss: float
-    grad_norm: float
-    gradients: dict[str, torch.Tensor]
+    batch: Batch
+    logp: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # [T]
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     scale: float = 1.0  # of the loss: the mean absolute advantage
     squared_distance: float = 0.0
-    largest: float = 0.0
+    largest: float = 0.0  # of the differences
 
 
 def proof_config(config: PPOActorConfig, dtype: str) -> PPOActorConfig:
@@ -78,10 +79,10 @@ def proof_config(config: PPOActorConfig, dtype: str) -> PPOActorConfig:
     return replace(config, dtype=dtype, ppo_n_minibatches=1, optimizer=optimizer)
 
 
-def take_step(actor: FSDPPPOActor, batch: Batch, reference: Mapping[str, torch.Tensor] | None = None) -> Step:
-    """One step on `batch`, this rank's share. `reference`: gradients to compare with, instead of keeping one's own.
-    Collective; on another stage of a pipeline the gradients are those of that stage."""
-    step = Step(np.zeros(0), 0.0, 0.0, {})
+def take_step(actor: FSDPPPOActor, batch: Batch, reference: Step | None = None) -> Step:
+    """One step on `batch`, this rank's share. `reference`: a step to compare gradients with, instead of keeping
+    one's own. Collective; on another stage of a pipeline the gradients are those of that stage."""
+    step = Step(batch)
 
     def look(*_: object) -> None:
         for module in actor.model.modules():
@@ -94,7 +95,7 @@ def take_step(actor: FSDPPPOActor, batch: Batch, reference: Mapping[str, torch.T
             if reference is None:
                 step.gradients[name] = whole.clone()
                 continue
-            difference = whole.double() - reference[name].double()
+            difference = whole.double() - reference.gradients[name].double()
             step.squared_distance += float(difference.square().sum())
             step.largest = float(np.maximum(step.largest, float(difference.abs().max())))  # NaN stays
 

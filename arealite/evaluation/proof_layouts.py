@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from arealite.api.cli_args import PPOActorConfig
 from arealite.api.errors import ConfigError
-from arealite.api.types import Batch, Dims
+from arealite.api.types import Dims
 from arealite.engine.parallel import join_ranks, pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.evaluation.proof import Finding, Step, distances, judge, take_step
@@ -38,16 +38,16 @@ def candidates(own: Dims, has_experts: bool) -> list[Dims]:
     return list(dict.fromkeys([own, *each] if size_of(own) > 1 else each))
 
 
-def check_layout(config: PPOActorConfig, batch: Batch, reference: Step, dims: Dims) -> Finding:
-    """The same step by processes of their own. Ranks that die are a FAIL with their error. A layout that the engine
-    refuses is skipped."""
+def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding:
+    """`reference` again, by processes of their own. Ranks that die are a FAIL with their error; a layout that the
+    engine refuses is skipped."""
     size, (port,) = size_of(dims), free_ports(1)
     # Forked from a server that has loaded torch, and no more: a rank starts in a blink, whatever its device.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
-    work = (config, batch, reference, dims)
-    ranks = [context.Process(target=_rank, args=(sender, rank, size, port, *work)) for rank in range(size)]
+    work = (sender, port, config, reference, dims)
+    ranks = [context.Process(target=_rank, args=(rank, *work)) for rank in range(size)]
     try:
         for rank in ranks:
             rank.start()
@@ -66,10 +66,9 @@ def check_layout(config: PPOActorConfig, batch: Batch, reference: Step, dims: Di
                 rank.join()
 
 
-def _rank(
-    sender: Connection, rank: int, size: int, port: int, config: PPOActorConfig, batch: Batch, ref: Step, dims: Dims
-) -> None:
+def _rank(rank: int, sender: Connection, port: int, config: PPOActorConfig, reference: Step, dims: Dims) -> None:
     """One process: rank 0 sends the Finding; any sends its error as one."""
+    size = size_of(dims)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # of how whole gradients are gathered
@@ -77,7 +76,7 @@ def _rank(
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
     try:
         join_ranks(pick_device(), config.collective_timeout_s)
-        finding = _compare(config, batch, ref, dims)
+        finding = _compare(config, reference, dims)
         if rank == 0:
             sender.send(finding)
     except Exception as error:  # boundary of the process: the parent reports it
@@ -87,15 +86,16 @@ def _rank(
     time.sleep(LIMIT_S)  # the parent ends this process; groups of a failed rank may hang in their destructors
 
 
-def _compare(config: PPOActorConfig, batch: Batch, reference: Step, dims: Dims) -> Finding:
+def _compare(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding:
     """Collective."""
     try:
         actor = FSDPPPOActor(config, dims=dims)
         actor.initialize()
     except ConfigError as error:
         return Finding(CHECK, str(dims), "skipped", reason=str(error))
+    batch = reference.batch
     own = batch.group_ids % dims.d == actor.mesh.share
-    step = take_step(actor, batch.select(np.flatnonzero(own)), reference.gradients)
+    step = take_step(actor, batch.select(np.flatnonzero(own)), reference)
     # Every rank has its share's logprobs, and its stage's gradients.
     own_tokens, stage = np.repeat(own, batch.lengths), actor.mesh.stage_rank
     gathered = actor.collective.gather((own_tokens, step.logp, stage, (step.squared_distance, step.largest)))

@@ -21,14 +21,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from arealite.api.cli_args import GRPOConfig, PPOActorConfig
 from arealite.api.load_config import load_config_file
 from arealite.api.types import Batch, Task
 from arealite.dataset.fetch import resolve_model
-from arealite.dataset.loader import load_tasks
+from arealite.dataset.loader import load_tasks, load_tokenizer
 from arealite.engine.determinism import WORKSPACE_VARIABLE, WORKSPACES
 from arealite.engine.micro_batch import cut
 from arealite.engine.ppo.actor import FSDPPPOActor
@@ -47,34 +47,21 @@ STYLES = {"pass": None, "FAIL": "bold red", "skipped": "yellow"}
 
 class Prover:
     """One configuration under test. `ranks`: processes that layouts may have; None: the GPUs there are, or two
-    processes on the CPU. `quick`: float32 only, fewer variants, no server. Findings go to `tell` one by one."""
+    processes on the CPU. `quick`: float32 only, fewer variants, no server."""
 
-    def __init__(
-        self,
-        config: GRPOConfig,
-        quick: bool = False,
-        ranks: int | None = None,
-        tell: Callable[[Finding], None] = lambda _: None,
-    ) -> None:
-        self.config, self.quick, self.tell = config, quick, tell
+    def __init__(self, config: GRPOConfig, quick: bool = False, ranks: int | None = None) -> None:
+        self.config, self.quick = config, quick
         self.max_ranks = ranks or torch.cuda.device_count() or 2
-        self.folder = resolve_model(config.tokenizer_path or config.actor.path)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+        self.tokenizer = load_tokenizer(config)
         self.tasks = load_tasks(config.train_dataset, self.tokenizer, config.seed)
         num_groups, group_size = (2, 3) if quick else (3, 4)
         prompts = [self.prompt(task) for task in self.tasks[:num_groups]]
         prompts = (prompts * num_groups)[:num_groups]  # of a data set with fewer rows
         self.batch = proof.random_batch(prompts, group_size, LONGEST_ANSWER, len(self.tokenizer), self._rng())
 
-    def run(self) -> list[Finding]:
-        """Every check. In float32, where the tolerance is tight, and then in the configuration's own type."""
-        findings = []
-        for finding in self._findings():
-            findings.append(finding)
-            self.tell(finding)
-        return findings
-
-    def _findings(self) -> Iterator[Finding]:
+    def findings(self) -> Iterator[Finding]:
+        """Every check, made as it is asked for. In float32, where the tolerance is tight, and then in the
+        configuration's own type."""
         dtype = self.config.actor.dtype
         yield from self._check_type("float32")
         if dtype != "float32" and self.quick:
@@ -102,7 +89,7 @@ class Prover:
             reference = take_step(actor, batch)
             num_tokens = sum(len(m.tokens) for m in cut(batch, 1 << 40, actor.device, config.share_prompts))
             for check, changes in packings(config, num_tokens, self.quick):
-                yield self._varied(actor, batch, reference, check, config, changes)
+                yield self._varied(check, actor, reference, config, changes)
             apart = {"logprobs": proof.logprob_distance(reference.logp, plain_logprobs(actor, batch))}
             yield judge("Hugging Face's own forward pass", "each sequence alone, by transformers", apart, dtype)
             if dtype == "float32" and self.quick:
@@ -114,33 +101,28 @@ class Prover:
         for kind in others[: 1 if self.quick else None]:
             changes = {"gradient_checkpointing": kind}
             with engine(replace(config, **changes)) as actor:
-                yield self._varied(actor, batch, reference, "gradient checkpointing", config, changes)
+                yield self._varied("gradient checkpointing", actor, reference, config, changes)
         if dtype == "float32":
-            yield from self._check_layouts(config, batch, reference)
+            yield from self._check_layouts(config, reference)
 
     def _varied(
-        self,
-        actor: FSDPPPOActor,
-        batch: Batch,
-        reference: Step,
-        check: str,
-        config: PPOActorConfig,
-        changes: dict[str, Any],
+        self, check: str, actor: FSDPPPOActor, reference: Step, config: PPOActorConfig, changes: dict[str, Any]
     ) -> Finding:
         """The step with `changes` of `config`, which the reference was made with."""
+        batch = reference.batch
         order = np.arange(len(batch.tokens))
         compared = ", ".join(f"{key} {value} against {vars(config)[key]}" for key, value in changes.items())
         if check == PERMUTED:
             batch, order = proof.permuted(batch, self._rng())
             compared = f"sequences and groups permuted, {compared}"
         actor.config = replace(config, **changes)
-        step = take_step(actor, batch, reference.gradients)
+        step = take_step(actor, batch, reference)
         actor.config = config
         logp = np.zeros_like(step.logp)
         logp[order] = step.logp
         return judge(check, compared, proof.distances(replace(step, logp=logp), reference), config.dtype)
 
-    def _check_layouts(self, config: PPOActorConfig, batch: Batch, reference: Step) -> Iterator[Finding]:
+    def _check_layouts(self, config: PPOActorConfig, reference: Step) -> Iterator[Finding]:
         settings = json.loads((Path(resolve_model(config.path)) / "config.json").read_text())
         own = trainer_dims(self.config)
         for dims in candidates(own, bool(settings.get("num_experts") or settings.get("num_local_experts"))):
@@ -149,7 +131,7 @@ class Prover:
                 why = f"{size} ranks and there are {self.max_ranks}: give --ranks {size}"
                 yield Finding(CHECK, str(dims), "skipped", reason=why)
                 continue
-            finding = check_layout(config, batch, reference, dims)
+            finding = check_layout(config, reference, dims)
             is_refused = finding.outcome == "skipped" and dims == own
             yield replace(finding, outcome="FAIL") if is_refused else finding
 
@@ -235,7 +217,7 @@ def table(findings: list[Finding]) -> Table:
         for dtype, of in TOLERANCES.items()
         if any(finding.compared.endswith(dtype) for finding in findings)
     ]
-    caption = "\n".join(["Tolerances, relative where nothing is said (the loss: to the mean |advantage|)", *allowed])
+    caption = "\n".join(["Tolerances, relative where nothing is said (the loss: to the larger of itself and mean |advantage|)", *allowed])
     made = Table(title="Largest differences", title_justify="left", title_style="bold", caption=caption)
     made.caption_justify = "left"
     for heading in ("check", "compared", "worst", "absolute", "relative", "tolerance", ""):
@@ -254,7 +236,10 @@ def prove(path: str, overrides: list[str], quick: bool, ranks: int | None, repor
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     say: Callable[[str], None] = lambda text: console.print(Text(text), soft_wrap=True)  # noqa: E731
     config = load_config_file(path, overrides, GRPOConfig)
-    findings = Prover(config, quick, ranks, lambda f: say(f"{f.outcome:<8}{f.check}: {f.compared}")).run()
+    findings = []
+    for finding in Prover(config, quick, ranks).findings():
+        findings.append(finding)
+        say(f"{finding.outcome:<8}{finding.check}: {finding.compared}")
     console.print(table(findings))
     for finding in findings:
         if finding.reason:
