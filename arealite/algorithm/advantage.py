@@ -41,10 +41,11 @@ def gae(
 ) -> torch.Tensor:
     """Generalised advantage estimates of loss tokens (arXiv:1506.02438, eq. 16), float64 [T]; returns are A + V.
 
-    A_t = sum over k of (gamma * lambda)^k * delta_(t+k), delta_t = r_t + gamma * V_(t+1) - V_t. `rewards` and `values`
-    are [T]; V_t is the value of the state in which token t was chosen. Time counts loss tokens, as in `sum_to_go`.
-    After the last one comes 0, also where an answer was cut off at its limit: the limit belongs to the task, and the reward
-    speaks of the answer as it is. (A value there would pay for an answer that nobody will ever see the end of.)
+    A_t = sum over k of (gamma * lambda)^k * delta_(t+k), delta_t = r_t + gamma * V_(t+1) - V_t. `rewards` and
+    `values` are [T]; V_t is the value of the state in which token t was chosen. Time counts loss tokens, as in
+    `sum_to_go`. After the last one comes 0, also where an answer was cut off at its limit: the limit belongs to the
+    task, and the reward speaks of the answer as it is. (A value there would pay for an answer that nobody will ever
+    see the end of.)
     """
     values = values.double()
     following = torch.cat([values[1:], values.new_zeros(1)])[: len(values)]
