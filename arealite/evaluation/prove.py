@@ -211,14 +211,12 @@ def plain_logprobs(actor: FSDPPPOActor, batch: Batch) -> np.ndarray:
 
 def table(findings: list[Finding]) -> Table:
     """`worst`: the quantity that came nearest to its tolerance, or went beyond it; all tolerances are below."""
-    allowed = [
-        f"{dtype}: "
-        + ", ".join(f"{name} {'absolute ' if name in ABSOLUTE else ''}{most:g}" for name, most in of.items())
-        for dtype, of in TOLERANCES.items()
-        if any(finding.compared.endswith(dtype) for finding in findings)
-    ]
-    caption = "\n".join(["Tolerances, relative where nothing is said (the loss: to the larger of itself and mean |advantage|)", *allowed])
-    made = Table(title="Largest differences", title_justify="left", title_style="bold", caption=caption)
+    said = ["Tolerances, relative where nothing is said; of the loss: to the larger of itself and the mean |advantage|"]
+    for dtype, of in TOLERANCES.items():
+        if any(finding.compared.endswith(dtype) for finding in findings):
+            allowed = (f"{name} {'absolute ' if name in ABSOLUTE else ''}{most:g}" for name, most in of.items())
+            said.append(f"{dtype}: {', '.join(allowed)}")
+    made = Table(title="Largest differences", title_justify="left", title_style="bold", caption="\n".join(said))
     made.caption_justify = "left"
     for heading in ("check", "compared", "worst", "absolute", "relative", "tolerance", ""):
         made.add_column(heading, overflow="fold", justify="right" if heading in ("absolute", "relative") else "left")
