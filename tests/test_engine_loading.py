@@ -13,7 +13,9 @@ import transformers
 from layouts import on_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
@@ -195,6 +197,18 @@ def test_positions_that_depend_on_the_longest_sequence_are_refused(tmp_path, kin
     by_layers = {"sliding_attention": LLAMA3_ROPE, "full_attention": ROPES[kind]}
     Gemma3TextConfig(**SIZES, sliding_window=64, rope_parameters=by_layers).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"rope_type {kind}"):
+        load_model(str(tmp_path))
+
+
+def test_attention_that_is_not_computed_is_refused_before_any_rollout(tmp_path):
+    Gemma3TextConfig(**SIZES, sliding_window=64, use_bidirectional_attention=True).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="use_bidirectional_attention is set"):
+        load_model(str(tmp_path))
+    GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="soft-capping or sinks"):
+        load_model(str(tmp_path))
+    Gemma2Config(**SIZES, attn_logit_softcapping=50.0, final_logit_softcapping=None).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="soft-capping or sinks"):
         load_model(str(tmp_path))
 
 

@@ -140,11 +140,18 @@ def load_model(folder: str, auto_class: Any = AutoModelForCausalLM, num_labels: 
     model = build_model(folder, auto_class, num_labels, attn_implementation=ATTENTION)
     settings = model.config.to_dict()
     others = sorted(set(settings.get("layer_types") or ()) - ATTENTION_LAYERS)
-    if not model._supports_attention_backend or model._is_stateful or others:
-        why = f"its layers are {', '.join(others)}" if others else "it does not use transformers' attention interface"
+    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    reasons = {
+        f"its layers are {', '.join(others)}": others,
+        "it does not use transformers' attention interface": not model._supports_attention_backend
+        or model._is_stateful,
+        "use_bidirectional_attention is set": settings.get("use_bidirectional_attention"),
+        "it has soft-capping or sinks": settings.get("attn_logit_softcapping") or sinks,
+    }
+    if whys := [why for why, holds in reasons.items() if holds]:
         raise ConfigError(
-            f"tokens of {type(model).__name__} see each other outside of full attention ({why}), so its sequences"
-            " cannot be packed; choose another architecture"
+            f"the attention of {where}, a {type(model).__name__}, is not the causal one that packed training computes:"
+            f" {'; '.join(whys)}. Choose another architecture"
         )
     ropes = settings.get("rope_parameters") or {}
     kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}  # one, or by layers
