@@ -267,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", choices=("both", "ours", "trl", "rate"), default="both", help=argparse.SUPPRESS)
     parser.add_argument("--model", default=None, help="a Hugging Face folder; smollm2-135m if not given")
-    parser.add_argument("--steps", type=int, default=3, help="steps of each side, the first is warm-up")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each side, the first is warm-up")
     parser.add_argument("--peer-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", type=int, default=4096, help=argparse.SUPPRESS)
     args = parser.parse_args()
