@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
+import tempfile
 import time
 import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,9 +49,12 @@ def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
-    work = (sender, port, config, reference, dims)
+    # A file, which ranks map: a process can be sent 256 tensors at most, and a model has more gradients.
+    file = Path(tempfile.mkdtemp(prefix="arealite-prove-")) / "reference.pt"
+    work = (sender, port, config, file, dims)
     ranks = [context.Process(target=_rank, args=(rank, *work)) for rank in range(size)]
     try:
+        torch.save(reference, file)
         for rank in ranks:
             rank.start()
         with waiting(f"layout {dims} of arealite prove", f"{size} ranks", LIMIT_S) as limit:
@@ -64,9 +70,10 @@ def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding
             if rank.pid is not None:
                 rank.kill()
                 rank.join()
+        shutil.rmtree(file.parent)
 
 
-def _rank(rank: int, sender: Connection, port: int, config: PPOActorConfig, reference: Step, dims: Dims) -> None:
+def _rank(rank: int, sender: Connection, port: int, config: PPOActorConfig, file: Path, dims: Dims) -> None:
     """One process: rank 0 sends the Finding; any sends its error as one."""
     size = size_of(dims)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
@@ -76,6 +83,7 @@ def _rank(rank: int, sender: Connection, port: int, config: PPOActorConfig, refe
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
     try:
         join_ranks(pick_device(), config.collective_timeout_s)
+        reference: Step = torch.load(file, mmap=True, weights_only=False)
         finding = _compare(config, reference, dims)
         if rank == 0:
             sender.send(finding)
