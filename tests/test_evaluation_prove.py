@@ -99,6 +99,8 @@ def test_ranks_that_die_are_a_failure_with_their_error(config):
     prover = Prover(config)
     with engine(proof.proof_config(config.actor, "float32")) as actor:
         reference = proof.take_step(actor, proof.with_logprobs(prover.batch, actor, np.random.default_rng(0)))
+    # As many as a model of 30 layers has: the ranks must get them all, to fail for the reason that is meant.
+    reference.gradients |= {f"layer {i}": torch.zeros(1) for i in range(300)}
     broken = proof.replace(config.actor, max_tokens_per_mb=None)
     finding = check_layout(broken, reference, Dims())
     assert finding.outcome == "FAIL" and "TypeError" in finding.reason and "rank 0" in finding.reason
