@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import peft
 import pytest
 import torch
-from rollout_fakes import MembersWorkflow, quick_config
+from rollout_fakes import MembersWorkflow, quick_config, serving
 from test_rollout_native import reference_logprobs
 from transformers import AutoModelForCausalLM
 
@@ -25,22 +22,6 @@ from arealite.weights.handshake import verify
 from arealite.weights.link import WeightLink
 
 SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
-
-
-@contextmanager
-def serving(tiny_llama: str, *flags: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "arealite.inference.serve", "--model", tiny_llama, "--port", "0"]
-    command += ["--dtype", "float32", "--context-length", "256", "--max-running-requests", "16", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        while line and "listening on" not in line:
-            line = process.stdout.readline()
-        yield line.strip().rpartition("//")[2]
-    finally:
-        process.terminate()
-        process.wait(30)
-        process.stdout.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,9 @@
 """Integration: client, head, workflow and reward workers against the built-in server on a tiny real model."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import Source, quick_config
+from rollout_fakes import Source, quick_config, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arealite.api.cli_args import GenerationHyperparameters
@@ -27,18 +24,8 @@ class Sums(Source):
 
 @pytest.fixture(scope="module")
 def server(tiny_llama):
-    command = [sys.executable, "-m", "arealite.inference.serve", "--model", tiny_llama, "--port", "0"]
-    command += ["--dtype", "float32", "--context-length", "256", "--max-running-requests", "16"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        while line and "listening on" not in line:
-            line = process.stdout.readline()
-        yield line.strip().rpartition("//")[2]
-    finally:
-        process.terminate()
-        process.wait(30)
-        process.stdout.close()
+    with serving(tiny_llama) as address:
+        yield address
 
 
 def reference_logprobs(model, tokens):

@@ -3,13 +3,10 @@
 SGLang itself needs CUDA; what it answers is described in arealite/inference/strict.py.
 """
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import MembersWorkflow, quick_config
+from rollout_fakes import MembersWorkflow, quick_config, serving
 from test_rollout_native import reference_logprobs
 from transformers import AutoModelForCausalLM
 
@@ -22,18 +19,8 @@ from arealite.weights.link import WeightLink
 
 @pytest.fixture(scope="module")
 def address(tiny_llama):
-    command = [sys.executable, "-m", "arealite.inference.serve", "--model", tiny_llama, "--port", "0"]
-    command += ["--dtype", "float32", "--context-length", "512", "--max-running-requests", "16", "--strict-sglang"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        while line and "listening on" not in line:
-            line = process.stdout.readline()
-        yield line.strip().rpartition("//")[2]
-    finally:
-        process.terminate()
-        process.wait(30)
-        process.stdout.close()
+    with serving(tiny_llama, "--strict-sglang", context_length=512) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
