@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from arealite.algorithm import kernels
-from arealite.algorithm.kernels import Kernels
 from arealite.api.paths import cache_root
 from arealite.inference import batcher, layout
 from arealite.inference.batcher import Batcher
 from arealite.inference.model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence
+from arealite.kernels import cpu
+from arealite.kernels.cpu import Kernels
 
 NUM_PROMPT, NUM_WARM_STEPS, NUM_STEPS = 40, 16, 32
 # Without the compiled kernels, norms and element-wise operations count as the rest.
@@ -85,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.no_kernels:
-        kernels.load = lambda: None
+        cpu.load = lambda: None
     spent_s: dict[str, float] = defaultdict(float)
     for owner, name, share in TIMED:
         setattr(owner, name, timed(getattr(owner, name), spent_s, share))
@@ -96,7 +96,7 @@ def main() -> None:
         total = sum(result["shares_ms"].values())
         for share, ms in sorted(result["shares_ms"].items(), key=lambda pair: -pair[1]):
             print(f"  {share:28} {ms:6.1f} ms {ms / total:6.1%}")
-    print(json.dumps({"threads": args.threads, "kernels": kernels.load() is not None, "results": results}))
+    print(json.dumps({"threads": args.threads, "kernels": cpu.load() is not None, "results": results}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"api"},
     {"observe"},
-    {"algorithm", "dataset", "weights"},
+    {"algorithm", "dataset", "kernels", "weights"},
     {"reward", "rollout", "inference", "engine", "launcher"},
     {"workflow", "evaluation"},
     {"cli", "trainer", "supervised"},

@@ -15,24 +15,24 @@ from inference_support import save_tiny_llama, served
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
-from arealite.algorithm import kernels
-from arealite.algorithm.fusing import fuse
-from arealite.algorithm.kernels import Kernels, PagedSpans
 from arealite.inference.cache import PAGE_TOKENS, pages_for
-from arealite.inference.linears import PackedLinears
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sampler import sample, uniform
 from arealite.inference.sequence import Sequence, Span
+from arealite.kernels import cpu
+from arealite.kernels.cpu import Kernels, PagedSpans
+from arealite.kernels.linears import PackedLinears
+from arealite.kernels.modules import fuse
 
 compiled = pytest.mark.skipif(
-    kernels.load() is None or not kernels.load().exact_products,
+    cpu.load() is None or not cpu.load().exact_products,
     reason="no compiled kernels here: the CPU has no AVX512-BF16, or there is no C compiler",
 )
 
 
 @pytest.fixture
 def lib() -> Kernels:
-    found = kernels.load()
+    found = cpu.load()
     assert found is not None
     return found
 
@@ -150,7 +150,7 @@ def test_sampled_tokens_are_those_of_the_pytorch_path(
     params = [SamplingParams(1, temperature=[0.0, 1.0, 0.6, 1.4][i % 4], top_k=5 * (i % 8 == 7)) for i in range(64)]
     uniforms = [uniform(3, i) for i in range(64)]
     drawn = sample(logits, params, uniforms)
-    monkeypatch.setattr(kernels, "load", lambda: None)
+    monkeypatch.setattr(cpu, "load", lambda: None)
     plain = sample(logits, params, uniforms)
     assert drawn.tokens == plain.tokens
     assert drawn.logprobs == pytest.approx(plain.logprobs, abs=1e-6)
@@ -171,7 +171,7 @@ def logits_of(folder: Path) -> torch.Tensor:
 def test_a_machine_without_kernels_serves_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny_llama(tmp_path, head_dim=32)
     fast = logits_of(folder)
-    monkeypatch.setattr(kernels, "load", lambda: None)
+    monkeypatch.setattr(cpu, "load", lambda: None)
     assert torch.equal(logits_of(folder), fast)
 
 
@@ -181,20 +181,20 @@ def test_without_a_compiler_one_line_says_so(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CC", "no-such-compiler")
     with caplog.at_level(logging.INFO):
-        assert kernels.load.__wrapped__() is None
+        assert cpu.load.__wrapped__() is None
     assert len(caplog.records) == 1 and "PyTorch computes instead" in caplog.text
 
 
 def test_a_library_that_cannot_be_loaded_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As where the cache lies on a file system that runs no programs."""
     (tmp_path / "kernels.so").write_bytes(b"no library")
-    monkeypatch.setattr(kernels, "_library", lambda: tmp_path / "kernels.so")
-    assert kernels.load.__wrapped__() is None
+    monkeypatch.setattr(cpu, "_library", lambda: tmp_path / "kernels.so")
+    assert cpu.load.__wrapped__() is None
 
 
 @compiled
 def test_processes_that_compile_at_the_same_time_all_get_a_library(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from arealite.algorithm import kernels; print(kernels.load() is not None)"]
+    command = [sys.executable, "-c", "from arealite.kernels import cpu; print(cpu.load() is not None)"]
     env = {"AREALITE_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin"}
     racing = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=120)[0].strip() for process in racing] == ["True"] * 2

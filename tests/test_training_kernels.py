@@ -13,21 +13,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-from arealite.algorithm import fused, kernels
-from arealite.algorithm.fusing import fuse
-from arealite.algorithm.kernels import Kernels
 from arealite.algorithm.packing import prefix_tree
 from arealite.engine import attention
 from arealite.engine.attention import ATTENTION, Layout, tree_attention
 from arealite.engine.logprobs import token_logprobs
+from arealite.kernels import cpu, functions
+from arealite.kernels.cpu import Kernels
+from arealite.kernels.modules import fuse
 
-pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no AVX512-BF16, or no C compiler")
+pytestmark = pytest.mark.skipif(cpu.load() is None, reason="no AVX512-BF16, or no C compiler")
 ROUNDING = 2**-8  # of bf16, relative
 
 
 @pytest.fixture
 def lib() -> Kernels:
-    found = kernels.load()
+    found = cpu.load()
     assert found is not None
     return found
 
@@ -56,7 +56,7 @@ def test_norm(lib: Kernels, width: int, plus_one: bool, num: int) -> None:
         return torch.nn.functional.rms_norm(x, (width,), weight + plus_one, 1e-5)
 
     x, weight, up = normal(2, num, width), normal(width, seed=1), normal(2, num, width, seed=2)
-    got = gradients(lambda x, w: fused.rms_norm(lib, x, w, 1e-5, plus_one), x, weight, up=up)
+    got = gradients(lambda x, w: functions.rms_norm(lib, x, w, 1e-5, plus_one), x, weight, up=up)
     assert_near(got, gradients(plain, x.float(), weight.float(), up=up.float()))
 
 
@@ -64,7 +64,7 @@ def test_norm(lib: Kernels, width: int, plus_one: bool, num: int) -> None:
 def test_gated_unit(lib: Kernels, num: int) -> None:
     gate, up, above = normal(num, 64) * 4, normal(num, 64, seed=1), normal(num, 64, seed=2)
     gate[0, :4] = torch.tensor([200.0, -200.0, 0.0, -90.0])
-    got = gradients(lambda g, u: fused.silu_times(lib, g, u), gate, up, up=above)
+    got = gradients(lambda g, u: functions.silu_times(lib, g, u), gate, up, up=above)
     plain = gradients(lambda g, u: torch.nn.functional.silu(g) * u, gate.float(), up.float(), up=above.float())
     assert_near(got, plain)
 
@@ -77,11 +77,11 @@ def test_rotation(lib: Kernels, heads: int, tokens: int, dim: int) -> None:
     def plain(x: torch.Tensor) -> torch.Tensor:
         return apply_rotary_pos_emb(x, x, cos.float(), sin.float())[0]
 
-    got = gradients(lambda x: fused.rotate(lib, x, cos, sin), x, up=up)
+    got = gradients(lambda x: functions.rotate(lib, x, cos, sin), x, up=up)
     assert_near(got, gradients(plain, x.float(), up=up.float()))
     with torch.no_grad():
         given = x.clone()
-        assert fused.rotate(lib, given, cos, sin) is given, "in place where no gradient is wanted"
+        assert functions.rotate(lib, given, cos, sin) is given, "in place where no gradient is wanted"
 
 
 @pytest.mark.parametrize("vocabulary", [37, 49152])
@@ -106,7 +106,7 @@ def test_logprobs(vocabulary: int, temperature: float, with_entropy: bool, monke
     assert float((logp - exact[row_of, targets]).abs().max()) < 5e-6
     torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), atol=2e-5, rtol=1e-5)
     found = gradients(ours, hidden, weight, up=torch.ones(()))
-    monkeypatch.setattr(kernels, "load", lambda: None)
+    monkeypatch.setattr(cpu, "load", lambda: None)
     assert_near(found, [g.float() for g in gradients(ours, hidden, weight, up=torch.ones(()))], 1)
 
 
@@ -158,7 +158,7 @@ def test_attention_over_a_tree(
     out, found = run(q, k, v), gradients(run, q, k, v, up=up)
     assert len(calls) == 2
     exact = gradients(run, q.float(), k.float(), v.float(), up=up.float())
-    monkeypatch.setattr(kernels, "load", lambda: None)
+    monkeypatch.setattr(cpu, "load", lambda: None)
     plain_out, plain = run(q, k, v), gradients(run, q, k, v, up=up)
     assert torch.equal(out, plain_out) or window is not None, "sums that begin elsewhere are rounded otherwise"
     assert_near([out], [plain_out.float()], 1)
@@ -240,7 +240,7 @@ def test_norms_and_gates_are_computed_again(lib: Kernels) -> None:
         return torch.func.functional_call(unit, dict(zip(names, weights, strict=True)), (x,))
 
     def run_recomputing(*inputs: torch.Tensor) -> torch.Tensor:
-        with fused.recomputing():
+        with functions.recomputing():
             return run(*inputs)
 
     fuse(unit, Counted())  # type: ignore[arg-type]
@@ -250,15 +250,15 @@ def test_norms_and_gates_are_computed_again(lib: Kernels) -> None:
     found = gradients(run_recomputing, *inputs, up=x)
     assert made["rms_norm"] == made["silu_times"] == 3, "once forward and once backward, for two layers that ask"
     assert all(map(torch.equal, found, wanted))
-    assert not fused._made
+    assert not functions._made
 
 
 def test_a_result_that_was_changed_in_place_is_kept(lib: Kernels) -> None:
     weight = normal(64, 64)
 
     def run(gate: torch.Tensor) -> torch.Tensor:
-        with fused.recomputing():
-            product = fused.silu_times(lib, gate, gate)
+        with functions.recomputing():
+            product = functions.silu_times(lib, gate, gate)
             product.mul_(2)
             return product @ weight * (product @ weight)
 

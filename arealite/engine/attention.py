@@ -16,10 +16,10 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from arealite.algorithm import fused, kernels
-from arealite.algorithm.kernels import Kernels, TreeRuns
 from arealite.algorithm.packing import PrefixTree
 from arealite.api.errors import ConfigError
+from arealite.kernels import cpu, functions
+from arealite.kernels.cpu import Kernels, TreeRuns
 
 ATTENTION = "arealite_tree"
 MAX_SCORES = 1 << 18  # query-key pairs per head that exist at one time: bounds memory, and keeps them in cache
@@ -252,9 +252,9 @@ def _varlen_attention(
 
 def _kernels_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernels | None:
     """The compiled kernels where they compute what PyTorch's products would."""
-    if not fused.fits(q, k, v) or q.shape[-1] % kernels.DIM_STEP or any(x.stride(-1) != 1 for x in (q, k, v)):
+    if not functions.fits(q, k, v) or q.shape[-1] % cpu.DIM_STEP or any(x.stride(-1) != 1 for x in (q, k, v)):
         return None
-    compiled = kernels.load()
+    compiled = cpu.load()
     return compiled if compiled is not None and compiled.exact_products else None
 
 

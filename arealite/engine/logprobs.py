@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from arealite.algorithm import fused, kernels
-from arealite.algorithm.kernels import Scores
+from arealite.kernels import cpu, functions
+from arealite.kernels.cpu import Scores
 
 ROWS_IN_CACHE = 32  # logit rows that are worked on at one time: their float32 copy stays in the processor's cache
 
@@ -33,7 +33,7 @@ class _TokenLogprobs(torch.autograd.Function):
         # Pairs are sorted by row, so each block of rows owns one slice of them.
         first_pair = torch.searchsorted(row_of, torch.arange(rows + 1, device=row_of.device))
         edges = first_pair.tolist()
-        compiled = kernels.load() if fused.fits(hidden, weight) else None
+        compiled = cpu.load() if functions.fits(hidden, weight) else None
         for start in range(0, rows, chunk):
             logits = hidden[start : start + chunk] @ weight.t()
             if compiled is not None:

@@ -14,15 +14,15 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from arealite.algorithm import kernels
-from arealite.algorithm.fused import recomputing
-from arealite.algorithm.fusing import fuse
 from arealite.api.errors import ConfigError
 from arealite.engine.attention import ATTENTION
 from arealite.engine.loading import build_model
 from arealite.engine.logprobs import token_logprobs
 from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch, Part, part
+from arealite.kernels import cpu
+from arealite.kernels.functions import recomputing
+from arealite.kernels.modules import fuse
 
 HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -45,7 +45,7 @@ class PackedModel(nn.Module):
         self.place, self.num_places = (0, 1) if mesh is None else (mesh.token_place, mesh.num_token_places)
         # Taken here, on all ranks: making a group is a collective call, and not all stages of a pipeline gather.
         self._tokens = None if mesh is None or self.num_places == 1 else mesh.tokens.get_group()
-        if (mesh is None or mesh.device.type == "cpu") and (compiled := kernels.load()) is not None:
+        if (mesh is None or mesh.device.type == "cpu") and (compiled := cpu.load()) is not None:
             fuse(model, compiled)
 
     def forward(self, micro: MicroBatch, temperature: float, received: torch.Tensor | None = None) -> Any:

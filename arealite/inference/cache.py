@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-from arealite.algorithm.kernels import Kernels
+from arealite.kernels.cpu import Kernels
 
 PAGE_TOKENS = 16
 SCRATCH_PAGE = 0  # written by padding rows, read by nobody's unmasked keys

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from arealite.algorithm.kernels import PagedSpans
 from arealite.api.errors import ConfigError
 from arealite.inference.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, pages_for
 from arealite.inference.sequence import Span
+from arealite.kernels.cpu import PagedSpans
 
 ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attention`
 QUERIES_PER_CALL = 512  # queries of long spans whose scores exist at one time

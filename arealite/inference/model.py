@@ -15,16 +15,16 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from arealite.algorithm import kernels
-from arealite.algorithm.fusing import fuse
-from arealite.algorithm.kernels import Kernels
 from arealite.api.errors import ConfigError
 from arealite.inference.adapters import Adapters
 from arealite.inference.cache import PAGE_TOKENS, PagePool
 from arealite.inference.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention, to_device
-from arealite.inference.linears import PackedLinears
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence, Span
+from arealite.kernels import cpu
+from arealite.kernels.cpu import Kernels
+from arealite.kernels.linears import PackedLinears
+from arealite.kernels.modules import fuse
 from arealite.weights.naming import hub_parts
 
 logger = logging.getLogger(__name__)
@@ -208,12 +208,12 @@ class ServedModel:
         if self.dtype != torch.bfloat16 or self.device.type != "cpu":
             return None, None
         linears = None if shared else PackedLinears(self.module, lambda: self._run([0], [0], ShapeProbe({})))
-        compiled = kernels.load()
+        compiled = cpu.load()
         if compiled is None:
             return linears, None
         fuse(self.module, compiled)
         softcap = self.config.get_text_config().to_dict().get("attn_logit_softcapping")
-        fits = compiled.exact_products and softcap is None and self.kv_shape[2] % kernels.DIM_STEP == 0
+        fits = compiled.exact_products and softcap is None and self.kv_shape[2] % cpu.DIM_STEP == 0
         return linears, compiled if fits else None
 
     def _probe_rows(self) -> list[list[int]]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from arealite.algorithm import kernels
 from arealite.inference.requests import SamplingParams
+from arealite.kernels import cpu
 
 BLOCK = 256  # the inverse CDF is searched block by block, then within one block
 NUM_LIKELIEST = 1024  # candidates that are sorted first; the whole row only where a nucleus holds more
@@ -53,7 +53,7 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[fl
         uniforms: B numbers in [0, 1); not looked at for greedy rows.
     """
     restricted = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p > 0)]
-    compiled = kernels.load() if logits.device.type == "cpu" and logits.dtype != torch.float16 else None
+    compiled = cpu.load() if logits.device.type == "cpu" and logits.dtype != torch.float16 else None
     if compiled is None or len(restricted) == len(params):
         return _sample(logits, params, uniforms)
     drawn = Sampled(*compiled.sample(logits.contiguous(), [p.temperature for p in params], uniforms))

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from arealite.algorithm import kernels
+from arealite.kernels import cpu
 
 
 class _Products(Protocol):
@@ -37,7 +37,7 @@ class _OneDnn:
 
 def _products() -> _Products | None:
     """What this machine has; None where bf16 products are better left to PyTorch."""
-    compiled = kernels.load()
+    compiled = cpu.load()
     if compiled is not None and compiled.exact_products:
         return compiled
     return _OneDnn() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from arealite.algorithm.fused import fits, rms_norm, rotate, silu_times
-from arealite.algorithm.kernels import DIM_STEP, Kernels
+from arealite.kernels.cpu import DIM_STEP, Kernels
+from arealite.kernels.functions import fits, rms_norm, rotate, silu_times
 
 _ROTATE = "apply_rotary_pos_emb"  # the function of every modelling file of transformers that has this embedding
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}

@@ -1,4 +1,4 @@
-"""kernels.c, compiled once per machine and called on CPU bf16 tensors; None where it cannot be had.
+"""cpu.c, compiled once per machine and called on CPU bf16 tensors; None where it cannot be had.
 
 Used by inference/ and by engine/, partly through fused.py (element-wise functions with their gradients). Who finds none
 takes the PyTorch path, which gives the same results. Calls release the interpreter lock only where they last.
@@ -25,7 +25,7 @@ from arealite.api.paths import cache_root
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
 COMPILE_LIMIT_S = 120.0
 PANEL = 64  # columns of a packed weight are filled up to a multiple

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from arealite.algorithm.kernels import Kernels
+from arealite.kernels.cpu import Kernels
 
 
 def fits(*tensors: torch.Tensor) -> bool:
