@@ -66,7 +66,7 @@ class SupervisedTrainer:
         self.engine.plan_updates(self.total_steps)
         self.stats = StatsTracker()
         self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
-        self.saver = Saver(config.saver, self.folder)
+        self.saver = Saver(config.saver, self.folder, self.tokenizer)
         self.recover = RecoverHandler(config.recover, self.folder, config)
         self.evaluation = Frequency(config.evaluator)
 

@@ -102,7 +102,7 @@ class PPOTrainer:
         self.stats = StatsTracker()
         self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
         self.guard = MismatchGuard(config.stats_logger, config.gconfig.min_new_tokens)
-        self.saver = Saver(config.saver, self.folder)
+        self.saver = Saver(config.saver, self.folder, self.tokenizer)
         self.recover = RecoverHandler(config.recover, self.folder, config)
         self.evaluator = self._make_evaluator(reward_fn)
 

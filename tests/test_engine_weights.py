@@ -8,10 +8,13 @@ import pytest
 import torch
 from engine_batches import actor_config, random_batch, train_one_step
 from layouts import on_ranks
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from arealite.api.cli_args import SaverConfig
 from arealite.api.errors import RecoveryError, WaitTimeout, WeightSyncError
+from arealite.engine.checkpoint import Saver
 from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.observe.run_folder import RunFolder
 from arealite.weights.checksum import checksum
 from arealite.weights.link import WeightLink
 from arealite.weights.receive import iterate_tensors
@@ -120,6 +123,18 @@ def test_saved_folder_is_the_model(tiny_llama, tmp_path, dtype):
     old, new = (AutoTokenizer.from_pretrained(p) for p in (tiny_llama, tmp_path / "step"))
     chat = [{"role": "user", "content": "12 + 3"}]
     assert new.apply_chat_template(chat) == old.apply_chat_template(chat)
+
+
+def test_a_checkpoint_has_the_tokenizer_of_the_run(tiny_llama, tmp_path):
+    other = AutoTokenizer.from_pretrained(tiny_llama)
+    other.chat_template, other.eos_token = "{{ messages[0].content }}", "<|im_start|>"
+    other.save_pretrained(tmp_path / "other")
+    tokenizer, actor = AutoTokenizer.from_pretrained(tmp_path / "other"), make(tiny_llama)
+    saver = Saver(SaverConfig(freq_steps=1), RunFolder(tmp_path), tokenizer)
+    folder = saver.maybe_save(1, 0, actor)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == other.chat_template
+    own = actor.hf_model.generation_config.eos_token_id
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [own, other.eos_token_id]
 
 
 def test_recovery_goes_on_bit_for_bit(tiny_llama, tmp_path):

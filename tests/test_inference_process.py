@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inference_support import WAIT_S, fetch, save_tiny_llama
+from inference_support import EOS, WAIT_S, byte_tokenizer, fetch, save_tiny_llama
 
-from arealite.inference.serve import main, parse_arguments
+from arealite.inference.serve import build_engine, main, parse_arguments
 
 BROKEN_ENGINE = """
 import sys
@@ -95,6 +95,15 @@ def test_a_failed_engine_ends_the_process_with_an_error(folder: Path) -> None:
 def test_a_model_that_cannot_be_served_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", str(tmp_path)]) == 2
     assert "no model configuration" in capsys.readouterr().err
+
+
+def test_another_tokenizer_brings_its_end_token_and_template(folder: Path, tmp_path: Path) -> None:
+    other = byte_tokenizer()
+    other.eos_token, other.chat_template = "<bos>", "{{ messages[0].content }}!"
+    other.save_pretrained(tmp_path)
+    engine = build_engine(parse_arguments(["--model", str(folder), "--tokenizer-path", str(tmp_path)]))
+    model = engine.batcher.model
+    assert model.eos_token_ids == {EOS, 257} and model.tokenizer.chat_template == other.chat_template
 
 
 def test_a_taken_port_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arealite.api.cli_args import GRPOConfig, LoRAConfig
+from arealite.api.cli_args import GRPOConfig, LoRAConfig, PPOActorConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
 from arealite.launcher.machine import Machine
@@ -73,6 +73,18 @@ def test_gpus_of_servers_and_ranks():
         assert p.cores == ()  # pinning is for CPU-only machines
     colocated = plan_for("native:d2|fsdp:d2", gpu_machine(2))
     assert [p.devices for p in colocated.processes] == [("0",), ("1",), ("0",), ("1",)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "flag"), [("native", "--tokenizer-path"), ("vllm", "--tokenizer"), ("sglang", "--tokenizer-path")]
+)
+def test_servers_get_the_tokenizer_of_the_run(backend, flag):
+    settings = {"weight_update": "disk", "actor": PPOActorConfig(path="model")}
+    machine = Machine((0, 1), ("0", "1"), vllm_python="python")
+    for tokenizer, words in ((None, []), ("model", []), ("other/chat", [flag, "other/chat"])):
+        command = plan_for(f"{backend}:d1+fsdp:d1", machine, tokenizer_path=tokenizer, **settings).servers[0].command
+        found = [w for w in command if w.startswith("--tokenizer")]
+        assert found == words[:1] and (not words or command[command.index(flag) + 1] == words[1])
 
 
 def test_no_device_is_given_twice_unless_shared():

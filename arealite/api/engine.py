@@ -135,8 +135,9 @@ class TrainEngine(Protocol):
     def upload_weights(self, meta: WeightUpdateMeta | None = None) -> int:
         """Send the weights to the connected inference engine and verify them; returns the new version."""
 
-    def save(self, path: str) -> None:
-        """Write a Hugging Face folder (safetensors, config, tokenizer), atomically."""
+    def save(self, path: str, tokenizer: Any = None) -> None:
+        """Write a Hugging Face folder (safetensors, config, tokenizer), atomically. The tokenizer is that of the
+        model's own folder if not given."""
 
     @property
     def background(self) -> Collective:

@@ -17,6 +17,8 @@ from arealite.api.errors import ArealiteError
 from arealite.observe.frequency import Frequency
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from arealite.api.cli_args import SaverConfig
     from arealite.api.engine import Collective
     from arealite.observe.run_folder import RunFolder
@@ -110,14 +112,18 @@ class Savable(Protocol):
     @property
     def collective(self) -> Collective: ...
 
-    def save(self, path: str) -> None: ...
+    def save(self, path: str, tokenizer: PreTrainedTokenizerBase | None) -> None: ...
 
 
 class Saver:
-    """Saves `checkpoints/step_000020` when due and keeps the newest `num_kept`; never deletes the one just saved."""
+    """Saves `checkpoints/step_000020` when due and keeps the newest `num_kept`; never deletes the one just saved. The
+    run's `tokenizer` goes into each, that of the model's folder if not given."""
 
-    def __init__(self, config: SaverConfig, folder: RunFolder) -> None:
+    def __init__(
+        self, config: SaverConfig, folder: RunFolder, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
         self.frequency = Frequency(config)
+        self._tokenizer = tokenizer
         self._config = config
         self._folder = folder
         self._failures = WriteFailures()
@@ -132,7 +138,7 @@ class Saver:
         Raises ArealiteError on every rank at the second failure in a row.
         """
         path = self._folder.checkpoint(step)
-        why_not = attempt_on_ranks(actor.collective, actor.save, str(path))
+        why_not = attempt_on_ranks(actor.collective, actor.save, str(path), self._tokenizer)
         if not self._failures.was_written(f"checkpoint {path}", why_not):
             return None
         if actor.collective.rank == 0:

@@ -63,22 +63,33 @@ def hub_tensors(
 
 
 def write_folder(
-    path: str, tensors: Iterable[tuple[str, torch.Tensor]], model: Any, dtype: torch.dtype, source: str
+    path: str,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    model: Any,
+    dtype: torch.dtype,
+    source: str,
+    end_token: int | None = None,
 ) -> None:
-    """Write a Hugging Face folder: weights, config, generation config, and the tokenizer files of `source`.
+    """Write a Hugging Face folder: weights, config, generation config, and the tokenizer files of `source`, whose
+    `end_token` ends generation beside those of the model.
 
     It is written beside `path` and renamed, so that `path` is whole or absent at any time. `tensors` are iterated to
     the end in any case, since other ranks take part in that. Raises OSError or SafetensorError.
     """
     try:
-        _write_folder(path, tensors, model, dtype, source)
+        _write_folder(path, tensors, model, dtype, source, end_token)
     finally:
         for _ in tensors:
             pass
 
 
 def _write_folder(
-    path: str, tensors: Iterable[tuple[str, torch.Tensor]], model: Any, dtype: torch.dtype, source: str
+    path: str,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    model: Any,
+    dtype: torch.dtype,
+    source: str,
+    end_token: int | None,
 ) -> None:
     final = Path(path)
     partial = partial_name(final)
@@ -91,7 +102,12 @@ def _write_folder(
     config.architectures = [type(model).__name__]
     config.save_pretrained(partial)
     if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(partial)
+        generation = copy.deepcopy(model.generation_config)
+        ends = generation.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if end_token not in (None, *ends):
+            generation.eos_token_id = [*ends, end_token]
+        generation.save_pretrained(partial)
     for file in tokenizer_files(source):
         shutil.copy2(file, partial / file.name)
     put_in_place(partial, final)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import TrainEngineConfig
 from arealite.api.engine import InferenceEngine
@@ -333,18 +334,21 @@ class FSDPEngine:
             rollout.set_version(self._sent.version)
         return self._sent.version
 
-    def save(self, path: str) -> None:
+    def save(self, path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write a Hugging Face folder in the compute dtype, atomically; with LoRA the adapter in float32, in PEFT's
-        format. OSError on rank 0 when it cannot be written."""
+        format. `tokenizer` comes along, that of the model's own folder if not given. OSError on rank 0 when it cannot
+        be written."""
+        source = self.folder if tokenizer is None else tokenizer.name_or_path
         is_writer = self.collective.rank == 0
         if self._adapter is not None:
             adapter = {name: tensor for name, tensor in self.named_full_tensors(torch.float32) if is_writer}
             if is_writer:
-                export.write_adapter_folder(path, adapter, self._adapter, self.folder)
+                export.write_adapter_folder(path, adapter, self._adapter, source)
             return
         tensors = export.hub_tensors(self.named_full_tensors(), self._checkpoint.hub_parts)
         if is_writer:
-            export.write_folder(path, tensors, self.hf_model, self.dtype, self.folder)
+            end_token = None if tokenizer is None else tokenizer.eos_token_id
+            export.write_folder(path, tensors, self.hf_model, self.dtype, source, end_token)
         for _ in tensors:  # the writer is through already
             pass
 

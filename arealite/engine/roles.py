@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from arealite.algorithm.packing import karmarkar_karp
 from arealite.api.engine import InferenceEngine
@@ -112,11 +113,11 @@ class TrainedTogether:
     def background(self) -> RankCollective:
         return self.actor.background
 
-    def save(self, path: str) -> None:
+    def save(self, path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """As FSDPEngine.save; no rank begins with the critic where the actor could not be written."""
-        why_not = attempt_on_ranks(self.collective, self.actor.save, path)
+        why_not = attempt_on_ranks(self.collective, self.actor.save, path, tokenizer)
         if not why_not:
-            self.critic.save(f"{path}/critic")
+            self.critic.save(f"{path}/critic", tokenizer)
         elif self.collective.rank == 0:
             raise OSError(why_not)
 

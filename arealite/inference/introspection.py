@@ -64,7 +64,7 @@ class Introspection:
             {
                 "model_path": model.path,
                 "served_model_name": self._settings.served_model_name,
-                "tokenizer_path": model.path,
+                "tokenizer_path": model.path if model.tokenizer is None else model.tokenizer.name_or_path,
                 "is_generation": True,
                 "weight_version": self._engine.batcher.weight_version,
                 "model_type": model.config.model_type,

@@ -88,9 +88,15 @@ class ServedModel:
 
     @classmethod
     def load(
-        cls, path: str, dtype: torch.dtype, device: torch.device, context_length: int | None, deterministic: bool
+        cls,
+        path: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        context_length: int | None,
+        deterministic: bool,
+        tokenizer_path: str | None = None,
     ) -> ServedModel:
-        """The model of a folder or hub id.
+        """The model of a folder or hub id; its tokenizer too, if `tokenizer_path` names no other.
 
         Raises:
             ConfigError: it cannot be read, or not be served.
@@ -100,7 +106,7 @@ class ServedModel:
         except (OSError, ValueError) as error:
             raise ConfigError(f"no model configuration at {path!r}: {error}") from error
         _check_config(config, path, context_length, deterministic)
-        tokenizer = _load_tokenizer(path)
+        tokenizer = _load_tokenizer(tokenizer_path or path)
         module = _load_module(path, dtype).to(device).requires_grad_(False)
         return cls(module, tokenizer, path, context_length, deterministic)
 

@@ -34,6 +34,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="arealite serve", description="Serve a Hugging Face model to RL clients.")
     add = parser.add_argument
     add("--model", required=True, help="a Hugging Face folder or hub id")
+    add("--tokenizer-path", help="another folder or hub id, whose tokenizer, template and end token are taken")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=30000, help="port to listen on; 0 takes a free one and prints it")
     add("--dtype", default="bfloat16", choices=sorted(DTYPES), help="compute type")
@@ -91,7 +92,9 @@ def build_engine(args: argparse.Namespace) -> Engine:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {device}: {torch.cuda.device_count()} such devices are found; use --device cpu")
-    model = ServedModel.load(args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic)
+    model = ServedModel.load(
+        args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic, args.tokenizer_path
+    )
     per_request = min(model.context_length, DEFAULT_TOKENS_PER_REQUEST)
     kv_tokens = args.kv_cache_tokens or max(args.max_running_requests * per_request, model.context_length)
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
+from arealite.dataset.fetch import resolve_model
 from arealite.launcher.allocation import Component
 from arealite.launcher.machine import Machine
 from arealite.launcher.memory import ModelShape, kv_cache_bytes
@@ -46,6 +47,8 @@ def server_command(config: GRPOConfig, rollout: Component, model: str, machine: 
     server, dims = config.server, rollout.dims
     python = sys.executable
     options: dict[str, Any] = {"host": HOST, "port": PORT, "dtype": server.dtype}
+    if config.tokenizer_path not in (None, config.actor.path):
+        options["tokenizer" if rollout.backend == "vllm" else "tokenizer_path"] = resolve_model(config.tokenizer_path)
     if rollout.backend == "sglang":
         module = "sglang.launch_server"
         options |= {"max_running_requests": server.max_running_requests, "context_length": server.context_length}

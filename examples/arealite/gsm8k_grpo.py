@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     eval_tasks = load_tasks(config.valid_dataset, tokenizer, config.seed)
     evaluator = Evaluator(config.evaluator, folder, rollout, eval_workflow, eval_tasks, actor.collective)
     guard = MismatchGuard(config.stats_logger, config.gconfig.min_new_tokens)
-    saver = Saver(config.saver, folder)
+    saver = Saver(config.saver, folder, tokenizer)
     recover = RecoverHandler(config.recover, folder, config)
     num_steps = total_steps(config, dataloader)
     actor.plan_updates(num_steps * config.actor.ppo_n_minibatches)
