@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
-from arealite.api.cli_args import GRPOConfig, TrainEngineConfig, setting
+from arealite.api import cli_args
+from arealite.api.cli_args import GRPOConfig, SFTConfig, TrainEngineConfig, setting
+from arealite.api.config_source import all_keys, is_config_class
 from arealite.api.errors import ConfigError
+from arealite.api.known_names import OURS, ours
 from arealite.api.load_config import explain, load_config, load_config_file, to_yaml
 
 MINIMAL = "actor:\n  path: model\ntrain_dataset:\n  path: rows.jsonl\n"
@@ -53,13 +57,82 @@ def test_text_is_taken_as_it_stands(tmp_path):
     assert (config.trial_name, config.actor.path) == ("007", "a b")
 
 
+AS_WRITTEN = ["1.10", "2026_11_27", "12:30:45", "0123", "007", "1e-6", "0x1F", "0o7", "2026-11-27", "yes", "No", "on"]
+AS_WRITTEN += ["OFF", "true", ".inf", "1_000", "-0", "=", "+5", "1."]
+
+
+@pytest.mark.parametrize("word", AS_WRITTEN)
+def test_text_needs_no_quotes_in_files_either(word, tmp_path):
+    """What is meant as text, or as a word among others, arrives as it is written, from file and command line."""
+    text = (
+        f"trial_name: {word}\ngconfig: {{stop: [a, {word}]}}\nlauncher: {{env: {{{word}: {word}, A: '{word}'}}}}\n"
+        f"server: {{args: {{quoted: '{word}'}}}}\n"
+    )
+    in_file = load(tmp_path, text)
+    words = (f"trial_name={word}", f"gconfig.stop=[a, {word}]", f"server.args.quoted='{word}'")
+    overridden = load(tmp_path, "", *words, f"launcher.env={{{word}: {word}}}", f"launcher.env.A={word}")
+    assert overridden == in_file
+    assert (in_file.trial_name, in_file.gconfig.stop) == (word, ["a", word])
+    assert (in_file.launcher.env, in_file.server.args) == ({word: word, "A": word}, {"quoted": word})
+    (tmp_path / "again.yaml").write_text(to_yaml(in_file))
+    assert load_config_file(tmp_path / "again.yaml", [], GRPOConfig) == in_file
+
+
+PATHS = [
+    "tokenizer_path",
+    "actor.path",
+    "ref.path",
+    "critic.path",
+    "train_dataset.path",
+    "valid_dataset.path",
+    "cluster.fileroot",
+]
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_one_rule_for_every_path(key, tmp_path, monkeypatch):
+    """~ and environment variables are filled in; what is relative stays so."""
+    monkeypatch.setenv("HOME", "/home-of-somebody")
+    monkeypatch.setenv("PLACE", "some place")
+    section, _, name = key.rpartition(".")
+
+    def found(path: str) -> str:
+        config = load(tmp_path, "", f"{key}={path}")
+        return vars(vars(config)[section] if section else config)[name]
+
+    assert found("~/a") == "/home-of-somebody/a" and found("~") == "/home-of-somebody"
+    assert found("$PLACE/b~c") == "some place/b~c" and found("sub/a$1") == "sub/a$1"
+    for path, complaint in (("$ABSENT_/x", "variable ABSENT_, which is not set"), ("~nobody-at-all", "home of a user")):
+        with pytest.raises(ConfigError, match=f"command line: {re.escape(key)}: .*{complaint}"):
+            found(path)
+
+
+def test_every_path_field_is_marked_and_tested():
+    marked = {f.name for c in vars(cli_args).values() if is_config_class(c) for f in fields(c) if f.metadata["is_path"]}
+    assert marked == {key.rpartition(".")[2] for key in PATHS}
+    paths = {key for key in all_keys(GRPOConfig) if key.endswith(("path", "dir", "root", "file", "folder"))}
+    assert paths == set(PATHS)
+
+
+def test_numbers_and_switches_as_people_write_them(tmp_path):
+    text = "seed: 0123\ntotal_train_steps: 1_000\nactor: {path: m, optimizer: {lr: 1e-6, max_grad_norm: .inf}}\n"
+    text += "recover: {mode: off}\nevaluator: {at_start: no, at_end: On}\n"
+    config = load_config_file(write(tmp_path, MINIMAL.replace("actor:\n  path: model\n", "") + text), [], GRPOConfig)
+    assert (config.seed, config.total_train_steps, config.actor.optimizer.lr) == (123, 1000, 1e-6)
+    assert (config.recover.mode, config.evaluator.at_start, config.evaluator.at_end) == ("off", False, True)
+    args = "server: {args: {a: 3, b: 0123, c: 0.5, d: 1e-3, e: off, f: true, g: 12:30, h: ~, 08: 09}}\n"
+    found = {"a": 3, "b": "0123", "c": 0.5, "d": 0.001, "e": "off", "f": True, "g": "12:30", "h": None, "08": "09"}
+    assert load(tmp_path, args).server.args == found
+
+
 def test_interpolation_and_yaml_anchors(tmp_path):
     text = "ref: {path: '${actor.path}'}\nvalid_dataset: {path: x}\n"
     config = load(tmp_path, text, "rollout.consumer_batch_size=${train_dataset.batch_size}")
     assert config.ref is not None and config.ref.path == "model"
     assert config.rollout.consumer_batch_size == 16
-    text = "gconfig: &g {max_new_tokens: 9}\neval_gconfig: {<<: *g, temperature: 0.5}\n"
-    assert load(tmp_path, text).eval_gconfig.max_new_tokens == 9
+    text = "gconfig: &g {max_new_tokens: 9, temperature: 0.7}\neval_gconfig: {<<: *g, temperature: 0.5}\n"
+    found = load(tmp_path, text).eval_gconfig
+    assert (found.max_new_tokens, found.temperature) == (9, 0.5)
 
 
 def test_open_values_are_filled_in(tmp_path):
@@ -90,12 +163,47 @@ def test_unknown_keys_name_file_line_and_nearest(tmp_path):
     assert len(found) == 6
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("group_size", "here it is gconfig.n_samples"),
+        ("actor.group_size", "here it is gconfig.n_samples"),
+        ("actor.group_reward_norm", "here it is actor.reward_norm.mean and actor.reward_norm.std"),
+        ("actor.group_adv_norm", "here it is actor.adv_norm.mean and"),
+        ("launcher.type", "here it is allocation_mode, such as sglang:d4+fsdp:d4"),
+        ("actor_rollout_ref.rollout.n", "here it is gconfig.n_samples"),
+        ("data.train_batch_size", "here it is train_dataset.batch_size, in prompts"),
+        ("num_generations", "here it is gconfig.n_samples"),
+        ("sglang.mem_fraction_static", "here it is server, and its own flags in server.args"),
+    ],
+)
+def test_names_of_other_systems_get_a_pointer(key, said, tmp_path):
+    nested = "".join(f"{'  ' * i}{word}:\n" for i, word in enumerate(key.split(".")))[:-1] + " 3\n"
+    in_file = [
+        line for line in problems_of(tmp_path, nested.replace("actor:\n", "actor:\n  path: m\n")) if said in line
+    ]
+    on_command_line = problems_of(tmp_path, MINIMAL, f"{key}=3")
+    assert len(in_file) == 1 and said in on_command_line[0]
+
+
+def test_pointers_lead_somewhere():
+    for cls in (GRPOConfig, SFTConfig):
+        keys = all_keys(cls)
+        told = [text for name in OURS if (text := ours(name, keys))]
+        assert not [key for text in told for key in re.findall(r"\b[a-z_]+[.][\w.]+\b", text) if key not in keys]
+        assert len(told) > 30
+    assert all(ours(name, all_keys(GRPOConfig)) for name in OURS)
+    assert ours("learning_rate", keys) == "model.optimizer.lr" and ours("group_size", keys) == ""
+
+
 WRONG = [
     ("seed: 1.5", "seed is 1.5 (float), expected an integer"),
     ("seed: many", "seed is 'many' (str), expected an integer"),
     ("seed: true", "seed is True: expected an integer, found true or false"),
     ("seed: null", "seed is nothing (null), expected an integer"),
-    ("trial_name: yes", "trial_name is True: expected text, found true or false, in quotes if it is meant as text"),
+    ("trial_name: null", "trial_name is nothing (null), expected text, in quotes if the word itself is meant"),
+    ("gconfig: {stop: [a, ~]}", "gconfig.stop is ['a', None] (list), expected a list, each entry text"),
+    ("seed: 12:30", "seed is '12:30' (str), expected an integer"),
     ("trial_name: [a]", "trial_name is ['a'] (list), expected text"),
     ("evaluator: {at_start: 3}", "evaluator.at_start is 3: expected true or false, found int"),
     ("evaluator: {at_start: maybe}", "evaluator.at_start is 'maybe' (str), expected true or false"),

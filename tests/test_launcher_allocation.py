@@ -31,6 +31,9 @@ from arealite.launcher.allocation import (
         ),
         ("megatron:(attn:d4p2t2c2|ffn:d2p2t4e2)", "megatron:(attn:d4t2p2c2|ffn:d2t4p2e2)", 32, 0),
         ("sglang:d2t4e4+megatron:d2c2", "sglang:d2t4e4+megatron:d2c2", 12, 2),
+        ("sglang.d4p1m1 + d2p2m1", "sglang:d4+fsdp:d2p2", 8, 4),
+        (" sglang [a] : d4 t2 +\n fsdp : d 8 | fsdp[critic] :d8\t", "sglang[a]:d4t2+fsdp:d8|fsdp[critic]:d8", 16, 4),
+        ("megatron: ( attn : d4 | ffn:d2e2 )", "megatron:(attn:d4|ffn:d2e2)", 4, 0),
     ],
 )
 def test_spellings_in_use(text, canonical, num_devices, num_servers):
@@ -131,6 +134,8 @@ def test_any_text_is_parsed_or_refused_with_a_caret(text):
         ("fsdp:d4e3", 0, "does not divide"),
         ("fsdp:d4)", 7, "unexpected ')'"),
         ("fsdp:d1234567", 6, "digits"),
+        ("nat ive:d1", 0, "unknown backend"),
+        ("native:d1 fsdp:d1", 10, "unknown dimension"),
     ],
 )
 def test_errors_point_at_the_character(text, column, what):

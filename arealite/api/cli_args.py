@@ -10,13 +10,19 @@ from typing import Any
 
 
 def setting(
-    default: Any, doc: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+    default: Any,
+    doc: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    is_path: bool = False,
 ) -> Any:
-    """A documented field. `choices` are the allowed words, `low` and `high` the smallest and largest allowed number.
+    """A documented field. `choices` are the allowed words, `low` and `high` the smallest and largest allowed number; in
+    a path ~ and $NAME are filled in (api/paths.py), and it is relative to the folder in which the command runs.
 
     A callable default is a factory (list, dict, or a config class).
     """
-    notes = {"doc": doc, "choices": choices, "low": low, "high": high}
+    notes = {"doc": doc, "choices": choices, "low": low, "high": high, "is_path": is_path}
     if callable(default):
         return field(default_factory=default, metadata=notes)
     return field(default=default, metadata=notes)
@@ -43,7 +49,7 @@ class GenerationHyperparameters:
 class DatasetConfig:
     """Where tasks come from."""
 
-    path: str = setting("", "a JSONL / Parquet file, a folder of them, a hub id, or reasoning_gym:TASK")
+    path: str = setting("", "a JSONL / Parquet file, a folder of them, a hub id, or reasoning_gym:TASK", is_path=True)
     split: str = setting("train", "split of a hub data set")
     subset: str | None = setting(None, "configuration name of a hub data set (GSM8K: main)")
     params: dict[str, Any] = setting(dict, "parameters of a reasoning_gym task")
@@ -147,7 +153,7 @@ class LoRAConfig:
 class TrainEngineConfig:
     """One model on the trainer ranks."""
 
-    path: str = setting("", "a Hugging Face folder or hub id")
+    path: str = setting("", "a Hugging Face folder or hub id", is_path=True)
     dtype: str = setting("bfloat16", "compute type; master weights are always float32", ("bfloat16", "float32"))
     seed: int = setting(1, "seed of the trainer's own random numbers")
     temperature: float | None = setting(
@@ -303,7 +309,7 @@ class WatchdogConfig:
 class ClusterSpecConfig:
     """The machines."""
 
-    fileroot: str = setting("runs", "folder that holds all runs (shared by all nodes)")
+    fileroot: str = setting("runs", "folder that holds all runs (shared by all nodes)", is_path=True)
     num_nodes: int = setting(1, "nodes", low=1)
     num_gpus_per_node: int | None = setting(None, "GPUs per node; what is found if not given", low=0)
     num_cores_per_node: int | None = setting(None, "CPU cores per node; what is found if not given", low=1)
@@ -332,7 +338,7 @@ class RunConfig:
     seed: int = setting(1, "seed of data order and sampling")
     total_train_steps: int | None = setting(None, "optimiser steps; from total_train_epochs if not given", low=1)
     total_train_epochs: int = setting(1, "passes over the training data", low=1)
-    tokenizer_path: str | None = setting(None, "tokenizer; that of the trained model if not given")
+    tokenizer_path: str | None = setting(None, "tokenizer; that of the trained model if not given", is_path=True)
     train_dataset: DatasetConfig = setting(DatasetConfig, "training tasks")
     valid_dataset: DatasetConfig | None = setting(None, "held-out tasks")
     saver: SaverConfig = setting(SaverConfig, "checkpoints")

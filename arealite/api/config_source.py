@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from arealite.api.errors import ConfigError
+from arealite.api.known_names import ours
+from arealite.api.paths import expand
 
 NUM_SUGGESTIONS = 3
+NULLS = ("", "~", "null", "Null", "NULL")
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+DIGITS = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")  # as an integer may be written where one is expected
+NUMBER = re.compile(
+    r"([-+]?([0-9]+[.][0-9]*|[.][0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?[.](inf|Inf|INF)|[.](nan|NaN|NAN))$"
+)
 
 
 @dataclass(frozen=True)
@@ -52,11 +61,11 @@ def is_config_class(hint: Any) -> bool:
 
 
 def type_at(cls: type, key: str) -> Any:
-    """The type of the field at dotted `key` (None removed); Any for keys inside a dict field. Raises KeyError."""
+    """The type of the field at dotted `key` (None removed), or of entries of the dict around it. Raises KeyError."""
     hint: Any = cls
-    for name in key.partition("[")[0].split("."):
+    for name in re.split(r"[.\[]", key):
         if typing.get_origin(hint) is dict:
-            return Any
+            return typing.get_args(hint)[1]
         if not is_config_class(hint):
             raise KeyError(key)
         hint = field_types(hint)[name]
@@ -120,18 +129,18 @@ class Reader:
     def read_file(self, path: Path) -> None:
         """Raises ConfigError where the file is missing or is not YAML: nothing else can be checked then."""
         try:
-            text = path.read_text()
+            text = Path(expand(str(path))).read_text()
             node = yaml.compose(text, Loader=yaml.SafeLoader)
-            tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if node else {}
+            tree = value_of(node, self.cls) if node else {}
         except FileNotFoundError:
             raise ConfigError(f"configuration file {path} does not exist: check --config") from None
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = mark.line + 1 if mark else 1
             raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, GrammarParseError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
-        if not isinstance(tree, dict) or (node and not isinstance(node, yaml.MappingNode)):
+        if not isinstance(tree, dict):
             raise ConfigError(f"{path}:1: expected `key: value` lines, found {type(tree).__name__}")
         lines: dict[str, int] = {}
         mark_lines(node, "", lines)
@@ -151,8 +160,8 @@ class Reader:
             self.unknown(key, where)
             return
         try:
-            value = text if hint is str and not text.startswith(("'", '"')) else parse_value(text)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            value = text if hint is str and not text.startswith(("'", '"')) else parse_value(text, hint)
+        except yaml.YAMLError as error:
             self.problems.append(f"{where}: the value of {key}={text} is not YAML: {str(error).splitlines()[0]}")
             return
         if text == "null":
@@ -168,7 +177,7 @@ class Reader:
         for name, value in tree.items():
             key = f"{prefix}{name}"
             if name not in hints:
-                self.unknown(key, where(key))
+                self.unknown_tree(key, value, where)
             else:
                 self.add(key, value, hints[name], where)
 
@@ -186,8 +195,22 @@ class Reader:
         else:
             self.givens.append(Given(key, value, where(key)))
 
+    def unknown_tree(self, key: str, value: Any, where: Any) -> None:
+        """A section that only others have is told by its entries, where those have a name here."""
+        keys = all_keys(self.cls)
+        if isinstance(value, dict) and not ours(key, keys):
+            inside = {f"{key}.{name}": entry for name, entry in value.items()}
+            known = {k: entry for k, entry in inside.items() if ours(k, keys) or isinstance(entry, dict)}
+            for inner, entry in known.items():
+                self.unknown_tree(inner, entry, where)
+            if known:
+                return
+        self.unknown(key, where(key))
+
     def unknown(self, key: str, where: str) -> None:
-        if nearest := nearest_keys(key, self.cls):
+        if known_as := ours(key, all_keys(self.cls)):
+            hint = f"here it is {known_as}"
+        elif nearest := nearest_keys(key, self.cls):
             hint = f"did you mean {' or '.join(nearest)}?"
         else:
             parent, section = known_part(key, self.cls)
@@ -196,18 +219,66 @@ class Reader:
         self.problems.append(f"{where}: unknown key {key!r}: {hint}")
 
 
-def parse_value(text: str) -> Any:
-    """The value of a command-line override, read as YAML with OmegaConf's numbers (1e-5 is a number)."""
-    return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]  # type: ignore[index, call-overload]
+def parse_value(text: str, hint: Any) -> Any:
+    """The value of a command-line override, read as YAML."""
+    node = yaml.compose(f"value: {text}", Loader=yaml.SafeLoader)
+    assert isinstance(node, yaml.MappingNode)
+    return value_of(node.value[0][1], hint)
+
+
+def value_of(node: yaml.Node, hint: Any) -> Any:
+    """The value of a YAML node where a field of type `hint` is expected. Raises yaml.MarkedYAMLError."""
+    if not node.tag.startswith("tag:yaml.org,2002:"):
+        raise yaml.MarkedYAMLError(problem=f"found the tag {node.tag}, expected none", problem_mark=node.start_mark)
+    if isinstance(node, yaml.MappingNode):
+        fields = field_types(hint) if is_config_class(hint) else {}
+        of_entry = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else Any
+        return {key: value_of(entry, fields.get(key, of_entry)) for key, entry in entries(node)}
+    if isinstance(node, yaml.SequenceNode):
+        of_entry = typing.get_args(hint)[0] if typing.get_origin(hint) is list else Any
+        return [value_of(entry, of_entry) for entry in node.value]
+    assert isinstance(node, yaml.ScalarNode)
+    return node.value if node.style else scalar(node.value, hint)
+
+
+def entries(node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node]]:
+    """Keys, as they are written, and values of a mapping; its own ones win over those that `<<` brings in."""
+    merged: dict[str, yaml.Node] = {}
+    own: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        if key.tag == "tag:yaml.org,2002:merge":
+            for source in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.MarkedYAMLError(problem="expected a mapping after <<", problem_mark=key.start_mark)
+                merged |= dict(entries(source))
+        elif not isinstance(key, yaml.ScalarNode) or key.value in own:
+            what = f"duplicate key {key.value}" if isinstance(key, yaml.ScalarNode) else "a key that is no word"
+            raise yaml.MarkedYAMLError(problem=f"found {what}", problem_mark=key.start_mark)
+        else:
+            own[key.value] = value
+    yield from (merged | own).items()
+
+
+def scalar(text: str, hint: Any) -> Any:
+    """What a word without quotes means. Where text is expected it is what is written, be it 1.10, 0123 or off;
+    elsewhere YAML 1.2's words and decimal numbers, and yes, no, on, off where true or false is expected."""
+    if text in NULLS:
+        return None
+    if hint in (str, Path):
+        return text
+    if text.lower() in (WORDS if hint is bool else ("true", "false")):
+        return WORDS[text.lower()]
+    if INTEGER.fullmatch(text) or (hint in (int, float) and DIGITS.fullmatch(text)):
+        return int(text)
+    return float(re.sub("[.](?=[a-zA-Z])", "", text)) if NUMBER.fullmatch(text) else text
 
 
 def wrong_kind(value: Any, hint: Any) -> str | None:
     """What OmegaConf would convert silently although it is a mistake; None if the kind is right."""
     if isinstance(value, str) and "${" in value:
         return None  # an interpolation: its target is checked when it is resolved
-    if isinstance(value, bool) and hint in (int, float, str):
-        hint_text = ", in quotes if it is meant as text" if hint is str else ""
-        return f"expected {type_name(hint)}, found true or false{hint_text}"
+    if isinstance(value, bool) and hint in (int, float):
+        return f"expected {type_name(hint)}, found true or false"
     if hint is bool and not isinstance(value, bool | str | None):
         return f"expected true or false, found {type(value).__name__}"
     if is_config_class(hint) and value is not None:

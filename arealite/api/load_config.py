@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +18,9 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from arealite.api.cli_args import GRPOConfig, RunConfig, RWConfig, SFTConfig
 from arealite.api.config_rules import choose_defaults, contradictions, fill_derived
-from arealite.api.config_source import Given, Reader, is_config_class, type_at, type_name
+from arealite.api.config_source import NUMBER, Given, Reader, is_config_class, type_at, type_name
 from arealite.api.errors import ConfigError
+from arealite.api.paths import expand
 
 T = TypeVar("T")
 KINDS: dict[str, type[RunConfig]] = {"grpo": GRPOConfig, "sft": SFTConfig, "rw": RWConfig}
@@ -61,7 +63,7 @@ def load_config_file(path: str | Path, overrides: list[str], cls: type[T]) -> T:
     config = apply_givens(reader.givens, cls, problems)
     where = {given.key: given.where for given in reader.givens}
     out_of_range = [f"{where.get(key, 'default')}: {key} {said}" for key, said in check_ranges(config)]
-    problems += out_of_range
+    problems += [*out_of_range, *expand_paths(config, where)]
     if isinstance(config, RunConfig) and not out_of_range:
         kind = next(name for c in type(config).__mro__ for name, known in KINDS.items() if c is known)
         if config.kind != kind:
@@ -104,7 +106,9 @@ def wrong_type(given: Given, cls: type, error: Exception) -> str:
     found = "nothing (null)" if given.value is None else f"{given.value!r} ({type(given.value).__name__})"
     if "interpolation" in type(error).__name__.lower():
         return f"{given.where}: {given.key} is {given.value!r}: {str(error).splitlines()[0]}"
-    return f"{given.where}: {given.key} is {found}, expected {type_name(type_at(cls, given.key))}"
+    expected = type_name(type_at(cls, given.key))
+    quoted = ", in quotes if the word itself is meant" if given.value is None and expected == "text" else ""
+    return f"{given.where}: {given.key} is {found}, expected {expected}{quoted}"
 
 
 def unresolvable(tree: DictConfig, given: Given) -> str | None:
@@ -114,7 +118,9 @@ def unresolvable(tree: DictConfig, given: Given) -> str | None:
     try:
         OmegaConf.select(tree, given.key, throw_on_missing=True)
     except (OmegaConfBaseException, GrammarParseError) as error:
-        return f"{given.where}: {given.key} is {given.value!r}: {str(error).splitlines()[0]}"
+        found = f"{given.where}: {given.key} is {given.value!r}: {str(error).splitlines()[0]}"
+        variable = re.search(r"\${([A-Z_][A-Z0-9_]*)}", given.value)
+        return f"{found}; the environment variable is ${variable[1]} in a path" if variable else found
     return None
 
 
@@ -126,6 +132,21 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.
             yield from walk(value, f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", value, f
+
+
+def expand_paths(config: Any, where: dict[str, str], prefix: str = "") -> list[str]:
+    """Fill in what stands for something else in all paths; returns what is wrong with them."""
+    problems = []
+    for f in dataclasses.fields(config):
+        key, value = f"{prefix}{f.name}", vars(config)[f.name]
+        if dataclasses.is_dataclass(value):
+            problems += expand_paths(value, where, f"{key}.")
+        elif value and f.metadata.get("is_path"):
+            try:
+                setattr(config, f.name, expand(value))
+            except ConfigError as error:
+                problems.append(f"{where.get(key, 'default')}: {key}: {error}")
+    return problems
 
 
 def check_ranges(config: Any) -> Iterator[tuple[str, str]]:
@@ -149,10 +170,17 @@ def explain(config: Any) -> list[tuple[str, Any, str]]:
     return [(key, value, f.metadata.get("doc", "")) for key, value, f in walk(config)]
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes that the reader would take for a number; PyYAML itself does not know 1e-6 for one."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+
+
 def to_yaml(config: Any) -> str:
     """The configuration as YAML that `load_config_file` reads back to an equal one."""
     values = escaped(dataclasses.asdict(config))
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def escaped(value: Any) -> Any:

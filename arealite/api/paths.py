@@ -1,12 +1,28 @@
-"""Where AReaLite keeps what it has made once: converted models, compiled kernels, environments. For all parts."""
+"""How a path is meant that somebody has written, and where AReaLite keeps what it has made once: converted models,
+compiled kernels, environments. For all parts.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+from arealite.api.errors import ConfigError
+
+
+def expand(path: str) -> str:
+    """The path with ~ and environment variables ($NAME) filled in, as a shell would; a relative one stays relative to
+    the folder in which the command runs. Raises ConfigError for a variable or a user that does not exist."""
+    if absent := [name for name in re.findall(r"\$([A-Za-z_]\w*)", path) if name not in os.environ]:
+        raise ConfigError(f"{path!r} names the environment variable {absent[0]}, which is not set")
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded.startswith("~"):
+        raise ConfigError(f"{path!r} names the home of a user who is not known here")
+    return expanded
 
 
 def cache_root() -> Path:
     """AREALITE_CACHE, else ~/.cache/arealite."""
     given = os.environ.get("AREALITE_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "arealite"
+    return Path(expand(given)) if given else Path.home() / ".cache" / "arealite"

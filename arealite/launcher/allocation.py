@@ -5,6 +5,8 @@ group     := component ("|" component)*         components of a group share devi
 component := [backend ["[" name "]"] (":" | ".")] layout
 layout    := dims | "(" "attn:" dims "|" "ffn:" dims ")"
 dims      := (letter number)+                   d data, t or m tensor, p pipeline, c context, e expert
+
+Blanks may stand between all of them.
 """
 
 from __future__ import annotations
@@ -120,11 +122,11 @@ class AllocationMode:
 
 
 class _Parser:
-    """Recursive descent: one method per rule of the grammar, `at` is the next character."""
+    """Recursive descent: one method per rule of the grammar, `at` is the next character that is no blank."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
-        self.at = 0
+        self.text = re.sub(r"\s", " ", text)
+        self.move_to(0)
 
     def mode(self) -> AllocationMode:
         labels: set[str] = set()
@@ -202,9 +204,9 @@ class _Parser:
         return name
 
     def moe(self) -> tuple[Dims, Dims]:
-        self.expect("(attn:")
+        self.expect("(", "attn", ":")
         attn = self.dims("dtpc", "attn; experts have their layout in ffn")
-        self.expect("|ffn:")
+        self.expect("|", "ffn", ":")
         start = self.at
         ffn = self.dims("dtpe", "ffn")
         attn_total, ffn_total = attn.d * attn.t * attn.p * attn.c, ffn.d * ffn.t * ffn.p * ffn.e
@@ -227,7 +229,7 @@ class _Parser:
                 self.fail(f"dimension {letter!r} is not allowed in {where}")
             if letter in sizes:
                 self.fail(f"dimension {letter!r} ({DIMENSIONS[letter]}) is given twice", start)
-            self.at += 1
+            self.move_to(self.at + 1)
             sizes[letter] = self.number(letter)
         if not sizes:
             self.fail("expected dimensions, such as d1")
@@ -252,19 +254,23 @@ class _Parser:
     def take(self, literal: str) -> bool:
         if not self.text.startswith(literal, self.at):
             return False
-        self.at += len(literal)
+        self.move_to(self.at + len(literal))
         return True
 
-    def expect(self, literal: str) -> None:
-        if not self.take(literal):
-            self.fail(f"expected {literal!r}; the form is (attn:d4p2t2c2|ffn:d2p2t4e2)")
+    def expect(self, *literals: str) -> None:
+        for literal in literals:
+            if not self.take(literal):
+                self.fail(f"expected {literal!r}; the form is (attn:d4p2t2c2|ffn:d2p2t4e2)")
 
     def run_of(self, pattern: re.Pattern[str]) -> str:
         """The characters of a kind that come next; maybe none."""
         found = pattern.match(self.text, self.at)
         assert found is not None, "the patterns match the empty text too"
-        self.at = found.end()
+        self.move_to(found.end())
         return found[0]
+
+    def move_to(self, at: int) -> None:
+        self.at = at + len(self.text[at:]) - len(self.text[at:].lstrip())
 
     def fail(self, what: str, at: int | None = None) -> NoReturn:
         caret = " " * (self.at if at is None else at) + "^"
