@@ -7,6 +7,7 @@ As a script: `python engine_batches.py OUT MODEL` with torchrun's environment tr
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -68,6 +69,21 @@ def random_batch(num_groups=4, size=3, prompt=7, longest=9, seed=0, vocabulary=4
         task_ids=[f"task-{g}" for g in groups],
         prox_logp=np.where(mask, -9 + noise[1], 0).astype(np.float32),
     )
+
+
+def crooked_batch() -> Batch:
+    """Groups of 5, 4, 1, 2 and 1 answers, equal rewards in one, an answer without tokens in the loss, equal answers."""
+    batch = random_batch(num_groups=5, size=5)
+    sizes = [5, 4, 1, 2, 1]
+    batch = batch.select([5 * g + m for g, size in enumerate(sizes) for m in range(size)])
+    batch.rewards[batch.group_ids == 3] = 0.7
+    batch.loss_mask[batch.cu_seqlens[1] : batch.cu_seqlens[2]] = False
+    return batch
+
+
+def plain_kl(d: float, estimator: str) -> float:
+    """Of one token, with d = log policy - log reference."""
+    return {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
 
 
 def share(batch: Batch, rank: int, world_size: int, lopsided: bool = False) -> Batch:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engine_batches import actor_config, random_batch
+from engine_batches import actor_config, crooked_batch, plain_kl, random_batch
 from transformers import AutoModelForCausalLM
 
 from arealite.api.cli_args import OptimizerConfig
@@ -28,16 +28,6 @@ def make(path, **changes):
     actor = FSDPPPOActor(actor_config(path, **{"optimizer": STILL, **changes}))
     actor.initialize()
     return actor
-
-
-def crooked_batch():
-    """Groups of 5, 4, 1, 2 and 1 answers, equal rewards in one, an answer without tokens in the loss, equal answers."""
-    batch = random_batch(num_groups=5, size=5)
-    sizes = [5, 4, 1, 2, 1]
-    batch = batch.select([5 * g + m for g, size in enumerate(sizes) for m in range(size)])
-    batch.rewards[batch.group_ids == 3] = 0.7
-    batch.loss_mask[batch.cu_seqlens[1] : batch.cu_seqlens[2]] = False
-    return batch
 
 
 def plain_advantages(batch):
@@ -61,8 +51,8 @@ def rows_of(model, batch, temperature):
         yield logp[keep - 1, ids[keep]], entropy, keep + begin
 
 
-def plain_losses(model, batch, advantages, config):
-    """The loss of every mini-batch, with gradient."""
+def plain_losses(model, batch, advantages, config, tokens):
+    """The loss of every mini-batch, with gradient. Appends to `tokens` what the statistics say of each token."""
     kept = [i for i in range(batch.num_sequences) if not (config.mask_truncated and batch.truncated[i])]
     batch, advantages = batch.select(kept), [advantages[i] for i in kept]
     rows = list(rows_of(model, batch, config.temperature))
@@ -91,6 +81,17 @@ def plain_losses(model, batch, advantages, config):
                     surrogate = torch.max(surrogate, torch.tensor(config.c_clip * a))
                 kl = (r[t] * weight).detach() * (logp[t] - ref[t]).square() / 2
                 losses.append(-weight * surrogate + config.kl_weight * kl - config.entropy_weight * entropy[t])
+                beyond = r[t] > 1 + config.eps_clip_higher if a > 0 else r[t] < 1 - config.eps_clip
+                bounded = config.c_clip is not None and r[t] > config.c_clip
+                tokens.append(
+                    {
+                        "entropy": entropy[t].item(),
+                        "kl": plain_kl((logp[t] - ref[t]).item(), config.kl_estimator),
+                        "clip_ratio": float(a != 0 and (beyond or (a < 0 and bounded))),
+                        "importance_weight_mean": math.exp(prox[t] - behaviour[t]),
+                        "behav_kl": plain_kl((behaviour[t] - logp[t]).item(), "k3"),
+                    }
+                )
             divisor = {
                 "token-mean": sum(len(rows[j][2]) for j in own),
                 "seq-mean-token-mean": len(own) * len(losses),
@@ -125,14 +126,18 @@ def test_the_objective_is_the_plain_one(tiny_llama, case, budget):
     stats = actor.grpo_update(batch)
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    losses, norms = [], []
-    for loss in plain_losses(model, batch, plain_advantages(batch), actor.config):
+    losses, norms, tokens = [], [], []
+    for loss in plain_losses(model, batch, plain_advantages(batch), actor.config, tokens):
         model.zero_grad()
         loss.backward(retain_graph=True)
         losses.append(loss.item())
         norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
     assert stats["loss"] == pytest.approx(statistics.fmean(losses), rel=1e-4, abs=1e-7)
     assert stats["grad_norm"] == pytest.approx(statistics.fmean(norms), rel=1e-4)
+    for name in tokens[0]:  # means over all tokens, however many each update has
+        assert stats[name] == pytest.approx(statistics.fmean(token[name] for token in tokens), rel=1e-4), name
+    assert stats["importance_weight_max"] == pytest.approx(max(token["importance_weight_mean"] for token in tokens))
+    assert stats["num_tokens"] == len(tokens)
 
 
 @pytest.mark.parametrize("correction", ["none", "mask", "truncate"])

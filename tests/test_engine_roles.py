@@ -134,29 +134,6 @@ def test_what_a_value_model_cannot_be(tiny_llama):
         critic.ppo_update(random_batch())
 
 
-def test_advantages_with_a_critic(tiny_llama):
-    batch = random_batch(num_groups=2, size=2)
-    norm = {"mean": "none", "std": "none"}
-    actor = FSDPPPOActor(PPOActorConfig(**settings(tiny_llama), gamma=0.9, gae_lambda=0.8, mask_truncated=True))
-    vars(actor.config.reward_norm).update(norm)
-    started(actor)
-    batch.truncated = np.asarray([False, True, False, False])
-    batch.values = (np.random.default_rng(0).normal(size=len(batch.tokens)) * batch.loss_mask).astype(np.float32)
-    actor.compute_advantages(batch)
-    for i in range(4):
-        span = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
-        at = np.flatnonzero(batch.loss_mask[span])
-        values, advantage, expected = batch.values[span][at], 0.0, []
-        for k in range(len(at) - 1, -1, -1):
-            is_last = k == len(at) - 1
-            reward, following = (batch.rewards[i], 0.0) if is_last else (0.0, values[k + 1])
-            advantage = reward + 0.9 * following - values[k] + 0.9 * 0.8 * advantage
-            expected.insert(0, advantage)
-        np.testing.assert_allclose(batch.returns[span][at], np.asarray(expected) + values, atol=1e-6)
-        left = 0.0 if batch.truncated[i] else np.asarray(expected)  # truncated answers teach the critic, not the policy
-        np.testing.assert_allclose(batch.advantages[span][at], left, atol=1e-6)
-
-
 def test_supervised_loss_equals_padded_transformers(tiny_llama):
     batch = random_batch()
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -224,12 +201,22 @@ def outcomes(path, value_path, dims=None, place=(0, 1), order=None, **changes) -
     return found
 
 
-def test_the_critics_statistics_are_of_updates_that_were_applied(value_model):
-    critic = started(FSDPPPOCritic(PPOCriticConfig(**settings(value_model), ppo_n_minibatches=2)))
-    batch = learning_batch()
-    batch.returns[batch.cu_seqlens[-2] :] = np.nan  # in the last mini-batch
-    found = critic.ppo_update(batch)
-    assert critic.num_updates == 1 and np.isfinite([found["value_mean"], found["clip_ratio"], found["loss"]]).all()
+def test_the_critics_statistics_are_means_over_the_tokens_of_updates_that_were_applied(value_model):
+    still = settings(value_model, optimizer=OptimizerConfig(lr=0.0))
+    critic = started(FSDPPPOCritic(PPOCriticConfig(**still, ppo_n_minibatches=2)))
+    batch = learning_batch(num_groups=3)  # two groups in the first mini-batch, one in the last
+    values = critic.compute_values(batch)
+    for num_applied in (2, 1):
+        if num_applied == 1:
+            batch.returns[batch.cu_seqlens[-2] :] = np.nan
+        at = batch.loss_mask & np.repeat(batch.group_ids < num_applied + 1, batch.lengths)
+        _, is_clipped = clipped_value_loss(
+            *(torch.from_numpy(x[at]) for x in (values, batch.values, batch.returns)), 0.5
+        )
+        found = critic.ppo_update(batch)
+        assert found["num_skipped_updates"] == 2 - num_applied and np.isfinite(found["loss"])
+        assert found["value_mean"] == pytest.approx(values[at].mean(), rel=1e-5)
+        assert found["clip_ratio"] == pytest.approx(float(is_clipped.float().mean()))
 
 
 def test_a_batch_without_loss_tokens_has_no_gradient(tiny_llama, value_model):

@@ -61,7 +61,7 @@ async def run_steps(world, staleness, ledger, num_steps, should_accept=None):
             groups = await executor.collect(size, may_draw=True)
         ordinals = [g.ordinal for g in groups]
         assert len(groups) == size and ordinals == sorted(ordinals)
-        ages += [staleness.version - g.trajectories[0].min_version for g in groups]
+        ages += [staleness.version - min(v for v in g.trajectories[0].versions if v >= 0) for g in groups]
         await asyncio.sleep(world.random.expovariate(1.0))
         executor.mark_trained(step)
         world.version += 1
@@ -92,6 +92,7 @@ def test_nothing_is_older_than_eta_at_consumption(eta, max_concurrent, tmp_path)
         allowed = ("filtered", "RuntimeError", "the simulation ended")
         assert all(reason.startswith(allowed) for reason in report.reasons), report.reasons
         assert counts["num_stale"] == 0
+        assert (counts["staleness_max"], counts["staleness_mean"]) == (max(ages), pytest.approx(sum(ages) / len(ages)))
         # First issued, first started.
         started = [int(t.split("-r")[1]) for t in dict.fromkeys(world.started)]
         assert started == sorted(started)

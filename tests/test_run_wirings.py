@@ -6,6 +6,10 @@ import os
 import pytest
 from runs import Run
 
+from arealite.api.cli_args import OptimizerConfig
+from arealite.engine.optim import learning_rate
+from arealite.rollout.ledger import audit
+
 WIRINGS = {
     "asynchronous": [],
     "synchronous": ["rollout.max_head_offpolicyness=0"],
@@ -35,11 +39,19 @@ def test_wiring_trains_and_leaves_its_records(wiring, tmp_path, tiny_llama):
     assert run.pids() == {}
 
 
-def test_ledger_of_a_finished_run_has_no_violation(tmp_path, tiny_llama):
-    from arealite.rollout.ledger import audit
-
-    with Run(tmp_path, tiny_llama) as run:
-        run.succeed()
+def test_the_loop_gives_each_update_what_it_needs(tmp_path, tiny_llama):
+    """A reference that stays, two updates a step, a temperature, and a schedule over all updates of the run."""
+    changes = ["ref.path=${actor.path}", "ref.dtype=float32", "actor.kl_weight=0.01", "actor.entropy_weight=0.1"]
+    changes += ["actor.ppo_n_minibatches=2", "gconfig.temperature=0.7"]
+    changes += ["actor.optimizer.lr_scheduler=linear", "actor.optimizer.lr=1e-4"]
+    with Run(tmp_path, tiny_llama, *changes) as run:
+        summary = run.succeed()
+    assert summary["mismatch_mean"] < 1e-4  # servers and trainer score at the same temperature
+    steps = [line for line in run.metrics() if "step_s" in line]
+    schedule = OptimizerConfig(lr=1e-4, lr_scheduler="linear")
+    assert [line["lr"] for line in steps] == pytest.approx([learning_rate(schedule, i, 8) for i in (1, 3, 5, 7)])
+    # The first update of the run is made at the reference; later ones, ever smaller, go on from where it was left.
+    assert steps[0]["kl"] < 0.5 * steps[3]["kl"]
     report = audit(run.folder / "ledger.jsonl")
     assert not report.violations
     assert sum(state == "trained" for state in report.states.values()) == 16

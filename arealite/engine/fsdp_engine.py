@@ -220,6 +220,7 @@ class FSDPEngine:
         """What there is to say of every kind of update: means over those that were applied, and the speed."""
         counted = [u for u in updates if not u.skipped] or updates
         stats = {"skipped": float(all(u.skipped for u in updates)), "lr": updates[-1].lr if updates else 0.0}
+        stats["num_skipped_updates"] = float(sum(u.skipped for u in updates))
         columns = {"loss": [u.loss for u in counted], "grad_norm": [u.grad_norm for u in counted]}
         for name in sorted({name for u in counted for name in u.statistics if name.startswith("grad_norm_")}):
             columns[name] = [u.statistics.get(name, 0.0) for u in counted]

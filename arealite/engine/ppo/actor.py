@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -176,7 +177,13 @@ class FSDPPPOActor(FSDPEngine):
                 updates.append((self._update_on(part, over), over.num_tokens))
         self.version += 1
         update_s = time.perf_counter() - started
-        return {**self.summary([update for update, _ in updates], update_s), **_token_statistics(updates)}
+        largest = [u.statistics["importance_weight_max"] for u, _ in updates if not u.skipped]
+        return {
+            **self.summary([update for update, _ in updates], update_s),
+            "num_tokens": float(sum(n for _, n in updates)),
+            "importance_weight_max": max(largest, default=0.0),
+            **token_means(updates, ("entropy", "kl", "clip_ratio", "importance_weight_mean", "behav_kl")),
+        }
 
     ppo_update = grpo_update
 
@@ -225,15 +232,9 @@ def _required(values: np.ndarray | None, name: str) -> np.ndarray:
     return values
 
 
-def _token_statistics(updates: list[tuple[Update, int]]) -> dict[str, float]:
-    """Means over the tokens of the updates that were applied, and counts."""
-    applied = [u for u in updates if not u[0].skipped]
-    tokens = sum(n for _, n in applied)
-    stats = {
-        "num_tokens": float(sum(n for _, n in updates)),
-        "num_skipped_updates": float(len(updates) - len(applied)),
-    }
-    for name in ("entropy", "kl", "clip_ratio", "importance_weight_mean", "behav_kl"):
-        stats[name] = sum(u.statistics[name] for u, _ in applied) / max(tokens, 1)
-    stats["importance_weight_max"] = max((u.statistics["importance_weight_max"] for u, _ in applied), default=0.0)
-    return stats
+def token_means(updates: list[tuple[Update, int]], names: Sequence[str]) -> dict[str, float]:
+    """Statistics that are sums over tokens as means over all tokens of the updates that were applied, each given with
+    its number of tokens; 0 where there are none."""
+    applied = [pair for pair in updates if not pair[0].skipped]
+    num_tokens = max(sum(n for _, n in applied), 1)
+    return {name: sum(u.statistics[name] for u, _ in applied) / num_tokens for name in names}

@@ -13,6 +13,7 @@ from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.fsdp_engine import Update
 from arealite.engine.micro_batch import MicroBatch
+from arealite.engine.ppo.actor import token_means
 from arealite.engine.value_model import FSDPValueEngine
 
 
@@ -38,18 +39,16 @@ class FSDPPPOCritic(FSDPValueEngine):
             )
         num_parts = self.config.ppo_n_minibatches
         part_of = batch.group_ids * num_parts // max(batch.num_groups, 1)
-        updates: list[Update] = []
+        updates: list[tuple[Update, int]] = []
         for index in range(num_parts):
             part = batch.select(np.flatnonzero(part_of == index))
             num_tokens = self.count_tokens(part)
             if num_tokens:
-                updates.append(self._update_on(part, num_tokens))
+                updates.append((self._update_on(part, num_tokens), num_tokens))
         self.version += 1
-        applied = [update.statistics for update in updates if not update.skipped]
         return {
-            **self.summary(updates, time.perf_counter() - started),
-            "clip_ratio": sum(found["clip_ratio"] for found in applied) / max(len(applied), 1),
-            "value_mean": sum(found["value"] for found in applied) / max(len(applied), 1),
+            **self.summary([update for update, _ in updates], time.perf_counter() - started),
+            **token_means(updates, ("clip_ratio", "value_mean")),
             "explained_variance": self._explained_variance(batch, batch.values, batch.returns),
         }
 
@@ -58,10 +57,7 @@ class FSDPPPOCritic(FSDPValueEngine):
             assert part.values is not None and part.returns is not None
             old, returns = (torch.from_numpy(x[micro.at]).to(self.device) for x in (part.values, part.returns))
             loss, is_clipped = clipped_value_loss(values, old, returns, self.config.eps_clip)
-            return loss.sum() / num_tokens, {
-                "clip_ratio": is_clipped.sum() / num_tokens,
-                "value": values.detach().sum() / num_tokens,
-            }
+            return loss.sum() / num_tokens, {"clip_ratio": is_clipped.sum(), "value_mean": values.detach().sum()}
 
         return self.update(part, loss_fn)
 
