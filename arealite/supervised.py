@@ -62,8 +62,8 @@ class SupervisedTrainer:
         self.dataloader: StatefulDataLoader[Example] = StatefulDataLoader(self.load_rows(config.train_dataset), config)
         held_out = [] if config.valid_dataset is None else self.load_rows(config.valid_dataset)
         self.held_out = held_out[: config.evaluator.max_tasks]
-        self.total_steps = config.total_train_steps or config.total_train_epochs * self.dataloader.steps_per_epoch
-        self.engine.plan_updates(self.total_steps)
+        self.total_steps = self.dataloader.total_steps
+        self.engine.plan_steps(self.total_steps)
         self.stats = StatsTracker()
         self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
         self.saver = Saver(config.saver, self.folder, self.tokenizer)

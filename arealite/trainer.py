@@ -47,11 +47,6 @@ def remote_engine(config: GRPOConfig) -> RemoteInferenceEngine:
     return ENGINES[component.backend](config.rollout, seed=config.seed)
 
 
-def total_steps(config: GRPOConfig, dataloader: StatefulDataLoader) -> int:
-    """Optimiser steps of the whole run."""
-    return config.total_train_steps or config.total_train_epochs * dataloader.steps_per_epoch
-
-
 class PPOTrainer:
     """One rank of a run: owns the policy, the rollout client and the records of the run."""
 
@@ -95,10 +90,10 @@ class PPOTrainer:
         self.dataloader = StatefulDataLoader(load_tasks(config.train_dataset, self.tokenizer, config.seed), config)
         self._workflows: list[RLVRWorkflow] = []
         self.workflow = self._make_workflow(reward_fn, config.gconfig)
-        self.total_steps = total_steps(config, self.dataloader)
-        self.actor.plan_updates(self.total_steps * config.actor.ppo_n_minibatches)
+        self.total_steps = self.dataloader.total_steps
+        self.actor.plan_steps(self.total_steps)
         if self.critic is not None:
-            self.critic.plan_updates(self.total_steps * self.critic.config.ppo_n_minibatches)
+            self.critic.plan_steps(self.total_steps)
         self.stats = StatsTracker()
         self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
         self.guard = MismatchGuard(config.stats_logger, config.gconfig.min_new_tokens)
@@ -151,7 +146,7 @@ class PPOTrainer:
             self.close()
 
     def train_step(self, step: int) -> None:
-        """One optimiser step: a batch, its advantages, the update, and the new weights on the servers."""
+        """One step: a batch, its advantages, the update, and the new weights on the servers."""
         stats = self.stats
         timeline.begin_step(step)
         with stats.timer("step"):

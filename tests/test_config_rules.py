@@ -143,7 +143,7 @@ CASES = [
     (["actor.optimizer.min_lr_ratio=2"], "min_lr_ratio is 2.0", ["actor.optimizer.min_lr_ratio=0.1"]),
     (
         ["actor.optimizer.warmup_steps=10", "total_train_steps=10"],
-        "leaves nothing of total_train_steps (10)",
+        "leaves nothing of the run's 10 steps",
         ["actor.optimizer.warmup_steps=5"],
     ),
     (["evaluator.freq_steps=5"], "there is no valid_dataset", ["valid_dataset.path=v.jsonl"]),

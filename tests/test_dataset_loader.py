@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arealite.api.cli_args import DatasetConfig, GRPOConfig
-from arealite.api.errors import DatasetError, RecoveryError
+from arealite.api.cli_args import DatasetConfig, GRPOConfig, OptimizerConfig, PPOCriticConfig
+from arealite.api.errors import ConfigError, DatasetError, RecoveryError
 from arealite.api.types import Task
 from arealite.dataset.loader import StatefulDataLoader, load_tasks
 from arealite.dataset.reasoning_gym_source import reasoning_gym_reward
@@ -65,6 +65,22 @@ def test_steps_per_epoch_covers_every_row():
     assert StatefulDataLoader(tasks_of(8), config_of(batch_size=4)).steps_per_epoch == 2
     assert StatefulDataLoader(tasks_of(9), config_of(batch_size=4)).steps_per_epoch == 3
     assert StatefulDataLoader(tasks_of(1), config_of(batch_size=4)).steps_per_epoch == 1
+
+
+@pytest.mark.parametrize("length", [{"total_train_steps": 6}, {"total_train_epochs": 2}])
+def test_warm_up_is_checked_by_steps_as_by_epochs(length):
+    """12 rows in batches of 4: an epoch has 3 steps."""
+    config = config_of()
+    vars(config).update(length)
+    config.actor.ppo_n_minibatches = 2  # updates are no steps
+    config.actor.optimizer.warmup_steps = 5
+    assert StatefulDataLoader(tasks_of(12), config).total_steps == 6
+    config.actor.optimizer.warmup_steps = 6
+    with pytest.raises(ConfigError, match=r"actor.optimizer.warmup_steps \(6\) leaves nothing of the run's 6 steps"):
+        _ = StatefulDataLoader(tasks_of(12), config).total_steps
+    config.actor.optimizer.warmup_steps, config.critic = 0, PPOCriticConfig(optimizer=OptimizerConfig(warmup_steps=9))
+    with pytest.raises(ConfigError, match=r"critic.optimizer.warmup_steps \(9\)"):
+        _ = StatefulDataLoader(tasks_of(12), config).total_steps
 
 
 def test_a_changed_stream_is_not_resumed():

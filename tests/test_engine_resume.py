@@ -37,7 +37,7 @@ def engine(model: str, dims: Dims | None = None, **changes: Any):
     optimizer |= changes.pop("optimizer", {})
     actor = FSDPPPOActor(actor_config(model, optimizer=OptimizerConfig(**optimizer), **changes), dims)
     actor.initialize()
-    actor.plan_updates(5)
+    actor.plan_steps(5)
     return actor
 
 

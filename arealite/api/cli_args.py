@@ -54,7 +54,7 @@ class DatasetConfig:
     subset: str | None = setting(None, "configuration name of a hub data set (GSM8K: main)")
     params: dict[str, Any] = setting(dict, "parameters of a reasoning_gym task")
     num_rows: int | None = setting(None, "use the first rows only; the number of rows for reasoning_gym", low=1)
-    batch_size: int = setting(16, "prompts per optimiser step", low=1)
+    batch_size: int = setting(16, "prompts per step", low=1)
     shuffle: bool = setting(True, "a new order every epoch, from the seed")
     prompt_template: str = setting(
         "{prompt}", "how the row's question becomes the user message; {prompt} is the question"
@@ -132,8 +132,10 @@ class OptimizerConfig:
     lr_scheduler: str = setting(
         "constant", "shape of the learning rate after warm-up", ("constant", "linear", "cosine")
     )
-    warmup_steps: int = setting(0, "optimiser steps of linear warm-up", low=0)
-    min_lr_ratio: float = setting(0.0, "final learning rate of linear and cosine as a share of lr", low=0, high=1)
+    warmup_steps: int = setting(0, "steps of linear warm-up; each makes ppo_n_minibatches updates", low=0)
+    min_lr_ratio: float = setting(
+        0.0, "learning rate at the end of linear and cosine, after the last update, as a share of lr", low=0, high=1
+    )
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; inf is off", low=1e-9)
 
 
@@ -181,7 +183,7 @@ class TrainEngineConfig:
     deterministic: bool = setting(False, "the same step gives the same bits; what cannot is refused (slower on GPUs)")
     collective_timeout_s: float = setting(600.0, "longest wait of one rank for the others", low=0.1)
     max_bad_steps: int = setting(
-        3, "NaN or infinite steps in a row before the run stops; each is skipped and counted", low=1
+        3, "steps of NaN or infinite updates in a row before the run stops; each update is skipped and counted", low=1
     )
 
 
@@ -336,7 +338,9 @@ class RunConfig:
         "native:d1+fsdp:d1", "who runs where, fsdp:d1 alone where no servers are needed; see docs/allocation.md"
     )
     seed: int = setting(1, "seed of data order and sampling")
-    total_train_steps: int | None = setting(None, "optimiser steps; from total_train_epochs if not given", low=1)
+    total_train_steps: int | None = setting(
+        None, "steps, a batch of prompts each; from total_train_epochs if not given", low=1
+    )
     total_train_epochs: int = setting(1, "passes over the training data", low=1)
     tokenizer_path: str | None = setting(None, "tokenizer; that of the trained model if not given", is_path=True)
     train_dataset: DatasetConfig = setting(DatasetConfig, "training tasks")

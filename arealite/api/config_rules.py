@@ -255,13 +255,8 @@ def replaces_adapters_only_when_unused(config: GRPOConfig) -> bool:
 
 
 def schedule(config: RunConfig) -> Iterator[str]:
-    key, trained = config.trained
-    steps, warmup_steps = config.total_train_steps, trained.optimizer.warmup_steps
-    if steps is not None and steps <= warmup_steps:
-        yield (
-            f"{key}.optimizer.warmup_steps ({warmup_steps}) leaves nothing of total_train_steps ({steps}): lower the"
-            " first"
-        )
+    if config.total_train_steps is not None:
+        yield from warm_up(config, config.total_train_steps)
     if has_frequency(config.evaluator) and config.valid_dataset is None:
         yield "evaluator has a frequency but there is no valid_dataset: add valid_dataset.path, or remove the frequency"
     if config.recover.mode == "auto" and not has_frequency(config.recover):
@@ -285,6 +280,19 @@ def schedule(config: RunConfig) -> Iterator[str]:
             f"weight_update is shm, which works within one machine, but cluster.num_nodes is"
             f" {config.cluster.num_nodes}: set weight_update=disk or distributed"
         )
+
+
+def warm_up(config: RunConfig, num_steps: int) -> Iterator[str]:
+    """Of a run of `num_steps` steps, which dataset/loader.py knows where they are given as epochs."""
+    roles = [config.trained]
+    if isinstance(config, GRPOConfig) and config.critic is not None:
+        roles.append(("critic", config.critic))
+    for key, role in roles:
+        if role.optimizer.warmup_steps >= num_steps:
+            yield (
+                f"{key}.optimizer.warmup_steps ({role.optimizer.warmup_steps}) leaves nothing of the run's {num_steps}"
+                " steps: lower it, or raise total_train_steps or total_train_epochs"
+            )
 
 
 def has_frequency(frequency: FrequencyConfig) -> bool:

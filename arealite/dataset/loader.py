@@ -16,7 +16,8 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arealite.api.cli_args import DatasetConfig, RunConfig
-from arealite.api.errors import DatasetError, RecoveryError
+from arealite.api.config_rules import warm_up
+from arealite.api.errors import ConfigError, DatasetError, RecoveryError
 from arealite.api.types import Task, as_record
 from arealite.dataset.examples import Example
 from arealite.dataset.fetch import resolve_model
@@ -87,6 +88,7 @@ class StatefulDataLoader(Generic[Drawn]):
         if not tasks:
             raise DatasetError("the data loader got no tasks: expected at least one")
         self._tasks: Sequence[Drawn] = tasks
+        self._config = config
         self._seed = config.seed
         self._shuffle = config.train_dataset.shuffle
         self.batch_size = config.train_dataset.batch_size
@@ -97,8 +99,17 @@ class StatefulDataLoader(Generic[Drawn]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps after which every row has been drawn once."""
+        """Steps after which every row has been drawn once."""
         return -(-len(self._tasks) // self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run. Raises ConfigError when warm-up would be all of them."""
+        config = self._config
+        total = config.total_train_steps or config.total_train_epochs * self.steps_per_epoch
+        if problems := list(warm_up(config, total)):
+            raise ConfigError("\n".join(problems))
+        return total
 
     def __iter__(self) -> Iterator[Drawn]:
         return self

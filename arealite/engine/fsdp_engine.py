@@ -67,6 +67,7 @@ class FSDPEngine:
     collective: RankCollective
     other_heads: tuple[str, ...] = ()  # patterns of tensors that only one of checkpoint and model may have
     keep_groups = False  # whether a group must be in one micro-batch
+    updates_per_step = 1
 
     def __init__(self, config: TrainEngineConfig, trainable: bool = True, dims: Dims | None = None) -> None:
         """`dims`: how the model is spread over the ranks; over all of them by data if not given."""
@@ -79,8 +80,8 @@ class FSDPEngine:
             raise ConfigError("actor.temperature is 0: greedy answers have no logprobs to train on; set it above 0")
         self.version = 0
         self.num_updates = 0  # optimiser updates applied
-        self._planned_updates: int | None = None
-        self._num_bad_steps = 0  # in a row
+        self._planned_steps: int | None = None
+        self._num_bad_updates = 0  # in a row
         self._adapter: dict[str, Any] | None = None  # LoRA: what PEFT's adapter_config.json says
         self._rollout: InferenceEngine | None = None
         self._link: WeightLink | None = None
@@ -138,9 +139,9 @@ class FSDPEngine:
         if self._made_group and dist.is_initialized():
             dist.destroy_process_group()
 
-    def plan_updates(self, num_updates: int) -> None:
-        """How many optimiser updates the whole run makes: where a linear or cosine schedule ends."""
-        self._planned_updates = num_updates
+    def plan_steps(self, num_steps: int) -> None:
+        """How many steps the whole run makes: where a linear or cosine schedule ends."""
+        self._planned_steps = num_steps
 
     # --- passes over the data
 
@@ -167,10 +168,10 @@ class FSDPEngine:
         A NaN or infinite loss or gradient on any rank skips the update on all, with a warning that says where.
 
         Raises:
-            NumericalError: `max_bad_steps` updates in a row were skipped.
+            NumericalError: as many updates in a row as `max_bad_steps` steps have were skipped.
         """
         assert self.optimizer is not None, "the engine was made with trainable=False"
-        lr = learning_rate(self.config.optimizer, self.num_updates, self._planned_updates)
+        lr = learning_rate(self.config.optimizer, self.num_updates, self._planned_steps, self.updates_per_step)
         columns: dict[str, list[torch.Tensor]] = defaultdict(list)
 
         def compute(micro: MicroBatch, *found: torch.Tensor) -> torch.Tensor:
@@ -193,7 +194,7 @@ class FSDPEngine:
         if skipped:
             self._skip(batch, micro_batches, [float(x) for x in columns["loss"]], loss_sum, norm)
         else:
-            self._num_bad_steps = 0
+            self._num_bad_updates = 0
             clip_gradients(self._parameters.values(), self.config.optimizer.max_grad_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -259,7 +260,7 @@ class FSDPEngine:
         self, batch: Batch, micro_batches: list[MicroBatch], losses: list[float], loss: float, norm: float
     ) -> None:
         """Count and explain a bad update; raise on all ranks at the configured number in a row."""
-        self._num_bad_steps += 1
+        self._num_bad_updates += 1
         where: list[str] = []
         bad = next((i for i, value in enumerate(losses) if not math.isfinite(value)), None)
         if bad is not None:
@@ -271,12 +272,12 @@ class FSDPEngine:
         where += [f"{what} is not finite" for what, shard in shards if not bool(shard.isfinite().all())][:2]
         found = self.collective.gather("; ".join(where))
         told = (
-            f"update {self.num_updates} skipped on all ranks ({self._num_bad_steps} in a row): "
+            f"update {self.num_updates} skipped on all ranks ({self._num_bad_updates} in a row): "
             f"{'gradient' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})"
         ) + "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(found) if text)
         if self.collective.rank == 0:
             logger.warning(told)
-        if self._num_bad_steps >= self.config.max_bad_steps:
+        if self._num_bad_updates >= self.config.max_bad_steps * self.updates_per_step:
             raise NumericalError(
                 f"{told}\nmax_bad_steps={self.config.max_bad_steps} reached: lower optimizer.lr or max_grad_norm, or"
                 " look at the rewards and logprobs of these tasks"
@@ -375,7 +376,7 @@ class FSDPEngine:
     def stage_state(self, path: str) -> Callable[[], None]:
         """Copy weights, moments, counters and random numbers of all ranks; returns the call that writes them under
         `path`, for a thread of its own. Only that call raises OSError or RuntimeError when they cannot be written."""
-        counters = {"version": self.version, "num_updates": self.num_updates, "num_bad_steps": self._num_bad_steps}
+        counters = {"version": self.version, "num_updates": self.num_updates, "num_bad_updates": self._num_bad_updates}
         return state.stage_state(path, self._parameters, self.optimizer, counters, self.background)
 
     def save_state(self, path: str) -> None:
@@ -389,7 +390,7 @@ class FSDPEngine:
         """Go on exactly where `save_state` was called. Raises RecoveryError."""
         counters = state.load_state(path, self._parameters, self.optimizer, self.collective)
         self.version, self.num_updates = counters["version"], counters["num_updates"]
-        self._num_bad_steps = counters["num_bad_steps"]
+        self._num_bad_updates = counters["num_bad_updates"]
         self._sent, self._changed_since_sent = None, False
         for module in self._sharded:
             module.reshard()

@@ -17,23 +17,24 @@ from arealite.api.cli_args import OptimizerConfig
 from arealite.api.errors import ConfigError
 
 
-def learning_rate(config: OptimizerConfig, update: int, num_updates: int | None) -> float:
-    """The rate of optimiser update `update` (from 0) of `num_updates`.
+def learning_rate(config: OptimizerConfig, update: int, num_steps: int | None, updates_per_step: int = 1) -> float:
+    """The rate of optimiser update `update` (from 0) in a run of `num_steps` steps.
 
-    Linear warm-up over `warmup_steps` updates, then constant, or linear / half a cosine down to min_lr_ratio * lr at
-    the last update.
+    Linear warm-up over the updates of `warmup_steps` steps, then constant, or linear / half a cosine down to
+    min_lr_ratio * lr, which an update after the last one would have: every update of the run learns.
     """
-    if update < config.warmup_steps:
-        return config.lr * (update + 1) / config.warmup_steps
+    warmup = config.warmup_steps * updates_per_step
+    if update < warmup:
+        return config.lr * (update + 1) / warmup
     if config.lr_scheduler == "constant":
         return config.lr
-    if num_updates is None:
+    if num_steps is None:
         raise ConfigError(
-            f"lr_scheduler {config.lr_scheduler} needs the number of updates: call plan_updates(n) on the engine before"
-            " the first update, or use lr_scheduler=constant"
+            f"lr_scheduler {config.lr_scheduler} needs the number of steps: call plan_steps(n) on the engine before the"
+            " first update, or use lr_scheduler=constant"
         )
-    span = max(num_updates - 1 - config.warmup_steps, 1)
-    done = min((update - config.warmup_steps) / span, 1.0)
+    span = max(num_steps * updates_per_step - warmup, 1)
+    done = min((update - warmup) / span, 1.0)
     left = 1 - done if config.lr_scheduler == "linear" else (1 + math.cos(math.pi * done)) / 2
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Held-out accuracy after `step` optimiser steps.
+    """Held-out accuracy after `step` steps.
 
     `accuracy` is the mean over scored tasks of the task's mean reward, `stderr` its standard error over tasks (0 for
     one task). Answers whose reward failed are in `num_reward_errors`, never a reward of 0; a task without any scored

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Frequency:
     """Decides on rank 0 and tells the other ranks: their clocks differ, and only rank 0 draws from the data.
 
-    Ask once per step. Steps are finished optimiser steps, so a resumed run is due at the same steps as a straight one;
+    Ask once per step. Steps are finished ones, so a resumed run is due at the same steps as a straight one;
     seconds count from the construction or from the last time it was due; epochs count from 0, in a resumed run from
     the epoch given to `restart` (without it, its first step is due at once).
     """

@@ -44,7 +44,7 @@ def plot_reward(folder: RunFolder) -> str:
     _draw_rewards(axes, lines)
     _draw_evaluations(axes, evaluations)
     axes.set_title(f"{folder.root.parent.name} / {folder.root.name}", loc="left", fontweight="bold")
-    axes.set_xlabel("optimiser steps done")
+    axes.set_xlabel("steps done")
     axes.set_ylabel("reward")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)

@@ -69,13 +69,13 @@ class RunFolder:
         return self.rollouts_dir / f"step_{step:06d}.jsonl"
 
     def evaluation(self, step: int) -> Path:
-        """The held-out answers given after `step` optimiser steps."""
+        """The held-out answers given after `step` steps."""
         return self.evaluation_dir / f"step_{step:06d}.jsonl"
 
     def checkpoint(self, step: int) -> Path:
-        """The Hugging Face folder saved after `step` optimiser steps."""
+        """The Hugging Face folder saved after `step` steps."""
         return self.checkpoints_dir / f"step_{step:06d}"
 
     def recovery_point(self, step: int) -> Path:
-        """The recovery point of `step` finished optimiser steps."""
+        """The recovery point of `step` finished steps."""
         return self.recover_dir / f"point_{step:06d}"

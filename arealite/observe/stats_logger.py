@@ -50,7 +50,7 @@ class StatsLogger:
         groups: Sequence[Group] | None = None,
         tokenizer: Decoder | None = None,
     ) -> dict[str, float]:
-        """Write step `step` (0 .. total_steps - 1: as many optimiser steps were done before it); returns its numbers.
+        """Write step `step` (0 .. total_steps - 1: as many steps were done before it); returns its numbers.
 
         `groups` are the groups it trained on: their numbers (reward_mean, num_samples, ...) are added unless `stats`
         has them, and `tokens_per_s`, `samples_per_s` come from them and `step_s`; a loop that does not time its steps

@@ -161,7 +161,7 @@ def _table(summary: dict[str, Any]) -> Table:
     mean, most = _number(summary["staleness_mean"], "{:.2f}"), _number(summary["staleness_max"], "{:.0f}")
     trained_per_s, mfu = _number(summary["train_tokens_per_s"], "{:.0f}"), _number(summary["mfu"], "{:.0%}")
     for name, value in (
-        ("optimiser steps (skipped)", f"{summary['steps']} ({summary['num_steps_skipped']})"),
+        ("steps (skipped)", f"{summary['steps']} ({summary['num_steps_skipped']})"),
         ("training time", format_span(summary["train_s"])),
         ("where it went", shares or "-"),
         ("samples and tokens per second", per_s),

@@ -20,7 +20,7 @@ from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report
 from arealite.reward.math import gsm8k_reward
-from arealite.trainer import remote_engine, total_steps, trainer_dims
+from arealite.trainer import remote_engine, trainer_dims
 from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
 from arealite.workflow.rlvr import RLVRWorkflow
@@ -47,8 +47,8 @@ def main(argv: list[str]) -> None:
     guard = MismatchGuard(config.stats_logger, config.gconfig.min_new_tokens)
     saver = Saver(config.saver, folder, tokenizer)
     recover = RecoverHandler(config.recover, folder, config)
-    num_steps = total_steps(config, dataloader)
-    actor.plan_updates(num_steps * config.actor.ppo_n_minibatches)
+    num_steps = dataloader.total_steps
+    actor.plan_steps(num_steps)
     timeline.open_timeline(folder, config.stats_logger.timeline, actor.collective.rank)
     logger = StatsLogger(folder, config.stats_logger, num_steps)
 

@@ -86,6 +86,7 @@ class FSDPPPOActor(FSDPEngine):
 
     def __init__(self, config: PPOActorConfig, dims: Dims | None = None) -> None:
         super().__init__(config, trainable=True, dims=dims)
+        self.updates_per_step = config.ppo_n_minibatches
         if config.max_new_tokens is None and (
             config.overlong_tokens or config.loss_aggregation == "seq-mean-token-sum-norm"
         ):

@@ -24,6 +24,7 @@ class FSDPPPOCritic(FSDPValueEngine):
 
     def __init__(self, config: PPOCriticConfig, dims: Dims | None = None) -> None:
         super().__init__(config, trainable=True, dims=dims)
+        self.updates_per_step = config.ppo_n_minibatches
 
     def ppo_update(self, batch: Batch) -> dict[str, float]:
         """Learn batch.returns: one optimiser update per mini-batch, each on its own groups. Collective.
