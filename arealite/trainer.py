@@ -61,6 +61,8 @@ class PPOTrainer:
         self.should_accept = should_accept
         self.folder = RunFolder.of(config)
         self.tokenizer = load_tokenizer(config)
+        self._workflows: list[RLVRWorkflow] = []
+        self.workflow = self._make_workflow(reward_fn, config.gconfig)  # refuses what is wrong before anything loads
 
         self.actor = FSDPPPOActor(config.actor, trainer_dims(config))
         self.actor.initialize()
@@ -88,8 +90,6 @@ class PPOTrainer:
         self.turns = Turns(self.rollout, *engines)
 
         self.dataloader = StatefulDataLoader(load_tasks(config.train_dataset, self.tokenizer, config.seed), config)
-        self._workflows: list[RLVRWorkflow] = []
-        self.workflow = self._make_workflow(reward_fn, config.gconfig)
         self.total_steps = self.dataloader.total_steps
         self.actor.plan_steps(self.total_steps)
         if self.critic is not None:

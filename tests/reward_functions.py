@@ -5,6 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from decimal import Decimal
+
+import numpy as np
 
 
 def length_reward(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
@@ -40,6 +43,12 @@ def by_word(prompt, completion, prompt_ids, completion_ids, *, answer, **extras)
         return os.getpid()
     if completion == "alarm":
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # raises outside a main thread
-    strange = {"nan": float("nan"), "inf": float("inf"), "text": "1.0", "none": None, "list": [1.0]}
+    if completion == "tensor":
+        import torch
+
+        return {"reward": torch.tensor(True), "part": torch.tensor([0.5]), "decimal": Decimal("0.25")}
+    strange = {"np.True_": np.True_, "np.float32": np.float32(1), "0-d": np.array(1), "array": np.ones(2)}
+    strange |= {"np.nan": np.float32("nan"), "bytes": b"1"}
+    strange |= {"nan": float("nan"), "inf": float("inf"), "text": "1.0", "none": None, "list": [1.0]}
     strange |= {"no_reward": {"format": 1.0}, "bad_part": {"reward": 1.0, "format": "good"}}
     return strange.get(completion, 1.0)

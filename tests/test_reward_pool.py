@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 from reward_functions import by_word, length_reward
 
 from arealite.api.errors import ConfigError, RewardError
+from arealite.observe.reasons import Reasons
 from arealite.reward.pool import RewardPool
 
 
@@ -77,7 +79,10 @@ def test_a_crash_is_an_error_and_not_a_hang(pool, word, told):
         ("nan", "reward = nan"),
         ("inf", "reward = inf"),
         ("text", "reward = '1.0'; expected a finite number"),
-        ("none", "reward = None"),
+        ("none", "reward = None.*returns nothing"),
+        ("array", r"reward = array\(\[1., 1.\]\)"),
+        ("np.nan", "reward = np.float32"),
+        ("bytes", "reward = b'1'"),
         ("list", r"reward = \[1.0\]"),
         ("no_reward", 'without "reward"'),
         ("bad_part", "format = 'good'"),
@@ -86,6 +91,24 @@ def test_a_crash_is_an_error_and_not_a_hang(pool, word, told):
 def test_whatever_is_not_a_finite_number_is_an_error(pool, word, told):
     with pytest.raises(RewardError, match=told):
         score(pool, word)
+
+
+def test_any_scalar_is_a_number():
+    patient = RewardPool(by_word, limit_s=60.0)  # the function imports torch
+    found = {word: score(patient, word) for word in ("np.True_", "np.float32", "0-d", "tensor")}
+    patient.close()
+    assert [result.reward for result in found.values()] == [1.0] * 4
+    assert found["tensor"].parts == {"part": 0.5, "decimal": 0.25}
+
+
+def test_the_first_failure_of_each_kind_is_told_at_once(pool, caplog, monkeypatch):
+    monkeypatch.setattr("arealite.reward.pool.reasons", Reasons())
+    for word in ("raise", "raise", "exit"):
+        with pytest.raises(RewardError):
+            score(pool, word)
+    told = [r.getMessage().removesuffix(" (told once, then counted)") for r in caplog.records]
+    ended = "reward error: the worker process ended during the call (exit code 3)"
+    assert told == ["reward error: KeyError: 'no such answer'", ended]
 
 
 def test_printing_and_alarms_are_allowed(pool):
@@ -133,9 +156,59 @@ def test_calls_that_wait_for_a_worker_fail_when_the_pool_is_closed():
     assert [type(outcome) for outcome in asyncio.run(close_with_a_queue())] == [RewardError] * 3
 
 
-def test_a_function_that_workers_cannot_import_is_refused_at_once():
+async def awaited(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
+    return 1.0
+
+
+def test_functions_that_workers_cannot_call_are_refused_at_once():
     with pytest.raises(ConfigError, match="no lambda"):
         RewardPool(lambda *args, **extras: 1.0)
+    with pytest.raises(ConfigError, match="`async def`"):
+        RewardPool(awaited)
+    with pytest.raises(ConfigError, match=r"signature is \(path\), but .*\(prompt, completion, .*too many positional"):
+        RewardPool(os.fspath)
+
+
+def test_a_signature_that_lacks_a_column_is_told_with_the_columns():
+    pool = RewardPool(no_extras)
+    assert pool.named_arguments("4", {}) == {"answer": "4"}
+    assert pool.named_arguments(None, {"answer": "4"}) == {"answer": "4"}
+    with pytest.raises(
+        ConfigError, match=r"completion_ids, answer\) -> None, but .*level=\.\.\., answer=\.\.\.\): .*'level'"
+    ):
+        asyncio.run(pool.score("p", "c", [], [], "4", {"level": 3}))
+    pool.close()
+
+
+def no_extras(prompt, completion, prompt_ids, completion_ids, answer) -> None: ...
+
+
+UNGUARDED = """
+import asyncio
+from arealite.reward.pool import RewardPool
+
+def reward(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
+    return 1.0
+
+pool = RewardPool(reward)
+print(asyncio.run(pool.score("p", "c", [], [])).reward)
+"""
+
+
+@pytest.mark.parametrize("way", ["file", "standard input"])
+def test_a_script_that_would_run_again_in_the_worker_is_refused_at_once(tmp_path, repository, way):
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    command, env = (
+        [sys.executable, "-" if way != "file" else "script.py"],
+        {**os.environ, "PYTHONPATH": str(repository)},
+    )
+    ran = subprocess.run(
+        command, input=UNGUARDED, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    told = (
+        'script.py, which .* put what starts the run under `if __name__ == "__main__":`' if way == "file" else "session"
+    )
+    assert ran.returncode == 1 and re.search(f"ConfigError: .*{told}", ran.stderr.splitlines()[-1]), ran.stderr
 
 
 SCRIPT = """

@@ -6,8 +6,10 @@ libraries that use signals (math-verify) work only in a main thread.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
+import inspect
 import os
 import pickle
 import queue
@@ -19,15 +21,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 from arealite.api.errors import ConfigError, RewardError
+from arealite.observe.reasons import last_line, reasons
 from arealite.observe.waits import waiting
 from arealite.reward.worker import Call, Score, Setup
 
 START_LIMIT_S = 120.0  # a worker may import torch for the function's sake
 END_LIMIT_S = 5.0
 CLOSED = "the reward workers are closed"
+GUARD = 'if __name__ == "__main__":'
+EXPECTED = "def reward(prompt, completion, prompt_ids, completion_ids, *, answer, **extras)"
 
 RewardFunction = Callable[..., float | dict[str, float]]
 
@@ -39,11 +45,15 @@ class RewardPool:
         reward_fn: picklable by its module's name (a function at the top of a module or of the script).
         num_workers: processes; started when first needed.
         limit_s: of one call, imports not counted. A worker that passes it is killed and replaced.
+
+    Raises:
+        ConfigError: worker processes cannot get at the function, or it is not one that they can call.
     """
 
     def __init__(self, reward_fn: RewardFunction, num_workers: int = 1, limit_s: float = 15.0) -> None:
         self.limit_s = limit_s
         self._setup = _setup_for(reward_fn)
+        self._signature = _signature_of(reward_fn)
         self._num_workers = num_workers
         self._lock = threading.Lock()
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()  # None: a place without a process
@@ -61,16 +71,17 @@ class RewardPool:
         completion: str,
         prompt_ids: list[int],
         completion_ids: list[int],
-        answer: str = "",
+        answer: str | None = "",
         extras: dict[str, Any] | None = None,
     ) -> Score:
-        """The reward of one answer and its named parts, all finite.
+        """The reward of one answer and its named parts, all finite. The function gets no `answer` where it is None.
 
         Raises:
+            ConfigError: the function does not take these arguments.
             RewardError: the function raised (with its traceback), returned something that is not a finite number,
                 passed the limit, its process died, or the pool is closed.
         """
-        call = Call(prompt, completion, prompt_ids, completion_ids, answer, extras or {})
+        call = Call(prompt, completion, prompt_ids, completion_ids, self.named_arguments(answer, extras or {}))
         with self._lock:
             if self._is_closed:
                 raise RewardError(CLOSED)
@@ -82,8 +93,20 @@ class RewardPool:
                 raise RewardError(CLOSED) from None  # `close` cancelled it, not our caller
             raise
         if score.error:
+            if not self._is_closed:
+                reasons.tell("reward error", last_line(score.error))
             raise RewardError(score.error)
         return score
+
+    def named_arguments(self, answer: str | None, extras: dict[str, Any]) -> dict[str, Any]:
+        """What the function is given by name. Raises ConfigError when it does not take it."""
+        named = extras if answer is None else {**extras, "answer": answer}
+        try:
+            if self._signature is not None:
+                self._signature.bind("", "", [], [], **named)
+        except TypeError as error:
+            raise _not_callable(self._signature, named, error) from error
+        return named
 
     def close(self) -> None:
         """End all workers; calls that wait fail with RewardError. May be called again, from any thread."""
@@ -146,7 +169,11 @@ class _Worker:
     def set_up(self, setup: Setup) -> None:
         score = self.exchange(setup, START_LIMIT_S, "reward.start")
         if score.error:
-            raise RewardError(f"the reward function cannot be loaded in a worker process:\n{score.error}")
+            ran = f" (a worker runs {setup.main_path} again: what is to run once belongs under `{GUARD}`)"
+            raise RewardError(
+                "the reward function cannot be loaded in a worker process:\n"
+                f"{score.error.rstrip()}{ran if setup.main_path else ''}"
+            )
 
     def kill(self) -> None:
         """Kill the process and whatever it started, and reap it. Until it is reaped its id belongs to nobody else."""
@@ -181,7 +208,6 @@ class _Worker:
 
 
 def _setup_for(reward_fn: RewardFunction) -> Setup:
-    main = sys.modules["__main__"]
     try:
         pickled = pickle.dumps(reward_fn)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -189,5 +215,46 @@ def _setup_for(reward_fn: RewardFunction) -> Setup:
             f"the reward function {reward_fn!r} cannot be sent to a worker process ({error}); define it with `def` at"
             " the top of a module or of the script: no lambda, no function inside a function"
         ) from error
-    needs_main = b"__main__" in pickled
-    return Setup(list(sys.path), vars(main).get("__file__") if needs_main else None, pickled)
+    if b"__main__" not in pickled:
+        return Setup(list(sys.path), None, None, pickled)
+    main = vars(sys.modules["__main__"])
+    path = main.get("__file__")
+    if path is None or not Path(path).is_file():
+        raise ConfigError(
+            "the reward function is defined in a session (notebook, prompt or standard input) that worker processes"
+            " cannot run: write it into a file, and import it from there"
+        )
+    if not _is_guarded(Path(path)):
+        raise ConfigError(
+            f"the reward function is defined in {path}, which each reward worker runs again to find it, and nothing"
+            f" keeps the rest of the script from running there too: put what starts the run under `{GUARD}`, or the"
+            " function into a module of its own"
+        )
+    return Setup(list(sys.path), path, main.get("__package__"), pickled)
+
+
+def _is_guarded(script: Path) -> bool:
+    """Whether something in the script depends on `__name__`'s being "__main__"."""
+    compared = [node for node in ast.walk(ast.parse(script.read_bytes())) if isinstance(node, ast.Compare)]
+    return any("__name__" in (text := ast.unparse(node)) and "__main__" in text for node in compared)
+
+
+def _signature_of(reward_fn: RewardFunction) -> inspect.Signature | None:
+    """None where Python does not know it (functions of compiled modules)."""
+    if inspect.iscoroutinefunction(reward_fn):
+        raise ConfigError(f"the reward function is `async def`, but it runs in a process of its own: write {EXPECTED}")
+    try:
+        signature = inspect.signature(reward_fn)
+        signature.bind_partial("", "", [], [])
+    except ValueError:
+        return None
+    except TypeError as error:
+        raise _not_callable(signature, {}, error) from error
+    return signature
+
+
+def _not_callable(signature: inspect.Signature | None, named: dict[str, Any], error: TypeError) -> ConfigError:
+    given = ", ".join(["prompt", "completion", "prompt_ids", "completion_ids", *(f"{name}=..." for name in named)])
+    return ConfigError(
+        f"the reward function's signature is {signature}, but it is called with ({given}): {error}. Write {EXPECTED}"
+    )

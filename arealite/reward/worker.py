@@ -8,26 +8,27 @@ import contextlib
 import ctypes
 import importlib.util
 import math
-import numbers
 import os
 import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, SupportsFloat
 
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Setup:
-    """First message to a worker. `main_path`: the script that defines the function, when it is not in a module."""
+    """First message to a worker. `main_path`: the script that defines the function, when it is not in a module, and
+    `main_package` what its relative imports start from."""
 
     sys_path: list[str]
     main_path: str | None
+    main_package: str | None
     reward_fn: bytes
 
 
@@ -39,8 +40,7 @@ class Call:
     completion: str
     prompt_ids: list[int]
     completion_ids: list[int]
-    answer: str
-    extras: dict[str, Any]
+    named: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,31 @@ class Score:
 
 def checked_score(result: Any) -> Score:
     """The reward function's result as a Score; `error` is set when it is not a finite number or a dict of such."""
-    values = result if isinstance(result, dict) else {"reward": result}
+    values = result if isinstance(result, Mapping) else {"reward": result}
     if "reward" not in values:
         return Score(error=f'the reward function returned a dict without "reward": it has {sorted(map(str, values))}')
+    numeric = {str(name): as_number(value) for name, value in values.items()}
     for name, value in values.items():
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            return Score(error=f"the reward function returned {name} = {value!r}; expected a finite number")
-    numeric = {str(name): float(value) for name, value in values.items()}
+        if not math.isfinite(numeric[str(name)]):
+            hint = ": a branch of it returns nothing" if value is None else ""
+            return Score(error=f"the reward function returned {name} = {value!r}; expected a finite number{hint}")
     reward = numeric.pop("reward")
     return Score(reward, numeric)
+
+
+def as_number(value: Any) -> float:
+    """The value of whatever is one number: Python's, numpy's, a tensor of one element; NaN of anything else."""
+    try:
+        return float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # an array or a tensor of several, a huge integer
+        return math.nan
 
 
 def run_call(reward_fn: Callable[..., Any], call: Call) -> Score:
     """Call the function; whatever it raises becomes text."""
     try:
-        named = {**call.extras, "answer": call.answer}
-        return checked_score(reward_fn(call.prompt, call.completion, call.prompt_ids, call.completion_ids, **named))
+        result = reward_fn(call.prompt, call.completion, call.prompt_ids, call.completion_ids, **call.named)
+        return checked_score(result)
     except BaseException:  # user code: sys.exit() or its own alarm must not end the worker, and the text is reported
         return Score(error=traceback.format_exc())
 
@@ -81,6 +90,8 @@ def load_function(setup: Setup) -> Callable[..., Any]:
         spec = importlib.util.spec_from_file_location("__reward_main__", setup.main_path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        module.__package__ = setup.main_package
+        sys.argv = [setup.main_path]
         sys.modules["__main__"] = sys.modules["__reward_main__"] = module
         spec.loader.exec_module(module)
     return pickle.loads(setup.reward_fn)

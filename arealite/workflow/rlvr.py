@@ -52,8 +52,10 @@ class RLVRWorkflow:
         """One trajectory per member; a member whose reward failed has status "reward_error".
 
         Raises:
+            ConfigError: the reward function does not take what the task has.
             RequestError: prompt and answer do not fit into the context, or the server refused the request.
         """
+        self.pool.named_arguments(task.answer, task.extras)  # a wrong signature is told before anything is generated
         text, ids = self._prompt(task)
         members = [
             asyncio.ensure_future(self._run_member(engine, task, i, text, ids)) for i in range(self.gconfig.n_samples)

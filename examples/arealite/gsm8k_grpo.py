@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     dataloader = StatefulDataLoader(load_tasks(config.train_dataset, tokenizer, config.seed), config)
     workflow = RLVRWorkflow(gsm8k_reward, config.gconfig, tokenizer, config=config.rollout)
     eval_workflow = RLVRWorkflow(gsm8k_reward, config.eval_gconfig, tokenizer, config=config.rollout)
-    eval_tasks = load_tasks(config.valid_dataset, tokenizer, config.seed)
+    eval_tasks = load_tasks(config.valid_dataset, tokenizer, config.seed) if config.valid_dataset else []
     evaluator = Evaluator(config.evaluator, folder, rollout, eval_workflow, eval_tasks, actor.collective)
     guard = MismatchGuard(config.stats_logger, config.gconfig.min_new_tokens)
     saver = Saver(config.saver, folder, tokenizer)
