@@ -11,7 +11,8 @@ from typing import Any
 
 import openai
 import pytest
-from inference_support import WAIT_S, fetch
+from inference_support import WAIT_S, fetch, wait_until
+from transformers import AutoTokenizer
 
 from arealite.api.errors import RequestError
 from arealite.inference.chat_template import ChatTemplate
@@ -134,14 +135,18 @@ def test_a_named_tool_is_called(client: openai.OpenAI, stream: bool) -> None:
     assert finish in ("tool_calls", "length")
 
 
-def test_a_conversation_with_tool_results_goes_on(client: openai.OpenAI) -> None:
+def test_a_conversation_with_tool_results_goes_on(client: openai.OpenAI, smollm2: str) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
     messages = [
         {"role": "user", "content": "Weather in Paris?"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c1", "content": "sunny, 21 degrees"},
     ]
-    [choice] = client.chat.completions.create(**greedy(messages=messages, tools=[WEATHER], max_tokens=20)).choices
+    options = greedy(messages=messages, tools=[WEATHER], extra_body={"return_token_ids": True})
+    [choice] = client.chat.completions.create(**options).choices
+    prompt = AutoTokenizer.from_pretrained(smollm2).decode((choice.model_extra or {})["prompt_token_ids"])
+    asked, called, told = (prompt.find(text) for text in ("Weather in Paris?", '"city": "Paris"', "sunny, 21 degrees"))
+    assert "The weather in a city." in prompt and 0 <= asked < called < told, prompt
     assert choice.message.content or choice.message.tool_calls
 
 
@@ -229,8 +234,7 @@ def test_closing_a_stream_ends_its_request(client: openai.OpenAI, url: str) -> N
     options = greedy(max_tokens=1800, extra_body={"ignore_eos": True})
     with client.chat.completions.create(**options, stream=True) as stream:
         next(iter(stream))
-    while fetch(url + "/v1/loads", None)[1]["loads"][0]["num_running_reqs"]:
-        pass
+    wait_until(lambda: not fetch(url + "/v1/loads", None)[1]["loads"][0]["num_running_reqs"])
     made = fetch(url + "/server_info", None)[1]["internal_states"][0]["num_generated_tokens"] - before
     assert made < 1800
 

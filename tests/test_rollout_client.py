@@ -5,6 +5,7 @@ import threading
 
 import pytest
 from aiohttp import web
+from inference_support import wait_until
 from rollout_fakes import FakeServer, MembersWorkflow, expected_token, quick_config
 
 from arealite.api.errors import (
@@ -15,6 +16,7 @@ from arealite.api.errors import (
     WorkflowError,
 )
 from arealite.api.types import GenerationRequest, Task, WeightUpdateMeta
+from arealite.observe import waits
 from arealite.rollout import generate as generate_module
 from arealite.rollout import health
 from arealite.rollout.client import RemoteNativeEngine, RemoteSGLangEngine
@@ -293,11 +295,9 @@ def test_a_frozen_server_is_named_while_weights_are_sent(connect):
         thread = threading.Thread(target=engine.pause)
         thread.start()
         try:
-            told = ""
-            while "waits for server-1: rollout.pause" not in told:
-                told = " ".join(line for line in _open_waits() if "rollout.pause" in line)
-                assert thread.is_alive(), f"pause ended; the last line was {told!r}"
-            assert f"server-1: http://{b.address}/pause_generation not answered yet" in told
+            wait_until(lambda: "waits for server-1: rollout.pause" in _open_waits())
+            assert thread.is_alive()
+            assert f"server-1: http://{b.address}/pause_generation not answered yet" in _open_waits()
         finally:
             b.is_frozen = False
             thread.join(20)
@@ -345,8 +345,7 @@ def test_destroy_tells_the_servers_what_is_given_up(connect):
         engine = connect([server])
         server.is_silent = True
         engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow())
-        while not server.requests:
-            pass
+        wait_until(lambda: server.requests)
         engine.destroy()
         assert "/abort_request" in server.calls
 
@@ -366,15 +365,12 @@ def test_destroy_ends_a_wait_of_another_thread(connect):
 
         thread = threading.Thread(target=waiter)
         thread.start()
-        while "rollout.wait" not in " ".join(_open_waits()):
-            pass
+        wait_until(lambda: "rollout.wait" in _open_waits())
         engine.destroy()
         thread.join(20)
         assert not thread.is_alive()
         assert raised and "the run ended" in raised[0]
 
 
-def _open_waits():
-    from arealite.observe import waits
-
-    return waits.lines()
+def _open_waits() -> str:
+    return " ".join(waits.lines())

@@ -23,9 +23,9 @@ def check_exactly_once(run: Run, num_trained: int) -> None:
 @pytest.mark.parametrize("victim", ["trainer-0", "server-0", "launcher"])
 def test_killed_process_costs_no_sample(victim, tmp_path, tiny_llama):
     steps = 6
-    choose = random.Random(victim)
+    moment = random.Random(victim).randint(1, 3)
     with Run(tmp_path, tiny_llama, f"total_train_steps={steps}") as run:
-        run.until(lambda: len(run.metrics()) >= choose.randint(1, 3), "some steps")
+        run.until(lambda: len(run.metrics()) >= moment, "some steps")
         if victim == "launcher":
             others = run.pids()
             run.process.kill()
