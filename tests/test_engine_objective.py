@@ -30,16 +30,6 @@ def make(path, **changes):
     return actor
 
 
-def plain_advantages(batch):
-    """(R - mean) / std by group, 0 where there is no spread."""
-    out = []
-    for reward, group in zip(batch.rewards, batch.group_ids, strict=True):
-        own = [r for r, g in zip(batch.rewards, batch.group_ids, strict=True) if g == group]
-        spread = len(set(own)) > 1
-        out.append((reward - statistics.fmean(own)) / (statistics.stdev(own) + 1e-6) if spread else 0.0)
-    return out
-
-
 def rows_of(model, batch, temperature):
     """Per sequence: logp and entropy of its loss tokens with gradient, and where these stand in the batch."""
     for i in range(batch.num_sequences):
@@ -51,10 +41,10 @@ def rows_of(model, batch, temperature):
         yield logp[keep - 1, ids[keep]], entropy, keep + begin
 
 
-def plain_losses(model, batch, advantages, config, tokens):
+def plain_losses(model, batch, config, tokens):
     """The loss of every mini-batch, with gradient. Appends to `tokens` what the statistics say of each token."""
-    kept = [i for i in range(batch.num_sequences) if not (config.mask_truncated and batch.truncated[i])]
-    batch, advantages = batch.select(kept), [advantages[i] for i in kept]
+    batch = batch.select(np.flatnonzero(~(batch.truncated & config.mask_truncated)))
+    kl_weight = config.kl_weight if config.kl_in == "loss" else 0.0
     rows = list(rows_of(model, batch, config.temperature))
     sequence_level = config.importance_sampling_level == "sequence"
     part_of = [g * config.ppo_n_minibatches // batch.num_groups for g in batch.group_ids]
@@ -75,12 +65,12 @@ def plain_losses(model, batch, advantages, config, tokens):
                     weight = {"none": weight, "mask": 0.0, "truncate": config.behav_imp_weight_cap}[
                         config.behav_imp_correction
                     ]
-                a = advantages[i]
+                a = float(batch.advantages[at[t]])
                 surrogate = torch.min(r[t] * a, r[t].clamp(1 - config.eps_clip, 1 + config.eps_clip_higher) * a)
                 if config.c_clip and a < 0:
                     surrogate = torch.max(surrogate, torch.tensor(config.c_clip * a))
                 kl = (r[t] * weight).detach() * (logp[t] - ref[t]).square() / 2
-                losses.append(-weight * surrogate + config.kl_weight * kl - config.entropy_weight * entropy[t])
+                losses.append(-weight * surrogate + kl_weight * kl - config.entropy_weight * entropy[t])
                 beyond = r[t] > 1 + config.eps_clip_higher if a > 0 else r[t] < 1 - config.eps_clip
                 bounded = config.c_clip is not None and r[t] > config.c_clip
                 tokens.append(
@@ -109,6 +99,7 @@ CASES = {
     "mask": {"behav_imp_correction": "mask", "behav_imp_weight_cap": 1.05, "mask_truncated": True},
     "none": {"behav_imp_correction": "none", "loss_aggregation": "seq-mean-token-sum-norm", "max_new_tokens": 9},
     "not decoupled": {"use_decoupled_loss": False, "kl_weight": 0.2, "mask_truncated": True},
+    "kl in the reward": {"kl_in": "reward", "kl_weight": 0.2, "kl_estimator": "k3"},
     "three updates": {"ppo_n_minibatches": 3, "loss_aggregation": "seq-mean-token-mean", "mask_truncated": True},
 }
 
@@ -127,7 +118,7 @@ def test_the_objective_is_the_plain_one(tiny_llama, case, budget):
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     losses, norms, tokens = [], [], []
-    for loss in plain_losses(model, batch, plain_advantages(batch), actor.config, tokens):
+    for loss in plain_losses(model, batch, actor.config, tokens):
         model.zero_grad()
         loss.backward(retain_graph=True)
         losses.append(loss.item())
