@@ -2,3 +2,5 @@
 
 Nothing is imported here, so that `import arealite.<part>` costs what that part costs.
 """
+
+__version__ = "0.1.0"

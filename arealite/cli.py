@@ -1,4 +1,4 @@
-"""The `arealite` command: run, serve, check, prove, fetch, bench. Starts in well under a second, importing
+"""The `arealite` command: run, serve, check, prove, fetch, bench, init. Starts in well under a second, importing
 nothing heavy.
 """
 
@@ -6,45 +6,69 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from arealite.api.errors import ArealiteError
+from arealite import __version__
+from arealite.api.errors import SENTENCE, ArealiteError, ConfigError
+from arealite.api.paths import expand
 
 EXIT_REFUSED = 2
 
-RUN_EXAMPLES = """examples:
-  arealite run examples/arealite/quickstart.py --config examples/arealite/quickstart.yaml
-  arealite run train.py --config run.yaml rollout.max_head_offpolicyness=0       synchronous
-  arealite run train.py --config run.yaml 'allocation_mode=native:d1|fsdp:d1'    server and trainer take turns
-  arealite run train.py --config run.yaml allocation_mode=sglang:d4+fsdp:d4      eight GPUs
+EXAMPLE = """  arealite run examples/arealite/quickstart.py \\
+    --config examples/arealite/quickstart.yaml"""
+RUN_EXAMPLES = f"""examples:
+{EXAMPLE}
+  arealite run train.py --config run.yaml rollout.max_head_offpolicyness=0
+    synchronous
+  arealite run train.py --config run.yaml 'allocation_mode=native:d1|fsdp:d1'
+    server and trainer take turns
+  arealite run train.py --config run.yaml allocation_mode=sglang:d4+fsdp:d4
+    eight GPUs
 
-exit codes: 0 done; 1 a process failed (its first error is printed); 2 refused before anything started;
-            130, 143 stopped by Ctrl-C or SIGTERM. After a stop or a kill the same command goes on from the last
-            recovery point (recover.mode=auto)."""
+exit codes:
+  0  done
+  1  a process failed (its first error is printed)
+  2  refused before anything started
+  130, 143  stopped by Ctrl-C or SIGTERM
+After a stop or a kill the same command goes on from the last recovery point
+(recover.mode=auto)."""
 
 CHECK_EXAMPLES = """examples:
   arealite check examples/arealite/quickstart.yaml
-  arealite check run.yaml allocation_mode=sglang:d4+fsdp:d4 cluster.num_gpus_per_node=8
-  arealite check run.yaml --explain     every field with its value and what it means"""
+  arealite check examples/arealite/quickstart.yaml --explain
+    every field with its value and what it means
+  arealite check examples/arealite/quickstart.yaml \\
+    allocation_mode=sglang:d4+fsdp:d4 cluster.num_gpus_per_node=8
+    the plan for another machine than this one"""
 
 SERVE_EXAMPLES = """examples:
   arealite serve --model smollm2-135m --port 8000
-  arealite serve --help                 all options of the server"""
+  arealite serve --help
+    all options of the server"""
 
 PROVE_EXAMPLES = """examples:
   arealite prove examples/arealite/quickstart.yaml
-  arealite prove run.yaml actor.path=smollm2-135m --quick      float32 only, fewer variants, no server
+  arealite prove run.yaml actor.path=smollm2-135m --quick
+    float32 only, fewer variants, no server
   arealite prove run.yaml allocation_mode=native:d1+fsdp:d2t2 --ranks 4
 
-Exit codes: 0 nothing failed; 1 a check failed; 2 the configuration was refused."""
+exit codes: 0 nothing failed; 1 a check failed; 2 the configuration was refused"""
 
 FETCH_EXAMPLES = """examples:
   arealite fetch smollm2-135m"""
 
 BENCH_EXAMPLES = """examples:
-  arealite bench serve --address 127.0.0.1:30000 --concurrency 64 --output-tokens 16-512
-  arealite bench serve --help           all options"""
+  arealite bench serve --address 127.0.0.1:30000 --concurrency 64 \\
+    --output-tokens 16-512
+  arealite bench serve --help
+    all options"""
+
+INIT_EXAMPLES = f"""examples:
+  arealite init
+{EXAMPLE}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,18 +95,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             from arealite.evaluation.prove import prove
 
             return prove(arguments.config, arguments.overrides, arguments.quick, arguments.ranks, arguments.json)
+        if arguments.command == "init":
+            print(init(Path(arguments.folder)), flush=True)
+            return 0
         from arealite.dataset.fetch import fetch
 
         print(fetch(arguments.model), flush=True)
         return 0
     except ArealiteError as error:
-        print(f"arealite: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{SENTENCE}{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `arealite check ... | head`; what is left in the buffer goes nowhere, and quietly
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a folder that cannot be written, a full disk, a file that is a folder
+        place = f"{error.filename}: " if error.filename else ""
+        print(
+            f"{SENTENCE}{place}{error.strerror or error}; see cluster.fileroot, HOME, AREALITE_CACHE", file=sys.stderr
+        )
+        return EXIT_REFUSED
+
+
+def init(folder: Path) -> Path:
+    """Write the examples with their configurations and data under `folder`, where documents name them; returns where.
+    Raises ConfigError when they are there."""
+    package = Path(__file__).parent
+    source = next(p for p in (package / "examples", package.parent / "examples" / "arealite") if p.is_dir())
+    target = folder / "examples" / "arealite"
+    if target.exists():
+        raise ConfigError(f"{target} exists already: remove it, or name another folder, `arealite init FOLDER`")
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
 
 
 def serve(words: list[str]) -> int:
@@ -115,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
         description="Reinforcement learning from verifiable rewards for language models.",
         epilog="`arealite COMMAND --help` shows examples.",
     )
+    top.add_argument("--version", action="version", version=f"arealite {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, what: str, examples: str) -> argparse.ArgumentParser:
@@ -127,24 +173,26 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value", help=what)
 
     command = add("run", "start servers and trainers, watch them, stop them", RUN_EXAMPLES)
-    command.add_argument("script", help="the training script")
-    command.add_argument("--config", required=True, metavar="YAML", help="the configuration")
+    command.add_argument("script", type=expand, help="the training script")
+    command.add_argument("--config", type=expand, required=True, metavar="YAML", help="the configuration")
     add_overrides(command)
     add("serve", "serve a model over HTTP with the built-in server", SERVE_EXAMPLES)
     command = add("check", "show configuration, processes and memory; start nothing", CHECK_EXAMPLES)
-    command.add_argument("config", metavar="YAML", help="the configuration")
+    command.add_argument("config", type=expand, metavar="YAML", help="the configuration")
     add_overrides(command)
     command.add_argument("--explain", action="store_true", help="document every field")
     command = add("prove", "prove that a training step does not depend on how it is computed", PROVE_EXAMPLES)
-    command.add_argument("config", metavar="YAML", help="the configuration")
+    command.add_argument("config", type=expand, metavar="YAML", help="the configuration")
     add_overrides(command)
     command.add_argument("--ranks", type=int, metavar="N", help="processes for layouts; default: the GPUs, or 2")
     command.add_argument("--quick", action="store_true", help="float32 only, fewer variants, no server")
-    command.add_argument("--json", metavar="FILE", help="where the findings go; default: the run folder")
+    command.add_argument("--json", type=expand, metavar="FILE", help="where the findings go; default: the run folder")
     command = add("fetch", "make a small pretrained model available locally", FETCH_EXAMPLES)
     command.add_argument("model", help="its name, such as smollm2-135m")
     command = add("bench", "measure throughput and latency of running servers", BENCH_EXAMPLES)
     command.add_argument("what", choices=["serve"], help="what to measure")
+    command = add("init", "write the examples and their configurations here", INIT_EXAMPLES)
+    command.add_argument("folder", nargs="?", type=expand, default=".", help="default: the current one")
     return top
 
 

@@ -27,7 +27,7 @@ from arealite.observe.rollout_log import write_json
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats import StatsTracker
 from arealite.observe.stats_logger import StatsLogger
-from arealite.observe.summary import report_supervised
+from arealite.observe.summary import MEASURES, report_supervised
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,8 @@ class SupervisedTrainer:
     def _write(self, step: int, result: dict[str, float]) -> None:
         try:
             write_json(self.folder.evaluation(step).with_suffix(".json"), {"step": step, **result})
+            measured = ", ".join(f"{name} {result[name]:.4f}" for name in MEASURES if name in result)
+            print(f"held-out {measured} after {step} steps, on {len(self.held_out)} rows", flush=True)
         except OSError as error:
             raise ArealiteError(f"cannot write to {self.folder.evaluation_dir}: {error.strerror}; make room") from error
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     {"api"},
-    {"observe"},
+    {"models", "observe"},
     {"algorithm", "dataset", "kernels", "weights"},
     {"reward", "rollout", "inference", "engine", "launcher"},
     {"workflow", "evaluation"},

@@ -47,7 +47,7 @@ def test_fetching_again_returns_the_same_folder_at_once(smollm2, monkeypatch):
 def test_models_are_resolved_by_folder_then_name_then_hub_id(smollm2, tmp_path, monkeypatch):
     assert fetching.resolve_model(smollm2) == smollm2
     assert fetching.resolve_model("smollm2-135m") == smollm2
-    assert fetching.resolve_model("Qwen/Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B"
+    assert fetching.resolve_model("Qwen/Qwen2.5-1.5B", asks_hub=False) == "Qwen/Qwen2.5-1.5B"
     monkeypatch.setenv("AREALITE_CACHE", str(tmp_path))
     with pytest.raises(DatasetError, match="run `arealite fetch smollm2-135m` first"):
         fetching.resolve_model("smollm2-135m")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from arealite.api.cli_args import GRPOConfig, LoRAConfig, PPOActorConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
+from arealite.launcher import machine as machine_module
 from arealite.launcher.machine import Machine
 from arealite.launcher.memory import ModelShape, server_parts, trainer_parts
 from arealite.launcher.plan import make_plan, share_cores
@@ -237,7 +238,21 @@ def test_machine_is_cut_to_the_configuration(monkeypatch):
     machine = Machine.local(config)
     assert machine.gpus == ("3", "5") and len(machine.cores) == 1 and machine.memory_bytes > 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert Machine.local(config).gpus == ()
+    with pytest.raises(ConfigError, match="num_gpus_per_node is 2, and this machine has 0 GPUs: leave it out"):
+        Machine.local(config)
+
+
+def test_a_cluster_that_is_described_is_planned_for(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(machine_module, "find_vllm", lambda: "")
+    cluster = GRPOConfig().cluster
+    here = Machine.described(cluster)
+    assert here == Machine.local(cluster) and here.gpus == ()
+    cluster.num_gpus_per_node, cluster.num_cores_per_node = 8, 4096
+    machine = Machine.described(cluster)
+    assert (len(machine.gpus), len(machine.cores), machine.memory_bytes) == (8, 4096, 0)
+    assert plan_for("sglang:d4+fsdp:d4", machine, weight_update="disk").trainers[3].devices == ("7",)
+    assert len(plan_for("vllm:d2t2+fsdp:d4", machine, weight_update="disk").servers) == 2
 
 
 def test_the_shape_of_a_model_is_read_from_its_folder(tiny_llama, tmp_path):

@@ -16,7 +16,7 @@ def contradictions(config: RunConfig) -> list[str]:
     """Every contradiction found; empty when the configuration can run."""
     problems = [problem for check in (paths, datasets, schedule) for problem in check(config)]
     if isinstance(config, GRPOConfig):
-        checks = (models, generation, lengths, batches, normalisation, loss, adapters)
+        checks = (models, generation, lengths, batches, normalisation, loss, types, adapters)
         problems += [problem for check in checks for problem in check(config)]
     return problems
 
@@ -25,8 +25,11 @@ def choose_defaults(config: GRPOConfig, given: set[str]) -> None:
     """Defaults that others would contradict. `given` holds the keys that the user wrote.
 
     A critic takes the place of the group's mean, and advantages are normalised over the batch instead. Adapters travel
-    as small folders, and SGLang and vLLM replace them only while no request uses them.
+    as small folders, and SGLang and vLLM replace them only while no request uses them. Servers compute in the type of
+    the trainer.
     """
+    if "server.dtype" not in given:
+        config.server.dtype = config.actor.dtype
     if config.critic is not None:
         if not any(key.startswith("actor.reward_norm") for key in given):
             config.actor.reward_norm = NormConfig(mean="none", std="none")
@@ -228,6 +231,14 @@ def loss(config: GRPOConfig) -> Iterator[str]:
         )
     if actor.reward_clip == 0 or actor.reward_scaling == 0:
         yield "actor.reward_clip or actor.reward_scaling is 0, which makes every reward 0: leave it out"
+
+
+def types(config: GRPOConfig) -> Iterator[str]:
+    if config.server.dtype != config.actor.dtype and config.actor.lora is None:
+        yield (
+            f"server.dtype is {config.server.dtype} and actor.dtype {config.actor.dtype}: after each update the servers"
+            " must hold exactly the trainer's weights, so leave server.dtype out, or set both to the same"
+        )
 
 
 def adapters(config: GRPOConfig) -> Iterator[str]:

@@ -3,6 +3,8 @@
 Raised everywhere; caught only at the boundaries listed in tests/test_architecture.py.
 """
 
+SENTENCE = "arealite: "  # begins the line of an error that is told without its traceback, and its class's name follows
+
 
 class ArealiteError(Exception):
     """Base of every error that AReaLite raises on purpose."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import yaml
@@ -19,7 +21,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from arealite.api.cli_args import GRPOConfig, RunConfig, RWConfig, SFTConfig
 from arealite.api.config_rules import choose_defaults, contradictions, fill_derived
 from arealite.api.config_source import NUMBER, Given, Reader, is_config_class, type_at, type_name
-from arealite.api.errors import ConfigError
+from arealite.api.errors import SENTENCE, ConfigError, DatasetError
 from arealite.api.paths import expand
 
 T = TypeVar("T")
@@ -27,7 +29,15 @@ KINDS: dict[str, type[RunConfig]] = {"grpo": GRPOConfig, "sft": SFTConfig, "rw":
 
 
 def load_config(argv: list[str], cls: type[T]) -> T:
-    """The configuration of `--config FILE key=value ...`. Raises ConfigError; nothing has been started then."""
+    """The configuration of `--config FILE key=value ...`. Raises ConfigError; nothing has been started then.
+
+    What is first called by every script: from here on, mistakes in its configuration or its data end the script with a
+    sentence in place of a traceback.
+    """
+    sys.excepthook = tell
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: {sys.argv[0]} --config FILE [key=value ...]\n\n`arealite check FILE --explain` shows all keys.")
+        sys.exit(0)
     path: str | None = None
     overrides: list[str] = []
     rest = iter(argv)
@@ -41,6 +51,14 @@ def load_config(argv: list[str], cls: type[T]) -> T:
     if not path:
         raise ConfigError(f"no configuration file in {' '.join(argv)!r}: give --config FILE key=value ...")
     return load_config_file(Path(path), overrides, cls)
+
+
+def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As sys.__excepthook__; of errors that are the user's the message alone."""
+    if issubclass(kind, ConfigError | DatasetError):
+        print(f"{SENTENCE}{kind.__name__}: {error}", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
@@ -166,8 +184,17 @@ def check_ranges(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def explain(config: Any) -> list[tuple[str, Any, str]]:
-    """(dotted key, value, documentation) of every value of a configuration, in declaration order."""
-    return [(key, value, f.metadata.get("doc", "")) for key, value, f in walk(config)]
+    """(dotted key, value, documentation with what is allowed) of every value, in declaration order."""
+    return [(key, value, f.metadata.get("doc", "") + allowed(f)) for key, value, f in walk(config)]
+
+
+def allowed(f: dataclasses.Field) -> str:
+    """The choices of a field, or its smallest and largest number, in words."""
+    choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
+    if choices:
+        return f"; one of {', '.join(choices)}"
+    bounds = [f"at {word} {bound:g}" for word, bound in (("least", low), ("most", high)) if bound is not None]
+    return f"; {', '.join(bounds)}" if bounds else ""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -177,10 +204,10 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 
-def to_yaml(config: Any) -> str:
-    """The configuration as YAML that `load_config_file` reads back to an equal one."""
+def to_yaml(config: Any, width: int = 120) -> str:
+    """The configuration as YAML that `load_config_file` reads back to an equal one, in about `width` columns."""
     values = escaped(dataclasses.asdict(config))
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
 
 
 def escaped(value: Any) -> Any:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from arealite.api.errors import ConfigError
 
+# Of files, by which a path is told from a hub id.
+FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".gguf", ".safetensors")
+
 
 def expand(path: str) -> str:
     """The path with ~ and environment variables ($NAME) filled in, as a shell would; a relative one stays relative to
@@ -20,6 +23,12 @@ def expand(path: str) -> str:
     if expanded.startswith("~"):
         raise ConfigError(f"{path!r} names the home of a user who is not known here")
     return expanded
+
+
+def is_local(path: str) -> bool:
+    """Whether a model or a data set is meant to be on this machine: it is there, or is written as no hub id can be."""
+    written = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in FILE_SUFFIXES
+    return written or Path(path).exists()
 
 
 def cache_root() -> Path:

@@ -10,16 +10,18 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import DatasetConfig
 from arealite.api.errors import DatasetError
 from arealite.api.types import Batch, Group, Task, Trajectory
 from arealite.dataset.rows import find_column, text_of
 from arealite.dataset.sources import Row, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,15 @@ def load_preferences(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, 
         return Example(f"r{row.number}", tuple(sequences), tuple(np.arange(len(s)) == len(s) - 1 for s in sequences))
 
     return _load(config, seed, example)
+
+
+def check_row(row: Row, config: DatasetConfig, kind: str) -> None:
+    """Raises DatasetError where a row is no example of the kind of run `kind`, as far as columns can tell."""
+    if kind == "rw":
+        for name in ("chosen", "rejected"):
+            _side(row, name, config)
+    elif row.values.get("messages") is not None or row.values.get("text") is None:
+        _conversation(row, config)
 
 
 def _load(config: DatasetConfig, seed: int, example: Callable[[Row], Example | None]) -> list[Example]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arealite.api.errors import DatasetError
-from arealite.api.paths import cache_root
+from arealite.api.paths import cache_root, expand, is_local
+from arealite.models.hub import find_on_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,15 +43,20 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in REQUIRED_FILES)
 
 
-def resolve_model(path: str) -> str:
-    """A local folder, the folder of a fetched model ("smollm2-135m"), or else `path` unchanged (a hub id)."""
-    if Path(path).expanduser().is_dir():
-        return str(Path(path).expanduser())
-    if path in MODELS:
+def resolve_model(path: str, asks_hub: bool = True) -> str:
+    """A local folder, the folder of a fetched model ("smollm2-135m"), or else `path` unchanged, a hub id. Raises
+    DatasetError where there is no such thing, as far as that can be known (on the hub: if `asks_hub`)."""
+    path = expand(path)
+    if path in MODELS and not Path(path).is_dir():
         folder = cache_root() / "models" / path
         if not is_complete(folder):
             raise DatasetError(f"model {path!r} is not in {folder}: run `arealite fetch {path}` first")
         return str(folder)
+    if is_local(path):
+        if not Path(path).exists():
+            raise DatasetError(f"no folder {path}: give a Hugging Face folder, a hub id, or a fetched model's name")
+    elif asks_hub:
+        find_on_hub(path)
     return path
 
 

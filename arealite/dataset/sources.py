@@ -15,7 +15,9 @@ from typing import Any
 from arealite.api.cli_args import DatasetConfig
 from arealite.api.config_rules import REASONING_GYM
 from arealite.api.errors import DatasetError
+from arealite.api.paths import is_local
 from arealite.dataset.reasoning_gym_source import generated_rows
+from arealite.models.hub import find_on_hub
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -33,9 +35,9 @@ def read_rows(config: DatasetConfig, seed: int) -> Iterator[Row]:
     """The first `num_rows` rows of the configured source, in its own order. Raises DatasetError."""
     if config.path.startswith(REASONING_GYM):
         found = generated_rows(config, seed)
-    elif (path := Path(config.path).expanduser()).exists():
+    elif (path := Path(config.path)).exists():
         found = local_rows(path)
-    elif config.path.startswith((".", "/", "~")) or config.path.endswith(SUFFIXES):
+    elif is_local(config.path):
         raise DatasetError(f"data set {config.path!r} does not exist: give a JSONL / Parquet file or a folder of them")
     else:
         found = hub_rows(config)
@@ -91,6 +93,7 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def hub_rows(config: DatasetConfig) -> Iterator[tuple[str, Any]]:
+    find_on_hub(config.path, "dataset")
     import datasets
 
     named = f"{config.path} (subset {config.subset}, split {config.split})"

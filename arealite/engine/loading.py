@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from arealite.api.errors import ConfigError
+from arealite.models.folder import TESTED
 from arealite.weights.naming import Part, hub_parts
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 OLD_BUFFERS = r"rotary_emb\.inv_freq$"  # older checkpoints hold what the model computes from its configuration
 SHOWN_NAMES = 5  # names listed in an error message
 COMPARED_ROWS = 8192  # of a tied weight that the checkpoint has twice, at one time
-# What the tests train. Other models run as far as nothing refuses them.
-TESTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "mistral", "mixtral")
 
 
 def build_model(

@@ -90,6 +90,7 @@ class Evaluator:
             raise ArealiteError(
                 f"cannot write the evaluation to {self._folder.evaluation_dir}: {error.strerror}; make room there"
             ) from error
+        print(result.sentence(), flush=True)
         return result
 
 

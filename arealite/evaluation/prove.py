@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from arealite.evaluation.proof import ABSOLUTE, TOLERANCES, Distance, Finding, S
 from arealite.evaluation.proof_layouts import CHECK, candidates, check_layout, size_of
 from arealite.evaluation.proof_rollout import check_rollouts
 from arealite.launcher.allocation import trainer_dims
+from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
 
 MAX_PROMPT_TOKENS = 64  # of a prompt its last ones are used
@@ -231,7 +231,7 @@ def prove(path: str, overrides: list[str], quick: bool, ranks: int | None, repor
     os.environ.setdefault(WORKSPACE_VARIABLE, WORKSPACES[0])  # read at the first product, long before the last check
     set_verbosity_error()
     disable_progress_bar()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = Console(highlight=False, width=terminal_width() or 140)
     say: Callable[[str], None] = lambda text: console.print(Text(text), soft_wrap=True)  # noqa: E731
     config = load_config_file(path, overrides, GRPOConfig)
     findings = []

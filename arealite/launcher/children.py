@@ -20,6 +20,7 @@ from arealite.launcher.failures import describe_exit, first_error, read_log
 from arealite.launcher.plan import ProcessPlan
 from arealite.launcher.terminal import say
 from arealite.observe.processes import DEAD, process_state, processes_of_run, state_letter
+from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
 
 POLL_S = 0.05
@@ -67,6 +68,8 @@ def start(plan: ProcessPlan, folder: RunFolder, attempt: int, env: dict[str, str
     cores = ",".join(map(str, plan.cores)) or "-"
     command = [sys.executable, "-I", "-S", shim.__file__, str(os.getpid()), cores, *plan.command]
     own = {"AREALITE_RUN_DIR": str(folder.root), "AREALITE_PROCESS": plan.name}
+    if width := terminal_width():  # its log is copied there
+        own["COLUMNS"] = str(width)
     with open(path, "ab") as log:
         log.write(f"=== start {attempt + 1} of {plan.name}: {' '.join(plan.command)}\n".encode())
         offset = log.tell()

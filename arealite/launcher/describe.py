@@ -3,58 +3,61 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
-from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig
-from arealite.api.config_rules import REASONING_GYM
+from arealite.api.cli_args import GRPOConfig, RunConfig
 from arealite.api.errors import DatasetError
 from arealite.api.load_config import explain, load_run_config, to_yaml
-from arealite.dataset.fetch import resolve_model
-from arealite.dataset.sources import local_rows
+from arealite.dataset.fetch import MODELS, resolve_model
 from arealite.launcher.allocation import AllocationMode, trainer_dims
+from arealite.launcher.inspect import inspect, warnings
 from arealite.launcher.machine import Machine
 from arealite.launcher.memory import ModelShape, Part, server_parts, trainer_parts
 from arealite.launcher.plan import Plan, make_plan
+from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
+
+MIN_ROOM = 30  # columns for the last cell of a row; where there are fewer it has lines of its own
 
 
 def check(config_path: str, overrides: list[str], explained: bool) -> str:
-    """The whole answer of `arealite check`. Raises ConfigError, DatasetError."""
+    """The whole answer of `arealite check`. Raises ConfigError."""
     config = load_run_config(config_path, overrides)
-    machine = Machine.local(config.cluster)
-    model, note = find_model(config.trained[1].path)
+    machine = Machine.described(config.cluster)
+    model, rows = inspect(config, starts=False)
     plan = make_plan(config, machine, model, ["SCRIPT", "--config", config_path, *overrides])
-    settings = to_yaml(config).splitlines()
+    width = terminal_width()
+    settings = to_yaml(config, (width or 122) - 2).splitlines()
     if explained:
-        settings = table([(key, str(value), doc) for key, value, doc in explain(config)])
+        settings = table([(key, f"{value}  ({doc})") for key, value, doc in explain(config)], width)
+    num_bytes = amount(machine.memory_bytes)
     facts = [
         ("folder", str(RunFolder.of(config).root)),
-        ("model", f"{model} ({note})"),
-        ("machine", f"{len(machine.cores)} cores, {len(machine.gpus)} GPUs, {amount(machine.memory_bytes)} available"),
+        ("model", f"{model} ({note_on(model)})"),
+        ("machine", f"{machine.name}: {len(machine.cores)} cores, {len(machine.gpus)} GPUs, {num_bytes} available"),
         ("wiring", f"{plan.allocation}: {wiring(plan, config)}"),
-        ("steps", steps(config)),
+        ("steps", steps(config, rows.get("train_dataset"))),
     ]
     facts += [("staleness", staleness(config))] if isinstance(config, GRPOConfig) else []
+    facts += [("WARNING", warning) for warning in warnings(config, rows)]
     sections = {
         "CONFIGURATION": settings,
-        "RUN": table(facts),
-        "PROCESSES": processes(plan),
-        "MEMORY (estimated peaks, meant to be within 20%)": memory(plan, config, machine),
+        "RUN": table(facts, width),
+        "PROCESSES": table(processes(plan), width),
+        "MEMORY (estimated peaks, meant to be within 20%)": memory(plan, config, machine, width),
     }
     return "\n\n".join("\n".join([title, *indented(lines)]) for title, lines in sections.items())
 
 
-def find_model(path: str) -> tuple[str, str]:
-    """What servers load, and a note on its size, or on why that is unknown."""
-    try:
-        model = resolve_model(path)
-    except DatasetError as error:
-        return path, str(error)
+def note_on(model: str) -> str:
+    """The size of the model, or why that is unknown."""
+    if model in MODELS:
+        return f"not fetched yet: run `arealite fetch {model}` first"
     shape = ModelShape.read(model)
     if shape is None:
-        return model, "size unknown: no folder with safetensors on this machine"
-    return model, f"{shape.num_parameters / 1e6:,.1f} M parameters"
+        return "size unknown: no folder with safetensors on this machine"
+    return f"{shape.num_parameters / 1e6:,.1f} M parameters"
 
 
 def wiring(plan: Plan, config: RunConfig) -> str:
@@ -67,12 +70,11 @@ def wiring(plan: Plan, config: RunConfig) -> str:
     return "servers generate while trainers train, side by side"
 
 
-def steps(config: RunConfig) -> str:
-    """Optimiser steps and what each consumes."""
+def steps(config: RunConfig, rows: int | None) -> str:
+    """Optimiser steps and what each consumes; `rows` are None when counting would need a download."""
     source = config.train_dataset
     answers = f" prompts x {config.gconfig.n_samples} answers" if isinstance(config, GRPOConfig) else " rows"
     each = f"each {source.batch_size}{answers}"
-    rows = num_rows(source)
     found = "unknown here (not a local data set)" if rows is None else str(rows)
     if source.max_prompt_tokens is not None and rows is not None:
         found += f", less those with prompts above {source.max_prompt_tokens} tokens"
@@ -88,17 +90,6 @@ def steps(config: RunConfig) -> str:
     return f"{count}; {each}; rows: {found}"
 
 
-def num_rows(source: DatasetConfig) -> int | None:
-    """Rows of a data set that is on this machine; None when counting would need a download. Raises DatasetError."""
-    path = Path(source.path).expanduser()
-    if source.path.startswith(REASONING_GYM):
-        return source.num_rows
-    if not source.path or not path.exists():
-        return None
-    count = sum(1 for _ in local_rows(path))
-    return count if source.num_rows is None else min(count, source.num_rows)
-
-
 def staleness(config: GRPOConfig) -> str:
     """The bound that admission keeps, in words."""
     eta, batch = config.rollout.max_head_offpolicyness, config.train_dataset.batch_size
@@ -112,21 +103,21 @@ def staleness(config: GRPOConfig) -> str:
     )
 
 
-def processes(plan: Plan) -> list[str]:
-    rows = [("name", "where", "devices", "cores", "threads", "port", "command")]
+def processes(plan: Plan) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("name", "where", "devices", "cores", "threads", "port", "command")]
     for p in plan.processes:
         cores = ",".join(map(str, p.cores)) or "all"
         port = str(p.port or ("chosen at start" if p.kind == "server" else "-"))
         command = " ".join(p.command[1:])
         rows.append((p.name, p.node, ",".join(p.devices) or "cpu", cores, p.env["OMP_NUM_THREADS"], port, command))
-    return table(rows)
+    return rows
 
 
-def memory(plan: Plan, config: RunConfig, machine: Machine) -> list[str]:
+def memory(plan: Plan, config: RunConfig, machine: Machine, width: int | None) -> list[str]:
     """What each kind of process takes, part by part, and whether it fits."""
-    shape = ModelShape.read(find_model(config.trained[1].path)[0])
+    shape = read_shape(config.trained[1].path)
     reference = config.ref if isinstance(config, GRPOConfig) else None
-    ref = None if reference is None else ModelShape.read(find_model(reference.path)[0])
+    ref = None if reference is None else read_shape(reference.path)
     if shape is None or (reference is not None and ref is None):
         return ["unknown: no model folder with safetensors on this machine"]
     mode = AllocationMode.parse(config.allocation_mode)
@@ -141,7 +132,7 @@ def memory(plan: Plan, config: RunConfig, machine: Machine) -> list[str]:
         each = sum(part.num_bytes for part in parts)
         total += count * each
         lines.append(f"each {kind} ({count}): {amount(each)}")
-        lines += indented(table([(part.name, amount(part.num_bytes), part.assumption) for part in parts]))
+        lines += indented(table([(part.name, amount(part.num_bytes), part.assumption) for part in parts], width))
     if machine.gpus:
         return [*lines, f"all processes: {amount(total)}, on the GPUs that PROCESSES names"]
     lines.append(f"all processes: {amount(total)} of {amount(machine.memory_bytes)} available")
@@ -153,16 +144,37 @@ def memory(plan: Plan, config: RunConfig, machine: Machine) -> list[str]:
     return lines
 
 
+def read_shape(path: str) -> ModelShape | None:
+    try:
+        return ModelShape.read(resolve_model(path, asks_hub=False))
+    except DatasetError:  # not fetched yet
+        return None
+
+
 def amount(num_bytes: float) -> str:
     return "unknown" if not num_bytes else f"{num_bytes / 2**30:.2f} GiB"
 
 
-def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as their widest cell; the last one is free."""
+def table(rows: Sequence[tuple[str, ...]], width: int | None = None) -> list[str]:
+    """Columns as wide as their widest cell; the last one is free, or folded to fit into `width`."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
-    ]
+    begin = sum(widths) + 2 * len(widths)
+    lines = []
+    for row in rows:
+        cells = "".join(f"{cell.ljust(size)}  " for cell, size in zip(row, widths, strict=False))
+        if width is None:
+            lines.append(cells + row[-1])
+        elif (room := width - 2 - begin) >= MIN_ROOM:
+            first, *more = textwrap.wrap(row[-1], room, break_on_hyphens=False) or [""]
+            lines += [cells + first, *(" " * begin + line for line in more)]
+        else:
+            lines += [
+                cells.rstrip(),
+                *textwrap.wrap(
+                    row[-1], width - 2, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+                ),
+            ]
+    return lines
 
 
 def indented(lines: list[str]) -> list[str]:

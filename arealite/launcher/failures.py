@@ -12,13 +12,14 @@ import re
 import signal
 from pathlib import Path
 
-from arealite.api.errors import ArealiteError
+from arealite.api.errors import SENTENCE, ArealiteError
 
 TRACEBACK = "Traceback (most recent call last):"
 MAX_ERROR_LINES = 60
 NUM_TAIL_LINES = 20
 MAX_LOG_BYTES = 4 << 20
 OWN_ERROR = re.compile(r"^arealite\.\S+?\.(\w+): ")
+TOLD_ERROR = re.compile(rf"^{SENTENCE}(\w+Error): ")
 RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch.distributed puts it before each line of a traceback
 ADDRESS_IN_USE = re.compile(r"address already in use|EADDRINUSE", re.IGNORECASE)
 
@@ -55,10 +56,12 @@ def first_error(log: str, brief: bool = False) -> str:
     """The last traceback of a log, as it stands; only the message when the error is one of ours, raised to be read by
     a person, or when `brief`; the last lines when there is no traceback."""
     lines = [RANK_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
-    starts = [i for i, line in enumerate(lines) if line.endswith(TRACEBACK)]
+    starts = [i for i, line in enumerate(lines) if line.endswith(TRACEBACK) or TOLD_ERROR.match(line)]
     if not starts:
         return "\n".join([line for line in lines if line][-NUM_TAIL_LINES:]) or "(the log is empty)"
     block = lines[starts[-1] :]
+    if TOLD_ERROR.match(block[0]):
+        return "\n".join(block[:MAX_ERROR_LINES]).removeprefix(SENTENCE).rstrip()
     at = next((i for i, line in enumerate(block[1:], 1) if line and not line.startswith(" ")), len(block) - 1)
     if own := OWN_ERROR.match(block[at]):
         message = [f"{own[1]}: {block[at][own.end() :]}", *block[at + 1 :]]

@@ -17,9 +17,9 @@ from pathlib import Path
 from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_run_config, to_yaml
-from arealite.dataset.fetch import resolve_model
 from arealite.launcher import children
 from arealite.launcher.failures import RunFailed
+from arealite.launcher.inspect import inspect, warnings
 from arealite.launcher.machine import Machine
 from arealite.launcher.plan import Plan, make_plan
 from arealite.launcher.supervisor import StopRequested, StopSignals, Supervisor
@@ -36,8 +36,10 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
     if not Path(script).is_file():
         raise ConfigError(f"no training script {script!r}: expected a Python file")
     config = load_run_config(config_path, overrides)
-    model = resolve_model(config.trained[1].path)
+    model, rows = inspect(config, starts=True)
     plan = make_plan(config, Machine.local(config.cluster), model, [script, "--config", config_path, *overrides])
+    for warning in warnings(config, rows):
+        say(f"warning: {warning}")
     return launch(plan, config, RunFolder.of(config))
 
 
@@ -46,7 +48,14 @@ def launch(plan: Plan, config: RunConfig, folder: RunFolder) -> int:
 
     Call from the main thread. Raises ConfigError when the folder is in use, or used and recover.mode is fresh.
     """
-    folder = RunFolder(folder.root.resolve()).create()  # one name: leftovers are known by it
+    try:
+        folder = RunFolder(folder.root.resolve()).create()  # one name: leftovers are known by it
+        folder.config_yaml.touch()
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {folder.root} cannot be written ({error.strerror}): set cluster.fileroot to a place that"
+            " can"
+        ) from None
     with _exclusive(folder), StopSignals() as stop:
         if config.recover.mode == "fresh" and (folder.ledger.exists() or folder.metrics.exists()):
             raise ConfigError(

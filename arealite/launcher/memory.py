@@ -231,7 +231,7 @@ def _prompt_tokens(config: GRPOConfig) -> int:
     """Of the longest of the first prompts of a local data set, by its characters; else the limit."""
     source = config.train_dataset
     most = source.max_prompt_tokens or 1 << 30
-    if not source.path or not Path(source.path).expanduser().exists():
+    if not source.path or not Path(source.path).exists():
         return most
     tasks = (task_of(row, source, chat=True) for row in islice(read_rows(source, config.seed), ROWS_READ))
     texts = [task.prompt or "".join(str(m["content"]) for m in task.messages or []) for task in tasks]

@@ -190,7 +190,10 @@ def _check_devices(config: RunConfig, mode: AllocationMode, machine: Machine) ->
         check_vllm(config, machine)
     if not machine.gpus:
         if rollout is not None and rollout.backend == "sglang":
-            raise ConfigError("sglang servers need GPUs and this machine has none: use native or vllm")
+            raise ConfigError(
+                "sglang servers need GPUs and this machine has none: use native or vllm (to plan for another machine:"
+                " arealite check ... cluster.num_gpus_per_node=8)"
+            )
         if rollout is not None and rollout.backend == "vllm" and rollout.dims.t > 1:
             raise ConfigError(f"vllm:t{rollout.dims.t} needs GPUs and this machine has none: use vllm:d1")
         return

@@ -48,7 +48,8 @@ def server_command(config: GRPOConfig, rollout: Component, model: str, machine: 
     python = sys.executable
     options: dict[str, Any] = {"host": HOST, "port": PORT, "dtype": server.dtype}
     if config.tokenizer_path not in (None, config.actor.path):
-        options["tokenizer" if rollout.backend == "vllm" else "tokenizer_path"] = resolve_model(config.tokenizer_path)
+        option = "tokenizer" if rollout.backend == "vllm" else "tokenizer_path"
+        options[option] = resolve_model(config.tokenizer_path, asks_hub=False)
     if rollout.backend == "sglang":
         module = "sglang.launch_server"
         options |= {"max_running_requests": server.max_running_requests, "context_length": server.context_length}

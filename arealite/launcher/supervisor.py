@@ -67,6 +67,7 @@ class Supervisor:
         self.keeper: Keeper | None = None
         self.trainers: list[Child] = []
         self.echo: LogEcho | None = None
+        self.has_trainer = False  # whether the script has come so far that it reports its waits
         self.watchdog = Watchdog(folder, config.watchdog.heartbeat_s, config.watchdog.stall_s)
 
     def run(self) -> None:
@@ -85,6 +86,11 @@ class Supervisor:
                 self.look()
                 time.sleep(TICK_S)
             self.look()
+            if not self.has_trainer:
+                raise RunFailed(
+                    "the script ended without having made a trainer, so nothing was trained: does it call its function,"
+                    ' under `if __name__ == "__main__":`?'
+                )
         finally:
             grace_s = self.config.launcher.stop_grace_s
             children.stop(self.all, self.folder, lambda: grace_s if self.stop.num_asked < 2 else 0.0)
@@ -101,6 +107,7 @@ class Supervisor:
         Consumes: exit codes, answers of /health. Produces: healthy servers. Waits for: all of them, looking every
         TICK_S. Unblocked by: their answers, any death, a signal, the limit.
         """
+        began = time.monotonic()
         self.keeper = keeper = Keeper(self.plan.servers, self.config, self.folder, self.attempt)
         limit_s = self.config.launcher.startup_timeout_s
         names = lambda: [s.plan.name for s in keeper.starting()]  # noqa: E731
@@ -113,6 +120,8 @@ class Supervisor:
                     late = [s.child.obituary() for s in keeper.starting()]
                     raise RunFailed("\n".join([f"{error}; see launcher.startup_timeout_s", *late])) from None
                 time.sleep(TICK_S)
+        if keeper.servers:
+            say(f"servers are up after {time.monotonic() - began:.0f} s; trainers load data and model")
 
     def start_trainers(self) -> None:
         assert self.keeper is not None, "servers come first"
@@ -128,6 +137,7 @@ class Supervisor:
         """One tick: copy the log, raise if a process died or stalled or a stop was asked for."""
         if self.echo is not None:
             self.echo.copy()
+        self.has_trainer |= any((self.folder.waits_dir / f"{c.name}.json").exists() for c in self.trainers)
         if self.stop.first:
             raise StopRequested(self.stop.first)
         if self.trainers and all(c.poll() == 0 for c in self.trainers):

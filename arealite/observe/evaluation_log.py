@@ -35,6 +35,15 @@ class EvaluationResult:
     evaluate_s: float
     pass_at: dict[int, float] = field(default_factory=dict)
 
+    def sentence(self) -> str:
+        """What it found, for the person who watches the run."""
+        scored = "" if self.num_tasks_scored == self.num_tasks else f"{self.num_tasks_scored} of "
+        chances = "".join(f", pass@{k} {value:.3f}" for k, value in self.pass_at.items())
+        return (
+            f"held-out accuracy after {self.step} steps: {self.accuracy:.3f} ± {self.stderr:.3f} on"
+            f" {scored}{self.num_tasks} tasks{chances} ({self.evaluate_s:.0f} s)"
+        )
+
 
 def write_evaluation(folder: RunFolder, result: EvaluationResult, rows: list[dict[str, Any]]) -> None:
     """Answers first, the result last: a result on disk has its answers beside it. Raises OSError."""

@@ -6,12 +6,19 @@ Called by stats_logger.py. Styled on a terminal, plain text elsewhere.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable
 
 from rich.console import Console
 from rich.text import Text
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that will show the output: COLUMNS, which the launcher sets for its trainers, or those of
+    stdout; None where there is no terminal."""
+    return shutil.get_terminal_size((0, 0)).columns or None
 
 
 def time_shares(stats: dict[str, float]) -> dict[str, float]:
@@ -52,6 +59,7 @@ class Progress:
     ) -> None:
         self._total_steps = total_steps
         self._console = console or Console(highlight=False)
+        self._width = terminal_width()
         self._clock = clock
         self._ends: deque[float] = deque([clock()], maxlen=11)
 
@@ -59,7 +67,7 @@ class Progress:
         """Print the line of step `step` (0 .. total_steps - 1)."""
         self._ends.append(self._clock())
         # soft_wrap: a log file has no width, and a broken line cannot be searched.
-        self._console.print(self.line(step, stats), soft_wrap=True)
+        self._console.print(fold(self.line(step, stats), self._width), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Print a warning."""
@@ -94,6 +102,18 @@ class Progress:
             if stats.get(name, 0) > 0:
                 text.append(f"  {label} {stats[name]:.0f}", "bold red")
         return text
+
+
+def fold(text: Text, width: int | None) -> Text:
+    """The line in as many of at most `width` columns as its fields need; two blanks stand between fields."""
+    first, *fields = text.split("  ")
+    lines = [first]
+    for field in fields:
+        if width is None or lines[-1].cell_len + 2 + field.cell_len <= width:
+            lines[-1] = Text("  ").join([lines[-1], field])
+        else:
+            lines.append(Text("  ") + field)
+    return Text("\n").join(lines)
 
 
 def _put(text: Text, name: str, value: float | None, spec: str, style: str = "", separator: str = "  ") -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from arealite.observe.evaluation_log import EvaluationResult, read_answers, read_evaluations
 from arealite.observe.plot import plot_reward
-from arealite.observe.progress import format_span, time_shares
+from arealite.observe.progress import format_span, terminal_width, time_shares
 from arealite.observe.rollout_log import write_json
 from arealite.observe.sinks import num_restarts, read_metrics
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from arealite.observe.run_folder import RunFolder
 
 NUM_EXAMPLES = 3
+NO_TERMINAL_WIDTH = 100  # a pipe or a file has none of its own
 COUNTS = ("num_reward_errors", "num_failed", "num_rejected", "num_interruptions")
 MEANS = ("mismatch_mean", "staleness_mean", "train_tokens_per_s", "mfu")
 MEASURES = {"loss": "loss", "ppl": "perplexity", "accuracy": "share of pairs ranked as preferred"}
@@ -49,6 +49,8 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
         "accuracy_after": after and after.accuracy,
         "accuracy_before_stderr": before and before.stderr,
         "accuracy_after_stderr": after and after.stderr,
+        "pass_at_before": before.pass_at if before else {},
+        "pass_at_after": after.pass_at if after else {},
         "num_held_out_tasks": evaluations[-1].num_tasks if evaluations else 0,
         "samples_per_s": num_samples / train_s if train_s > 0 else None,
         "num_samples": int(num_samples),
@@ -105,8 +107,7 @@ def report_supervised(folder: RunFolder, console: Console | None = None) -> dict
 
 
 def _console() -> Console:
-    """A pipe has no width of its own, and 80 columns would fold the tables."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    return Console(highlight=False, width=terminal_width() or NO_TERMINAL_WIDTH)
 
 
 def _common(folder: RunFolder, lines: list[dict[str, Any]], tokens: str) -> dict[str, Any]:
@@ -153,6 +154,9 @@ def _table(summary: dict[str, Any]) -> Table:
         _accuracy(summary["accuracy_before"], summary["accuracy_before_stderr"]),
         _accuracy(summary["accuracy_after"], summary["accuracy_after_stderr"]),
     )
+    chances = [summary[f"pass_at_{when}"] for when in ("before", "after")]
+    for k in sorted(set().union(*chances)):
+        table.add_row(f"pass@{k}", *(_number(chance.get(k), "{:.3f}") for chance in chances))
     first, last = _number(summary["reward_first"], "{:.3f}"), _number(summary["reward_last"], "{:.3f}")
     table.add_row("training reward, first and last step", first, last)
     table.add_section()

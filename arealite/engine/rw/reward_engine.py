@@ -28,7 +28,7 @@ class FSDPRWEngine(FSDPValueEngine):
 
     def train_rw(self, batch: Batch) -> dict[str, float]:
         """One optimiser update with the mean of `pair_loss` over all pairs of all ranks; `accuracy` is the share of
-        pairs whose preferred answer scores higher. Collective. Raises NumericalError."""
+        pairs whose preferred answer scores higher; equal scores count half. Collective. Raises NumericalError."""
         started = time.perf_counter()
         num_pairs = max(self.count_tokens(batch) // 2, 1)
 
@@ -59,7 +59,7 @@ class FSDPRWEngine(FSDPValueEngine):
         chosen, rejected = pairs.unbind(1)
         margin = (chosen - rejected).detach()
         return pair_loss(chosen, rejected).sum() / num_pairs, {
-            "accuracy": (margin > 0).sum() / num_pairs,
+            "accuracy": margin.sign().add(1).sum() / 2 / num_pairs,
             "margin": margin.sum() / num_pairs,
         }
 

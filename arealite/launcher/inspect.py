@@ -1,0 +1,115 @@
+"""What would stop a run, found within a second or two and before anything starts: data sets, models, tokenizers, and
+whether the training code can compute the architecture. Called by local.py and describe.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig
+from arealite.api.config_rules import REASONING_GYM
+from arealite.api.errors import ConfigError, DatasetError
+from arealite.api.paths import is_local
+from arealite.dataset.examples import check_row
+from arealite.dataset.fetch import resolve_model
+from arealite.dataset.rows import task_of
+from arealite.dataset.sources import read_rows
+from arealite.models.folder import TESTED, has_chat_template, model_fault, read_config, tokenizer_fault
+from arealite.models.hub import find_on_hub
+
+ROWS_READ = 1000  # whose columns are looked at; all are counted
+TRIAL_LIMIT_S = 120.0
+
+
+def inspect(config: RunConfig, starts: bool) -> tuple[str, dict[str, int]]:
+    """The folder or hub id of the trained model, and the rows of each data set that is on this machine.
+
+    `starts`: a run follows, so what is to be fetched has to be there to be fetched. Raises ConfigError with all that
+    was found, one line each.
+    """
+    problems: list[str] = []
+    found = {key: _find(key, path, starts, problems) for key, path in _model_paths(config).items()}
+    tokenizer = found["tokenizer_path"]
+    sources = {"train_dataset": config.train_dataset, "valid_dataset": config.valid_dataset}
+    rows: dict[str, int] = {}
+    for key, source in sources.items():
+        if source is None:
+            continue
+        try:
+            if source.path.startswith(REASONING_GYM) or is_local(source.path):
+                rows[key] = count_rows(source, config, has_chat_template(tokenizer))
+            elif starts:
+                find_on_hub(source.path, "dataset")
+        except DatasetError as error:
+            problems.append(f"{key}: {error}")
+    key, _ = config.trained
+    model = found[f"{key}.path"]
+    if not problems and Path(model).is_dir():
+        problems += _untrainable(key, model, config)
+    if problems:
+        num = len(problems)
+        raise ConfigError(f"{num} reason{'s' * (num != 1)} why this cannot run:\n  " + "\n  ".join(problems))
+    return model, rows
+
+
+def warnings(config: RunConfig, rows: dict[str, int]) -> Iterator[str]:
+    """What is probably not meant, although it runs."""
+    batch, num_rows = config.train_dataset.batch_size, rows.get("train_dataset", 0)
+    if 0 < num_rows < batch:
+        yield (
+            f"train_dataset.batch_size ({batch}) is above the number of rows ({num_rows}), so each step takes rows"
+            f" several times: lower it, or give more data"
+        )
+
+
+def count_rows(source: DatasetConfig, config: RunConfig, chat: bool) -> int:
+    """Rows of a data set. Raises DatasetError when there is none, or one of the first is not what the run needs."""
+    num_rows = 0
+    for num_rows, row in enumerate(read_rows(source, config.seed), start=1):
+        if num_rows > ROWS_READ:
+            continue
+        if isinstance(config, GRPOConfig):
+            task_of(row, source, chat)
+        else:
+            check_row(row, source, config.kind)
+    if not num_rows:
+        raise DatasetError(f"data set {source.path!r} has no rows: check path, split and num_rows")
+    return num_rows
+
+
+def _model_paths(config: RunConfig) -> dict[str, str]:
+    """All that has to be a model, and the tokenizer, by their keys."""
+    key, trained = config.trained
+    paths = {f"{key}.path": trained.path, "tokenizer_path": config.tokenizer_path or trained.path}
+    if isinstance(config, GRPOConfig):
+        others = {"ref.path": config.ref, "critic.path": config.critic}
+        paths |= {name: other.path for name, other in others.items() if other is not None}
+    return paths
+
+
+def _find(key: str, path: str, starts: bool, problems: list[str]) -> str:
+    """The folder or hub id that `path` is; what is wrong with it goes to `problems`."""
+    try:
+        found = resolve_model(path, asks_hub=starts)
+        fault = tokenizer_fault if key == "tokenizer_path" else model_fault
+        said = fault(found) if is_local(found) else ""
+    except DatasetError as error:
+        found, said = path, str(error) if starts or is_local(path) else ""
+    if said and not any(path in problem for problem in problems):
+        problems.append(f"{key}: {path} {said}" if path not in said else f"{key}: {said}")
+    return found
+
+
+def _untrainable(key: str, model: str, config: RunConfig) -> list[str]:
+    """Why the trainer would refuse the model, asked of the trainer's own code where the architecture is untested."""
+    if read_config(Path(model))["model_type"] in TESTED:
+        return []
+    command = [sys.executable, "-m", "arealite.engine.trial", model, config.kind]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return []  # the trainer itself will tell
+    return [f"{key}.path: {ran.stdout.strip()}"] if ran.returncode == 2 else []

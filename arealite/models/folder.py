@@ -1,0 +1,55 @@
+"""What the files of a model folder say about it, without loading anything. Called by the launcher before a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# What the tests train. Other models run as far as nothing refuses them.
+TESTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "mistral", "mixtral")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; empty when there is none, or it holds something else than a mapping."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def model_fault(path: str) -> str:
+    """Why no model can be trained from the folder `path`; empty where no reason can be seen from outside."""
+    folder = Path(path)
+    config = read_config(folder)
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if not names:
+        return f"is {'an empty folder' if folder.is_dir() else 'a file'}, expected a Hugging Face folder"
+    if "adapter_config.json" in names and "config.json" not in names:
+        return "holds an adapter without its model: merge it into the model, or give the model's folder"
+    if "model_type" not in config:
+        return f"has no config.json with a model_type, found {', '.join(names[:5])}: give a Hugging Face folder"
+    if "quantization_config" in config:
+        return "is quantised, and training needs its full weights: take the model it was made from"
+    if not any(name.endswith(".safetensors") for name in names):
+        return "has no *.safetensors: load it with transformers once and write it anew with save_pretrained"
+    return ""
+
+
+def tokenizer_fault(path: str) -> str:
+    """Why the folder `path` holds no tokenizer; empty when it seems to."""
+    folder = Path(path)
+    return "" if any((folder / name).is_file() for name in TOKENIZERS) else f"has none of {', '.join(TOKENIZERS)}"
+
+
+def has_chat_template(path: str) -> bool:
+    """Whether the tokenizer in the folder `path` has a chat template; True where there is no such folder."""
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*chat_template*")):
+        return True
+    try:
+        return '"chat_template"' in (folder / "tokenizer_config.json").read_text()
+    except OSError:
+        return True
