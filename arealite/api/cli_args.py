@@ -5,27 +5,10 @@ Seconds end in `_s`, counts start with `num_` or `max_`. A field's doc line is s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-
-def setting(
-    default: Any,
-    doc: str,
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-    is_path: bool = False,
-) -> Any:
-    """A documented field. `choices` are the allowed words, `low` and `high` the smallest and largest allowed number; in
-    a path ~ and $NAME are filled in (api/paths.py), and it is relative to the folder in which the command runs.
-
-    A callable default is a factory (list, dict, or a config class).
-    """
-    notes = {"doc": doc, "choices": choices, "low": low, "high": high, "is_path": is_path}
-    if callable(default):
-        return field(default_factory=default, metadata=notes)
-    return field(default=default, metadata=notes)
+from arealite.api.setting import setting
 
 
 @dataclass
