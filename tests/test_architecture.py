@@ -134,7 +134,7 @@ def test_imports_go_down_only():
         part = part_of(module_name(path))
         for node, imported in imports_of(path, with_types=True):
             other = part_of(imported)
-            if not part or other == part or LEVEL_OF[other] < LEVEL_OF[part]:
+            if not (part and other) or other == part or LEVEL_OF[other] < LEVEL_OF[part]:
                 continue
             side = "beside" if LEVEL_OF[other] == LEVEL_OF[part] else "above"
             violations.append(f"{at(path, node)}: {part} imports {imported}, which is {side} it")
