@@ -173,6 +173,11 @@ def test_kl_formulas():
     assert kl_value(d, zero, "k2").tolist() == [0.125, 0.5]
     assert kl_value(d, zero, "k3").tolist() == pytest.approx([math.exp(-0.5) - 0.5, math.e - 2])
     assert torch.isfinite(kl_value(torch.tensor([-5000.0]), torch.tensor([0.0]), "k3")).all()
+    close = torch.logspace(-9, -2, 500) * torch.tensor([1.0, -1.0]).repeat(250)
+    found = kl_value(close - 2.0, torch.tensor(-2.0), "k3")
+    exact = ((close - 2.0) - torch.tensor(-2.0)).double()
+    torch.testing.assert_close(found, (exact**2 / 2 - exact**3 / 6 + exact**4 / 24).float(), rtol=1e-5, atol=0)
+    assert (found >= 0).all()
 
 
 def test_reward_shaping():

@@ -13,6 +13,7 @@ from arealite.api.types import Group, Task, Trajectory
 from arealite.evaluation.evaluator import Evaluator
 from arealite.observe.evaluation_log import read_answers, read_evaluations
 from arealite.observe.progress import Progress
+from arealite.observe.reasons import reasons
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report, summarise
@@ -118,6 +119,7 @@ def a_run(folder, steps=30):
     make(folder.root, [[0.0], [0.0], [1.0], [0.0]])[0].evaluate(0)
     log = StatsLogger(folder, StatsLoggerConfig(tensorboard=False), steps, Progress(steps, Console(file=io.StringIO())))
     for step in range(steps):
+        reasons.count("reward errors", f"ValueError: no number in row {step}")
         log.commit(step, 0, {"reward_mean": min(1.0, 0.2 + step / 30 + 0.1 * (step % 3)), "step_s": 2.0,
                              "num_completion_tokens": 100, "num_samples": 8, "staleness_mean": 0.5, "staleness_max": 1,
                              "mismatch_mean": 0.01, "rollout_wait_s": 1.0, "train_s": 0.8, "sync_s": 0.1,
@@ -139,7 +141,19 @@ def test_summary_and_report(tmp_path):
     assert summary["num_reward_errors"] == 30 and summary["num_restarts"] == 1
     assert summary["time_shares"]["train"] == pytest.approx(0.4)
     text = out.getvalue()
-    for part in ("0.250", "1.000", "0+1=", "answer 0.0", "answer 1.0", str(folder.summary_json)):
+    assert summary["num_held_out_tasks_scored"] == [4, 3]
+    why = {"reward errors": {"ValueError: no number in row 0": 30}}
+    assert summary["why"] == why | {"held-out answers without a reward": {"ValueError: bad verifier": 1}}
+    for part in (
+        "on 4 and 3 of 4 held-out tasks",
+        "reward errors: ValueError: no number in row 0",
+        "0.250",
+        "1.000",
+        "0+1=",
+        "answer 0.0",
+        "answer 1.0",
+        str(folder.summary_json),
+    ):
         assert part in text
     assert folder.reward_png.read_bytes().startswith(b"\x89PNG")
 

@@ -169,7 +169,7 @@ def test_rollout_stats_keep_errors_out_of_means():
     ]
     stats = rollout_stats(groups)
     assert stats["reward_mean"] == 0.75 and stats["num_samples"] == 4
-    assert stats["num_samples_reward_error"] == 1 and stats["num_completion_tokens"] == 15
+    assert stats["num_samples_reward_error"] == 1 and stats["num_completion_tokens"] == 12  # of those with a reward
     assert stats["truncated_share"] == 0.25 and stats["num_groups_equal_rewards"] == 1
     assert "reward_mean" not in rollout_stats([group(trajectory(0, None, "failed"))])
 
@@ -206,11 +206,11 @@ def test_progress_line_is_one_plain_line_without_a_terminal():
              "rollout_wait_s": 4.0, "train_s": 5.0, "sync_s": 1.0, "skipped": 1.0,
              "num_reward_errors": 2.0}  # fmt: skip
     progress.step(0, {"reward_mean": math.nan})
-    progress.step(1, stats)
+    progress.step(1, stats, {"reward errors": {"ValueError: no number": 2}})
     first, second = out.getvalue().splitlines()
     assert "reward nan" in first
     for part in ("step   2/100", "reward 0.500", "tokens/s 812", "stale 0.6 max 1", "generate 40%", "train 50%",
-                 "sync 10%", "left 16:20", "STEP SKIPPED", "reward errors 2"):  # fmt: skip
+                 "sync 10%", "left 16:20", "STEP SKIPPED", "reward errors 2 (2 x ValueError: no number)"):  # fmt: skip
         assert part in second
     assert "\x1b" not in out.getvalue()
 

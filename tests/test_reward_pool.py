@@ -107,8 +107,8 @@ def test_the_first_failure_of_each_kind_is_told_at_once(pool, caplog, monkeypatc
         with pytest.raises(RewardError):
             score(pool, word)
     told = [r.getMessage().removesuffix(" (told once, then counted)") for r in caplog.records]
-    ended = "reward error: the worker process ended during the call (exit code 3)"
-    assert told == ["reward error: KeyError: 'no such answer'", ended]
+    ended = "reward errors: the worker process ended during the call (exit code 3)"
+    assert told == ["reward errors: KeyError: 'no such answer'", ended]
 
 
 def test_printing_and_alarms_are_allowed(pool):

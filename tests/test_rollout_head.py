@@ -1,16 +1,23 @@
 """The rollout head: batches for all ranks, failures, filters, stale groups."""
 
 import asyncio
+import json
+import math
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from rollout_fakes import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
 
 from arealite.api.errors import ConfigError, RequestError, WorkflowError
-from arealite.api.types import Task
+from arealite.api.types import Task, as_record
+from arealite.observe.reasons import reasons
 from arealite.rollout import executor as executor_module
 from arealite.rollout import share
 from arealite.rollout.counters import Counters
+from arealite.rollout.episodes import EpisodeFailed, run_episode
 from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.ledger import Ledger, audit
 from arealite.rollout.staleness import StalenessManager
@@ -138,22 +145,66 @@ def test_reward_errors_are_not_zeros(head, tmp_path):
         return [bad, bad] if task.id == "e0-r1" else [good, bad]
 
     engine = head(max_head_offpolicyness=0)
+    reasons.drain()
     batch = engine.prepare_batch(Source(), Episodes(act))
     assert batch.num_sequences == batch.num_groups == 4
     assert batch.rewards.tolist() == [1.0] * 4
     assert all(len(g.trajectories) == 2 for g in engine.last_groups)  # the log shows the failed ones too
     stats = engine.stats()
-    assert (stats["num_reward_errors"], stats["num_failed"]) == (4, 1)
+    assert (stats["num_reward_errors"], stats["num_failed"]) == (6, 1)
+    whole = "reward_error for all 2 members: ValueError: no number"
+    assert reasons.drain() == {"failed": {whole: 1}, "reward errors": {"ValueError: no number": 6}}
     assert audit(tmp_path / "ledger.jsonl").reasons == {"reward_error for all 2 members: ValueError: no number": 1}
 
 
-def test_a_workflow_that_breaks_its_contract_is_told(head):
-    wrong = Episodes(lambda task, tries: [trajectory(task, logprobs=[0.0])])
-    with pytest.raises(WorkflowError, match=r"2 tokens, 2 mask entries, 1 logprobs"):
-        head(max_failed_groups=1, workflow_retries=0).prepare_batch(Source(), wrong)
-    without_reward = Episodes(lambda task, tries: [trajectory(task, reward=None)])
-    with pytest.raises(WorkflowError, match="without a reward"):
-        head(max_failed_groups=1, workflow_retries=0).prepare_batch(Source(), without_reward)
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"logprobs": [0.0]}, "2 tokens, 2 loss_mask, 1 logprobs, 2 versions"),
+        ({"logprobs": [0.0, math.nan]}, "logprob nan"),
+        ({"logprobs": [0.0, -math.inf]}, "logprob -inf"),
+        ({"logprobs": [0.0, 0.7]}, r"logprob 0.7 \(1 such\); expected finite, at most 0"),
+        ({"logprobs": [0.0, None]}, "logprobs has 1 dimensions of object"),
+        ({"logprobs": [[0.0], [-1.0]]}, "logprobs has 2 dimensions"),
+        ({"versions": [-1, -1]}, "version -1"),
+        ({"versions": [0.0, 0.5]}, "versions has 1 dimensions of float64"),
+        ({"tokens": [5, -100]}, "token -100"),
+        ({"loss_mask": [False, False]}, "loss_mask that is all False"),
+        ({"loss_mask": [True, True]}, "begins with True"),
+        ({"loss_mask": [0, 2]}, "more than True and False"),
+        ({"reward": None}, "'reward': None"),
+        ({"reward": math.nan}, "'reward': nan"),
+        ({"reward": np.float32("inf")}, r"'reward': np.float32\(inf\)"),
+        ({"reward": "1.0"}, "'reward': '1.0'"),
+        ({"reward_parts": {"format": math.nan}}, "'format': nan"),
+        ({"status": "reward_error"}, "is 'reward_error' with the reward 1.0; expected None"),
+        ({"status": "done"}, "status 'done'"),
+        ({"finish_reason": "eos"}, "finish_reason 'eos'"),
+        ({"task_id": "other"}, "task_id 'other'"),
+    ],
+)
+def test_a_workflow_that_breaks_its_contract_is_told_with_task_and_member(changes, told):
+    wrong = Episodes(lambda task, tries: [trajectory(task, 0), trajectory(task, 3, **changes)])
+    with pytest.raises(EpisodeFailed, match=f"WorkflowError: task e0-r7 member 3.* .*{told}"):
+        asyncio.run(run_episode(None, Task("e0-r7", prompt="x"), wrong, 0))
+
+
+@pytest.mark.parametrize("returned", [None, [], [{"tokens": []}]])
+def test_a_workflow_that_returns_no_trajectories_is_told(returned):
+    with pytest.raises(EpisodeFailed, match="expected"):
+        asyncio.run(run_episode(None, Task("e0-r7", prompt="x"), Episodes(lambda task, tries: returned), 0))
+
+
+def test_arrays_become_plain_numbers_and_prompts_carry_no_logprob():
+    """What is kept must survive JSON: recovery points and logs are written of it."""
+    arrays = {"tokens": np.array([5, 6]), "logprobs": torch.tensor([math.nan, -1.0]), "versions": np.array([9, 2])}
+    odd = {"loss_mask": [0, 1], "reward": np.True_, "reward_parts": {"format": np.float64(0.5)}, **arrays}
+    task = Task("e0-r7", prompt="x")
+    workflow = Episodes(lambda task, tries: [replace(trajectory(task), **odd)])
+    [found] = asyncio.run(run_episode(None, task, workflow, 0))
+    plain = {"tokens": [5, 6], "loss_mask": [False, True], "logprobs": [0.0, -1.0], "versions": [-1, 2]}
+    assert found == replace(trajectory(task), reward=1.0, reward_parts={"format": 0.5}, **plain)
+    json.dumps(as_record(found), allow_nan=False)
 
 
 def test_evaluation_is_outside_ledger_and_bound_and_keeps_every_task(head, tmp_path):

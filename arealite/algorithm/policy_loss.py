@@ -105,14 +105,15 @@ def kl_value(logp: torch.Tensor, ref_logp: torch.Tensor, estimator: str) -> torc
     """Per-token estimate, with d = logp - ref_logp and tokens sampled from the policy; any shape.
 
     k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (http://joschu.net/blog/kl-approx.html). k1 and k3 are unbiased values,
-    k3 and k2 are never negative. -d is bounded by 20 inside exp, which would overflow where the policies have parted.
+    k3 and k2 are never negative: k3, a difference of nearly equal numbers, is taken in float64 by expm1. -d is bounded
+    by 20 inside exp, which would overflow where the policies have parted.
     """
     d = logp - ref_logp
     if estimator == "k1":
         return d
     if estimator == "k2":
         return d.square() / 2
-    return (-d).clamp(max=MAX_LOG_RATIO).exp() - 1 + d
+    return ((-d.double()).clamp(max=MAX_LOG_RATIO).expm1() + d).clamp(min=0).to(d.dtype)
 
 
 def kl_loss(

@@ -71,7 +71,8 @@ class Completion:
     """What a server sampled for one request, over all interruptions.
 
     `token_ids`, `logprobs` (natural log, full vocabulary, after temperature) and `versions` (of the weights that
-    produced the token) have one entry per generated token, the matched stop token included.
+    produced the token) have one entry per generated token, the matched stop token included. `num_interruptions`: places
+    where it was stopped and went on, with the same weights or with others.
     """
 
     token_ids: list[int]

@@ -15,6 +15,7 @@ import numpy as np
 from arealite.api.errors import ArealiteError, RewardError
 from arealite.observe.evaluation_log import EvaluationResult, write_evaluation
 from arealite.observe.frequency import Frequency
+from arealite.observe.reasons import by_kind, last_line
 from arealite.observe.rollout_log import rollout_rows
 from arealite.rollout.share import Beat, from_head
 
@@ -116,6 +117,7 @@ def score(groups: Sequence[Group], step: int, num_tasks: int, evaluate_s: float)
         num_failed=sum(t.status in ("failed", "aborted") for t in trajectories) + num_tasks - len(groups),
         evaluate_s=evaluate_s,
         pass_at=_pass_at(scored),
+        why=by_kind(last_line(t.error) for t in trajectories if t.status != "ok"),
     )
 
 

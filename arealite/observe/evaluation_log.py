@@ -21,7 +21,8 @@ class EvaluationResult:
 
     `accuracy` is the mean over scored tasks of the task's mean reward, `stderr` its standard error over tasks (0 for
     one task). Answers whose reward failed are in `num_reward_errors`, never a reward of 0; a task without any scored
-    answer is in `num_tasks` but not in `num_tasks_scored`. `pass_at[k]` is there for several samples per task.
+    answer is in `num_tasks` but not in `num_tasks_scored`. `pass_at[k]` is there for several samples per task. `why`:
+    how many answers have no reward, by reason.
     """
 
     step: int
@@ -34,6 +35,7 @@ class EvaluationResult:
     num_failed: int
     evaluate_s: float
     pass_at: dict[int, float] = field(default_factory=dict)
+    why: dict[str, int] = field(default_factory=dict)
 
     def sentence(self) -> str:
         """What it found, for the person who watches the run."""

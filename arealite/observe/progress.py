@@ -14,6 +14,8 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.text import Text
 
+MAX_REASON = 60  # characters of the most frequent reason
+
 
 def terminal_width() -> int | None:
     """Columns of the terminal that will show the output: COLUMNS, which the launcher sets for its trainers, or those of
@@ -63,17 +65,17 @@ class Progress:
         self._clock = clock
         self._ends: deque[float] = deque([clock()], maxlen=11)
 
-    def step(self, step: int, stats: dict[str, float]) -> None:
-        """Print the line of step `step` (0 .. total_steps - 1)."""
+    def step(self, step: int, stats: dict[str, float], why: dict[str, dict[str, int]] | None = None) -> None:
+        """Print the line of step `step` (0 .. total_steps - 1); `why`: how often which reason, by the count's label."""
         self._ends.append(self._clock())
         # soft_wrap: a log file has no width, and a broken line cannot be searched.
-        self._console.print(fold(self.line(step, stats), self._width), soft_wrap=True)
+        self._console.print(fold(self.line(step, stats, why or {}), self._width), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Print a warning."""
         self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
 
-    def line(self, step: int, stats: dict[str, float]) -> Text:
+    def line(self, step: int, stats: dict[str, float], why: dict[str, dict[str, int]]) -> Text:
         """The line of the step, styled."""
         width = len(str(self._total_steps))
         text = Text.assemble(("step ", "dim"), (f"{step + 1:>{width}}/{self._total_steps}", "bold"))
@@ -101,6 +103,8 @@ class Progress:
         for name, label in alarms.items():
             if stats.get(name, 0) > 0:
                 text.append(f"  {label} {stats[name]:.0f}", "bold red")
+                for reason, number in list(why.get(label, {}).items())[:1]:
+                    text.append(f" ({number} x {reason[:MAX_REASON]})", "red")
         return text
 
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def last_line(text: str) -> str:
     """The line of a traceback that names the error; of a text of one line, itself."""
-    return (text.strip() or "no reason given").splitlines()[-1].strip()[:MAX_SHOWN]
+    return " ".join((text.strip() or "no reason given").splitlines()[-1].split())[:MAX_SHOWN]
 
 
 def by_kind(texts: Iterable[str]) -> dict[str, int]:

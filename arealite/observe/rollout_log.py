@@ -117,7 +117,7 @@ def rollout_stats(groups: Sequence[Group]) -> dict[str, float]:
         "num_samples": len(scored),
         "num_samples_reward_error": sum(t.status == "reward_error" for t in trajectories),
         "num_samples_failed": sum(t.status in ("failed", "aborted") for t in trajectories),
-        "num_completion_tokens": sum(sum(t.loss_mask) for t in trajectories),
+        "num_completion_tokens": sum(sum(t.loss_mask) for t in scored),
     }
     if not scored:
         return out

@@ -33,9 +33,14 @@ class MetricsFile:
             torn = "" if earlier.endswith(b"\n") else "\n"
             self._append({"event": "resumed", "step": first_step, "at": time.time()}, before=torn)
 
-    def write(self, step: int, epoch: int, stats: dict[str, float]) -> None:
-        """One line, handed to the system before this returns. Raises ArealiteError when it cannot be written."""
+    def write(
+        self, step: int, epoch: int, stats: dict[str, float], why: dict[str, dict[str, int]] | None = None
+    ) -> None:
+        """One line, handed to the system before this returns; `why`: the reasons behind its counts of failures. Raises
+        ArealiteError when it cannot be written."""
         record: dict[str, Any] = {"step": step, "epoch": epoch, "at": time.time(), **stats}
+        if why:
+            record["why"] = why
         if bad := sorted(name for name, value in stats.items() if not math.isfinite(value)):
             record["nonfinite"] = bad
         self._append(record)

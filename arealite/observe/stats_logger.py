@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from arealite.observe.progress import Progress
+from arealite.observe.reasons import reasons
 from arealite.observe.rollout_log import Decoder, rollout_rows, rollout_stats, write_rows
 from arealite.observe.sinks import MetricsFile, open_tensorboard
 
@@ -71,8 +72,9 @@ class StatsLogger:
         self._write_events(step, merged)
         if self._num_dropped:
             merged["num_logs_dropped"] = self._num_dropped
-        metrics.write(step, epoch, merged)
-        self._progress.step(step, merged)
+        why = reasons.drain()
+        metrics.write(step, epoch, merged, why)
+        self._progress.step(step, merged, why)
         return merged
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from rich.text import Text
 from arealite.observe.evaluation_log import EvaluationResult, read_answers, read_evaluations
 from arealite.observe.plot import plot_reward
 from arealite.observe.progress import format_span, terminal_width, time_shares
+from arealite.observe.reasons import by_kind
 from arealite.observe.rollout_log import write_json
 from arealite.observe.sinks import num_restarts, read_metrics
 
@@ -52,6 +54,7 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
         "pass_at_before": before.pass_at if before else {},
         "pass_at_after": after.pass_at if after else {},
         "num_held_out_tasks": evaluations[-1].num_tasks if evaluations else 0,
+        "num_held_out_tasks_scored": [e.num_tasks_scored for e in (before, after) if e],
         "samples_per_s": num_samples / train_s if train_s > 0 else None,
         "num_samples": int(num_samples),
         "num_tokens": int(_total(lines, "num_completion_tokens")),
@@ -61,6 +64,7 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
         **{name: _over(lines, name, max) for name in ("mismatch_max", "staleness_max")},
         **{name: int(_total(lines, name)) for name in COUNTS},
         "time_shares": _time_shares(lines),
+        "why": _why(lines, after or before),
     }
 
 
@@ -136,6 +140,17 @@ def _time_shares(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {phase: round(share, 4) for phase, share in time_shares({n: _total(lines, n) for n in names}).items()}
 
 
+def _why(lines: list[dict[str, Any]], latest: EvaluationResult | None) -> dict[str, dict[str, int]]:
+    """{event: {reason: how many}} over all steps; of held-out answers without a reward, after the last evaluation."""
+    noted: dict[str, Counter[str]] = {}
+    for line in lines:
+        for event, found in line.get("why", {}).items():
+            noted.setdefault(event, Counter()).update(found)
+    if latest is not None and latest.why:
+        noted["held-out answers without a reward"] = Counter(latest.why)
+    return {event: by_kind(found.elements()) for event, found in noted.items()}
+
+
 def _accuracy(value: float | None, stderr: float | None) -> str:
     return "not measured" if value is None else f"{value:.3f} ± {stderr or 0:.3f}"
 
@@ -149,8 +164,10 @@ def _table(summary: dict[str, Any]) -> Table:
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right", style="bold green")
+    num_scored, num_tasks = list(dict.fromkeys(summary["num_held_out_tasks_scored"])), summary["num_held_out_tasks"]
+    of_all = f" of {num_tasks}" if num_scored not in ([], [num_tasks]) else ""
     table.add_row(
-        f"accuracy on {summary['num_held_out_tasks']} held-out tasks",
+        f"accuracy on {' and '.join(map(str, num_scored or [num_tasks]))}{of_all} held-out tasks",
         _accuracy(summary["accuracy_before"], summary["accuracy_before_stderr"]),
         _accuracy(summary["accuracy_after"], summary["accuracy_after_stderr"]),
     )
@@ -176,6 +193,9 @@ def _table(summary: dict[str, Any]) -> Table:
         ("reward errors, failed, restarts", "{num_reward_errors}, {num_failed}, {num_restarts}".format(**summary)),
     ):
         table.add_row(name, "", value)
+    for event, found in summary["why"].items():
+        for reason, number in list(found.items())[:NUM_EXAMPLES]:
+            table.add_row(f"{event}: {_short(reason)}", "", str(number))
     return table
 
 

@@ -94,7 +94,7 @@ class RewardPool:
             raise
         if score.error:
             if not self._is_closed:
-                reasons.tell("reward error", last_line(score.error))
+                reasons.tell("reward errors", last_line(score.error))
             raise RewardError(score.error)
         return score
 

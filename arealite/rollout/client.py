@@ -20,6 +20,7 @@ from arealite.api.engine import Collective, DataSource
 from arealite.api.errors import ConfigError, WorkflowError
 from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
 from arealite.api.workflow import RolloutWorkflow
+from arealite.observe.reasons import reasons
 from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
 from arealite.rollout.backend import Backend
 from arealite.rollout.connection import Connection
@@ -167,6 +168,7 @@ class RemoteInferenceEngine:
                 try:
                     found = await run_episode(self, task, workflow, self.config.workflow_retries)
                 except EpisodeFailed as failure:
+                    reasons.tell("failed", failure.reason)
                     return failed_group(task, ordinal, failure)
                 finally:
                     live.counters.num_events += 1

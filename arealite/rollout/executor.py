@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from arealite.api.engine import InferenceEngine
 from arealite.api.errors import RecoveryError, WorkflowError
 from arealite.api.types import Group, Task, Trajectory, as_record
 from arealite.api.workflow import RolloutWorkflow
+from arealite.observe.reasons import last_line, reasons
 from arealite.observe.waits import mark
 from arealite.rollout.counters import Counters
 from arealite.rollout.episodes import EpisodeFailed, run_episode, usable
@@ -280,6 +281,7 @@ class RolloutExecutor:
 
         def on_retry(reason: str) -> None:
             self.counters.add("num_retries")
+            reasons.count("retries", reason.partition(" after ")[2])
             self.ledger.record(task.id, "generating", version=version, reason=reason)
 
         self.ledger.record(task.id, "generating", version=version)
@@ -291,7 +293,7 @@ class RolloutExecutor:
         self._num_failed_in_a_row = 0
         self.ledger.record(task.id, "rewarded")
         group = Group(task, episode.ordinal, trajectories)
-        self.counters.add("num_reward_errors", sum(t.status == "reward_error" for t in trajectories))
+        self._count_errors(trajectories)
         if self.should_accept is not None and not self.should_accept(usable(group)):
             self._rejected(task)
             return None
@@ -302,6 +304,8 @@ class RolloutExecutor:
 
     def _failed(self, task: Task, failure: EpisodeFailed) -> None:
         self.counters.add("num_failed")
+        reasons.count("failed", failure.reason)
+        self._count_errors(failure.trajectories)
         self.ledger.record(task.id, "dropped", reason=failure.reason)
         self._num_failed_in_a_row += 1
         if self._num_failed_in_a_row >= self.config.max_failed_groups and self._error is None:
@@ -309,6 +313,12 @@ class RolloutExecutor:
                 f"{self._num_failed_in_a_row} groups in a row failed (rollout.max_failed_groups); the last was task"
                 f" {task.id}: {failure.reason}\n{failure.detail}"
             )
+
+    def _count_errors(self, trajectories: Sequence[Trajectory]) -> None:
+        for t in trajectories:
+            if t.status == "reward_error":
+                self.counters.add("num_reward_errors")
+                reasons.count("reward errors", last_line(t.error))
 
     def _rejected(self, task: Task) -> None:
         self.counters.add("num_rejected")

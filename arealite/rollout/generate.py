@@ -11,6 +11,7 @@ import json
 import time
 import uuid
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import RequestError, ServerUnreachable
@@ -72,7 +73,7 @@ class Flight:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     text: str = ""
-    num_interruptions: int = 0
+    cuts: set[int] = field(default_factory=set)  # numbers of tokens after which it was stopped, and went on
     num_failures: int = 0  # in a row
     num_empty_aborts: int = 0  # in a row
     started: float = field(default_factory=time.monotonic)
@@ -256,7 +257,7 @@ class Generator:
             self.counters.add("num_request_failures")  # the sending itself reports what is wrong
 
     async def _interrupted(self, flight: Flight, part: Part) -> None:
-        flight.num_interruptions += 1
+        flight.cuts.add(len(flight.token_ids))
         flight.num_empty_aborts = 0 if part.token_ids else flight.num_empty_aborts + 1
         if flight.num_empty_aborts > MAX_EMPTY_ABORTS:
             raise ServerUnreachable(
@@ -268,8 +269,11 @@ class Generator:
 
     def _completion(self, flight: Flight, reason: FinishReason, matched: int | str | None) -> Completion:
         latency_s = time.monotonic() - flight.started
+        # A server that holds its requests during an update goes on with new weights by itself.
+        changes = {i for i, (a, b) in enumerate(pairwise(flight.versions), 1) if a != b}
+        num_interruptions = len(flight.cuts | changes)
         self.counters.add("num_generated_tokens", len(flight.token_ids))
-        self.counters.add("num_interruptions", flight.num_interruptions)
+        self.counters.add("num_interruptions", num_interruptions)
         self.counters.observe("request_s", latency_s)
         return Completion(
             token_ids=flight.token_ids,
@@ -280,7 +284,7 @@ class Generator:
             text=flight.text,
             server_id=flight.server_id,
             latency_s=latency_s,
-            num_interruptions=flight.num_interruptions,
+            num_interruptions=num_interruptions,
         )
 
 
