@@ -60,8 +60,7 @@ class SupervisedTrainer:
         timeline.open_timeline(self.folder, config.stats_logger.timeline, self.collective.rank)
 
         self.dataloader: StatefulDataLoader[Example] = StatefulDataLoader(self.load_rows(config.train_dataset), config)
-        held_out = [] if config.valid_dataset is None else self.load_rows(config.valid_dataset)
-        self.held_out = held_out[: config.evaluator.max_tasks]
+        self.held_out = [] if config.valid_dataset is None else self.load_rows(config.valid_dataset)
         self.total_steps = self.dataloader.total_steps
         self.engine.plan_steps(self.total_steps)
         self.stats = StatsTracker()

@@ -89,7 +89,9 @@ class PPOTrainer:
         engines = [e for e in (self.actor, self.ref, self.critic) if e is not None]
         self.turns = Turns(self.rollout, *engines)
 
-        self.dataloader = StatefulDataLoader(load_tasks(config.train_dataset, self.tokenizer, config.seed), config)
+        self.dataloader = StatefulDataLoader(
+            load_tasks(config.train_dataset, self.tokenizer, config.seed, reward_fn), config
+        )
         self.total_steps = self.dataloader.total_steps
         self.actor.plan_steps(self.total_steps)
         if self.critic is not None:
@@ -111,7 +113,7 @@ class PPOTrainer:
         config = self.config
         if config.valid_dataset is None:
             return None
-        tasks = load_tasks(config.valid_dataset, self.tokenizer, config.seed)
+        tasks = load_tasks(config.valid_dataset, self.tokenizer, config.seed, reward_fn)
         workflow = self._make_workflow(reward_fn, config.eval_gconfig)
         return Evaluator(config.evaluator, self.folder, self.rollout, workflow, tasks, self.collective)
 

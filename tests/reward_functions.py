@@ -14,6 +14,10 @@ def length_reward(prompt, completion, prompt_ids, completion_ids, *, answer, **e
     return {"reward": len(completion), "num_ids": len(completion_ids), "extra": extras.get("bonus", 0)}
 
 
+def without_answer(prompt, completion, prompt_ids, completion_ids, **extras):
+    return float("answer" not in extras)
+
+
 def by_word(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
     """Does what the completion says."""
     if completion == "hang":

@@ -103,8 +103,10 @@ def test_preferences_in_three_forms(tmp_path, tokenizer):
     [
         ({"question": "?"}, "rows.jsonl:2: no answer: found the columns question"),
         ({"messages": [USER]}, "rows.jsonl:2: messages does not end with an assistant's turn"),
-        ({"messages": [USER, {"role": "assistant"}]}, r"rows.jsonl:2: messages\[1\] is"),
-        ({"question": "?", "answer": ""}, r"answer\[1\] is .* a content that is not empty"),
+        (
+            {"messages": [USER, {"role": "assistant"}]},
+            r"rows.jsonl:2: messages\[1\] \(assistant\) has a content that is",
+        ),
     ],
 )
 def test_malformed_answers_are_named(tmp_path, tokenizer, row, said):
@@ -116,7 +118,10 @@ def test_malformed_answers_are_named(tmp_path, tokenizer, row, said):
     ("row", "said"),
     [
         ({"prompt": "?", "chosen": "a"}, "rows.jsonl:1: no rejected"),
-        ({"prompt": "?", "chosen": "a", "rejected": "a"}, "gives no example: 1 are empty or prefer nothing: check"),
+        (
+            {"prompt": "?", "chosen": "a", "rejected": "a"},
+            "nothing to use: of 1 rows 1 have an empty .* or two equal sides, the",
+        ),
         ({"chosen": "a", "rejected": "b"}, "rows.jsonl:1: no question"),
         ({"chosen": [USER], "rejected": [USER, ASSISTANT]}, "chosen does not end with an assistant's turn"),
     ],
@@ -131,8 +136,8 @@ def test_long_rows_are_counted_and_left_out(tmp_path, tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         kept = load_answers(rows_in(tmp_path, *rows, max_length=30), tokenizer, 0)
     assert [e.id for e in kept] == ["r0", "r2"]
-    assert "1 rows of" in caplog.text and "exceed max_length (30) and are left out, the first is" in caplog.text
-    with pytest.raises(DatasetError, match="gives no example: 3 exceed max_length \\(3\\)"):
+    assert "1 of 3 rows are left out: 1 exceed max_length (30), the first is" in caplog.text
+    with pytest.raises(DatasetError, match="nothing to use: of 3 rows 3 exceed max_length \\(3\\)"):
         load_answers(rows_in(tmp_path, *rows, max_length=3), tokenizer, 0)
 
 
@@ -142,7 +147,7 @@ def test_pairs_that_prefer_nothing_are_counted_and_left_out(tmp_path, tokenizer,
     rows = [{name: asked + text for name, text in zip(("chosen", "rejected"), pair, strict=True)} for pair in sides]
     with caplog.at_level(logging.WARNING):
         assert [e.id for e in load_preferences(rows_in(tmp_path, *rows), tokenizer, 0)] == ["r0"]
-    assert "3 rows of" in caplog.text and "rows.jsonl:2" in caplog.text
+    assert "3 of 4 rows" in caplog.text and "rows.jsonl:2" in caplog.text
 
 
 def test_examples_are_drawn_like_tasks(tmp_path, tokenizer):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,11 @@ from arealite.dataset.rows import task_of
 from arealite.dataset.sources import Row, read_rows
 
 USER = {"role": "user", "content": "What is 2 + 3?"}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
 
 
-def task(values, chat=True, **settings):
-    return task_of(Row(7, "f.jsonl:8", values), DatasetConfig(**settings), chat)
+def task(values, chat=True, needs_answer=False, **settings):
+    return task_of(Row(7, "f.jsonl:8", values), DatasetConfig(**settings), chat, needs_answer)
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -55,6 +59,54 @@ def test_other_columns_are_kept_but_none_that_would_shadow_a_reward_argument():
     assert made.extras == {"level": 3, "tags": ["a"], "none": None}
 
 
+def test_cells_are_read_whatever_type_a_table_gave_them():
+    chat = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": ""}]
+    stored = [{**message, "name": None} for message in chat]  # a table gives every key to every message
+    stored[0]["content"] = [{"type": "text", "text": USER["content"], "image": None}]
+    wanted = [
+        USER,
+        {**chat[1], "content": "", "tool_calls": [{**CALL, "function": {"name": "add", "arguments": {"a": 2}}}]},
+        chat[2],
+    ]
+    for cell in (stored, json.dumps(stored)):
+        for column in ("messages", "prompt"):
+            assert task({column: cell}).messages == wanted
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}, "b": None}}}}]
+    shown = {"properties": {"a": {}}}
+    for cell in (tools, json.dumps(tools)):
+        made = task({"question": "?", "tools": cell}, chat_template_kwargs={"enable_thinking": False})
+        assert made.template_options["tools"][0]["function"]["parameters"] == shown
+        assert made.template_options["enable_thinking"] is False
+    for cell, text in (
+        (5, "5"),
+        (5.0, "5"),
+        (0.5, "0.5"),
+        (Decimal("5.10"), "5.10"),
+        (1e300, "1e+300"),
+        ("5.0", "5.0"),
+    ):
+        assert task({"question": "?", "answer": cell}).answer == text
+    assert task({"question": '[{"x": 1}] is JSON. Why?'}).messages[0]["content"].startswith("[{")
+
+
+def test_empty_cells_are_no_answer_no_question_and_no_harm():
+    for empty in (None, math.nan, "", " \n", []):
+        assert task({"question": "?", "answer": empty}).answer is None
+        assert task({"question": "?", "answer": empty}, needs_answer=True) is None
+        assert task({"question": "?", "answer": empty, "solution": 5}).answer == "5"
+        assert task({"question": empty, "answer": "5"}) is None
+        assert task({"question": empty, "prompt": "?", "answer": "5"}).messages == [{"role": "user", "content": "?"}]
+    extras = {
+        "nan": math.nan,
+        "many": [{"x": math.nan}],
+        "day": datetime.date(2026, 1, 2),
+        "cost": Decimal("1.5"),
+        "most": math.inf,
+    }
+    harmless = {"nan": None, "many": [{"x": None}], "day": "2026-01-02", "cost": "1.5", "most": "inf"}
+    assert task({"question": "?", **extras}).extras == harmless
+
+
 def test_template_and_system_prompt():
     made = task({"question": "2 {+} 3", "answer": "5"}, prompt_template="Q: {prompt} {x}", system_prompt="Be brief.")
     assert made.messages == [
@@ -65,13 +117,31 @@ def test_template_and_system_prompt():
 
 MALFORMED = [
     ({"answer": "5"}, {}, "no question: found the columns answer, expected a question in one of messages, question"),
-    ({"question": "?", "answer": None, "n": 1}, {}, "no answer: found the columns question, answer, n"),
+    ({"question": "?", "n": 1}, {"needs_answer": True}, "no answer: found the columns question, n"),
     ({"question": {"a": 1}, "answer": "5"}, {}, "column 'question' is dict, expected text or a number"),
     ({"question": "?", "answer": [5]}, {}, "column 'answer' is list"),
     ({"question": "?", "answer": True}, {}, "column 'answer' is bool"),
-    ({"messages": "hi", "answer": "5"}, {"system_prompt": "s", "chat": False}, "system_prompt needs a chat"),
-    ({"messages": [{"content": "hi"}], "answer": "5"}, {}, r"messages\[0\] is .* expected .*role"),
-    ({"messages": [], "answer": "5"}, {}, "messages is empty"),
+    ({"question": "hi", "answer": "5"}, {"system_prompt": "s", "chat": False}, "system_prompt needs a chat"),
+    ({"messages": "hi", "answer": "5"}, {}, "column 'messages' is text that is no JSON .* store a list"),
+    ({"prompt": "[{'role': 'user', 'content': 'hi'}]"}, {}, "column 'prompt' is text that is no JSON"),
+    ({"messages": '"hi"'}, {}, "messages: expected a list, found 'hi'"),
+    ({"messages": [{"content": "hi"}], "answer": "5"}, {}, r"messages\[0\].role: expected a string, found None"),
+    ({"messages": [{"from": "human", "value": "hi"}]}, {}, r"messages\[0\].role: expected a string, found None"),
+    (
+        {"messages": [{"role": "user", "content": 3}]},
+        {},
+        r"messages\[0\].content: expected a string or a list of parts",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, "only text is supported, found 'image'"),
+    ({"messages": [{"role": "user", "content": None}]}, {}, r"messages\[0\] \(user\) has a content that is empty"),
+    ({"messages": [{"role": "system", "content": ""}]}, {}, "messages is empty"),
+    ({"question": "?", "tools": "add(a, b)"}, {}, "column 'tools' is text that is no JSON"),
+    (
+        {"question": "?", "tools": '{"name": "add"}'},
+        {},
+        "column 'tools' is .* expected a list of function descriptions",
+    ),
+    ({"question": "?", "answer": math.inf}, {}, "column 'answer' is inf, expected text or a number"),
     ({"messages": [{"role": "assistant", "content": "5"}], "answer": "5"}, {}, "ends with an assistant's turn"),
     ({"messages": [USER], "answer": "5"}, {"chat": False}, "needs a chat template"),
     ({"messages": [USER], "answer": "5"}, {"prompt_template": "Q {prompt}"}, "prompt_template is for rows with a"),
@@ -109,6 +179,22 @@ def test_files_and_folders_in_the_order_of_their_names(tmp_path):
     assert rows[3].where.endswith("b.jsonl:2")
     assert [r.number for r in read(tmp_path, num_rows=3)] == [0, 1, 2]
     assert [r.values["question"] for r in read(tmp_path / "b.jsonl")] == ["b0", "b1"]
+
+
+def test_a_data_set_saved_by_its_library_is_read(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"question": "a"}, {"question": "b"}])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "splits")
+    assert [row.values["question"] for row in read(tmp_path / "one")] == ["a", "b"]
+    (row,) = read(tmp_path / "splits", split="test")
+    assert row.values == {"question": "b"} and row.where.endswith("splits row 0")
+    with pytest.raises(DatasetError, match="has no split 'dev': set split to one of train, test"):
+        read(tmp_path / "splits", split="dev")
+    (tmp_path / "one" / "dataset_info.json").write_text("{")
+    with pytest.raises(DatasetError, match="not readable as what save_to_disk writes"):
+        read(tmp_path / "one")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

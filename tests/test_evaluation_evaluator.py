@@ -77,11 +77,11 @@ def test_nothing_scored_is_an_error_with_the_reason(tmp_path):
 
 
 def test_when_it_evaluates(tmp_path):
-    config = EvaluatorConfig(freq_steps=4, max_tasks=2)
+    config = EvaluatorConfig(freq_steps=4)
     evaluator, head = make(tmp_path, [[1.0]] * 4, config)
     asked = {step: evaluator.maybe_evaluate(step, 0, last=step == 9) is not None for step in range(10)}
     assert [step for step, done in asked.items() if done] == [0, 4, 8, 9]
-    assert evaluator.evaluate(9).num_tasks == 2
+    assert evaluator.evaluate(9).num_tasks == 4
     assert head.calls == 4  # the same step is not asked twice
     quiet, _ = make(tmp_path, [[1.0]] * 4, EvaluatorConfig(at_start=False, at_end=False))
     assert not any(quiet.maybe_evaluate(step, 0, last=step == 9) for step in range(10))

@@ -3,11 +3,11 @@
 import asyncio
 
 import pytest
-from reward_functions import by_word, length_reward
+from reward_functions import by_word, length_reward, without_answer
 from transformers import AutoTokenizer
 
 from arealite.api.cli_args import GenerationHyperparameters, InferenceEngineConfig
-from arealite.api.errors import RequestError
+from arealite.api.errors import ConfigError, RequestError
 from arealite.api.types import Completion, Task
 from arealite.workflow.rlvr import RLVRWorkflow
 
@@ -80,6 +80,43 @@ def test_members_share_one_prompt_and_keep_their_own_answers(make, tokenizer):
     request = engine.requests[0]
     assert (request.group_id, request.temperature, request.stop) == ("e0-r5", 0.7, ("###",))
     assert engine.requests[0].input_ids is engine.requests[1].input_ids  # tokenised once
+
+
+@pytest.mark.parametrize(
+    ("written", "reason", "stop_at", "seen"),
+    [
+        ("<answer>5</answer><|im_end|>", "stop", [], "<answer>5</answer>"),
+        ("<answer>5</answer>", "stop", ["</answer>"], "<answer>5</answer>"),
+        ("<answer>5<|im_end|>", "stop", ["<|im_end|>", "<|endoftext|>"], "<answer>5"),
+        ("a . b<|im_start|>", "length", [], "a . b<|im_start|>"),
+    ],
+)
+def test_the_reward_sees_the_special_tokens_that_were_written(smollm2, written, reason, stop_at, seen):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.add_tokens(["<answer>", "</answer>"], special_tokens=True)
+    stop_ids = tokenizer.convert_tokens_to_ids(stop_at)
+    gconfig = GenerationHyperparameters(n_samples=1, stop_token_ids=stop_ids)
+    workflow, asked = RLVRWorkflow(length_reward, gconfig, tokenizer), []
+
+    class Once:
+        async def agenerate(self, request):
+            asked.append(request)
+            ids = tokenizer.encode(written, add_special_tokens=False)
+            return Completion(ids, [0.0] * len(ids), [0] * len(ids), reason)
+
+    (t,) = run(workflow, Once(), messages=CHAT)
+    workflow.close()
+    assert (t.completion_text, t.reward, t.reward_parts["num_ids"]) == (seen, len(seen), sum(t.loss_mask))
+    assert asked[0].stop_token_ids == tuple(dict.fromkeys([*stop_ids, tokenizer.eos_token_id]))
+
+
+def test_a_task_without_an_answer_gives_the_reward_none(make):
+    workflow, engine = make(["five"], without_answer)
+    (t,) = run(workflow, engine, messages=CHAT, answer=None)
+    assert (t.reward, t.status) == (1.0, "ok")
+    workflow, engine = make(["five"], by_word)
+    with pytest.raises(ConfigError, match="missing a required argument: 'answer'"):
+        run(workflow, engine, messages=CHAT, answer=None)
 
 
 def test_raw_prompts_are_not_put_into_the_template(make, tokenizer):

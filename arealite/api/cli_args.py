@@ -43,6 +43,9 @@ class DatasetConfig:
         "{prompt}", "how the row's question becomes the user message; {prompt} is the question"
     )
     system_prompt: str | None = setting(None, "system message put before every chat prompt")
+    chat_template_kwargs: dict[str, Any] = setting(
+        dict, "variables of the chat template, such as enable_thinking: false; a row's column `tools` is one more"
+    )
     max_prompt_tokens: int | None = setting(None, "rows with longer prompts are left out, counted and reported", low=1)
     max_length: int | None = setting(
         None, "supervised training: rows of more tokens are left out, counted and reported", low=2
@@ -250,7 +253,6 @@ class EvaluatorConfig(FrequencyConfig):
 
     at_start: bool = setting(True, "evaluate before the first step")
     at_end: bool = setting(True, "evaluate after the last step")
-    max_tasks: int | None = setting(None, "held-out tasks used; all if not given", low=1)
 
 
 @dataclass

@@ -18,6 +18,10 @@ class DatasetError(ArealiteError):
     """A data set cannot be found, or a row lacks what the task needs; names the file and the row."""
 
 
+class PromptError(ArealiteError):
+    """Messages or a text that the tokenizer or its chat template refuses; whose they are is said by the caller."""
+
+
 class RewardError(ArealiteError):
     """A reward function raised, returned something that is not a finite number, or passed its time limit."""
 

@@ -36,14 +36,16 @@ class Task:
     """One row of a data set, drawn once.
 
     `id` is unique in a run: data set epoch and row, such as "e0-r17", so that each draw has its own line in the
-    ledger. Exactly one of `messages` (chat) and `prompt` (raw text) is set.
+    ledger. Exactly one of `messages` (chat) and `prompt` (raw text) is set; `template_options` are variables of the
+    chat template, tools among them. `answer` is None where the row has none.
     """
 
     id: str
     messages: list[dict[str, Any]] | None = None
     prompt: str | None = None
-    answer: str = ""
+    answer: str | None = ""
     extras: dict[str, Any] = field(default_factory=dict)
+    template_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

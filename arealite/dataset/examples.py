@@ -6,9 +6,8 @@ says is learned, up to the token that ends the turn, as the model will write it 
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +16,17 @@ import numpy as np
 from arealite.api.cli_args import DatasetConfig
 from arealite.api.errors import DatasetError
 from arealite.api.types import Batch, Group, Task, Trajectory
-from arealite.dataset.rows import find_column, text_of
-from arealite.dataset.sources import Row, read_rows
+from arealite.dataset.prompts import Message, check_shown, check_variables, encode, render, turn_end
+from arealite.dataset.rows import find_column, kept_rows, said_messages, template_variables, text_of, unpacked
+from arealite.dataset.sources import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction")
 ANSWER_COLUMNS = ("completion", "response", "answer", "solution", "output")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # how hh-rlhf writes a dialogue as one text
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,128 +44,126 @@ class Example:
 
 def load_answers(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Example]:
     """For SFT: rows with `messages` (every turn of the assistant is learned), with a question and an answer, or with
-    `text` (raw; all of it is learned).
+    `text` (raw; all of it is learned). Empty rows and those of more than `max_length` tokens are left out, and counted.
+    What is learned ends with the tokenizer's end-of-sequence token where the template writes nothing after an answer.
 
     Raises DatasetError: not found, a malformed row (file, line and column named), nothing left.
     """
 
-    def example(row: Row) -> Example:
-        if row.values.get("messages") is None and row.values.get("text") is not None:
-            ids = _raw(text_of(row, "text", row.values["text"]), tokenizer)
-            return Example(f"r{row.number}", (ids,), (np.arange(len(ids)) > 0,))
-        tokens, mask = _learned(row, _conversation(row, config), tokenizer)
-        return Example(f"r{row.number}", (tokens,), (mask,))
+    def example(row: Row) -> tuple[Example, int] | None:
+        said = _answers(row, config)
+        if said is None:
+            return None
+        if isinstance(said, str):
+            tokens = _ended(row, encode(tokenizer, said, is_raw=True), tokenizer)
+            mask = np.arange(len(tokens)) > 0
+        else:
+            tokens, mask = _learned(row, said, tokenizer, template_variables(row, config))
+            if is_open:
+                tokens = _ended(row, tokens.tolist(), tokenizer)
+                mask = np.append(mask, [True] * (len(tokens) - len(mask)))
+        return Example(f"r{row.number}", (tokens,), (mask,)), len(tokens)
 
-    return _load(config, seed, example)
+    check_variables(tokenizer, config.chat_template_kwargs)
+    is_open = tokenizer.chat_template is not None and not turn_end(tokenizer)
+    return kept_rows(config, seed, example, "max_length")
 
 
 def load_preferences(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Example]:
     """For reward models: rows with `chosen` and `rejected`, each a list of messages, a dialogue in hh-rlhf's form, or
     an answer to the row's prompt. The score is wanted at the last token, so a token is added that it is to predict.
-    Rows that prefer nothing, as hh-rlhf has some, are left out with a warning: two equal sides, an empty answer.
+    Rows that prefer nothing, as hh-rlhf has some, are left out as empty: two equal sides, an empty answer.
 
     Raises DatasetError as `load_answers` does.
     """
 
-    def example(row: Row) -> Example | None:
-        chosen, rejected = (_side(row, name, config) for name in ("chosen", "rejected"))
-        if chosen is None or rejected is None or chosen == rejected:
+    def example(row: Row) -> tuple[Example, int] | None:
+        pair = _preference(row, config)
+        if pair is None:
             return None
-        sequences = [np.append(_learned(row, messages, tokenizer)[0], 0) for messages in (chosen, rejected)]
-        return Example(f"r{row.number}", tuple(sequences), tuple(np.arange(len(s)) == len(s) - 1 for s in sequences))
+        variables = template_variables(row, config)
+        sides = [np.append(_learned(row, said, tokenizer, variables)[0], 0) for said in pair]
+        masks = tuple(np.arange(len(side)) == len(side) - 1 for side in sides)
+        return Example(f"r{row.number}", tuple(sides), masks), max(map(len, sides))
 
-    return _load(config, seed, example)
+    check_variables(tokenizer, config.chat_template_kwargs)
+    return kept_rows(config, seed, example, "max_length")
 
 
 def check_row(row: Row, config: DatasetConfig, kind: str) -> None:
     """Raises DatasetError where a row is no example of the kind of run `kind`, as far as columns can tell."""
-    if kind == "rw":
-        for name in ("chosen", "rejected"):
-            _side(row, name, config)
-    elif row.values.get("messages") is not None or row.values.get("text") is None:
-        _conversation(row, config)
+    (_preference if kind == "rw" else _answers)(row, config)
 
 
-def _load(config: DatasetConfig, seed: int, example: Callable[[Row], Example | None]) -> list[Example]:
-    """All rows but those of more than `max_length` tokens, and those that are no example; both are counted."""
-    kept: list[Example] = []
-    left_out: dict[str, list[str]] = {"are empty or prefer nothing": [], f"exceed max_length ({config.max_length})": []}
-    empty, long = left_out.values()
-    for row in read_rows(config, seed):
-        made = example(row)
-        if made is None:
-            empty.append(row.where)
-        elif config.max_length is not None and max(map(len, made.tokens)) > config.max_length:
-            long.append(row.where)
-        else:
-            kept.append(made)
-    for why, rows in left_out.items():
-        if rows:
-            logger.warning("%d rows of %s %s and are left out, the first is %s", len(rows), config.path, why, rows[0])
-    if not kept:
-        told = ", ".join(f"{len(rows)} {why}" for why, rows in left_out.items() if rows) or "it has no rows"
-        raise DatasetError(f"data set {config.path!r} gives no example: {told}: check path, split, max_length")
-    return kept
+def _answers(row: Row, config: DatasetConfig) -> list[Message] | str | None:
+    """The conversation of an SFT row, or its raw text; None where it is empty."""
+    column, value = find_column(row, ("messages", "text", *PROMPT_COLUMNS), "a question")
+    if column == "text":
+        return text_of(row, column, value)
+    if column and column != "messages":
+        column, value = find_column(row, ANSWER_COLUMNS, "an answer")
+    return _dialogue(row, column, value, config) if column else None
 
 
-def _conversation(row: Row, config: DatasetConfig) -> list[Message]:
-    """The messages of an SFT row, the last one the assistant's."""
-    value = row.values.get("messages")
-    if value is not None:
-        return _checked(row, "messages", value, config)
-    column, question = find_column(row, PROMPT_COLUMNS, "a question")
-    answer_column, answer = find_column(row, ANSWER_COLUMNS, "an answer")
-    return _asked(row, column, question, answer_column, text_of(row, answer_column, answer), config)
+def _preference(row: Row, config: DatasetConfig) -> tuple[list[Message], list[Message]] | None:
+    """The preferred and the rejected conversation of a row; None where it prefers nothing."""
+    chosen, rejected = (_side(row, name, config) for name in ("chosen", "rejected"))
+    return None if chosen is None or rejected is None or chosen == rejected else (chosen, rejected)
 
 
 def _side(row: Row, column: str, config: DatasetConfig) -> list[Message] | None:
     """One side's messages; None where its answer is empty."""
     _, value = find_column(row, (column,), f"the column {column}")
-    if isinstance(value, list):
-        return _checked(row, column, value, config)
-    text = text_of(row, column, value)
-    if HH_TURN.match(text):
-        _, *parts = HH_TURN.split(text)
-        turns = [
+    if value is None:
+        return None
+    if isinstance(value, str) and HH_TURN.match(value):
+        _, *parts = HH_TURN.split(value)
+        value = [
             {"role": HH_ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
         ]
-        is_whole = all(turn["content"] for turn in turns) and turns[-1]["role"] == "assistant"
-        return _checked(row, column, turns, config) if is_whole else None
-    if not text.strip():
-        return None
-    prompt_column, question = find_column(row, PROMPT_COLUMNS, "a question")
-    return _asked(row, prompt_column, question, column, text, config)
+        if not all(turn["content"] for turn in value) or value[-1]["role"] != "assistant":
+            return None
+    return _dialogue(row, column, value, config)
 
 
-def _asked(row: Row, column: str, question: Any, of_answer: str, answer: str, config: DatasetConfig) -> list[Message]:
-    text = config.prompt_template.replace("{prompt}", text_of(row, column, question))
-    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-    return _checked(row, of_answer, turns, config)
-
-
-def _checked(row: Row, column: str, messages: Any, config: DatasetConfig) -> list[Message]:
-    """The messages with the configured system message, if they end with something that the assistant says."""
-    for position, message in enumerate(messages if isinstance(messages, list) else [messages]):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content")):
-            raise DatasetError(
-                f"{row.where}: {column}[{position}] is {message!r}, expected {{'role': ..., 'content': ...}} with a"
-                " content that is not empty"
-            )
-    if not messages or messages[-1]["role"] != "assistant":
+def _dialogue(row: Row, column: str, value: Any, config: DatasetConfig) -> list[Message] | None:
+    """A whole dialogue, with the configured system message and the assistant's turn at its end: what a cell holds, and
+    if that is only what the assistant says, the row's question before it. None if that is empty."""
+    turns = _turns(row, column, value, "assistant", config)
+    if not turns or turns[-1]["role"] != "assistant":
         raise DatasetError(f"{row.where}: {column} does not end with an assistant's turn, so there is nothing to learn")
-    if config.system_prompt is None or messages[0]["role"] == "system":
-        return list(messages)
-    return [{"role": "system", "content": config.system_prompt}, *messages]
+    if column != "messages" and all(turn["role"] == "assistant" for turn in turns):
+        asking, question = find_column(row, PROMPT_COLUMNS, "a question", is_needed=isinstance(value, str))
+        if question is None and isinstance(value, str):
+            return None
+        turns = turns if question is None else _turns(row, asking, question, "user", config) + turns
+    if config.system_prompt is None or turns[0]["role"] == "system":
+        return turns
+    return [{"role": "system", "content": config.system_prompt}, *turns]
 
 
-def _raw(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Text without a chat: the tokens that the tokenizer makes of it, and its end-of-sequence token."""
-    ids = tokenizer(text)["input_ids"]
-    return np.asarray([*ids, *([] if ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id])], np.int64)
+def _turns(row: Row, column: str, value: Any, role: str, config: DatasetConfig) -> list[Message]:
+    """The messages of a cell: a list of them, its JSON, or what `role` says."""
+    value = unpacked(row, column, value)
+    if isinstance(value, list) or column == "messages":
+        return said_messages(row, column, value)
+    text = text_of(row, column, value)
+    return [{"role": role, "content": config.prompt_template.replace("{prompt}", text) if role == "user" else text}]
+
+
+def _ended(row: Row, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The tokens and their end of sequence, int64."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DatasetError(
+            f"{row.where}: nothing says where the text ends, since the tokenizer has no end-of-sequence token: name one"
+            " as eos_token in its tokenizer_config.json, or set tokenizer_path"
+        )
+    return np.asarray(ids if ids[-1:] == [end] else [*ids, end], np.int64)
 
 
 def _learned(
-    row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+    row: Row, messages: list[Message], tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of a conversation, and which of them the assistant says: the end of each turn too, white space after not.
 
@@ -183,13 +177,15 @@ def _learned(
         )
 
     def rendered(count: int, asks: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asks))
+        return render(tokenizer, messages[:count], asks, **variables)
 
     whole = rendered(len(messages), False)
+    check_shown(tokenizer, messages, whole, False, **variables)
     spans: list[tuple[int, int]] = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            asked, answered = rendered(i, True), rendered(i + 1, False)
+            answered = rendered(i + 1, False)
+            asked = rendered(i, True) if i else _before_opening(answered, tokenizer, variables)
             if whole.startswith(answered) and answered.startswith(asked):
                 spans.append((len(asked), len(answered.rstrip())))
     if not spans or spans[-1][1] != len(whole.rstrip()):
@@ -200,10 +196,19 @@ def _learned(
     tokens, masks, done = [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], 0
     for begin, end in spans:
         for text, is_learned in ((whole[done:begin], False), (whole[begin:end], True)):
-            tokens.append(np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64))
+            tokens.append(np.asarray(encode(tokenizer, text), np.int64))
             masks.append(np.full(len(tokens[-1]), is_learned))
         done = end
     return np.concatenate(tokens), np.concatenate(masks)
+
+
+def _before_opening(answered: str, tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any]) -> str:
+    """What stands before an answer that opens a conversation, up to the generation prompt: templates cannot be asked
+    for it, since there is no message yet."""
+    question = [{"role": "user", "content": "question"}]
+    without, with_prompt = (render(tokenizer, question, asks, **variables) for asks in (False, True))
+    prompt = with_prompt.removeprefix(without)
+    return answered[: answered.find(prompt) + len(prompt)] if prompt in answered else ""
 
 
 def pack_examples(examples: Sequence[Example], places: Sequence[int], num_examples: int) -> Batch:

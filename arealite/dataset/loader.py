@@ -5,24 +5,27 @@ Called by training scripts. `load_tasks` runs on every rank; only the rollout he
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from arealite.api.cli_args import DatasetConfig, RunConfig
+from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig
 from arealite.api.config_rules import warm_up
 from arealite.api.errors import ConfigError, DatasetError, RecoveryError
 from arealite.api.types import Task, as_record
 from arealite.dataset.examples import Example
 from arealite.dataset.fetch import resolve_model
-from arealite.dataset.rows import task_of
-from arealite.dataset.sources import read_rows
+from arealite.dataset.prompts import check_shown, check_variables, prompt_of, turn_end
+from arealite.dataset.rows import kept_rows, task_of
+from arealite.dataset.sources import Row
 
 logger = logging.getLogger(__name__)
 
@@ -30,50 +33,87 @@ Drawn = TypeVar("Drawn", Task, Example)
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `tokenizer_path`, else of the trained model."""
-    return AutoTokenizer.from_pretrained(resolve_model(config.tokenizer_path or config.trained[1].path))
+    """The tokenizer of `tokenizer_path`, else of the trained model. A warning tells if answers have no end.
+
+    Raises ConfigError: there is none.
+    """
+    model = resolve_model(config.trained[1].path)
+    path = resolve_model(config.tokenizer_path or model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"no tokenizer can be read from {path!r}: {why}; set tokenizer_path to a folder or hub id that has one"
+        ) from error
+    if tokenizer.chat_template is not None and config.kind != "rw":
+        complaint = _missing_end(config, model, tokenizer)
+        if complaint:
+            logger.warning("the chat template of %s %s", path, complaint)
+    return tokenizer
 
 
-def load_tasks(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Task]:
-    """All tasks in the order of their rows, "r<row>" their ids; longer ones than `max_prompt_tokens` are left out.
-    `seed` matters for generated tasks only.
+def _missing_end(config: RunConfig, model: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is wrong between the end of a turn, as the chat template writes it, and the tokens that end generation."""
+    end = turn_end(tokenizer)
+    if not end:
+        return (
+            ""
+            if config.kind == "grpo"
+            else (
+                "writes nothing after an answer, so the tokenizer's end-of-sequence token is learned after the last one"
+            )
+        )
+    known = {tokenizer.eos_token_id}
+    for read in (GenerationConfig.from_pretrained, lambda path: AutoConfig.from_pretrained(path).get_text_config()):
+        with suppress(OSError, ValueError):
+            found = read(model).to_dict().get("eos_token_id")
+            known |= set(found) if isinstance(found, list) else {found}
+    fix = "name it eos_token in the tokenizer's tokenizer_config.json"
+    if isinstance(config, GRPOConfig):
+        known |= set(config.gconfig.stop_token_ids)
+        if any(stop in tokenizer.decode(end) for stop in config.gconfig.stop):
+            return ""
+        fix = f"set gconfig.stop_token_ids=[{end[0]}], or {fix}"
+    if end[0] in known:
+        return ""
+    return (
+        f"ends a turn with {tokenizer.decode(end)!r}, but token {end[0]} is no end token of {model}, so answers go on"
+        f" to the limit: {fix}"
+    )
+
+
+def load_tasks(
+    config: DatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    reward_fn: Callable[..., Any] | None = None,
+) -> list[Task]:
+    """All tasks in the order of their rows, "r<row>" their ids; longer ones than `max_prompt_tokens`, and empty ones,
+    are left out, counted and reported. `seed` matters for generated tasks only. A `reward_fn` whose argument `answer`
+    has no default needs an answer in each row; others may have rows without.
 
     Raises DatasetError: not found, a malformed row (file, line and column named), nothing left.
     """
     chat = tokenizer.chat_template is not None
-    tasks = [task_of(row, config, chat) for row in read_rows(config, seed)]
-    if not tasks:
-        raise DatasetError(f"data set {config.path!r} has no rows: check path, split and num_rows")
-    if config.max_prompt_tokens is None:
-        return tasks
-    lengths = prompt_lengths(tasks, tokenizer)
-    kept = [task for task, length in zip(tasks, lengths, strict=True) if length <= config.max_prompt_tokens]
-    if not kept:
-        raise DatasetError(
-            f"data set {config.path!r}: all {len(tasks)} prompts are longer than max_prompt_tokens"
-            f" ({config.max_prompt_tokens}); the shortest has {min(lengths)} tokens: raise the limit"
-        )
-    if len(kept) < len(tasks):
-        logger.warning(
-            "%s: %d of %d rows left out, their prompts are longer than max_prompt_tokens (%d); the longest has %d",
-            *(config.path, len(tasks) - len(kept), len(tasks), config.max_prompt_tokens, max(lengths)),
-        )
-    return kept
+    answer = None if reward_fn is None else inspect.signature(reward_fn).parameters.get("answer")
+    needs_answer = answer is not None and answer.default is answer.empty
+    check_variables(tokenizer, config.chat_template_kwargs)
 
+    def made(row: Row) -> tuple[Task, int] | None:
+        task = task_of(row, config, chat, needs_answer)
+        if task is None:
+            return None
+        text, ids = prompt_of(tokenizer, task)
+        if task.messages is not None:
+            check_shown(tokenizer, task.messages, text, **task.template_options)
+        return task, len(ids)
 
-def prompt_lengths(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of each prompt, as the model will see it: chat template and generation prompt included."""
-    texts = [
-        task.prompt
-        if task.messages is None
-        else tokenizer.apply_chat_template(task.messages, tokenize=False, add_generation_prompt=True)
-        for task in tasks
-    ]
-    # The template writes the special tokens of a chat itself; raw text gets those that the tokenizer adds.
-    return [
-        len(tokenizer(text, add_special_tokens=task.messages is None)["input_ids"])
-        for task, text in zip(tasks, texts, strict=True)
-    ]
+    tasks = kept_rows(config, seed, made, "max_prompt_tokens")
+    num_open = sum(task.answer is None for task in tasks)
+    if num_open:
+        logger.warning("%s: %d of %d rows have no answer, their rewards get none", config.path, num_open, len(tasks))
+    return tasks
 
 
 class StatefulDataLoader(Generic[Drawn]):

@@ -1,4 +1,5 @@
-"""Turns one row into a task: which column is the question, which the answer, and what is kept beside them.
+"""Turns one row into a task: which column is the question, which the answer, and what is kept beside them. What cells
+may hold, here and in rows of supervised training (examples.py), and what becomes of empty ones.
 
 Called by dataset/loader.py for every row, whatever its source.
 """
@@ -6,38 +7,95 @@ Called by dataset/loader.py for every row, whatever its source.
 from __future__ import annotations
 
 import json
-from typing import Any
+import logging
+import math
+import re
+from collections.abc import Callable
+from datetime import date, time
+from decimal import Decimal
+from typing import Any, TypeVar
 
 from arealite.api.cli_args import DatasetConfig
-from arealite.api.errors import DatasetError
+from arealite.api.errors import DatasetError, PromptError
 from arealite.api.types import Task
-from arealite.dataset.sources import Row
+from arealite.dataset.prompts import Message, chat_messages
+from arealite.dataset.sources import Row, read_rows
+
+logger = logging.getLogger(__name__)
 
 QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "ground_truth", "solution")
 # Names under which a reward function gets other things: a column of that name cannot be passed on as an extra.
 RESERVED = ("prompt", "completion", "prompt_ids", "completion_ids", "answer")
 FINAL_ANSWER_MARK = "####"
+MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
+MAX_EXACT = 2**53  # integers up to here are exact as floats
+
+EMPTY = "have an empty question or answer, or two equal sides"
+
+Made = TypeVar("Made")
 
 
-def task_of(row: Row, config: DatasetConfig, chat: bool) -> Task:
-    """The task of a row, with id "r<row number>".
+def kept_rows(
+    config: DatasetConfig, seed: int, make: Callable[[Row], tuple[Made, int] | None], limit_name: str
+) -> list[Made]:
+    """What `make` makes of each row, beside its number of tokens. Rows that are empty (None) and those of more tokens
+    than `config.<limit_name>` are left out, and reported once: how many, why, and where the first one is.
 
-    Looks for `messages`, then `question`, `problem` or `prompt` (text: the user message; a list: messages), then
-    `text` (raw text that the model continues). With `chat` False (the tokenizer has no chat template) questions are
-    raw text as well. The answer is `answer`, `ground_truth` or `solution`; of an answer in GSM8K's form, what follows
-    "####". All other columns become extras. Raises DatasetError naming file, row and column.
+    Raises DatasetError: not found, a malformed row (with its place), or nothing is left.
+    """
+    kept: list[Made] = []
+    limit = vars(config)[limit_name]
+    left_out: dict[str, list[str]] = {EMPTY: [], f"exceed {limit_name} ({limit})": []}
+    empty, long = left_out.values()
+    lengths = []
+    for row in read_rows(config, seed):
+        try:
+            made = make(row)
+        except PromptError as error:
+            raise DatasetError(f"{row.where}: {error}") from error
+        if made is None:
+            empty.append(row.where)
+            continue
+        lengths.append(made[1])
+        if limit is not None and made[1] > limit:
+            long.append(row.where)
+        else:
+            kept.append(made[0])
+    reasons = "; ".join(f"{len(rows)} {why}, the first is {rows[0]}" for why, rows in left_out.items() if rows)
+    num_left_out, num_rows = len(empty) + len(long), len(empty) + len(lengths)
+    if not kept:
+        shortest = f"; the shortest has {min(lengths)} tokens" if lengths else ""
+        told = f"of {num_rows} rows {reasons}{shortest}" if num_rows else "it has no rows"
+        raise DatasetError(f"data set {config.path!r} has nothing to use: {told}: check path, split and limits")
+    if reasons:
+        logger.warning("%s: %d of %d rows are left out: %s", config.path, num_left_out, num_rows, reasons)
+    return kept
+
+
+def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = False) -> Task | None:
+    """The task of a row, with id "r<row number>"; None where question or needed answer are empty.
+
+    Looks for `messages`, then `question`, `problem` or `prompt` (text: the user message; a list, or its JSON:
+    messages), then `text` (raw text that the model continues). With `chat` False (the tokenizer has no chat template)
+    questions are raw text as well. The answer is `answer`, `ground_truth` or `solution`; of an answer in GSM8K's form,
+    what follows "####". All other columns become extras. Raises DatasetError naming file, row and column.
     """
     column, value = find_column(row, ("messages", *QUESTION_COLUMNS, "text"), "a question")
-    answer_column, answer = find_column(row, ANSWER_COLUMNS, "an answer")
-    answer_text = text_of(row, answer_column, answer)
+    answer_column, answer = find_column(row, ANSWER_COLUMNS, "an answer", is_needed=needs_answer)
+    if value is None or (answer is None and needs_answer):
+        return None
+    answer_text = None if answer is None else text_of(row, answer_column, answer)
     extras = extras_of(row, used=(column, answer_column))
-    if FINAL_ANSWER_MARK in answer_text:
+    if answer_text is not None and FINAL_ANSWER_MARK in answer_text:
         extras.setdefault("solution", answer_text)
         answer_text = answer_text.rpartition(FINAL_ANSWER_MARK)[2].replace(",", "")
+    if answer_text is not None:
+        answer_text = answer_text.strip()
     messages, prompt = None, None
-    if isinstance(value, list) and column != "text":
-        messages = messages_of(row, column, value, config, chat)
+    value = value if column == "text" else unpacked(row, column, value)
+    if column == "messages" or (isinstance(value, list) and column != "text"):
+        messages = _prompt_messages(row, column, value, config, chat)
     else:
         text = text_of(row, column, value)
         if column == "text":
@@ -46,35 +104,97 @@ def task_of(row: Row, config: DatasetConfig, chat: bool) -> Task:
             text = config.prompt_template.replace("{prompt}", text)
             messages, prompt = ([{"role": "user", "content": text}], None) if chat else (None, text)
     if config.system_prompt is not None:
-        messages = with_system_message(row, messages, config.system_prompt)
-    return Task(id=f"r{row.number}", messages=messages, prompt=prompt, answer=answer_text.strip(), extras=extras)
+        messages = _with_system_message(row, messages, config.system_prompt)
+    options = {} if messages is None else template_variables(row, config)
+    return Task(f"r{row.number}", messages, prompt, answer_text, extras, options)
 
 
-def find_column(row: Row, names: tuple[str, ...], what: str) -> tuple[str, Any]:
-    """The first of the columns `names` that the row has a value in."""
-    for name in names:
-        if row.values.get(name) is not None:
+def find_column(row: Row, names: tuple[str, ...], what: str, is_needed: bool = True) -> tuple[str, Any]:
+    """The first of the columns `names` that holds something, and what; None if all that there are of them are empty."""
+    there = [name for name in names if name in row.values]
+    for name in there:
+        if not is_empty(row.values[name]):
             return name, row.values[name]
-    raise DatasetError(
-        f"{row.where}: no {what.split()[-1]}: found the columns {', '.join(map(str, row.values)) or 'none'}, expected"
-        f" {what} in one of {', '.join(names)}"
-    )
+    if is_needed and not there:
+        raise DatasetError(
+            f"{row.where}: no {what.split()[-1]}: found the columns {', '.join(map(str, row.values)) or 'none'},"
+            f" expected {what} in one of {', '.join(names)}"
+        )
+    return "", None
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell of a table holds nothing: null, NaN, white space, an empty list."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
 def text_of(row: Row, column: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DatasetError(f"{row.where}: column {column!r} is {type(value).__name__}, expected text or a number")
-    return str(value)
+    """A cell's text. A whole number is written as one: columns with empty cells turn 5 into 5.0."""
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number and not isinstance(value, str):
+        found = value if isinstance(value, float) else type(value).__name__
+        raise DatasetError(f"{row.where}: column {column!r} is {found}, expected text or a number")
+    return str(int(value) if isinstance(value, float) and value.is_integer() and abs(value) < MAX_EXACT else value)
 
 
-def messages_of(row: Row, column: str, value: list[Any], config: DatasetConfig, chat: bool) -> list[dict[str, Any]]:
-    """The messages of a chat prompt, checked."""
-    for position, message in enumerate(value):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
+def unpacked(row: Row, column: str, value: Any) -> Any:
+    """The cell; a list of messages or tools that is stored as JSON text is read."""
+    if not isinstance(value, str) or not (column in ("messages", "tools") or MESSAGES_AS_TEXT.match(value)):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(
+            f"{row.where}: column {column!r} is text that is no JSON ({error}): store a list, or its JSON; text that"
+            " the user says belongs into a column prompt"
+        ) from None
+
+
+def said_messages(row: Row, column: str, value: Any) -> list[Message]:
+    """The messages of a cell, each of which says something; an empty system message is left out."""
+    try:
+        messages = chat_messages(column, filled(value, drops=True))
+    except PromptError as error:
+        raise DatasetError(f"{row.where}: {error}") from None
+    for i, message in enumerate(messages):
+        if is_empty(message["content"]) and not message.get("tool_calls") and message["role"] not in ("system", "tool"):
             raise DatasetError(
-                f"{row.where}: {column}[{position}] is {message!r}, expected {{'role': ..., 'content': ...}}"
+                f"{row.where}: {column}[{i}] ({message['role']}) has a content that is empty, and no tool call: give it"
+                " words, or remove the row"
             )
-    if not value or value[-1]["role"] == "assistant":
+    return [m for m in messages if m["role"] != "system" or m["content"].strip()]
+
+
+def template_variables(row: Row, config: DatasetConfig) -> dict[str, Any]:
+    """What the chat template is given beside the messages: `chat_template_kwargs`, and the row's tools."""
+    tools = row.values.get("tools")
+    if is_empty(tools):
+        return dict(config.chat_template_kwargs)
+    tools = unpacked(row, "tools", tools)
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DatasetError(f"{row.where}: column 'tools' is {tools!r:.200}, expected a list of function descriptions")
+    return {**config.chat_template_kwargs, "tools": filled(tools, drops=True)}
+
+
+def filled(value: Any, drops: bool = False) -> Any:
+    """The value as JSON can carry it: NaN is null; infinity, a date, a decimal are text. `drops` leaves out the keys
+    without a value that tables give to every entry."""
+    if isinstance(value, dict):
+        entries = {str(key): filled(entry, drops) for key, entry in value.items()}
+        return {key: entry for key, entry in entries.items() if not (drops and entry is None)}
+    if isinstance(value, list):
+        return [filled(entry, drops) for entry in value]
+    if isinstance(value, date | time | Decimal) or (isinstance(value, float) and math.isinf(value)):
+        return str(value)
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _prompt_messages(row: Row, column: str, value: Any, config: DatasetConfig, chat: bool) -> list[Message]:
+    """The messages of a chat prompt, checked."""
+    messages = said_messages(row, column, value)
+    if not messages or messages[-1]["role"] == "assistant":
         raise DatasetError(
             f"{row.where}: {column} is empty or ends with an assistant's turn: nothing is left to answer"
         )
@@ -86,10 +206,10 @@ def messages_of(row: Row, column: str, value: list[Any], config: DatasetConfig, 
         raise DatasetError(
             f"{row.where}: prompt_template is for rows with a question, this one has {column}: leave it out"
         )
-    return value
+    return messages
 
 
-def with_system_message(row: Row, messages: list[dict[str, Any]] | None, text: str) -> list[dict[str, Any]]:
+def _with_system_message(row: Row, messages: list[Message] | None, text: str) -> list[Message]:
     if messages is None:
         raise DatasetError(
             f"{row.where}: system_prompt needs a chat, but this row is raw text: leave system_prompt out"
@@ -101,12 +221,12 @@ def with_system_message(row: Row, messages: list[dict[str, Any]] | None, text: s
 
 def extras_of(row: Row, used: tuple[str, ...]) -> dict[str, Any]:
     """The columns that are neither question nor answer. Tasks travel through JSON, so these have to as well."""
-    extras = {str(k): v for k, v in row.values.items() if k not in used and k not in RESERVED}
+    extras = {str(k): filled(v) for k, v in row.values.items() if k not in used and k not in RESERVED}
     for name, value in extras.items():
         try:
             json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError) as error:
             raise DatasetError(
-                f"{row.where}: column {name!r} is no JSON ({type(value).__name__}): remove it or make it text"
+                f"{row.where}: column {name!r} is no JSON ({error}): remove it or make it text"
             ) from None
     return extras

@@ -1,4 +1,4 @@
-"""Reads rows, as they stand, from local JSONL / Parquet files, from the hub, or from reasoning_gym.
+"""Reads rows, as they stand, from local JSONL / Parquet files or saved data sets, the hub, or reasoning_gym.
 
 Called by dataset/loader.py. Every row comes with the words that an error message needs to find it again.
 """
@@ -20,6 +20,7 @@ from arealite.dataset.reasoning_gym_source import generated_rows
 from arealite.models.hub import find_on_hub
 
 SUFFIXES = (".jsonl", ".parquet")
+SAVED_MARKS = ("state.json", "dataset_dict.json")  # in a folder that datasets' save_to_disk wrote
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def read_rows(config: DatasetConfig, seed: int) -> Iterator[Row]:
     if config.path.startswith(REASONING_GYM):
         found = generated_rows(config, seed)
     elif (path := Path(config.path)).exists():
-        found = local_rows(path)
+        found = local_rows(path, config.split)
     elif is_local(config.path):
         raise DatasetError(f"data set {config.path!r} does not exist: give a JSONL / Parquet file or a folder of them")
     else:
@@ -47,8 +48,12 @@ def read_rows(config: DatasetConfig, seed: int) -> Iterator[Row]:
         yield Row(number, where, values)
 
 
-def local_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of one file, or of all JSONL and Parquet files directly in a folder, in the order of their names."""
+def local_rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+    """Rows of one file, or of all JSONL and Parquet files directly in a folder, in the order of their names; or of a
+    folder that save_to_disk wrote, of which `split` is read if it has splits."""
+    if any((path / name).is_file() for name in SAVED_MARKS):
+        yield from saved_rows(path, split)
+        return
     files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise DatasetError(f"{path} holds no {' or '.join(SUFFIXES)} file: give the folder that does")
@@ -90,6 +95,21 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:  # damaged pages come as OSError
         raise DatasetError(f"{file} is not a readable Parquet file: {error}") from None
+
+
+def saved_rows(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise DatasetError(f"{folder} is not readable as what save_to_disk writes: {str(error)[:500]}") from None
+    if isinstance(rows, datasets.DatasetDict):
+        if split not in rows:
+            raise DatasetError(f"{folder} has no split {split!r}: set split to one of {', '.join(rows)}")
+        rows = rows[split]
+    for number, values in enumerate(rows):
+        yield f"{folder} row {number}", values
 
 
 def hub_rows(config: DatasetConfig) -> Iterator[tuple[str, Any]]:

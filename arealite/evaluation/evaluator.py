@@ -55,7 +55,7 @@ class Evaluator:
         self._folder = folder
         self._rollout = rollout
         self._workflow = workflow
-        self._tasks = list(tasks)[: config.max_tasks]
+        self._tasks = list(tasks)
         self._collective = collective
         self._latest: EvaluationResult | None = None
 

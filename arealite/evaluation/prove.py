@@ -28,6 +28,7 @@ from arealite.api.load_config import load_config_file
 from arealite.api.types import Batch, Task
 from arealite.dataset.fetch import resolve_model
 from arealite.dataset.loader import load_tasks, load_tokenizer
+from arealite.dataset.prompts import prompt_of
 from arealite.engine.determinism import WORKSPACE_VARIABLE, WORKSPACES
 from arealite.engine.micro_batch import cut
 from arealite.engine.ppo.actor import FSDPPPOActor
@@ -75,11 +76,7 @@ class Prover:
 
     def prompt(self, task: Task) -> list[int]:
         """The last tokens of a task's prompt."""
-        text = task.prompt
-        if task.messages is not None:
-            text = self.tokenizer.apply_chat_template(task.messages, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=task.messages is None)["input_ids"]
-        return list(ids[-MAX_PROMPT_TOKENS:])
+        return prompt_of(self.tokenizer, task)[1][-MAX_PROMPT_TOKENS:]
 
     def _check_type(self, dtype: str) -> Iterator[Finding]:
         """All that one step can show in `dtype`."""

@@ -15,7 +15,8 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from arealite.api.errors import RequestError, WaitTimeout, WeightSyncError
+from arealite.api.errors import PromptError, RequestError, WaitTimeout, WeightSyncError
+from arealite.dataset.prompts import encode
 from arealite.inference import strict
 from arealite.inference.adapters import AdapterRoutes
 from arealite.inference.bodies import field, read_json, read_object, shown
@@ -225,10 +226,9 @@ class Encoder:
         if len(text) > self._max_characters:
             raise RequestError(f"a text of {len(text)} characters passes the context length")
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the text has half of a surrogate pair, which is no character: {error}") from error
-        return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+            return encode(self._tokenizer, text, is_raw=add_special_tokens)
+        except PromptError as error:
+            raise RequestError(str(error)) from error
 
 
 def build_app(engine: Engine, settings: ServerSettings) -> web.Application:

@@ -234,5 +234,7 @@ def _prompt_tokens(config: GRPOConfig) -> int:
     if not source.path or not Path(source.path).exists():
         return most
     tasks = (task_of(row, source, chat=True) for row in islice(read_rows(source, config.seed), ROWS_READ))
-    texts = [task.prompt or "".join(str(m["content"]) for m in task.messages or []) for task in tasks]
+    texts = [
+        task.prompt or "".join(str(m["content"]) for m in task.messages or []) for task in tasks if task is not None
+    ]
     return min(most, TEMPLATE_TOKENS + round(max(map(len, texts), default=0) / CHARACTERS_PER_TOKEN))

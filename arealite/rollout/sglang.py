@@ -65,6 +65,7 @@ class SGLangBackend:
             "stop": list(request.stop),
             "stop_token_ids": list(request.stop_token_ids),
             "ignore_eos": request.ignore_eos,
+            "skip_special_tokens": False,  # a stop string may be one
             # The server draws from (seed, absolute position): the same seed after an interruption is right.
             "sampling_seed": request.seed,
             "stream_interval": max(MIN_EVENT_TOKENS, num_left // NUM_EVENTS) if self.streams else None,

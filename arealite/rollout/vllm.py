@@ -267,6 +267,7 @@ def _sampling(request: GenerationRequest, num_so_far: int) -> dict[str, Any]:
         "stop": list(request.stop),
         "stop_token_ids": list(request.stop_token_ids),
         "ignore_eos": request.ignore_eos,
+        "skip_special_tokens": False,  # a stop string may be one
         "logprobs": 0,  # the sampled token's own
     }
 

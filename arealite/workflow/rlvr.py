@@ -13,13 +13,17 @@ from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import GenerationHyperparameters, InferenceEngineConfig
 from arealite.api.engine import InferenceEngine
-from arealite.api.errors import ConfigError, RequestError, RewardError
-from arealite.api.types import GenerationRequest, Task, Trajectory
+from arealite.api.errors import RequestError, RewardError
+from arealite.api.types import Completion, GenerationRequest, Task, Trajectory
+from arealite.dataset.prompts import prompt_of, turn_end
 from arealite.reward.pool import RewardFunction, RewardPool
 
 
 class RLVRWorkflow:
     """Chat template -> `n_samples` answers -> rewards -> trajectories.
+
+    The reward function sees what was written: special tokens (a tokenizer may have `<answer>` as one) and stop strings
+    stay in the text, only the token that ended the answer is left out.
 
     Args:
         reward_fn: `reward_fn(prompt, completion, prompt_ids, completion_ids, answer=..., **task.extras)` gives a
@@ -28,7 +32,6 @@ class RLVRWorkflow:
         tokenizer: the policy's, with its chat template.
         config: number of reward workers and their time limit; the defaults if not given.
         context_length: tokens of prompt and answer together at most; unchecked if not given (the server refuses then).
-        enable_thinking: passed to the chat template of models that know it.
     """
 
     def __init__(
@@ -39,13 +42,17 @@ class RLVRWorkflow:
         *,
         config: InferenceEngineConfig | None = None,
         context_length: int | None = None,
-        enable_thinking: bool | None = None,
     ) -> None:
         config = config or InferenceEngineConfig()
         self.gconfig = gconfig
         self.tokenizer = tokenizer
         self.context_length = context_length
-        self.template_options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        eos = tokenizer.eos_token_id
+        # The server may be of another folder, whose end tokens are others.
+        self._stop_token_ids = tuple(dict.fromkeys([*gconfig.stop_token_ids, *([] if eos is None else [eos])]))
+        turn = [] if tokenizer.chat_template is None else turn_end(tokenizer)
+        # Of tokens that were asked to stop at, those that end any turn are no part of the answer.
+        self._shown = set(gconfig.stop_token_ids) - {eos, *turn[:1]}
         self.pool = RewardPool(reward_fn, config.num_reward_workers, config.reward_timeout_s)
 
     async def arun_episode(self, engine: InferenceEngine, task: Task) -> list[Trajectory]:
@@ -71,16 +78,7 @@ class RLVRWorkflow:
         self.pool.close()
 
     def _prompt(self, task: Task) -> tuple[str, list[int]]:
-        if task.messages is not None:
-            text = self.tokenizer.apply_chat_template(
-                task.messages, tokenize=False, add_generation_prompt=True, **self.template_options
-            )
-        elif task.prompt is not None:
-            text = task.prompt
-        else:
-            raise ConfigError(f"task {task.id} has neither messages nor a prompt")
-        # A chat template writes the special tokens itself; a raw prompt gets what the tokenizer adds.
-        ids = self.tokenizer.encode(text, add_special_tokens=task.messages is None)
+        text, ids = prompt_of(self.tokenizer, task)
         num_tokens = len(ids) + self.gconfig.max_new_tokens
         if self.context_length is not None and num_tokens > self.context_length:
             raise RequestError(
@@ -89,6 +87,13 @@ class RLVRWorkflow:
                 " gconfig.max_new_tokens, or raise server.context_length"
             )
         return text, ids
+
+    def _written(self, completion: Completion) -> str:
+        ids = completion.token_ids
+        is_ended = completion.finish_reason == "stop" and not isinstance(completion.matched, str)
+        if is_ended and ids and ids[-1] not in self._shown:
+            ids = ids[:-1]
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     async def _run_member(
         self, engine: InferenceEngine, task: Task, member: int, prompt_text: str, prompt_ids: list[int]
@@ -106,13 +111,13 @@ class RLVRWorkflow:
                 top_k=g.top_k,
                 min_p=g.min_p,
                 stop=tuple(g.stop),
-                stop_token_ids=tuple(g.stop_token_ids),
+                stop_token_ids=self._stop_token_ids,
                 group_id=task.id,
             )
         )
         generated = time.monotonic()
         ids, num_prompt = completion.token_ids, len(prompt_ids)
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._written(completion)
         outcome: dict[str, Any] = {"status": "failed", "error": f"{completion.server_id} sampled no token"}
         if ids:
             try:

@@ -39,11 +39,11 @@ def main(argv: list[str]) -> None:
     actor.connect_engine(rollout, WeightLink(config.weight_update, folder.root / "weights"))
     turns = Turns(rollout, actor)  # with servers on the same accelerators
 
-    dataloader = StatefulDataLoader(load_tasks(config.train_dataset, tokenizer, config.seed), config)
+    dataloader = StatefulDataLoader(load_tasks(config.train_dataset, tokenizer, config.seed, gsm8k_reward), config)
     workflow = RLVRWorkflow(gsm8k_reward, config.gconfig, tokenizer, config=config.rollout)
     eval_workflow = RLVRWorkflow(gsm8k_reward, config.eval_gconfig, tokenizer, config=config.rollout)
-    eval_tasks = load_tasks(config.valid_dataset, tokenizer, config.seed) if config.valid_dataset else []
-    evaluator = Evaluator(config.evaluator, folder, rollout, eval_workflow, eval_tasks, actor.collective)
+    held_out = config.valid_dataset and load_tasks(config.valid_dataset, tokenizer, config.seed, gsm8k_reward)
+    evaluator = Evaluator(config.evaluator, folder, rollout, eval_workflow, held_out or [], actor.collective)
     guard = MismatchGuard(config.stats_logger, config.gconfig.min_new_tokens)
     saver = Saver(config.saver, folder, tokenizer)
     recover = RecoverHandler(config.recover, folder, config)
