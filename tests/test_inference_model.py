@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from inference_support import EOS, VOCAB, LocalServer, output_logprobs, save_tiny_llama, served
 from transformers import (
     AutoModelForCausalLM,
-    FalconConfig,
     GPTNeoXConfig,
-    MambaConfig,
     MistralConfig,
     Qwen2MoeConfig,
 )
@@ -33,7 +30,6 @@ SMALL = {
     "eos_token_id": EOS,
     "pad_token_id": None,
 }
-FALCON_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "eos_token_id")
 
 
 def plain_logprobs(
@@ -115,19 +111,6 @@ def test_bf16_logprobs_are_those_of_one_pass_over_the_whole_sequence(smollm2: st
     assert float(torch.cat(to_plain).mean()) < 0.02
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (lambda: MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2), "max_position_embeddings"),
-        (lambda: FalconConfig(**{name: SMALL[name] for name in FALCON_SIZES}), "arealite_kv"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_at_load(config: Any, reason: str, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(config()).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=reason):
-        served(tmp_path)
-
-
 def test_a_window_longer_than_the_context_is_no_window(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=300)).save_pretrained(tmp_path)
@@ -135,17 +118,6 @@ def test_a_window_longer_than_the_context_is_no_window(tmp_path: Path) -> None:
         answer = server.generate([1, 2, 3], max_new_tokens=30, ignore_eos=True)
     wanted = plain_logprobs(tmp_path, [1, 2, 3, *answer["output_ids"]], torch.float32)[2:]
     assert output_logprobs(answer) == pytest.approx(wanted.tolist(), abs=1e-4)
-
-
-def test_changed_logits_are_noticed_at_load(tmp_path: Path) -> None:
-    """Granite divides its logits after the head, which the packed pass would not see."""
-    from transformers import GraniteConfig
-
-    config = GraniteConfig(**SMALL, logits_scaling=8.0)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="differ from the plain Hugging Face pass"):
-        served(tmp_path)
 
 
 def test_in_bf16_attention_that_calls_its_sizes_otherwise_is_served(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Called by engine/model.py, which builds, and by engine/fsdp_engine.py, which fil
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,13 +20,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from arealite.api.errors import ConfigError
-from arealite.models.folder import TESTED
 from arealite.weights.naming import Part, hub_parts
-
-logger = logging.getLogger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -36,25 +32,15 @@ SHOWN_NAMES = 5  # names listed in an error message
 COMPARED_ROWS = 8192  # of a tied weight that the checkpoint has twice, at one time
 
 
-def build_model(
-    path: str, auto_class: Any = AutoModelForCausalLM, num_labels: int | None = None, **options: Any
-) -> Any:
+def build_model(path: str, config: Any, auto_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
     """The model of a Hugging Face folder or hub id in float32; parameters without memory, buffers as they should be.
 
-    `num_labels`: outputs of a classification head; `options` go to transformers' `from_config`. Raises ConfigError: the
-    path holds no such model.
+    `options` go to transformers' `from_config`. Raises ConfigError: it is quantised.
     """
-    where = path if Path(path).is_dir() else f"{path} (not a local folder, so a hub id)"
-    try:
-        config = AutoConfig.from_pretrained(path, **({} if num_labels is None else {"num_labels": num_labels}))
-        with _weightless():
-            model = auto_class.from_config(config, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no causal language model can be loaded from {where}: {error}") from error
     if "quantization_config" in config.to_dict():
-        raise ConfigError(f"{where} is quantised, and training needs its full weights: take the model it was made from")
-    if config.model_type not in TESTED:
-        logger.warning("%s is a %s; tested are %s", path, config.model_type, ", ".join(TESTED))
+        raise ConfigError(f"{path} is quantised, and training needs its full weights: take the model it was made from")
+    with _weightless():
+        model = auto_class.from_config(config, dtype=torch.float32, **options)
     if model.can_generate():
         with suppress(OSError):  # the folder has none: what the configuration says about generation counts
             model.generation_config = GenerationConfig.from_pretrained(path)

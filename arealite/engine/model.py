@@ -5,9 +5,10 @@ Called by engine/fsdp_engine.py. The head is applied inside the module's forward
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,17 +16,18 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError
+from arealite.api.types import Batch
 from arealite.engine.attention import ATTENTION
 from arealite.engine.loading import build_model
 from arealite.engine.logprobs import token_logprobs
 from arealite.engine.mesh import RankMesh
-from arealite.engine.micro_batch import MicroBatch, Part, part
+from arealite.engine.micro_batch import MicroBatch, Part, cut, part
 from arealite.kernels import cpu
 from arealite.kernels.functions import recomputing
 from arealite.kernels.modules import fuse
+from arealite.models.fidelity import Rows, check_fidelity
+from arealite.models.opening import open_config
 
-HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 # Rotary embeddings that are others for all tokens of a forward pass once one of them stands far enough in its sequence
 ROPES_BY_LONGEST = {"dynamic", "longrope"}
 
@@ -129,45 +131,57 @@ class PackedLanguageModel(PackedModel):
         )
 
 
-def load_model(folder: str, auto_class: Any = AutoModelForCausalLM, num_labels: int | None = None) -> Any:
+def _language_model(model: Any) -> PackedModel:
+    return PackedLanguageModel(model, chunk=64)
+
+
+def load_model(
+    folder: str,
+    auto_class: Any = AutoModelForCausalLM,
+    num_labels: int | None = None,
+    packed: Callable[[Any], PackedModel] = _language_model,
+) -> Any:
     """The model of a Hugging Face folder or hub id in float32, without dropout; its parameters have no memory yet
-    (loading.py). `auto_class` and `num_labels` say which head it has.
+    (loading.py). `auto_class` and `num_labels` say which head it has, `packed` how it will be called.
 
     Raises:
         ConfigError: the path holds no such model, or its architecture cannot be trained on packed sequences.
     """
-    where = folder if Path(folder).is_dir() else f"{folder} (not a local folder, so a hub id)"
-    model = build_model(folder, auto_class, num_labels, attn_implementation=ATTENTION)
-    settings = model.config.to_dict()
-    others = sorted(set(settings.get("layer_types") or ()) - ATTENTION_LAYERS)
-    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
-    reasons = {
-        f"its layers are {', '.join(others)}": others,
-        "it does not use transformers' attention interface": not model._supports_attention_backend
-        or model._is_stateful,
-        "use_bidirectional_attention is set": settings.get("use_bidirectional_attention"),
-        "it has soft-capping or sinks": settings.get("attn_logit_softcapping") or sinks,
-    }
-    if whys := [why for why, holds in reasons.items() if holds]:
-        raise ConfigError(
-            f"the attention of {where}, a {type(model).__name__}, is not the causal one that packed training computes:"
-            f" {'; '.join(whys)}. Choose another architecture"
-        )
-    ropes = settings.get("rope_parameters") or {}
+    config = open_config(folder, **({} if num_labels is None else {"num_labels": num_labels}))
+    ropes = config.get_text_config(decoder=True).to_dict().get("rope_parameters") or {}
     kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}  # one, or by layers
     if by_longest := sorted(ROPES_BY_LONGEST & kinds):
         raise ConfigError(
-            f"{where} has rotary embeddings of rope_type {by_longest[0]}, which depend on the longest sequence of a"
+            f"{folder} has rotary embeddings of rope_type {by_longest[0]}, which depend on the longest sequence of a"
             " forward pass; packed with a longer one, a sequence would get other logprobs than alone. Choose a model"
             " whose rope_type is default, linear, llama3 or yarn"
         )
-    head = model.get_output_embeddings()
-    special = [] if head is None else [key for key in HEAD_SETTINGS if settings.get(key) not in (None, 1.0)]
-    special += ["lm_head.bias"] if head is not None and head.bias is not None else []
-    if special:
-        raise ConfigError(f"the head of {where} uses {', '.join(special)}, which packed training does not compute yet")
+    check_fidelity(config, auto_class, ATTENTION, lambda tiny, rows: _packed_scores(packed(tiny), rows), folder)
+    model = build_model(folder, config, auto_class, attn_implementation=ATTENTION)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.config.use_cache = False
     return model.eval()
+
+
+def _packed_scores(packed: PackedModel, rows: Rows) -> Rows:
+    """models/fidelity.py's Pass: all rows in one micro-batch."""
+    starts = np.cumsum([0, *map(len, rows)])
+    tokens = torch.cat(rows)
+    num = len(rows)
+    batch = Batch(
+        tokens=tokens.cpu().numpy(),
+        loss_mask=~np.isin(np.arange(len(tokens)), starts),
+        logprobs=np.zeros(len(tokens), np.float32),
+        versions=np.zeros(len(tokens), np.int32),
+        cu_seqlens=starts,
+        group_ids=np.zeros(num, np.int64),
+        rewards=np.zeros(num),
+        truncated=np.zeros(num, np.bool_),
+        num_groups=1,
+        task_ids=[""] * num,
+    )
+    [micro] = cut(batch, len(tokens), tokens.device)
+    scores = packed(micro, 1.0)[0]
+    return list(scores[torch.from_numpy(np.argsort(micro.at))].split([len(row) - 1 for row in rows]))

@@ -44,7 +44,7 @@ class FSDPValueEngine(FSDPEngine):
             raise ConfigError("lora is given for a model with a value head, which needs all of its weights: remove it")
 
     def _build_model(self) -> Any:
-        return load_model(self.folder, self.auto_class, num_labels=1)
+        return load_model(self.folder, self.auto_class, num_labels=1, packed=PackedValueModel)
 
     def _packed_model(self) -> PackedModel:
         return PackedValueModel(self.hf_model, self.mesh)

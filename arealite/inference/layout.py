@@ -126,9 +126,9 @@ class KVLayout:
 
 @dataclass
 class ShapeProbe:
-    """Stands in for a layout of one token, and notes per layer the shapes of key and value and the window."""
+    """Stands in for a layout of one token, and notes per layer the shapes of key and value."""
 
-    seen: dict[int, tuple[torch.Size, torch.Size, int | None]]
+    seen: dict[int, tuple[torch.Size, torch.Size]]
 
 
 def packed_attention(
@@ -162,7 +162,7 @@ def packed_attention(
     window = sliding_window or None
     q, k, v = query[0], key[0], value[0]  # [heads, T, head dim]
     if isinstance(kv_layout, ShapeProbe):
-        kv_layout.seen[layer] = (k.shape, v.shape, window)
+        kv_layout.seen[layer] = (k.shape, v.shape)
         return v.repeat_interleave(len(q) // len(v), 0).transpose(0, 1)[None], None  # one token sees itself
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     pool = kv_layout.pool

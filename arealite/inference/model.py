@@ -1,23 +1,24 @@
 """The served model: the Hugging Face modelling code that the trainer runs, with attention over the page pool.
 
 Loaded by serve.py, run by the engine thread. What cannot be served faithfully is refused here, before the server
-listens: the packed pass is compared with the plain Hugging Face pass on a few tokens.
+listens (models/fidelity.py).
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError
 from arealite.inference.adapters import Adapters
-from arealite.inference.cache import PAGE_TOKENS, PagePool
+from arealite.inference.cache import PAGE_TOKENS, PagePool, pages_for
 from arealite.inference.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention, to_device
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence, Span
@@ -25,6 +26,8 @@ from arealite.kernels import cpu
 from arealite.kernels.cpu import Kernels
 from arealite.kernels.linears import PackedLinears
 from arealite.kernels.modules import fuse
+from arealite.models.fidelity import Rows, check_fidelity, token_scores
+from arealite.models.opening import open_config, open_tokenizer
 from arealite.weights.naming import hub_parts
 
 logger = logging.getLogger(__name__)
@@ -33,11 +36,7 @@ AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
 HEAD_CHUNK = 256  # rows of [rows, vocabulary] logits that exist at one time when a whole prompt is scored
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_LAYER_KINDS = {"full_attention", "sliding_attention"}
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_PROBE_TOKENS = 9  # of each of the two packed sequences of the check at load: they fit one page
-_PROBE_PREFILL = 4  # so many in one pass, the others one by one
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest logit
 
 
 class ServedModel:
@@ -82,9 +81,7 @@ class ServedModel:
         self.eos_token_ids = _eos_ids(self.module, self.tokenizer)
         with torch.inference_mode():
             self.kv_shape = self._discover_kv_shape()  # layers, key heads, head dim
-            plain = self._plain_logits()
             self._linears, self._paging = self._accelerate(shared)
-            self._check_against(plain)
 
     @classmethod
     def load(
@@ -101,11 +98,8 @@ class ServedModel:
         Raises:
             ConfigError: it cannot be read, or not be served.
         """
-        try:
-            config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"no model configuration at {path!r}: {error}") from error
-        _check_config(config, path, context_length, deterministic)
+        config = open_config(path)
+        _check_config(config, path, context_length, deterministic, dtype, device)
         tokenizer = _load_tokenizer(tokenizer_path or path)
         module = _load_module(path, dtype).to(device).requires_grad_(False)
         return cls(module, tokenizer, path, context_length, deterministic)
@@ -120,7 +114,8 @@ class ServedModel:
         Raises:
             ConfigError: it cannot be served, or this process holds only a part of a parameter.
         """
-        _check_config(module.config, module.name_or_path, context_length, deterministic)
+        kind = module.dtype, module.device
+        _check_config(module.config, module.name_or_path, context_length, deterministic, *kind)
         with torch.device("meta"):  # the code alone; the trainer's module keeps its attention and its hooks
             config = copy.deepcopy(module.config)
             twin: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
@@ -179,30 +174,15 @@ class ServedModel:
         probe = ShapeProbe({})
         self._run([0], [0], probe)
         num_layers = self.config.get_text_config().num_hidden_layers
-        shapes = {(key, value) for key, value, _ in probe.seen.values()}
+        shapes = set(probe.seen.values())
         uneven = len(shapes) != 1 or any(key != value for key, value in shapes)
         if uneven or sorted(probe.seen) != list(range(num_layers)):
             raise ConfigError(
                 f"{self._name}: layers {sorted(probe.seen)} of {num_layers} use standard attention, with key and value"
                 f" shapes {sorted(map(str, shapes))}; the native server needs one shape, in every layer"
             )
-        self._check_windows([window for _, (_, _, window) in sorted(probe.seen.items())])
         [(key, _)] = shapes
         return num_layers, key[0], key[2]
-
-    def _check_windows(self, found: list[int | None]) -> None:
-        """The windows that the layers pass to attention are those that the configuration states."""
-        text = self.config.get_text_config().to_dict()
-        window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
-        kinds = text.get("layer_types") or ["sliding_attention"] * len(found)
-        stated = [window if kind == "sliding_attention" else None for kind in kinds]
-        for layer, pair in enumerate(zip(stated, found, strict=True)):
-            wanted, passed = (w if w and w < self.context_length else None for w in pair)
-            if wanted != passed:
-                raise ConfigError(
-                    f"{self._name}: layer {layer} has a sliding window of {wanted} by its configuration, and passes"
-                    f" {passed} to attention; the native server cannot tell which is meant"
-                )
 
     def refresh(self) -> None:
         """Parameters have changed: whatever was derived from them is derived again."""
@@ -222,53 +202,41 @@ class ServedModel:
         fits = compiled.exact_products and softcap is None and self.kv_shape[2] % cpu.DIM_STEP == 0
         return linears, compiled if fits else None
 
-    def _probe_rows(self) -> list[list[int]]:
-        return [[(31 * (t + 1) + 17 * i) % self.vocab_size for t in range(_PROBE_TOKENS)] for i in range(2)]
-
-    def _plain_logits(self) -> torch.Tensor:
-        """Of the probe rows, by the plain Hugging Face pass; [2, _PROBE_TOKENS, V]."""
-        self.module.set_attn_implementation("eager")
-        plain = self.module(input_ids=torch.tensor(self._probe_rows(), device=self.device), use_cache=False).logits
-        self.module.set_attn_implementation(ATTENTION_NAME)
-        return plain
-
-    def _check_against(self, plain: torch.Tensor) -> None:
-        """Packed prefill and decode must give the logits of the plain Hugging Face pass."""
-        pool = self.make_pool(2 * PAGE_TOKENS)
-        probes = [Sequence(GenerateRequest("probe", row, SamplingParams(1))) for row in self._probe_rows()]
-        for probe in probes:
-            probe.pages = pool.take(1)
-        hidden = self.forward(pool, [Span(probe, 0, _PROBE_PREFILL) for probe in probes])
-        steps = [self.logits(hidden[_PROBE_PREFILL - 1 :: _PROBE_PREFILL])]
-        for position in range(_PROBE_PREFILL, _PROBE_TOKENS):
-            steps.append(self.logits(self.forward(pool, [Span(probe, position, 1) for probe in probes])))
-        gap = (plain[:, _PROBE_PREFILL - 1 :].float() - torch.stack(steps, 1).float()).abs().max()
-        difference = float(gap / plain.abs().max())
-        if not difference <= _PROBE_TOLERANCE[self.dtype]:
-            raise ConfigError(
-                f"{self._name}: logits of the packed pass differ from the plain Hugging Face pass by"
-                f" {difference:.3g} of the largest logit (allowed {_PROBE_TOLERANCE[self.dtype]}); this"
-                " architecture (unusual attention, or logits changed after the head) is not supported"
-            )
+    @torch.inference_mode()
+    def _score(self, rows: Rows) -> Rows:
+        """models/fidelity.py's Pass: the first half of each row in one pass, three more tokens in another, the others
+        one by one."""
+        sequences = [Sequence(GenerateRequest("probe", row.tolist(), SamplingParams(1))) for row in rows]
+        pool = self.make_pool(PAGE_TOKENS * sum(pages_for(len(row)) for row in rows))
+        hidden: list[list[torch.Tensor]] = [[] for _ in rows]
+        spans = []
+        for sequence, row in zip(sequences, rows, strict=True):
+            sequence.pages = pool.take(pages_for(len(row)))
+            ends = [len(row) // 2, *range(len(row) // 2 + 3, len(row) + 1)]
+            spans.append([Span(sequence, start, end - start) for start, end in pairwise([0, *ends])])
+        for together in zip_longest(*spans):
+            chosen = [i for i, span in enumerate(together) if span is not None]
+            states = self.forward(pool, [together[i] for i in chosen])
+            for i, own in zip(chosen, states.split([together[i].count for i in chosen]), strict=True):
+                hidden[i].append(own)
+        logits = [self.logits(torch.cat(states)[: len(row) - 1]) for states, row in zip(hidden, rows, strict=True)]
+        return [token_scores(own, row[1:]) for own, row in zip(logits, rows, strict=True)]
 
     @property
     def _name(self) -> str:
         return f"{self.path} ({type(self.module).__name__})"
 
 
-def _check_config(config: Any, path: str, context_length: int | None, deterministic: bool) -> None:
-    """Raises ConfigError for what the configuration alone shows to be out of reach."""
-    text = config.get_text_config().to_dict()
+def _check_config(
+    config: Any, path: str, context_length: int | None, deterministic: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises ConfigError for what cannot be served, by its configuration or by a trial of its architecture."""
+    text = config.get_text_config(decoder=True).to_dict()
     limit = text.get("max_position_embeddings")
     if limit is None:
         raise ConfigError(f"{path}: the model states no max_position_embeddings; not supported by the native server")
     if context_length is not None and context_length > limit:
         raise ConfigError(f"--context-length {context_length} is more than the model's own limit, {limit}")
-    others = set(text.get("layer_types") or ()) - _LAYER_KINDS
-    if others:
-        raise ConfigError(
-            f"{path}: layers of kind {', '.join(sorted(others))}; the native server supports {sorted(_LAYER_KINDS)}"
-        )
     ropes = text.get("rope_parameters") or {}
     for rope in [ropes, *(entry for entry in ropes.values() if isinstance(entry, dict))]:  # one, or one per layer kind
         original = rope.get("original_max_position_embeddings", limit)
@@ -280,12 +248,19 @@ def _check_config(config: Any, path: str, context_length: int | None, determinis
     if deterministic and any(text.get(name) for name in _EXPERT_COUNTS):
         raise ConfigError(f"{path}: --deterministic is not possible for a mixture of experts; leave the flag out")
 
+    def run(tiny: Any, rows: Rows) -> Rows:
+        return ServedModel(tiny, None, path, deterministic=deterministic)._score(rows)
+
+    check_fidelity(config, AutoModelForCausalLM, ATTENTION_NAME, run, path, (dtype, device))
+
 
 def _load_module(path: str, dtype: torch.dtype) -> Any:
     """The model in memory of its own: transformers may hand out a map of the file, which changes when the file does."""
     try:
-        module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
-    except (OSError, ValueError, KeyError) as error:  # the last one: its code knows only the attention it lists
+        module = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path} cannot be loaded as a causal language model: {error}") from error
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
@@ -299,7 +274,7 @@ def _load_tokenizer(path: str) -> Any:
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         logger.warning("%s has no tokenizer: only token ids are served", path)
         return None
-    return AutoTokenizer.from_pretrained(path)
+    return open_tokenizer(path)
 
 
 def _eos_ids(module: Any, tokenizer: Any) -> frozenset[int]:
