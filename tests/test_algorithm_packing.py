@@ -68,10 +68,13 @@ def test_parts_are_more_even_than_longest_first():
     assert sums == [14, 16]  # longest first: 13 and 17
 
 
-def test_micro_batches_are_of_equal_size():
+def test_micro_batches_are_of_equal_size_where_that_fits():
     rows = arrays([[i] * n for i, n in enumerate((6, 5, 4, 3, 2))])
     batches = micro_batches(rows, np.arange(5), 11)
     assert sorted(sum(len(rows[i]) for i in b) for b in batches) == [10, 10]
+    rows = arrays([[i] * n for i, n in enumerate((6, 6, 5, 5, 5))])
+    batches = micro_batches(rows, np.arange(5), 15)  # the most even two that differencing finds are 16 and 11
+    assert sorted(sum(len(rows[i]) for i in b) for b in batches) == [12, 15]
 
 
 @settings(deadline=None, max_examples=50)

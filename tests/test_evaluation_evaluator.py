@@ -69,6 +69,13 @@ def test_tasks_weigh_the_same_whatever_their_samples(tmp_path):
     assert result.pass_at == {1: 0.5, 2: 0.5}
 
 
+def test_partly_right_answers_count_for_the_mean_and_not_for_pass_at_k(tmp_path):
+    evaluator, _ = make(tmp_path, [[1.0, 0.5, 0.0, 0.0], [0.5] * 4, [1.25, 0.0, 1.0, 0.0, 1.0, 1.0]], tasks=TASKS[:3])
+    result = evaluator.evaluate(1)
+    assert result.accuracy == pytest.approx((1.5 / 4 + 0.5 + 4.25 / 6) / 3)
+    assert result.pass_at == pytest.approx({1: (1 / 4 + 4 / 6) / 3, 2: (1 / 2 + 14 / 15) / 3, 4: (1 + 1) / 3})
+
+
 def test_nothing_scored_is_an_error_with_the_reason(tmp_path):
     evaluator, _ = make(tmp_path, [[None]] * 4)
     with pytest.raises(RewardError, match="none of the 4 held-out tasks .* bad verifier"):

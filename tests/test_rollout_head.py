@@ -12,7 +12,7 @@ import torch
 from rollout_fakes import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
 
 from arealite.api.errors import ConfigError, RequestError, WorkflowError
-from arealite.api.types import Task, as_record
+from arealite.api.types import Batch, Group, Task, as_record
 from arealite.observe.reasons import reasons
 from arealite.rollout import executor as executor_module
 from arealite.rollout import share
@@ -48,6 +48,21 @@ def test_synchronous_steps_are_the_tasks_in_order(head, tmp_path):
     assert report.counts["trained"] == 12
     assert set(report.trained_at.values()) == {0, 1, 2}
     assert report.reasons == {"the run ended": source.position - 12}
+
+
+def test_shares_are_whole_groups_of_about_as_many_tokens():
+    lengths = [30, 9, 8, 7, 6]  # by count the first one would share with others
+    groups = [
+        Group(Task(f"t{i}"), i, [trajectory(Task(f"t{i}"), m, [0] * n) for m in range(2)])
+        for i, n in enumerate(lengths)
+    ]
+    whole, shares = Batch.pack(groups), share.split_batch(groups, 2)
+    assert sorted(s.group_ids.tolist() for s in shares) == [[0, 0], [1, 1, 2, 2, 3, 3, 4, 4]]
+    for part in shares:
+        wanted = whole.select(np.flatnonzero(np.isin(whole.group_ids, part.group_ids)))
+        assert part.num_groups == 5 and part.task_ids == wanted.task_ids
+        assert part.tokens.tolist() == wanted.tokens.tolist()
+    assert [s.num_sequences for s in share.split_batch(groups[:1], 3)].count(0) == 2
 
 
 def test_two_batches_at_one_version_are_refused_when_the_bound_forbids_them(head):

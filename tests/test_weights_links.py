@@ -126,6 +126,9 @@ def test_handshake_names_what_is_wrong(tmp_path):
         verify(second, {"server-0": dict(second.checksums), "server-1": broken}, first)
     with pytest.raises(WeightSyncError, match=f"without confirming {victim}"):
         verify(second, {"s": {n: c for n, c in second.checksums.items() if n != victim}})
+    name = "layers.16.weight"  # one that is confirmed at every version
+    partly = link.publish((make_tensors(0) | {name: make_tensors(1)[name]}).items(), 2)
+    verify(partly, {"s": dict(partly.checksums)}, first, must_differ=True)
     again = link.publish(make_tensors(0).items(), 2)
     with pytest.raises(WeightSyncError, match="changed nothing"):
         verify(again, {"s": dict(again.checksums)}, first, must_differ=True)
@@ -183,6 +186,7 @@ def test_guard_compares_scored_tokens_and_those_sampled_by_this_version(caplog):
     # Where servers may not end an answer yet, they record logprobs of another distribution: not compared.
     forced = MismatchGuard(StatsLoggerConfig(probe_every_steps=2), min_new_tokens=1)
     assert forced.check(2, make_batch(), Actor(-1.1, -2.4), Servers())["mismatch_max"] == pytest.approx(0.1)
+    assert guard.check(2, make_batch(), Actor(-1.0, -3.2), Servers())["mismatch_max"] == pytest.approx(1.2)  # one token
     with pytest.raises(WeightSyncError, match="mismatch_stop allows 0.5"):
         guard.check(2, make_batch(), Actor(-2.0, -2.0), Servers())
     with pytest.raises(WeightSyncError, match="NaN"):
