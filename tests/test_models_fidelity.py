@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 from test_engine_loading import EXPERTS, SIZES
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForTokenClassification
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from arealite.api.errors import ConfigError
 from arealite.engine.model import load_model
-from arealite.engine.value_model import PackedValueModel
+from arealite.engine.value_model import load_value_model
 from arealite.inference.model import _check_config
 
 WINDOW = {"sliding_window": 64}
@@ -33,6 +33,8 @@ WRONG = {
     "deepseek_v3": (LATENT | {"v_head_dim": 8, "n_routed_experts": 8, "n_group": 2}, "fails there|one shape"),
 }  # fmt: skip
 
+HEADS = {"critic": AutoModelForTokenClassification, "reward": AutoModelForSequenceClassification}
+
 
 def save_config(folder, kind, changes) -> str:
     default = CONFIG_MAPPING[kind]()
@@ -45,16 +47,16 @@ def open_as(who: str, folder: str) -> None:
     """What trainer, critic or server find out about a folder before they read weights."""
     if who == "trainer":
         load_model(folder)
-    elif who == "critic":
-        load_model(folder, AutoModelForTokenClassification, 1, PackedValueModel)
+    elif who in HEADS:
+        load_value_model(folder, HEADS[who])
     else:
         _check_config(AutoConfig.from_pretrained(folder), folder, None, False, torch.bfloat16, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("who", ["trainer", "critic", "server"])
+@pytest.mark.parametrize("who", ["trainer", *HEADS, "server"])
 def test_right_architectures_are_accepted(tmp_path, who):
     for kind, changes in RIGHT.items():
-        if who != "critic" or kind in ("llama", "qwen3", "mistral"):
+        if who not in HEADS or kind in ("llama", "qwen3", "mistral"):
             open_as(who, save_config(tmp_path / kind, kind, changes))
 
 

@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import sys
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from arealite.api.errors import ConfigError
 from arealite.engine.model import load_model
+from arealite.engine.value_model import load_value_model
 
 if __name__ == "__main__":
     try:
         if sys.argv[2] == "rw":
-            load_model(sys.argv[1], AutoModelForSequenceClassification, num_labels=1)
+            load_value_model(sys.argv[1], AutoModelForSequenceClassification)
         else:
-            load_model(sys.argv[1], AutoModelForCausalLM)
+            load_model(sys.argv[1])
     except ConfigError as error:
         print(error)
         sys.exit(2)

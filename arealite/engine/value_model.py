@@ -31,6 +31,11 @@ class PackedValueModel(PackedModel):
         return (self.gather(values, own.rows, len(micro.predicting)).index_select(0, micro.row_of),)
 
 
+def load_value_model(folder: str, auto_class: Any) -> Any:
+    """As load_model."""
+    return load_model(folder, auto_class, num_labels=1, packed=PackedValueModel)
+
+
 class FSDPValueEngine(FSDPEngine):
     """An FSDPEngine whose model has a value head; made from a language model, the head starts at zero, so that all
     values are 0. The model is saved and loaded as transformers' class of `auto_class`."""
@@ -44,7 +49,7 @@ class FSDPValueEngine(FSDPEngine):
             raise ConfigError("lora is given for a model with a value head, which needs all of its weights: remove it")
 
     def _build_model(self) -> Any:
-        return load_model(self.folder, self.auto_class, num_labels=1, packed=PackedValueModel)
+        return load_value_model(self.folder, self.auto_class)
 
     def _packed_model(self) -> PackedModel:
         return PackedValueModel(self.hf_model, self.mesh)

@@ -136,8 +136,8 @@ def _logits_changed(model: Any, row: torch.Tensor) -> str:
     output = model.base_model(input_ids=row[None], use_cache=False)
     if "last_hidden_state" not in output:
         raise ConfigError("its base model returns no last hidden states")
-    logits = model(input_ids=row[None], use_cache=False).logits
-    if torch.allclose(functional.linear(output.last_hidden_state, head.weight), logits, atol=1e-3):
+    logits = functional.linear(output.last_hidden_state[0], head.weight)
+    if torch.allclose(logits, _plain_logits(model, row[None]), atol=1e-3):
         return ""
     settings = {name: getattr(model.config, name) for name in dir(model.config) if "logit" in name}
     told = [f"{name} {value}" for name, value in settings.items() if isinstance(value, float) and value != 1]
@@ -146,7 +146,15 @@ def _logits_changed(model: Any, row: torch.Tensor) -> str:
 
 def plain_scores(model: Any, rows: Rows) -> Rows:
     """What a Pass returns, by the model's own code, one row at a time."""
-    return [token_scores(model(input_ids=row[None], use_cache=False).logits[0, :-1], row[1:]) for row in rows]
+    return [token_scores(_plain_logits(model, row[None])[:-1], row[1:]) for row in rows]
+
+
+def _plain_logits(model: Any, row: torch.Tensor) -> torch.Tensor:
+    """[L, V] for a row [1, L]; a head that judges the whole sequence is asked about each of its beginnings."""
+    logits = model(input_ids=row, use_cache=False).logits
+    if logits.dim() == 3:
+        return logits[0]
+    return torch.cat([model(input_ids=row[:, :end], use_cache=False).logits for end in range(1, row.shape[1] + 1)])
 
 
 def token_scores(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
