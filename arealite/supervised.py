@@ -5,7 +5,6 @@ Scripts call `SFTTrainer(config).train()` or `RWTrainer(config).train()`. Every 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +27,6 @@ from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats import StatsTracker
 from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import MEASURES, report_supervised
-
-logger = logging.getLogger(__name__)
 
 # What an engine makes of this rank's share of a batch: statistics over all ranks.
 Pass = Callable[[Batch], dict[str, float]]
@@ -80,20 +77,15 @@ class SupervisedTrainer:
         """Run all steps that are left and write the summary. Consumes: rows. Produces: weights, checkpoints, metrics.
         Waits for: the other ranks, within the engine's named waits. Unblocked by: their calls, or a rank's death."""
         try:
-            step = self.recover.load(self.engine, NoRollout(), self.dataloader)
-            for timed in (self.saver.frequency, self.evaluation):
-                timed.restart(self.recover.epoch)
-            if step >= self.total_steps and self.is_head:
-                logger.warning(
-                    "this run has made all its %d steps (%s): choose another trial_name", step, self.folder.root
-                )
-            if step == 0 and self.config.evaluator.at_start:
-                self.evaluate(0)
-            while step < self.total_steps:
-                self.train_step(step)
-                step += 1
-                self.after_step(step)
-            self.recover.finish()
+            with self.recover.session(self.engine, NoRollout(), self.dataloader) as step:
+                self.saver.begin(step, self.recover.epoch, self.engine, self.total_steps)
+                self.evaluation.restart(self.recover.epoch)
+                if step == 0 and self.config.evaluator.at_start:
+                    self.evaluate(0)
+                while step < self.total_steps:
+                    self.train_step(step)
+                    step += 1
+                    self.after_step(step)
             if self.is_head:
                 self.logger.close()
                 report_supervised(self.folder)
@@ -111,16 +103,15 @@ class SupervisedTrainer:
 
     def after_step(self, step: int) -> None:
         """Everything that happens between steps; `step` counts finished ones."""
-        epoch = step // self.dataloader.steps_per_epoch
+        epoch, last = step // self.dataloader.steps_per_epoch, step == self.total_steps
         with self.stats.timer("save"):
-            self.saver.maybe_save(step, epoch, self.engine)
-        is_due = self.evaluation.due(step, epoch, self.collective)
-        if is_due or (step == self.total_steps and self.config.evaluator.at_end):
+            self.saver.maybe_save(step, epoch, self.engine, last)
+        if self.evaluation.due(step, epoch, self.collective, last and self.config.evaluator.at_end):
             with self.stats.timer("eval"):
                 self.stats.update({f"eval_{name}": value for name, value in self.evaluate(step).items()})
         if self.is_head:
             self.logger.commit(step - 1, epoch, self.stats.export())
-        self.recover.maybe_save(step, epoch, self.engine, NoRollout(), self.dataloader)
+        self.recover.maybe_save(step, epoch, self.engine, NoRollout(), self.dataloader, last)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """The held-out numbers of the current weights, written to the run folder; none without held-out rows."""

@@ -6,7 +6,6 @@ examples/arealite/gsm8k_grpo.py. Every trainer rank runs this code.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
@@ -30,8 +29,6 @@ from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, R
 from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
 from arealite.workflow.rlvr import RLVRWorkflow
-
-logger = logging.getLogger(__name__)
 
 ENGINES: dict[str, Callable[..., RemoteInferenceEngine]] = {
     "native": RemoteNativeEngine,
@@ -125,24 +122,17 @@ class PPOTrainer:
         an error of the rollout head.
         """
         try:
-            step = self.recover.load(self.trained, self.rollout, self.dataloader)
-            for timed in (self.saver, self.evaluator):
-                if timed is not None:
-                    timed.frequency.restart(self.recover.epoch)
-            if step >= self.total_steps and self.is_head:
-                logger.warning(
-                    "this run has made all its %d steps (%s): choose another trial_name for a new one, or raise"
-                    " total_train_steps to go on",
-                    *(step, self.folder.root),
-                )
-            self.actor.upload_weights()
-            if self.evaluator is not None and step == 0:
-                self.evaluator.maybe_evaluate(step, 0)
-            while step < self.total_steps:
-                self.train_step(step)
-                step += 1
-                self.after_step(step)
-            self.recover.finish()
+            with self.recover.session(self.trained, self.rollout, self.dataloader) as step:
+                self.saver.begin(step, self.recover.epoch, self.trained, self.total_steps)
+                self.actor.upload_weights()
+                if self.evaluator is not None:
+                    self.evaluator.frequency.restart(self.recover.epoch)
+                    if step == 0:
+                        self.evaluator.maybe_evaluate(step, 0)
+                while step < self.total_steps:
+                    self.train_step(step)
+                    step += 1
+                    self.after_step(step)
             self.finish()
         finally:
             self.close()
@@ -176,18 +166,18 @@ class PPOTrainer:
 
     def after_step(self, step: int) -> None:
         """Everything that happens between steps; `step` counts finished ones."""
-        epoch = step // self.dataloader.steps_per_epoch
+        epoch, last = step // self.dataloader.steps_per_epoch, step == self.total_steps
         with self.stats.timer("save"):
-            self.saver.maybe_save(step, epoch, self.trained)
+            self.saver.maybe_save(step, epoch, self.trained, last)
         if self.evaluator is not None:
             with self.stats.timer("eval"):
-                result = self.evaluator.maybe_evaluate(step, epoch, last=step == self.total_steps)
+                result = self.evaluator.maybe_evaluate(step, epoch, last)
             if result is not None:
                 self.stats.scalar("eval_accuracy", result.accuracy)
         if self.is_head:
             self.stats.update(self.rollout.stats())
             self.logger.commit(step - 1, epoch, self.stats.export(), self.rollout.last_groups, self.tokenizer)
-        self.recover.maybe_save(step, epoch, self.trained, self.rollout, self.dataloader)
+        self.recover.maybe_save(step, epoch, self.trained, self.rollout, self.dataloader, last)
 
     def finish(self) -> None:
         """The summary, the plot, and the table for the person who started the run."""

@@ -11,7 +11,7 @@ import dummies
 import pytest
 from dummies import Launched, config_with, is_alive, plan_of
 
-from arealite.api.errors import ConfigError
+from arealite.api.errors import ConfigError, RecoveryError
 from arealite.launcher.local import launch
 from arealite.observe.processes import processes_of_run
 from arealite.observe.run_folder import RunFolder
@@ -301,5 +301,5 @@ def test_restarts_end_where_the_configuration_says(overrides, said, tmp_path):
 def test_fresh_refuses_a_used_folder(tmp_path):
     folder = RunFolder(tmp_path / "run").create()
     folder.ledger.write_text("{}\n")
-    with pytest.raises(ConfigError, match="holds an earlier run"):
+    with pytest.raises(RecoveryError, match=r"holds an earlier run \(ledger.jsonl\)"):
         launch(plan_of(folder.root, ["step"], OK), config_with({"recover.mode": "fresh"}), folder)

@@ -15,6 +15,10 @@ def test_nothing_given_is_never_and_silent():
     assert not any(Frequency(FrequencyConfig()).due(step, 0, None) for step in range(1, 50))
 
 
+def test_the_last_step_is_always_one():
+    assert all(Frequency(config).due(7, 0, None, last=True) for config in (FrequencyConfig(), FrequencyConfig(2)))
+
+
 def test_steps():
     assert due_steps(Frequency(FrequencyConfig(freq_steps=4)), range(1, 14)) == [4, 8, 12]
 

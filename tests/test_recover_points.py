@@ -1,8 +1,10 @@
 """Recovery points: whole or not there, through kills, full disks, several ranks and changed configurations."""
 
 import errno
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from arealite.api.cli_args import GRPOConfig, RecoverConfig
 from arealite.api.errors import ArealiteError, RecoveryError
 from arealite.engine import recover as recover_module
 from arealite.engine.recover import COMPLETE, RecoverHandler
+from arealite.observe import stop
 from arealite.observe.run_folder import RunFolder
 
 
@@ -76,8 +79,9 @@ class Life:
     def __init__(self, root, config=None, collective=None, **settings):
         self.folder = RunFolder(Path(root))
         self.actor, self.rollout, self.dataloader = FakeActor(collective or Alone()), Counter(), Counter()
-        settings = {"freq_steps": 1} | settings
-        self.recover = RecoverHandler(RecoverConfig(**settings), self.folder, config or run_config())
+        config = config or run_config()
+        config.recover = RecoverConfig(**{"freq_steps": 1} | settings)
+        self.recover = RecoverHandler(config.recover, self.folder, config)
 
     def train(self, step, epoch=0):
         self.actor.value = self.rollout.value = self.dataloader.value = step
@@ -86,6 +90,13 @@ class Life:
 
     def load(self):
         return self.recover.load(self.actor, self.rollout, self.dataloader)
+
+    def session(self):
+        return self.recover.session(self.actor, self.rollout, self.dataloader)
+
+    def end_step(self, step, last=False):
+        self.actor.value = self.rollout.value = self.dataloader.value = step
+        self.recover.maybe_save(step, 0, self.actor, self.rollout, self.dataloader, last)
 
     def points(self):
         return sorted(p.name for p in self.folder.recover_dir.iterdir())
@@ -101,37 +112,106 @@ def test_round_trip(tmp_path):
     assert (second.actor.value, second.rollout.value, second.dataloader.value, second.recover.epoch) == (6, 6, 6, 3)
 
 
-def test_mode_off_neither_writes_nor_reads(tmp_path):
-    assert Life(tmp_path, mode="off").train(1) is None
+@pytest.mark.parametrize("mode", ["fresh", "off"])
+def test_modes_that_go_on_with_nothing_refuse_a_used_folder(tmp_path, mode):
+    first = Life(tmp_path, mode=mode)
+    assert first.load() == 0
+    assert (first.train(1) is None) == (mode == "off")
     Life(tmp_path).train(1)
-    assert Life(tmp_path, mode="off").load() == 0
+    with pytest.raises(RecoveryError, match=rf"mode is {mode}, .* an earlier run \(point_000001\).*trial_name"):
+        Life(tmp_path, mode=mode).load()
 
 
-def test_mode_fresh_refuses_a_used_folder(tmp_path):
-    assert Life(tmp_path, mode="fresh").load() == 0
-    Life(tmp_path, mode="fresh").train(1)
-    with pytest.raises(RecoveryError, match=r"point_000001 of an earlier run.*trial_name"):
-        Life(tmp_path, mode="fresh").load()
-
-
-def test_another_configuration_is_refused_by_name(tmp_path):
-    Life(tmp_path).train(1)
-    other = run_config(seed=8)
-    other.gconfig.n_samples = 4
-    with pytest.raises(RecoveryError) as raised:
-        Life(tmp_path, other).load()
-    assert "gconfig.n_samples: 8 in the point, 4 in this configuration" in str(raised.value)
-    assert "seed: 7 in the point, 8" in str(raised.value)
-    assert "train_dataset" not in str(raised.value)
-    faster = run_config()
+def test_another_configuration_is_refused_before_its_points_are_read(tmp_path):
+    first = Life(tmp_path)
+    first.load()
+    first.train(1)
+    with pytest.raises(RecoveryError, match=r"seed: 7 there, 8 in this configuration(.|\n)*choose another trial_name"):
+        Life(tmp_path, run_config(seed=8)).load()
+    faster = run_config(total_train_steps=9)
     faster.actor.optimizer.lr = 1.0
     assert Life(tmp_path, faster).load() == 1
+
+
+def test_a_run_without_a_point_begins_again_and_says_so(tmp_path, caplog):
+    Life(tmp_path).load()
+    assert "begins again" not in caplog.text
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert Life(tmp_path).load() == 0 and "no recovery point: its run begins again" in caplog.text
+    with pytest.raises(RecoveryError, match="another configuration"):
+        Life(tmp_path, run_config(seed=8)).load()
+
+
+def test_the_last_step_leaves_a_point_whatever_the_frequency(tmp_path):
+    life = Life(tmp_path, freq_steps=2)
+    with life.session() as step:
+        for number in range(step + 1, 6):
+            life.end_step(number, last=number == 5)
+    assert life.points() == ["point_000004", "point_000005"]
+    assert Life(tmp_path).load() == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at_point", [False, True])
+def test_a_stop_is_heeded_after_the_step_and_leaves_a_point(tmp_path, caplog, number, at_point):
+    life, earlier = Life(tmp_path, freq_steps=2 if at_point else 100), signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, life.session():
+        life.end_step(1)
+        os.kill(os.getpid(), number)
+        life.actor.value = 2  # goes on to the end of the step
+        life.end_step(2)
+        pytest.fail("the run goes on")
+    assert ended.value.code == 128 + number and signal.getsignal(number) is earlier
+    assert life.points() == ["point_000002"] and f"stopped by {number.name}, 2 steps are finished" in caplog.text
+    again = Life(tmp_path)
+    assert again.load() == again.actor.value == again.rollout.value == 2
+
+
+def test_a_stop_in_the_wait_for_groups_keeps_the_finished_steps(tmp_path):
+    life = Life(tmp_path, freq_steps=100)
+    with pytest.raises(SystemExit), life.session():
+        life.end_step(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.look()  # as prepare_batch does
+    assert life.points() == ["point_000001"]
+    with pytest.raises(SystemExit), Life(tmp_path, freq_steps=100).session() as step:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.look()
+    assert step == 1 and life.points() == ["point_000001"]
+
+
+def test_two_stops_are_not_waited_for_and_no_stop_outlives_its_run(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Life(tmp_path, freq_steps=100).session():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    stop.look()
+
+
+def test_a_stop_reaches_all_ranks(tmp_path, monkeypatch):
+    """Signals arrive at one of them, in its main thread; it is rank 0 that decides."""
+    meeting = Meeting(2)
+    lives = [Life(tmp_path, collective=meeting.of(rank), freq_steps=100) for rank in range(2)]
+
+    def run(rank):
+        with pytest.raises(SystemExit), lives[rank].session():
+            lives[rank].end_step(1)
+            if rank == 0:
+                monkeypatch.setattr(stop, "_noted", [signal.SIGTERM])
+            lives[rank].end_step(2)
+            pytest.fail("the run goes on")
+
+    on_ranks(meeting, run)
+    assert lives[0].points() == ["point_000002"]
 
 
 def test_parameters_of_a_task_survive_json(tmp_path):
     config = run_config()
     config.train_dataset.params = {"range": (1, 9), 3: None}
-    Life(tmp_path, config).train(1)
+    config.actor.optimizer.max_grad_norm = float("inf")
+    first = Life(tmp_path, config)
+    first.load()
+    first.train(1)
     assert Life(tmp_path, config).load() == 1
 
 

@@ -46,6 +46,26 @@ def test_all_are_kept_by_default(tmp_path):
     assert len(kept(tmp_path)) == 4
 
 
+def test_the_last_weights_are_saved_whatever_the_frequency(tmp_path, caplog):
+    for config in (SaverConfig(), SaverConfig(freq_steps=2)):
+        saver, actor = Saver(config, RunFolder(tmp_path / str(config.freq_steps))), FakeActor()
+        saver.begin(0, 0, actor, total_steps=3)
+        saved = [saver.maybe_save(step, 0, actor, last=step == 3) for step in (1, 2, 3)]
+        assert [bool(path) for path in saved] == [False, config.freq_steps == 2, True]
+    assert not caplog.text
+    saver.begin(3, 0, actor, total_steps=3)  # it is there
+    saver.begin(5, 0, actor, total_steps=4)  # stopped after five steps, and then the length was lowered
+    assert kept(tmp_path / "2") == ["step_000002", "step_000003", "step_000005"]
+    assert "made all its 3 steps" in caplog.text and "raise total_train_steps" in caplog.text
+
+
+def test_last_weights_that_cannot_be_saved_are_an_error_at_once(tmp_path):
+    saver, actor = Saver(SaverConfig(), RunFolder(tmp_path)), FakeActor()
+    actor.error = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ArealiteError, match="No space left.* last of the run"):
+        saver.maybe_save(3, 0, actor, last=True)
+
+
 def test_the_one_just_saved_is_never_deleted(tmp_path):
     """After a resume the folder may hold checkpoints of later steps of the killed life."""
     (tmp_path / "checkpoints/step_000030").mkdir(parents=True)

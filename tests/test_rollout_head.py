@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import signal
 import threading
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from rollout_fakes import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
 
-from arealite.api.errors import ConfigError, RequestError, WorkflowError
+from arealite.api.errors import ConfigError, RequestError, RunStopped, WorkflowError
 from arealite.api.types import Batch, Group, Task, as_record
+from arealite.observe import stop
 from arealite.observe.reasons import reasons
 from arealite.rollout import executor as executor_module
 from arealite.rollout import share
@@ -70,6 +72,21 @@ def test_two_batches_at_one_version_are_refused_when_the_bound_forbids_them(head
     engine.prepare_batch(source, Episodes())
     with pytest.raises(WorkflowError, match="send new weights"):
         engine.prepare_batch(source, Episodes())
+
+
+def test_a_wait_for_groups_ends_when_a_stop_is_asked_for_and_loses_no_task(head, monkeypatch):
+    """The state is that of the last finished step: what was taken is ready again, what runs waits."""
+
+    class Endless(Episodes):
+        async def arun_episode(self, engine, task):
+            await asyncio.sleep(600)
+
+    engine, source = head(), Source()
+    monkeypatch.setattr(stop, "_noted", [signal.SIGTERM])
+    with pytest.raises(RunStopped, match="SIGTERM"):
+        engine.prepare_batch(source, Endless())
+    state = engine.state_dict()
+    assert (len(state["waiting"]), state["num_consumed"], state["ready"]) == (source.position, 0, [])
 
 
 def test_a_batch_while_paused_is_an_error_and_not_a_hang(head):

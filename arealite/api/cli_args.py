@@ -242,7 +242,7 @@ class FrequencyConfig:
 
 @dataclass
 class SaverConfig(FrequencyConfig):
-    """Hugging Face checkpoints."""
+    """Hugging Face checkpoints: the last weights always, and others at a frequency."""
 
     num_kept: int | None = setting(None, "newest checkpoints kept; all if not given", low=1)
 
@@ -257,10 +257,12 @@ class EvaluatorConfig(FrequencyConfig):
 
 @dataclass
 class RecoverConfig(FrequencyConfig):
-    """Recovery points and what to do with them."""
+    """Recovery points, at a frequency, at the end and when the run is stopped, and what to do with them."""
 
     mode: str = setting(
-        "auto", "auto: resume where a recovery point exists; fresh: refuse a used folder; off", ("auto", "fresh", "off")
+        "auto",
+        "auto: go on in a used folder; fresh: refuse one; off: refuse one, and write no points",
+        ("auto", "fresh", "off"),
     )
     freq_s: float | None = setting(300.0, "every so many seconds, at the end of a step", low=0)
     num_kept: int = setting(2, "newest recovery points kept", low=1)
@@ -308,7 +310,9 @@ class LauncherConfig:
 
     pin_cores: bool = setting(True, "give each process its own cores on CPU-only machines")
     env: dict[str, str] = setting(dict, "further environment variables of all processes")
-    stop_grace_s: float = setting(10.0, "time between SIGTERM and SIGKILL at the end", low=0)
+    stop_grace_s: float = setting(
+        10.0, "time between SIGTERM and SIGKILL at the end; trainers that are stopped first end their step", low=0
+    )
     startup_timeout_s: float = setting(600.0, "longest wait for servers to come up", low=1)
 
 

@@ -50,5 +50,9 @@ class WaitTimeout(ArealiteError):
     """A named wait passed its limit; the message is its line of the stall report."""
 
 
+class RunStopped(ArealiteError):
+    """Somebody asked the run to stop, by Ctrl-C or SIGTERM; raised where it can be gone on with."""
+
+
 class RecoveryError(ArealiteError):
-    """A recovery point is missing, incomplete, or belongs to another configuration."""
+    """A recovery point is missing or incomplete, or the run folder belongs to another run."""

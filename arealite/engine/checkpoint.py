@@ -93,15 +93,17 @@ class WriteFailures:
     def __init__(self) -> None:
         self._num_in_a_row = 0
 
-    def was_written(self, what: str, why_not: str) -> bool:
-        """Whether `why_not` is "". The same on all ranks; raises ArealiteError at the second failure in a row."""
+    def was_written(self, what: str, why_not: str, last: bool = False) -> bool:
+        """Whether `why_not` is "". The same on all ranks; raises ArealiteError at the second failure in a row, and at
+        the `last` write of a run."""
         if not why_not:
             self._num_in_a_row = 0
             return True
         self._num_in_a_row += 1
         message = f"{what} could not be written ({why_not}); the earlier ones are whole"
-        if self._num_in_a_row > 1:
-            raise ArealiteError(f"{message}. It is the second in a row, so the run stops: make room and start it again")
+        if self._num_in_a_row > 1 or last:
+            number = "last of the run" if last else "second in a row"
+            raise ArealiteError(f"{message}. It is the {number}, so the run stops: make room and start it again")
         logger.warning("%s. Training goes on; make room before the next one", message)
         return False
 
@@ -128,18 +130,34 @@ class Saver:
         self._folder = folder
         self._failures = WriteFailures()
 
-    def maybe_save(self, step: int, epoch: int, actor: Savable) -> Path | None:
-        """Save if it is due after `step` finished steps; the folder, or None. Collective."""
-        return self.save(step, actor) if self.frequency.due(step, epoch, actor.collective) else None
+    def begin(self, step: int, epoch: int, actor: Savable, total_steps: int) -> None:
+        """Before the first step, when `step` are finished. A run that has no more to make says so, and saves what it
+        has, unless it did: it may have been stopped earlier, and its length been lowered. Collective."""
+        self.frequency.restart(epoch)
+        if step < total_steps:
+            return
+        if actor.collective.rank == 0:
+            logger.warning(
+                "this run has made all its %d steps (%s): raise total_train_steps to go on, or choose another"
+                " trial_name for a new one",
+                *(step, self._folder.root),
+            )
+        if not actor.collective.on_head(self._folder.checkpoint(step).exists):
+            self.save(step, actor, last=True)
 
-    def save(self, step: int, actor: Savable) -> Path | None:
+    def maybe_save(self, step: int, epoch: int, actor: Savable, last: bool = False) -> Path | None:
+        """Save if it is due after `step` finished steps, or when this was the `last` one; the folder, or None.
+        Collective."""
+        return self.save(step, actor, last) if self.frequency.due(step, epoch, actor.collective, last) else None
+
+    def save(self, step: int, actor: Savable, last: bool = False) -> Path | None:
         """Save now; None when it failed with a warning. Collective. `actor.save` swaps the folder in atomically.
 
-        Raises ArealiteError on every rank at the second failure in a row.
+        Raises ArealiteError on every rank at the second failure in a row, and when the `last` weights are not saved.
         """
         path = self._folder.checkpoint(step)
         why_not = attempt_on_ranks(actor.collective, actor.save, str(path), self._tokenizer)
-        if not self._failures.was_written(f"checkpoint {path}", why_not):
+        if not self._failures.was_written(f"checkpoint {path}", why_not, last):
             return None
         if actor.collective.rank == 0:
             self._prune(path)

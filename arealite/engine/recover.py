@@ -1,7 +1,7 @@
 """Recovery points: everything a killed run needs to go on as if nothing had happened. Called by the training script.
 
-A point is a folder, recover/point_000020: point.json (step, configuration, data position, rollout head), actor/ (model,
-optimizer, schedule, RNG of every rank), COMPLETE (sizes of all files, written last). The state is copied, and a thread
+A point is a folder, recover/point_000020: point.json (step, data position, rollout head), actor/ (model, optimizer,
+schedule, RNG of every rank), COMPLETE (sizes of all files, written last). The state is copied, and a thread
 writes the copy while training goes on: under a hidden name, renamed when all is on disk. A kill at any moment leaves
 the points there were, or one more.
 """
@@ -12,18 +12,20 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from arealite.api.cli_args import GRPOConfig
-from arealite.api.errors import ArealiteError, RecoveryError
+from arealite.api.errors import ArealiteError, RecoveryError, RunStopped
 from arealite.engine import checkpoint
 from arealite.engine.checkpoint import WriteFailures, attempt, attempt_on_ranks
 from arealite.engine.state import sync
+from arealite.observe import stop
+from arealite.observe.claim import claim, trace_of_a_run
 from arealite.observe.frequency import Frequency
 from arealite.observe.waits import in_background, waiting
 
@@ -60,22 +62,6 @@ class Recoverable(Protocol):
     def load_state(self, path: str) -> None: ...
 
 
-def fingerprint(config: RunConfig) -> dict[str, Any]:
-    """What a run must keep to go on from a point: its model, its tasks in their order, and the shape of a step.
-
-    Learning rates, lengths, frequencies and machines may change at a restart.
-    """
-    key, trained = config.trained
-    kept: dict[str, Any] = {f"{key}.path": trained.path, "seed": config.seed}
-    if trained.lora is not None:
-        kept |= {f"{key}.lora.{name}": value for name, value in vars(trained.lora).items()}
-    if isinstance(config, GRPOConfig):
-        kept |= {"gconfig.n_samples": config.gconfig.n_samples, "critic": config.critic is not None}
-    kept |= {f"train_dataset.{name}": value for name, value in vars(config.train_dataset).items()}
-    # Through JSON, as it will be read back: a tuple is a list then, and they would differ.
-    return dict(json.loads(json.dumps(kept)))
-
-
 @dataclass
 class _Writing:
     """A point that is being written; `outcome` is why it could not be, "" if it is whole: the same on all ranks."""
@@ -96,25 +82,58 @@ class RecoverHandler:
         self.epoch = 0
         self._config = config
         self._folder = folder
-        self._fingerprint = fingerprint(run_config)
+        self._run_config = run_config
+        self._finished = 0  # steps
+        self._newest = 0  # finished steps of the newest point, in place or being written
         self._limit_s = run_config.trained[1].collective_timeout_s
         self._failures = WriteFailures()
         self._writing: _Writing | None = None  # one at most
 
+    @contextmanager
+    def session(self, actor: Recoverable, rollout: Stateful, dataloader: Stateful) -> Iterator[int]:
+        """Around the steps of a run: `load`, whose number of finished steps it yields, and `finish`. Collective.
+
+        Ctrl-C or SIGTERM end the block at the end of a step, or while it waits for groups; then the process ends
+        (SystemExit), after a point of the last finished step. A second one acts as ever. Not with mode "off".
+        """
+        finished = self.load(actor, rollout, dataloader)
+        with nullcontext() if self._config.mode == "off" else stop.noted():
+            try:
+                yield finished
+                self.finish()
+            except RunStopped as stopped:
+                if self._finished > self._newest:
+                    self._begin(self._finished, self.epoch, actor, rollout, dataloader)
+                self.finish()
+                if actor.collective.rank == 0:
+                    logger.warning("%s, %d steps are finished; the same command goes on", stopped, self._finished)
+                raise SystemExit(stop.exit_code()) from None
+
     def maybe_save(
-        self, step: int, epoch: int, actor: Recoverable, rollout: Stateful, dataloader: Stateful
+        self, step: int, epoch: int, actor: Recoverable, rollout: Stateful, dataloader: Stateful, last: bool = False
     ) -> Path | None:
-        """Begin a point if it is due after `step` finished steps; its folder to be, or None. Collective.
+        """Begin a point if it is due after `step` finished steps, or when this was the `last` one; its folder to be, or
+        None. Collective.
 
         Call it last of all that belongs to the step: what comes after it is done again after a kill. `finish` waits
-        for the last one. Raises as `finish` does: a failure shows at the first call after it.
+        for the last one. Raises as `finish` does: a failure shows at the first call after it; and RunStopped, for
+        `session`.
         """
         if self._config.mode == "off":
             return None
+        self._finished, self.epoch = step, epoch
+        point = self._begin_if_due(step, epoch, actor, rollout, dataloader, last)
+        if not last:
+            actor.collective.on_head(stop.look)
+        return point
+
+    def _begin_if_due(
+        self, step: int, epoch: int, actor: Recoverable, rollout: Stateful, dataloader: Stateful, last: bool
+    ) -> Path | None:
         writing = self._writing
         if writing is not None and actor.collective.on_head(writing.outcome.done):
             self.finish()
-        if not self.frequency.due(step, epoch, actor.collective):
+        if not self.frequency.due(step, epoch, actor.collective, last):
             return None
         return self._begin(step, epoch, actor, rollout, dataloader)
 
@@ -131,7 +150,7 @@ class RecoverHandler:
 
         def begin() -> str:
             states = {"rollout": rollout.state_dict(), "dataloader": dataloader.state_dict()}
-            record = {"step": step, "epoch": epoch, "at": time.time(), **states, "fingerprint": self._fingerprint}
+            record = {"step": step, "epoch": epoch, "at": time.time(), **states}
             why_not = attempt(_begin, partial, record)
             if why_not:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -143,7 +162,7 @@ class RecoverHandler:
             return None
         write, ranks = actor.stage_state(str(partial / "actor")), actor.background
         outcome = in_background(lambda: self._write(partial, point, write, ranks), f"recovery point {point.name}")
-        self._writing = _Writing(point, outcome)
+        self._writing, self._newest = _Writing(point, outcome), step
         return point
 
     def _write(self, partial: Path, point: Path, write: Callable[[], None], ranks: Collective) -> str:
@@ -189,8 +208,8 @@ class RecoverHandler:
         """Restore the newest complete point; returns the number of finished steps, that is the next step (counted from
         0); 0 when there is no point. Collective.
 
-        Raises RecoveryError on every rank: mode "fresh" in a folder with points, a point of another configuration, or
-        points of which none is complete.
+        Raises RecoveryError on every rank: a used folder that cannot be gone on with (observe/claim.py), or points of
+        which none is complete.
         """
         found = actor.collective.on_head(self._choose)
         if found is None:
@@ -202,7 +221,7 @@ class RecoverHandler:
         rollout.load_state_dict(found["rollout"])
         if actor.collective.rank == 0:
             logger.warning("going on after step %d, from %s", step, point)
-        self.epoch = found["epoch"]
+        self.epoch, self._finished, self._newest = found["epoch"], step, step
         self.frequency.restart(self.epoch)
         return step
 
@@ -210,37 +229,21 @@ class RecoverHandler:
         """The newest complete point's record; None when there is no point, or when none is wanted."""
         for folder in (self._folder.recover_dir, self._folder.checkpoints_dir):
             checkpoint.clean(folder)
+        claim(self._folder, self._run_config, "trainer")
         points = self._points()
-        if not points or self._config.mode == "off":
+        if not points:
+            if trace_of_a_run(self._folder) is not None:
+                logger.warning("%s holds no recovery point: its run begins again", self._folder.root)
             return None
-        if self._config.mode == "fresh":
-            raise RecoveryError(
-                f"recover.mode=fresh, and {self._folder.recover_dir} holds {points[-1].name} of an earlier run; "
-                "expected an unused folder. Choose another trial_name, or recover.mode=auto to go on with that run"
-            )
         for point in reversed(points):
             record = _read(point)
             if record is not None:
-                self._compare(point, record["fingerprint"])
                 return record
             logger.warning("recovery point %s is not complete: trying the one before", point)
         raise RecoveryError(
             f"none of the recovery points in {self._folder.recover_dir} is complete "
             f"({', '.join(p.name for p in points)}); restore one, or delete them to start from step 0"
         )
-
-    def _compare(self, point: Path, theirs: dict[str, Any]) -> None:
-        ours = self._fingerprint
-        lines = [
-            f"  {key}: {theirs.get(key)!r} in the point, {ours.get(key)!r} in this configuration\n"
-            for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key)
-        ]
-        if lines:
-            raise RecoveryError(
-                f"recovery point {point} belongs to another configuration:\n{''.join(lines)}"
-                "Set these back to go on with that run, or choose another trial_name for a new one"
-            )
 
     def _points(self) -> list[Path]:
         """Folders named as points, complete or not, oldest first."""

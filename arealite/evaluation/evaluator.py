@@ -62,8 +62,9 @@ class Evaluator:
     def maybe_evaluate(self, step: int, epoch: int, last: bool = False) -> EvaluationResult | None:
         """Evaluate if it is due after `step` finished steps: by frequency, before the first step (`at_start`), or when
         this was the `last` one (`at_end`). Collective; None when it was not due."""
-        due = self.frequency.due(step, epoch, self._collective) if step > 0 else self._config.at_start
-        return self.evaluate(step) if due or (last and self._config.at_end) else None
+        last = last and self._config.at_end
+        due = self.frequency.due(step, epoch, self._collective, last) if step > 0 else self._config.at_start
+        return self.evaluate(step) if due else None
 
     def evaluate(self, step: int) -> EvaluationResult | None:
         """Evaluate now; the result on every rank, None when there are no held-out tasks. Collective.

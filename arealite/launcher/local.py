@@ -25,6 +25,7 @@ from arealite.launcher.plan import Plan, make_plan
 from arealite.launcher.supervisor import StopRequested, StopSignals, Supervisor
 from arealite.launcher.terminal import say
 from arealite.observe import waits
+from arealite.observe.claim import claim
 from arealite.observe.run_folder import RunFolder
 
 LOCK_LIMIT_S = 2.0  # for the kernel to take the lock from a launcher that was killed just now
@@ -46,7 +47,7 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
 def launch(plan: Plan, config: RunConfig, folder: RunFolder) -> int:
     """Run a plan in `folder` to its end, with the restarts that `recover` allows; returns the exit code.
 
-    Call from the main thread. Raises ConfigError when the folder is in use, or used and recover.mode is fresh.
+    Call from the main thread. Raises ConfigError when the folder is in use, RecoveryError when it is another run's.
     """
     try:
         folder = RunFolder(folder.root.resolve()).create()  # one name: leftovers are known by it
@@ -57,11 +58,7 @@ def launch(plan: Plan, config: RunConfig, folder: RunFolder) -> int:
             " can"
         ) from None
     with _exclusive(folder), StopSignals() as stop:
-        if config.recover.mode == "fresh" and (folder.ledger.exists() or folder.metrics.exists()):
-            raise ConfigError(
-                f"recover.mode is fresh, and {folder.root} holds an earlier run: choose another trial_name, or"
-                " recover.mode=auto to go on with that run"
-            )
+        claim(folder, config, "launcher")
         if left := children.kill_leftovers(folder):
             say(f"ended what an earlier launcher of this run left behind: {', '.join(left)}")
         for beat in folder.waits_dir.glob("*.json"):  # of processes that are gone; their numbers may be others' by now

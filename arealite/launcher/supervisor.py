@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -68,14 +69,19 @@ class Supervisor:
         self.trainers: list[Child] = []
         self.echo: LogEcho | None = None
         self.has_trainer = False  # whether the script has come so far that it reports its waits
+        self._is_told = False  # the trainers, to stop
+        self._all_alive_s = time.monotonic()  # when all trainers lived for the last time
         self.watchdog = Watchdog(folder, config.watchdog.heartbeat_s, config.watchdog.stall_s)
 
     def run(self) -> None:
         """Start everything, return when all trainers are done. Nothing is left running, whatever happens.
 
-        A server that dies or hangs is started again alone, while the trainers go on. Consumes: exit codes, heartbeats,
-        signals. Produces: logs, the terminal's view of trainer-0. Waits for: the end of all trainers, looking every
-        TICK_S. Unblocked by: their exit, a trainer's death, the loss of all servers, a stall, a signal.
+        A server that dies or hangs is started again alone, while the trainers go on. At the first signal the trainers
+        get SIGTERM, at which they finish their step and write a recovery point; servers serve until then.
+
+        Consumes: exit codes, heartbeats, signals. Produces: logs, the terminal's view of trainer-0. Waits for: the end
+        of all trainers, looking every TICK_S. Unblocked by: their exit, a trainer's death, the loss of all servers, a
+        stall, a signal.
 
         Raises RunFailed or StopRequested.
         """
@@ -93,6 +99,8 @@ class Supervisor:
                 )
         finally:
             grace_s = self.config.launcher.stop_grace_s
+            for c in self.trainers:
+                children.kill(c, self.folder)  # what is left of them waits in vain for others
             children.stop(self.all, self.folder, lambda: grace_s if self.stop.num_asked < 2 else 0.0)
             if self.echo is not None:
                 self.echo.close()
@@ -138,7 +146,7 @@ class Supervisor:
         if self.echo is not None:
             self.echo.copy()
         self.has_trainer |= any((self.folder.waits_dir / f"{c.name}.json").exists() for c in self.trainers)
-        if self.stop.first:
+        if self.stop.first and self._may_stop():
             raise StopRequested(self.stop.first)
         if self.trainers and all(c.poll() == 0 for c in self.trainers):
             return
@@ -155,8 +163,23 @@ class Supervisor:
                 raise RunFailed(report.headline, may_restart=self.config.watchdog.action == "restart")
             self.keeper.kill(report.culprit)
 
+    def _may_stop(self) -> bool:
+        """A stop was asked for: whether no trainer is left that could end by itself. Not waited for when asked twice,
+        nor for long where some have ended."""
+        alive = [c for c in self.trainers if c.poll() is None]
+        if not alive or self.stop.num_asked > 1:
+            return True
+        if not self._is_told:
+            say("stopping after this step, with a recovery point; asked once more, at once")
+            for c in alive:
+                os.kill(c.pid, signal.SIGTERM)
+            self._is_told = True
+        if len(alive) == len(self.trainers):
+            self._all_alive_s = time.monotonic()
+        return time.monotonic() - self._all_alive_s > self.config.launcher.stop_grace_s
+
     def _failed(self) -> list[Child]:
-        return [c for c in self.trainers if c.poll() not in (None, 0)]
+        return [] if self.stop.first else [c for c in self.trainers if c.poll() not in (None, 0)]
 
     def _judge(self) -> RunFailed:
         """The one that died first: whoever a signal ended, since the others only lost their partner; then servers."""

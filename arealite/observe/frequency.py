@@ -34,8 +34,11 @@ class Frequency:
         """Count seconds from now and epochs from `epoch`."""
         self._last_s, self._last_epoch = self._clock(), epoch
 
-    def due(self, step: int, epoch: int, collective: Collective) -> bool:
-        """Is it due after `step` finished steps, in (0-based) `epoch`? Collective; the same answer on all ranks."""
+    def due(self, step: int, epoch: int, collective: Collective, last: bool = False) -> bool:
+        """Is it due after `step` finished steps, in (0-based) `epoch`? After the `last` step of the run always.
+        Collective; the same answer on all ranks."""
+        if last:
+            return True
         if not has_frequency(self._config):
             return False
         decision = bool(collective.on_head(lambda: self._decide(step, epoch)))

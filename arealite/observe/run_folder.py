@@ -34,6 +34,7 @@ class RunFolder:
 
     config_yaml = _Place("config.yaml")
     plan_json = _Place("plan.json")
+    identity = _Place("identity.json")  # the configuration of the run that it belongs to, see claim.py
     servers = _Place("servers")  # addresses of the inference servers, one a line; the client follows it
     metrics = _Place("metrics.jsonl")
     ledger = _Place("ledger.jsonl")

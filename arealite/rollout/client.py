@@ -20,6 +20,7 @@ from arealite.api.engine import Collective, DataSource
 from arealite.api.errors import ConfigError, WorkflowError
 from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
 from arealite.api.workflow import RolloutWorkflow
+from arealite.observe import stop
 from arealite.observe.reasons import reasons
 from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
 from arealite.rollout.backend import Backend
@@ -143,7 +144,7 @@ class RemoteInferenceEngine:
         """Collective: the next `consumer_batch_size` groups under the staleness bound; this rank's share of them.
 
         Tasks are drawn in the calling thread, and only here, so that the data position does not move between calls.
-        An error of the head is raised on all ranks.
+        An error of the head is raised on all ranks; so is RunStopped, when a stop is asked for while they wait.
         """
         return self._share(lambda beat: self._next_groups(dataloader, workflow, should_accept, beat))
 
@@ -304,6 +305,10 @@ class RemoteInferenceEngine:
         should_accept: Callable[[Group], bool] | None,
         beat: Beat,
     ) -> list[Group]:
+        def look() -> None:
+            beat()
+            stop.look()
+
         live, executor = self._live, self._executor
         executor.should_accept = should_accept
         may_draw = True
@@ -313,7 +318,7 @@ class RemoteInferenceEngine:
             may_draw = may_draw and len(tasks) == num_wanted  # fewer: a finite source has ended
             live.call(partial(executor.submit, tasks, workflow), "rollout.submit")
             collecting = executor.collect(executor.staleness.consumer_batch_size, may_draw)
-            groups = live.run(collecting, "rollout.batch", beat=beat)
+            groups = live.run(collecting, "rollout.batch", beat=look)
             if groups is not None:
                 return groups
 

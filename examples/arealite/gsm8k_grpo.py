@@ -52,40 +52,40 @@ def main(argv: list[str]) -> None:
     timeline.open_timeline(folder, config.stats_logger.timeline, actor.collective.rank)
     logger = StatsLogger(folder, config.stats_logger, num_steps)
 
-    start = recover.load(actor, rollout, dataloader)
-    saver.frequency.restart(recover.epoch)
-    evaluator.frequency.restart(recover.epoch)
-    actor.upload_weights()
-    if start == 0:
-        evaluator.maybe_evaluate(0, 0)
-    for step in range(start, num_steps):
-        timeline.begin_step(step)
-        with turns.of_servers():
-            batch = rollout.prepare_batch(dataloader, workflow)  # rollout_batch(tasks, workflow) is synchronous
-        mismatch = guard.check(step, batch, actor, rollout)
-        with turns.of_trainer():
-            if actor.needs_prox_logp:  # a single update per step computes them anyway
-                batch.prox_logp = actor.compute_logp(batch)
-            actor.compute_advantages(batch)
-            stats = actor.grpo_update(batch)
-            rollout.mark_trained(step, skipped=bool(stats["skipped"]))
-            actor.upload_weights()  # generation pauses for the swap alone
+    try:
+        with recover.session(actor, rollout, dataloader) as start:  # a killed or stopped run goes on where it was
+            saver.begin(start, recover.epoch, actor, num_steps)
+            evaluator.frequency.restart(recover.epoch)
+            actor.upload_weights()
+            if start == 0:
+                evaluator.maybe_evaluate(0, 0)
+            for step in range(start, num_steps):
+                timeline.begin_step(step)
+                with turns.of_servers():
+                    batch = rollout.prepare_batch(dataloader, workflow)  # rollout_batch(tasks, workflow) is synchronous
+                mismatch = guard.check(step, batch, actor, rollout)
+                with turns.of_trainer():
+                    if actor.needs_prox_logp:  # a single update per step computes them anyway
+                        batch.prox_logp = actor.compute_logp(batch)
+                    actor.compute_advantages(batch)
+                    stats = actor.grpo_update(batch)
+                    rollout.mark_trained(step, skipped=bool(stats["skipped"]))
+                    actor.upload_weights()  # generation pauses for the swap alone
 
-        epoch = (step + 1) // dataloader.steps_per_epoch
-        saver.maybe_save(step + 1, epoch, actor)
-        evaluator.maybe_evaluate(step + 1, epoch, last=step + 1 == num_steps)
+                epoch, last = (step + 1) // dataloader.steps_per_epoch, step + 1 == num_steps
+                saver.maybe_save(step + 1, epoch, actor, last)
+                evaluator.maybe_evaluate(step + 1, epoch, last)
+                if actor.collective.rank == 0:
+                    logger.commit(step, epoch, stats | mismatch | rollout.stats(), rollout.last_groups, tokenizer)
+                recover.maybe_save(step + 1, epoch, actor, rollout, dataloader, last)  # while training goes on
         if actor.collective.rank == 0:
-            logger.commit(step, epoch, stats | mismatch | rollout.stats(), rollout.last_groups, tokenizer)
-        recover.maybe_save(step + 1, epoch, actor, rollout, dataloader)  # written while training goes on
-
-    recover.finish()
-    if actor.collective.rank == 0:
-        logger.close()
-        report(folder)
-    rollout.destroy()
-    workflow.close()
-    eval_workflow.close()
-    actor.destroy()
+            logger.close()
+            report(folder)
+    finally:
+        rollout.destroy()
+        workflow.close()
+        eval_workflow.close()
+        actor.destroy()
 
 
 if __name__ == "__main__":
