@@ -159,7 +159,7 @@ class PPOTrainer:
                     if self.critic is not None:
                         learned = self.critic.ppo_update(self.critic_shares.batch(batch))
                         stats.update({f"critic_{name}": value for name, value in learned.items()})
-                self.rollout.mark_trained(step, skipped=bool(update["skipped"]))
+                self.rollout.mark_trained(step, self.actor.untrained)
                 with stats.timer("sync"):
                     self.actor.upload_weights()  # pauses generation for the swap
         stats.update(update)

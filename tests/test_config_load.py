@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from arealite.api.cli_args import GRPOConfig, SFTConfig, TrainEngineConfig, sett
 from arealite.api.config_source import all_keys, is_config_class
 from arealite.api.errors import ConfigError
 from arealite.api.known_names import OURS, ours
-from arealite.api.load_config import explain, load_config, load_config_file, to_yaml
+from arealite.api.load_config import explain, load_config, load_config_file, to_yaml, walk
 
 MINIMAL = "actor:\n  path: model\ntrain_dataset:\n  path: rows.jsonl\n"
 
@@ -135,6 +137,30 @@ def test_interpolation_and_yaml_anchors(tmp_path):
     assert (found.max_new_tokens, found.temperature) == (9, 0.5)
 
 
+def test_no_number_is_infinite_but_those_that_infinity_switches_off(tmp_path):
+    floats = {key: f for key, _, f in walk(GRPOConfig(ref=TrainEngineConfig())) if "float" in str(f.type)}
+    endless = [key for key, f in floats.items() if f.metadata["high"] == math.inf]
+    text = MINIMAL + "ref: {path: base}\n"
+    load_config_file(write(tmp_path, text), [f"{key}=.inf" for key in endless], GRPOConfig)
+    for word, keys in ((".inf", floats.keys() - endless), ("-.inf", floats), (".nan", floats)):
+        found = problems_of(tmp_path, text, *(f"{key}={word}" for key in keys))
+        assert {problem.partition(": ")[2].split()[0] for problem in found} >= set(keys), word
+    assert len(floats) > 40 and endless == ["actor.optimizer.max_grad_norm", "actor.eps_clip_higher"] + endless[2:]
+
+
+def test_held_out_tasks_are_asked_as_training_tasks_are(tmp_path):
+    text = "gconfig: {max_new_tokens: 4096, stop: [END], top_k: 5, n_samples: 4}\nvalid_dataset: {path: v}\n"
+    prompts = ["train_dataset.system_prompt=s", "train_dataset.prompt_template='{prompt}?'"]
+    config = load(tmp_path, text, *prompts)
+    followed = dataclasses.replace(config.gconfig, n_samples=1, temperature=0.0)
+    assert config.eval_gconfig == followed and config.eval_gconfig.stop is not config.gconfig.stop
+    assert (config.valid_dataset.system_prompt, config.valid_dataset.prompt_template) == ("s", "{prompt}?")
+    own = ["eval_gconfig.max_new_tokens=9", "eval_gconfig.stop=[]", "valid_dataset.system_prompt=null"]
+    other = load(tmp_path, text, *prompts, *own)
+    assert other.eval_gconfig == dataclasses.replace(followed, max_new_tokens=9, stop=[])
+    assert (other.valid_dataset.system_prompt, other.valid_dataset.prompt_template) == (None, "{prompt}?")
+
+
 def test_open_values_are_filled_in(tmp_path):
     config = load(tmp_path, "seed: 7\nref: {path: base}\ngconfig: {temperature: 0.7}\n", "train_dataset.batch_size=6")
     assert config.rollout.consumer_batch_size == 6
@@ -222,6 +248,8 @@ WRONG = [
     ("weight_update: nccl", "weight_update is 'nccl', expected one of shm, disk"),
     ("recover: {num_kept: 0}", "recover.num_kept is 0, expected at least 1"),
     ("gconfig: {temperature: .nan}", "gconfig.temperature is not a number (nan)"),
+    ("gconfig: {temperature: .inf}", "gconfig.temperature is inf, expected a finite number"),
+    ("gconfig: {min_new_tokens: 9, max_new_tokens: 8}", "gconfig.min_new_tokens (9) is above"),
 ]
 
 

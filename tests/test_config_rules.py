@@ -177,7 +177,7 @@ def test_what_is_not_used_is_not_refused(tmp_path):
     """Without held-out tasks the length of their answers does not matter; a default frequency is no contradiction."""
     path = tmp_path / "run.yaml"
     path.write_text("")
-    short = ["server.context_length=256", "gconfig.max_new_tokens=64"]
+    short = ["server.context_length=256", "gconfig.max_new_tokens=64", "eval_gconfig.max_new_tokens=512"]
     assert load_config_file(path, [*BASE, *short, "recover.mode=off"], GRPOConfig).eval_gconfig.max_new_tokens > 256
     with pytest.raises(ConfigError, match="no room for a prompt beside eval_gconfig.max_new_tokens"):
         load_config_file(path, [*BASE, *short, "valid_dataset.path=v.jsonl"], GRPOConfig)

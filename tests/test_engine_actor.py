@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, Llam
 from arealite.api.cli_args import NormConfig, OptimizerConfig
 from arealite.api.errors import ConfigError, NumericalError
 from arealite.engine.fsdp_engine import FSDPEngine
-from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.engine.ppo.actor import CUT_OFF, NOT_FINITE, FSDPPPOActor
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +141,10 @@ def test_truncated_answers_leave_the_loss_by_their_finish_reason(tiny_llama):
     everything = make(tiny_llama, mask_truncated=True)
     nothing = train_one_step(everything, replace(batch, truncated=np.ones(batch.num_sequences, bool)))
     assert nothing["skipped"] == 1 and everything.version == 1 and everything.num_updates == 0
+    assert masked.untrained == {} and everything.untrained == dict.fromkeys(batch.task_ids, CUT_OFF)
+    one = replace(batch, truncated=batch.group_ids == 1)
+    train_one_step(masked, one)
+    assert masked.untrained == {batch.task_ids[i]: CUT_OFF for i in np.flatnonzero(batch.group_ids == 1)}
 
 
 def test_two_updates_are_made_on_their_own_groups(tiny_llama):
@@ -179,6 +183,7 @@ def test_bad_numbers_skip_the_update_and_stop_the_run_at_the_third(tiny_llama, c
         stats = actor.grpo_update(batch)
     assert stats["skipped"] == 1 and stats["num_skipped_updates"] == 1 and actor.version == 1
     assert re.search(expected, caplog.text, re.DOTALL), caplog.text
+    assert actor.untrained == dict.fromkeys(batch.task_ids, NOT_FINITE)
     if where == "loss":
         for name, tensor in weights_of(actor).items():
             assert torch.equal(tensor, good[name])

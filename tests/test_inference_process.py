@@ -47,7 +47,8 @@ def server_process(
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line.startswith("listening on http://127.0.0.1:"), line
+        host = "[::1]" if "::1" in flags else "127.0.0.1"
+        assert line.startswith(f"listening on http://{host}:"), line
         yield process, line.removeprefix("listening on ").strip()
     finally:
         process.kill()
@@ -56,7 +57,7 @@ def server_process(
 
 def test_it_serves_says_how_it_waits_and_ends_on_sigterm(folder: Path, tmp_path: Path) -> None:
     env = {"AREALITE_RUN_DIR": str(tmp_path), "AREALITE_PROCESS": "server-0", "AREALITE_HEARTBEAT_S": "0.05"}
-    with server_process(folder, "--weight-version", "3", env=env) as (process, url):
+    with server_process(folder, "--weight-version", "3", "--host", "::1", env=env) as (process, url):
         status, answer = fetch(url + "/generate", {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 3}})
         assert status == 200 and answer["meta_info"]["weight_version"] == "3"
         beat = tmp_path / "waits" / "server-0.json"

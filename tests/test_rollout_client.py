@@ -1,7 +1,9 @@
 """The client against servers on real sockets that interrupt, hang, drop connections, refuse and die."""
 
 import asyncio
+import re
 import threading
+import time
 
 import pytest
 from aiohttp import web
@@ -21,6 +23,7 @@ from arealite.rollout import generate as generate_module
 from arealite.rollout import health
 from arealite.rollout.client import RemoteNativeEngine, RemoteSGLangEngine
 from arealite.rollout.generate import Flight, seed_of
+from arealite.rollout.transport import servers_at
 
 
 @pytest.fixture(autouse=True)
@@ -283,6 +286,23 @@ def test_no_address_is_a_clear_error(monkeypatch):
         RemoteNativeEngine(quick_config()).initialize()
     with pytest.raises(WorkflowError, match="initialize"):
         RemoteNativeEngine(quick_config()).pause()
+
+
+UNUSABLE = ["::1:30000", "http://::1:30000", "host", "host:port", "host:70000", "[::1:30000", "ftp://host:1", "a b:1"]
+
+
+@pytest.mark.parametrize("address", [*UNUSABLE, "http://", "tcp:1:2"])
+def test_an_address_that_cannot_be_used_is_refused_at_once(address):
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=f"server address {re.escape(repr(address))} is not one"):
+        RemoteNativeEngine(quick_config()).initialize(addresses=["127.0.0.1:1", address])
+    assert time.monotonic() - started < 1
+
+
+def test_addresses_as_servers_print_them():
+    given = ["host:1", "http://[::1]:2/", " [::1]:3 ", "https://user:word@proxy/base"]
+    urls = ["http://host:1", "http://[::1]:2", "http://[::1]:3", "https://user:word@proxy/base"]
+    assert [server.url for server in servers_at(given)] == urls
 
 
 def test_a_frozen_server_is_named_while_weights_are_sent(connect):

@@ -87,13 +87,16 @@ def test_a_restart_without_a_recovery_point_voids_the_old_ledger(head, tmp_path)
     assert not report.violations and report.counts["trained"] == 8
 
 
-def test_a_skipped_step_drops_its_tasks(head, tmp_path):
+def test_what_a_step_did_not_train_on_is_dropped_with_the_reason(head, tmp_path):
     engine = head()
-    engine.prepare_batch(Source(), Episodes())
-    engine.mark_trained(0, skipped=True)
+    batch = engine.prepare_batch(Source(), Episodes())
+    engine.mark_trained(0, {batch.task_ids[1]: "not finite", batch.task_ids[2]: "cut off", "unknown": "lost"})
     report = audit(tmp_path / "ledger.jsonl")
-    assert len(report.tasks("dropped")) == 4 and not report.violations
-    assert "not finite" in next(iter(report.reasons))
+    assert report.tasks("dropped") == batch.task_ids[1:3] and not report.violations
+    assert report.reasons == {"not finite": 1, "cut off": 1} and report.trained_at == dict.fromkeys(
+        batch.task_ids[::3], 0
+    )
+    assert engine.stats()["num_untrained"] == 2
 
 
 def test_new_weights_imply_that_the_batch_before_was_trained(head, tmp_path):

@@ -6,6 +6,7 @@ Seconds end in `_s`, counts start with `num_` or `max_`. A field's doc line is s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from arealite.api.setting import setting
@@ -122,7 +123,7 @@ class OptimizerConfig:
     min_lr_ratio: float = setting(
         0.0, "learning rate at the end of linear and cosine, after the last update, as a share of lr", low=0, high=1
     )
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; inf is off", low=1e-9)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; inf is off", low=1e-9, high=inf)
 
 
 @dataclass
@@ -190,7 +191,7 @@ class PPOActorConfig(TrainEngineConfig):
     ppo_n_minibatches: int = setting(1, "optimiser updates per step, each on its own groups", low=1)
     eps_clip: float = setting(0.2, "the ratio is clipped below at 1 - eps_clip", low=0, high=1)
     eps_clip_higher: float | None = setting(
-        None, "the ratio is clipped above at 1 + eps_clip_higher; eps_clip if not given", low=0
+        None, "the ratio is clipped above at 1 + eps_clip_higher; eps_clip if not given", low=0, high=inf
     )
     c_clip: float | None = setting(None, "dual clip: bound of the loss at negative advantages", low=1)
     max_new_tokens: int | None = setting(None, "tokens per answer at most; gconfig.max_new_tokens if not given", low=1)
@@ -333,7 +334,7 @@ class RunConfig:
     total_train_epochs: int = setting(1, "passes over the training data", low=1)
     tokenizer_path: str | None = setting(None, "tokenizer; that of the trained model if not given", is_path=True)
     train_dataset: DatasetConfig = setting(DatasetConfig, "training tasks")
-    valid_dataset: DatasetConfig | None = setting(None, "held-out tasks")
+    valid_dataset: DatasetConfig | None = setting(None, "held-out tasks, put into train_dataset's prompts if not given")
     saver: SaverConfig = setting(SaverConfig, "checkpoints")
     evaluator: EvaluatorConfig = setting(EvaluatorConfig, "evaluation")
     recover: RecoverConfig = setting(RecoverConfig, "recovery")
@@ -360,7 +361,8 @@ class GRPOConfig(RunConfig):
     )
     gconfig: GenerationHyperparameters = setting(GenerationHyperparameters, "sampling of training answers")
     eval_gconfig: GenerationHyperparameters = setting(
-        lambda: GenerationHyperparameters(n_samples=1, temperature=0.0), "sampling of held-out answers"
+        lambda: GenerationHyperparameters(n_samples=1, temperature=0.0),
+        "sampling of held-out answers: one, greedy, and for the rest as gconfig, if not given",
     )
     rollout: InferenceEngineConfig = setting(InferenceEngineConfig, "rollout head")
     server: ServerConfig = setting(ServerConfig, "inference servers")

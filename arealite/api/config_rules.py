@@ -6,10 +6,20 @@ Called by api/load_config.py after the single values have been checked.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
+from typing import Any
 
-from arealite.api.cli_args import DatasetConfig, FrequencyConfig, GRPOConfig, NormConfig, RunConfig
+from arealite.api.cli_args import (
+    DatasetConfig,
+    FrequencyConfig,
+    GenerationHyperparameters,
+    GRPOConfig,
+    NormConfig,
+    RunConfig,
+)
 
 REASONING_GYM = "reasoning_gym:"
+PROMPT_FIELDS = ("prompt_template", "system_prompt")
 
 
 def contradictions(config: RunConfig) -> list[str]:
@@ -19,6 +29,21 @@ def contradictions(config: RunConfig) -> list[str]:
         checks = (models, generation, lengths, batches, normalisation, loss, types, adapters)
         problems += [problem for check in checks for problem in check(config)]
     return problems
+
+
+def follow_training(config: RunConfig, given: set[str]) -> None:
+    """Held-out tasks are asked as training tasks are, where nothing else is `given`: in the same prompts, and sampled
+    alike but for their number and temperature."""
+    pairs: list[tuple[str, Any, Any, tuple[str, ...]]] = []
+    if config.valid_dataset is not None:
+        pairs.append(("valid_dataset", config.valid_dataset, config.train_dataset, PROMPT_FIELDS))
+    if isinstance(config, GRPOConfig):
+        sampled = tuple(name for name in vars(config.gconfig) if name not in ("n_samples", "temperature"))
+        pairs.append(("eval_gconfig", config.eval_gconfig, config.gconfig, sampled))
+    for key, section, followed, names in pairs:
+        for name in names:
+            if f"{key}.{name}" not in given:
+                setattr(section, name, copy(getattr(followed, name)))
 
 
 def choose_defaults(config: GRPOConfig, given: set[str]) -> None:
@@ -92,21 +117,12 @@ def models(config: GRPOConfig) -> Iterator[str]:
 
 
 def generation(config: GRPOConfig) -> Iterator[str]:
+    said = set()
     for key, g in (("gconfig", config.gconfig), ("eval_gconfig", config.eval_gconfig)):
-        if g.min_new_tokens > g.max_new_tokens:
-            yield (
-                f"{key}.min_new_tokens ({g.min_new_tokens}) is above {key}.max_new_tokens ({g.max_new_tokens}):"
-                " lower the first or raise the second"
-            )
-        if g.top_k == 0:
-            yield f"{key}.top_k is 0, which leaves no token: -1 is off"
-        if "" in g.stop:
-            yield f"{key}.stop holds an empty string, which ends every answer at once: remove it"
-        if g.temperature == 0 and g.n_samples > 1:
-            yield (
-                f"{key}.temperature is 0 and {key}.n_samples is {g.n_samples}: all answers of a group would be equal;"
-                f" set {key}.temperature above 0 or {key}.n_samples=1"
-            )
+        for problem in sampling(key, g):
+            if (of_both := problem.replace("eval_gconfig", "gconfig")) not in said:  # else it only follows gconfig
+                said.add(of_both)
+                yield problem
     if config.gconfig.temperature == 0:
         yield "gconfig.temperature is 0: greedy answers explore nothing and have no usable logprobs; set it above 0"
     trained = config.actor.temperature
@@ -114,6 +130,23 @@ def generation(config: GRPOConfig) -> Iterator[str]:
         yield (
             f"actor.temperature ({trained}) is not gconfig.temperature ({config.gconfig.temperature}): the trainer"
             " would score another distribution than the one sampled from; leave actor.temperature out"
+        )
+
+
+def sampling(key: str, g: GenerationHyperparameters) -> Iterator[str]:
+    if g.min_new_tokens > g.max_new_tokens:
+        yield (
+            f"{key}.min_new_tokens ({g.min_new_tokens}) is above {key}.max_new_tokens ({g.max_new_tokens}):"
+            " lower the first or raise the second"
+        )
+    if g.top_k == 0:
+        yield f"{key}.top_k is 0, which leaves no token: -1 is off"
+    if "" in g.stop:
+        yield f"{key}.stop holds an empty string, which ends every answer at once: remove it"
+    if g.temperature == 0 and g.n_samples > 1:
+        yield (
+            f"{key}.temperature is 0 and {key}.n_samples is {g.n_samples}: all answers of a group would be equal;"
+            f" set {key}.temperature above 0 or {key}.n_samples=1"
         )
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from arealite.api.cli_args import GRPOConfig, RunConfig, RWConfig, SFTConfig
-from arealite.api.config_rules import choose_defaults, contradictions, fill_derived
+from arealite.api.config_rules import choose_defaults, contradictions, fill_derived, follow_training
 from arealite.api.config_source import NUMBER, Given, Reader, is_config_class, type_at, type_name
 from arealite.api.errors import SENTENCE, ConfigError, DatasetError
 from arealite.api.paths import expand
@@ -87,6 +87,7 @@ def load_config_file(path: str | Path, overrides: list[str], cls: type[T]) -> T:
         if config.kind != kind:
             found = f"{where.get('kind', 'default')}: kind is {config.kind}"
             problems.append(f"{found}, but the script loads {cls.__name__}: write kind: {kind}, or use another script")
+        follow_training(config, set(where))
         if isinstance(config, GRPOConfig):
             choose_defaults(config, set(where))
         problems += contradictions(config)
@@ -177,6 +178,8 @@ def check_ranges(config: Any) -> Iterator[tuple[str, str]]:
             yield key, f"is {value!r}, expected one of {', '.join(choices)}"
         elif isinstance(value, float) and math.isnan(value):
             yield key, "is not a number (nan)"
+        elif isinstance(value, float) and math.isinf(value) and high != math.inf:
+            yield key, f"is {value}, expected a finite number"
         elif low is not None and value < low:
             yield key, f"is {value}, expected at least {low:g}"
         elif high is not None and value > high:

@@ -11,8 +11,9 @@ Limit = float | None
 def setting(
     default: Any, doc: str, choices: tuple[str, ...] = (), low: Limit = None, high: Limit = None, is_path: bool = False
 ) -> Any:
-    """A documented field. `choices` are the allowed words, `low` and `high` the smallest and largest allowed number; in
-    a path ~ and $NAME are filled in (api/paths.py), and it is relative to the folder in which the command runs.
+    """A documented field. `choices` are the allowed words, `low` and `high` the smallest and largest allowed number
+    (infinity only if `high` is infinite); in a path ~ and $NAME are filled in (api/paths.py), and it is relative to the
+    folder in which the command runs.
 
     A callable default is a factory (list, dict, or a config class).
     """

@@ -132,7 +132,7 @@ async def serve(engine: Engine, settings: ServerSettings, host: str, port: int) 
             f"cannot listen on {host}:{port}: {error}; choose another --port, or 0 for a free one"
         ) from error
     bound_host, bound_port = runner.addresses[0][:2]
-    print(f"listening on http://{bound_host}:{bound_port}", flush=True)
+    print(f"listening on http://{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port}", flush=True)
     while not stopping.is_set() and not engine.stopped.is_set():
         await asyncio.sleep(POLL_S)
     failed = bool(engine.failure)

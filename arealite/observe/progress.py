@@ -100,6 +100,7 @@ class Progress:
             per_step_s = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
             text.append("  left ", "dim").append(format_span(per_step_s * left))
         alarms = {"skipped": "STEP SKIPPED", "num_reward_errors": "reward errors", "num_failed": "failed"}
+        alarms["num_untrained"] = "not trained"
         for name, label in alarms.items():
             if stats.get(name, 0) > 0:
                 text.append(f"  {label} {stats[name]:.0f}", "bold red")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 NUM_EXAMPLES = 3
 NO_TERMINAL_WIDTH = 100  # a pipe or a file has none of its own
-COUNTS = ("num_reward_errors", "num_failed", "num_rejected", "num_interruptions")
+COUNTS = ("num_reward_errors", "num_failed", "num_untrained", "num_rejected", "num_interruptions")
 MEANS = ("mismatch_mean", "staleness_mean", "train_tokens_per_s", "mfu")
 MEASURES = {"loss": "loss", "ppl": "perplexity", "accuracy": "share of pairs ranked as preferred"}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,7 @@ class RemoteInferenceEngine:
         """Find the servers (argument, else AREAL_LLM_SERVER_ADDRS) and wait for their health. Only rank 0 connects.
 
         Raises:
-            ConfigError: no address was given.
+            ConfigError: no address was given, or one that cannot be used.
             ServerUnreachable: a server is not healthy after `setup_timeout_s`.
         """
         self._collective = collective
@@ -192,10 +192,11 @@ class RemoteInferenceEngine:
         """
         return self._live.run(self._executor.collect(num_groups), "rollout.wait", timeout_s) or []
 
-    def mark_trained(self, step: int, skipped: bool = False) -> None:
-        """Note in the ledger that the batch taken last was trained on in `step` (from 0), or dropped with it."""
+    def mark_trained(self, step: int, untrained: Mapping[str, str] | None = None) -> None:
+        """Note in the ledger that the batch taken last was trained on in `step` (from 0), but for `untrained` tasks,
+        {id: reason}: the actor's `untrained` after its update."""
         if self.is_head:
-            self._live.call(lambda: self._executor.mark_trained(step, skipped), "rollout.mark_trained")
+            self._live.call(lambda: self._executor.mark_trained(step, untrained or {}), "rollout.mark_trained")
 
     # -- weights -------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ COUNTS = (
     "num_accepted",
     "num_rejected",
     "num_failed",
+    "num_untrained",
     "num_retries",
     "num_reward_errors",
     "num_stale",

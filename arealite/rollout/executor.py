@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from arealite.rollout.episodes import EpisodeFailed, run_episode, usable
 from arealite.rollout.ledger import Ledger
 from arealite.rollout.staleness import StalenessManager
 
+NONE: Mapping[str, str] = {}
 MAX_REJECTED_STEPS = 100  # steps' worth of groups that should_accept may refuse in a row, before the run stops
 
 
@@ -152,11 +153,12 @@ class RolloutExecutor:
             raise WorkflowError(f"none of the batch's {len(tasks)} groups is left: all failed or were filtered out")
         return [self._take(e.ordinal) for e in done]
 
-    def mark_trained(self, step: int, skipped: bool = False) -> None:
-        """The consumed groups have been trained on in `step`, or dropped by it."""
+    def mark_trained(self, step: int, untrained: Mapping[str, str] = NONE) -> None:
+        """The consumed groups have been trained on in `step`, but for those of `untrained` tasks: {id: reason}."""
         for episode in self._untrained.values():
-            if skipped:
-                reason = "the step was skipped: loss or gradient was not finite"
+            if reason := untrained.get(episode.task.id):
+                self.counters.add("num_untrained")
+                reasons.count("not trained", reason)
                 self.ledger.record(episode.task.id, "dropped", step=step, reason=reason)
             else:
                 self.ledger.record(episode.task.id, "trained", step=step)

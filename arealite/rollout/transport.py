@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
-from arealite.api.errors import ArealiteError, RequestError, ServerUnreachable
+from arealite.api.errors import ArealiteError, ConfigError, RequestError, ServerUnreachable
 from arealite.rollout.backend import Call
 
 KEEPALIVE_S = 2.0  # below every server's own limit, so that a connection is not reused while the server closes it
@@ -35,9 +37,26 @@ class Server:
 
 
 def servers_at(addresses: list[str]) -> list[Server]:
-    """Servers of `host:port` or `http://host:port` addresses, named server-0, server-1, ... in that order."""
-    urls = [a.strip().rstrip("/") for a in addresses if a.strip()]
-    return [Server(f"server-{i}", u if "://" in u else f"http://{u}") for i, u in enumerate(urls)]
+    """Servers of `host:port` or `http://host:port` addresses, named server-0, server-1, ... in that order. Raises
+    ConfigError."""
+    given = [a.strip() for a in addresses if a.strip()]
+    return [Server(f"server-{i}", _url(address)) for i, address in enumerate(given)]
+
+
+def _url(address: str) -> str:
+    url = address.rstrip("/") if "://" in address else f"http://{address.rstrip('/')}"
+    try:
+        parts = urlsplit(url)
+        place = parts.netloc.rpartition("@")[2]
+        is_usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or "://" in address)
+        if is_usable and not re.search(r"\s", url) and (place.startswith("[") or place.count(":") < 2):
+            return url
+    except ValueError:  # brackets that do not match, a port that is none
+        pass
+    raise ConfigError(
+        f"the server address {address!r} is not one: give host:port or http://host:port, an IPv6 host in brackets"
+        " ([::1]:30000)"
+    )
 
 
 class Transport:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arealite.api.errors import ArealiteError
+from arealite.api.errors import ArealiteError, ConfigError
 from arealite.rollout.backend import Backend, Call
 from arealite.rollout.fleet import Fleet
 from arealite.rollout.health import Member
@@ -92,11 +92,15 @@ class Watch:
         Unblocked by: time; ends when it is cancelled."""
         seen = ""
         while True:
-            with suppress(OSError):  # not written yet, or its file system is gone for a moment
+            try:
                 text = path.read_text()
                 if text != seen and text.strip():
+                    seen = text
                     self.set_listed(text.split())
-                seen = text
+            except OSError:
+                pass  # not written yet, or its file system is gone for a moment
+            except ConfigError as error:
+                logger.error("the servers stay as they are: %s: %s", path, error)
             await asyncio.sleep(FILE_S)
 
     async def _watch(self, member: Member) -> None:

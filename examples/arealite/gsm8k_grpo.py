@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
                         batch.prox_logp = actor.compute_logp(batch)
                     actor.compute_advantages(batch)
                     stats = actor.grpo_update(batch)
-                    rollout.mark_trained(step, skipped=bool(stats["skipped"]))
+                    rollout.mark_trained(step, actor.untrained)
                     actor.upload_weights()  # generation pauses for the swap alone
 
                 epoch, last = (step + 1) // dataloader.steps_per_epoch, step + 1 == num_steps

@@ -26,6 +26,10 @@ from arealite.api.types import Batch, Dims
 from arealite.engine.fsdp_engine import FSDPEngine, Update
 from arealite.engine.micro_batch import MicroBatch
 
+NOT_IN_LOSS = "none of its tokens is in the loss"
+CUT_OFF = f"{NOT_IN_LOSS}: all answers were cut off, and actor.mask_truncated leaves those out"
+NOT_FINITE = "its update was skipped: loss or gradient was not finite"
+
 
 @dataclass(frozen=True)
 class TokenColumns:
@@ -86,6 +90,7 @@ class FSDPPPOActor(FSDPEngine):
 
     def __init__(self, config: PPOActorConfig, dims: Dims | None = None) -> None:
         super().__init__(config, trainable=True, dims=dims)
+        self.untrained: dict[str, str] = {}
         self.updates_per_step = config.ppo_n_minibatches
         if config.max_new_tokens is None and (
             config.overlong_tokens or config.loss_aggregation == "seq-mean-token-sum-norm"
@@ -114,7 +119,7 @@ class FSDPPPOActor(FSDPEngine):
         sum; batch.returns are filled too, with what the critic is to learn (from truncated answers as well).
         """
         config = self.config
-        mask, sequence_of = batch.loss_mask, np.repeat(np.arange(batch.num_sequences), batch.lengths)
+        mask, sequence_of = batch.loss_mask, owners(batch)
         owner = torch.from_numpy(sequence_of[mask])
         groups = torch.from_numpy(batch.group_ids)
         rewards = torch.from_numpy(batch.rewards)
@@ -159,7 +164,8 @@ class FSDPPPOActor(FSDPEngine):
     def grpo_update(self, batch: Batch) -> dict[str, float]:
         """Train on the step's batch: one optimiser update per mini-batch, each on its own groups. Collective.
 
-        Returns statistics over all ranks; `skipped` is 1 when no update was applied. Raises NumericalError.
+        Returns statistics over all ranks; `skipped` is 1 when no update was applied. Then `self.untrained` holds, on
+        all ranks, {id: reason} of the tasks that nothing was learned from. Raises NumericalError.
         """
         started = time.perf_counter()
         config = self.config
@@ -171,11 +177,17 @@ class FSDPPPOActor(FSDPEngine):
         whole = replace(batch, loss_mask=self._in_loss(batch))
         mini_batch_of = batch.group_ids * config.ppo_n_minibatches // max(batch.num_groups, 1)
         updates: list[tuple[Update, int]] = []
+        untrained: dict[str, str] = {}  # this rank's
         for index in range(config.ppo_n_minibatches):
             part = whole.select(np.flatnonzero(mini_batch_of == index))
             over = self._denominators(part)
             if over.num_tokens:
                 updates.append((self._update_on(part, over), over.num_tokens))
+            kept = {part.task_ids[i] for i in np.unique(owners(part)[part.loss_mask])}
+            lost = kept if over.num_tokens and updates[-1][0].skipped else ()
+            why = CUT_OFF if config.mask_truncated else NOT_IN_LOSS
+            untrained |= dict.fromkeys(set(part.task_ids) - kept, why) | dict.fromkeys(lost, NOT_FINITE)
+        self.untrained = {task: why for found in self.collective.gather(untrained) for task, why in found.items()}
         self.version += 1
         update_s = time.perf_counter() - started
         largest = [u.statistics["importance_weight_max"] for u, _ in updates if not u.skipped]
@@ -189,8 +201,7 @@ class FSDPPPOActor(FSDPEngine):
     ppo_update = grpo_update
 
     def _denominators(self, part: Batch) -> Denominators:
-        owner = np.repeat(np.arange(part.num_sequences), part.lengths)
-        counts = torch.tensor([int(part.loss_mask.sum()), len(np.unique(owner[part.loss_mask]))])
+        counts = torch.tensor([int(part.loss_mask.sum()), len(np.unique(owners(part)[part.loss_mask]))])
         num_tokens, num_sequences = self.collective.reduce(counts, "sum").tolist()
         return Denominators(num_tokens, num_sequences, self.config.max_new_tokens or 1)
 
@@ -218,6 +229,11 @@ SOURCES = {
     "prox_logp": "batch.prox_logp = actor.compute_logp(batch)",
     "ref_logp": "batch.ref_logp = ref.compute_logp(batch)",
 }
+
+
+def owners(batch: Batch) -> np.ndarray:
+    """int64 [T]: the sequence of each token."""
+    return np.repeat(np.arange(batch.num_sequences), batch.lengths)
 
 
 def _spread(tokens: torch.Tensor, mask: np.ndarray) -> np.ndarray:
