@@ -10,7 +10,7 @@ from engine_batches import actor_config, random_batch, train_one_step
 from layouts import on_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from arealite.api.cli_args import SaverConfig
+from arealite.api.cli_args import LoRAConfig, OptimizerConfig, SaverConfig
 from arealite.api.errors import RecoveryError, WaitTimeout, WeightSyncError
 from arealite.engine.checkpoint import Saver
 from arealite.engine.ppo.actor import FSDPPPOActor
@@ -98,6 +98,30 @@ def test_a_stale_copy_is_noticed(tiny_llama, tmp_path, monkeypatch):
     actor.connect_engine(servers, WeightLink("disk", tmp_path))
     actor.upload_weights()
     stale = [(name, tensor.clone()) for name, tensor in actor.named_full_tensors()]
+    train_one_step(actor, random_batch())
+    monkeypatch.setattr(actor, "named_full_tensors", lambda **_: iter(stale))
+    with pytest.raises(WeightSyncError, match="changed nothing"):
+        actor.upload_weights()
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)])
+def test_steps_below_the_rounding_are_told_and_no_stale_copy(tiny_llama, tmp_path, monkeypatch, caplog, lora):
+    """The weights are large beside the step: bfloat16 does not show it, and the servers get the same bytes again."""
+    optimizer = OptimizerConfig(lr=1e-5)
+    actor, servers = make(tiny_llama, dtype="bfloat16", lora=lora, optimizer=optimizer), Servers()
+    with torch.no_grad():
+        for p in actor._parameters.values():
+            p.copy_(torch.ones_like(p))  # an adapter's zeros would show any step
+    actor.connect_engine(servers, WeightLink("disk", tmp_path))
+    actor.upload_weights()
+    before = [p.to_local().clone() for p in actor._parameters.values()]
+    for seed in (1, 2):
+        train_one_step(actor, random_batch(seed=seed))
+        actor.upload_weights()
+    assert not all(torch.equal(p.to_local(), old) for p, old in zip(actor._parameters.values(), before, strict=True))
+    assert caplog.text.count("at learning rate 1e-05 moved none of") == 1  # said once
+    stale = [(name, tensor.clone()) for name, tensor in actor.named_full_tensors()]
+    optimizer.lr = 0.1
     train_one_step(actor, random_batch())
     monkeypatch.setattr(actor, "named_full_tensors", lambda **_: iter(stale))
     with pytest.raises(WeightSyncError, match="changed nothing"):

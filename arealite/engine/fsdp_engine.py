@@ -32,12 +32,13 @@ from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch, cut, idle
 from arealite.engine.model import PackedLanguageModel, PackedModel, load_model
 from arealite.engine.offload import CPU, Placement
-from arealite.engine.optim import clip_gradients, gradient_norms, learning_rate, make_optimizer
-from arealite.engine.parallel import RankCollective, join_ranks, pick_device
+from arealite.engine.optim import RoundingWatch, clip_gradients, gradient_norms, learning_rate, make_optimizer
+from arealite.engine.parallel import RankCollective, join_ranks, over_ranks, pick_device
 from arealite.engine.parallelize import parallelize
 from arealite.engine.pipeline import Runner, add_tied_gradients, from_last_stage, over_stages, split_stages
 from arealite.observe.timeline import span
-from arealite.weights.handshake import verify
+from arealite.weights.checksum import checksum
+from arealite.weights.handshake import unchanged, verify
 from arealite.weights.link import WeightLink
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class FSDPEngine:
         named = self.hf_model.named_parameters()
         self._parameters = {name: p for name, p in named if p.requires_grad == self.trainable}
         self.optimizer = make_optimizer(self._parameters.values(), config.optimizer) if self.trainable else None
+        self._rounding = RoundingWatch(self._parameters.values(), self.dtype)
         self._placement = Placement(self.model, self.optimizer, self.device, config.offload)
 
     def _build_model(self) -> Any:
@@ -185,7 +187,7 @@ class FSDPEngine:
         flops = [self._flops.count(micro) for micro in micro_batches]
         for name, value in (("num_flops", sum(flops)), ("num_sequence_tokens", len(batch.tokens))):
             columns[name].append(torch.tensor(value, dtype=torch.float64))
-        statistics = self._over_ranks(columns)
+        statistics = over_ranks(columns, self.collective)
         loss_sum = statistics.pop("loss")
         with self.collective.computing("update"):
             norms = self._gradient_norms()
@@ -198,7 +200,7 @@ class FSDPEngine:
             clip_gradients(self._parameters.values(), self.config.optimizer.max_grad_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            with span("optimizer"):
+            with span("optimizer"), self._rounding.of_update(lr, norm):
                 self._placement.step()
             self.num_updates += 1
             self._changed_since_sent |= lr > 0 and norm > 0
@@ -237,17 +239,6 @@ class FSDPEngine:
             if self.mesh.is_last_stage:
                 counted = {name: p for name, p in counted.items() if name != self._tied}
         return gradient_norms(counted, self.device)
-
-    def _over_ranks(self, columns: dict[str, list[torch.Tensor]]) -> dict[str, float]:
-        """One number per statistic from its values in this rank's micro-batches; stages before the last have none."""
-        found = {name: torch.stack(values).double().cpu() for name, values in columns.items()}
-        names = list(found) if self.mesh.dims.p == 1 else self.collective.gather(list(found))[-1]
-        out: dict[str, float] = {}
-        for op, reduce, none in (("max", torch.amax, -math.inf), ("sum", torch.sum, 0.0)):
-            chosen = [name for name in names if name.endswith("_max") == (op == "max")]
-            own = torch.tensor([float(reduce(found[n])) if n in found else none for n in chosen], dtype=torch.float64)
-            out |= dict(zip(chosen, self.collective.reduce(own, op).tolist(), strict=True))
-        return out
 
     def _micro_batches(self, batch: Batch, what: str) -> list[MicroBatch]:
         """This rank's micro-batches, filled up with idle ones to the largest number on any rank, and to one."""
@@ -322,12 +313,13 @@ class FSDPEngine:
                 for _ in tensors:  # the other ranks are gathering
                     pass
 
+        must_differ = self._changed_since_sent and not self._is_rounded_away(meta)
+
         def load() -> WeightUpdateMeta:
             if failure is not None:
                 raise failure
             assert meta is not None
-            receipts = rollout.update_weights(meta, link)
-            verify(meta, receipts, self._sent, must_differ=self._changed_since_sent)
+            verify(meta, rollout.update_weights(meta, link), self._sent, must_differ)
             return meta
 
         self._sent = self.collective.on_head(load)
@@ -335,6 +327,15 @@ class FSDPEngine:
         if not is_head:
             rollout.set_version(self._sent.version)
         return self._sent.version
+
+    def _is_rounded_away(self, meta: WeightUpdateMeta | None) -> bool:
+        """Whether all that is checked of `meta` (given on rank 0) is as it was sent before because the trained weights
+        still round to it. Collective."""
+        previous, name_of = self._sent, (lambda name: name) if self._adapter is None else file_name
+        same = self.collective.broadcast(meta and previous and unchanged(meta, previous)) or {}
+        own = [(p, same[n]) for name, p in self._parameters.items() if (n := name_of(name)) in same]
+        found = [checksum(export.whole(p.detach().to(self.dtype))) == number for p, number in own]
+        return bool(same) and all(map(all, self.collective.gather(found)))
 
     def save(self, path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write a Hugging Face folder in the compute dtype, atomically; with LoRA the adapter in float32, in PEFT's

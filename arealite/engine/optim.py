@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,10 @@ from transformers.optimization import Adafactor
 
 from arealite.api.cli_args import OptimizerConfig
 from arealite.api.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+NUM_WATCHED = 1024  # weights of each tensor
 
 
 def learning_rate(config: OptimizerConfig, update: int, num_steps: int | None, updates_per_step: int = 1) -> float:
@@ -133,6 +139,30 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: fl
     scale = max_norm / (norm + 1e-6)
     if scale < 1:
         torch._foreach_mul_([_local(p.grad) for p in parameters if p.grad is not None], scale)
+
+
+class RoundingWatch:
+    """Looks at the first few of every tensor's weights on this rank, and says once if an update does not show in
+    `dtype`, in which they compute, are served and saved."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+        self._parameters, self._dtype, self._is_told = list(parameters), dtype, False
+
+    @contextmanager
+    def of_update(self, lr: float, norm: float) -> Iterator[None]:
+        """Around the optimizer's step, at learning rate `lr` with gradients of norm `norm`."""
+        before = self._rounded()
+        yield
+        if lr > 0 and norm > 0 and not self._is_told and torch.equal(before, self._rounded()):
+            self._is_told = True
+            logger.warning(
+                "an update at learning rate %g moved none of %d weights looked at by as much as %s shows: small steps"
+                " add up in the float32 weights and are seen later; if that is too late, raise optimizer.lr",
+                *(lr, len(before), self._dtype),
+            )
+
+    def _rounded(self) -> torch.Tensor:
+        return torch.cat([_local(p.detach()).flatten()[:NUM_WATCHED].to(self._dtype) for p in self._parameters])
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

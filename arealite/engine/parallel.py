@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -157,3 +158,16 @@ class RankCollective:
         if isinstance(outcome, ArealiteError):
             raise outcome
         return outcome
+
+
+def over_ranks(columns: dict[str, list[torch.Tensor]], collective: RankCollective) -> dict[str, float]:
+    """One number per statistic from its values in the micro-batches of all ranks, of which some may have none: their
+    sum, or the largest where the name ends in _max. Collective."""
+    found = {name: torch.stack(values).double().cpu() for name, values in columns.items()}
+    names = sorted({name for names in collective.gather(list(found)) for name in names})
+    out: dict[str, float] = {}
+    for op, reduce, none in (("max", torch.amax, -math.inf), ("sum", torch.sum, 0.0)):
+        chosen = [name for name in names if name.endswith("_max") == (op == "max")]
+        own = torch.tensor([float(reduce(found[n])) if n in found else none for n in chosen], dtype=torch.float64)
+        out |= dict(zip(chosen, collective.reduce(own, op).tolist(), strict=True))
+    return out

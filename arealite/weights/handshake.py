@@ -30,8 +30,8 @@ def verify(
 ) -> None:
     """Every server's checksums equal the trainer's, and the update changed something where it had to.
 
-    `receipts` maps server id to {tensor name: CRC-32 of the live parameter}. `must_differ`: an optimiser step with a
-    learning rate above 0 lies between `previous` and `meta`.
+    `receipts` maps server id to {tensor name: CRC-32 of the live parameter}. `must_differ`: an optimiser step lies
+    between `previous` and `meta`, and its effect is no smaller than the rounding to the wire dtype.
 
     Raises:
         WeightSyncError: names the server and the tensors.
@@ -51,15 +51,17 @@ def verify(
                 " Training on would be off-policy without anyone knowing; check weight names, dtype and server"
                 " version"
             )
-    if must_differ and previous is not None:
-        common = meta.checksums.keys() & previous.checksums.keys()
-        if common and all(meta.checksums[name] == previous.checksums[name] for name in common):
-            raise WeightSyncError(
-                f"the update from version {previous.version} to {meta.version} changed nothing:"
-                f" {_listed(sorted(common))} are the same bytes although the optimiser made a step."
-                " Either the trainer sends a stale copy, or the learning rate is too small to move a weight in the wire"
-                " dtype"
-            )
+    if must_differ and previous is not None and (same := unchanged(meta, previous)):
+        raise WeightSyncError(
+            f"the update from version {previous.version} to {meta.version} changed nothing: {_listed(list(same))} are"
+            " the same bytes although the optimiser made a step that shows in the trainer's weights: the copy is stale"
+        )
+
+
+def unchanged(meta: WeightUpdateMeta, previous: WeightUpdateMeta) -> dict[str, int]:
+    """{tensor: CRC-32} of those whose checksums both have, if all of them are the same; else none."""
+    common = {name: meta.checksums[name] for name in sorted(meta.checksums.keys() & previous.checksums.keys())}
+    return common if all(previous.checksums[name] == value for name, value in common.items()) else {}
 
 
 class MismatchGuard:
