@@ -151,14 +151,22 @@ def test_no_number_is_infinite_but_those_that_infinity_switches_off(tmp_path):
 def test_held_out_tasks_are_asked_as_training_tasks_are(tmp_path):
     text = "gconfig: {max_new_tokens: 4096, stop: [END], top_k: 5, n_samples: 4}\nvalid_dataset: {path: v}\n"
     prompts = ["train_dataset.system_prompt=s", "train_dataset.prompt_template='{prompt}?'"]
+    prompts.append("train_dataset.chat_template_kwargs.enable_thinking=false")
     config = load(tmp_path, text, *prompts)
     followed = dataclasses.replace(config.gconfig, n_samples=1, temperature=0.0)
     assert config.eval_gconfig == followed and config.eval_gconfig.stop is not config.gconfig.stop
     assert (config.valid_dataset.system_prompt, config.valid_dataset.prompt_template) == ("s", "{prompt}?")
-    own = ["eval_gconfig.max_new_tokens=9", "eval_gconfig.stop=[]", "valid_dataset.system_prompt=null"]
+    assert config.valid_dataset.chat_template_kwargs == {"enable_thinking": False}
+    own = [
+        "valid_dataset.chat_template_kwargs.x=1",
+        "eval_gconfig.max_new_tokens=9",
+        "eval_gconfig.stop=[]",
+        "valid_dataset.system_prompt=null",
+    ]
     other = load(tmp_path, text, *prompts, *own)
     assert other.eval_gconfig == dataclasses.replace(followed, max_new_tokens=9, stop=[])
     assert (other.valid_dataset.system_prompt, other.valid_dataset.prompt_template) == (None, "{prompt}?")
+    assert other.valid_dataset.chat_template_kwargs == {"x": 1}
 
 
 def test_open_values_are_filled_in(tmp_path):

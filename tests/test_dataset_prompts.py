@@ -209,11 +209,11 @@ def test_empty_cells_are_counted_and_answers_needed_only_by_rewards_that_take_th
     ("template", "kind", "stop", "said"),
     [
         (CHATML, GRPOConfig, {}, None),
-        (PADDED, GRPOConfig, {}, r"ends a turn with '<pad>', .* set gconfig.stop_token_ids=\[256\]"),
+        (PADDED, GRPOConfig, {}, r"ends a turn with '<pad>', .*; set gconfig.stop_token_ids=\[256\]"),
         (PADDED, GRPOConfig, {"stop_token_ids": [256]}, None),
         (CHATML.replace("<eos>", "</turn>"), GRPOConfig, {"stop": ["</turn>"]}, None),
-        (PADDED, SFTConfig, {}, "is no end token of .*: name it eos_token in"),
-        (ENDLESS, SFTConfig, {}, "writes nothing after an answer, so the tokenizer's end-of-sequence token is learned"),
+        (PADDED, SFTConfig, {}, "is no end token of .*; name it eos_token in"),
+        (ENDLESS, SFTConfig, {}, "writes nothing after an answer, so the tokenizer's end of sequence is learned"),
         (ENDLESS, GRPOConfig, {}, None),
     ],
 )  # fmt: skip
@@ -229,7 +229,7 @@ def test_a_turn_that_does_not_end_where_generation_does_is_told_at_start(tmp_pat
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no tokenizer can be read from .* set tokenizer_path"):
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded from .* set tokenizer_path"):
         load_tokenizer(GRPOConfig(actor=PPOActorConfig(path=str(tmp_path))))
 
 

@@ -19,7 +19,7 @@ from arealite.api.cli_args import (
 )
 
 REASONING_GYM = "reasoning_gym:"
-PROMPT_FIELDS = ("prompt_template", "system_prompt")
+PROMPT_FIELDS = ("prompt_template", "system_prompt", "chat_template_kwargs")
 
 
 def contradictions(config: RunConfig) -> list[str]:
@@ -42,7 +42,7 @@ def follow_training(config: RunConfig, given: set[str]) -> None:
         pairs.append(("eval_gconfig", config.eval_gconfig, config.gconfig, sampled))
     for key, section, followed, names in pairs:
         for name in names:
-            if f"{key}.{name}" not in given:
+            if not any(f"{word}.".startswith(f"{key}.{name}.") for word in given):
                 setattr(section, name, copy(getattr(followed, name)))
 
 

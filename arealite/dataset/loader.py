@@ -15,17 +15,18 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig
+from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig, RWConfig
 from arealite.api.config_rules import warm_up
 from arealite.api.errors import ConfigError, DatasetError, RecoveryError
 from arealite.api.types import Task, as_record
 from arealite.dataset.examples import Example
 from arealite.dataset.fetch import resolve_model
-from arealite.dataset.prompts import check_shown, check_variables, prompt_of, turn_end
+from arealite.dataset.prompts import check_shown, check_variables, encode, prompt_text, turn_end
 from arealite.dataset.rows import kept_rows, task_of
 from arealite.dataset.sources import Row
+from arealite.models.opening import open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +40,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """
     model = resolve_model(config.trained[1].path)
     path = resolve_model(config.tokenizer_path or model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"no tokenizer can be read from {path!r}: {why}; set tokenizer_path to a folder or hub id that has one"
-        ) from error
-    if tokenizer.chat_template is not None and config.kind != "rw":
+    tokenizer: PreTrainedTokenizerBase = open_tokenizer(path)
+    if tokenizer.chat_template is not None and not isinstance(config, RWConfig):
         complaint = _missing_end(config, model, tokenizer)
         if complaint:
             logger.warning("the chat template of %s %s", path, complaint)
@@ -56,31 +51,22 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 def _missing_end(config: RunConfig, model: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What is wrong between the end of a turn, as the chat template writes it, and the tokens that end generation."""
     end = turn_end(tokenizer)
-    if not end:
-        return (
-            ""
-            if config.kind == "grpo"
-            else (
-                "writes nothing after an answer, so the tokenizer's end-of-sequence token is learned after the last one"
-            )
-        )
-    known = {tokenizer.eos_token_id}
+    known, fix = {tokenizer.eos_token_id}, "name it eos_token in the tokenizer's tokenizer_config.json"
     for read in (GenerationConfig.from_pretrained, lambda path: AutoConfig.from_pretrained(path).get_text_config()):
         with suppress(OSError, ValueError):
             found = read(model).to_dict().get("eos_token_id")
             known |= set(found) if isinstance(found, list) else {found}
-    fix = "name it eos_token in the tokenizer's tokenizer_config.json"
     if isinstance(config, GRPOConfig):
         known |= set(config.gconfig.stop_token_ids)
-        if any(stop in tokenizer.decode(end) for stop in config.gconfig.stop):
+        if not end or any(stop in tokenizer.decode(end) for stop in config.gconfig.stop):
             return ""
         fix = f"set gconfig.stop_token_ids=[{end[0]}], or {fix}"
+    elif not end:
+        return "writes nothing after an answer, so the tokenizer's end of sequence is learned after the last one"
     if end[0] in known:
         return ""
-    return (
-        f"ends a turn with {tokenizer.decode(end)!r}, but token {end[0]} is no end token of {model}, so answers go on"
-        f" to the limit: {fix}"
-    )
+    text = tokenizer.decode(end)
+    return f"ends a turn with {text!r}, and token {end[0]} is no end token of {model}: answers go on after it; {fix}"
 
 
 def load_tasks(
@@ -104,10 +90,11 @@ def load_tasks(
         task = task_of(row, config, chat, needs_answer)
         if task is None:
             return None
-        text, ids = prompt_of(tokenizer, task)
+        text = prompt_text(tokenizer, task)
         if task.messages is not None:
             check_shown(tokenizer, task.messages, text, **task.template_options)
-        return task, len(ids)
+        is_short = config.max_prompt_tokens is None  # counting takes ten times as long as the rest
+        return task, 0 if is_short else len(encode(tokenizer, text, is_raw=task.messages is None))
 
     tasks = kept_rows(config, seed, made, "max_prompt_tokens")
     num_open = sum(task.answer is None for task in tasks)

@@ -124,20 +124,25 @@ def check_shown(
         )
 
 
+def check_text(text: str) -> str:
+    """The text, if it consists of characters; else raises PromptError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the text has half of a surrogate pair, which is no character ({shown(text[error.start])} at"
+            f" {error.start}): remove it"
+        ) from error
+    return text
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, is_raw: bool = False) -> list[int]:
     """Token ids of a text. A chat template has written the special tokens itself; raw text gets those that the
     tokenizer puts before a text, if they do not stand there already, and no end that nobody wrote.
 
     Raises PromptError: the text cannot be encoded.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"the text has half of a surrogate pair, which is no character: {error.reason} ({shown(text[error.start])}"
-            f" at {error.start}); remove it"
-        ) from error
-    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    plain = list(tokenizer(check_text(text), add_special_tokens=False)["input_ids"])
     if not is_raw:
         return plain
     ids = list(tokenizer(text)["input_ids"])
@@ -147,14 +152,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, is_raw: bool = False) 
     return plain if plain[: len(before)] == before else ids
 
 
-def prompt_of(tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[str, list[int]]:
-    """A task's prompt as the model is asked it: text, and token ids.
+def prompt_text(tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
+    """A task's prompt as the model is asked it. Raises PromptError: the template refuses it, or it is no text."""
+    if task.messages is None:
+        return check_text(task.prompt or "")
+    return check_text(render(tokenizer, task.messages, **task.template_options))
 
-    Raises PromptError: the template or the tokenizer refuses it, or it has no token.
-    """
-    is_raw = task.messages is None
-    text = task.prompt or "" if task.messages is None else render(tokenizer, task.messages, **task.template_options)
-    ids = encode(tokenizer, text, is_raw)
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[str, list[int]]:
+    """`prompt_text` and its token ids. Raises PromptError as that does, and where there is no token."""
+    text = prompt_text(tokenizer, task)
+    ids = encode(tokenizer, text, is_raw=task.messages is None)
     if not ids:
         raise PromptError("the prompt has no token: give it a text")
     return text, ids

@@ -29,7 +29,8 @@ class RLVRWorkflow:
         reward_fn: `reward_fn(prompt, completion, prompt_ids, completion_ids, answer=..., **task.extras)` gives a
             number, or a dict with "reward" and named parts. It runs in worker processes; see reward/pool.py.
         gconfig: sampling; `n_samples` is the group size.
-        tokenizer: the policy's, with its chat template.
+        tokenizer: the policy's, with its chat template; what the template is given beside the messages, such as
+            enable_thinking, comes with the task (`train_dataset.chat_template_kwargs`).
         config: number of reward workers and their time limit; the defaults if not given.
         context_length: tokens of prompt and answer together at most; unchecked if not given (the server refuses then).
     """
