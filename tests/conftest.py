@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,3 +70,11 @@ def free_port() -> int:
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def lib(request: pytest.FixtureRequest) -> Any:
+    """The compiled kernels of an instruction set (kernel_support.each_kind), or those that this process uses."""
+    from kernel_support import kernels_for
+
+    return kernels_for(getattr(request, "param", None))

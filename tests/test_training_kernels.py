@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_support import each_vector_kind, needs_kernels, normal
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
@@ -21,19 +22,8 @@ from arealite.kernels import cpu, functions
 from arealite.kernels.cpu import Kernels
 from arealite.kernels.modules import fuse
 
-pytestmark = pytest.mark.skipif(cpu.load() is None, reason="no AVX512-BF16, or no C compiler")
+pytestmark = needs_kernels
 ROUNDING = 2**-8  # of bf16, relative
-
-
-@pytest.fixture
-def lib() -> Kernels:
-    found = cpu.load()
-    assert found is not None
-    return found
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 def gradients(function: Any, *inputs: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor]:
@@ -48,6 +38,7 @@ def assert_near(got: list[torch.Tensor], wanted: list[torch.Tensor], roundings: 
         assert float((x.float() - y).abs().max()) <= roundings * ROUNDING * float(y.abs().max())
 
 
+@each_vector_kind
 @pytest.mark.parametrize("width", [32, 576])
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("num", [1, 7, 300])
@@ -60,6 +51,7 @@ def test_norm(lib: Kernels, width: int, plus_one: bool, num: int) -> None:
     assert_near(got, gradients(plain, x.float(), weight.float(), up=up.float()))
 
 
+@each_vector_kind
 @pytest.mark.parametrize("num", [1, 50, 3000])
 def test_gated_unit(lib: Kernels, num: int) -> None:
     gate, up, above = normal(num, 64) * 4, normal(num, 64, seed=1), normal(num, 64, seed=2)
@@ -69,6 +61,7 @@ def test_gated_unit(lib: Kernels, num: int) -> None:
     assert_near(got, plain)
 
 
+@each_vector_kind
 @pytest.mark.parametrize(("heads", "tokens", "dim"), [(4, 5, 32), (9, 700, 64), (1, 3, 128)])
 def test_rotation(lib: Kernels, heads: int, tokens: int, dim: int) -> None:
     x, up = (normal(1, tokens, heads, dim, seed=s).transpose(1, 2) for s in (0, 1))
@@ -84,11 +77,15 @@ def test_rotation(lib: Kernels, heads: int, tokens: int, dim: int) -> None:
         assert functions.rotate(lib, given, cos, sin) is given, "in place where no gradient is wanted"
 
 
-@pytest.mark.parametrize("vocabulary", [37, 49152])
+@each_vector_kind
+@pytest.mark.parametrize("vocabulary", [37, 8200])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("with_entropy", [True, False])
-def test_logprobs(vocabulary: int, temperature: float, with_entropy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logprobs(
+    lib: Kernels, vocabulary: int, temperature: float, with_entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows that are asked for no token, for several, and for one token twice; over several chunks."""
+    monkeypatch.setattr(cpu, "load", lambda: lib)
     hidden, weight = normal(41, 32) * 0.5, normal(vocabulary, 32, seed=1)
     rng = np.random.default_rng(0)
     row_of = torch.from_numpy(np.sort(np.append(rng.integers(0, 41, 60), [9, 9, 9])))
@@ -100,7 +97,7 @@ def test_logprobs(vocabulary: int, temperature: float, with_entropy: bool, monke
         logp, entropy = token_logprobs(hidden, weight, row_of, targets, temperature, 16)
         return (logp * up_logp).sum() + (entropy * up_entropy).sum()
 
-    logits = (hidden @ weight.t()).double() / temperature
+    logits = lib.product(hidden, lib.pack([weight]), None, vocabulary).double() / temperature
     logp, entropy = token_logprobs(hidden, weight, row_of, targets, temperature, 16)
     exact = logits.log_softmax(-1)
     assert float((logp - exact[row_of, targets]).abs().max()) < 5e-6
@@ -117,6 +114,7 @@ def test_a_logit_that_is_no_number_is_seen() -> None:
     assert logp.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
 
 
+@each_vector_kind
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     ("lengths", "shared", "heads", "kv_heads", "dim", "window"),
@@ -140,6 +138,7 @@ def test_attention_over_a_tree(
     threads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cpu, "load", lambda: lib)
     monkeypatch.setattr(attention, "MAX_QUERIES", 256)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rng = np.random.default_rng(0)
@@ -160,8 +159,7 @@ def test_attention_over_a_tree(
     exact = gradients(run, q.float(), k.float(), v.float(), up=up.float())
     monkeypatch.setattr(cpu, "load", lambda: None)
     plain_out, plain = run(q, k, v), gradients(run, q, k, v, up=up)
-    assert torch.equal(out, plain_out) or window is not None, "sums that begin elsewhere are rounded otherwise"
-    assert_near([out], [plain_out.float()], 1)
+    assert_near([out], [plain_out.float()], 2)
     for x, y, z in zip(found, plain, exact, strict=True):
         assert float((x.float() - z).norm()) <= 1.1 * float((y.float() - z).norm())
 
@@ -197,7 +195,8 @@ def test_a_fused_model_has_the_results_of_the_plain_one(config: Any, lib: Kernel
     model.bfloat16()
     hidden, found = loss_and_gradients(model)
     plain_hidden, plain_found = loss_and_gradients(plain)
-    assert torch.equal(hidden, plain_hidden)
+    error, usual = ((x - wanted).norm() for x in (hidden, plain_hidden))
+    assert error <= 1.5 * usual
     for name, gradient in wanted_gradients.items():
         size = float(gradient.norm()) + 1e-6
         error, usual = (float((g[name].float() - gradient).norm()) / size for g in (found, plain_found))

@@ -149,7 +149,7 @@ class _TreeAttention(torch.autograd.Function):
         out = q.new_empty(len(q) + 1, *q.shape[1:])
         for block in blocks:
             probs, _, _, values = _attend(q, k, v, block, scale)
-            rows = _ungroup(probs @ values, block, q.shape)
+            rows = _ungroup(functions.matmul(probs, values), block, q.shape)
             out.index_copy_(0, block.queries.reshape(-1), rows)
         return out[:-1]
 
@@ -164,13 +164,13 @@ class _TreeAttention(torch.autograd.Function):
         for block in ctx.blocks:
             probs, queries, keys, values = _attend(q, k, v, block, ctx.scale)
             above = _group(_pick(grad, block.queries), k.shape[1])
-            by_value = (probs.transpose(1, 2) @ above).float()
-            slopes = above @ values.transpose(1, 2)
+            by_value = functions.matmul(probs.transpose(1, 2), above).float()
+            slopes = functions.matmul(above, values.transpose(1, 2))
             scores = torch._softmax_backward_data(slopes, probs, -1, probs.dtype).mul_(ctx.scale)
-            grad_q.index_copy_(0, block.queries.reshape(-1), _ungroup(scores @ keys, block, q.shape))
+            grad_q.index_copy_(0, block.queries.reshape(-1), _ungroup(functions.matmul(scores, keys), block, q.shape))
             flat = block.keys.reshape(-1)
             grad_v.index_add_(0, flat, _to_nodes(by_value, block))
-            grad_k.index_add_(0, flat, _to_nodes((scores.transpose(1, 2) @ queries).float(), block))
+            grad_k.index_add_(0, flat, _to_nodes(functions.matmul(scores.transpose(1, 2), queries).float(), block))
         return grad_q[:-1], grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
@@ -230,7 +230,7 @@ def _attend(
     queries = _group(_pick(q, block.queries), num_key_heads)
     keys = _group(_pick(k, block.keys), num_key_heads)
     values = _group(_pick(v, block.keys), num_key_heads)
-    scores = (queries @ keys.transpose(1, 2)).float().mul_(scale)
+    scores = functions.matmul(queries, keys.transpose(1, 2)).float().mul_(scale)
     n, _, num_queries, num_keys = block.hidden.shape
     scores.view(n, -1, num_queries, num_keys).masked_fill_(block.hidden, -math.inf)
     return torch.softmax(scores, -1).to(q.dtype), queries, keys, values
@@ -251,11 +251,10 @@ def _varlen_attention(
 
 
 def _kernels_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernels | None:
-    """The compiled kernels where they compute what PyTorch's products would."""
+    """The compiled kernels, where they can read these tensors."""
     if not functions.fits(q, k, v) or q.shape[-1] % cpu.DIM_STEP or any(x.stride(-1) != 1 for x in (q, k, v)):
         return None
-    compiled = cpu.load()
-    return compiled if compiled is not None and compiled.exact_products else None
+    return cpu.load()
 
 
 def tree_attention(

@@ -33,9 +33,14 @@ class _TokenLogprobs(torch.autograd.Function):
         # Pairs are sorted by row, so each block of rows owns one slice of them.
         first_pair = torch.searchsorted(row_of, torch.arange(rows + 1, device=row_of.device))
         edges = first_pair.tolist()
-        compiled = cpu.load() if functions.fits(hidden, weight) else None
+        compiled = cpu.load() if functions.fits(hidden, weight) and hidden.shape[1] % 2 == 0 else None
+        packed = None if compiled is None else compiled.pack([weight.contiguous()])
         for start in range(0, rows, chunk):
-            logits = hidden[start : start + chunk] @ weight.t()
+            part = hidden[start : start + chunk]
+            if compiled is not None and packed is not None:
+                logits = compiled.product(part, packed, None, len(weight))
+            else:
+                logits = functions.matmul(part, weight.t())
             if compiled is not None:
                 compiled.score(logits, start, Scores(first_pair, targets, logsum, entropy, logp), temperature)
                 continue
@@ -67,14 +72,14 @@ class _TokenLogprobs(torch.autograd.Function):
         width = max(ctx.chunk * len(weight) // len(hidden), 1)
         for first in range(0, len(weight), width):
             part = weight[first : first + width]
-            logits = hidden @ part.t()
+            logits = functions.matmul(hidden, part.t())
             if ctx.compiled is None:
                 _plain_grad(ctx, logits, first, grad_logp, grad_entropy)
             else:
                 scores = Scores(first_pair, targets - first, logsum, entropy, logp, *grads)
                 ctx.compiled.score_grad(logits, 0, scores, ctx.temperature)
-            grad_hidden += logits @ part
-            torch.mm(logits.t(), hidden, out=grad_weight[first : first + width])
+            grad_hidden += functions.matmul(logits, part)
+            grad_weight[first : first + width] = functions.matmul(logits.t(), hidden)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 

@@ -24,7 +24,7 @@ from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch, Part, cut, part
 from arealite.kernels import cpu
 from arealite.kernels.functions import recomputing
-from arealite.kernels.modules import fuse
+from arealite.kernels.modules import fuse, fuse_linears
 from arealite.models.fidelity import Rows, check_fidelity
 from arealite.models.opening import open_config
 
@@ -47,8 +47,11 @@ class PackedModel(nn.Module):
         self.place, self.num_places = (0, 1) if mesh is None else (mesh.token_place, mesh.num_token_places)
         # Taken here, on all ranks: making a group is a collective call, and not all stages of a pipeline gather.
         self._tokens = None if mesh is None or self.num_places == 1 else mesh.tokens.get_group()
-        if (mesh is None or mesh.device.type == "cpu") and (compiled := cpu.load()) is not None:
-            fuse(model, compiled)
+        if mesh is None or mesh.device.type == "cpu":
+            compiled = cpu.load()
+            fuse_linears(model, compiled)
+            if compiled is not None:
+                fuse(model, compiled)
 
     def forward(self, micro: MicroBatch, temperature: float, received: torch.Tensor | None = None) -> Any:
         """What `head` returns; on stages before the last one what `hidden` does."""

@@ -18,6 +18,7 @@ from arealite.api.errors import ConfigError
 from arealite.inference.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, pages_for
 from arealite.inference.sequence import Span
 from arealite.kernels.cpu import PagedSpans
+from arealite.kernels.functions import matmul
 
 ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attention`
 QUERIES_PER_CALL = 512  # queries of long spans whose scores exist at one time
@@ -199,11 +200,11 @@ def paged_attention(
         grouped = q[:, block.first : block.last].view(kv_heads, -1, n, num_queries, head_dim).transpose(1, 2)
         k = keys.index_select(1, block.table).view(batch, -1, head_dim)
         v = values.index_select(1, block.table).view(batch, -1, head_dim)
-        scores = torch.bmm(grouped.reshape(batch, -1, head_dim), k.transpose(1, 2)).float().mul_(scale)
+        scores = matmul(grouped.reshape(batch, -1, head_dim), k.transpose(1, 2)).float().mul_(scale)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         scores.view(kv_heads, n, -1, num_queries, k.shape[1]).masked_fill_(block.hidden(window), -torch.inf)
-        result = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
+        result = matmul(torch.softmax(scores, -1).to(v.dtype), v)
         result = result.view(kv_heads, n, -1, num_queries, head_dim).permute(1, 3, 0, 2, 4)
         out[block.first : block.last] = result.reshape(-1, heads, head_dim)
     return out

@@ -199,7 +199,7 @@ class ServedModel:
             return linears, None
         fuse(self.module, compiled)
         softcap = self.config.get_text_config().to_dict().get("attn_logit_softcapping")
-        fits = compiled.exact_products and softcap is None and self.kv_shape[2] % cpu.DIM_STEP == 0
+        fits = softcap is None and self.kv_shape[2] % cpu.DIM_STEP == 0
         return linears, compiled if fits else None
 
     @torch.inference_mode()

@@ -1,64 +1,420 @@
-/* CPU kernels for bf16 models. The server's: attention over the page pool, norms, rotary, gated units, sampling. The
- * trainer's: the same element-wise functions with their gradients, and logprobs from logits.
+/* CPU kernels for bf16 models. The server's: products with packed weights, attention over the page pool, norms, rotary,
+ * gated units, sampling. The trainer's: the same with gradients, attention over a prefix tree, logprobs from logits.
  *
- * Compiled and called by kernels.py. They exist to save memory traffic and calls, not to change results: each rounds to
- * bf16 where the PyTorch operations of the trainer do, adds in the order in which those add, and takes exp by the same
- * polynomials, so that a logprob made here is bit for bit the trainer's. Needs AVX512-BF16.
+ * Compiled and called by cpu.py, for one of these instruction sets: AMX tiles (products; the rest as the next),
+ * AVX512-BF16, AVX512, and whatever vectors the compiler has (AVX2, NEON, SSE). The rule that all keep: an element of a
+ * result is one sum in one order, whatever is computed beside it. So a row has the same bits alone and among thousands,
+ * in decode, in prefill and in the trainer's packed pass. Results are rounded to bf16 where PyTorch's operations do.
  */
-#include <immintrin.h>
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
-enum { PAGE = 16, ROWS = 4, MAX_PAGES_AT_ONCE = 4, BLOCK = 256 };
+/* LANES floats are a vector; WIDE vectors of a row stay in registers together, and are a panel of a packed weight. */
+#if defined(__AVX512F__)
+enum { LANES = 16, WIDE = 4 };
+#elif defined(__AVX__)
+enum { LANES = 8, WIDE = 2 };
+#else
+enum { LANES = 4, WIDE = 4 };
+#endif
+enum { PANEL = LANES * WIDE, ROWS_AT_ONCE = LANES == 8 ? 4 : 6 /* as many sums as the registers hold */ };
+enum { PAGE = 16, ROWS = 4, PAGES_AT_ONCE = PANEL / PAGE, BLOCK = 256 };
+
 typedef uint16_t bf16;
-typedef __m512 vec;
-typedef __m512bh pairs; /* 16 pairs of bf16 */
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint32_t naturals __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef int32_t loose_words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint16_t loose_halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int32_t loose_word __attribute__((aligned(2), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE vec widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-INLINE __m256i narrow(vec x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+/* ---- vectors ----------------------------------------------------------------------------------------------------- */
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+INLINE vec load(const float *p) { return *(const loose_vec *)p; }
+INLINE void store(float *p, vec x) { *(loose_vec *)p = x; }
+INLINE words load_words(const void *p) { return *(const loose_words *)p; }
+INLINE void store_words(void *p, words x) { *(loose_words *)p = x; }
+INLINE vec choose(words mask, vec yes, vec no) { return (vec)((mask & (words)yes) | (~mask & (words)no)); }
+INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
+
+INLINE vec fma_of(vec a, vec b, vec c)
+{
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE vec widen(halves x) { return (vec)(__builtin_convertvector(x, naturals) << 16); }
+
+INLINE halves narrow(vec x)
+{
+#if defined(__AVX512BF16__)
+    return (halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+    naturals bits = (naturals)x;
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16; /* to the nearest, ties to even */
+    words is_nan = x != x;
+    return __builtin_convertvector((naturals)((words)bits & ~is_nan) | ((naturals)is_nan & 0x7FC0), halves);
+#endif
+}
+
 INLINE vec rounded(vec x) { return widen(narrow(x)); }
-INLINE vec load16(const bf16 *p) { return widen(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE void store16(bf16 *p, vec x) { _mm256_storeu_si256((__m256i *)p, narrow(x)); }
-INLINE pairs load_pairs(const bf16 *p) { return (pairs)_mm512_loadu_si512(p); }
-INLINE pairs both_of(const bf16 *p) { return (pairs)_mm512_set1_epi32(*(const int32_t *)p); }
-INLINE __mmask16 first_lanes(long n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (__mmask16)((1 << n) - 1); }
+INLINE vec get(const bf16 *p) { return widen(*(const loose_halves *)p); }
+INLINE void put(bf16 *p, vec x) { *(loose_halves *)p = narrow(x); }
 
-/* oneDNN adds the products of a sum one after the other, but blocks of so many of them by themselves. */
-INLINE int64_t summed_at_once(int64_t k) { return k > 1024 ? 1024 : 512; }
+/* The first n of LANES elements, n > 0; `rest` in the others. */
+INLINE vec load_first(const float *p, int64_t n, float rest)
+{
+    if (n >= LANES)
+        return load(p);
+    vec x = splat(rest);
+    memcpy(&x, p, n * sizeof(float));
+    return x;
+}
 
-/* exp with the reduction and the polynomial that torch's exp, softmax and SiLU use (Sleef's expf, 1.0 ulp). */
+INLINE vec get_first(const bf16 *p, int64_t n, float rest)
+{
+    if (n >= LANES)
+        return get(p);
+    halves x = narrow(splat(rest));
+    memcpy(&x, p, n * sizeof(bf16));
+    return widen(x);
+}
+
+INLINE void store_first(float *p, int64_t n, vec x)
+{
+    if (n >= LANES)
+        store(p, x);
+    else if (n > 0)
+        memcpy(p, &x, n * sizeof(float));
+}
+
+INLINE void put_first(bf16 *p, int64_t n, vec x)
+{
+    halves y = narrow(x);
+    if (n >= LANES)
+        *(loose_halves *)p = y;
+    else if (n > 0)
+        memcpy(p, &y, n * sizeof(bf16));
+}
+
+INLINE float sum_of(vec x)
+{
+    float sum[LANES];
+    store(sum, x);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++)
+            sum[i] += sum[i + n];
+    return sum[0];
+}
+
+INLINE float max_of(vec x)
+{
+    float top = x[0];
+    for (int i = 1; i < LANES; i++)
+        top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+/* exp to about 1 ulp: 2^n times a polynomial (Cephes' coefficients) of what is left; 0 below -104, where floats end. */
 INLINE vec exp_of(vec x)
 {
-    vec n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vec r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693145751953125f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(-1.428606765330187045e-06f), r);
-    vec y = _mm512_fmadd_ps(_mm512_set1_ps(0.000198527617612853646f), r, _mm512_set1_ps(0.00139304355252534151f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.00833336077630519867f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.0416664853692054749f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.166666671633720398f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.5f));
-    y = _mm512_add_ps(_mm512_set1_ps(1.f), _mm512_fmadd_ps(_mm512_mul_ps(r, r), y, r));
-    y = _mm512_scalef_ps(y, n);
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-104.f), _CMP_NLT_UQ), y);
+    const float magic = 0x1.8p23f; /* adding it rounds to an integer, which then stands in the low bits */
+    vec y = choose(x < -105.f, splat(-105.f), x);
+    y = choose(y > 104.f, splat(104.f), y);
+    vec shifted = fma_of(y, splat(0x1.715476p+0f), splat(magic)), n = shifted - magic;
+    vec r = fma_of(n, splat(-0x1.62e400p-1f), y);
+    r = fma_of(n, splat(-0x1.7f7d1cp-20f), r);
+    vec p = fma_of(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
+    p = fma_of(p, r, splat(8.3334519073e-3f));
+    p = fma_of(p, r, splat(4.1665795894e-2f));
+    p = fma_of(p, r, splat(1.6666665459e-1f));
+    p = fma_of(p, r, splat(5.0000001201e-1f));
+    p = fma_of(r * r, p, r) + 1.f;
+    words power = (words)shifted - (words)splat(magic), half = power >> 1; /* in two steps: one may be out of range */
+    p = p * (vec)((half + 127) << 23) * (vec)((power - half + 127) << 23);
+    return (vec)((words)p & ~(x < -104.f));
 }
 
-/* The lanes' sum in torch's order for a row: halves, quarters, ... */
-INLINE float sum_lanes(vec v)
+/* Pairs of bf16, LANES of them, and the sum of their products: both elements of a pair one after the other. */
+INLINE words both_of(const bf16 *p)
 {
-    v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0x4E));
-    v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1));
-    v = _mm512_add_ps(v, _mm512_shuffle_ps(v, v, 0x4E));
-    v = _mm512_add_ps(v, _mm512_shuffle_ps(v, v, 0xB1));
-    return _mm512_cvtss_f32(v);
+    words x = *(const loose_word *)p - (words){0};
+    /* A broadcast load, and what follows on vectors: GCC would shift before it, one by one. */
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+    __asm__("" : "+v"(x));
+#elif defined(__x86_64__) && !defined(__AVX512F__)
+    __asm__("" : "+x"(x));
+#elif defined(__ARM_NEON)
+    __asm__("" : "+w"(x));
+#endif
+    return x;
+}
+INLINE vec low_of(words x) { return (vec)(x << 16); }
+INLINE vec high_of(words x) { return (vec)(x & (words)((naturals){0} + 0xFFFF0000u)); }
+
+/* sum[r][j] += x[r] * w[j]: a pair of each of `rows` rows, and `num` vectors of pairs. */
+INLINE void add_pairs(const int rows, const int num, vec (*sum)[WIDE], const bf16 *const *x, const bf16 *const *w)
+{
+#if defined(__AVX512BF16__)
+    __m512bh pairs[WIDE];
+    for (int j = 0; j < num; j++)
+        pairs[j] = (__m512bh)load_words(w[j]);
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < num; j++)
+            sum[r][j] = (vec)_mm512_dpbf16_ps((__m512)sum[r][j], (__m512bh)both_of(x[r]), pairs[j]);
+#else
+    for (int half = 0; half < 2; half++) {
+        vec part[WIDE];
+        for (int j = 0; j < num; j++)
+            part[j] = half ? high_of(load_words(w[j])) : low_of(load_words(w[j]));
+        for (int r = 0; r < rows; r++) {
+            vec own = half ? high_of(both_of(x[r])) : low_of(both_of(x[r]));
+            for (int j = 0; j < num; j++)
+                sum[r][j] = fma_of(own, part[j], sum[r][j]);
+        }
+        __asm__ volatile("" ::: "memory"); /* the second half loads again: registers are for the sums */
+    }
+#endif
 }
 
-/* ---- attention ---------------------------------------------------------------------------------------------------
- * A page holds 16 tokens of one key head. Keys lie as [dim / 2][token][2] and values as [token / 2][dim][2]: what one
- * vdpbf16ps takes, 16 pairs, lies side by side. It adds the pairs of a sum one after the other, as oneDNN does. */
+/* ---- products with a packed weight ---------------------------------------------------------------------------------
+ * out [rows][n] = x [rows][k] times the transpose of a weight [n][k], k even. A packed weight stands in panels of columns,
+ * [depth / 2][columns][2]; behind the last column and the last k come zeros, up to a whole panel and to `depth_of`. */
+
+#if defined(__AMX_BF16__)
+enum { COLUMNS = 32 }; /* two tiles side by side */
+#else
+enum { COLUMNS = PANEL };
+#endif
+
+INLINE int64_t depth_of(int64_t k) { return (k + 31) / 32 * 32; }
+
+/* Puts a weight [n][k] into the panels from column `first` on. */
+void pack(const bf16 *weight, bf16 *packed, int64_t n, int64_t k, int64_t first, int32_t threads)
+{
+    enum { AT_ONCE = 16 }; /* pairs of a column, a cache line: each line is read once */
+#pragma omp parallel for num_threads(threads) if (threads > 1 && n * k > 1 << 16)
+    for (int64_t c = 0; c < n; c += AT_ONCE) {
+        int32_t part[AT_ONCE][AT_ONCE], *to[AT_ONCE];
+        const int64_t num = n - c < AT_ONCE ? n - c : AT_ONCE;
+        for (int64_t j = 0; j < num; j++) {
+            const int64_t column = first + c + j;
+            to[j] = (int32_t *)packed + column / COLUMNS * (depth_of(k) / 2) * COLUMNS + column % COLUMNS;
+        }
+        const int is_row = num == AT_ONCE && to[AT_ONCE - 1] == to[0] + AT_ONCE - 1;
+        for (int64_t i = 0; i < k / 2; i += AT_ONCE) {
+            const int64_t pairs = k / 2 - i < AT_ONCE ? k / 2 - i : AT_ONCE;
+            for (int64_t j = 0; j < num; j++)
+                memcpy(part[j], weight + (c + j) * k + 2 * i, pairs * sizeof(int32_t));
+            for (int64_t p = 0; p < pairs; p++)
+                if (is_row)
+                    for (int64_t j = 0; j < AT_ONCE; j++)
+                        to[0][(i + p) * COLUMNS + j] = part[j][p];
+                else
+                    for (int64_t j = 0; j < num; j++)
+                        to[j][(i + p) * COLUMNS] = part[j][p];
+        }
+    }
+}
+
+/* `ahead`: where to begin asking for the next panel, `lines` cache lines per step. */
+INLINE void product_rows(const int rows, const int lines, const bf16 *ahead, const bf16 *x, const bf16 *panel,
+                         const bf16 *bias, bf16 *out, int64_t n, int64_t k, int64_t columns)
+{
+    vec sum[ROWS_AT_ONCE][WIDE];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < WIDE; j++)
+            sum[r][j] = splat(0);
+    for (int64_t i = 0; i < k; i += 2, panel += 2 * PANEL) {
+        const bf16 *own[ROWS_AT_ONCE], *pairs[WIDE];
+        for (int r = 0; r < rows; r++)
+            own[r] = x + r * k + i;
+        for (int j = 0; j < WIDE; j++)
+            pairs[j] = panel + 2 * LANES * j;
+        for (int j = 0; j < lines; j++, ahead += 32)
+            __builtin_prefetch(ahead, 0, 2);
+        add_pairs(rows, WIDE, sum, own, pairs);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < WIDE && LANES * j < columns; j++) {
+            if (bias)
+                sum[r][j] += get_first(bias + LANES * j, columns - LANES * j, 0);
+            put_first(out + r * n + LANES * j, columns - LANES * j, sum[r][j]);
+        }
+}
+
+/* Columns [0, columns) of one panel for `num` rows; rows of `out` are n apart. */
+static void product_panel(const bf16 *x, const bf16 *panel, const bf16 *bias, bf16 *out, int64_t num, int64_t n,
+                          int64_t k, int64_t columns)
+{
+    enum { LINES = PANEL / 16 }; /* of a step of the panel: four blocks of rows, two or one fetch the next panel */
+    int64_t blocks = (num + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    const int64_t lines = blocks >= 4 || LINES < 4 ? 1 : blocks >= 2 ? 2 : 4;
+    const bf16 *ahead = panel + PANEL * k;
+    for (int64_t row = 0, rows; row < num; row += rows, blocks--, ahead += lines * 16 * k) {
+        rows = (num - row + blocks - 1) / blocks;
+        const bf16 *from = x + row * k;
+        bf16 *to = out + row * n;
+#define RUN(r, l) product_rows(r, l, ahead, from, panel, bias, to, n, k, columns)
+#define CASE(r)                                                                        \
+    case r: {                                                                          \
+        if (ahead >= panel + 2 * PANEL * k) RUN(r, 0);                                 \
+        else if (lines == 1) RUN(r, 1);                                                \
+        else if (lines == 2) RUN(r, 2);                                                \
+        else RUN(r, 4);                                                                \
+        break;                                                                         \
+    }
+        switch (rows) {
+            CASE(1); CASE(2); CASE(3); CASE(4);
+#if defined(__AVX512F__) || !defined(__AVX__)
+            CASE(5); CASE(6);
+#endif
+        }
+    }
+}
+
+#if defined(__AMX_BF16__)
+
+struct __attribute__((packed)) tile_shapes { uint8_t palette, start, zero[14]; uint16_t width[16]; uint8_t rows[16]; };
+
+/* Rows [0, rows) of x [32][depth], in lines of 32 elements one below the other, times 32 columns. Tiles are 16 rows of
+ * 64 bytes: 0 to 3 add up, 4 and 5 are rows of x, 6 and 7 columns of the panel. */
+static void product_tiles(const bf16 *x, const bf16 *panel, const bf16 *bias, bf16 *out, int64_t rows, int64_t n,
+                          int64_t depth, int64_t columns)
+{
+    enum { LINE = 32, UPPER = 16 * LINE, STEP = 32 * LINE };
+    float sums[32][32] __attribute__((aligned(64)));
+    _tile_zero(0); _tile_zero(1);
+    if (rows > 16) {
+        _tile_zero(2); _tile_zero(3);
+        for (int64_t i = 0; i < depth; i += LINE, x += STEP, panel += LINE * COLUMNS) {
+            _tile_loadd(4, x, 64); _tile_loadd(6, panel, 128); _tile_loadd(7, panel + 32, 128);
+            _tile_loadd(5, x + UPPER, 64);
+            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(2, sums[16], 128); _tile_stored(3, sums[16] + 16, 128);
+    } else
+        for (int64_t i = 0; i < depth; i += LINE, x += STEP, panel += LINE * COLUMNS) {
+            _tile_loadd(4, x, 64); _tile_loadd(6, panel, 128); _tile_loadd(7, panel + 32, 128);
+            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+        }
+    _tile_stored(0, sums[0], 128); _tile_stored(1, sums[0] + 16, 128);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < 32 && j < columns; j += LANES) {
+            vec sum = load(sums[r] + j);
+            put_first(out + r * n + j, columns - j, bias ? sum + get_first(bias + j, columns - j, 0) : sum);
+        }
+}
+
+/* x [num][k] as product_tiles reads it: blocks of 32 rows, [depth / 32][32][32], zeros where there is nothing. */
+static void pack_rows(const bf16 *x, bf16 *packed, int64_t num, int64_t k)
+{
+    for (int64_t first = 0; first < num; first += 32, packed += 32 * depth_of(k))
+        for (int64_t i = 0; i < k; i += 32)
+            for (int64_t r = 0; r < 32; r++) {
+                const int64_t real = first + r >= num ? 0 : k - i < 32 ? k - i : 32;
+                bf16 line[32] = {0};
+                if (real == 32)
+                    memcpy(line, x + (first + r) * k + i, sizeof line);
+                else
+                    memcpy(line, x + (first + r) * k + i, real * sizeof(bf16));
+                memcpy(packed + (i + r) * 32, line, sizeof line);
+            }
+}
+
+static bf16 *own_rows(int64_t size)
+{
+    static _Thread_local bf16 *kept;
+    static _Thread_local int64_t kept_size;
+    if (size > kept_size) {
+        free(kept);
+        kept = aligned_alloc(64, size * sizeof(bf16));
+        kept_size = size;
+    }
+    return kept;
+}
+
+void product(const bf16 *x, const bf16 *packed, const bf16 *bias, bf16 *out, int64_t num, int64_t n, int64_t k,
+             int32_t threads)
+{
+    enum { ROWS_KEPT = 256 }; /* rows whose inputs stay in a core's second cache, while panels pass by */
+    const int64_t panels = (n + COLUMNS - 1) / COLUMNS, depth = depth_of(k);
+#pragma omp parallel num_threads(threads) if (threads > 1 && num * n * k > 1 << 20)
+    {
+        struct tile_shapes shapes;
+        memset(&shapes, 0, sizeof shapes);
+        shapes.palette = 1;
+        for (int i = 0; i < 8; i++)
+            shapes.width[i] = 64, shapes.rows[i] = 16;
+        _tile_loadconfig(&shapes);
+        bf16 *rows = own_rows(ROWS_KEPT * depth);
+        for (int64_t first = 0; first < num; first += ROWS_KEPT) {
+            const int64_t last = num - first < ROWS_KEPT ? num - first : ROWS_KEPT;
+            pack_rows(x + first * k, rows, last, k);
+#pragma omp for schedule(static) nowait
+            for (int64_t p = 0; p < panels; p++)
+                for (int64_t r = 0, at = p * COLUMNS; r < last; r += 32)
+                    product_tiles(rows + r * depth, packed + at * depth, bias ? bias + at : 0,
+                                  out + (first + r) * n + at, last - r < 32 ? last - r : 32, n, depth, n - at);
+        }
+        _tile_release();
+    }
+}
+
+#else
+
+void product(const bf16 *x, const bf16 *packed, const bf16 *bias, bf16 *out, int64_t num, int64_t n, int64_t k,
+             int32_t threads)
+{
+    enum { ROWS_KEPT = 128 }; /* rows whose inputs stay in a core's second cache, while panels pass by */
+    const int64_t panels = (n + COLUMNS - 1) / COLUMNS, depth = depth_of(k);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && num * n * k > 1 << 20)
+    for (int64_t p = 0; p < panels * ((num + ROWS_KEPT - 1) / ROWS_KEPT); p++) {
+        const int64_t at = p % panels * COLUMNS, first = p / panels * ROWS_KEPT;
+        const int64_t rows = num - first < ROWS_KEPT ? num - first : ROWS_KEPT;
+        product_panel(x + first * k, packed + at * depth, bias ? bias + at : 0, out + first * n + at, rows, n, k,
+                      n - at);
+    }
+}
+
+#endif
+
+/* Whether the operating system lets this process use what the library was compiled for. */
+int32_t is_allowed(void)
+{
+#if defined(__AMX_BF16__) && defined(__linux__)
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+#else
+    return 1;
+#endif
+}
+
+/* ---- attention over pages -------------------------------------------------------------------------------------------
+ * A page holds 16 tokens of one key head. Keys lie as [dim / 2][token][2] and values as [token / 2][dim][2]: pairs that are
+ * added up together lie side by side. */
 
 struct piece { int32_t first, start, count, table; }; /* tokens [first, first + count) of the pass, at positions
     start ... of a sequence whose page numbers begin at tables[table] */
@@ -86,99 +442,88 @@ static void store_piece(const struct attention *a, const struct piece *p, int64_
     for (int64_t i = 0; i < p->count; i++) {
         int64_t position = p->start + i, slot = position % PAGE;
         int64_t page = (head * a->pool_pages + a->tables[p->table + position / PAGE]) * PAGE * a->dim;
-        const int32_t *key = (const int32_t *)row_of(k, head, p->first + i);
-        const bf16 *value = row_of(v, head, p->first + i);
-        int32_t *to = (int32_t *)(keys + page) + slot;
-        for (int64_t d = 0; d < a->dim / 2; d++)
-            to[d * PAGE] = key[d];
-        bf16 *row = values + page + slot / 2 * 2 * a->dim;
-        for (int64_t d = 0; d < a->dim; d += 16) {
-            __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(value + d)));
-            wide = slot % 2 ? _mm512_slli_epi32(wide, 16) : wide;
-            __m512i old = _mm512_loadu_si512(row + 2 * d); /* the neighbour's; masked stores would be slow */
-            _mm512_storeu_si512(row + 2 * d, _mm512_mask_mov_epi16(old, slot % 2 ? 0xAAAAAAAA : 0x55555555, wide));
-        }
+        const bf16 *key = row_of(k, head, p->first + i), *value = row_of(v, head, p->first + i);
+        bf16 *to = keys + page + 2 * slot, *row = values + page + slot / 2 * 2 * a->dim + slot % 2;
+        for (int64_t d = 0; d < a->dim; d += 2)
+            memcpy(to + d * PAGE, key + d, 2 * sizeof(bf16));
+        for (int64_t d = 0; d < a->dim; d++)
+            row[2 * d] = value[d];
     }
 }
 
 /* Scores of `rows` queries with `num` pages of keys, rounded to bf16 as the product's result, then scaled. Meanwhile the
  * pages of values, `ahead` elements further on, are asked for: pages lie anywhere, which no hardware foresees. */
 INLINE void scores_of(const int rows, const int num, const bf16 *const *q, const bf16 *const *pages, int64_t dim,
-                      vec scale, float *out, int64_t stride, int64_t ahead)
+                      float scale, float *out, int64_t stride, int64_t ahead)
 {
-    vec sum[ROWS][MAX_PAGES_AT_ONCE];
+    enum { VECS = PAGE / LANES }; /* of a page */
+    vec sum[ROWS][WIDE];
     for (int r = 0; r < rows; r++)
-        for (int n = 0; n < num; n++)
-            sum[r][n] = _mm512_setzero_ps();
+        for (int j = 0; j < num * VECS; j++)
+            sum[r][j] = splat(0);
     for (int64_t d = 0; d < dim; d += 2) {
-        pairs key[MAX_PAGES_AT_ONCE];
-        for (int n = 0; n < num; n++) {
-            key[n] = load_pairs(pages[n] + d * PAGE);
-            _mm_prefetch((const char *)(pages[n] + d * PAGE + ahead), _MM_HINT_T0);
-        }
+        const bf16 *own[ROWS], *pairs[WIDE];
         for (int r = 0; r < rows; r++)
-            for (int n = 0; n < num; n++)
-                sum[r][n] = _mm512_dpbf16_ps(sum[r][n], both_of(q[r] + d), key[n]);
+            own[r] = q[r] + d;
+        for (int j = 0; j < num * VECS; j++)
+            pairs[j] = pages[j / VECS] + d * PAGE + j % VECS * 2 * LANES;
+        for (int n = 0; n < num; n++)
+            __builtin_prefetch(pages[n] + d * PAGE + ahead, 0, 3);
+        add_pairs(rows, num * VECS, sum, own, pairs);
     }
     for (int r = 0; r < rows; r++)
-        for (int n = 0; n < num; n++)
-            _mm512_storeu_ps(out + r * stride + n * PAGE, _mm512_mul_ps(rounded(sum[r][n]), scale));
+        for (int j = 0; j < num * VECS; j++)
+            store(out + r * stride + j * LANES, rounded(sum[r][j]) * scale);
 }
 
-/* Dims [16 * at, 16 * (at + num)) of the sums of values weighted by bf16 probabilities. Blocks of keys are
- * counted from the sequence's begin. Meanwhile the next keys are asked for. */
+/* Dims [LANES * at, LANES * (at + num)) of the sums of values weighted by bf16 probabilities. Meanwhile the next keys are
+ * asked for. */
 INLINE void values_of(const int rows, const int num, const bf16 *probs, int64_t stride, const bf16 *values,
-                      const int32_t *table, int64_t from_page, int64_t num_pages, int64_t dim, int64_t at,
-                      bf16 *const *out, const struct pages *next)
+                      const int32_t *table, int64_t num_pages, int64_t dim, int64_t at, bf16 *const *out,
+                      const struct pages *next)
 {
-    vec total[ROWS][4] = {{{0}}}, sum[ROWS][4];
-    const int64_t block = summed_at_once((from_page + num_pages) * PAGE) / PAGE;
-    for (int64_t page = 0, stop; page < num_pages; page = stop) {
-        stop = (from_page + page) / block * block + block - from_page;
-        stop = stop < num_pages ? stop : num_pages;
-        for (int r = 0; r < rows; r++)
-            for (int n = 0; n < num; n++)
-                sum[r][n] = _mm512_setzero_ps();
-        for (int64_t i = page; i < stop; i++) {
-            const bf16 *from = values + table[i] * PAGE * dim + 32 * at, *weight = probs + i * PAGE;
-            const bf16 *ahead = i < next->num ? next->base + next->table[i] * PAGE * dim + 32 * at : from;
-            for (int64_t t = 0; t < PAGE; t += 2, from += 2 * dim, ahead += 2 * dim) {
-                for (int n = 0; n < num; n++)
-                    _mm_prefetch((const char *)(ahead + 32 * n), _MM_HINT_T0);
-                for (int r = 0; r < rows; r++)
-                    for (int n = 0; n < num; n++)
-                        sum[r][n] = _mm512_dpbf16_ps(sum[r][n], both_of(weight + r * stride + t), load_pairs(from + 32 * n));
-            }
+    vec sum[ROWS][WIDE];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < num; j++)
+            sum[r][j] = splat(0);
+    for (int64_t i = 0; i < num_pages; i++) {
+        const bf16 *from = values + table[i] * PAGE * dim + 2 * LANES * at, *weight = probs + i * PAGE;
+        const bf16 *ahead = i < next->num ? next->base + next->table[i] * PAGE * dim + 2 * LANES * at : from;
+        for (int64_t t = 0; t < PAGE; t += 2, from += 2 * dim, ahead += 2 * dim) {
+            const bf16 *own[ROWS], *pairs[WIDE];
+            for (int r = 0; r < rows; r++)
+                own[r] = weight + r * stride + t;
+            for (int j = 0; j < num; j++)
+                pairs[j] = from + 2 * LANES * j;
+            for (int j = 0; j < num * LANES; j += 16)
+                __builtin_prefetch(ahead + 2 * j, 0, 3);
+            add_pairs(rows, num, sum, own, pairs);
         }
-        for (int r = 0; r < rows; r++)
-            for (int n = 0; n < num; n++)
-                total[r][n] = _mm512_add_ps(total[r][n], sum[r][n]);
     }
     for (int r = 0; r < rows; r++)
-        for (int n = 0; n < num; n++)
-            store16(out[r] + 16 * (at + n), total[r][n]);
+        for (int j = 0; j < num; j++)
+            put(out[r] + LANES * (at + j), sum[r][j]);
 }
 
-/* Softmax over the keys [low, high) of `num_pages` pages, in place; then rounded into `probs`. */
-static void softmax(float *scores, bf16 *probs, int64_t num_pages, int64_t low, int64_t high)
+/* Softmax over the scores [low, high) of `num`, a multiple of 16, in place; then rounded into `probs`. */
+static void softmax(float *scores, bf16 *probs, int64_t num, int64_t low, int64_t high)
 {
-    const vec hidden = _mm512_set1_ps(-INFINITY);
-    vec top = hidden, sum = _mm512_setzero_ps();
-    for (int64_t at = 0; at < num_pages * PAGE; at += 16) {
-        __mmask16 seen = first_lanes(high - at) & ~first_lanes(low - at);
-        vec x = _mm512_mask_loadu_ps(hidden, seen, scores + at);
-        _mm512_storeu_ps(scores + at, x);
-        top = _mm512_max_ps(top, x);
+    vec top = splat(-INFINITY), sum = splat(0);
+    for (int64_t i = 0; i < low; i++)
+        scores[i] = -INFINITY;
+    for (int64_t i = high; i < num; i++)
+        scores[i] = -INFINITY;
+    for (int64_t at = 0; at < num; at += LANES)
+        top = larger(top, load(scores + at));
+    top = splat(max_of(top));
+    for (int64_t at = 0; at < num; at += LANES) {
+        vec x = exp_of(load(scores + at) - top);
+        store(scores + at, x);
+        sum += x;
     }
-    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-    for (int64_t at = 0; at < num_pages * PAGE; at += 16) {
-        vec x = exp_of(_mm512_sub_ps(_mm512_loadu_ps(scores + at), top));
-        _mm512_storeu_ps(scores + at, x);
-        sum = _mm512_add_ps(sum, x);
-    }
-    vec share = _mm512_set1_ps(1.f / sum_lanes(sum));
-    for (int64_t at = 0; at < num_pages * PAGE; at += 16)
-        store16(probs + at, _mm512_mul_ps(_mm512_loadu_ps(scores + at), share));
+    const float share = 1.f / sum_of(sum);
+    for (int64_t at = 0; at < num; at += LANES)
+        put(probs + at, load(scores + at) * share);
 }
 
 /* The pages of `from`, one layer's keys or values, that hold what queries see whose sequences have so many keys. */
@@ -196,7 +541,7 @@ INLINE void attend_rows(const int rows, const struct attention *a, const struct 
                         const struct pages *next)
 {
     const int64_t group = a->heads / a->kv_heads;
-    const bf16 *query[ROWS], *page[MAX_PAGES_AT_ONCE];
+    const bf16 *query[ROWS], *page[PAGES_AT_ONCE];
     bf16 *to[ROWS];
     int64_t seen[ROWS]; /* keys up to and with the query's own */
     for (int r = 0; r < rows; r++) {
@@ -207,27 +552,26 @@ INLINE void attend_rows(const int rows, const struct attention *a, const struct 
     }
     const struct pages k = pages_of(a, p, head, keys, seen[0], seen[rows - 1]);
     const struct pages v = pages_of(a, p, head, values, seen[0], seen[rows - 1]);
-    const int64_t stride = k.num * PAGE;
+    const int64_t stride = k.num * PAGE, ahead = v.base - k.base;
     bf16 *probs = (bf16 *)(scores + rows * stride);
-    vec scale = _mm512_set1_ps(a->scale);
     int64_t n = 0, at = 0;
-    for (; n + MAX_PAGES_AT_ONCE <= k.num; n += MAX_PAGES_AT_ONCE) {
-        for (int i = 0; i < MAX_PAGES_AT_ONCE; i++)
+    for (; n + PAGES_AT_ONCE <= k.num; n += PAGES_AT_ONCE) {
+        for (int i = 0; i < PAGES_AT_ONCE; i++)
             page[i] = k.base + k.table[n + i] * PAGE * a->dim;
-        scores_of(rows, MAX_PAGES_AT_ONCE, query, page, a->dim, scale, scores + n * PAGE, stride, v.base - k.base);
+        scores_of(rows, PAGES_AT_ONCE, query, page, a->dim, a->scale, scores + n * PAGE, stride, ahead);
     }
     for (; n < k.num; n++) {
         page[0] = k.base + k.table[n] * PAGE * a->dim;
-        scores_of(rows, 1, query, page, a->dim, scale, scores + n * PAGE, stride, v.base - k.base);
+        scores_of(rows, 1, query, page, a->dim, a->scale, scores + n * PAGE, stride, ahead);
     }
     for (int r = 0; r < rows; r++) {
         int64_t low = a->window && seen[r] > a->window ? seen[r] - a->window : 0, before = k.first * PAGE;
-        softmax(scores + r * stride, probs + r * stride, k.num, low - before, seen[r] - before);
+        softmax(scores + r * stride, probs + r * stride, stride, low - before, seen[r] - before);
     }
-    for (; at + 4 <= a->dim / 16; at += 4)
-        values_of(rows, 4, probs, stride, v.base, v.table, v.first, v.num, a->dim, at, to, next);
-    for (; at < a->dim / 16; at++)
-        values_of(rows, 1, probs, stride, v.base, v.table, v.first, v.num, a->dim, at, to, next);
+    for (; at + WIDE <= a->dim / LANES; at += WIDE)
+        values_of(rows, WIDE, probs, stride, v.base, v.table, v.num, a->dim, at, to, next);
+    for (; at < a->dim / LANES; at++)
+        values_of(rows, 1, probs, stride, v.base, v.table, v.num, a->dim, at, to, next);
 }
 
 /* Stores the pass's keys and values, then lets each query see all keys of its sequence up to its own.
@@ -262,28 +606,16 @@ void attention(const struct attention *a, const struct rows *q, const struct row
 
 /* ---- norms and element-wise ------------------------------------------------------------------------------------ */
 
-/* The sum of squares of x[0 .. n), n a multiple of 32, in torch's order: four sums of eight lanes side by side (here two
- * vectors), in chunks of 16 such steps; then the four, then the lanes. */
-INLINE float sum_of_squares(const bf16 *x, int64_t n)
+/* 1 / sqrt(mean of squares + eps) of x[0 .. n), n a multiple of 32. */
+INLINE float inverse_rms(const bf16 *x, int64_t n, float eps)
 {
-    vec sum[2], chunk[2];
-    for (int i = 0; i < 2; i++)
-        sum[i] = chunk[i] = _mm512_setzero_ps();
-    for (int64_t at = 0; at < n; at += 32) {
+    vec sum[2] = {splat(0), splat(0)};
+    for (int64_t at = 0; at < n; at += 2 * LANES)
         for (int i = 0; i < 2; i++) {
-            vec y = load16(x + at + 16 * i);
-            chunk[i] = _mm512_add_ps(chunk[i], _mm512_mul_ps(y, y));
+            vec y = get(x + at + LANES * i);
+            sum[i] = fma_of(y, y, sum[i]);
         }
-        if (at % 512 == 480)
-            for (int i = 0; i < 2; i++)
-                sum[i] = _mm512_add_ps(sum[i], chunk[i]), chunk[i] = _mm512_setzero_ps();
-    }
-    float part[2][16], result = 0;
-    for (int i = 0; i < 2; i++)
-        _mm512_storeu_ps(part[i], _mm512_add_ps(chunk[i], sum[i]));
-    for (int i = 0; i < 8; i++)
-        result += ((part[0][i] + part[0][i + 8]) + part[1][i]) + part[1][i + 8];
-    return result;
+    return 1.f / sqrtf(sum_of(sum[0] + sum[1]) / (float)n + eps);
 }
 
 /* RMSNorm of rows [num][n]. `offset` 0: the normed row is rounded, then multiplied by the weight
@@ -294,25 +626,24 @@ void rms_norm(const bf16 *x, int64_t stride, const bf16 *weight, bf16 *out, int6
 #pragma omp parallel for num_threads(threads) if (threads > 1 && num * n > 1 << 16)
     for (int64_t i = 0; i < num; i++) {
         const bf16 *row = x + i * stride;
-        vec scale = _mm512_set1_ps(1.f / sqrtf(sum_of_squares(row, n) / (float)n + eps)), one = _mm512_set1_ps(1.f);
-        for (int64_t at = 0; at < n; at += 16) {
-            vec y = _mm512_mul_ps(load16(row + at), scale), w = load16(weight + at);
-            y = offset ? _mm512_mul_ps(y, _mm512_add_ps(one, w)) : _mm512_mul_ps(rounded(y), w);
-            store16(out + i * n + at, y);
+        const float scale = inverse_rms(row, n, eps);
+        for (int64_t at = 0; at < n; at += LANES) {
+            vec y = get(row + at) * scale, w = get(weight + at);
+            put(out + i * n + at, offset ? y * (w + 1.f) : rounded(y) * w);
         }
     }
 }
+
+INLINE vec sigmoid_of(vec x) { return 1.f / (exp_of(-x) + 1.f); }
 
 /* out = silu(gate) * up, each rounded; rows [num][n] with strides. */
 void silu_times(const bf16 *gate, const bf16 *up, int64_t stride, bf16 *out, int64_t num, int64_t n, int32_t threads)
 {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && num * n > 1 << 16)
     for (int64_t i = 0; i < num; i++)
-        for (int64_t at = 0; at < n; at += 16) {
-            vec x = load16(gate + i * stride + at), one = _mm512_set1_ps(1.f);
-            vec e = exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x));
-            x = rounded(_mm512_div_ps(x, _mm512_add_ps(one, e)));
-            store16(out + i * n + at, _mm512_mul_ps(x, load16(up + i * stride + at)));
+        for (int64_t at = 0; at < n; at += LANES) {
+            vec x = get(gate + i * stride + at);
+            put(out + i * n + at, rounded(x * sigmoid_of(x)) * get(up + i * stride + at));
         }
 }
 
@@ -326,12 +657,11 @@ void rotate(const struct rows *x, const struct rows *out, const bf16 *cos, const
         for (int64_t h = 0; h < heads; h++) {
             const bf16 *row = row_of(x, h, t), *c = cos + t * dim, *s = sin + t * dim;
             bf16 *to = (bf16 *)row_of(out, h, t);
-            for (int64_t i = 0, j = dim / 2; i < dim / 2; i += 16, j += 16) {
-                vec a = load16(row + i), b = load16(row + j), sign = _mm512_set1_ps(-0.f);
-                vec left = _mm512_mul_ps(back ? b : _mm512_xor_ps(b, sign), load16(s + (back ? j : i)));
-                vec right = _mm512_mul_ps(back ? _mm512_xor_ps(a, sign) : a, load16(s + (back ? i : j)));
-                store16(to + i, _mm512_add_ps(rounded(_mm512_mul_ps(a, load16(c + i))), rounded(left)));
-                store16(to + j, _mm512_add_ps(rounded(_mm512_mul_ps(b, load16(c + j))), rounded(right)));
+            for (int64_t i = 0, j = dim / 2; i < dim / 2; i += LANES, j += LANES) {
+                vec a = get(row + i), b = get(row + j);
+                vec left = (back ? b : -b) * get(s + (back ? j : i)), right = (back ? -a : a) * get(s + (back ? i : j));
+                put(to + i, rounded(a * get(c + i)) + rounded(left));
+                put(to + j, rounded(b * get(c + j)) + rounded(right));
             }
         }
 }
@@ -347,21 +677,17 @@ void rms_norm_grad(const bf16 *x, const bf16 *weight, const bf16 *grad, bf16 *dx
     for (int64_t i = 0; i < num; i++) {
         const bf16 *row = x + i * n, *g = grad + i * n;
         float *own = dw + omp_get_thread_num() * n;
-        const float scale = 1.f / sqrtf(sum_of_squares(row, n) / (float)n + eps);
-        const vec s = _mm512_set1_ps(scale), one = _mm512_set1_ps(offset ? 1.f : 0.f);
-        vec sum = _mm512_setzero_ps();
-        for (int64_t at = 0; at < n; at += 16) {
-            vec y = _mm512_mul_ps(load16(row + at), s), dy = load16(g + at);
-            vec through = _mm512_mul_ps(dy, _mm512_add_ps(load16(weight + at), one));
-            sum = _mm512_fmadd_ps(through, y, sum);
-            y = offset ? y : rounded(y);
-            _mm512_storeu_ps(own + at, _mm512_fmadd_ps(dy, y, _mm512_loadu_ps(own + at)));
+        const float scale = inverse_rms(row, n, eps), one = offset ? 1.f : 0.f;
+        vec sum = splat(0);
+        for (int64_t at = 0; at < n; at += LANES) {
+            vec y = get(row + at) * scale, dy = get(g + at);
+            sum = fma_of(dy * (get(weight + at) + one), y, sum);
+            store(own + at, fma_of(dy, offset ? y : rounded(y), load(own + at)));
         }
-        const vec mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)n);
-        for (int64_t at = 0; at < n; at += 16) {
-            vec y = _mm512_mul_ps(load16(row + at), s);
-            vec through = _mm512_mul_ps(load16(g + at), _mm512_add_ps(load16(weight + at), one));
-            store16(dx + i * n + at, _mm512_mul_ps(s, _mm512_fnmadd_ps(y, mean, through)));
+        const float mean = sum_of(sum) / (float)n;
+        for (int64_t at = 0; at < n; at += LANES) {
+            vec y = get(row + at) * scale, through = get(g + at) * (get(weight + at) + one);
+            put(dx + i * n + at, (through - y * mean) * scale);
         }
     }
 }
@@ -370,114 +696,11 @@ void rms_norm_grad(const bf16 *x, const bf16 *weight, const bf16 *grad, bf16 *dx
 void silu_times_grad(const bf16 *gate, const bf16 *up, const bf16 *grad, bf16 *dgate, bf16 *dup, int64_t num,
                      int32_t threads)
 {
-    const vec one = _mm512_set1_ps(1.f);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && num > 1 << 16)
-    for (int64_t at = 0; at < num; at += 16) {
-        vec x = load16(gate + at), dy = load16(grad + at);
-        vec sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-        vec slope = _mm512_mul_ps(sigmoid, _mm512_fmadd_ps(x, _mm512_sub_ps(one, sigmoid), one));
-        store16(dup + at, _mm512_mul_ps(dy, rounded(_mm512_mul_ps(x, sigmoid))));
-        store16(dgate + at, _mm512_mul_ps(_mm512_mul_ps(dy, load16(up + at)), slope));
-    }
-}
-
-/* ---- products with a packed weight ---------------------------------------------------------------------------------
- * out [rows][n] = x [rows][k] times the transpose of a weight [n][k], k even. The packed weight stands in panels of 64
- * columns, [k / 2][64][2], the last one padded; pairs of k are added one after the other, as in oneDNN. */
-
-enum { PANEL = 64, ROWS_AT_ONCE = 6, ROWS_KEPT = 128 /* rows whose inputs stay in a core's cache */ };
-
-/* Puts a weight [n][k] into the panels from column `first` on. */
-void pack(const bf16 *weight, bf16 *packed, int64_t n, int64_t k, int64_t first, int32_t threads)
-{
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i down = _mm512_mullo_epi32(lane, _mm512_set1_epi32(k / 2));
-#pragma omp parallel for num_threads(threads) if (threads > 1 && n * k > 1 << 16)
-    for (int64_t c = 0; c < n; c += 16) {
-        int64_t whole = n - c >= 16 && (first + c) % 16 == 0;
-        for (int64_t i = 0; i < k / 2; i++) {
-            const int32_t *from = (const int32_t *)weight + c * k / 2 + i;
-            for (int64_t j = 0, num = n - c < 16 ? n - c : 16; j < num; j += whole ? 16 : 1) {
-                int64_t column = first + c + j;
-                int32_t *to = (int32_t *)packed + (column / PANEL * k / 2 + i) * PANEL + column % PANEL;
-                if (whole)
-                    _mm512_storeu_si512(to, _mm512_i32gather_epi32(down, from, 4));
-                else
-                    *to = from[j * k / 2];
-            }
-        }
-    }
-}
-
-/* `ahead`: where to begin asking for the next panel, `lines` cache lines per step. */
-INLINE void product_rows(const int rows, const int lines, const bf16 *ahead, const bf16 *x, const bf16 *panel,
-                         const bf16 *bias, bf16 *out, int64_t n, int64_t k, int64_t columns)
-{
-    vec total[ROWS_AT_ONCE][4] = {{{0}}}, sum[ROWS_AT_ONCE][4];
-    for (int64_t i = 0, stop; i < k;) {
-        stop = i + summed_at_once(k) < k ? i + summed_at_once(k) : k;
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < 4; j++)
-                sum[r][j] = _mm512_setzero_ps();
-        for (; i < stop; i += 2, panel += 2 * PANEL) {
-            pairs w[4];
-            for (int j = 0; j < 4; j++)
-                w[j] = load_pairs(panel + 32 * j);
-            for (int j = 0; j < lines; j++, ahead += 32)
-                _mm_prefetch((const char *)ahead, _MM_HINT_T1);
-            for (int r = 0; r < rows; r++)
-                for (int j = 0; j < 4; j++)
-                    sum[r][j] = _mm512_dpbf16_ps(sum[r][j], both_of(x + r * k + i), w[j]);
-        }
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < 4; j++)
-                total[r][j] = _mm512_add_ps(total[r][j], sum[r][j]);
-    }
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < 4; j++) {
-            __mmask16 real = first_lanes(columns - 16 * j);
-            if (bias)
-                total[r][j] = _mm512_add_ps(total[r][j], widen(_mm256_maskz_loadu_epi16(real, bias + 16 * j)));
-            if (real == 0xFFFF)
-                store16(out + r * n + 16 * j, total[r][j]);
-            else
-                _mm256_mask_storeu_epi16(out + r * n + 16 * j, real, narrow(total[r][j]));
-        }
-}
-
-/* Columns [0, columns) of one panel for `num` rows; rows of `out` are n apart. */
-static void product_panel(const bf16 *x, const bf16 *panel, const bf16 *shift, bf16 *out, int64_t num, int64_t n,
-                          int64_t k, int64_t columns)
-{
-    int64_t blocks = (num + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-    const int64_t lines = blocks >= 4 ? 1 : blocks >= 2 ? 2 : 4; /* four blocks, two or one fetch the next panel */
-    const bf16 *ahead = panel + PANEL * k;
-    for (int64_t row = 0, rows; row < num; row += rows, blocks--, ahead += lines * 16 * k) {
-        rows = (num - row + blocks - 1) / blocks;
-        const bf16 *from = x + row * k;
-        bf16 *to = out + row * n;
-#define RUN(r, l) product_rows(r, l, ahead, from, panel, shift, to, n, k, columns)
-#define CASE(r)                                                                        \
-    case r: {                                                                          \
-        if (ahead >= panel + 2 * PANEL * k) RUN(r, 0);                                 \
-        else if (lines == 1) RUN(r, 1);                                                \
-        else if (lines == 2) RUN(r, 2);                                                \
-        else RUN(r, 4);                                                                \
-        break;                                                                         \
-    }
-        switch (rows) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); }
-    }
-}
-
-void product(const bf16 *x, const bf16 *packed, const bf16 *bias, bf16 *out, int64_t num, int64_t n, int64_t k,
-             int32_t threads)
-{
-    const int64_t num_panels = (n + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && num * n * k > 1 << 20)
-    for (int64_t p = 0; p < num_panels * ((num + ROWS_KEPT - 1) / ROWS_KEPT); p++) {
-        const int64_t at = p % num_panels * PANEL, first = p / num_panels * ROWS_KEPT;
-        const int64_t rows = num - first < ROWS_KEPT ? num - first : ROWS_KEPT;
-        product_panel(x + first * k, packed + at * k, bias ? bias + at : 0, out + first * n + at, rows, n, k, n - at);
+    for (int64_t at = 0; at < num; at += LANES) {
+        vec x = get(gate + at), dy = get(grad + at), sigmoid = sigmoid_of(x);
+        put(dup + at, dy * rounded(x * sigmoid));
+        put(dgate + at, dy * get(up + at) * (sigmoid * fma_of(x, 1.f - sigmoid, splat(1))));
     }
 }
 
@@ -502,16 +725,21 @@ struct scratch { bf16 *keys, *values, *more, *queries, *grads, *probs, *slopes, 
 
 INLINE int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
-/* Rows of one head at the nodes, as `pack` puts them; zeros behind them. */
+/* Rows of one head at the nodes, as the columns of panels; zeros behind them. */
 static void pack_nodes(const struct rows *x, int64_t head, const int32_t *node, int64_t num, int64_t dim, bf16 *packed)
 {
     for (int64_t c = 0; c < padded(num); c++) {
-        const int32_t *from = (const int32_t *)row_of(x, head, node[c < num ? c : 0]);
-        int32_t *to = (int32_t *)packed + c / PANEL * dim / 2 * PANEL + c % PANEL;
-        for (int64_t i = 0; i < dim / 2; i++)
-            to[i * PANEL] = c < num ? from[i] : 0;
+        const bf16 *from = row_of(x, head, node[c < num ? c : 0]);
+        bf16 *to = packed + c / PANEL * dim * PANEL + c % PANEL * 2;
+        for (int64_t i = 0; i < dim; i += 2)
+            if (c < num)
+                memcpy(to + i * PANEL, from + i, 2 * sizeof(bf16));
+            else
+                memset(to + i * PANEL, 0, 2 * sizeof(bf16));
     }
 }
+
+INLINE naturals wide_halves(const bf16 *p) { return __builtin_convertvector(*(const loose_halves *)p, naturals); }
 
 /* [rows][dim] packed as the transpose of a weight: pairs of rows side by side. Behind `num` rows come zeros up to
  * `all`, which is even. With `node`, rows of a head at the nodes. */
@@ -519,14 +747,11 @@ static void pack_pairs(const struct rows *x, int64_t head, const int32_t *node, 
                        bf16 *packed)
 {
     for (int64_t t = 0; t < all; t += 2)
-        for (int64_t d = 0; d < dim; d += 16) {
-            __m512i pair = _mm512_setzero_si512();
-            for (int64_t i = 0; i < 2 && t + i < num; i++) {
-                const bf16 *from = row_of(x, head, node ? node[t + i] : t + i) + d;
-                __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
-                pair = _mm512_or_si512(pair, i ? _mm512_slli_epi32(wide, 16) : wide);
-            }
-            _mm512_storeu_si512(packed + (d / PANEL * all + t) * PANEL + d % PANEL * 2, pair);
+        for (int64_t d = 0; d < dim; d += LANES) {
+            naturals pair = {0};
+            for (int64_t i = 0; i < 2 && t + i < num; i++)
+                pair |= wide_halves(row_of(x, head, node ? node[t + i] : t + i) + d) << (16 * i);
+            store_words(packed + (d / PANEL * all + t) * PANEL + d % PANEL * 2, (words)pair);
         }
 }
 
@@ -536,11 +761,8 @@ static void interleave(bf16 *x, int64_t rows, int64_t n, float *scratch)
     bf16 *copy = (bf16 *)scratch;
     for (int64_t r = 0; r < rows; r += 2, x += 2 * n) {
         memcpy(copy, x, 2 * n * sizeof(bf16));
-        for (int64_t i = 0; i < n; i += 16) {
-            __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(copy + i)));
-            __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(copy + n + i)));
-            _mm512_storeu_si512(x + 2 * i, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
-        }
+        for (int64_t i = 0; i < n; i += LANES)
+            store_words(x + 2 * i, (words)(wide_halves(copy + i) | wide_halves(copy + n + i) << 16));
     }
 }
 
@@ -548,21 +770,21 @@ static void interleave(bf16 *x, int64_t rows, int64_t n, float *scratch)
 INLINE void transposed_rows(const int rows, const bf16 *x, int64_t step, const bf16 *panel, int64_t num,
                             float *const *to, int64_t columns)
 {
-    vec sum[ROWS_AT_ONCE][4];
+    vec sum[ROWS_AT_ONCE][WIDE];
     for (int r = 0; r < rows; r++)
-        for (int j = 0; j < 4; j++)
-            sum[r][j] = _mm512_maskz_loadu_ps(first_lanes(columns - 16 * j), to[r] + 16 * j);
+        for (int j = 0; j < WIDE; j++)
+            sum[r][j] = LANES * j < columns ? load_first(to[r] + LANES * j, columns - LANES * j, 0) : splat(0);
     for (int64_t t = 0; t < num; t += 2, x += 2 * step, panel += 2 * PANEL) {
-        pairs w[4];
-        for (int j = 0; j < 4; j++)
-            w[j] = load_pairs(panel + 32 * j);
+        const bf16 *own[ROWS_AT_ONCE], *pairs[WIDE];
         for (int r = 0; r < rows; r++)
-            for (int j = 0; j < 4; j++)
-                sum[r][j] = _mm512_dpbf16_ps(sum[r][j], both_of(x + 2 * r), w[j]);
+            own[r] = x + 2 * r;
+        for (int j = 0; j < WIDE; j++)
+            pairs[j] = panel + 2 * LANES * j;
+        add_pairs(rows, WIDE, sum, own, pairs);
     }
     for (int r = 0; r < rows; r++)
-        for (int j = 0; j < 4; j++)
-            _mm512_mask_storeu_ps(to[r] + 16 * j, first_lanes(columns - 16 * j), sum[r][j]);
+        for (int j = 0; j < WIDE; j++)
+            store_first(to[r] + LANES * j, columns - LANES * j, sum[r][j]);
 }
 
 /* Adds to the rows of one key head at the nodes [num] the transpose of x [rows][num] times y [rows][dim]. */
@@ -576,7 +798,12 @@ static void add_transposed(const bf16 *x, int64_t step, const bf16 *packed, int6
             for (int64_t i = 0; i < count; i++)
                 to[i] = grad + (node[c + i] * a->kv_heads + head) * a->dim + at;
 #define ADD(r) case r: transposed_rows(r, x + 2 * c, step, packed + at * rows, rows, to, a->dim - at); break
-            switch (count) { ADD(1); ADD(2); ADD(3); ADD(4); ADD(5); ADD(6); }
+            switch (count) {
+                ADD(1); ADD(2); ADD(3); ADD(4);
+#if defined(__AVX512F__) || !defined(__AVX__)
+                ADD(5); ADD(6);
+#endif
+            }
         }
 }
 
@@ -632,16 +859,15 @@ static void probabilities(const struct tree *a, const struct run *run, const str
                           int64_t head, struct scratch *s)
 {
     const int64_t group = a->heads / a->kv_heads, width = b->high - b->low;
-    const vec scale = _mm512_set1_ps(a->scale);
     take_rows(a, b, q, head, a->path + run->first + run->keys - run->queries + b->begin, s->queries);
     against_keys(a, b, s->queries, s->keys, s->probs);
     for (int64_t r = 0; r < b->rows; r++) {
         bf16 *row = s->probs + r * width;
         int64_t end = run->keys - run->queries + b->begin + r / group + 1 - b->low;
         int64_t begin = a->window && end + b->low > a->window ? end - a->window : 0;
-        for (int64_t i = 0; i < width; i += 16)
-            _mm512_storeu_ps(s->scores + i, _mm512_mul_ps(load16(row + i), scale));
-        softmax(s->scores, row, width / PAGE, begin, end);
+        for (int64_t i = 0; i < width; i += LANES)
+            store(s->scores + i, get(row + i) * a->scale);
+        softmax(s->scores, row, width, begin, end);
     }
 }
 
@@ -707,21 +933,18 @@ void tree_attention_grad(const struct tree *a, const struct rows *q, const struc
                 const int32_t *asking = node + run->keys - run->queries + begin;
                 const int64_t width = b.high - b.low, rows = b.rows + b.rows % 2;
                 const int64_t num = run->keys - b.low < width ? run->keys - b.low : width;
-                const vec scale = _mm512_set1_ps(a->scale);
                 probabilities(a, run, &b, q, head, &s);
                 take_rows(a, &b, up, head, asking, s.grads);
                 against_keys(a, &b, s.grads, s.values, s.slopes);
                 for (int64_t r = 0; r < b.rows; r++) {
                     bf16 *slope = s.slopes + r * width;
                     const bf16 *prob = s.probs + r * width;
-                    vec dot = _mm512_setzero_ps();
-                    for (int64_t n = 0; n < width; n += 16)
-                        dot = _mm512_fmadd_ps(load16(prob + n), load16(slope + n), dot);
-                    dot = _mm512_set1_ps(_mm512_reduce_add_ps(dot));
-                    for (int64_t n = 0; n < width; n += 16) {
-                        vec x = _mm512_mul_ps(load16(prob + n), _mm512_sub_ps(load16(slope + n), dot));
-                        store16(slope + n, _mm512_mul_ps(x, scale));
-                    }
+                    vec dot = splat(0);
+                    for (int64_t n = 0; n < width; n += LANES)
+                        dot = fma_of(get(prob + n), get(slope + n), dot);
+                    const float mean = sum_of(dot);
+                    for (int64_t n = 0; n < width; n += LANES)
+                        put(slope + n, get(prob + n) * (get(slope + n) - mean) * a->scale);
                 }
                 /* An odd last row gets one of zeros beside it. */
                 memset(s.probs + b.rows * width, 0, (rows - b.rows) * width * sizeof(bf16));
@@ -754,74 +977,62 @@ struct scoring {
     int32_t threads;
 };
 
-INLINE vec score_at(const struct scoring *s, const bf16 *row, int64_t at, vec temperature)
+INLINE vec score_at(const struct scoring *s, const bf16 *row, int64_t at)
 {
-    __mmask16 real = first_lanes(s->vocab - at);
-    vec x = _mm512_div_ps(widen(_mm256_maskz_loadu_epi16(real, row + at)), temperature);
-    return _mm512_mask_blend_ps(real, _mm512_set1_ps(-INFINITY), x);
+    return get_first(row + at, s->vocab - at, -INFINITY) / s->temperature;
 }
 
 /* Logprobs of the targets, logsumexp and entropy of the rows. */
 void score(const struct scoring *s)
 {
-    const vec temperature = _mm512_set1_ps(s->temperature);
 #pragma omp parallel for num_threads(s->threads) schedule(static) if (s->threads > 1 && s->rows > 1)
     for (int64_t r = 0; r < s->rows; r++) {
         const bf16 *row = s->logits + r * s->vocab;
-        vec top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), dot = _mm512_setzero_ps();
-        for (int64_t at = 0; at < s->vocab; at += 16)
-            top = _mm512_max_ps(top, score_at(s, row, at, temperature));
-        const float best = _mm512_reduce_max_ps(top);
-        top = _mm512_set1_ps(best);
+        vec top = splat(-INFINITY), total = splat(0), dot = splat(0);
+        for (int64_t at = 0; at < s->vocab; at += LANES)
+            top = larger(top, score_at(s, row, at));
+        const float best = max_of(top);
         for (int64_t block = 0; block < s->vocab; block += BLOCK) { /* sums of sums: short chains of rounding */
-            vec sum = _mm512_setzero_ps(), weighed = _mm512_setzero_ps();
-            for (int64_t at = block; at < block + BLOCK && at < s->vocab; at += 16) {
-                vec x = _mm512_sub_ps(score_at(s, row, at, temperature), top), e = exp_of(x);
-                sum = _mm512_add_ps(sum, e);
-                weighed = _mm512_mask_add_ps(weighed, _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104.f), _CMP_NLT_UQ),
-                                             weighed, _mm512_mul_ps(x, e));
+            vec sum = splat(0), weighed = splat(0);
+            for (int64_t at = block; at < block + BLOCK && at < s->vocab; at += LANES) {
+                vec x = score_at(s, row, at) - best, e = exp_of(x);
+                sum += e;
+                weighed += choose(x < -104.f, splat(0), x * e); /* not -inf * 0 */
             }
-            total = _mm512_add_ps(total, sum);
-            dot = _mm512_add_ps(dot, weighed);
+            total += sum;
+            dot += weighed;
         }
-        const float sum = _mm512_reduce_add_ps(total);
+        const float sum = sum_of(total);
         s->logsum[r] = logf(sum) + best;
-        s->entropy[r] = logf(sum) - _mm512_reduce_add_ps(dot) / sum;
-        for (int64_t t = s->edges[r]; t < s->edges[r + 1]; t++) {
-            float lanes[16];
-            _mm512_storeu_ps(lanes, score_at(s, row, s->targets[t] / 16 * 16, temperature));
-            s->logp[t] = lanes[s->targets[t] % 16] - s->logsum[r];
-        }
+        s->entropy[r] = logf(sum) - sum_of(dot) / sum;
+        for (int64_t t = s->edges[r]; t < s->edges[r + 1]; t++)
+            s->logp[t] = score_at(s, row, s->targets[t])[0] - s->logsum[r];
     }
 }
 
 /* dL/dz_j = sum of the gradients of target j - p_j (sum of all targets' gradients + dL/dH (log p_j + H)) */
 void score_grad(const struct scoring *s)
 {
-    const vec temperature = _mm512_set1_ps(s->temperature);
 #pragma omp parallel for num_threads(s->threads) schedule(static) if (s->threads > 1 && s->rows > 1)
     for (int64_t r = 0; r < s->rows; r++) {
         bf16 *row = s->logits + r * s->vocab;
         float all = 0;
         for (int64_t t = s->edges[r]; t < s->edges[r + 1]; t++)
             all += s->logp_grad[t];
-        const float slope = s->entropy_grad[r], start = all + slope * s->entropy[r];
-        const vec logsum = _mm512_set1_ps(s->logsum[r]), by_logp = _mm512_set1_ps(slope), base = _mm512_set1_ps(start);
-        for (int64_t at = 0; at < s->vocab; at += 16) {
-            vec logp = _mm512_sub_ps(score_at(s, row, at, temperature), logsum);
-            vec scale = slope ? _mm512_fmadd_ps(_mm512_max_ps(logp, _mm512_set1_ps(-104.f)), by_logp, base) : base;
-            vec x = _mm512_div_ps(_mm512_mul_ps(exp_of(logp), scale), temperature);
-            x = _mm512_sub_ps(_mm512_setzero_ps(), x);
-            _mm256_mask_storeu_epi16(row + at, first_lanes(s->vocab - at), narrow(x));
+        const float slope = s->entropy_grad[r], base = all + slope * s->entropy[r];
+        for (int64_t at = 0; at < s->vocab; at += LANES) {
+            vec logp = score_at(s, row, at) - s->logsum[r];
+            vec scale = slope != 0 ? fma_of(larger(logp, splat(-104.f)), splat(slope), splat(base)) : splat(base);
+            put_first(row + at, s->vocab - at, -(exp_of(logp) * scale / s->temperature));
         }
         for (int64_t t = s->edges[r]; t < s->edges[r + 1]; t++) {
             const int64_t own = s->targets[t];
             if (own < 0 || own >= s->vocab)
                 continue;
-            float sum = -expf(s->logp[t]) * (start + slope * s->logp[t]);
+            float sum = -expf(s->logp[t]) * (base + slope * s->logp[t]);
             for (int64_t same = s->edges[r]; same < s->edges[r + 1]; same++)
                 sum += s->targets[same] == s->targets[t] ? s->logp_grad[same] : 0;
-            row[own] = (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(sum / s->temperature)), 0);
+            row[own] = narrow(splat(sum / s->temperature))[0];
         }
     }
 }
@@ -839,64 +1050,64 @@ struct sampling {
     int32_t is_float, threads;
 };
 
-/* 16 logits from `at` on, divided by the temperature; -inf past the end. */
-INLINE vec logits_at(const struct sampling *s, int64_t row, int64_t at, vec temperature)
+/* LANES logits from `at` on, divided by the temperature; -inf past the end. */
+INLINE vec logits_at(const struct sampling *s, int64_t row, int64_t at, float temperature)
 {
-    __mmask16 real = first_lanes(s->vocab - at);
-    vec x;
+    const int64_t place = row * s->vocab + at;
+    if (at >= s->vocab)
+        return splat(-INFINITY);
     if (s->is_float)
-        x = _mm512_maskz_loadu_ps(real, (const float *)s->logits + row * s->vocab + at);
-    else
-        x = widen(_mm256_maskz_loadu_epi16(real, (const bf16 *)s->logits + row * s->vocab + at));
-    return _mm512_mask_blend_ps(real, _mm512_set1_ps(-INFINITY), _mm512_div_ps(x, temperature));
+        return load_first((const float *)s->logits + place, s->vocab - at, -INFINITY) / temperature;
+    return get_first((const bf16 *)s->logits + place, s->vocab - at, -INFINITY) / temperature;
 }
 
 static void sample_row(const struct sampling *s, int64_t row, double *sums)
 {
-    const vec temperature = _mm512_set1_ps(s->temperature[row] > 0 ? s->temperature[row] : 1.f);
-    const vec none = _mm512_set1_ps(-INFINITY);
-    vec top = none, score;
-    __mmask16 odd = 0;
-    int64_t num = (s->vocab + BLOCK - 1) / BLOCK, token = -1, block = 0;
-    for (int64_t at = 0; at < s->vocab; at += 16) {
-        score = logits_at(s, row, at, temperature);
-        odd |= _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q);
-        top = _mm512_max_ps(top, score);
+    const float temperature = s->temperature[row] > 0 ? s->temperature[row] : 1.f;
+    const int64_t num = (s->vocab + BLOCK - 1) / BLOCK;
+    int64_t token = -1, block = 0, first = 0; /* first: block of the likeliest token */
+    words is_nan = {0};
+    float best = -INFINITY, lanes[BLOCK];
+    for (int64_t b = 0; b < num; b++) {
+        vec top = splat(-INFINITY);
+        for (int64_t at = b * BLOCK; at < (b + 1) * BLOCK; at += LANES) {
+            vec score = logits_at(s, row, at, temperature);
+            is_nan |= score != score;
+            top = larger(top, score);
+        }
+        const float highest = max_of(top);
+        first = highest > best ? b : first;
+        best = highest > best ? highest : best;
     }
-    const float best = _mm512_reduce_max_ps(top);
-    s->ok[row] = !odd && isfinite(best);
+    s->ok[row] = isfinite(best) != 0;
+    for (int i = 0; i < LANES; i++)
+        s->ok[row] &= !is_nan[i];
     if (!s->ok[row])
         return;
-    top = _mm512_set1_ps(best);
     double total = 0, upto = 0;
     for (int64_t b = 0; b < num; total += sums[b++]) {
-        vec sum = _mm512_setzero_ps();
-        for (int64_t at = b * BLOCK; at < (b + 1) * BLOCK; at += 16) {
-            score = logits_at(s, row, at, temperature);
-            __mmask16 equal = token < 0 ? _mm512_cmp_ps_mask(score, top, _CMP_EQ_OQ) : 0;
-            token = equal ? at + __builtin_ctz(equal) : token;
-            sum = _mm512_add_ps(sum, exp_of(_mm512_sub_ps(score, top)));
-        }
-        sums[b] = (double)_mm512_reduce_add_ps(sum);
+        vec sum = splat(0);
+        for (int64_t at = b * BLOCK; at < (b + 1) * BLOCK; at += LANES)
+            sum += exp_of(logits_at(s, row, at, temperature) - best);
+        sums[b] = (double)sum_of(sum);
     }
     double target = s->uniform[row] * total, logit = best;
     if (s->temperature[row] > 0) {
         while (block < num - 1 && upto + sums[block] <= target)
             upto += sums[block++];
-        float weights[BLOCK];
-        for (int i = 0; i < BLOCK; i += 16)
-            _mm512_storeu_ps(weights + i, exp_of(_mm512_sub_ps(logits_at(s, row, block * BLOCK + i, temperature), top)));
+        for (int i = 0; i < BLOCK; i += LANES)
+            store(lanes + i, exp_of(logits_at(s, row, block * BLOCK + i, temperature) - best));
         /* Rounding may leave the target at or past the block's end: the last token that has weight is meant then. */
         for (int i = 0; i < BLOCK; i++) {
-            upto += weights[i];
-            token = weights[i] > 0 ? block * BLOCK + i : token;
+            upto += lanes[i];
+            token = lanes[i] > 0 ? block * BLOCK + i : token;
             if (upto > target)
                 break;
         }
-        float lanes[16];
-        _mm512_storeu_ps(lanes, logits_at(s, row, token / 16 * 16, temperature));
-        logit = lanes[token % 16];
-    }
+        logit = logits_at(s, row, token, temperature)[0];
+    } else
+        for (token = first * BLOCK; logits_at(s, row, token, temperature)[0] != best; token++)
+            ;
     s->token[row] = token;
     s->logprob[row] = logit - best - log(total);
 }

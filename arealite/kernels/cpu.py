@@ -1,19 +1,15 @@
-"""cpu.c, compiled once per machine and called on CPU bf16 tensors; None where it cannot be had.
+"""cpu.c as functions of CPU bf16 tensors; None where it cannot be had.
 
-Used by inference/ and by engine/, partly through fused.py (element-wise functions with their gradients). Who finds none
-takes the PyTorch path, which gives the same results. Calls release the interpreter lock only where they last.
+Used by inference/ and by engine/, partly through functions.py (with gradients). Server and trainer of a machine both
+take it or both leave it to PyTorch, whose results differ by rounding. Calls release the interpreter lock only where
+they last.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arealite.api.paths import cache_root
+from arealite.kernels import build
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu.c")
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
-COMPILE_LIMIT_S = 120.0
-PANEL = 64  # columns of a packed weight are filled up to a multiple
+PANEL, DEPTH = 64, 32  # columns and rows of a packed weight are filled up to a multiple
 DIM_STEP = 32  # head dims and widths must be multiples
 MAX_SUMS = 8  # threads that add up gradients of keys and values, each for itself
-_PROBE = (24, 704)  # rows and width of the products that are compared with PyTorch's
 
 
 class _Rows(ctypes.Structure):
@@ -114,10 +106,10 @@ class PagedSpans:
 
 
 class Kernels:
-    """The functions of one compiled library. `exact_products`: products have every bit that PyTorch's have here (not so
-    where PyTorch uses AMX); only then do products and attention belong to the served model."""
+    """The functions of one compiled library, for the instruction set `name`."""
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, name: str) -> None:
+        self.name = name
         long, short = ctypes.CDLL(str(library)), ctypes.PyDLL(str(library))
         self._product, self._pack, self._attention, self._sample = long.product, long.pack, long.attention, long.sample
         self._norm, self._silu, self._rotate = short.rms_norm, short.silu_times, short.rotate
@@ -137,20 +129,16 @@ class Kernels:
         self._tree.argtypes = [POINTER(_Tree), *[POINTER(_Rows)] * 3, pointer]
         self._tree_grad.argtypes = [POINTER(_Tree), *[POINTER(_Rows)] * 4, *[pointer] * 3]
         self._score.argtypes = self._score_grad.argtypes = [POINTER(_Scoring)]
-        for function in list(vars(self).values()):
+        for function in (value for key, value in vars(self).items() if key != "name"):
             function.restype = None
-        self.exact_products = self._compare_products()
-
-    def _compare_products(self) -> bool:
-        x, weight = (torch.sin(torch.arange(n * _PROBE[1]) % 1013.0).bfloat16().view(n, -1) for n in (_PROBE[0], PANEL))
-        return torch.equal(self.product(x, self.pack([weight]), None, PANEL), torch.nn.functional.linear(x, weight))
 
     def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None = None) -> torch.Tensor:
         """Weights [n, K] below each other, in the order that `product` reads; into `packed` if it is given."""
         width = weights[0].shape[1]
         if packed is None:
-            num_panels = -(-sum(len(weight) for weight in weights) // PANEL)
-            packed = weights[0].new_zeros(num_panels * PANEL * width)
+            num_columns = sum(len(weight) for weight in weights)
+            size = -(-num_columns // PANEL) * PANEL * -(-width // DEPTH) * DEPTH
+            packed = (weights[0].new_empty if size == num_columns * width else weights[0].new_zeros)(size)
         first = 0
         for weight in weights:
             assert weight.is_contiguous() and width % 2 == 0
@@ -310,33 +298,7 @@ def _scoring(logits: torch.Tensor, first: int, scores: Scores, temperature: floa
 
 @functools.cache
 def load() -> Kernels | None:
-    """The kernels of this machine, compiled now if nobody has; None, and a line in the log, where it has none."""
-    try:
-        return Kernels(_library())
-    except (OSError, subprocess.SubprocessError) as error:  # also where libraries may not be loaded from the cache
-        logger.info("no compiled CPU kernels, PyTorch computes instead: %s", error)
-        return None
-
-
-def _library() -> Path:
-    """Where the compiled library lies. Raises OSError or SubprocessError: it cannot be had."""
-    cpu = Path("/proc/cpuinfo").read_text()
-    flags = next((line for line in cpu.splitlines() if line.startswith("flags")), "")
-    if "avx512_bf16" not in flags.split():
-        raise OSError("the CPU has no AVX512-BF16")
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise OSError("no C compiler (cc, or what CC names)")
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILE_LIMIT_S, check=True).stdout
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, flags.encode(), " ".join(FLAGS).encode()]))
-    library = cache_root() / "kernels" / f"{key.hexdigest()[:24]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # others may be compiling: the last rename wins
-            built = Path(folder) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT_S, check=False)
-            if ran.returncode:
-                raise OSError(f"{compiler} could not compile {SOURCE.name}: {ran.stderr[-500:]}")
-            built.replace(library)
-    return library
+    """The kernels of this machine; None, and a line in the log, where PyTorch computes. Raises as build.wanted."""
+    name, path, _ = build.library()
+    logger.info("CPU kernels: %s", build.description())
+    return None if path is None else Kernels(path, name)

@@ -1,7 +1,7 @@
-"""Norms, rotary embedding and gated units by the compiled kernels, each one call, with gradients where they are wanted.
+"""Linear layers, norms, rotary embedding and gated units by the compiled kernels, with gradients where wanted.
 
-Called by fusing.py, in whose modules these take the place of PyTorch's operations. Forward results have every bit of
-those; gradients are computed in float32 and rounded once, and what can be computed again is not kept for them.
+Called by modules.py, in whose modules these take the place of PyTorch's operations, and by engine/ for its products.
+Gradients are computed in float32 and rounded once; what can be computed again is not kept for them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,52 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from arealite.kernels import build
 from arealite.kernels.cpu import Kernels
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b; where PyTorch would multiply bf16 element by element, in float32 and rounded."""
+    if fits(a, b) and not build.has_bf16_products():
+        return (a.float() @ b.float()).bfloat16()
+    return a @ b
+
+
+def product(kernels: Kernels | None, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] times the transpose of weight [N, K], plus bias [N]; [..., N]. No gradient."""
+    if kernels is not None and fits(x, weight) and not weight.shape[1] % 2 and x.numel():
+        return kernels.product(x, kernels.pack([weight.contiguous()]), bias, len(weight))
+    out = matmul(x, weight.t())
+    return out if bias is None else out + bias
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Kernels | None, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(kernels, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        _, by_x, by_weight, by_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            None,
+            matmul(rows, weight).view(x.shape) if by_x else None,
+            matmul(rows.t(), x.reshape(-1, x.shape[-1])) if by_weight else None,
+            rows.sum(0, dtype=torch.float32).to(rows.dtype) if by_bias else None,
+        )
+
+
+def linear(
+    kernels: Kernels | None, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As `product`, with gradients. A row of the result has the same bits whatever rows are beside it, by kernels."""
+    result: torch.Tensor = _Linear.apply(kernels, x, weight, bias)
+    return result
 
 
 def fits(*tensors: torch.Tensor) -> bool:

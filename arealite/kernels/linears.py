@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from arealite.kernels import cpu
+from arealite.kernels import build, cpu
 
 
 class _Products(Protocol):
@@ -26,7 +26,7 @@ class _Products(Protocol):
 
 
 class _OneDnn:
-    """PyTorch's own packed products, for CPUs on which they add in another order than our kernels (AMX)."""
+    """PyTorch's own packed products, where there is no compiler and bf16 has instructions."""
 
     def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None = None) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), 64)
@@ -35,12 +35,19 @@ class _OneDnn:
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def _products() -> _Products | None:
-    """What this machine has; None where bf16 products are better left to PyTorch."""
-    compiled = cpu.load()
-    if compiled is not None and compiled.exact_products:
-        return compiled
-    return _OneDnn() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+class _Float32:
+    """Products of float32 copies, rounded, where PyTorch would multiply bf16 element by element."""
+
+    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.cat(weights).float()
+
+    def product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor:
+        out = (x.float() @ packed.t()).to(x.dtype)
+        return out if bias is None else out + bias
+
+
+def _products() -> _Products:
+    return cpu.load() or (_OneDnn() if build.has_bf16_products() else _Float32())
 
 
 class PackedLinears:
@@ -50,7 +57,7 @@ class PackedLinears:
         """`run` calls the module once, on anything: layers that are called one after the other with the same input, and
         have the same parent, are a group."""
         products = _products()
-        self._groups = [] if products is None else [_Group(linears, products) for linears in _groups(module, run)]
+        self._groups = [_Group(linears, products) for linears in _groups(module, run)]
 
     def refresh(self) -> None:
         """Pack again: the parameters have changed."""

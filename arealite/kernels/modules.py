@@ -1,12 +1,15 @@
-"""Norms, rotary embedding and gated units of Hugging Face modules, each replaced by one call into the kernels.
+"""Norms, rotary embedding, gated units and linear layers of Hugging Face modules, each replaced by a call of kernels.
 
-Called by inference/model.py and engine/fsdp_engine.py. A module is changed only if a probe on random numbers shows that
-every bit of a bf16 result stays what it was; any other is left alone, and so is whatever is no bf16 on a CPU.
+Called by inference/model.py and engine/model.py. A module is changed only if a probe on random numbers shows that it
+computes the same, to a bf16's rounding; any other is left alone, and so is whatever is no bf16 on a CPU.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
+from collections import Counter
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -14,38 +17,67 @@ import torch
 from torch import nn
 
 from arealite.kernels.cpu import DIM_STEP, Kernels
-from arealite.kernels.functions import fits, rms_norm, rotate, silu_times
+from arealite.kernels.functions import fits, linear, rms_norm, rotate, silu_times
 
 _ROTATE = "apply_rotary_pos_emb"  # the function of every modelling file of transformers that has this embedding
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _PROBE_ROWS = 3
 
 
+logger = logging.getLogger(__name__)
+
+
 @torch.no_grad()
 def fuse(module: Any, kernels: Kernels) -> None:
-    """Replace what can be replaced in `module`, in place. Parameters are looked up when a module is called."""
+    """Replace norms, rotary embeddings and gated units that can be replaced in `module`, in place. Parameters are
+    looked up when a module is called."""
     norms: dict[tuple[type, int, float], bool | None] = {}
     rotaries: dict[type, FunctionType | None] = {}
+    left: Counter[str] = Counter()
     for part in module.modules():
         kind: Any = type(part)
         own = vars(part)
         eps = own.get("variance_epsilon", own.get("eps"))
+        plain = inspect.unwrap(kind.forward)  # below the decorators of newer versions
         if kind.__name__.endswith("RMSNorm") and isinstance(eps, float) and set(own["_parameters"]) == {"weight"}:
             key = (kind, part.weight.numel(), eps)
             if key not in norms:
                 norms[key] = _norm_kind(part, kernels, eps)
             plus_one = norms[key]
-            if plus_one is not None:
-                part.forward = _norm(part, kernels, eps, plus_one)
+            replaced = None if plus_one is None else _norm(part, kernels, eps, plus_one)
         elif set(own["_modules"]) == _GATED:
-            if _is_silu_times(part, kernels):
-                part.forward = _gated(part, kernels)
-        elif _ROTATE in kind.forward.__code__.co_names and "head_dim" in own:
+            replaced = _gated(part, kernels) if _is_silu_times(part, kernels) else None
+        elif _ROTATE in plain.__code__.co_names and "head_dim" in own:
             if kind not in rotaries:
-                rotaries[kind] = _with_rotation(kind.forward, kernels, part.head_dim)
+                rotaries[kind] = _with_rotation(plain, kernels, part.head_dim)
             forward = rotaries[kind]
-            if forward is not None:
-                part.forward = MethodType(forward, part)
+            replaced = None if forward is None else MethodType(forward, part)
+        else:
+            continue
+        if replaced is None:
+            left[kind.__name__] += 1
+        else:
+            part.forward = replaced  # type: ignore[method-assign]
+    if left:
+        words = ", ".join(f"{count} {name}" for name, count in left.items())
+        logger.info("left to PyTorch, because the kernels compute something else: %s", words)
+
+
+def fuse_linears(module: Any, kernels: Kernels | None) -> None:
+    """Compute the linear layers in `module` by kernels.functions.linear, in bf16 on a CPU, with their gradients."""
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.forward = _linear(part, kernels)
+
+
+def _linear(layer: nn.Linear, kernels: Kernels | None) -> Any:
+    plain = layer.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        weight, bias = layer.weight, layer.bias
+        return linear(kernels, x, weight, bias) if fits(x, weight) else plain(x)
+
+    return forward
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -53,8 +85,13 @@ def _random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator).bfloat16()
 
 
+def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """To the rounding of a few bf16."""
+    return bool((a.float() - b.float()).norm() <= 2**-7 * b.float().norm())
+
+
 def _norm_kind(norm: Any, kernels: Kernels, eps: float) -> bool | None:
-    """Whether it multiplies by one plus the weight; None when the kernel does not give its bits."""
+    """Whether it multiplies by one plus the weight; None when the kernel computes neither."""
     probe = copy.copy(norm)
     width = norm.weight.numel()
     if width % DIM_STEP:
@@ -62,7 +99,7 @@ def _norm_kind(norm: Any, kernels: Kernels, eps: float) -> bool | None:
     probe._parameters = {"weight": nn.Parameter(_random(width))}
     x = _random(_PROBE_ROWS, width)
     wanted = type(norm).forward(probe, x)
-    matching = [kind for kind in (False, True) if torch.equal(rms_norm(kernels, x, probe.weight, eps, kind), wanted)]
+    matching = [kind for kind in (False, True) if _agree(rms_norm(kernels, x, probe.weight, eps, kind), wanted)]
     return matching[0] if matching else None
 
 
@@ -83,8 +120,8 @@ def _is_silu_times(unit: Any, kernels: Kernels) -> bool:
     for layer in layers.values():
         layer.weight.copy_(_random(DIM_STEP, DIM_STEP))
     probe._modules = {**layers, "act_fn": unit.act_fn}
-    x = _random(_PROBE_ROWS, DIM_STEP)
-    return torch.equal(type(unit).forward(probe, x), _gated(probe, kernels)(x))
+    x = _random(_PROBE_ROWS, DIM_STEP) * DIM_STEP**-0.5  # gates of about 1, where activations differ most
+    return _agree(_gated(probe, kernels)(x), type(unit).forward(probe, x))
 
 
 def _gated(unit: Any, kernels: Kernels) -> Any:
@@ -102,7 +139,7 @@ def _gated(unit: Any, kernels: Kernels) -> Any:
 
 
 def _with_rotation(forward: Any, kernels: Kernels, dim: int) -> FunctionType | None:
-    """The attention layer's own code with another rotary function among its globals; None when bits would change."""
+    """The attention layer's own code with another rotary function; None when it would compute something else."""
     plain = forward.__globals__[_ROTATE]
 
     def rotate_both(
@@ -116,7 +153,7 @@ def _with_rotation(forward: Any, kernels: Kernels, dim: int) -> FunctionType | N
     q, k = (_random(1, _PROBE_ROWS, heads, dim).transpose(1, 2) for heads in (4, 2))
     cos, sin = _random(2, 1, _PROBE_ROWS, dim)
     wanted = plain(q, k, cos, sin)
-    if dim % DIM_STEP or not all(map(torch.equal, rotate_both(q, k, cos, sin), wanted)):
+    if dim % DIM_STEP or not all(map(_agree, rotate_both(q, k, cos, sin), wanted)):
         return None
     changed = FunctionType(
         forward.__code__,

@@ -1,0 +1,52 @@
+"""The compiled kernels for every instruction set: native where this CPU has it, else emulated in plain C."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from arealite.kernels import build, cpu
+from arealite.kernels.cpu import Kernels
+
+KINDS = list(build.INSTRUCTION_SETS)
+EMULATED = {"avx512": [], "avx512_bf16": ["-DEMULATE_BF16"], "amx": ["-DEMULATE_BF16", "-DEMULATE_AMX"]}
+
+needs_kernels = pytest.mark.skipif(cpu.load() is None, reason=f"no compiled kernels here: {build.description()}")
+each_kind = pytest.mark.parametrize("lib", KINDS, indirect=True)
+each_vector_kind = pytest.mark.parametrize("lib", [kind for kind in KINDS if kind != "amx"], indirect=True)  # no tiles
+
+
+def kernels_for(kind: str | None) -> Kernels:
+    """Those of an instruction set, or those that this process uses; skips the test where they cannot be had."""
+    found = cpu.load() if kind is None else _kernels(kind)
+    if found is None:
+        pytest.skip(f"{kind or 'kernels'} not tested: no compiler for it here")
+    return found
+
+
+@functools.cache
+def _kernels(kind: str) -> Kernels | None:
+    compiler = shutil.which("gcc") if kind in EMULATED and kind not in build.available() else shutil.which("cc")
+    if compiler is None:
+        return None
+    flags = [*build.FLAGS, *build.INSTRUCTION_SETS[kind][1]]
+    if kind not in build.available():
+        header = str(Path(__file__).with_name("emulated_cpu.h"))
+        flags = [*build.FLAGS, "-O1", "-mno-avx512f", "-w", "-include", header, *EMULATED[kind]]
+    target = Path(tempfile.mkdtemp(prefix="kernels")) / f"{kind}.so"
+    try:
+        build.compile_library(compiler, flags, target)
+        return Kernels(target, kind)
+    except OSError:
+        return None
+    finally:
+        shutil.rmtree(target.parent)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
