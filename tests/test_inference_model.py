@@ -17,6 +17,7 @@ from transformers import (
 
 from arealite.api.errors import ConfigError
 from arealite.inference.layout import bucket_pages
+from arealite.kernels import cpu
 
 SMALL = {
     "vocab_size": VOCAB,
@@ -91,8 +92,8 @@ def test_greedy_equals_generate_on_the_real_model(smollm2: str) -> None:
 
 
 def test_bf16_logprobs_are_those_of_one_pass_over_the_whole_sequence(smollm2: str) -> None:
-    """Decode and a packed pass run the same products with the softmax in float32, and so does the plain eager pass: in
-    bf16 any other order of operations moves these logprobs by about 0.04."""
+    """With the compiled kernels decode and a packed pass have the same bits. In bf16 any other order of operations
+    moves these logprobs by about 0.04: PyTorch's plain pass is as far from the float32 one as ours."""
     model = served(Path(smollm2), torch.bfloat16)
     texts = ["What is 3 + 4?", "Write a poem about rain.", "def add(a, b):", "Once upon a time", "2 4 6 8"]
     ids = [model.tokenizer(text).input_ids for text in texts]
@@ -100,15 +101,19 @@ def test_bf16_logprobs_are_those_of_one_pass_over_the_whole_sequence(smollm2: st
         answers = server.generate(ids, max_new_tokens=24, sampling_seed=5, ignore_eos=True)
         whole = [prompt + answer["output_ids"] for prompt, answer in zip(ids, answers, strict=True)]
         scored = server.generate(whole, max_new_tokens=0, top={"logprob_start_len": 0})
-    to_own_pass, to_plain = [], []
+    to_own_pass, to_exact, plain_to_exact = [], [], []
     for prompt, tokens, answer, score in zip(ids, whole, answers, scored, strict=True):
         logprobs = torch.tensor(output_logprobs(answer))
         own = torch.tensor([entry[0] for entry in score["meta_info"]["input_token_logprobs"][len(prompt) :]])
-        plain = plain_logprobs(smollm2, tokens, torch.bfloat16, attention="eager")[len(prompt) - 1 :]
+        plain, exact = (
+            plain_logprobs(smollm2, tokens, dtype, attention="eager")[len(prompt) - 1 :]
+            for dtype in (torch.bfloat16, torch.float32)
+        )
         to_own_pass.append((logprobs - own).abs())
-        to_plain.append((logprobs - plain).abs())
-    assert float(torch.cat(to_own_pass).mean()) < 0.02
-    assert float(torch.cat(to_plain).mean()) < 0.02
+        to_exact.append((logprobs - exact).abs())
+        plain_to_exact.append((plain - exact).abs())
+    assert float(torch.cat(to_own_pass).mean()) < (1e-5 if cpu.load() else 0.05)
+    assert float(torch.cat(to_exact).mean()) < 1.5 * float(torch.cat(plain_to_exact).mean())
 
 
 def test_a_window_longer_than_the_context_is_no_window(tmp_path: Path) -> None:

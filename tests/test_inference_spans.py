@@ -35,6 +35,7 @@ from arealite.inference.layout import KVLayout, span_order
 from arealite.inference.model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence, Span
+from arealite.kernels import cpu
 
 LENGTH = 90  # of test sequences: several pages, and longer than every window here
 SMALL = {
@@ -182,15 +183,17 @@ def test_spans_longer_than_one_block_of_queries(windowed: ServedModel, monkeypat
 
 
 def test_in_bf16_pieces_and_decoded_tokens_give_the_trainers_logprobs(smollm2: str) -> None:
-    """The same products and roundings: what is left is the order of a float32 sum now and then."""
+    """The same products and roundings by the kernels: what is left is the order of the vocabulary's sum."""
     from arealite.algorithm.packing import prefix_tree
     from arealite.engine.attention import ATTENTION, Layout
+    from arealite.engine.model import PackedLanguageModel
 
     model = served(Path(smollm2), torch.bfloat16)
     rows = [tokens_of(seed, 70) for seed in range(4)]
     passes = [[(0, 70), (1, 30), (2, 50)], [(1, 39), (3, 64), (2, 1)], *[[(3, 1), (2, 1)]] * 6, [(2, 13), (1, 1)]]
     hidden = in_passes(model, passes, rows)
     trainer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16, attn_implementation=ATTENTION)
+    PackedLanguageModel(trainer, 16)  # which replaces its modules
     for row, states in zip(rows, hidden, strict=True):
         tree = prefix_tree([np.asarray(row)])
         with torch.inference_mode():
@@ -198,7 +201,7 @@ def test_in_bf16_pieces_and_decoded_tokens_give_the_trainers_logprobs(smollm2: s
                 0
             ]
         gap = torch.log_softmax(model.logits(states).float(), -1) - torch.log_softmax(plain.float(), -1)
-        assert float(gap.gather(1, torch.tensor(row[1:] + [0])[:, None]).abs().mean()) < 1e-5
+        assert float(gap.gather(1, torch.tensor(row[1:] + [0])[:, None]).abs().mean()) < (1e-5 if cpu.load() else 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -219,13 +222,12 @@ def test_deterministic_tokens_are_the_same_bits_in_any_company(dtype: torch.dtyp
         lambda: Gemma3TextConfig(**{**SMALL, "head_dim": 32}, **GEMMA3, rope_parameters=TWO_ROPES),
     ],
 )
-def test_in_bf16_windows_round_as_the_plain_pass_does(config: Any, tmp_path: Path) -> None:
-    """Where the scale is a power of two, scaling before or after the rounding of a score is the same."""
+def test_in_bf16_windows_are_as_exact_as_in_the_plain_pass(config: Any, tmp_path: Path) -> None:
     model = served(save(config(), tmp_path), torch.bfloat16)
     rows = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
     for row, hidden in zip(rows, in_passes(model, MIXTURE, rows), strict=True):
-        plain = plain_logits(tmp_path, row, torch.bfloat16).float()
-        assert (model.logits(hidden).float() - plain).abs().mean() < 1e-5 * plain.abs().max()
+        plain, exact = (plain_logits(tmp_path, row, dtype).float() for dtype in (torch.bfloat16, torch.float32))
+        assert (model.logits(hidden).float() - exact).norm() < 1.5 * (plain - exact).norm()
 
 
 def test_a_window_reads_no_page_outside_of_it(windowed: ServedModel) -> None:

@@ -57,7 +57,7 @@ def fuse(module: Any, kernels: Kernels) -> None:
         if replaced is None:
             left[kind.__name__] += 1
         else:
-            part.forward = replaced  # type: ignore[method-assign]
+            part.forward = replaced
     if left:
         words = ", ".join(f"{count} {name}" for name, count in left.items())
         logger.info("left to PyTorch, because the kernels compute something else: %s", words)
@@ -67,7 +67,7 @@ def fuse_linears(module: Any, kernels: Kernels | None) -> None:
     """Compute the linear layers in `module` by kernels.functions.linear, in bf16 on a CPU, with their gradients."""
     for part in module.modules():
         if type(part) is nn.Linear:
-            part.forward = _linear(part, kernels)
+            part.forward = _linear(part, kernels)  # type: ignore[method-assign]
 
 
 def _linear(layer: nn.Linear, kernels: Kernels | None) -> Any:
