@@ -53,6 +53,10 @@ def test_bins_hold_everything_once_within_capacity(sizes, capacity):
     assert len(bins) <= max(2 * lower, 1)
 
 
+def test_the_largest_find_their_bins_first():
+    assert first_fit_decreasing([3, 3, 3, 7, 7, 7], 10) == [[3, 0], [4, 1], [5, 2]]
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 30), max_size=20), st.integers(1, 6))
 def test_parts_hold_everything_once_and_are_about_equal(sizes, num_parts):

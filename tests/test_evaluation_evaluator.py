@@ -8,7 +8,7 @@ from ranks import Alone, Meeting, on_ranks
 from rich.console import Console
 
 from arealite.api.cli_args import EvaluatorConfig, StatsLoggerConfig
-from arealite.api.errors import ArealiteError, RewardError
+from arealite.api.errors import RewardError
 from arealite.api.types import Group, Task, Trajectory
 from arealite.evaluation.evaluator import Evaluator
 from arealite.observe.evaluation_log import read_answers, read_evaluations
@@ -119,7 +119,7 @@ def test_failure_on_rank_0_reaches_all_ranks(tmp_path):
     evaluators = [make(tmp_path, [[None]] * 4, collective=ranks.of(r))[0] for r in range(2)]
     outcomes = on_ranks(ranks, lambda rank: evaluators[rank].evaluate(5))
     assert isinstance(outcomes[0], RewardError)
-    assert isinstance(outcomes[1], ArealiteError) and "bad verifier" in str(outcomes[1])
+    assert isinstance(outcomes[1], RewardError) and "bad verifier" in str(outcomes[1])
 
 
 def a_run(folder, steps=30):

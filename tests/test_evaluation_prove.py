@@ -124,6 +124,19 @@ def test_candidates_and_judgement():
     assert proof.judge("c", "x", {"weights": (1e-45, 0.0)}, "float32").outcome == "FAIL"
 
 
+def test_distances_are_the_largest_and_relative_to_the_reference():
+    mask = np.asarray([0.0, -2.0, -1.0], np.float32)
+    gradients = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
+    reference = proof.Step(None, mask, loss=0.5, grad_norm=5.0, gradients=gradients, scale=2.0)
+    step = proof.Step(None, np.asarray([0.0, -2.5, -1.1], np.float32), loss=0.4, grad_norm=4.0, scale=9.0)
+    step.squared_distance, step.largest = 0.25, 0.4
+    found = proof.distances(step, reference)
+    expected = {"logprobs": (0.5, 0.25), "loss": (0.1, 0.05), "gradient norm": (1.0, 0.2), "gradients": (0.4, 0.1)}
+    assert {name: pytest.approx(apart, rel=1e-5) for name, apart in expected.items()} == found
+    assert proof.judge("c", "x", {"logprobs": (3e-4, 0.0)}, "float32").outcome == "FAIL"
+    assert proof.judge("c", "x", {"loss": (1.0, 9e-6)}, "float32").outcome == "pass"
+
+
 def test_determinism_is_refused_where_it_cannot_be(monkeypatch):
     monkeypatch.setenv(determinism.WORKSPACE_VARIABLE, ":0:0")
     with pytest.raises(ConfigError, match="cuBLAS"):

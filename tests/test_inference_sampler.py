@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -68,12 +69,13 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     assert error < 1e-5, "the logprob is that of the full vocabulary after temperature"
 
 
-def test_a_nucleus_wider_than_the_sorted_head_is_exact() -> None:
-    vocab = 4 * NUM_LIKELIEST
-    logits = torch.zeros(64, vocab)
-    params = [SamplingParams(1, top_p=0.9)] * 64
-    drawn = sample(logits, params, [(i + 0.5) / 64 for i in range(64)])
-    assert len(set(drawn.tokens)) == 64, "equal probabilities: different uniforms must reach all over the nucleus"
+@pytest.mark.parametrize("wide", [{"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 4000}], ids=str)
+def test_a_nucleus_wider_than_the_sorted_head_is_exact(wide: dict[str, Any]) -> None:
+    logits, params = -torch.linspace(0, 1, 4 * NUM_LIKELIEST), SamplingParams(1, **wide)
+    uniforms = [(i + 0.5) / 64 for i in range(64)]
+    drawn = sample(logits.expand(64, -1), [params] * 64, uniforms)
+    wanted = torch.searchsorted(reference_probs(logits, params).cumsum(0), torch.tensor(uniforms).double()).tolist()
+    assert drawn.tokens == pytest.approx(wanted, abs=1) and wanted[-1] > 2 * NUM_LIKELIEST
 
 
 def test_greedy_is_argmax_with_logprobs_at_temperature_one() -> None:

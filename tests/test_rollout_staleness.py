@@ -114,6 +114,21 @@ def test_a_step_leaves_no_older_ready_group_behind():
     assert staleness.select(2) == [1, 3]
 
 
+def test_only_groups_that_are_due_are_awaited():
+    staleness = StalenessManager(1, 2, 100)
+    staleness.start(0)
+    staleness.start(1)
+    assert staleness.awaited() == []
+    staleness.version = 1
+    staleness.start(2)
+    staleness.start(3)
+    staleness.accept(1)
+    staleness.accept(2)
+    assert staleness.select(2) is None and staleness.awaited() == [0]
+    staleness.accept(0)
+    assert staleness.select(2) == [0, 1] and staleness.awaited() == []
+
+
 @st.composite
 def situations(draw):
     """A reachable state: groups started under the bound, any of them finished, steps taken as select says."""

@@ -4,6 +4,7 @@ import resource
 import signal
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -106,12 +107,14 @@ def test_missing_and_truncated_weights_are_explained(tmp_path):
         list(iterate_tensors(WeightUpdateMeta("disk", 1, str(tmp_path))))
 
 
-def test_checksum_sees_order_and_single_bits():
+def test_checksum_is_of_the_bytes_in_row_major_order_and_sees_single_bits():
     base = torch.arange(1000, dtype=torch.float32)
     swapped = base.clone()
     swapped[[1, 2]] = swapped[[2, 1]]
     assert len({checksum(base), checksum(swapped), checksum(base + 1e-7 * (base == 1))}) == 3
-    assert checksum(base.reshape(10, 100).t()) == checksum(base.reshape(10, 100).t().contiguous())
+    turned, half = base.reshape(10, 100).t(), base[7].to(torch.bfloat16)
+    assert checksum(turned) == zlib.crc32(turned.numpy().tobytes("C"))
+    assert checksum(half) == zlib.crc32(half.view(torch.uint16).numpy().tobytes())
 
 
 def test_handshake_names_what_is_wrong(tmp_path):
