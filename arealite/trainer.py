@@ -95,7 +95,7 @@ class PPOTrainer:
             self.critic.plan_steps(self.total_steps)
         self.stats = StatsTracker()
         self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
-        self.guard = MismatchGuard(config.stats_logger, config.gconfig.min_new_tokens)
+        self.guard = MismatchGuard(config.stats_logger, config.gconfig)
         self.saver = Saver(config.saver, self.folder, self.tokenizer)
         self.recover = RecoverHandler(config.recover, self.folder, config)
         self.evaluator = self._make_evaluator(reward_fn)

@@ -18,7 +18,7 @@ import transformers
 from engine_batches import actor_config, random_batch, share, train_one_step
 from layouts import on_ranks
 
-from arealite.api.cli_args import LoRAConfig, OptimizerConfig, StatsLoggerConfig
+from arealite.api.cli_args import GenerationHyperparameters, LoRAConfig, OptimizerConfig, StatsLoggerConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.micro_batch import cut, idle, part
@@ -256,7 +256,8 @@ def probe(rank: int, folder: str, layouts: list[Dims], alone: np.ndarray | None)
         if alone is None:
             return [actor.compute_logp(whole)]
         whole.logprobs = alone
-        mine, guard = share(whole, actor.mesh.share, dims.d), MismatchGuard(StatsLoggerConfig(probe_every_steps=1))
+        mine = share(whole, actor.mesh.share, dims.d)
+        guard = MismatchGuard(StatsLoggerConfig(probe_every_steps=1), GenerationHyperparameters())
         found.append(guard.check(0, mine, actor, Servers(whole, alone)))  # type: ignore[arg-type]
     return found
 

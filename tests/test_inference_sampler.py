@@ -58,6 +58,10 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     logits = torch.randn(300, generator=torch.Generator().manual_seed(3)) * 1.5
     uniforms = [uniform(7, i) for i in range(NUM_DRAWS)]
     drawn = sample(logits.expand(NUM_DRAWS, -1), [params] * NUM_DRAWS, uniforms)
+    full = torch.softmax(logits.double() / params.temperature, -1)
+    left_out = float(full[reference_probs(logits, params) == 0].sum())
+    assert set(drawn.cut) == (set(range(NUM_DRAWS)) if left_out else set())
+    assert all(cut == pytest.approx(left_out, abs=1e-6) for cut in drawn.cut.values())
     counts = torch.bincount(torch.tensor(drawn.tokens), minlength=300).double()
     probs = reference_probs(logits, params)
     likely = probs * NUM_DRAWS >= 5  # the statistic needs a few expected draws in each cell

@@ -7,7 +7,7 @@ from rollout_fakes import Source, quick_config, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arealite.api.cli_args import GenerationHyperparameters
-from arealite.api.types import Task
+from arealite.api.types import GenerationRequest, Task
 from arealite.reward.number import number_reward
 from arealite.rollout.client import RemoteNativeEngine
 from arealite.weights.handshake import verify
@@ -80,3 +80,18 @@ def test_rollout_and_weight_updates_against_the_built_in_server(server, tiny_lla
             by_version[v % 2][i] if m else 0.0 for i, (v, m) in enumerate(zip(t.versions, t.loss_mask, strict=True))
         ]
         np.testing.assert_allclose(t.logprobs, expected, atol=2e-3)
+
+
+def test_the_probability_that_a_restriction_cuts_is_measured(server, tmp_path):
+    engine = RemoteNativeEngine(quick_config(), ledger_path=tmp_path / "ledger.jsonl")
+    try:
+        engine.initialize(addresses=[server])
+        engine.sample([GenerationRequest("whole", [5, 6, 7], 4, ignore_eos=True)])
+        assert "cut_mass_mean" not in engine.stats()
+        [cut] = engine.sample([GenerationRequest("cut", [5, 6, 7], 4, top_k=1, ignore_eos=True)])
+        stats = engine.stats()
+    finally:
+        engine.destroy()
+    left = np.exp(cut.logprobs)  # top-1: what is sampled is all that is left
+    assert stats["cut_mass_mean"] == stats["cut_mass_max"] == pytest.approx(1 - left.mean(), abs=1e-6)
+    assert 0 < stats["cut_mass_mean"] < 1

@@ -5,14 +5,15 @@ import signal
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from arealite.api.cli_args import StatsLoggerConfig
+from arealite.api.cli_args import GenerationHyperparameters, StatsLoggerConfig
 from arealite.api.errors import WeightSyncError
-from arealite.api.types import Batch, Group, Task, Trajectory, WeightUpdateMeta
+from arealite.api.types import Batch, Completion, Group, Task, Trajectory, WeightUpdateMeta
 from arealite.weights.checksum import checksum
 from arealite.weights.handshake import MismatchGuard, verify
 from arealite.weights.link import WeightLink
@@ -177,18 +178,56 @@ def make_batch(num_sequences: int = 6) -> Batch:
     return Batch.pack([Group(Task("t"), 0, rows)])
 
 
+class Sampling(Servers):
+    """Answers with two tokens of the current version, and no more."""
+
+    def __init__(self):
+        self.requests = []
+
+    def sample(self, requests):
+        self.requests += requests
+        return [Completion([8, 9], [-2.0, -3.0], [3, 3], "stop") for _ in requests]
+
+
+def test_guard_looks_where_fresh_tokens_are_and_samples_some_where_there_are_none():
+    """Where the servers run ahead, the groups of a step hold tokens of older weights only."""
+    guard = MismatchGuard(StatsLoggerConfig(probe_every_steps=1), GenerationHyperparameters(temperature=0.7))
+    old = replace(batch := make_batch(), versions=np.where(batch.loss_mask, 2, -1))
+    late = replace(old, versions=old.versions.copy())
+    late.versions[-1] = 3  # the last token of the last of six sequences
+    servers = Sampling()
+    assert guard.check(0, late, Actor(-1.0, -9.5), servers) == pytest.approx(
+        {"num_mismatch_sampled": 1, "mismatch_mean": 0.5 / 9, "mismatch_max": 0.5}
+    )
+    assert not servers.requests
+    found = guard.check(0, old, Actor(-1.0, -2.5), servers)
+    assert found == pytest.approx({"num_mismatch_sampled": 8, "mismatch_mean": 0.25, "mismatch_max": 0.5})
+    assert [(r.input_ids, r.temperature) for r in servers.requests] == [([5], 0.7)] * 4
+
+
+def test_a_restriction_of_sampling_is_said_at_the_start(caplog):
+    MismatchGuard(StatsLoggerConfig(), GenerationHyperparameters())
+    assert not caplog.records
+    MismatchGuard(StatsLoggerConfig(), GenerationHyperparameters(top_k=20, min_p=0.02))
+    assert "gconfig.top_k, gconfig.min_p restricts what is sampled" in caplog.text
+
+
 def test_guard_compares_scored_tokens_and_those_sampled_by_this_version(caplog):
-    guard = MismatchGuard(StatsLoggerConfig(probe_every_steps=2, mismatch_warn=0.25, mismatch_stop=0.5))
+    sampling = GenerationHyperparameters()
+    guard = MismatchGuard(StatsLoggerConfig(probe_every_steps=2, mismatch_warn=0.25, mismatch_stop=0.5), sampling)
     # Two scored tokens off by 0.1, one freshly sampled token off by 0.4; the token of version 2 is not compared.
     found = guard.check(0, make_batch(), Actor(-1.1, -2.4), Servers())
     assert found["mismatch_mean"] == pytest.approx(0.2, abs=1e-6) and found["mismatch_max"] == pytest.approx(0.4)
+    assert found["num_mismatch_sampled"] == 4  # sequences
     assert not caplog.records and guard.check(1, make_batch(), Actor(-1.1, -2.4), Servers()) == {}
-    assert guard.check(2, make_batch(0), Actor(-1.1, -2.4), Servers()) == {}
+    assert guard.check(2, make_batch(0), Actor(-1.1, -2.4), Servers()) == {"num_mismatch_sampled": 0}
+    assert "step 2: of 0 sequences no token was compared as sampled" in caplog.text
     guard.check(2, make_batch(), Actor(-1.4, -2.1), Servers())
     assert "differ by 0.3000" in caplog.text
     # Where servers may not end an answer yet, they record logprobs of another distribution: not compared.
-    forced = MismatchGuard(StatsLoggerConfig(probe_every_steps=2), min_new_tokens=1)
-    assert forced.check(2, make_batch(), Actor(-1.1, -2.4), Servers())["mismatch_max"] == pytest.approx(0.1)
+    forced = MismatchGuard(StatsLoggerConfig(probe_every_steps=2), GenerationHyperparameters(min_new_tokens=1))
+    found = forced.check(2, make_batch(), Actor(-1.1, -2.4), Sampling())
+    assert found["num_mismatch_sampled"] == 8 and found["mismatch_max"] == pytest.approx(0.6)  # of new answers
     assert guard.check(2, make_batch(), Actor(-1.0, -3.2), Servers())["mismatch_max"] == pytest.approx(1.2)  # one token
     with pytest.raises(WeightSyncError, match="mismatch_stop allows 0.5"):
         guard.check(2, make_batch(), Actor(-2.0, -2.0), Servers())

@@ -20,11 +20,14 @@ class GenerationHyperparameters:
     max_new_tokens: int = setting(512, "tokens per answer at most", low=1)
     min_new_tokens: int = setting(0, "tokens per answer before a stop token may end it", low=0)
     temperature: float = setting(1.0, "sampling temperature; 0 is greedy", low=0)
-    top_p: float = setting(
-        1.0, "nucleus mass; below 1 the recorded logprobs are still those of the full vocabulary", low=1e-6, high=1
+    top_p: float = setting(1.0, "nucleus mass; see top_k", low=1e-6, high=1)
+    top_k: int = setting(
+        -1,
+        "sample among the k likeliest tokens; -1 is all. With top_k, top_p, min_p the recorded logprobs stay those of"
+        " the full vocabulary (vLLM: of what is left); the metric cut_mass_mean is the probability cut",
+        low=-1,
     )
-    top_k: int = setting(-1, "sample among the k likeliest tokens; -1 is all", low=-1)
-    min_p: float = setting(0.0, "drop tokens less likely than this share of the likeliest", low=0, high=1)
+    min_p: float = setting(0.0, "drop tokens less likely than this share of the likeliest; see top_k", low=0, high=1)
     stop: list[str] = setting(list, "strings that end an answer")
     stop_token_ids: list[int] = setting(list, "token ids that end an answer, besides the model's own")
 

@@ -82,6 +82,9 @@ class InferenceEngine(Protocol):
     async def agenerate(self, request: GenerationRequest) -> Completion:
         """Sample one sequence; resumes through interruptions; never returns "abort" before the run ends."""
 
+    def sample(self, requests: list[GenerationRequest]) -> list[Completion]:
+        """Sample now, outside of staleness and ledger; in the order of the requests."""
+
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Logprobs (temperature 1) of each sequence's tokens under the servers' current weights; first is 0."""
 

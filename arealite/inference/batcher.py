@@ -149,6 +149,7 @@ class Batcher:
                 sequence.tokens.append(drawn.tokens[i])
                 sequence.logprobs.append(drawn.logprobs[i])
                 sequence.versions.append(self.weight_version)
+                sequence.cut_mass += drawn.cut.get(i, 0.0)
                 self.counters.num_generated_tokens += 1
             reason = self._finish_reason(sequence)
             if reason is not None:

@@ -191,6 +191,8 @@ def meta_info(answer: Answer, first: int = 0) -> dict[str, Any]:
         "num_retractions": sequence.num_retractions,
         "e2e_latency": (sequence.finished_at if answer.finished else time.perf_counter()) - sequence.submitted_at,
     }
+    if sequence.cut_mass:  # ours
+        account["cut_mass"] = sequence.cut_mass
     if answer.request.return_logprob:
         account |= _logprobs(answer, first)
         account["output_token_logprobs_length"] = answer.num_tokens

@@ -6,7 +6,7 @@ function of (seed, i) only, so a request that is stopped and sent again with its
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Sampled:
-    """One entry per row. A row whose logits were not finite has `ok` False; its other entries mean nothing."""
+    """One entry per row. A row whose logits were not finite has `ok` False; its other entries mean nothing. `cut` maps
+    restricted rows to the share of the probability that top-k, top-p and min-p leave out."""
 
     tokens: list[int]
     logprobs: list[float]
     ok: list[bool]
+    cut: dict[int, float] = field(default_factory=dict)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -61,6 +63,7 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[fl
         again = _sample(logits[restricted], [params[i] for i in restricted], [uniforms[i] for i in restricted])
         for i, token, logprob in zip(restricted, again.tokens, again.logprobs, strict=True):
             drawn.tokens[i], drawn.logprobs[i] = token, logprob
+        drawn.cut.update((restricted[i], cut) for i, cut in again.cut.items())
     return drawn
 
 
@@ -83,13 +86,15 @@ def _sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[f
     if any(p.temperature > 0 for p in params):
         greedy = torch.tensor([p.temperature == 0 for p in params], device=logits.device)
         tokens = torch.where(greedy, best, _inverse_cdf(weights, block_sums, at, vocab))
-    for i, p in enumerate(params):
-        if p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p > 0):
-            tokens[i] = _restricted(scores[i], total[i], p, uniforms[i])
+    kept = torch.ones_like(total)
+    restricted = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p > 0)]
+    for i in restricted:
+        tokens[i], kept[i] = _restricted(scores[i], total[i], params[i], uniforms[i])
     logprobs = scores.gather(1, tokens[:, None])[:, 0].double().log() - total.log()
     ok = torch.isfinite(total) & torch.isfinite(top)
-    packed = torch.stack([tokens.double(), logprobs, ok.double()]).cpu().numpy()
-    return Sampled(packed[0].astype(np.int64).tolist(), packed[1].tolist(), (packed[2] > 0).tolist())
+    packed = torch.stack([tokens.double(), logprobs, ok.double(), (1 - kept).clamp(min=0)]).cpu().numpy()
+    cut = {i: float(packed[3, i]) for i in restricted}
+    return Sampled(packed[0].astype(np.int64).tolist(), packed[1].tolist(), (packed[2] > 0).tolist(), cut)
 
 
 def _inverse_cdf(weights: torch.Tensor, block_sums: torch.Tensor, at: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -106,8 +111,11 @@ def _inverse_cdf(weights: torch.Tensor, block_sums: torch.Tensor, at: torch.Tens
     return (block * BLOCK + torch.searchsorted(inside, target[:, None], right=True)[:, 0]).clamp_(max=vocab - 1)
 
 
-def _restricted(weights: torch.Tensor, total: torch.Tensor, params: SamplingParams, at: float) -> torch.Tensor:
-    """Inverse CDF over the likeliest tokens of one row [V] that pass top-k, top-p and min-p."""
+def _restricted(
+    weights: torch.Tensor, total: torch.Tensor, params: SamplingParams, at: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse CDF over the likeliest tokens of one row [V] that pass top-k, top-p and min-p; the token, and the share
+    of the probability that these tokens have."""
     vocab = weights.shape[0]
     wanted = min(params.top_k or vocab, vocab)
     num = min(wanted, NUM_LIKELIEST)
@@ -123,4 +131,4 @@ def _restricted(weights: torch.Tensor, total: torch.Tensor, params: SamplingPara
     kept[0] = True
     upto = (probs * kept).cumsum(-1)
     target = torch.minimum(at * upto[-1], torch.nextafter(upto[-1], torch.zeros_like(upto[-1])))
-    return order[torch.searchsorted(upto, target.reshape(1), right=True)[0]]
+    return order[torch.searchsorted(upto, target.reshape(1), right=True)[0]], upto[-1]

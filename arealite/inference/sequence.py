@@ -33,6 +33,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0  # leading tokens that were found computed when it first ran
     num_retractions: int = 0
+    cut_mass: float = 0.0  # what top-k, top-p and min-p left out, summed over the generated tokens
     seed: int = 0
     listener: Callable[[Sequence], None] | None = None  # called on the engine thread after each token but the last
     # The likeliest tokens, and those that the client names, per output token and per scored prompt token.

@@ -30,7 +30,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Part:
-    """One answer: the tokens sampled since the request was last sent. The lists have one entry per token."""
+    """One answer: the tokens sampled since the request was last sent. The lists have one entry per token. `cut_mass`:
+    the probability that top-k, top-p and min-p cut, summed over the tokens, where the server tells it."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -38,6 +39,7 @@ class Part:
     finish_reason: FinishReason
     matched: int | str | None
     text: str
+    cut_mass: float = 0.0
 
 
 ADAPTER_NEEDS_ABORT = (

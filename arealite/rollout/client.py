@@ -115,6 +115,14 @@ class RemoteInferenceEngine:
             request = replace(request, lora=self._live.fleet.adapter)
         return await self._live.generator.generate(request)
 
+    def sample(self, requests: list[GenerationRequest]) -> list[Completion]:
+        """Sample now, outside of staleness and ledger; in the order of the requests. Rank 0 only."""
+
+        async def all_of() -> list[Completion]:
+            return await asyncio.gather(*map(self.agenerate, requests))
+
+        return self._live.run(all_of(), "rollout.sample")
+
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Logprobs (temperature 1) of each sequence's own tokens; the first is 0."""
         return self._live.run(self._live.fleet.score(sequences), "rollout.score")

@@ -73,6 +73,7 @@ class Flight:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     text: str = ""
+    cut_mass: float = 0.0  # see Part
     cuts: set[int] = field(default_factory=set)  # numbers of tokens after which it was stopped, and went on
     num_failures: int = 0  # in a row
     num_empty_aborts: int = 0  # in a row
@@ -84,6 +85,7 @@ class Flight:
         self.logprobs += part.logprobs
         self.versions += part.versions
         self.text += part.text
+        self.cut_mass += part.cut_mass
 
     def line(self, now: float) -> str:
         """Its line in a stall report."""
@@ -275,6 +277,8 @@ class Generator:
         self.counters.add("num_generated_tokens", len(flight.token_ids))
         self.counters.add("num_interruptions", num_interruptions)
         self.counters.observe("request_s", latency_s)
+        if flight.cut_mass:
+            self.counters.observe("cut_mass", flight.cut_mass / len(flight.token_ids))
         return Completion(
             token_ids=flight.token_ids,
             logprobs=flight.logprobs,

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     eval_workflow = RLVRWorkflow(gsm8k_reward, config.eval_gconfig, tokenizer, config=config.rollout)
     held_out = config.valid_dataset and load_tasks(config.valid_dataset, tokenizer, config.seed, gsm8k_reward)
     evaluator = Evaluator(config.evaluator, folder, rollout, eval_workflow, held_out or [], actor.collective)
-    guard = MismatchGuard(config.stats_logger, config.gconfig.min_new_tokens)
+    guard = MismatchGuard(config.stats_logger, config.gconfig)
     saver = Saver(config.saver, folder, tokenizer)
     recover = RecoverHandler(config.recover, folder, config)
     num_steps = dataloader.total_steps
