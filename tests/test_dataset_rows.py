@@ -90,6 +90,7 @@ def test_cells_are_read_whatever_type_a_table_gave_them():
 
 
 def test_empty_cells_are_no_answer_no_question_and_no_harm():
+    assert task({"question": "?", "answer": "so:\n####"}, needs_answer=True) is None
     for empty in (None, math.nan, "", " \n", []):
         assert task({"question": "?", "answer": empty}).answer is None
         assert task({"question": "?", "answer": empty}, needs_answer=True) is None

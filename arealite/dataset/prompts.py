@@ -24,6 +24,11 @@ Message = dict[str, Any]
 # A template is a program of the model's authors that runs on what users wrote.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
+FIX = (
+    "change the row (what a system message says can stand in prompt_template), or set tokenizer_path to a tokenizer"
+    " whose template takes it"
+)
+
 
 def chat_messages(name: str, value: Any) -> list[Message]:
     """Messages as templates want them: content as text, arguments of earlier calls as objects, no key without a value.
@@ -92,8 +97,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], asks: bo
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **variables))
     except TEMPLATE_ERRORS as error:
         raise PromptError(
-            f"the chat template refuses these messages: {type(error).__name__}: {error}; change them, or set"
-            " tokenizer_path to a tokenizer whose template takes them"
+            f"the chat template refuses these messages: {type(error).__name__}: {error}; {FIX}"
         ) from error
 
 
@@ -118,10 +122,7 @@ def check_shown(
             what = "the tool calls" if "tool_calls" in message else shown(message["content"])
             lost.append(f"{what} of role {message['role']!r}")
     if lost:
-        raise PromptError(
-            f"the chat template leaves out {lost[0]}: leave it out too (what a system message says can stand in"
-            " prompt_template), or set tokenizer_path to a tokenizer whose template shows it"
-        )
+        raise PromptError(f"the chat template leaves out {lost[0]}; {FIX}")
 
 
 def check_text(text: str) -> str:

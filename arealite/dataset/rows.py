@@ -48,7 +48,7 @@ def kept_rows(
     limit = vars(config)[limit_name]
     left_out: dict[str, list[str]] = {EMPTY: [], f"exceed {limit_name} ({limit})": []}
     empty, long = left_out.values()
-    lengths = []
+    shortest = math.inf
     for row in read_rows(config, seed):
         try:
             made = make(row)
@@ -56,19 +56,18 @@ def kept_rows(
             raise DatasetError(f"{row.where}: {error}") from error
         if made is None:
             empty.append(row.where)
-            continue
-        lengths.append(made[1])
-        if limit is not None and made[1] > limit:
+        elif limit is not None and made[1] > limit:
             long.append(row.where)
+            shortest = min(shortest, made[1])
         else:
             kept.append(made[0])
     reasons = "; ".join(f"{len(rows)} {why}, the first is {rows[0]}" for why, rows in left_out.items() if rows)
-    num_left_out, num_rows = len(empty) + len(long), len(empty) + len(lengths)
+    num_left_out = len(empty) + len(long)
     if not kept:
-        shortest = f"; the shortest has {min(lengths)} tokens" if lengths else ""
-        told = f"of {num_rows} rows {reasons}{shortest}" if num_rows else "it has no rows"
+        told = f"{reasons or 'it has no rows'}{f'; the shortest has {shortest} tokens' if long else ''}"
         raise DatasetError(f"data set {config.path!r} has nothing to use: {told}: check path, split and limits")
     if reasons:
+        num_rows = num_left_out + len(kept)
         logger.warning("%s: %d of %d rows are left out: %s", config.path, num_left_out, num_rows, reasons)
     return kept
 
@@ -82,31 +81,26 @@ def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = Fa
     what follows "####". All other columns become extras. Raises DatasetError naming file, row and column.
     """
     column, value = find_column(row, ("messages", *QUESTION_COLUMNS, "text"), "a question")
-    answer_column, answer = find_column(row, ANSWER_COLUMNS, "an answer", is_needed=needs_answer)
+    answer_column, cell = find_column(row, ANSWER_COLUMNS, "an answer", is_needed=needs_answer)
+    answer = None if cell is None else text_of(row, answer_column, cell).strip()
+    extras = extras_of(row, used=(column, answer_column))
+    if answer is not None and FINAL_ANSWER_MARK in answer:
+        extras.setdefault("solution", answer)
+        answer = answer.rpartition(FINAL_ANSWER_MARK)[2].replace(",", "").strip() or None
     if value is None or (answer is None and needs_answer):
         return None
-    answer_text = None if answer is None else text_of(row, answer_column, answer)
-    extras = extras_of(row, used=(column, answer_column))
-    if answer_text is not None and FINAL_ANSWER_MARK in answer_text:
-        extras.setdefault("solution", answer_text)
-        answer_text = answer_text.rpartition(FINAL_ANSWER_MARK)[2].replace(",", "")
-    if answer_text is not None:
-        answer_text = answer_text.strip()
     messages, prompt = None, None
-    value = value if column == "text" else unpacked(row, column, value)
-    if column == "messages" or (isinstance(value, list) and column != "text"):
+    if column == "text":
+        prompt = text_of(row, column, value)
+    elif isinstance(value := unpacked(row, column, value), list) or column == "messages":
         messages = _prompt_messages(row, column, value, config, chat)
     else:
-        text = text_of(row, column, value)
-        if column == "text":
-            prompt = text
-        else:
-            text = config.prompt_template.replace("{prompt}", text)
-            messages, prompt = ([{"role": "user", "content": text}], None) if chat else (None, text)
+        text = config.prompt_template.replace("{prompt}", text_of(row, column, value))
+        messages, prompt = ([{"role": "user", "content": text}], None) if chat else (None, text)
     if config.system_prompt is not None:
         messages = _with_system_message(row, messages, config.system_prompt)
     options = {} if messages is None else template_variables(row, config)
-    return Task(f"r{row.number}", messages, prompt, answer_text, extras, options)
+    return Task(f"r{row.number}", messages, prompt, answer, extras, options)
 
 
 def find_column(row: Row, names: tuple[str, ...], what: str, is_needed: bool = True) -> tuple[str, Any]:
