@@ -14,12 +14,11 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from arealite.api.paths import cache_root
+from arealite.dataset.fetch import resolve_model
 from arealite.inference import batcher, layout
 from arealite.inference.batcher import Batcher
 from arealite.inference.model import ServedModel
@@ -78,7 +77,7 @@ def measure(model: ServedModel, num_rows: int, spent_s: dict[str, float]) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(cache_root() / "models" / "smollm2-135m"), type=Path)
+    parser.add_argument("--model", default="smollm2-135m", help="a folder, or a name for `arealite fetch`")
     parser.add_argument("--rows", default="8,64")
     parser.add_argument("--threads", default=torch.get_num_threads(), type=int)
     parser.add_argument("--no-kernels", action="store_true", help="the path of machines without compiled kernels")
@@ -89,7 +88,7 @@ def main() -> None:
     spent_s: dict[str, float] = defaultdict(float)
     for owner, name, share in TIMED:
         setattr(owner, name, timed(getattr(owner, name), spent_s, share))
-    model = ServedModel.load(str(args.model), torch.bfloat16, torch.device("cpu"), None, False)
+    model = ServedModel.load(resolve_model(args.model), torch.bfloat16, torch.device("cpu"), None, False)
     results = [measure(model, int(rows), spent_s) for rows in args.rows.split(",")]
     for result in results:
         print(f"{result['rows']} rows: {result['step_ms']:.1f} ms a step, {result['tokens_per_s']:.0f} tokens/s")

@@ -9,6 +9,7 @@ peak that the kernel counted (the largest of the ranks). `arealite check` shows 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -168,4 +169,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:
         train(sys.argv[3:], sys.argv[2])
     else:
-        main(sys.argv[1:])
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("case", nargs="*", metavar="CASE", help=f"default: all, which are {'; '.join(CASES)}")
+        cases = parser.parse_args().case
+        if unknown := [case for case in cases if case not in CASES]:
+            parser.error(f"there is no case {unknown[0]!r}; there are {'; '.join(CASES)}")
+        main(cases)

@@ -1,6 +1,6 @@
 """How long a weight update pauses generation, and how fast it is, by every way, beside a plain copy of the same bytes.
 
-    python benchmarks/weight_update.py --model PATH [--links shm,distributed,disk,tensor] [--updates 3]
+    python benchmarks/weight_update.py [--model DIR] [--links shm,distributed,disk,tensor] [--updates 3]
 
 One native server (`arealite serve`, bf16) under load, and this process as the trainer. "paused" is the time of the swap
 (it holds the end of the step that runs, in which tokens are still made); "whole" runs from the first byte written to
@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.types import GenerationRequest
+from arealite.dataset.fetch import resolve_model
 from arealite.rollout.client import RemoteNativeEngine
 from arealite.weights.handshake import verify
 from arealite.weights.link import WeightLink
@@ -140,12 +141,13 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="a folder, or a name for `arealite fetch`")
     parser.add_argument("--links", default=",".join(LINKS))
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--idle", action="store_true", help="no requests meanwhile")
     args = parser.parse_args()
+    args.model = resolve_model(args.model)
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}

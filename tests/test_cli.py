@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+import arealite
 from arealite.cli import main, parse
 
 
@@ -48,6 +49,63 @@ def test_check_needs_no_torch(config_file):
     code = "import sys; from arealite.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     ran = subprocess.run([sys.executable, "-c", code, "check", str(config_file)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("words", ["", "run", "serve", "check", "prove", "fetch", "bench", "bench serve", "init"])
+def test_help_fits_a_terminal(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_version(capsys, repository):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"arealite {arealite.__version__}\n"
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize(
+    "words", [[], ["--explain"], ["cluster.num_gpus_per_node=8", "allocation_mode=native:d4+fsdp:d4"]]
+)
+def test_check_fits_a_terminal(words, columns, tiny_llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.chdir(tmp_path)
+    os.symlink(tiny_llama, "m")
+    (tmp_path / "rows.jsonl").write_text('{"question": "1", "answer": "1"}\n')
+    (tmp_path / "run.yaml").write_text("actor: {path: m}\ntrain_dataset: {path: rows.jsonl, batch_size: 1}\n")
+    assert main(["check", "run.yaml", "cluster.fileroot=/r", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns, max(lines, key=len)
+    assert any("peak learning rate" in line for line in lines) == (words == ["--explain"])
+
+
+def test_init_writes_what_the_documents_name(tmp_path, capsys, repository, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init"]) == 0
+    source = repository / "examples" / "arealite"
+    files = {p.relative_to(source) for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    written = tmp_path / "examples" / "arealite"
+    assert {p.relative_to(written) for p in written.rglob("*") if p.is_file()} == files and len(files) > 10
+    assert main(["check", "examples/arealite/gsm8k_grpo.yaml"]) == 0
+    assert main(["init"]) == 2 and "exists already" in capsys.readouterr().err
+    assert main(["init", "elsewhere"]) == 0 and (tmp_path / "elsewhere" / "examples" / "arealite").is_dir()
+
+
+def test_the_wheel_has_the_examples(repository, tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(tmp_path)]
+    ran = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    built = tmp_path / "lib"
+    assert (built / "arealite" / "examples" / "quickstart.yaml").is_file()
+    code = "from arealite.cli import main; import sys; sys.exit(main(['init', 'there']))"
+    env = {**os.environ, "PYTHONPATH": str(built)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "there" / "examples" / "arealite" / "addition" / "train.jsonl").is_file()
 
 
 @pytest.mark.parametrize("command", ["run", "check", "fetch"])
@@ -120,8 +178,10 @@ def test_check_into_a_closed_pipe_ends_quietly(config_file):
 def test_check_explains_every_field(config_file, capsys):
     assert main(["check", str(config_file), "--explain"]) == 0
     out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if line.strip().startswith("actor.optimizer.lr "))
-    assert "peak learning rate" in line
+    lines = {line.split()[0]: line for line in out.partition("RUN")[0].splitlines()[1:] if line.strip()}
+    assert "1e-06  (peak learning rate; at least 0)" in lines["actor.optimizer.lr"]
+    assert "one of token-mean, seq-mean-token-mean, seq-mean-token-sum-norm" in lines["actor.loss_aggregation"]
+    assert "at least 1e-06, at most 1)" in lines["gconfig.top_p"]
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,17 @@ def test_shell_snippet_is_valid(text, smollm2):
             command = [sys.executable, words[1], "--help"]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
+            needed = re.findall(r"--[\w-]+", re.sub(r"\[[^][]*\]", "", done.stdout.partition("\n\n")[0]))
+            assert set(needed) <= set(words), f"{line} lacks {needed}"
         else:
             assert words[0] in ("git", "cd", "pip", "source"), f"no check for: {line}"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_says_how_it_is_called(script):
+    command = [sys.executable, str(script), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {script.name}"), done.stderr
 
 
 def test_named_paths_exist():

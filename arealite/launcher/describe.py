@@ -18,6 +18,7 @@ from arealite.launcher.plan import Plan, make_plan
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
 
+UNLIMITED = 1 << 20  # columns, where no terminal shows the output
 MIN_ROOM = 30  # columns for the last cell of a row; where there are fewer it has lines of its own
 
 
@@ -27,8 +28,8 @@ def check(config_path: str, overrides: list[str], explained: bool) -> str:
     machine = Machine.described(config.cluster)
     model, rows = inspect(config, starts=False)
     plan = make_plan(config, machine, model, ["SCRIPT", "--config", config_path, *overrides])
-    width = terminal_width()
-    settings = to_yaml(config, (width or 122) - 2).splitlines()
+    width = (terminal_width() or UNLIMITED) - 2
+    settings = to_yaml(config, min(width, 120)).splitlines()
     if explained:
         settings = table([(key, f"{value}  ({doc})") for key, value, doc in explain(config)], width)
     num_bytes = amount(machine.memory_bytes)
@@ -113,7 +114,7 @@ def processes(plan: Plan) -> list[tuple[str, ...]]:
     return rows
 
 
-def memory(plan: Plan, config: RunConfig, machine: Machine, width: int | None) -> list[str]:
+def memory(plan: Plan, config: RunConfig, machine: Machine, width: int) -> list[str]:
     """What each kind of process takes, part by part, and whether it fits."""
     shape = read_shape(config.trained[1].path)
     reference = config.ref if isinstance(config, GRPOConfig) else None
@@ -132,7 +133,7 @@ def memory(plan: Plan, config: RunConfig, machine: Machine, width: int | None) -
         each = sum(part.num_bytes for part in parts)
         total += count * each
         lines.append(f"each {kind} ({count}): {amount(each)}")
-        lines += indented(table([(part.name, amount(part.num_bytes), part.assumption) for part in parts], width))
+        lines += indented(table([(part.name, amount(part.num_bytes), part.assumption) for part in parts], width - 2))
     if machine.gpus:
         return [*lines, f"all processes: {amount(total)}, on the GPUs that PROCESSES names"]
     lines.append(f"all processes: {amount(total)} of {amount(machine.memory_bytes)} available")
@@ -155,25 +156,21 @@ def amount(num_bytes: float) -> str:
     return "unknown" if not num_bytes else f"{num_bytes / 2**30:.2f} GiB"
 
 
-def table(rows: Sequence[tuple[str, ...]], width: int | None = None) -> list[str]:
-    """Columns as wide as their widest cell; the last one is free, or folded to fit into `width`."""
+def table(rows: Sequence[tuple[str, ...]], width: int) -> list[str]:
+    """Columns as wide as their widest cell; the last one is folded to fit into `width`."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     begin = sum(widths) + 2 * len(widths)
+    longest = max(len(word) for row in rows for word in row[-1].split() or [""])
     lines = []
     for row in rows:
         cells = "".join(f"{cell.ljust(size)}  " for cell, size in zip(row, widths, strict=False))
-        if width is None:
-            lines.append(cells + row[-1])
-        elif (room := width - 2 - begin) >= MIN_ROOM:
-            first, *more = textwrap.wrap(row[-1], room, break_on_hyphens=False) or [""]
-            lines += [cells + first, *(" " * begin + line for line in more)]
+        if width - begin < max(MIN_ROOM, longest):
+            lines.append(cells.rstrip())
+            cells, indent = "    ", "    "
         else:
-            lines += [
-                cells.rstrip(),
-                *textwrap.wrap(
-                    row[-1], width - 2, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
-                ),
-            ]
+            indent = " " * begin
+        folded = textwrap.wrap(row[-1], width - len(indent), break_on_hyphens=False, break_long_words=False) or [""]
+        lines += [cells + folded[0], *(indent + line for line in folded[1:])]
     return lines
 
 
