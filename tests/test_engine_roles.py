@@ -173,9 +173,11 @@ def test_preferences_equal_transformers(value_model, tmp_path):
     stats = engine.train_rw(batch)
     for found in (stats, measured):
         assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
-        assert found["accuracy"] == pytest.approx(float((chosen > rejected).float().mean()))
+        assert found["accuracy"] == pytest.approx(float(((chosen - rejected).sign() + 1).mean() / 2))
         assert found["margin"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-4)
     assert stats["grad_norm"] == pytest.approx(norm_of(model), rel=1e-4)
+    ties = engine._compare(torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [3.0, 0.0]]), 4)[1]
+    assert float(ties["accuracy"]) == 2.5 / 4  # a model that prefers nothing is right by chance
     engine.save(str(tmp_path / "reward"))
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", dtype=torch.float32).eval()
     now = engine.compute_values(batch)[batch.cu_seqlens[1] - 1]

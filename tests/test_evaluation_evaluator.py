@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from ranks import Alone, Meeting, on_ranks
@@ -131,6 +132,17 @@ def a_run(folder, steps=30):
                              "num_completion_tokens": 100, "num_samples": 8, "staleness_mean": 0.5, "staleness_max": 1,
                              "mismatch_mean": 0.01, "rollout_wait_s": 1.0, "train_s": 0.8, "sync_s": 0.1,
                              "num_reward_errors": 1, "skipped": float(step == 3)})  # fmt: skip
+
+
+def test_an_evaluation_is_told_with_its_chances(tmp_path, capsys):
+    make(tmp_path, [[1.0, 0.0], [0.0, 0.0], [None, None], [None, None]])[0].evaluate(0)
+    assert "held-out accuracy after 0 steps: 0.250 ± 0.250 on 2 of 4 tasks, pass@1 0.250, pass@2 0.500" in (
+        capsys.readouterr().out
+    )
+    out = io.StringIO()
+    report(RunFolder(tmp_path), Console(file=out, width=80, highlight=False))
+    assert re.search(r"pass@2 +│ +0.500 │ +- │", out.getvalue())
+    assert json.loads((tmp_path / "summary.json").read_text())["pass_at_before"] == {"1": 0.25, "2": 0.5}
 
 
 def test_summary_and_report(tmp_path):

@@ -46,6 +46,33 @@ def logger(folder: RunFolder, config: StatsLoggerConfig = QUIET) -> tuple[StatsL
     return StatsLogger(folder, config, 10, progress), out
 
 
+@pytest.mark.parametrize("columns", [80, 100, None])
+def test_lines_fit_the_terminal(columns, monkeypatch):
+    """Broken between fields, or between the words of what is longer than a line; in a log they are not broken."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    progress, out = quiet_progress(100)
+    stats = {"reward_mean": 0.5, "tokens_per_s": 1e4, "train_tokens_per_s": 2e4, "mfu": 0.4, "staleness_mean": 0.5}
+    stats |= {"staleness_max": 2, "step_s": 10, "rollout_wait_s": 5, "train_s": 4, "sync_s": 0.5, "num_failed": 3}
+    progress.step(0, stats, {"failed": {"KeyError: " + "no such column in the row " * 9: 3}})
+    progress.note("data set x: " + "7 of 70 rows are left out " * 5)
+    lines = out.getvalue().splitlines()
+    if columns is None:
+        assert len(lines) == 2
+        return
+    assert max(map(len, lines)) <= columns and lines[0].startswith("step   1/100  reward 0.500  tokens/s 10000")
+    assert all(line.startswith(("step", "warning", "  ")) for line in lines)
+    together = " ".join(out.getvalue().split())
+    for whole in (
+        "stale 0.5 max 2",
+        "step 10.0s: generate 50% reward 0% train 40% sync 5%",
+        "failed 3 (3 x KeyError: no",
+    ):
+        assert whole in together
+    assert sum("step 10.0s: generate 50% reward 0% train 40% sync 5%" in line for line in lines) == 1
+
+
 def test_run_folder_follows_config_and_environment(tmp_path, monkeypatch):
     config = GRPOConfig(experiment_name="a", trial_name="b")
     config.cluster.fileroot = str(tmp_path)

@@ -68,12 +68,25 @@ class Progress:
     def step(self, step: int, stats: dict[str, float], why: dict[str, dict[str, int]] | None = None) -> None:
         """Print the line of step `step` (0 .. total_steps - 1); `why`: how often which reason, by the count's label."""
         self._ends.append(self._clock())
-        # soft_wrap: a log file has no width, and a broken line cannot be searched.
-        self._console.print(fold(self.line(step, stats, why or {}), self._width), soft_wrap=True)
+        self._print(self.line(step, stats, why or {}))
 
     def note(self, text: str) -> None:
         """Print a warning."""
-        self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+        self._print(Text(f"warning: {text}", style="yellow"))
+
+    def _print(self, text: Text) -> None:
+        """In as many lines as the terminal needs, broken between fields, which two blanks part, or else between words;
+        in one where there is no terminal: a broken line cannot be searched in a log."""
+        lines = [Text()]
+        for field in text.split("  "):
+            both = Text("  ").join([lines[-1], field]) if lines[-1] else field
+            if self._width is None or both.cell_len <= self._width:
+                lines[-1] = both
+            else:
+                lines += [Text("  ").append(part) for part in field.wrap(self._console, self._width - 2)]
+        if not lines[0]:  # the first field is longer than a line
+            lines = [lines[1][2:], *lines[2:]]
+        self._console.print(Text("\n").join(lines), soft_wrap=True)
 
     def line(self, step: int, stats: dict[str, float], why: dict[str, dict[str, int]]) -> Text:
         """The line of the step, styled."""
@@ -107,18 +120,6 @@ class Progress:
                 for reason, number in list(why.get(label, {}).items())[:1]:
                     text.append(f" ({number} x {reason[:MAX_REASON]})", "red")
         return text
-
-
-def fold(text: Text, width: int | None) -> Text:
-    """The line in as many of at most `width` columns as its fields need; two blanks stand between fields."""
-    first, *fields = text.split("  ")
-    lines = [first]
-    for field in fields:
-        if width is None or lines[-1].cell_len + 2 + field.cell_len <= width:
-            lines[-1] = Text("  ").join([lines[-1], field])
-        else:
-            lines.append(Text("  ") + field)
-    return Text("\n").join(lines)
 
 
 def _put(text: Text, name: str, value: float | None, spec: str, style: str = "", separator: str = "  ") -> None:
