@@ -93,22 +93,23 @@ def test_models_that_are_none(write, refused, tmp_path, tiny_llama):
     refused("2 reasons why this cannot run", config, "actor.path=./absent", "train_dataset.path=./absent")
 
 
-def test_an_architecture_that_training_refuses_is_refused_at_once(write, tmp_path, tiny_llama, capsys):
-    """By the trainer's own code, asked in a process of its own."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+@pytest.mark.parametrize(("name", "said"), [("Gemma2", "soft-capping"), ("GPT2", "max_position_embeddings")])
+def test_an_architecture_that_is_not_computed_is_refused_at_once(name, said, write, tmp_path, tiny_llama, capsys):
+    """By the code of trainer and servers, asked in a process of its own."""
+    import transformers
 
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "head_dim": 16,
-    }
-    Gemma2ForCausalLM(Gemma2Config(vocab_size=99, num_key_value_heads=1, **sizes)).save_pretrained(tmp_path / "gemma2")
-    overrides = [f"actor.path={tmp_path / 'gemma2'}", f"tokenizer_path={tiny_llama}"]
-    assert main(["check", write(), *overrides]) == 2
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+    others = {"Gemma2": {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 16}, "GPT2": {}}[name]
+    config = getattr(transformers, f"{name}Config")(**sizes, **others)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    assert main(["check", write(), f"actor.path={tmp_path / 'model'}", f"tokenizer_path={tiny_llama}"]) == 2
     told = capsys.readouterr().err
-    assert "actor.path: " in told and "soft-capping" in told and "Traceback" not in told
+    assert "actor.path: " in told and said in told and "Traceback" not in told
+
+
+def test_a_context_above_the_models_is_refused(write, refused):
+    refused("server.context_length (4096) is above what ", write(), "server.context_length=4096")
 
 
 def test_types_of_servers_follow_the_trainer(write, capsys):

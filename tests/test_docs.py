@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from arealite.models.folder import TESTED
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 DOCUMENTED_ADDRESS = "127.0.0.1:30000"
@@ -83,6 +85,11 @@ def test_every_benchmark_says_how_it_is_called(script):
     command = [sys.executable, str(script), "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {script.name}"), done.stderr
+
+
+def test_the_documents_list_the_models_that_are_trained():
+    trained = (ROOT / "docs" / "training.md").read_text().partition("Tests train ")[2].partition("(`model_type`")[0]
+    assert re.findall(r"`(\w+)`", trained) == list(TESTED)
 
 
 def test_named_paths_exist():

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassif
 from arealite.api.errors import ConfigError
 from arealite.engine.model import load_model
 from arealite.engine.value_model import load_value_model
-from arealite.inference.model import _check_config
+from arealite.inference.model import check_architecture
 
 WINDOW = {"sliding_window": 64}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4}
@@ -50,7 +50,7 @@ def open_as(who: str, folder: str) -> None:
     elif who in HEADS:
         load_value_model(folder, HEADS[who])
     else:
-        _check_config(AutoConfig.from_pretrained(folder), folder, None, False, torch.bfloat16, torch.device("cpu"))
+        check_architecture(AutoConfig.from_pretrained(folder), folder, None, False, torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("who", ["trainer", *HEADS, "server"])

@@ -99,7 +99,7 @@ class ServedModel:
             ConfigError: it cannot be read, or not be served.
         """
         config = open_config(path)
-        _check_config(config, path, context_length, deterministic, dtype, device)
+        check_architecture(config, path, context_length, deterministic, dtype, device)
         tokenizer = _load_tokenizer(tokenizer_path or path)
         module = _load_module(path, dtype).to(device).requires_grad_(False)
         return cls(module, tokenizer, path, context_length, deterministic)
@@ -115,7 +115,7 @@ class ServedModel:
             ConfigError: it cannot be served, or this process holds only a part of a parameter.
         """
         kind = module.dtype, module.device
-        _check_config(module.config, module.name_or_path, context_length, deterministic, *kind)
+        check_architecture(module.config, module.name_or_path, context_length, deterministic, *kind)
         with torch.device("meta"):  # the code alone; the trainer's module keeps its attention and its hooks
             config = copy.deepcopy(module.config)
             twin: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
@@ -227,7 +227,7 @@ class ServedModel:
         return f"{self.path} ({type(self.module).__name__})"
 
 
-def _check_config(
+def check_architecture(
     config: Any, path: str, context_length: int | None, deterministic: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Raises ConfigError for what cannot be served, by its configuration or by a trial of its architecture."""

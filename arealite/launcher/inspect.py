@@ -1,5 +1,5 @@
 """What would stop a run, found within a second or two and before anything starts: data sets, models, tokenizers, and
-whether the training code can compute the architecture. Called by local.py and describe.py.
+whether trainer and servers can compute the architecture. Called by local.py and describe.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def inspect(config: RunConfig, starts: bool) -> tuple[str, dict[str, int]]:
     key, _ = config.trained
     model = found[f"{key}.path"]
     if not problems and Path(model).is_dir():
-        problems += _untrainable(key, model, config)
+        problems += _uncomputable(key, model, config)
     if problems:
         num = len(problems)
         raise ConfigError(f"{num} reason{'s' * (num != 1)} why this cannot run:\n  " + "\n  ".join(problems))
@@ -103,13 +103,19 @@ def _find(key: str, path: str, starts: bool, problems: list[str]) -> str:
     return found
 
 
-def _untrainable(key: str, model: str, config: RunConfig) -> list[str]:
-    """Why the trainer would refuse the model, asked of the trainer's own code where the architecture is untested."""
-    if read_config(Path(model))["model_type"] in TESTED:
+def _uncomputable(key: str, model: str, config: RunConfig) -> list[str]:
+    """Why trainer or servers would refuse the model; asked of their own code where the architecture is untested."""
+    settings = read_config(Path(model))
+    server = config.server if isinstance(config, GRPOConfig) and "native" in config.allocation_mode else None
+    context, limit = server and server.context_length, settings.get("max_position_embeddings")
+    if context is not None and isinstance(limit, int) and context > limit:
+        return [f"server.context_length ({context}) is above what {model} can read, {limit} tokens: lower it"]
+    if settings["model_type"] in TESTED:
         return []
-    command = [sys.executable, "-m", "arealite.engine.trial", model, config.kind]
+    command = [sys.executable, "-m", "arealite.evaluation.trial", model, config.kind]
+    command += [server.dtype] if server else []
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
-        return []  # the trainer itself will tell
+        return []  # they will tell themselves
     return [f"{key}.path: {ran.stdout.strip()}"] if ran.returncode == 2 else []
