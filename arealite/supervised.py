@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rich.text import Text
+
 from arealite.algorithm.packing import karmarkar_karp
 from arealite.api.cli_args import DatasetConfig, SFTConfig, TrainEngineConfig
 from arealite.api.errors import ArealiteError
@@ -22,6 +24,7 @@ from arealite.engine.sft.lm_engine import FSDPLMEngine
 from arealite.launcher.allocation import trainer_dims
 from arealite.observe import timeline, waits
 from arealite.observe.frequency import Frequency
+from arealite.observe.progress import show
 from arealite.observe.rollout_log import write_json
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats import StatsTracker
@@ -124,8 +127,8 @@ class SupervisedTrainer:
     def _write(self, step: int, result: dict[str, float]) -> None:
         try:
             write_json(self.folder.evaluation(step).with_suffix(".json"), {"step": step, **result})
-            measured = ", ".join(f"{name} {result[name]:.4f}" for name in MEASURES if name in result)
-            print(f"held-out {measured} after {step} steps, on {len(self.held_out)} rows", flush=True)
+            measured = "  ".join(f"{name} {result[name]:.4f}" for name in MEASURES if name in result)
+            show(Text(f"held-out rows ({len(self.held_out)}) after {step} steps:  {measured}"))
         except OSError as error:
             raise ArealiteError(f"cannot write to {self.folder.evaluation_dir}: {error.strerror}; make room") from error
 

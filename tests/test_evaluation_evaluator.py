@@ -136,7 +136,7 @@ def a_run(folder, steps=30):
 
 def test_an_evaluation_is_told_with_its_chances(tmp_path, capsys):
     make(tmp_path, [[1.0, 0.0], [0.0, 0.0], [None, None], [None, None]])[0].evaluate(0)
-    assert "held-out accuracy after 0 steps: 0.250 ± 0.250 on 2 of 4 tasks, pass@1 0.250, pass@2 0.500" in (
+    assert "held-out accuracy after 0 steps: 0.250 ± 0.250 on 2 of 4 tasks  pass@1 0.250  pass@2 0.500" in (
         capsys.readouterr().out
     )
     out = io.StringIO()

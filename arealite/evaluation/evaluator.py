@@ -15,6 +15,7 @@ import numpy as np
 from arealite.api.errors import ArealiteError, RewardError
 from arealite.observe.evaluation_log import EvaluationResult, write_evaluation
 from arealite.observe.frequency import Frequency
+from arealite.observe.progress import show
 from arealite.observe.reasons import by_kind, last_line
 from arealite.observe.rollout_log import rollout_rows
 from arealite.rollout.share import Beat, from_head
@@ -92,7 +93,7 @@ class Evaluator:
             raise ArealiteError(
                 f"cannot write the evaluation to {self._folder.evaluation_dir}: {error.strerror}; make room there"
             ) from error
-        print(result.sentence(), flush=True)
+        show(result.line())
         return result
 
 

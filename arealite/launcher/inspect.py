@@ -107,8 +107,8 @@ def _uncomputable(key: str, model: str, config: RunConfig) -> list[str]:
     """Why trainer or servers would refuse the model; asked of their own code where the architecture is untested."""
     settings = read_config(Path(model))
     server = config.server if isinstance(config, GRPOConfig) and "native" in config.allocation_mode else None
-    context, limit = server and server.context_length, settings.get("max_position_embeddings")
-    if context is not None and isinstance(limit, int) and context > limit:
+    context, limit = (server.context_length if server else None) or 0, settings.get("max_position_embeddings")
+    if isinstance(limit, int) and context > limit:
         return [f"server.context_length ({context}) is above what {model} can read, {limit} tokens: lower it"]
     if settings["model_type"] in TESTED:
         return []

@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from arealite.observe.rollout_log import read_rows, write_json, write_rows
 
 if TYPE_CHECKING:
@@ -37,13 +39,13 @@ class EvaluationResult:
     pass_at: dict[int, float] = field(default_factory=dict)
     why: dict[str, int] = field(default_factory=dict)
 
-    def sentence(self) -> str:
+    def line(self) -> Text:
         """What it found, for the person who watches the run."""
         scored = "" if self.num_tasks_scored == self.num_tasks else f"{self.num_tasks_scored} of "
-        chances = "".join(f", pass@{k} {value:.3f}" for k, value in self.pass_at.items())
-        return (
+        chances = "".join(f"  pass@{k} {value:.3f}" for k, value in self.pass_at.items())
+        return Text(
             f"held-out accuracy after {self.step} steps: {self.accuracy:.3f} ± {self.stderr:.3f} on"
-            f" {scored}{self.num_tasks} tasks{chances} ({self.evaluate_s:.0f} s)"
+            f" {scored}{self.num_tasks} tasks{chances}  {self.evaluate_s:.0f} s"
         )
 
 

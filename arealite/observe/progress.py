@@ -23,6 +23,22 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size((0, 0)).columns or None
 
 
+def show(text: Text, console: Console | None = None) -> None:
+    """Print in as many lines as the terminal needs, broken between fields, which two blanks part, or between words; in
+    one where there is no terminal: a broken line cannot be searched in a log."""
+    console, width = console or Console(highlight=False), terminal_width()
+    lines = [Text()]
+    for field in text.split("  "):
+        both = Text("  ").join([lines[-1], field]) if lines[-1] else field
+        if width is None or both.cell_len <= width:
+            lines[-1] = both
+        else:
+            lines += [Text("  ").append(part) for part in field.wrap(console, width - 2)]
+    if not lines[0]:  # the first field is longer than a line
+        lines = [lines[1][2:], *lines[2:]]
+    console.print(Text("\n").join(lines), soft_wrap=True)
+
+
 def time_shares(stats: dict[str, float]) -> dict[str, float]:
     """Shares of the step's wall time (`step_s`), by phase; empty when the wait for rollouts was not timed.
 
@@ -61,32 +77,17 @@ class Progress:
     ) -> None:
         self._total_steps = total_steps
         self._console = console or Console(highlight=False)
-        self._width = terminal_width()
         self._clock = clock
         self._ends: deque[float] = deque([clock()], maxlen=11)
 
     def step(self, step: int, stats: dict[str, float], why: dict[str, dict[str, int]] | None = None) -> None:
         """Print the line of step `step` (0 .. total_steps - 1); `why`: how often which reason, by the count's label."""
         self._ends.append(self._clock())
-        self._print(self.line(step, stats, why or {}))
+        show(self.line(step, stats, why or {}), self._console)
 
     def note(self, text: str) -> None:
         """Print a warning."""
-        self._print(Text(f"warning: {text}", style="yellow"))
-
-    def _print(self, text: Text) -> None:
-        """In as many lines as the terminal needs, broken between fields, which two blanks part, or else between words;
-        in one where there is no terminal: a broken line cannot be searched in a log."""
-        lines = [Text()]
-        for field in text.split("  "):
-            both = Text("  ").join([lines[-1], field]) if lines[-1] else field
-            if self._width is None or both.cell_len <= self._width:
-                lines[-1] = both
-            else:
-                lines += [Text("  ").append(part) for part in field.wrap(self._console, self._width - 2)]
-        if not lines[0]:  # the first field is longer than a line
-            lines = [lines[1][2:], *lines[2:]]
-        self._console.print(Text("\n").join(lines), soft_wrap=True)
+        show(Text(f"warning: {text}", style="yellow"), self._console)
 
     def line(self, step: int, stats: dict[str, float], why: dict[str, dict[str, int]]) -> Text:
         """The line of the step, styled."""
