@@ -115,10 +115,14 @@ def test_the_limit_counts_what_is_sent_with_all_variables_of_the_template(tmp_pa
     fits.max_prompt_tokens -= 1
     with pytest.raises(DatasetError, match="1 exceed max_prompt_tokens"):
         load_tasks(fits, tokenizer, 0)
-    fits.chat_template_kwargs = {"tokenize": True}
-    for load in (load_tasks, load_answers, load_preferences):
-        with pytest.raises(PromptError, match="chat_template_kwargs: tokenize cannot be set"):
-            load(fits, tokenizer, 0)
+    for name, said in (
+        ("tokenize", "tokenize cannot be set"),
+        ("thinking", "the chat template has no variable thinking:"),
+    ):
+        fits.chat_template_kwargs = {name: True}
+        for load in (load_tasks, load_answers, load_preferences):
+            with pytest.raises(PromptError, match=f"chat_template_kwargs: {said}"):
+                load(fits, made(CHATML), 0)
 
 
 REFUSED = [

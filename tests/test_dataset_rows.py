@@ -122,7 +122,11 @@ MALFORMED = [
     ({"question": {"a": 1}, "answer": "5"}, {}, "column 'question' is dict, expected text or a number"),
     ({"question": "?", "answer": [5]}, {}, "column 'answer' is list"),
     ({"question": "?", "answer": True}, {}, "column 'answer' is bool"),
-    ({"question": "hi", "answer": "5"}, {"system_prompt": "s", "chat": False}, "system_prompt needs a chat"),
+    (
+        {"question": "hi", "answer": "5"},
+        {"system_prompt": "s", "chat": False},
+        "raw text, and that needs a chat: leave system_prompt",
+    ),
     ({"messages": "hi", "answer": "5"}, {}, "column 'messages' is text that is no JSON .* store a list"),
     ({"prompt": "[{'role': 'user', 'content': 'hi'}]"}, {}, "column 'prompt' is text that is no JSON"),
     ({"messages": '"hi"'}, {}, "messages: expected a list, found 'hi'"),
@@ -151,7 +155,11 @@ MALFORMED = [
         {"system_prompt": "b"},
         "has a system message of its own",
     ),
-    ({"text": "2 + 3 =", "answer": "5"}, {"system_prompt": "b"}, "raw text: leave system_prompt out"),
+    (
+        {"text": "2 + 3 =", "answer": "5"},
+        {"system_prompt": "b"},
+        "raw text, and that needs a chat: leave system_prompt out",
+    ),
     ({"question": "?", "answer": "5", "image": b"x"}, {}, "column 'image' is no JSON"),
 ]
 

@@ -10,6 +10,7 @@ OTHERS = {
     "gconfig.n_samples": "group_size rollout.n num_generations",
     "gconfig.max_new_tokens": "gconfig.max_tokens max_response_length max_completion_length",
     "gconfig.temperature: 0 is greedy": "greedy",
+    "valid_dataset.num_rows": "max_tasks",
     "actor.reward_norm.mean and actor.reward_norm.std: group is the default": "group_reward_norm",
     "actor.adv_norm.mean and actor.adv_norm.std": "group_adv_norm adv_norm_level",
     "mean, one of group, batch, none": "mean_level",

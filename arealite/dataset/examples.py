@@ -64,7 +64,7 @@ def load_answers(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed
                 mask = np.append(mask, [True] * (len(tokens) - len(mask)))
         return Example(f"r{row.number}", (tokens,), (mask,)), len(tokens)
 
-    check_variables(tokenizer, config.chat_template_kwargs)
+    check_variables(tokenizer, config.chat_template_kwargs, are_known=True)
     is_open = tokenizer.chat_template is not None and not turn_end(tokenizer)
     return kept_rows(config, seed, example, "max_length")
 
@@ -86,7 +86,7 @@ def load_preferences(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, 
         masks = tuple(np.arange(len(side)) == len(side) - 1 for side in sides)
         return Example(f"r{row.number}", tuple(sides), masks), max(map(len, sides))
 
-    check_variables(tokenizer, config.chat_template_kwargs)
+    check_variables(tokenizer, config.chat_template_kwargs, are_known=True)
     return kept_rows(config, seed, example, "max_length")
 
 

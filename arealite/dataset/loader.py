@@ -82,9 +82,8 @@ def load_tasks(
     Raises DatasetError: not found, a malformed row (file, line and column named), nothing left.
     """
     chat = tokenizer.chat_template is not None
-    answer = None if reward_fn is None else inspect.signature(reward_fn).parameters.get("answer")
-    needs_answer = answer is not None and answer.default is answer.empty
-    check_variables(tokenizer, config.chat_template_kwargs)
+    needs_answer = reward_fn is not None and _needs_answer(reward_fn)
+    check_variables(tokenizer, config.chat_template_kwargs, are_known=True)
 
     def made(row: Row) -> tuple[Task, int] | None:
         task = task_of(row, config, chat, needs_answer)
@@ -101,6 +100,14 @@ def load_tasks(
     if num_open:
         logger.warning("%s: %d of %d rows have no answer, their rewards get none", config.path, num_open, len(tasks))
     return tasks
+
+
+def _needs_answer(reward_fn: Callable[..., Any]) -> bool:
+    try:
+        answer = inspect.signature(reward_fn).parameters.get("answer")
+    except (TypeError, ValueError):  # it does not tell its arguments
+        return False
+    return answer is not None and answer.default is answer.empty
 
 
 class StatefulDataLoader(Generic[Drawn]):

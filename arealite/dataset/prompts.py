@@ -25,8 +25,8 @@ Message = dict[str, Any]
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 FIX = (
-    "change the row (what a system message says can stand in prompt_template), or set tokenizer_path to a tokenizer"
-    " whose template takes it"
+    "change the messages (what a system message says can stand in prompt_template), or set tokenizer_path to a"
+    " tokenizer whose template takes them"
 )
 
 
@@ -80,12 +80,15 @@ def _typed(name: str, value: Any, kind: type, called: str) -> Any:
     return value
 
 
-def check_variables(tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any]) -> None:
-    """Raises PromptError for what steers the tokenizer itself, such as another template, rather than its template."""
+def check_variables(tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any], are_known: bool = False) -> None:
+    """Raises PromptError for what steers the tokenizer itself, such as another template, rather than its template; and
+    if they have to be known, for what the template does not name."""
     reserved = inspect.signature(tokenizer.apply_chat_template).parameters
-    refused = [key for key in variables if key in reserved or key == "messages"]
-    if refused:
-        raise PromptError(f"chat_template_kwargs: {', '.join(refused)} cannot be set here")
+    for name in variables:
+        if name in reserved or name == "messages":
+            raise PromptError(f"chat_template_kwargs: {name} cannot be set here")
+        if are_known and name not in str(tokenizer.chat_template):
+            raise PromptError(f"chat_template_kwargs: the chat template has no variable {name}: leave it out")
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], asks: bool = True, **variables: Any) -> str:
@@ -116,8 +119,8 @@ def check_shown(
     lost = ["the tools"] if variables.get("tools") and is_ignored(messages, tools=None) else []
     for i, message in enumerate(messages):
         other = {key: value for key, value in message.items() if key != "tool_calls"}
-        if message["role"] != "assistant":
-            other["content"] = message["content"] if message["content"].strip() in text else "?"
+        if message["role"] != "assistant" and (message["role"] != "user" or message["content"].strip() not in text):
+            other["content"] += "?"
         if other != message and is_ignored([*messages[:i], other, *messages[i + 1 :]]):
             what = "the tool calls" if "tool_calls" in message else shown(message["content"])
             lost.append(f"{what} of role {message['role']!r}")

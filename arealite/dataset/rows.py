@@ -119,7 +119,7 @@ def find_column(row: Row, names: tuple[str, ...], what: str, is_needed: bool = T
 
 def is_empty(value: Any) -> bool:
     """Whether a cell of a table holds nothing: null, NaN, white space, an empty list."""
-    if isinstance(value, float):
+    if isinstance(value, float | Decimal):
         return math.isnan(value)
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
@@ -188,28 +188,25 @@ def filled(value: Any, drops: bool = False) -> Any:
 def _prompt_messages(row: Row, column: str, value: Any, config: DatasetConfig, chat: bool) -> list[Message]:
     """The messages of a chat prompt, checked."""
     messages = said_messages(row, column, value)
-    if not messages or messages[-1]["role"] == "assistant":
-        raise DatasetError(
-            f"{row.where}: {column} is empty or ends with an assistant's turn: nothing is left to answer"
-        )
-    if not chat:
-        raise DatasetError(
-            f"{row.where}: {column} needs a chat template, which the tokenizer lacks: use a column `text`"
-        )
-    if config.prompt_template != "{prompt}":
-        raise DatasetError(
-            f"{row.where}: prompt_template is for rows with a question, this one has {column}: leave it out"
-        )
+    faults = {
+        f"{column} is empty or ends with an assistant's turn: nothing is left to answer": (
+            not messages or messages[-1]["role"] == "assistant"
+        ),
+        f"{column} needs a chat template, which the tokenizer lacks: use a column `text`": not chat,
+        f"prompt_template is for rows with a question, this one has {column}: leave it out": (
+            config.prompt_template != "{prompt}"
+        ),
+    }
+    for fault, is_there in faults.items():
+        if is_there:
+            raise DatasetError(f"{row.where}: {fault}")
     return messages
 
 
 def _with_system_message(row: Row, messages: list[Message] | None, text: str) -> list[Message]:
-    if messages is None:
-        raise DatasetError(
-            f"{row.where}: system_prompt needs a chat, but this row is raw text: leave system_prompt out"
-        )
-    if messages[0]["role"] == "system":
-        raise DatasetError(f"{row.where}: the row has a system message of its own: leave system_prompt out")
+    if messages is None or messages[0]["role"] == "system":
+        has = "is raw text, and that needs a chat" if messages is None else "has a system message of its own"
+        raise DatasetError(f"{row.where}: the row {has}: leave system_prompt out")
     return [{"role": "system", "content": text}, *messages]
 
 
