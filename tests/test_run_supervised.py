@@ -65,5 +65,5 @@ def test_ppo_with_a_critic_in_its_own_layout(tmp_path, tiny_llama):
     assert summary["steps"] == 3
     steps = [line for line in run.metrics() if "critic_loss" in line]
     assert all(line["critic_skipped"] == 0 for line in steps) and len(steps) >= 3
-    assert {path.name for path in (run.folder / "checkpoints/step_000002/critic").iterdir()} >= {"model.safetensors"}
+    assert {path.name for path in (run.folder / "checkpoints/step_000003/critic").iterdir()} >= {"model.safetensors"}
     assert (run.folder / "recover/point_000003/actor/critic/counters.json").exists()
