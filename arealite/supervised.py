@@ -85,6 +85,8 @@ class SupervisedTrainer:
                 self.evaluation.restart(self.recover.epoch)
                 if step == 0 and self.config.evaluator.at_start:
                     self.evaluate(0)
+                if self.is_head:
+                    self.logger.begin(step)
                 while step < self.total_steps:
                     self.train_step(step)
                     step += 1

@@ -129,6 +129,8 @@ class PPOTrainer:
                     self.evaluator.frequency.restart(self.recover.epoch)
                     if step == 0:
                         self.evaluator.maybe_evaluate(step, 0)
+                if self.is_head:
+                    self.logger.begin(step)
                 while step < self.total_steps:
                     self.train_step(step)
                     step += 1

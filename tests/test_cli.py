@@ -67,7 +67,13 @@ def test_version(capsys, repository):
 
 @pytest.mark.parametrize("columns", [80, 100])
 @pytest.mark.parametrize(
-    "words", [[], ["--explain"], ["cluster.num_gpus_per_node=8", "allocation_mode=native:d4+fsdp:d4"]]
+    "words",
+    [
+        [],
+        ["--explain"],
+        ["cluster.num_gpus_per_node=8", "allocation_mode=native:d4+fsdp:d4"],
+        ["cluster.num_cores_per_node=128"],
+    ],
 )
 def test_check_fits_a_terminal(words, columns, tiny_llama, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -119,6 +119,15 @@ def test_types_of_servers_follow_the_trainer(write, capsys):
     assert "server.dtype is bfloat16 and actor.dtype float32" in capsys.readouterr().err
 
 
+def test_generated_tasks_are_tried(write, capsys):
+    pytest.importorskip("reasoning_gym")
+    words = ["train_dataset.num_rows=1000000", "train_dataset.path=reasoning_gym:"]
+    assert main(["check", write(), words[0], words[1] + "basic_arithmetic"]) == 0
+    assert "rows: 1000000" in capsys.readouterr().out
+    assert main(["check", write(), words[0], words[1] + "no_such_task"]) == 2
+    assert "train_dataset: " in capsys.readouterr().err
+
+
 def test_a_batch_above_the_data_is_told(write, capsys):
     assert main(["check", write(), "train_dataset.batch_size=50"]) == 0
     assert "train_dataset.batch_size (50) is above the number of rows (8)" in capsys.readouterr().out

@@ -175,6 +175,8 @@ def test_open_values_are_filled_in(tmp_path):
     assert config.rollout.max_concurrent_rollouts == 12
     assert (config.actor.temperature, config.ref.temperature) == (0.7, 0.7)
     assert (config.actor.seed, config.ref.seed) == (7, 7)
+    others = load(tmp_path, "ref: {path: base}\n", "actor.dtype=float32")
+    assert (others.ref.dtype, others.server.dtype) == ("float32", "float32")
     assert config.tokenizer_path == "model"
     assert load(tmp_path, "", "actor.seed=5").actor.seed == 5
     assert load(tmp_path, "allocation_mode: sglang:d1+fsdp:d1\n").weight_update == "distributed"

@@ -50,11 +50,12 @@ def choose_defaults(config: GRPOConfig, given: set[str]) -> None:
     """Defaults that others would contradict. `given` holds the keys that the user wrote.
 
     A critic takes the place of the group's mean, and advantages are normalised over the batch instead. Adapters travel
-    as small folders, and SGLang and vLLM replace them only while no request uses them. Servers compute in the type of
-    the trainer.
+    as small folders, and SGLang and vLLM replace them only while no request uses them. Servers, reference
+    and critic compute in the type of the policy.
     """
-    if "server.dtype" not in given:
-        config.server.dtype = config.actor.dtype
+    for name, other in (("server", config.server), ("ref", config.ref), ("critic", config.critic)):
+        if other is not None and f"{name}.dtype" not in given:
+            other.dtype = config.actor.dtype
     if config.critic is not None:
         if not any(key.startswith("actor.reward_norm") for key in given):
             config.actor.reward_norm = NormConfig(mean="none", std="none")

@@ -36,6 +36,7 @@ from arealite.engine.optim import RoundingWatch, clip_gradients, gradient_norms,
 from arealite.engine.parallel import RankCollective, join_ranks, over_ranks, pick_device
 from arealite.engine.parallelize import parallelize
 from arealite.engine.pipeline import Runner, add_tied_gradients, from_last_stage, over_stages, split_stages
+from arealite.observe import waits
 from arealite.observe.timeline import span
 from arealite.weights.checksum import checksum
 from arealite.weights.handshake import unchanged, verify
@@ -92,6 +93,7 @@ class FSDPEngine:
     def initialize(self) -> None:
         """Join the ranks, load the model, shard it, make the optimizer."""
         config = self.config
+        waits.configure_from_env()
         if config.deterministic:
             be_deterministic()
         self.device = pick_device()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import groupby
 
 from arealite.api.cli_args import GRPOConfig, RunConfig
 from arealite.api.errors import DatasetError
@@ -19,6 +20,7 @@ from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
 
 UNLIMITED = 1 << 20  # columns, where no terminal shows the output
+AS_YAML = {"None": "null", "True": "true", "False": "false"}
 MIN_ROOM = 30  # columns for the last cell of a row; where there are fewer it has lines of its own
 
 
@@ -31,7 +33,9 @@ def check(config_path: str, overrides: list[str], explained: bool) -> str:
     width = (terminal_width() or UNLIMITED) - 2
     settings = to_yaml(config, min(width, 120)).splitlines()
     if explained:
-        settings = table([(key, f"{value}  ({doc})") for key, value, doc in explain(config)], width)
+        settings = table(
+            [(key, f"{AS_YAML.get(str(value), value)}  ({doc})") for key, value, doc in explain(config)], width
+        )
     num_bytes = amount(machine.memory_bytes)
     facts = [
         ("folder", str(RunFolder.of(config).root)),
@@ -107,7 +111,8 @@ def staleness(config: GRPOConfig) -> str:
 def processes(plan: Plan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("name", "where", "devices", "cores", "threads", "port", "command")]
     for p in plan.processes:
-        cores = ",".join(map(str, p.cores)) or "all"
+        runs = [[n for _, n in run] for _, run in groupby(enumerate(p.cores), lambda pair: pair[1] - pair[0])]
+        cores = ",".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs) or "all"
         port = str(p.port or ("chosen at start" if p.kind == "server" else "-"))
         command = " ".join(p.command[1:])
         rows.append((p.name, p.node, ",".join(p.devices) or "cpu", cores, p.env["OMP_NUM_THREADS"], port, command))

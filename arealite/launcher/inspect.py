@@ -7,6 +7,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig
@@ -39,7 +40,10 @@ def inspect(config: RunConfig, starts: bool) -> tuple[str, dict[str, int]]:
         if source is None:
             continue
         try:
-            if source.path.startswith(REASONING_GYM) or is_local(source.path):
+            if source.path.startswith(REASONING_GYM):
+                count_rows(replace(source, num_rows=1), config, True)
+                rows[key] = source.num_rows or 0
+            elif is_local(source.path):
                 rows[key] = count_rows(source, config, has_chat_template(tokenizer))
             elif starts:
                 find_on_hub(source.path, "dataset")

@@ -85,6 +85,11 @@ class Progress:
         self._ends.append(self._clock())
         show(self.line(step, stats, why or {}), self._console)
 
+    def begin(self, step: int) -> None:
+        """Say that step `step` comes next."""
+        if step < self._total_steps:
+            show(Text(f"data and model are loaded  step {step + 1} of {self._total_steps} begins"), self._console)
+
     def note(self, text: str) -> None:
         """Print a warning."""
         show(Text(f"warning: {text}", style="yellow"), self._console)

@@ -43,6 +43,10 @@ class StatsLogger:
         self._metrics: MetricsFile | None = None
         self._tensorboard: SummaryWriter | None = None
 
+    def begin(self, step: int) -> None:
+        """Tell the person who watches that data and model are loaded, before step `step`."""
+        self._progress.begin(step)
+
     def commit(
         self,
         step: int,

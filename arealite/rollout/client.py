@@ -20,7 +20,7 @@ from arealite.api.engine import Collective, DataSource
 from arealite.api.errors import ConfigError, WorkflowError
 from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
 from arealite.api.workflow import RolloutWorkflow
-from arealite.observe import stop
+from arealite.observe import stop, waits
 from arealite.observe.reasons import reasons
 from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
 from arealite.rollout.backend import Backend
@@ -75,6 +75,7 @@ class RemoteInferenceEngine:
             ConfigError: no address was given, or one that cannot be used.
             ServerUnreachable: a server is not healthy after `setup_timeout_s`.
         """
+        waits.configure_from_env()
         self._collective = collective
         if not self.is_head:
             return
