@@ -7,13 +7,18 @@ examples/arealite/gsm8k_grpo.py. Every trainer rank runs this code.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
+from arealite.api.errors import ConfigError
 from arealite.api.types import Group
+from arealite.api.workflow import RolloutWorkflow
 from arealite.dataset.loader import StatefulDataLoader, load_tasks, load_tokenizer
 from arealite.engine.checkpoint import Saver
 from arealite.engine.fsdp_engine import FSDPEngine
-from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.engine.ppo.actor import FSDPPPOActor, PolicyLoss, grpo_loss_fn
 from arealite.engine.ppo.critic import FSDPPPOCritic
 from arealite.engine.recover import RecoverHandler
 from arealite.engine.roles import OtherShares, TrainedTogether, Turns
@@ -44,24 +49,40 @@ def remote_engine(config: GRPOConfig) -> RemoteInferenceEngine:
     return ENGINES[component.backend](config.rollout, seed=config.seed)
 
 
+# Makes a workflow of how it is to sample, for training or for held-out tasks, and the policy's tokenizer: any callable,
+# such as a class.
+WorkflowMaker = Callable[[GenerationHyperparameters, PreTrainedTokenizerBase], RolloutWorkflow]
+
+
 class PPOTrainer:
-    """One rank of a run: owns the policy, the rollout client and the records of the run."""
+    """One rank of a run: owns the policy, the rollout client and the records of the run.
+
+    Args:
+        reward_fn: what single-turn answers are worth (workflow/rlvr.py); not needed beside a `workflow`.
+        should_accept: whether to train on a group; called on rank 0.
+        workflow: makes what runs the episodes; or one object, which then runs those of held-out tasks as well.
+        loss_fn: the loss of the policy, as in engine/ppo/actor.py.
+    """
 
     def __init__(
         self,
         config: GRPOConfig,
-        reward_fn: RewardFunction,
+        reward_fn: RewardFunction | None = None,
         should_accept: Callable[[Group], bool] | None = None,
+        *,
+        workflow: RolloutWorkflow | WorkflowMaker | None = None,
+        loss_fn: PolicyLoss = grpo_loss_fn,
     ) -> None:
         waits.configure_from_env()
         self.config = config
         self.should_accept = should_accept
         self.folder = RunFolder.of(config)
         self.tokenizer = load_tokenizer(config)
-        self._workflows: list[RLVRWorkflow] = []
-        self.workflow = self._make_workflow(reward_fn, config.gconfig)  # refuses what is wrong before anything loads
+        self._workflows: list[RolloutWorkflow] = []
+        self._make_workflow = partial(self._add_workflow, workflow, reward_fn)
+        self.workflow = self._make_workflow(config.gconfig)  # refuses what is wrong before anything loads
 
-        self.actor = FSDPPPOActor(config.actor, trainer_dims(config))
+        self.actor = FSDPPPOActor(config.actor, trainer_dims(config), loss_fn)
         self.actor.initialize()
         self.collective = self.actor.collective
         self.is_head = self.collective.rank == 0
@@ -100,18 +121,33 @@ class PPOTrainer:
         self.recover = RecoverHandler(config.recover, self.folder, config)
         self.evaluator = self._make_evaluator(reward_fn)
 
-    def _make_workflow(self, reward_fn: RewardFunction, gconfig: GenerationHyperparameters) -> RLVRWorkflow:
-        limit = self.config.server.context_length
-        workflow = RLVRWorkflow(reward_fn, gconfig, self.tokenizer, config=self.config.rollout, context_length=limit)
-        self._workflows.append(workflow)
+    def _add_workflow(
+        self,
+        workflow: RolloutWorkflow | WorkflowMaker | None,
+        reward_fn: RewardFunction | None,
+        gconfig: GenerationHyperparameters,
+    ) -> RolloutWorkflow:
+        if workflow is None:
+            if reward_fn is None:
+                raise ConfigError("PPOTrainer was given neither a reward_fn nor a workflow: give one of them")
+            limit, rollout = self.config.server.context_length, self.config.rollout
+            workflow = RLVRWorkflow(reward_fn, gconfig, self.tokenizer, config=rollout, context_length=limit)
+        elif callable(workflow):
+            workflow = workflow(gconfig, self.tokenizer)
+        if not isinstance(workflow, RolloutWorkflow):
+            raise ConfigError(
+                f"workflow is a {type(workflow).__name__}; expected arun_episode and close, as in api/workflow.py"
+            )
+        if workflow not in self._workflows:
+            self._workflows.append(workflow)
         return workflow
 
-    def _make_evaluator(self, reward_fn: RewardFunction) -> Evaluator | None:
+    def _make_evaluator(self, reward_fn: RewardFunction | None) -> Evaluator | None:
         config = self.config
         if config.valid_dataset is None:
             return None
         tasks = load_tasks(config.valid_dataset, self.tokenizer, config.seed, reward_fn)
-        workflow = self._make_workflow(reward_fn, config.eval_gconfig)
+        workflow = self._make_workflow(config.eval_gconfig)
         return Evaluator(config.evaluator, self.folder, self.rollout, workflow, tasks, self.collective)
 
     def train(self) -> None:

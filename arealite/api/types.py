@@ -93,7 +93,8 @@ class Trajectory:
     """One attempt at a task, all turns in one token sequence.
 
     `tokens` [T] int, `loss_mask` [T] bool (True where the policy produced the token), `logprobs` [T] float,
-    `versions` [T] int. `reward` is None unless `status` is "ok": a failed reward is never a reward of 0.
+    `versions` [T] int. `reward` is None unless `status` is "ok": a failed reward is never a reward of 0. `statistics`:
+    numbers of the workflow's own, whose means over a step are logged as workflow_<name>.
     """
 
     task_id: str
@@ -106,6 +107,7 @@ class Trajectory:
     finish_reason: FinishReason
     status: Status = "ok"
     reward_parts: dict[str, float] = field(default_factory=dict)
+    statistics: dict[str, float] = field(default_factory=dict)
     prompt_text: str = ""
     completion_text: str = ""
     error: str = ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from arealite.api.engine import InferenceEngine
     from arealite.api.types import Task, Trajectory
 
 
+@runtime_checkable
 class RolloutWorkflow(Protocol):
     """Runs episodes. One instance serves many concurrent tasks, so it keeps no state per task."""
 

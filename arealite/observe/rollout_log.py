@@ -52,6 +52,7 @@ def _row(group: Group, trajectory: Trajectory, tokenizer: Decoder | None) -> dic
         "answer": group.task.answer,
         "reward": trajectory.reward,
         "reward_parts": trajectory.reward_parts,
+        "statistics": trajectory.statistics,
         "finish_reason": trajectory.finish_reason,
         "num_tokens": sum(trajectory.loss_mask),
         "versions": version_spans(trajectory),
@@ -130,4 +131,6 @@ def rollout_stats(groups: Sequence[Group]) -> dict[str, float]:
     for name in sorted({name for t in scored for name in t.reward_parts}):
         parts = [t.reward_parts[name] for t in scored if name in t.reward_parts]
         out[f"reward_part_{name}"] = float(np.mean(parts))
+    for name in sorted({name for t in scored for name in t.statistics}):
+        out[f"workflow_{name}"] = float(np.mean([t.statistics[name] for t in scored if name in t.statistics]))
     return out

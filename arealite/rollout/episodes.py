@@ -98,7 +98,11 @@ def _sound(task: Task, trajectories: list[Trajectory]) -> list[Trajectory]:
         plain: dict[str, Any] = {name: column.tolist() for name, column in columns.items()}
         reward = None if t.reward is None else float(t.reward)
         parts = {str(name): float(value) for name, value in t.reward_parts.items()}
-        sound.append(replace(t, **plain, reward=reward, reward_parts=parts))
+        try:
+            statistics = {str(name): float(value) for name, value in t.statistics.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise WorkflowError(f"task {task.id} member {t.member}: statistics {t.statistics!r}: {error}") from error
+        sound.append(replace(t, **plain, reward=reward, reward_parts=parts, statistics=statistics))
     return sound
 
 

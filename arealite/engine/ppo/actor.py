@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,9 +79,15 @@ def grpo_loss_fn(
         "kl": kl.sum(),
         "clip_ratio": is_clipped.sum(),
         "importance_weight_mean": raw_weight.sum(),
-        "importance_weight_max": torch.cat([raw_weight, raw_weight.new_zeros(1)]).amax(),  # an idle rank has none
+        "importance_weight_max": raw_weight.amax(),
         "behav_kl": kl_value(behaviour, logp.detach(), "k3").sum(),
     }
+
+
+PolicyLoss = Callable[
+    [torch.Tensor, torch.Tensor, TokenColumns, PPOActorConfig, Denominators], tuple[torch.Tensor, dict[str, Any]]
+]
+OWN = "loss_fn."  # before the names of its statistics in those of an update, which has others
 
 
 class FSDPPPOActor(FSDPEngine):
@@ -88,8 +95,11 @@ class FSDPPPOActor(FSDPEngine):
 
     config: PPOActorConfig
 
-    def __init__(self, config: PPOActorConfig, dims: Dims | None = None) -> None:
+    def __init__(self, config: PPOActorConfig, dims: Dims | None = None, loss_fn: PolicyLoss = grpo_loss_fn) -> None:
+        """`loss_fn`: called as `grpo_loss_fn` is, with at least one token. What it returns beside the loss is logged:
+        sums over tokens as means over the tokens of the step, the largest of what ends in _max."""
         super().__init__(config, trainable=True, dims=dims)
+        self._loss_fn = loss_fn
         self.untrained: dict[str, str] = {}
         self.updates_per_step = config.ppo_n_minibatches
         if config.max_new_tokens is None and (
@@ -190,13 +200,18 @@ class FSDPPPOActor(FSDPEngine):
         self.untrained = {task: why for found in self.collective.gather(untrained) for task, why in found.items()}
         self.version += 1
         update_s = time.perf_counter() - started
-        largest = [u.statistics["importance_weight_max"] for u, _ in updates if not u.skipped]
-        return {
-            **self.summary([update for update, _ in updates], update_s),
-            "num_tokens": float(sum(n for _, n in updates)),
-            "importance_weight_max": max(largest, default=0.0),
-            **token_means(updates, ("entropy", "kl", "clip_ratio", "importance_weight_mean", "behav_kl")),
-        }
+        stats = self.summary([update for update, _ in updates], update_s)
+        stats["num_tokens"] = float(sum(n for _, n in updates))
+        own = {name for u, _ in updates for name in u.statistics if name.startswith(OWN)}
+        found = token_means(updates, [name for name in own if not name.endswith("_max")])
+        for name in own - found.keys():
+            found[name] = max((u.statistics[name] for u, _ in updates if not u.skipped), default=0.0)
+        means = {name.removeprefix(OWN): value for name, value in sorted(found.items())}
+        if taken := sorted(stats.keys() & means.keys()):
+            raise ConfigError(
+                f"loss_fn returned the statistics {', '.join(taken)}, which others are called: choose other names"
+            )
+        return stats | means
 
     ppo_update = grpo_update
 
@@ -209,6 +224,9 @@ class FSDPPPOActor(FSDPEngine):
         def loss_fn(
             micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            if not len(logp):  # an idle rank, which takes part in the backward pass all the same
+                return logp.sum(), {}
+
             def column(values: np.ndarray) -> torch.Tensor:
                 return torch.from_numpy(values[micro.at]).to(self.device)
 
@@ -219,7 +237,7 @@ class FSDPPPOActor(FSDPEngine):
                 ref_logp=None if part.ref_logp is None else column(part.ref_logp),
                 sequence_of=micro.sequence_of,
             )
-            return grpo_loss_fn(logp, entropy[micro.row_of], columns, self.config, over)
+            return _checked(self._loss_fn(logp, entropy[micro.row_of], columns, self.config, over), logp)
 
         return self.update(part, loss_fn)
 
@@ -249,9 +267,26 @@ def _required(values: np.ndarray | None, name: str) -> np.ndarray:
     return values
 
 
+def _checked(returned: Any, like: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What a loss function returned, statistics as tensors beside `like` under their names in an update."""
+    form = "expected (loss, {name: number}), a scalar tensor with gradient and sums over the tokens"
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
+        raise ConfigError(f"loss_fn returned {type(returned).__name__}; {form}")
+    loss, parts = returned
+    if not (isinstance(loss, torch.Tensor) and loss.shape == () and loss.requires_grad):
+        raise ConfigError(f"loss_fn returned the loss {loss!r}; {form}")
+    found = {}
+    for name, value in parts.items():
+        try:
+            found[f"{OWN}{name}"] = torch.as_tensor(value, device=like.device).detach().double().reshape(())
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"loss_fn returned the statistic {name} = {value!r}: {error}; {form}") from error
+    return loss, found
+
+
 def token_means(updates: list[tuple[Update, int]], names: Sequence[str]) -> dict[str, float]:
     """Statistics that are sums over tokens as means over all tokens of the updates that were applied, each given with
     its number of tokens; 0 where there are none."""
     applied = [pair for pair in updates if not pair[0].skipped]
     num_tokens = max(sum(n for _, n in applied), 1)
-    return {name: sum(u.statistics[name] for u, _ in applied) / num_tokens for name in names}
+    return {name: sum(u.statistics.get(name, 0.0) for u, _ in applied) / num_tokens for name in names}
