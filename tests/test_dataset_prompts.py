@@ -164,6 +164,9 @@ def test_calls_parts_and_an_opening_answer_are_learned(tmp_path):
     chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
     rows = [{"messages": chat, "tools": json.dumps(TOOLS)}, {"messages": [ASSISTANT, USER, ASSISTANT]}]
     rows += [{"prompt": [USER], "completion": [ASSISTANT]}, {"prompt": json.dumps([USER]), "completion": "Ho"}]
+    about = {"instruction": "Greet:", "input": "me", "output": "Ho"}
+    (example,) = load_answers(source(tmp_path, about), tokenizer, 0)
+    assert tokenizer.decode(example.tokens[0].tolist()) == "<user>Greet:\n\nme<eos><assistant>Ho<eos>"
     called, opened, *asked = load_answers(source(tmp_path, *rows), tokenizer, 0)
     assert tokenizer.decode(called.tokens[0].tolist()) == "[add]<user>Hi<eos><assistant>add(7)<eos>"
     assert learned(called, tokenizer) == "add(7)<eos>" and learned(opened, tokenizer) == "Ho<eos>Ho<eos>"

@@ -17,7 +17,7 @@ from arealite.api.cli_args import DatasetConfig
 from arealite.api.errors import DatasetError
 from arealite.api.types import Batch, Group, Task, Trajectory
 from arealite.dataset.prompts import Message, check_shown, check_variables, encode, render, turn_end
-from arealite.dataset.rows import find_column, kept_rows, said_messages, template_variables, text_of, unpacked
+from arealite.dataset.rows import find_column, is_empty, kept_rows, said_messages, template_variables, text_of, unpacked
 from arealite.dataset.sources import Row
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ def _dialogue(row: Row, column: str, value: Any, config: DatasetConfig) -> list[
         asking, question = find_column(row, PROMPT_COLUMNS, "a question", is_needed=isinstance(value, str))
         if question is None and isinstance(value, str):
             return None
+        if asking == "instruction" and not is_empty(row.values.get("input")):  # what the instruction is about
+            question = f"{question}\n\n{text_of(row, 'input', row.values['input'])}"
         turns = turns if question is None else _turns(row, asking, question, "user", config) + turns
     if config.system_prompt is None or turns[0]["role"] == "system":
         return turns
