@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from inference_support import save_tiny_llama, served
 from transformers import AutoModelForCausalLM
 
 from arealite.inference.batcher import Batcher
+from arealite.inference.cache import PAGE_TOKENS, PagePool
 from arealite.inference.engine import Engine, PauseMode, QueueFull, UpdateOptions
 from arealite.inference.model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
+from arealite.inference.scheduler import Scheduler
 from arealite.inference.sequence import Sequence
 
 MAX_NEW = 12
@@ -165,6 +168,69 @@ def test_any_mix_is_answered_once_and_as_if_alone(model: ServedModel, alone: Alo
     assert engine.flush_cache()
     assert batcher.scheduler.pool.num_free == batcher.scheduler.pool.num_pages
     assert batcher.scheduler.num_used_tokens == 0
+
+
+def scheduler_of(
+    num_pages: int, *names: str, length: int = 10, max_running: int = 8, step_tokens: int = 512
+) -> Scheduler:
+    """Without a model; requests wait in it whose prompts begin with their names' letters."""
+    pool = PagePool(1, 1, 1, num_pages * PAGE_TOKENS, torch.float32, torch.device("cpu"))
+    scheduler = Scheduler(pool, max_running, step_tokens, replay=False)
+    scheduler.waiting += [greedy_request(name, [ord(name[0])] * length, 50) for name in names]
+    return scheduler
+
+
+def advance(scheduler: Scheduler) -> int:
+    """One step, in which every token is computed that is planned; returns how many these are."""
+    scheduler.admit()
+    spans = [span for one_pass in scheduler.plan() for span in one_pass]
+    for span in spans:
+        span.sequence.num_computed = span.end
+        scheduler.share(span.sequence)
+        if not span.sequence.num_missing:
+            span.sequence.tokens.append(span.end)
+    return sum(span.count for span in spans)
+
+
+def names(sequences: Iterable[Sequence]) -> str:
+    return " ".join(s.request.rid for s in sequences)
+
+
+def test_the_queue_keeps_its_order_and_counts_what_is_held() -> None:
+    scheduler = scheduler_of(64, "a", "b", "c", "d", "e", max_running=3)
+    for _ in range(2):
+        advance(scheduler)
+        assert (names(scheduler.running), names(scheduler.waiting)) == ("a b c", "d e")
+        assert scheduler.num_used_tokens == 3 * PAGE_TOKENS
+        held = list(scheduler.running)
+        scheduler.retract_all()
+        assert names(scheduler.waiting) == "a b c d e"
+        assert scheduler.num_used_tokens == 0, "what is only cached is not used"
+    assert [s.num_cached for s in held] == [0] * 3, "what a sequence computed itself was not found"
+
+
+def test_the_last_admitted_gives_way_when_pages_run_out() -> None:
+    scheduler = scheduler_of(5, "a", "b", length=30)
+    while not scheduler.num_retractions:
+        advance(scheduler)
+    assert (names(scheduler.running), names(scheduler.waiting)) == ("a", "b")
+    assert len(scheduler.running[0].tokens) > 2 * PAGE_TOKENS
+    small = scheduler_of(4, "a", "b", length=30)
+    advance(small)
+    assert names(small.running) == "a", "one that runs has a page to grow into"
+
+
+def test_prompts_in_progress_are_waited_for_while_others_go_first() -> None:
+    scheduler = scheduler_of(64, "a", length=100, step_tokens=40)
+    advance(scheduler)
+    scheduler.waiting += [greedy_request(name, [ord("a")] * 100 + [1], 50) for name in ("a1", "a2")]
+    scheduler.waiting += [greedy_request(name, [ord(name)] * 10, 50) for name in "bcd"]
+    assert advance(scheduler) == 40 and names(scheduler.running) == "a"
+    assert advance(scheduler) == 40, "the last 20 tokens of a, then as far as there is room"
+    assert (names(scheduler.running), names(scheduler.waiting)) == ("a b c", "a1 a2 d")
+    while scheduler.waiting:
+        assert advance(scheduler) <= 40
+    assert [s.num_cached for s in scheduler.running if s.request.rid in ("a1", "a2")] == [100, 100]
 
 
 def test_a_long_prompt_holds_nobody_up(model: ServedModel, alone: Alone) -> None:
