@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference_support import EOS, WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served, wait_until
+from transformers import AutoTokenizer
 
 from arealite.inference.batcher import Batcher
 from arealite.inference.engine import Engine, EngineFailure
@@ -143,6 +144,20 @@ def test_stop_strings_match_across_tokens_and_trim_the_text(server: LocalServer)
     assert answer["output_ids"] == free["output_ids"][: len(answer["output_ids"])]
     kept = server.generate(list(b"abc"), **params, stop=stop, no_stop_trim=True)
     assert kept["text"] == text[:position] + stop and kept["output_ids"] == answer["output_ids"]
+
+
+def test_a_stop_string_that_comes_before_min_new_tokens_is_no_end(server: LocalServer, folder: Path) -> None:
+    [a] = AutoTokenizer.from_pretrained(folder)("a", add_special_tokens=False).input_ids
+    params = {"max_new_tokens": 9, "logit_bias": {str(a): 100.0}, "stop": "aa", "temperature": 0.0}
+    answers = [server.generate([5], **params, min_new_tokens=n) for n in (0, 5, 9)]
+    assert [a["text"] for a in answers] == ["", "aaaa", "a" * 9]
+    assert [a["meta_info"]["completion_tokens"] for a in answers] == [2, 6, 9]
+    reasons = [a["meta_info"]["finish_reason"]["type"] for a in answers]
+    assert reasons == ["stop", "stop", "length"]
+    resumed = server.generate(
+        [5, a, a, a], **{**params, "max_new_tokens": 6}, min_new_tokens=5, top={"num_prompt_tokens": 1}
+    )
+    assert resumed["text"] == "a" and len(resumed["output_ids"]) == 3
 
 
 def test_stop_tokens_end_unless_ignored_or_too_early(server: LocalServer) -> None:

@@ -18,7 +18,9 @@ class GenerationHyperparameters:
 
     n_samples: int = setting(8, "answers per prompt: the group size", low=1)
     max_new_tokens: int = setting(512, "tokens per answer at most", low=1)
-    min_new_tokens: int = setting(0, "tokens per answer before a stop token may end it", low=0)
+    min_new_tokens: int = setting(
+        0, "tokens per answer before a stop token or a stop string may end it (SGLang: a stop token)", low=0
+    )
     temperature: float = setting(1.0, "sampling temperature; 0 is greedy", low=0)
     top_p: float = setting(1.0, "nucleus mass; see top_k", low=1e-6, high=1)
     top_k: int = setting(

@@ -25,17 +25,26 @@ _BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(
 def find_stop_string(tokenizer: Any, sequence: Sequence) -> str | None:
     """The stop string that the newest token completes, the earliest in the text if there are several.
 
-    Only the end of the answer is decoded; a hit counts when the whole answer's text has it too.
+    Only the end of the answer is decoded; a hit counts when the whole answer's text has it too. One that an answer's
+    first min_new_tokens complete is no end (as in vLLM; SGLang lets it end the answer).
     """
     stop = sequence.request.params.stop
-    if not stop:
+    if not stop or sequence.num_output <= sequence.num_forced:
         return None
     window = (max(map(len, stop)) + 1) * BYTES_PER_CHARACTER
     end = _decode(tokenizer, sequence, sequence.output_ids[-window:])
     if not any(s in end for s in stop):
         return None
     text = _decode(tokenizer, sequence, sequence.output_ids)
-    return min((s for s in stop if s in text), key=text.find, default=None)
+    at = {s: _find(tokenizer, sequence, text, s) for s in stop}
+    return min((s for s in stop if at[s] >= 0), key=at.__getitem__, default=None)
+
+
+def _find(tokenizer: Any, sequence: Sequence, text: str, stop: str) -> int:
+    """Where in the answer's text the stop string is that may end it; -1 if nowhere."""
+    num_forced = sequence.num_forced
+    first_end = len(_decode(tokenizer, sequence, sequence.output_ids[:num_forced])) + 1 if num_forced else 0
+    return text.find(stop, max(0, first_end - len(stop)))
 
 
 def _decode(tokenizer: Any, sequence: Sequence, token_ids: list[int]) -> str:
@@ -50,7 +59,7 @@ def answer_text(tokenizer: Any, sequence: Sequence) -> str:
     if isinstance(matched, int):
         return _decode(tokenizer, sequence, sequence.output_ids[:-1])
     text = _decode(tokenizer, sequence, sequence.output_ids)
-    return text if matched is None else text[: text.find(matched)]
+    return text if matched is None else text[: _find(tokenizer, sequence, text, matched)]
 
 
 class Answer:

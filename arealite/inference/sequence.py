@@ -47,6 +47,7 @@ class Sequence:
     finished_at: float = 0.0
     stop_ids: frozenset[int] = frozenset()  # tokens that end it; set by the batcher, which knows the model's
     epoch: int = 0  # of the weights that its keys and values were computed with; see prefix.py
+    num_forced: int = field(init=False)  # so many generated tokens do not end it
     adjusts_logits: bool = field(init=False)  # see penalties.py
     _prompt_key: bytes = field(init=False)
 
@@ -55,7 +56,8 @@ class Sequence:
         self._prompt_key = np.asarray(self.tokens, np.int32).tobytes()
         params = self.request.params
         penalties = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1
-        self.adjusts_logits = bool(penalties or params.logit_bias or params.min_new_tokens > self.request.num_given)
+        self.num_forced = max(0, params.min_new_tokens - self.request.num_given)
+        self.adjusts_logits = bool(penalties or params.logit_bias or self.num_forced)
         self.future.set_running_or_notify_cancel()  # whoever waits may go away; the engine resolves it all the same
 
     @property
