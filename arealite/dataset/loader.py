@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig, RWConfig
 from arealite.api.config_rules import warm_up
@@ -26,7 +26,7 @@ from arealite.dataset.fetch import resolve_model
 from arealite.dataset.prompts import check_shown, check_variables, encode, prompt_text, turn_end
 from arealite.dataset.rows import kept_rows, task_of
 from arealite.dataset.sources import Row
-from arealite.models.opening import open_tokenizer
+from arealite.models.opening import open_config, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ def _missing_end(config: RunConfig, model: str, tokenizer: PreTrainedTokenizerBa
     """What is wrong between the end of a turn, as the chat template writes it, and the tokens that end generation."""
     end = turn_end(tokenizer)
     known, fix = {tokenizer.eos_token_id}, "name it eos_token in the tokenizer's tokenizer_config.json"
-    for read in (GenerationConfig.from_pretrained, lambda path: AutoConfig.from_pretrained(path).get_text_config()):
-        with suppress(OSError, ValueError):
+    for read in (GenerationConfig.from_pretrained, lambda path: open_config(path).get_text_config()):
+        with suppress(OSError, ValueError, ConfigError):
             found = read(model).to_dict().get("eos_token_id")
             known |= set(found) if isinstance(found, list) else {found}
     if isinstance(config, GRPOConfig):

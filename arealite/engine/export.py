@@ -16,12 +16,16 @@ from torch.distributed.tensor import DTensor
 
 from arealite.engine.checkpoint import partial_name, put_in_place
 from arealite.engine.loading import INDEX, SINGLE
+from arealite.models.folder import read_config
 from arealite.weights.adapter import write_adapter
 from arealite.weights.naming import Part
 
 SHARD_BYTES = 2 << 30  # of one file, and what the writing rank holds of the weights at one time
+CODE_FILES = ("*.py",)  # of an architecture or a tokenizer that transformers does not have
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model"
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "*.spm", "*.codes", "tekken.json", "chat_template*", "additional_chat_templates/*", "*processor_config.json",
+    *CODE_FILES,
 )  # fmt: skip
 
 
@@ -100,16 +104,17 @@ def _write_folder(
     config.dtype = dtype
     config.use_cache = True
     config.architectures = [type(model).__name__]
-    config.save_pretrained(partial)
+    written = _for_all_readers(json.loads(config.to_json_string()), read_config(_folder(config.name_or_path)))
+    (partial / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     if model.can_generate() and model.generation_config is not None:
         generation = copy.deepcopy(model.generation_config)
         ends = generation.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         if end_token not in (None, *ends):
             generation.eos_token_id = [*ends, end_token]
-        generation.save_pretrained(partial)
-    for file in tokenizer_files(source):
-        shutil.copy2(file, partial / file.name)
+        generation.to_json_file(partial / "generation_config.json")  # as the source has it, be it valid or not
+    _copy(config.name_or_path, CODE_FILES, partial)
+    _copy(source, TOKENIZER_FILES, partial)
     put_in_place(partial, final)
 
 
@@ -155,14 +160,40 @@ def write_adapter_folder(path: str, tensors: dict[str, torch.Tensor], settings: 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_adapter(partial, tensors, settings)
-    for file in tokenizer_files(source):
-        shutil.copy2(file, partial / file.name)
+    _copy(source, TOKENIZER_FILES, partial)
     put_in_place(partial, final)
 
 
-def tokenizer_files(source: str) -> list[Path]:
-    """The tokenizer files of a model folder or hub id."""
+def _for_all_readers(written: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """What transformers writes of a configuration, with the keys of the source that it knows no more, and with those
+    by which older releases and other programs read ropes and the dtype."""
+    out = source | written
+    for name, value in written.items():
+        if name.endswith("_config") and isinstance(value, dict):
+            out[name] = _for_all_readers(value, source.get(name) or {})
+    if "dtype" in written:
+        out["torch_dtype"] = written["dtype"]
+    ropes = written.get("rope_parameters") or {}
+    if "full_attention" in ropes and not written["model_type"].startswith("gemma3"):
+        return out  # ropes by kinds of layers had an older spelling in Gemma 3 alone
+    rope = dict(ropes.get("full_attention") or ropes)
+    out |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if "sliding_attention" in ropes:
+        out["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        out["rope_scaling"] = rope
+    return out
+
+
+def _copy(source: str, patterns: tuple[str, ...], target: Path) -> None:
+    """The files of a model folder or hub id that fit the patterns."""
+    folder = _folder(source, patterns)
+    for file in (file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
+        place = target / file.relative_to(folder)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copy2(file, place)
+
+
+def _folder(source: str, patterns: tuple[str, ...] = ("config.json",)) -> Path:
     folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=list(TOKENIZER_FILES)))
-    return sorted({f for pattern in TOKENIZER_FILES for f in folder.glob(pattern) if f.is_file()})
+    return folder if folder.is_dir() else Path(snapshot_download(source, allow_patterns=list(patterns)))

@@ -29,7 +29,7 @@ from arealite.engine.flops import ModelFlops, peak_flops, speed
 from arealite.engine.loading import Checkpoint, materialize
 from arealite.engine.lora import add_adapters, base_name, file_name, freeze
 from arealite.engine.mesh import RankMesh
-from arealite.engine.micro_batch import MicroBatch, cut, idle
+from arealite.engine.micro_batch import MicroBatch, check_tokens, cut, idle
 from arealite.engine.model import PackedLanguageModel, PackedModel, load_model
 from arealite.engine.offload import CPU, Placement
 from arealite.engine.optim import RoundingWatch, clip_gradients, gradient_norms, learning_rate, make_optimizer
@@ -111,6 +111,7 @@ class FSDPEngine:
         if self.trainable and config.lora is not None:
             self._adapter = add_adapters(self.hf_model, config.lora, config.seed)
         self._flops = ModelFlops.of(self.hf_model)
+        self._num_embeddings = int(self.hf_model.get_input_embeddings().weight.shape[0])
         self._tied = split_stages(self.hf_model, self.mesh)
         checkpoint_activations(self.hf_model, config.gradient_checkpointing if self.trainable else "none")
         self.model = self._packed_model()
@@ -123,8 +124,7 @@ class FSDPEngine:
         self._checkpoint.load({base_name(name): tensor for name, tensor in tensors.items()})
         # Taken here, because modules hold the gathered compute copies instead between the passes.
         # Those that are trained: with LoRA, the adapters alone.
-        named = self.hf_model.named_parameters()
-        self._parameters = {name: p for name, p in named if p.requires_grad == self.trainable}
+        self._parameters = {n: p for n, p in self.hf_model.named_parameters() if p.requires_grad == self.trainable}
         self.optimizer = make_optimizer(self._parameters.values(), config.optimizer) if self.trainable else None
         self._rounding = RoundingWatch(self._parameters.values(), self.dtype)
         self._placement = Placement(self.model, self.optimizer, self.device, config.offload)
@@ -245,6 +245,7 @@ class FSDPEngine:
     def _micro_batches(self, batch: Batch, what: str) -> list[MicroBatch]:
         """This rank's micro-batches, filled up with idle ones to the largest number on any rank, and to one."""
         self.collective.barrier(what)
+        check_tokens(batch, self._num_embeddings, self.folder)
         own = cut(batch, self.config.max_tokens_per_mb, self.device, self.config.share_prompts, self.keep_groups)
         most = int(self.collective.reduce(torch.tensor([max(len(own), 1)]), "max"))
         return own + [idle(self.device) for _ in range(most - len(own))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,12 +39,13 @@ def add_adapters(model: Any, config: LoRAConfig, seed: int) -> dict[str, Any]:
     except ImportError as error:
         raise ConfigError(f"actor.lora needs peft ({error}): pip install 'arealite[lora]'") from error
     _check_targets(model, config.target_modules)
+    base = model.config.name_or_path  # read from other working directories too
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=sorted(config.target_modules),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model.config.name_or_path,
+        base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
     )
     inject_adapter_in_model(settings, model, ADAPTER)
     for name, module in model.named_modules():

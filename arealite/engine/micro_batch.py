@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from arealite.algorithm.packing import PrefixTree, micro_batches, prefix_tree
+from arealite.api.errors import ConfigError
 from arealite.api.types import Batch
 from arealite.engine.attention import Layout
 
@@ -47,6 +48,16 @@ def part(micro: MicroBatch, place: int, num_places: int) -> Part:
     pairs = torch.searchsorted(micro.row_of, rows)
     (first, last), (begin, end) = torch.stack([rows, pairs]).tolist()
     return Part(nodes, slice(first, last), slice(begin, end))
+
+
+def check_tokens(batch: Batch, num_embeddings: int, model: str) -> None:
+    """Raises ConfigError for a token that the model has no embedding of."""
+    if len(batch.tokens) and (highest := int(batch.tokens.max())) >= num_embeddings:
+        raise ConfigError(
+            f"the batch has token {highest}, and {model} only {num_embeddings} embedding rows: the tokenizer has tokens"
+            " that the model lacks. Give the model rows for them (transformers' resize_token_embeddings, then"
+            " save_pretrained), or take its own tokenizer"
+        )
 
 
 def cut(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -78,6 +79,11 @@ class ServedModel:
         self.vocab_size = int(self.module.get_input_embeddings().weight.shape[0])
         self.context_length = context_length or int(self.config.get_text_config().max_position_embeddings)
         self._softcap: float | None = self.config.get_text_config().to_dict().get("final_logit_softcapping")
+        if tokenizer is not None and (unknown := [t for t, i in tokenizer.get_vocab().items() if i >= self.vocab_size]):
+            logger.warning(
+                "%s has %d embedding rows, the tokenizer %d tokens more, such as %r: requests with these are refused",
+                path, self.vocab_size, len(unknown), unknown[0],
+            )  # fmt: skip
         self.eos_token_ids = _eos_ids(self.module, self.tokenizer)
         with torch.inference_mode():
             self.kv_shape = self._discover_kv_shape()  # layers, key heads, head dim
@@ -256,12 +262,17 @@ def check_architecture(
 
 def _load_module(path: str, dtype: torch.dtype) -> Any:
     """The model in memory of its own: transformers may hand out a map of the file, which changes when the file does."""
+    options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME, "trust_remote_code": False}
     try:
-        module = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False
+        module, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        told = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be loaded as a causal language model: {told}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"{path} is no whole checkpoint of a {type(module).__name__}: {len(missing)} tensors are missing, such as"
+            f" {', '.join(missing[:3])}; download or export it again"
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} cannot be loaded as a causal language model: {error}") from error
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
             tensor.set_(tensor.clone())

@@ -321,6 +321,11 @@ def _check_prompt(name: str, prompt: Any, limits: ServedLimits) -> None:
     if not of_type(name, prompt, list):
         raise RequestError(f"{name}: the prompt is empty; at least one token is needed")
     for token in prompt:
+        if type(token) is int and token >= limits.vocab_size:
+            raise RequestError(
+                f"{name}: the model has no embedding of token {token}, only of those below {limits.vocab_size}: the"
+                " tokenizer has more tokens than the model"
+            )
         integer(name, token, 0, limits.vocab_size - 1)
 
 

@@ -33,7 +33,7 @@ MAX_WIDTH = 256
 # What a number of a configuration is at most in the tiny one, by name.
 CAPS = {
     r"vocab_size": VOCABULARY,
-    r"window|attention_chunk_size|index_topk$|floor_scale|n_floor$": 5,
+    r"window|attention_chunk_size|index_(topk|block_size)$|index.*blocks$|floor_scale|n_floor$": 5,
     r"intermediate|^n_inner$|ffn_dim|ffn_hidden|word_embed_proj_dim": 64,
     r"lora_rank$|laurel_rank|per_layer_input$": 32,
     r"^(num_experts|num_local_experts|n_routed_experts|moe_num_experts|zero_expert_num)$": 8,

@@ -5,7 +5,7 @@ No code that a folder brings along is ever run, and nobody is asked whether it s
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def open_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except UNREADABLE as error:
         raise ConfigError(
-            f"no tokenizer can be loaded from {_named(path)}: {_why(path, error)}. Copy the tokenizer's files there, or"
-            " set tokenizer_path to a folder that has them"
+            f"no tokenizer can be read from {_named(path)}: {_why(path, error)[:500]}; set tokenizer_path to a folder"
+            " or hub id that has one"
         ) from error
 
 
@@ -50,10 +50,10 @@ def _why(path: str, error: Exception) -> str:
     folder = Path(path)
     adapter = folder / "adapter_config.json"
     if adapter.is_file() and not (folder / "config.json").is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        base = re.search(r'"base_model_name_or_path": *"([^"]*)"', adapter.read_text())
         return (
-            f"it is a LoRA adapter for {base}, and no model: merge it into that model first (peft's merge_and_unload,"
-            " then save_pretrained), or give the path of that model"
+            f"it is a LoRA adapter for {base[1] if base else 'some model'}, and no model: merge it into that model"
+            " first (peft's merge_and_unload, then save_pretrained), or give the path of that model"
         )
     if "trust_remote_code" in str(error):
         return (
