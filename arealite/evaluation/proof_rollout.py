@@ -22,7 +22,16 @@ from arealite.api.errors import ServerUnreachable
 from arealite.api.types import Batch, GenerationRequest, Task, Trajectory
 from arealite.dataset.loader import StatefulDataLoader
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.evaluation.proof import Finding, distances, judge, logprob_distance, take_step
+from arealite.evaluation.proof import (
+    MISMATCH,
+    MISMATCH_WITHOUT_KERNELS,
+    Finding,
+    distances,
+    judge,
+    logprob_distance,
+    take_step,
+)
+from arealite.kernels import cpu
 from arealite.observe.waits import waiting
 from arealite.rollout.client import RemoteNativeEngine
 
@@ -63,10 +72,11 @@ class SampledAnswers:
 
 
 @contextmanager
-def server(model: str) -> Iterator[str]:
-    """A built-in server in float32; yields its address. Raises ServerUnreachable with its last words."""
-    words = ["--port", "0", "--dtype", "float32", "--deterministic", "--max-running-requests", "8"]
-    command = [sys.executable, "-m", "arealite.inference.serve", "--model", model, *words, "--context-length", "2048"]
+def server(model: str, dtype: str) -> Iterator[str]:
+    """A built-in server; yields its address. Raises ServerUnreachable with its last words."""
+    words = ["--port", "0", "--dtype", dtype, "--max-running-requests", "8", "--context-length", "2048"]
+    words += ["--deterministic"] if dtype == "float32" else []
+    command = [sys.executable, "-m", "arealite.inference.serve", "--model", model, *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     said = [""]
@@ -88,26 +98,11 @@ def check_rollouts(
     config: GRPOConfig, tasks: list[Task], prompt: Callable[[Task], list[int]], actor: FSDPPPOActor
 ) -> list[Finding]:
     """`actor` computes in float32 at learning rate 0. Two findings: the steps, and the logprobs of both sides."""
-    run = replace(config, train_dataset=replace(config.train_dataset, batch_size=NUM_GROUPS))
-    workflow = SampledAnswers(prompt, config.gconfig)
-    rollout = replace(config.rollout, max_head_offpolicyness=0, consumer_batch_size=NUM_GROUPS)
-    batches: list[Batch] = []
-    with server(actor.folder) as address:
-        for asynchronous in (False, True):
-            engine = RemoteNativeEngine(rollout, seed=config.seed)
-            loader = StatefulDataLoader(tasks, run)
-            try:
-                engine.initialize(addresses=[address])
-                if asynchronous:
-                    batch = engine.prepare_batch(loader, workflow)
-                else:
-                    batch = engine.rollout_batch(list(islice(loader, NUM_GROUPS)), workflow)
-            finally:
-                engine.destroy()
-            batches.append(_by_task(batch))
-            if actor.needs_prox_logp or actor.config.kl_weight:
-                batches[-1].prox_logp = batches[-1].ref_logp = actor.compute_logp(batches[-1])
-    first, second = batches
+    with server(actor.folder, "float32") as address:
+        first, second = (_rollout(config, tasks, prompt, address, asynchronous) for asynchronous in (False, True))
+    for batch in (first, second):
+        if actor.needs_prox_logp or actor.config.kl_weight:
+            batch.prox_logp = batch.ref_logp = actor.compute_logp(batch)
     check, compared = "asynchronous rollouts, eta = 0", "against synchronous ones: groups, and the step on them"
     if not np.array_equal(first.tokens, second.tokens) or first.task_ids != second.task_ids:
         return [Finding(check, compared, "FAIL", reason="the same prompts and seeds gave other answers")]
@@ -115,12 +110,45 @@ def check_rollouts(
     if reference.grad_norm == 0:  # all answers of a group have the same reward
         return [Finding(check, compared, "FAIL", reason="the groups have no gradient to compare")]
     step = take_step(actor, second, reference)
-    seen = first.loss_mask
-    apart = {"logprobs": logprob_distance(np.where(seen, reference.logp, 0), np.where(seen, first.logprobs, 0))}
-    return [
-        judge(check, compared, distances(step, reference), "float32"),
-        judge("trainer and server", "logprobs of the sampled tokens", apart, "float32"),
-    ]
+    return [judge(check, compared, distances(step, reference), "float32"), _mismatch(first, reference.logp, actor)]
+
+
+def check_mismatch(
+    config: GRPOConfig, tasks: list[Task], prompt: Callable[[Task], list[int]], actor: FSDPPPOActor
+) -> Finding:
+    """Logprobs of both sides alone, in the actor's type."""
+    with server(actor.folder, actor.config.dtype) as address:
+        batch = _rollout(config, tasks, prompt, address, asynchronous=False)
+    return _mismatch(batch, actor.compute_logp(batch), actor)
+
+
+def _rollout(
+    config: GRPOConfig,
+    tasks: list[Task],
+    prompt: Callable[[Task], list[int]],
+    address: str,
+    asynchronous: bool,
+) -> Batch:
+    run = replace(config, train_dataset=replace(config.train_dataset, batch_size=NUM_GROUPS))
+    rollout = replace(config.rollout, max_head_offpolicyness=0, consumer_batch_size=NUM_GROUPS)
+    engine, workflow = RemoteNativeEngine(rollout, seed=config.seed), SampledAnswers(prompt, config.gconfig)
+    loader = StatefulDataLoader(tasks, run)
+    try:
+        engine.initialize(addresses=[address])
+        if asynchronous:
+            return _by_task(engine.prepare_batch(loader, workflow))
+        return _by_task(engine.rollout_batch(list(islice(loader, NUM_GROUPS)), workflow))
+    finally:
+        engine.destroy()
+
+
+def _mismatch(batch: Batch, logp: np.ndarray, actor: FSDPPPOActor) -> Finding:
+    seen = batch.loss_mask
+    largest = logprob_distance(np.where(seen, logp, 0), np.where(seen, batch.logprobs, 0))
+    mean = float(np.abs(logp - batch.logprobs)[seen].mean())
+    by_kernels = actor.device.type == "cpu" and cpu.load() is not None
+    apart = {"logprobs": largest, MISMATCH if by_kernels else MISMATCH_WITHOUT_KERNELS: (mean, 0.0)}
+    return judge("trainer and server", "logprobs of the sampled tokens", apart, actor.config.dtype)
 
 
 def _by_task(batch: Batch) -> Batch:

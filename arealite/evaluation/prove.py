@@ -35,7 +35,7 @@ from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.evaluation import proof
 from arealite.evaluation.proof import ABSOLUTE, TOLERANCES, Distance, Finding, Step, judge, take_step
 from arealite.evaluation.proof_layouts import CHECK, candidates, check_layout, size_of
-from arealite.evaluation.proof_rollout import check_rollouts
+from arealite.evaluation.proof_rollout import check_mismatch, check_rollouts
 from arealite.launcher.allocation import trainer_dims
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
@@ -94,6 +94,8 @@ class Prover:
                 yield Finding(check, compared, "skipped", reason="--quick")
             elif dtype == "float32":
                 yield from check_rollouts(self.config, self.tasks, self.prompt, actor)
+            else:
+                yield check_mismatch(self.config, self.tasks, self.prompt, actor)
         others = [kind for kind in ("none", "full", "selective") if kind != config.gradient_checkpointing]
         for kind in others[: 1 if self.quick else None]:
             changes = {"gradient_checkpointing": kind}

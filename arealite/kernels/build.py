@@ -102,9 +102,23 @@ def description() -> str:
     return said + (f" ({reason})" if reason else "")
 
 
+def expectation() -> str:
+    """The same before anything is compiled. Raises ConfigError as `wanted`."""
+    names = wanted()
+    if not names:
+        return f"PyTorch, without compiled kernels ({VARIABLE}={OFF})"
+    if _compiler() is None:
+        return "PyTorch, without compiled kernels (no C compiler: install one, and bf16 is several times faster)"
+    return f"compiled kernels, {names[0]} ({VARIABLE} may be {', '.join([*available(), OFF])})"
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC", "cc"))
+
+
 def _compiled(name: str) -> Path:
     """Raises OSError or SubprocessError: it cannot be had."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    compiler = _compiler()
     if compiler is None:
         raise OSError("no C compiler (cc, or what CC names)")
     flags = [*FLAGS, *INSTRUCTION_SETS[name][1]]

@@ -182,9 +182,11 @@ INLINE void add_pairs(const int rows, const int num, vec (*sum)[WIDE], const bf1
     __m512bh pairs[WIDE];
     for (int j = 0; j < num; j++)
         pairs[j] = (__m512bh)load_words(w[j]);
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
+        __m512bh own = (__m512bh)both_of(x[r]);
         for (int j = 0; j < num; j++)
-            sum[r][j] = (vec)_mm512_dpbf16_ps((__m512)sum[r][j], (__m512bh)both_of(x[r]), pairs[j]);
+            sum[r][j] = (vec)_mm512_dpbf16_ps((__m512)sum[r][j], own, pairs[j]);
+    }
 #else
     for (int half = 0; half < 2; half++) {
         vec part[WIDE];
@@ -369,11 +371,13 @@ void product(const bf16 *x, const bf16 *packed, const bf16 *bias, bf16 *out, int
         shapes.palette = 1;
         for (int i = 0; i < 8; i++)
             shapes.width[i] = 64, shapes.rows[i] = 16;
+        __asm__ volatile("" : : "r"(&shapes) : "memory"); /* the compiler does not know what tile instructions read */
         _tile_loadconfig(&shapes);
         bf16 *rows = own_rows(ROWS_KEPT * depth);
         for (int64_t first = 0; first < num; first += ROWS_KEPT) {
             const int64_t last = num - first < ROWS_KEPT ? num - first : ROWS_KEPT;
             pack_rows(x + first * k, rows, last, k);
+            __asm__ volatile("" : : : "memory");
 #pragma omp for schedule(static) nowait
             for (int64_t p = 0; p < panels; p++)
                 for (int64_t r = 0, at = p * COLUMNS; r < last; r += 32)

@@ -11,6 +11,7 @@ from arealite.api.cli_args import GRPOConfig, RunConfig
 from arealite.api.errors import DatasetError
 from arealite.api.load_config import explain, load_run_config, to_yaml
 from arealite.dataset.fetch import MODELS, resolve_model
+from arealite.kernels import build
 from arealite.launcher.allocation import AllocationMode, trainer_dims
 from arealite.launcher.inspect import inspect, warnings
 from arealite.launcher.machine import Machine
@@ -41,6 +42,7 @@ def check(config_path: str, overrides: list[str], explained: bool) -> str:
         ("folder", str(RunFolder.of(config).root)),
         ("model", f"{model} ({note_on(model)})"),
         ("machine", f"{machine.name}: {len(machine.cores)} cores, {len(machine.gpus)} GPUs, {num_bytes} available"),
+        *([] if machine.gpus else [("CPU kernels", build.expectation())]),
         ("wiring", f"{plan.allocation}: {wiring(plan, config)}"),
         ("steps", steps(config, rows.get("train_dataset"))),
     ]

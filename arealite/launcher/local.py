@@ -17,6 +17,7 @@ from pathlib import Path
 from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_run_config, to_yaml
+from arealite.kernels import build
 from arealite.launcher import children
 from arealite.launcher.failures import RunFailed
 from arealite.launcher.inspect import inspect, warnings
@@ -38,7 +39,10 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
         raise ConfigError(f"no training script {script!r}: expected a Python file")
     config = load_run_config(config_path, overrides)
     model, rows = inspect(config, starts=True)
-    plan = make_plan(config, Machine.local(config.cluster), model, [script, "--config", config_path, *overrides])
+    machine = Machine.local(config.cluster)
+    plan = make_plan(config, machine, model, [script, "--config", config_path, *overrides])
+    if not machine.gpus:
+        say(f"CPU: {build.expectation()}")
     for warning in warnings(config, rows):
         say(f"warning: {warning}")
     return launch(plan, config, RunFolder.of(config))
