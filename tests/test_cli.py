@@ -195,6 +195,7 @@ def test_check_explains_every_field(config_file, capsys):
     [
         (["check", "absent.yaml"], "absent.yaml"),
         (["run", "absent.py", "--config", "CONFIG"], "no training script 'absent.py'"),
+        (["run", "CONFIG", "--config", "CONFIG"], "run.yaml is no Python: "),
         (["check", "CONFIG", "allocation_mode=native:d1+fsdp:d1x2"], "  native:d1+fsdp:d1x2\n                   ^"),
         (["check", "CONFIG", "seeed=2"], "seed"),
         (["fetch", "unheard-of"], "unknown model"),

@@ -104,8 +104,13 @@ def test_one_rule_for_every_path(key, tmp_path, monkeypatch):
 
     assert found("~/a") == "/home-of-somebody/a" and found("~") == "/home-of-somebody"
     assert found("$PLACE/b~c") == "some place/b~c" and found("sub/a$1") == "sub/a$1"
-    for path, complaint in (("$ABSENT_/x", "variable ABSENT_, which is not set"), ("~nobody-at-all", "home of a user")):
-        with pytest.raises(ConfigError, match=f"command line: {re.escape(key)}: .*{complaint}"):
+    assert found("${HOME}/${PLACE}") == "/home-of-somebody/some place"
+    for path, complaint in (
+        ("$ABSENT_/x", "variable ABSENT_, which is not set"),
+        ("${ABSENT_}/x", "variable 'ABSENT_' not found"),
+        ("~nobody-at-all", "home of a user"),
+    ):
+        with pytest.raises(ConfigError, match=f"command line: {re.escape(key)}.*: .*{complaint}"):
             found(path)
 
 

@@ -23,6 +23,7 @@ from arealite.api.known_names import ours
 from arealite.api.paths import expand
 
 NUM_SUGGESTIONS = 3
+VARIABLE = re.compile(r"(?<!\\)\${([A-Z_][A-Z0-9_]*)}")  # of the environment: no key is written so
 NULLS = ("", "~", "null", "Null", "NULL")
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
@@ -193,6 +194,7 @@ class Reader:
         elif complaint := wrong_kind(value, hint):
             self.problems.append(f"{where(key)}: {key} is {value!r}: {complaint}")
         else:
+            value = VARIABLE.sub(r"${oc.env:\1}", value) if isinstance(value, str) else value
             self.givens.append(Given(key, value, where(key)))
 
     def unknown_tree(self, key: str, value: Any, where: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 # Our key, or a sentence about it, and the names of others, with the section where the last word is not enough.
 OTHERS = {
-    "gconfig.n_samples": "group_size rollout.n num_generations",
+    "gconfig.n_samples": "group_size rollout.n gconfig.n num_generations",
     "gconfig.max_new_tokens": "gconfig.max_tokens max_response_length max_completion_length",
     "gconfig.temperature: 0 is greedy": "greedy",
     "valid_dataset.num_rows": "max_tasks",
@@ -19,8 +19,8 @@ OTHERS = {
     "actor.reward_norm.std: none is off": "norm_adv_by_std_in_grpo scale_rewards",
     "actor.path": "model_name_or_path",
     "actor.dtype: bfloat16 is the default": "bf16 model_dtype",
-    "actor.max_tokens_per_mb, in tokens": "n_mbs max_tokens_per_gpu ppo_max_token_len_per_gpu ppo_micro_batch_size"
-    " ppo_micro_batch_size_per_gpu log_prob_micro_batch_size_per_gpu gradient_accumulation_steps",
+    "actor.max_tokens_per_mb, in tokens": "mb_spec n_mbs max_tokens_per_gpu ppo_max_token_len_per_gpu"
+    " ppo_micro_batch_size ppo_micro_batch_size_per_gpu log_prob_micro_batch_size_per_gpu gradient_accumulation_steps",
     "actor.ppo_n_minibatches; every sample is trained on once": "ppo_mini_batch_size ppo_epochs num_iterations",
     "actor.eps_clip": "clip_ratio clip_ratio_low epsilon",
     "actor.eps_clip_higher": "clip_ratio_high epsilon_high",
@@ -75,6 +75,7 @@ OTHERS = {
     "cluster.fileroot": "output_dir default_local_dir",
     "cluster.num_nodes": "n_nodes nnodes",
     "cluster.num_gpus_per_node": "n_gpus_per_node",
+    "nothing: kind says what is trained, and rows are read by their columns": "train_dataset.type valid_dataset.type",
     "an argument of the script's trainer, PPOTrainer(..., should_accept=...)": "dynamic_sampling",
 }
 OURS = {name: told for told, names in OTHERS.items() for name in names.split()}

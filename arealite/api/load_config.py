@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,9 +136,7 @@ def unresolvable(tree: DictConfig, given: Given) -> str | None:
     try:
         OmegaConf.select(tree, given.key, throw_on_missing=True)
     except (OmegaConfBaseException, GrammarParseError) as error:
-        found = f"{given.where}: {given.key} is {given.value!r}: {str(error).splitlines()[0]}"
-        variable = re.search(r"\${([A-Z_][A-Z0-9_]*)}", given.value)
-        return f"{found}; the environment variable is ${variable[1]} in a path" if variable else found
+        return f"{given.where}: {given.key} is {given.value!r}: {str(error).splitlines()[0]}"
     return None
 
 

@@ -37,6 +37,10 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
     """Run a training script with its servers; returns the exit code. Raises ConfigError, DatasetError."""
     if not Path(script).is_file():
         raise ConfigError(f"no training script {script!r}: expected a Python file")
+    try:
+        compile(Path(script).read_bytes(), script, "exec")
+    except (SyntaxError, ValueError) as error:  # found here rather than when all servers are up
+        raise ConfigError(f"{script} is no Python: {error}") from None
     config = load_run_config(config_path, overrides)
     model, rows = inspect(config, starts=True)
     machine = Machine.local(config.cluster)
