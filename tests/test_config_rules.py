@@ -27,6 +27,7 @@ CASES = [
     ),
     (["actor.lora.target_modules=[]"], "target_modules is empty", ["actor.lora.target_modules=[q_proj]"]),
     (["ref.path=m", "ref.lora.rank=8"], "ref.lora is given, but the reference is not trained", ["ref.lora=null"]),
+    (["server.dtype=float32"], "server.dtype is float32 and actor.dtype bfloat16", ["actor.dtype=float32"]),
     (["trial_name=a/b"], "trial_name is 'a/b'", ["trial_name=b"]),
     (["experiment_name="], "experiment_name is ''", ["experiment_name=e"]),
     (
