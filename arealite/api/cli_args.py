@@ -239,7 +239,7 @@ class PPOCriticConfig(TrainEngineConfig):
 
 @dataclass
 class FrequencyConfig:
-    """When something happens; any of the three. Nothing given: never."""
+    """When something happens; any of the three, and the end of the run."""
 
     freq_steps: int | None = setting(None, "every so many steps", low=1)
     freq_epochs: int | None = setting(None, "every so many epochs", low=1)

@@ -170,7 +170,8 @@ class Supervisor:
         if not alive or self.stop.num_asked > 1:
             return True
         if not self._is_told:
-            say("stopping after this step, with a recovery point; asked once more, at once")
+            if self.config.recover.mode != "off":
+                say("stopping after this step, with a recovery point; asked once more, at once")
             for c in alive:
                 os.kill(c.pid, signal.SIGTERM)
             self._is_told = True
