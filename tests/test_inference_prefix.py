@@ -83,6 +83,13 @@ def test_the_oldest_goes_first_and_never_what_others_build_on() -> None:
     assert cache.match(None, key(first))[1] == 32
 
 
+def test_a_long_prefix_can_be_evicted_whole() -> None:
+    pool = pool_of(4)
+    cache = PrefixCache(pool)
+    remember(cache, pool, [1] * 64)
+    assert cache.make_room(4) and pool.num_free == 4
+
+
 def test_pages_that_are_known_take_the_place_of_a_sequences_own() -> None:
     pool = pool_of(8)
     cache = PrefixCache(pool)

@@ -231,6 +231,8 @@ def test_prompts_in_progress_are_waited_for_while_others_go_first() -> None:
     while scheduler.waiting:
         assert advance(scheduler) <= 40
     assert [s.num_cached for s in scheduler.running if s.request.rid in ("a1", "a2")] == [100, 100]
+    scheduler.waiting.append(greedy_request("z", [9] * 100, 50))
+    assert advance(scheduler) == 40, "running requests take theirs first"
 
 
 def test_a_long_prompt_holds_nobody_up(model: ServedModel, alone: Alone) -> None:
