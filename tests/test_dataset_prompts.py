@@ -236,7 +236,7 @@ def test_a_turn_that_does_not_end_where_generation_does_is_told_at_start(tmp_pat
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no tokenizer can be loaded from .* set tokenizer_path"):
+    with pytest.raises(ConfigError, match="no tokenizer can be read from .* set tokenizer_path"):
         load_tokenizer(GRPOConfig(actor=PPOActorConfig(path=str(tmp_path))))
 
 
