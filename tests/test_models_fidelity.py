@@ -26,6 +26,7 @@ WRONG = {
     "doge": ({}, "even alone a sequence gets other scores"),
     "phimoe": (WINDOW | {"num_local_experts": 2}, "gets other scores"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "beside others|standard attention"),
+    "minimax_m3_vl_text": ({"layer_types": ["full_attention", "minimax_m3_sparse"]}, "other scores|fails there"),
     "falcon": ({}, "do not use transformers' attention interface"),
     "gpt_neo": ({"attention_types": [[["global", "local"], 1]], "num_layers": 2}, "do not use transformers' attention"),
     "mamba": ({}, "do not use transformers' attention|max_position_embeddings"),

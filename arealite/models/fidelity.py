@@ -33,12 +33,13 @@ MAX_WIDTH = 256
 # What a number of a configuration is at most in the tiny one, by name.
 CAPS = {
     r"vocab_size": VOCABULARY,
-    r"window|attention_chunk_size|index_(topk|block_size)$|index.*blocks$|floor_scale|n_floor$": 5,
+    r"window|attention_chunk_size|index_(topk|block_size)$|floor_scale|n_floor$": 5,
     r"intermediate|^n_inner$|ffn_dim|ffn_hidden|word_embed_proj_dim": 64,
     r"lora_rank$|laurel_rank|per_layer_input$": 32,
     r"^(num_experts|num_local_experts|n_routed_experts|moe_num_experts|zero_expert_num)$": 8,
     r"^(n_group|num_expert_group|num_experts_per_tok(en)?|moe_topk|moe_k|top_k)$": 2,
     r"^(first_k_dense_replace|num_dense_layers|moe_layer_start_index|topk_group|num_kv_shared_layers)$": 1,
+    r"^index_\w+_blocks$": 1,
 }
 
 
