@@ -9,6 +9,7 @@ and ends the script with exit code 1. All of them take some minutes.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import tempfile
@@ -54,7 +55,7 @@ def trial(side: str, folder: str) -> str:
 def main(kinds: list[str]) -> int:
     logging.disable(logging.WARNING)
     faults = 0
-    for kind in kinds or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 CONFIG_MAPPING[kind](**CHANGES.get(kind, {})).save_pretrained(folder)
@@ -72,4 +73,12 @@ def main(kinds: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="Try architectures as trainer and server do at load.")
+    kinds = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    parser.add_argument(
+        "kinds", nargs="*", metavar="KIND", help="model_type of a config.json; all that there are if none"
+    )
+    given = parser.parse_args().kinds
+    if unknown := sorted({*given} - {*kinds}):
+        parser.error(f"transformers has no causal language model of kind {', '.join(unknown)}")
+    sys.exit(main(given or kinds))
