@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arealite.inference.requests import SamplingParams
-from arealite.inference.sampler import NUM_LIKELIEST, sample, uniform
+from arealite.inference.sampler import NUM_LIKELIEST, sample, uniform_numbers
 
 NUM_DRAWS = 20_000
 
@@ -56,7 +56,7 @@ def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
 )
 def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     logits = torch.randn(300, generator=torch.Generator().manual_seed(3)) * 1.5
-    uniforms = [uniform(7, i) for i in range(NUM_DRAWS)]
+    uniforms = uniform_numbers([7] * NUM_DRAWS, range(NUM_DRAWS))
     drawn = sample(logits.expand(NUM_DRAWS, -1), [params] * NUM_DRAWS, uniforms)
     full = torch.softmax(logits.double() / params.temperature, -1)
     left_out = float(full[reference_probs(logits, params) == 0].sum())
@@ -123,15 +123,28 @@ def test_a_row_does_not_depend_on_the_others(
 ) -> None:
     logits = torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(seed)).to(dtype)
     params = [SamplingParams(1, temperature=temperature, top_p=top_p)] * num_rows
-    uniforms = [uniform(seed, i) for i in range(num_rows)]
+    uniforms = uniform_numbers([seed] * num_rows, range(num_rows))
     together = sample(logits, params, uniforms)
     for i in {0, num_rows // 2, num_rows - 1}:
         alone = sample(logits[i : i + 1], params[:1], uniforms[i : i + 1])
         assert (alone.tokens[0], alone.logprobs[0]) == (together.tokens[i], together.logprobs[i])
 
 
+@pytest.mark.parametrize("seed", [0, 1, -1, -(2**63), 2**63 - 1])
+def test_uniform_numbers_are_splitmix64_of_seed_and_position(seed: int) -> None:
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    positions = [0, 1, 2047, 2**31]
+    state = mix((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
+    wanted = [(mix((state + position * 0x9E3779B97F4A7C15) % 2**64) >> 11) / 2**53 for position in positions]
+    assert uniform_numbers([seed] * len(positions), positions) == wanted
+
+
 def test_uniforms_are_uniform_and_differ_between_seeds_and_positions() -> None:
-    grid = torch.tensor([[uniform(seed, i) for i in range(200)] for seed in (*range(49), -1)], dtype=torch.float64)
+    grid = torch.tensor([uniform_numbers([seed] * 200, range(200)) for seed in (*range(49), -1)], dtype=torch.float64)
     assert len(set(grid.flatten().tolist())) == grid.numel()
     counts = torch.histc(grid.flatten(), bins=20, min=0, max=1)
     assert chi_square(counts.double(), torch.full((20,), 0.05, dtype=torch.float64)) < 4

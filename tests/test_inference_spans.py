@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def in_passes(
     places = torch.randperm(pool.num_pages, generator=torch.Generator().manual_seed(0)).add(1).tolist()
     sequences = [Sequence(GenerateRequest("spans", row, SamplingParams(1))) for row in rows]
     for sequence in sequences:
-        sequence.pages = [places.pop() for _ in range(pages_for(len(sequence.tokens)))]
+        sequence.pages = array("i", [places.pop() for _ in range(pages_for(len(sequence.tokens)))])
     parts: list[list[torch.Tensor]] = [[] for _ in rows]
     done = [0] * len(rows)
     with torch.inference_mode():
@@ -233,7 +234,7 @@ def test_in_bf16_windows_are_as_exact_as_in_the_plain_pass(config: Any, tmp_path
 def test_a_window_reads_no_page_outside_of_it(windowed: ServedModel) -> None:
     pool = windowed.make_pool(1024)
     sequence = Sequence(GenerateRequest("long", tokens_of(0, 640), SamplingParams(1)))
-    sequence.pages = pool.take(40)
+    sequence.pages = array("i", pool.take(40))
     for start, count, most in [(639, 1, 3), (600, 1, 3), (620, 10, 4), (5, 1, 1)]:
         spans = [Span(sequence, start, count)]
         [block] = KVLayout(pool, spans).blocks(24)

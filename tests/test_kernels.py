@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from arealite.engine.logprobs import token_logprobs
 from arealite.engine.model import PackedLanguageModel
 from arealite.inference.cache import PAGE_TOKENS, pages_for
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.inference.sampler import sample, uniform
+from arealite.inference.sampler import sample, uniform_numbers
 from arealite.inference.sequence import Sequence, Span
 from arealite.kernels import build, cpu
 from arealite.kernels.cpu import Kernels, PagedSpans, TreeRuns
@@ -165,7 +166,7 @@ def test_sampled_tokens_are_those_of_the_pytorch_path(
 ) -> None:
     logits = torch.randn(64, vocab, generator=torch.Generator().manual_seed(1)).mul(4).to(dtype)
     params = [SamplingParams(1, temperature=[0.0, 1.0, 0.6, 1.4][i % 4], top_k=5 * (i % 8 == 7)) for i in range(64)]
-    uniforms = [uniform(3, i) for i in range(64)]
+    uniforms = uniform_numbers([3] * 64, range(64))
     drawn = sample(logits, params, uniforms)
     monkeypatch.setattr(cpu, "load", lambda: None)
     plain = sample(logits, params, uniforms)
@@ -179,7 +180,7 @@ def logits_of(folder: Path, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor
     with torch.inference_mode():
         pool = model.make_pool(64)
         sequence = Sequence(GenerateRequest("", [(7 * t) % 250 for t in range(50)], SamplingParams(1)))
-        sequence.pages = pool.take(4)
+        sequence.pages = array("i", pool.take(4))
         spans = [(0, 23), (23, 17), *((t, 1) for t in range(40, 50))]
         return torch.cat([model.logits(model.forward(pool, [Span(sequence, *span)])) for span in spans])
 

@@ -16,7 +16,7 @@ import torch
 from arealite.inference.model import ServedModel
 from arealite.inference.penalties import adjust
 from arealite.inference.responses import find_stop_string
-from arealite.inference.sampler import sample, uniform
+from arealite.inference.sampler import sample, uniform_numbers
 from arealite.inference.scheduler import REPLAY_TOKENS, Scheduler
 from arealite.inference.scores import note_choices, score_prompt
 from arealite.inference.sequence import Sequence, Span
@@ -137,7 +137,7 @@ class Batcher:
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Append one token to each sequence and end those that are done."""
         params = [s.request.params for s in sequences]
-        uniforms = [uniform(s.seed, len(s.tokens)) for s in sequences]
+        uniforms = uniform_numbers((s.seed for s in sequences), (len(s.tokens) for s in sequences))
         logits = adjust(sequences, logits)
         drawn = sample(logits, params, uniforms)
         note_choices(sequences, logits)

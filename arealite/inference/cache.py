@@ -6,6 +6,7 @@ Owned by the engine thread (scheduler.py and prefix.py allocate and free, model.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -67,13 +68,13 @@ class PagePool:
             self._holders[page] = 1
         return pages
 
-    def hold(self, pages: list[int]) -> None:
+    def hold(self, pages: Iterable[int]) -> None:
         """One more holder of each page, none of which is free."""
         for page in pages:
             self.num_idle -= not self._holders[page]
             self._holders[page] += 1
 
-    def drop(self, pages: list[int]) -> None:
+    def drop(self, pages: Iterable[int]) -> None:
         """Give up one hold on each page; one that nobody holds or keeps is free again."""
         for page in pages:
             self._holders[page] -= 1
@@ -103,7 +104,7 @@ class PagePool:
     def copy_page(self, source: int, target: int) -> None:
         self.tensor[:, :, :, target].copy_(self.tensor[:, :, :, source])
 
-    def clean(self, pages: list[int]) -> None:
+    def clean(self, pages: Iterable[int]) -> None:
         """Zero the pages that nobody else holds. A NaN left behind would reach later holders through masked positions
         (0 * NaN)."""
         self.tensor[:, :, :, [SCRATCH_PAGE, *(page for page in pages if self._holders[page] == 1)]] = 0

@@ -5,9 +5,10 @@ Built by model.py for each pass and handed through the Hugging Face modelling co
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -24,7 +25,7 @@ ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attenti
 QUERIES_PER_CALL = 512  # queries of long spans whose scores exist at one time
 QUERIES_PER_PIECE = 64  # of one span that a core computes at a time in the kernels
 KEYS_PER_CALL = 4096  # keys of short spans gathered at one time: stays in a core's cache
-_UNSUPPORTED = ("s_aux", "position_bias")
+_UNSUPPORTED = {"s_aux", "position_bias"}
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,17 @@ class KVLayout:
     @cached_property
     def paged_spans(self) -> PagedSpans:
         """The same for the compiled kernels."""
-        pieces: list[tuple[int, int, int, int]] = []
-        tables: list[int] = []
-        first = 0
-        for span in self.spans:
-            for start in range(span.start, span.end, QUERIES_PER_PIECE):
-                pieces.append((first, start, min(QUERIES_PER_PIECE, span.end - start), len(tables)))
-                first += pieces[-1][2]
-            tables += span.sequence.pages[: pages_for(span.end)]
-        longest = max((span.end for span in self.spans), default=0)
-        return PagedSpans(np.array(pieces, np.int32), np.array(tables, np.int32), first, longest)
+        pieces, tables = array("i"), array("i")
+        first = longest = 0
+        for sequence, begin, count in self.spans:
+            end = begin + count
+            for start in range(begin, end, QUERIES_PER_PIECE):
+                num = min(QUERIES_PER_PIECE, end - start)
+                pieces.extend((first, start, num, len(tables)))
+                first += num
+            tables.extend(sequence.pages[: pages_for(end)])
+            longest = max(longest, end)
+        return PagedSpans(np.asarray(pieces).reshape(-1, 4), np.asarray(tables), first, longest)
 
     def blocks(self, window: int | None) -> list[Block]:
         """What layers of this window compute, in pieces of bounded size; planned when first asked for."""
@@ -156,8 +158,7 @@ def packed_attention(
     """
     if kv_layout is None:
         raise ConfigError("this model's code does not pass attention keywords on: the native server cannot serve it")
-    odd = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if odd:
+    if not _UNSUPPORTED.isdisjoint(kwargs) and (odd := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]):
         raise ConfigError(f"this model's attention uses {', '.join(odd)}, which the native server does not support yet")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     window = sliding_window or None
@@ -217,6 +218,7 @@ def to_device(array: np.ndarray | list[list[int]], device: torch.device) -> torc
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+@cache
 def bucket_pages(num_tokens: int) -> int:
     """Pages a decode row of this length reads: 1, 2, 3, 4, 6, 8, 12, 16, ... so that at most a third is masked and
     the shape depends on nothing but the row's own length."""

@@ -217,7 +217,7 @@ class ServedModel:
         hidden: list[list[torch.Tensor]] = [[] for _ in rows]
         spans = []
         for sequence, row in zip(sequences, rows, strict=True):
-            sequence.pages = pool.take(pages_for(len(row)))
+            sequence.pages.extend(pool.take(pages_for(len(row))))
             ends = [len(row) // 2, *range(len(row) // 2 + 3, len(row) + 1)]
             spans.append([Span(sequence, start, end - start) for start, end in pairwise([0, *ends])])
         for together in zip_longest(*spans):

@@ -6,6 +6,7 @@ Owned by the engine thread; scheduler.py asks it when a sequence is admitted and
 from __future__ import annotations
 
 import heapq
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 
 from arealite.inference.cache import PAGE_TOKENS, PagePool
@@ -56,7 +57,7 @@ class PrefixCache:
         self._touch(path)
         return [node.page for node in path], sum(len(node.key) for node in path) // TOKEN_BYTES
 
-    def insert(self, adapter: str | None, key: bytes, pages: list[int], with_tail: bool) -> None:
+    def insert(self, adapter: str | None, key: bytes, pages: MutableSequence[int], with_tail: bool) -> None:
         """Remember the tokens of `key`, whose keys and values are in `pages`; a page filled in part only `with_tail`:
         positions after these tokens may still be written to.
 

@@ -6,6 +6,7 @@ function of (seed, i) only, so a request that is stopped and sent again with its
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ from arealite.kernels import cpu
 BLOCK = 256  # the inverse CDF is searched block by block, then within one block
 NUM_LIKELIEST = 1024  # candidates that are sorted first; the whole row only where a nucleus holds more
 _MASK = (1 << 64) - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,22 @@ class Sampled:
     cut: dict[int, float] = field(default_factory=dict)
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from the seed and the absolute position: splitmix64 (Steele, Lea, Flood 2014) of both."""
-    state = _mix((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & _MASK)
-    return (_mix((state + position * 0x9E3779B97F4A7C15) & _MASK) >> 11) * 2.0**-53
+def uniform_numbers(seeds: Iterable[int], positions: Iterable[int]) -> list[float]:
+    """Numbers in [0, 1), each from a seed and an absolute position: splitmix64 (Steele, Lea, Flood 2014) of both."""
+    state = _mix(_words(seeds) * _GOLDEN + np.uint64(0x632BE59BD9B4E019))
+    mixed: list[float] = ((_mix(state + _words(positions) * _GOLDEN) >> np.uint64(11)) * 2.0**-53).tolist()
+    return mixed
 
 
-def _mix(z: int) -> int:
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
+def _words(numbers: Iterable[int]) -> np.ndarray:
+    """Modulo 2**64."""
+    return np.fromiter((number & _MASK for number in numbers), np.uint64)
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[float]) -> Sampled:

@@ -5,6 +5,7 @@ Used by batcher.py, on the engine thread.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 
 from arealite.inference.cache import PAGE_TOKENS, PagePool, pages_for
@@ -45,6 +46,8 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Move waiting sequences to running, with pages for their tokens, as long as this step has room to begin them;
         returns these. One whose tokens are being computed for another waits for that, and finds them."""
+        if not self.waiting:
+            return []
         busy = [s for s in self.running if s.num_missing > 1]
         room = self._prompt_room() - sum(s.num_missing for s in busy)
         in_progress = {self._next_part(s, s.num_computed) for s in busy if s.epoch == self.prefix.epoch}
@@ -102,7 +105,7 @@ class Scheduler:
             for source in partial:
                 pool.copy_page(source, own[0])
             pool.hold(shared)
-            sequence.pages = shared + own
+            sequence.pages = array("i", shared + own)
             sequence.num_computed = num
             sequence.epoch = self.prefix.epoch
             if not sequence.num_retractions:
@@ -114,16 +117,21 @@ class Scheduler:
         """What to compute now, pass by pass: the next token of every sequence that lacks but one, then, in the order of
         admission, pieces of the others as far as there is room. One pass does it all, unless results must be exact."""
         self._grow()
-        room = self._prompt_room()
         singles: list[Span] = []
+        others: list[Sequence] = []
         pieces: list[Span] = []
         for sequence in self.running:
-            start, missing = sequence.num_computed, sequence.num_missing
-            if missing == 1 if not self.replay else start >= sequence.num_prompt:
+            start = sequence.num_computed
+            if len(sequence.tokens) - start == 1 if not self.replay else start >= sequence.num_prompt:
                 singles.append(Span(sequence, start, 1))
-            elif room > 0:
+            else:
+                others.append(sequence)
+        room = self._prompt_room() if others else 0
+        for sequence in others:
+            if room > 0:
                 end_of_piece = sequence.num_prompt if self.replay else len(sequence.tokens)
                 longest = REPLAY_TOKENS if self.replay else room
+                start = sequence.num_computed
                 pieces.append(Span(sequence, start, min(end_of_piece - start, longest)))
                 room -= pieces[-1].count
         if not self.replay:
@@ -138,7 +146,7 @@ class Scheduler:
             while sequence.pages and not self.prefix.make_room(1):
                 self.retract(self.running[-1])
             if sequence.pages:
-                sequence.pages += self.pool.take(1)
+                sequence.pages.extend(self.pool.take(1))
 
     def share(self, sequence: Sequence) -> None:
         """Let others find what is computed of a sequence. Called when that is known to be sound."""
@@ -179,5 +187,5 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.share(sequence)
         self.pool.drop(sequence.pages)
-        sequence.pages = []
+        del sequence.pages[:]
         sequence.num_computed = 0

@@ -14,10 +14,10 @@ from arealite.inference.sequence import Scored, Sequence
 def note_choices(sequences: list[Sequence], logits: torch.Tensor) -> None:
     """Append to each sequence that wants them the logprobs of the likeliest and of the named tokens, for the token that
     is drawn from its row of `logits` [B, V]: over the full vocabulary, after temperature (1 where greedy)."""
-    for sequence, row in zip(sequences, logits, strict=True):
+    for i, sequence in enumerate(sequences):
         request = sequence.request
         if request.top_logprobs_num or request.token_ids_logprob:
-            logprobs = _log_softmax(row[None].float() / (request.params.temperature or 1.0))
+            logprobs = _log_softmax(logits[i : i + 1].float() / (request.params.temperature or 1.0))
             top, named = _chosen(sequence, logprobs)
             sequence.top_logprobs += top
             sequence.token_ids_logprobs += named

@@ -6,10 +6,11 @@ Made by routes.py's submission, owned by the engine thread until `future` is res
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     versions: list[str] = field(default_factory=list)
     input_logprobs: list[float | None] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("i"))
     num_computed: int = 0
     num_cached: int = 0  # leading tokens that were found computed when it first ran
     num_retractions: int = 0
@@ -108,13 +109,12 @@ class Sequence:
         self.finished_at = time.perf_counter()
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Tokens [start, start + count) of a sequence, computed in one forward pass; those before have keys and values."""
 
     sequence: Sequence
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # not tuple's method
 
     @property
     def end(self) -> int:
