@@ -244,16 +244,30 @@ def test_a_window_reads_no_page_outside_of_it(windowed: ServedModel) -> None:
         assert span_order(spans[0], 24) <= span_order(spans[0])
 
 
-def test_what_a_configuration_and_its_code_disagree_on_is_refused(tmp_path: Path) -> None:
-    """Llama ignores a window; one in its configuration may be a mistake of either."""
-    folder = save(LlamaConfig(**SMALL, sliding_window=32), tmp_path)
-    with pytest.raises(ConfigError, match="layer 0 has a sliding window of 32 by its configuration, and passes None"):
-        served(folder)
+@pytest.mark.skipif(cpu.load() is None, reason="no compiled kernels")
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: LlamaConfig(**{**SMALL, "head_dim": 32}),
+        lambda: MistralConfig(**{**SMALL, "head_dim": 32}, sliding_window=17),
+        lambda: Qwen2Config(**{**SMALL, "head_dim": 32}, **MIXED),
+        lambda: Qwen3Config(**{**SMALL, "head_dim": 32}, **MIXED),
+    ],
+)
+def test_layers_of_the_common_kind_are_kernel_calls_with_the_same_bits(config: Any, tmp_path: Path) -> None:
+    model = served(save(config(), tmp_path), torch.bfloat16)
+    rows = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
+    direct = in_passes(model, MIXTURE, rows)
+    layers = model.module.model.layers
+    assert all("forward" in vars(layer) for layer in layers)
+    for layer in layers:
+        del layer.forward
+    assert all(map(torch.equal, direct, in_passes(model, MIXTURE, rows)))
 
 
 def test_layers_of_other_kinds_are_refused(tmp_path: Path) -> None:
     Qwen3NextConfig(**SMALL, layer_types=["linear_attention"] * 3 + ["full_attention"]).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="layers of kind linear_attention; the native server supports"):
+    with pytest.raises(ConfigError, match="keep a state along the row"):
         served(tmp_path)
 
 

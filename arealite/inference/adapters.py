@@ -97,6 +97,10 @@ class Adapters:
         for target in self._hooks.keys() - used:
             self._hooks.pop(target).remove()
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._loaded
+
     def lacks(self, name: str | None) -> bool:
         """Whether a request that chose it came too late."""
         return name is not None and name not in self._loaded

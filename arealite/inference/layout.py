@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
@@ -129,9 +129,10 @@ class KVLayout:
 
 @dataclass
 class ShapeProbe:
-    """Stands in for a layout of one token, and notes per layer the shapes of key and value."""
+    """Stands in for a layout of one token, and notes per layer the shapes of key and value, and scale and window."""
 
-    seen: dict[int, tuple[torch.Size, torch.Size]]
+    seen: dict[int, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
+    settings: dict[int, tuple[float, int | None]] = field(default_factory=dict)
 
 
 def packed_attention(
@@ -163,10 +164,10 @@ def packed_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     window = sliding_window or None
     q, k, v = query[0], key[0], value[0]  # [heads, T, head dim]
-    if isinstance(kv_layout, ShapeProbe):
-        kv_layout.seen[layer] = (k.shape, v.shape)
-        return v.repeat_interleave(len(q) // len(v), 0).transpose(0, 1)[None], None  # one token sees itself
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(kv_layout, ShapeProbe):
+        kv_layout.seen[layer], kv_layout.settings[layer] = (k.shape, v.shape), (scale, window)
+        return v.repeat_interleave(len(q) // len(v), 0).transpose(0, 1)[None], None  # one token sees itself
     pool = kv_layout.pool
     if pool.kernels is not None:
         spans = kv_layout.paged_spans

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from array import array
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from arealite.api.errors import ConfigError
 from arealite.inference.adapters import Adapters
 from arealite.inference.cache import PAGE_TOKENS, PagePool, pages_for
+from arealite.inference.layers import DirectLayers
 from arealite.inference.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention, to_device
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence, Span
@@ -177,7 +179,7 @@ class ServedModel:
 
     def _discover_kv_shape(self) -> tuple[int, int, int]:
         """Heads and layers as the modelling code itself hands them to attention."""
-        probe = ShapeProbe({})
+        probe = ShapeProbe()
         self._run([0], [0], probe)
         num_layers = self.config.get_text_config().num_hidden_layers
         shapes = set(probe.seen.values())
@@ -199,14 +201,28 @@ class ServedModel:
         """On a CPU in bf16: packed weights, fused modules and, where it fits, attention by the compiled kernels."""
         if self.dtype != torch.bfloat16 or self.device.type != "cpu":
             return None, None
-        linears = None if shared else PackedLinears(self.module, lambda: self._run([0], [0], ShapeProbe({})))
+        linears = None if shared else PackedLinears(self.module, lambda: self._run([0], [0], ShapeProbe()))
         compiled = cpu.load()
         if compiled is None:
             return linears, None
         fuse(self.module, compiled)
         softcap = self.config.get_text_config().to_dict().get("attn_logit_softcapping")
-        fits = softcap is None and self.kv_shape[2] % cpu.DIM_STEP == 0
-        return linears, compiled if fits else None
+        if softcap is not None or self.kv_shape[2] % cpu.DIM_STEP:
+            return linears, None
+        if linears is not None:
+            probe = ShapeProbe()
+            self._run([0], [0], probe)
+            self._paging = compiled
+            DirectLayers(self.module, compiled, linears, self.adapters, probe).keep_if_equal(self._probe_states)
+        return linears, compiled
+
+    def _probe_states(self) -> torch.Tensor:
+        """Hidden states of a short sequence: a prompt, and one token after it."""
+        pool, num = self.make_pool(2 * PAGE_TOKENS), PAGE_TOKENS + 5
+        row = [(31 * t + 17) % self.vocab_size for t in range(num)]
+        sequence = Sequence(GenerateRequest("probe", row, SamplingParams(1)))
+        sequence.pages = array("i", pool.take(2))
+        return torch.cat([self.forward(pool, [Span(sequence, *span)]) for span in ((0, num - 1), (num - 1, 1))])
 
     @torch.inference_mode()
     def _score(self, rows: Rows) -> Rows:

@@ -64,13 +64,21 @@ class PackedLinears:
         for group in self._groups:
             group.refresh()
 
+    def group(self, linears: list[nn.Linear]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """x [..., K] -> results of `linears` side by side, always of current weights. Raises KeyError: they are no
+        group."""
+        for group in self._groups:
+            if group.linears == linears:
+                return group.product
+        raise KeyError(f"{len(linears)} linear layers")
+
 
 class _Group:
     """Linear layers with one input. The first call computes all; the others, which follow with the very same tensor,
     take their part, and the last one lets go of it."""
 
     def __init__(self, linears: list[nn.Linear], products: _Products) -> None:
-        self._linears = linears
+        self.linears = linears
         self._products = products
         self._sizes = [linear.out_features for linear in linears]
         self._packed = products.pack(self._weights(), None)
@@ -85,21 +93,24 @@ class _Group:
         self._bias = self._joined_bias()
 
     def _weights(self) -> list[torch.Tensor]:
-        return [linear.weight.detach() for linear in self._linears]
+        return [linear.weight.detach() for linear in self.linears]
 
     def _joined_bias(self) -> torch.Tensor | None:
-        if all(linear.bias is None for linear in self._linears):
+        if all(linear.bias is None for linear in self.linears):
             return None
-        zeros = self._linears[0].weight.new_zeros(sum(self._sizes)).split(self._sizes)
-        biases = [linear.bias for linear in self._linears]
+        zeros = self.linears[0].weight.new_zeros(sum(self._sizes)).split(self._sizes)
+        biases = [linear.bias for linear in self.linears]
         return torch.cat([zero if bias is None else bias.detach() for bias, zero in zip(biases, zeros, strict=True)])
 
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return self._products.product(x, self._packed, self._bias, sum(self._sizes))
+
     def _part(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        if len(self._linears) == 1:
-            return self._products.product(x, self._packed, self._bias, self._sizes[0])
+        if len(self.linears) == 1:
+            return self.product(x)
         if self._input is not x or place not in self._parts:
             self._input = x
-            both = self._products.product(x, self._packed, self._bias, sum(self._sizes))
+            both = self.product(x)
             self._parts = dict(enumerate(both.split(self._sizes, -1)))
         part = self._parts.pop(place)
         if not self._parts:

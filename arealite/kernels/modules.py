@@ -10,6 +10,7 @@ import copy
 import inspect
 import logging
 from collections import Counter
+from contextlib import suppress
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -20,7 +21,7 @@ from arealite.kernels.cpu import DIM_STEP, Kernels
 from arealite.kernels.functions import fits, linear, rms_norm, rotate, silu_times
 
 _ROTATE = "apply_rotary_pos_emb"  # the function of every modelling file of transformers that has this embedding
-_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _PROBE_ROWS = 3
 
 
@@ -31,21 +32,17 @@ logger = logging.getLogger(__name__)
 def fuse(module: Any, kernels: Kernels) -> None:
     """Replace norms, rotary embeddings and gated units that can be replaced in `module`, in place. Parameters are
     looked up when a module is called."""
-    norms: dict[tuple[type, int, float], bool | None] = {}
     rotaries: dict[type, FunctionType | None] = {}
     left: Counter[str] = Counter()
     for part in module.modules():
         kind: Any = type(part)
         own = vars(part)
-        eps = own.get("variance_epsilon", own.get("eps"))
         plain = inspect.unwrap(kind.forward)  # below the decorators of newer versions
-        if kind.__name__.endswith("RMSNorm") and isinstance(eps, float) and set(own["_parameters"]) == {"weight"}:
-            key = (kind, part.weight.numel(), eps)
-            if key not in norms:
-                norms[key] = _norm_kind(part, kernels, eps)
-            plus_one = norms[key]
-            replaced = None if plus_one is None else _norm(part, kernels, eps, plus_one)
-        elif set(own["_modules"]) == _GATED:
+        replaced: Any = None
+        if kind.__name__.endswith("RMSNorm"):
+            with suppress(KeyError):
+                replaced = _norm(part, kernels, *norm_kind(part, kernels))
+        elif set(own["_modules"]) == GATED:
             replaced = _gated(part, kernels) if _is_silu_times(part, kernels) else None
         elif _ROTATE in plain.__code__.co_names and "head_dim" in own:
             if kind not in rotaries:
@@ -90,17 +87,20 @@ def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a.float() - b.float()).norm() <= 2**-7 * b.float().norm())
 
 
-def _norm_kind(norm: Any, kernels: Kernels, eps: float) -> bool | None:
-    """Whether it multiplies by one plus the weight; None when the kernel computes neither."""
-    probe = copy.copy(norm)
-    width = norm.weight.numel()
-    if width % DIM_STEP:
-        return None
-    probe._parameters = {"weight": nn.Parameter(_random(width))}
-    x = _random(_PROBE_ROWS, width)
+@torch.no_grad()
+def norm_kind(norm: Any, kernels: Kernels) -> tuple[float, bool]:
+    """Its eps, and whether it multiplies by one plus the weight. Raises KeyError: the kernel computes neither."""
+    own = vars(norm)
+    eps = own.get("variance_epsilon", own.get("eps"))
+    if set(own["_parameters"]) != {"weight"} or not isinstance(eps, float) or norm.weight.numel() % DIM_STEP:
+        raise KeyError(type(norm).__name__)
+    probe, x = copy.copy(norm), _random(_PROBE_ROWS, norm.weight.numel())
+    probe._parameters = {"weight": nn.Parameter(_random(norm.weight.numel()))}
     wanted = type(norm).forward(probe, x)
-    matching = [kind for kind in (False, True) if _agree(rms_norm(kernels, x, probe.weight, eps, kind), wanted)]
-    return matching[0] if matching else None
+    for plus_one in (False, True):
+        if _agree(rms_norm(kernels, x, probe.weight, eps, plus_one), wanted):
+            return eps, plus_one
+    raise KeyError(type(norm).__name__)
 
 
 def _norm(norm: Any, kernels: Kernels, eps: float, plus_one: bool) -> Any:
@@ -116,7 +116,7 @@ def _norm(norm: Any, kernels: Kernels, eps: float, plus_one: bool) -> Any:
 def _is_silu_times(unit: Any, kernels: Kernels) -> bool:
     """Whether it computes down(silu(gate(x)) * up(x)), by its own code on small layers."""
     probe = copy.copy(unit)
-    layers = {name: nn.Linear(DIM_STEP, DIM_STEP, dtype=torch.bfloat16, device="cpu") for name in sorted(_GATED)[1:]}
+    layers = {name: nn.Linear(DIM_STEP, DIM_STEP, dtype=torch.bfloat16, device="cpu") for name in sorted(GATED)[1:]}
     for layer in layers.values():
         layer.weight.copy_(_random(DIM_STEP, DIM_STEP))
     probe._modules = {**layers, "act_fn": unit.act_fn}

@@ -1,0 +1,97 @@
+"""Decoder layers of the common kind as a dozen kernel calls, in place of some fifty calls of modules.
+
+Made by model.py after load, for bf16 on a CPU with compiled kernels. A layer keeps its Hugging Face code beside: for
+passes with adapters, which hook into its linear layers, and for models in which the two do not agree in every bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from arealite.inference.adapters import Adapters
+from arealite.inference.layout import KVLayout, ShapeProbe
+from arealite.kernels.cpu import Kernels
+from arealite.kernels.linears import PackedLinears
+from arealite.kernels.modules import GATED, norm_kind
+
+logger = logging.getLogger(__name__)
+
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+class DirectLayers:
+    """The decoder layers of `module` that are of the common kind, each with another forward."""
+
+    def __init__(
+        self, module: Any, kernels: Kernels, linears: PackedLinears, adapters: Adapters, probe: ShapeProbe
+    ) -> None:
+        """`probe` has seen every layer's attention."""
+        self._layers = [layer for layer in module.modules() if vars(layer).get("_modules", {}).keys() == _PARTS]
+        try:
+            forwards = [_direct(layer, kernels, linears, adapters, probe) for layer in self._layers]
+        except KeyError as error:  # a norm, a projection or a gate of another kind
+            logger.info("layers stay as transformers has them: %s is of another kind", error)
+            self._layers = forwards = []
+        for layer, forward in zip(self._layers, forwards, strict=True):
+            layer.forward = forward
+
+    def keep_if_equal(self, run: Callable[[], torch.Tensor]) -> None:
+        """`run` makes hidden states; layers that do not give the same bits as their plain code are undone."""
+        found = run()
+        forwards = [vars(layer).pop("forward") for layer in self._layers]
+        if not torch.equal(found, run()):
+            logger.info("layers stay as transformers has them: kernel calls alone gave other bits")
+            return
+        for layer, forward in zip(self._layers, forwards, strict=True):
+            layer.forward = forward
+
+
+def _direct(
+    layer: Any, kernels: Kernels, linears: PackedLinears, adapters: Adapters, probe: ShapeProbe
+) -> Callable[..., torch.Tensor]:
+    """Raises KeyError: a part of the layer is of another kind."""
+    attn, mlp, plain = layer.self_attn, layer.mlp, layer.forward
+    parts = dict(attn.named_children())
+    if set(dict(mlp.named_children())) != GATED or not parts.keys() <= _PROJECTIONS | {"q_norm", "k_norm"}:
+        raise KeyError(type(mlp).__name__)
+    qkv = linears.group([parts["q_proj"], parts["k_proj"], parts["v_proj"]])
+    gates = linears.group([mlp.gate_proj, mlp.up_proj])
+    out, down = linears.group([parts["o_proj"]]), linears.group([mlp.down_proj])
+    norms = [_norm(norm, kernels) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    head_norms = [_norm(parts[name], kernels) for name in ("q_norm", "k_norm") if name in parts]
+    number, dim = int(attn.layer_idx), int(attn.head_dim)
+    heads = parts["q_proj"].out_features // dim, parts["k_proj"].out_features // dim
+    half = mlp.gate_proj.out_features
+    scale, window = probe.settings[number]
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        layout: Any = kwargs.get("kv_layout")
+        if not isinstance(layout, KVLayout) or layout.pool.kernels is None or not adapters.is_empty:
+            whole: torch.Tensor = plain(hidden_states, *args, **kwargs)
+            return whole
+        x = hidden_states[0]
+        split = qkv(norms[0](x)).view(len(x), -1, dim).split((*heads, heads[1]), 1)
+        if head_norms:
+            split = (*(norm(y) for norm, y in zip(head_norms, split[:2], strict=True)), split[2])
+        q, k, v = (y.transpose(0, 1) for y in split)
+        cos, sin = kwargs["position_embeddings"]
+        for y in (q[None], k[None]):
+            kernels.rotate(y, cos, sin, y)
+        seen = kernels.attention(q, k, v, layout.pool.tensor[number], layout.paged_spans, window or 0, scale)
+        x = x + out(seen.view(len(x), -1))
+        both = gates(norms[1](x))
+        return (x + down(kernels.silu_times(both[:, :half], both[:, half:])))[None]
+
+    return forward
+
+
+def _norm(norm: nn.Module, kernels: Kernels) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Raises KeyError: it is not one of the kernels'."""
+    eps, plus_one = norm_kind(norm, kernels)
+    return lambda x: kernels.rms_norm(x, norm.weight, eps, plus_one)  # type: ignore[arg-type]
