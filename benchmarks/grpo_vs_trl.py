@@ -4,8 +4,8 @@
 
 Same model (SmolLM2-135M-Instruct), prompts (examples/arealite/addition), prompts per step (16), group size (8), token
 limit, temperature 1, learning rate, clipping and no KL on both sides; the first step of each is warm-up. TRL runs with
-its usual CPU settings in its fastest type (`--peer-dtype float32` adds autocast over float32 masters, which is what
-AReaLite always keeps). Prints a table, and one JSON line at the end.
+its usual CPU settings in its fastest type (`--peer-dtype float32` keeps float32 masters, as AReaLite always does, with
+autocast where the CPU has products of bf16). Prints a table, and one JSON line at the end.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from arealite.kernels import build
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "examples/arealite/addition/train.jsonl"
@@ -60,7 +62,7 @@ def run_trl(model: str, steps: int, max_new_tokens: int, dtype: str) -> None:
 
     weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=dtype == "float32", report_to="none", save_strategy="no",
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=dtype == "float32" and build.has_bf16_products(), report_to="none", save_strategy="no",
         per_device_train_batch_size=16, gradient_accumulation_steps=NUM_PROMPTS * GROUP_SIZE // 16,
         num_generations=GROUP_SIZE, max_completion_length=max_new_tokens, temperature=1.0, beta=0.0,
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_steps=steps, gradient_checkpointing=False,
@@ -124,7 +126,8 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="a Hugging Face folder; smollm2-135m if not given")
     parser.add_argument("--steps", type=int, default=3, help="steps of TRL, the first is warm-up; ours makes one more")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    fastest = "bfloat16" if build.has_bf16_products() else "float32"
+    parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"), default=fastest)
     parser.add_argument("override", nargs="*", help="key=value for our run, such as rollout.max_head_offpolicyness=0")
     args = parser.parse_args()
     if args.side == "trl":

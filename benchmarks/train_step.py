@@ -5,8 +5,8 @@
 Both sides train SmolLM2-135M on the very same 128 sequences: 16 prompts of examples/arealite/addition, 8 fixed random
 answers each (15 to 39 tokens). Timed is what follows generation and rewards, up to the optimizer's step; the first step
 of each is warm-up. Ours (with the computation of advantages) runs in bf16 over float32 masters, in the environment that
-the launcher gives a trainer. TRL runs in batches of 16: by default over float32 masters with bf16 autocast, as we do;
-`--peer-dtype bfloat16` trains bf16 weights without masters, its fastest type. Peak memory is VmHWM of each process,
+the launcher gives a trainer. TRL runs in batches of 16: by default over float32 masters with bf16 autocast, as we do
+(without autocast on CPUs that have no products of bf16, where it is many times slower); `--peer-dtype bfloat16` trains bf16 weights without masters, its fastest type. Peak memory is VmHWM of each process,
 loading included. MFU: the FLOPs that the computed tokens need (recomputation not counted) per second, over what bf16
 products of the same shapes reach on this machine. The last line is one JSON object.
 """
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_vs_trl import GROUP_SIZE, LEARNING_RATE, NUM_PROMPTS, PROMPTS, ROOT
+
+from arealite.kernels import build
 
 ANSWER_TOKENS = (15, 39)  # shortest and longest answer
 FIRST_WORD = 1000  # ids below are special tokens and single characters
@@ -152,7 +154,7 @@ def run_trl(model: str, sequences: list[dict[str, Any]], steps: int, dtype: str)
 
     weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=dtype == "float32", report_to="none", save_strategy="no",
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=dtype == "float32" and build.has_bf16_products(), report_to="none", save_strategy="no",
         per_device_train_batch_size=PEER_BATCH, gradient_accumulation_steps=len(sequences) // PEER_BATCH,
         num_generations=GROUP_SIZE, max_completion_length=ANSWER_TOKENS[1], temperature=1.0, beta=0.0,
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_steps=steps, gradient_checkpointing=False,
@@ -189,8 +191,11 @@ def useful_flops(model: str, num_nodes: int, num_rows: int, num_pairs: int) -> f
 
 
 def run_rate(model: str, num_rows: int, repeats: int = 5) -> None:
-    """FLOP/s of PyTorch's bf16 products, forward and both backward ones, in the mix of shapes of one step."""
+    """FLOP/s of PyTorch's products (bf16, or float32 where that is faster), forward and both backward ones, in the mix
+    of shapes of one step."""
     import torch
+
+    from arealite.kernels.functions import matmul
 
     products, (vocabulary, hidden), _ = layer_shapes(model)
     chunk = 1024  # rows of logits at one time
@@ -199,7 +204,7 @@ def run_rate(model: str, num_rows: int, repeats: int = 5) -> None:
     seconds = flops = 0.0
     for rows, n, k, count in cases:
         x, w, y = (torch.randn(shape).bfloat16() for shape in ((rows, k), (n, k), (rows, n)))
-        for run in (lambda: x @ w.t(), lambda: y @ w, lambda: y.t() @ x):  # noqa: B023
+        for run in (lambda: matmul(x, w.t()), lambda: matmul(y, w), lambda: matmul(y.t(), x)):  # noqa: B023
             taken = []
             for _ in range(repeats + 1):
                 started = time.perf_counter()
@@ -258,7 +263,8 @@ def compare(model: str, args: argparse.Namespace) -> None:
           f" {rate['flops_per_s'] / 1e12:.3f}")  # fmt: skip
     figures = {"benchmark": "train_step", "ratio": round(peer["step_s"] / ours["step_s"], 2)}
     figures |= {"mfu": round(reached / rate["flops_per_s"], 3), "ours": ours, "trl": peer}
-    figures |= {"peer_dtype": args.peer_dtype, "num_nodes": num_nodes, "flops_per_s": rate["flops_per_s"]}
+    figures |= {"kernels": build.expectation(), "peer_dtype": args.peer_dtype}
+    figures |= {"num_nodes": num_nodes, "flops_per_s": rate["flops_per_s"]}
     machine = f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
     print(json.dumps(figures | {"machine": machine}))
 

@@ -230,7 +230,7 @@ def test_models_whose_tokens_meet_outside_of_full_attention_are_refused(tmp_path
     else:
         model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, num_local_experts=2, intermediate_size_mlp=32))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=f"not the causal one .*its layers are {layer}"):
+    with pytest.raises(ConfigError, match="cannot be computed on packed sequences: "):
         make(tmp_path)
 
 
