@@ -61,8 +61,9 @@ def run_trl(model: str, steps: int, max_new_tokens: int, dtype: str) -> None:
             Clock.started = time.perf_counter()
 
     weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    autocast = dtype == "float32" and build.has_bf16_products()
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=dtype == "float32" and build.has_bf16_products(), report_to="none", save_strategy="no",
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=autocast, report_to="none", save_strategy="no",
         per_device_train_batch_size=16, gradient_accumulation_steps=NUM_PROMPTS * GROUP_SIZE // 16,
         num_generations=GROUP_SIZE, max_completion_length=max_new_tokens, temperature=1.0, beta=0.0,
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_steps=steps, gradient_checkpointing=False,

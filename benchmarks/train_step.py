@@ -6,7 +6,8 @@ Both sides train SmolLM2-135M on the very same 128 sequences: 16 prompts of exam
 answers each (15 to 39 tokens). Timed is what follows generation and rewards, up to the optimizer's step; the first step
 of each is warm-up. Ours (with the computation of advantages) runs in bf16 over float32 masters, in the environment that
 the launcher gives a trainer. TRL runs in batches of 16: by default over float32 masters with bf16 autocast, as we do
-(without autocast on CPUs that have no products of bf16, where it is many times slower); `--peer-dtype bfloat16` trains bf16 weights without masters, its fastest type. Peak memory is VmHWM of each process,
+(without autocast on CPUs that have no products of bf16, where it is many times slower); `--peer-dtype bfloat16` trains
+bf16 weights without masters, its fastest type where there are such products. Peak memory is VmHWM of each process,
 loading included. MFU: the FLOPs that the computed tokens need (recomputation not counted) per second, over what bf16
 products of the same shapes reach on this machine. The last line is one JSON object.
 """
@@ -153,8 +154,9 @@ def run_trl(model: str, sequences: list[dict[str, Any]], steps: int, dtype: str)
             return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    autocast = dtype == "float32" and build.has_bf16_products()
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=dtype == "float32" and build.has_bf16_products(), report_to="none", save_strategy="no",
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=autocast, report_to="none", save_strategy="no",
         per_device_train_batch_size=PEER_BATCH, gradient_accumulation_steps=len(sequences) // PEER_BATCH,
         num_generations=GROUP_SIZE, max_completion_length=ANSWER_TOKENS[1], temperature=1.0, beta=0.0,
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_steps=steps, gradient_checkpointing=False,
