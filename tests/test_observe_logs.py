@@ -14,6 +14,7 @@ from arealite.api.cli_args import GRPOConfig, StatsLoggerConfig
 from arealite.api.errors import ArealiteError
 from arealite.api.types import Group, Task, Trajectory
 from arealite.observe.progress import Progress, format_span, time_shares
+from arealite.observe.reasons import MAX_KINDS, by_kind
 from arealite.observe.rollout_log import read_rows, rollout_rows, rollout_stats, version_spans
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.sinks import MetricsFile, num_restarts, read_metrics
@@ -71,6 +72,12 @@ def test_lines_fit_the_terminal(columns, monkeypatch):
     ):
         assert whole in together
     assert sum("step 10.0s: generate 50% reward 0% train 40% sync 5%" in line for line in lines) == 1
+
+
+def test_reasons_beyond_the_kinds_that_are_named_are_one_more_kind():
+    texts = [letter * 3 for letter in "abcdefghijklmn"]
+    counted = by_kind([*texts, "aaa"])
+    assert len(counted) == MAX_KINDS + 1 and counted["other reasons"] == len(texts) - MAX_KINDS and counted["aaa"] == 2
 
 
 def test_run_folder_follows_config_and_environment(tmp_path, monkeypatch):

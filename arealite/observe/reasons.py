@@ -30,7 +30,7 @@ def by_kind(texts: Iterable[str]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for text in texts:
         kind = re.sub(r"\d+", "#", text)
-        if kind not in example and len(example) == MAX_KINDS:
+        if kind not in example and len(example) >= MAX_KINDS:
             kind, text = "", "other reasons"
         counts[example.setdefault(kind, text)] += 1
     return dict(counts.most_common())
