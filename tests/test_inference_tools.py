@@ -122,7 +122,7 @@ def test_messages_become_the_templates_prompt() -> None:
     resumed = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "I thi"}]
     assert prompt_of({"messages": resumed, "continue_final_message": True}) == "<user>u<assistant>I thi"
     shouting = "{{ messages[0].content }}{% if loud %}!{% endif %}"
-    assert prompt_of({"chat_template_kwargs": {"loud": True}}, shouting) == "u!"
+    assert prompt_of({"chat_template_kwargs": {"loud": True, "asks": 1, "tokenizer": 1}}, shouting) == "u!"
 
 
 def test_tools_reach_a_template_that_knows_them() -> None:

@@ -91,7 +91,7 @@ def check_variables(tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any
             raise PromptError(f"chat_template_kwargs: the chat template has no variable {name}: leave it out")
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], asks: bool = True, **variables: Any) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], asks: bool = True, /, **variables: Any) -> str:
     """The chat as text; `asks`: ends where the assistant is to begin. `variables` are the template's, tools too.
 
     Raises PromptError: the template refuses the messages.
@@ -105,7 +105,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], asks: bo
 
 
 def check_shown(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, asks: bool = True, **variables: Any
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, asks: bool = True, /, **variables: Any
 ) -> None:
     """Raises PromptError where `text`, the rendered messages, lacks one of them, a call, or a tool. Templates leave out
     silently what they do not know; what the assistant said earlier some shorten on purpose."""
@@ -176,6 +176,6 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that the chat template writes after an answer, white space left out; [] if it writes none, or fails."""
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     try:
-        return encode(tokenizer, render(tokenizer, turns, asks=False).rpartition("answer")[2].strip())
+        return encode(tokenizer, render(tokenizer, turns, False).rpartition("answer")[2].strip())
     except PromptError:
         return []

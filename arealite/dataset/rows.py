@@ -188,7 +188,7 @@ def filled(value: Any, drops: bool = False) -> Any:
 def _prompt_messages(row: Row, column: str, value: Any, config: DatasetConfig, chat: bool) -> list[Message]:
     """The messages of a chat prompt, checked."""
     messages = said_messages(row, column, value)
-    faults = {
+    reasons = {
         f"{column} is empty or ends with an assistant's turn: nothing is left to answer": (
             not messages or messages[-1]["role"] == "assistant"
         ),
@@ -197,9 +197,9 @@ def _prompt_messages(row: Row, column: str, value: Any, config: DatasetConfig, c
             config.prompt_template != "{prompt}"
         ),
     }
-    for fault, is_there in faults.items():
+    for reason, is_there in reasons.items():
         if is_there:
-            raise DatasetError(f"{row.where}: {fault}")
+            raise DatasetError(f"{row.where}: {reason}")
     return messages
 
 
