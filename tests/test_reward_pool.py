@@ -165,6 +165,8 @@ def test_functions_that_workers_cannot_call_are_refused_at_once():
         RewardPool(lambda *args, **extras: 1.0)
     with pytest.raises(ConfigError, match="`async def`"):
         RewardPool(awaited)
+    with pytest.raises(ConfigError, match="is 5, which cannot be called"):
+        RewardPool(5)
     with pytest.raises(ConfigError, match=r"signature is \(path\), but .*\(prompt, completion, .*too many positional"):
         RewardPool(os.fspath)
 

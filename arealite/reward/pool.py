@@ -243,11 +243,14 @@ def _signature_of(reward_fn: RewardFunction) -> inspect.Signature | None:
     """None where Python does not know it (functions of compiled modules)."""
     if inspect.iscoroutinefunction(reward_fn):
         raise ConfigError(f"the reward function is `async def`, but it runs in a process of its own: write {EXPECTED}")
+    if not callable(reward_fn):
+        raise ConfigError(f"the reward function is {reward_fn!r}, which cannot be called: write {EXPECTED}")
     try:
         signature = inspect.signature(reward_fn)
-        signature.bind_partial("", "", [], [])
     except ValueError:
         return None
+    try:
+        signature.bind_partial("", "", [], [])
     except TypeError as error:
         raise _not_callable(signature, {}, error) from error
     return signature
