@@ -95,7 +95,6 @@ class SupervisedTrainer:
                 self.logger.close()
                 report_supervised(self.folder)
         finally:
-            self.recover.close()
             self.engine.destroy()
 
     def train_step(self, step: int) -> None:

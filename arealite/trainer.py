@@ -227,5 +227,4 @@ class PPOTrainer:
         self.rollout.destroy()
         for workflow in self._workflows:
             workflow.close()
-        self.recover.close()
         self.actor.destroy()

@@ -87,6 +87,15 @@ def test_a_failure_in_the_background_shows_at_the_next_step_and_the_second_in_a_
     assert life.points() == ["point_000003"]
 
 
+def test_a_run_that_ends_by_an_error_ends_its_point_first(tmp_path):
+    life = SlowLife(tmp_path)
+    with pytest.raises(ZeroDivisionError), life.session():
+        life.begin(1)
+        threading.Timer(0.2, life.disk.set).start()
+        raise ZeroDivisionError
+    assert life.points() == ["point_000001"]
+
+
 def test_close_raises_nothing(tmp_path, caplog):
     life = SlowLife(tmp_path)
     life.disk.set()

@@ -91,7 +91,8 @@ class RecoverHandler:
 
     @contextmanager
     def session(self, actor: Recoverable, rollout: Stateful, dataloader: Stateful) -> Iterator[int]:
-        """Around the steps of a run: `load`, whose number of finished steps it yields, and `finish`. Collective.
+        """Around the steps of a run: `load`, whose number of finished steps it yields, and `finish`; `close` where they
+        end by an error. Collective.
 
         Ctrl-C or SIGTERM end the block at the end of a step, or while it waits for groups; then the process ends
         (SystemExit), after a point of the last finished step. A second one acts as ever. Not with mode "off".
@@ -108,6 +109,8 @@ class RecoverHandler:
                 if actor.collective.rank == 0:
                     logger.warning("%s, %d steps are finished; the same command goes on", stopped, self._finished)
                 raise SystemExit(stop.exit_code()) from None
+            finally:
+                self.close()
 
     def maybe_save(
         self, step: int, epoch: int, actor: Recoverable, rollout: Stateful, dataloader: Stateful, last: bool = False
