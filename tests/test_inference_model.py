@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from inference_support import EOS, VOCAB, LocalServer, output_logprobs, save_tiny_llama, served
+from kernel_support import needs_kernels
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
+    LlamaConfig,
     MistralConfig,
     Qwen2MoeConfig,
 )
 
 from arealite.api.errors import ConfigError
 from arealite.inference.layout import bucket_pages
+from arealite.inference.model import ServedModel
 from arealite.kernels import cpu
 
 SMALL = {
@@ -129,6 +132,17 @@ def test_in_bf16_attention_that_calls_its_sizes_otherwise_is_served(tmp_path: Pa
     """GPT-NeoX has no `head_dim`, at which the kernels would look."""
     AutoModelForCausalLM.from_config(GPTNeoXConfig(**SMALL)).save_pretrained(tmp_path)
     assert served(tmp_path, torch.bfloat16).kv_shape[1] == SMALL["num_attention_heads"]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("width", "is_direct"), [(96, True), (72, False)])
+def test_layers_are_kernel_calls_where_the_kernels_can_read_their_widths(
+    tmp_path: Path, width: int, is_direct: bool
+) -> None:
+    config = LlamaConfig(**SMALL | {"head_dim": cpu.DIM_STEP, "intermediate_size": width})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = ServedModel.load(str(tmp_path), torch.bfloat16, torch.device("cpu"), None, False)
+    assert ["forward" in vars(layer) for layer in model.module.model.layers] == [is_direct] * 2
 
 
 def test_deterministic_mixture_of_experts_is_refused(tmp_path: Path) -> None:
