@@ -15,7 +15,7 @@ from torch import nn
 
 from arealite.inference.adapters import Adapters
 from arealite.inference.layout import KVLayout, ShapeProbe
-from arealite.kernels.cpu import Kernels
+from arealite.kernels.cpu import DIM_STEP, Kernels
 from arealite.kernels.linears import PackedLinears
 from arealite.kernels.modules import GATED, norm_kind
 
@@ -60,6 +60,9 @@ def _direct(
     parts = dict(attn.named_children())
     if set(dict(mlp.named_children())) != GATED or not parts.keys() <= _PROJECTIONS | {"q_norm", "k_norm"}:
         raise KeyError(type(mlp).__name__)
+    half = mlp.gate_proj.out_features
+    if half % DIM_STEP:  # silu_times would pass the ends of rows
+        raise KeyError(f"a width of {half}")
     qkv = linears.group([parts["q_proj"], parts["k_proj"], parts["v_proj"]])
     gates = linears.group([mlp.gate_proj, mlp.up_proj])
     out, down = linears.group([parts["o_proj"]]), linears.group([mlp.down_proj])
@@ -67,7 +70,6 @@ def _direct(
     head_norms = [_norm(parts[name], kernels) for name in ("q_norm", "k_norm") if name in parts]
     number, dim = int(attn.layer_idx), int(attn.head_dim)
     heads = parts["q_proj"].out_features // dim, parts["k_proj"].out_features // dim
-    half = mlp.gate_proj.out_features
     scale, window = probe.settings[number]
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
