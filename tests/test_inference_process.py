@@ -95,7 +95,7 @@ def test_a_failed_engine_ends_the_process_with_an_error(folder: Path) -> None:
 
 def test_a_model_that_cannot_be_served_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", str(tmp_path)]) == 2
-    assert "no model configuration" in capsys.readouterr().err
+    assert "no causal language model can be loaded from" in capsys.readouterr().err
 
 
 def test_another_tokenizer_brings_its_end_token_and_template(folder: Path, tmp_path: Path) -> None:
