@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -108,7 +109,28 @@ def test_an_architecture_that_is_not_computed_is_refused_at_once(name, said, wri
     assert "actor.path: " in told and said in told and "Traceback" not in told
 
 
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"cut", None])
+def test_weights_that_are_not_there_in_full_are_refused(content, write, refused, tmp_path, tiny_llama):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (weights,) = folder.glob("*.safetensors")
+    if content is None:  # a shard that the index names is missing
+        index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1] if content == b"cut" else content)
+    refused(f"actor.path: {folder} has no whole file model", write(), f"actor.path={folder}")
+
+
+def test_a_quantisation_of_nothing_is_none(write, tmp_path, tiny_llama):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": None}))
+    assert main(["check", write(), f"actor.path={folder}"]) == 0
+
+
 def test_a_context_above_the_models_is_refused(write, refused):
+    refused("what the model can read (2048 tokens) leaves no room", write(), "gconfig.max_new_tokens=2048")
+    refused("set train_dataset.max_prompt_tokens=1536", write(), "train_dataset.max_prompt_tokens=1537")
     refused("server.context_length (4096) is above what ", write(), "server.context_length=4096")
 
 

@@ -109,6 +109,7 @@ def test_one_rule_for_every_path(key, tmp_path, monkeypatch):
         ("$ABSENT_/x", "variable ABSENT_, which is not set"),
         ("${ABSENT_}/x", "variable 'ABSENT_' not found"),
         ("~nobody-at-all", "home of a user"),
+        ("s3://bucket/x", "is an address"),
     ):
         with pytest.raises(ConfigError, match=f"command line: {re.escape(key)}.*: .*{complaint}"):
             found(path)
@@ -216,6 +217,12 @@ def test_unknown_keys_name_file_line_and_nearest(tmp_path):
         ("data.train_batch_size", "here it is train_dataset.batch_size, in prompts"),
         ("num_generations", "here it is gconfig.n_samples"),
         ("sglang.mem_fraction_static", "here it is server, and its own flags in server.args"),
+        ("max_model_len", "here it is server.context_length"),
+        ("model_name", "here it is actor.path"),
+        ("scheduler.type", "here it is nothing: the command starts all processes"),
+        ("stats_logger.wandb.mode", "here it is stats_logger"),
+        ("gconfig.stop_strings", "here it is gconfig.stop"),
+        ("zzz.type", "the top level has kind, "),
     ],
 )
 def test_names_of_other_systems_get_a_pointer(key, said, tmp_path):
@@ -241,6 +248,8 @@ WRONG = [
     ("seed: 1.5", "seed is 1.5 (float), expected an integer"),
     ("seed: many", "seed is 'many' (str), expected an integer"),
     ("seed: true", "seed is True: expected an integer, found true or false"),
+    ("seed: -1", "seed is -1, expected at least 0"),
+    ("actor.seed: 1", "unknown key 'actor.seed': in a file each part stands on a line of its own"),
     ("seed: null", "seed is nothing (null), expected an integer"),
     ("trial_name: null", "trial_name is nothing (null), expected text, in quotes if the word itself is meant"),
     ("gconfig: {stop: [a, ~]}", "gconfig.stop is ['a', None] (list), expected a list, each entry text"),
@@ -258,7 +267,7 @@ WRONG = [
     ("gconfig:", "gconfig is nothing (null), expected a mapping"),
     ("ref: model", "ref is 'model': expected a mapping of path,"),
     ("server: {args: 3}", "server.args is 3 (int), expected a mapping"),
-    ("seed: ${nowhere}", "seed is '${nowhere}': Interpolation key 'nowhere' not found"),
+    ("seed: ${nowhere}", "seed is '${nowhere}': Interpolation key 'nowhere' not found; write \\${ for the text ${"),
     ("seed: ${trial_name}", "seed is '${trial_name}': "),
     ("weight_update: nccl", "weight_update is 'nccl', expected one of shm, disk"),
     ("recover: {num_kept: 0}", "recover.num_kept is 0, expected at least 1"),
@@ -309,6 +318,7 @@ def test_unreadable_files(tmp_path):
         ("a: [1\n", r"run.yaml:2: not valid YAML"),
         ("seed: 1\nseed: 2\n", r"run.yaml:2: not valid YAML: found duplicate key seed"),
         ("- 1\n", r"run.yaml:1: expected `key: value` lines, found list"),
+        ("actor: &a {ref: *a}\n", r"run.yaml: nested without end: does an alias"),
         ("word\n", r"run.yaml:1: expected `key: value` lines"),
     ):
         with pytest.raises(ConfigError, match=complaint):
@@ -337,7 +347,7 @@ def test_resolved_yaml_reads_back_equal(tmp_path):
 def test_explain_documents_every_value(tmp_path):
     rows = explain(load(tmp_path, "", "seed=9"))
     table = {key: (value, doc) for key, value, doc in rows}
-    assert table["seed"] == (9, "seed of data order and sampling")
+    assert table["seed"] == (9, "seed of data order and sampling; at least 0, at most 1e+18")
     assert table["actor.optimizer.lr"][0] == 1e-6
     assert table["ref"][0] is None
     assert all(doc for _, _, doc in rows)

@@ -29,6 +29,13 @@ CASES = [
     (["ref.path=m", "ref.lora.rank=8"], "ref.lora is given, but the reference is not trained", ["ref.lora=null"]),
     (["server.dtype=float32"], "server.dtype is float32 and actor.dtype bfloat16", ["actor.dtype=float32"]),
     (["trial_name=a/b"], "trial_name is 'a/b'", ["trial_name=b"]),
+    (["trial_name= a"], "trial_name is ' a'", ["trial_name=a"]),
+    (["trial_name=" + "a" * 100], "trial_name is 'aaa", ["trial_name=a"]),
+    (
+        ["train_dataset.chat_template_kwargs.enable_thinking=no"],
+        "any text counts as true in a template: write enable_thinking: false",
+        ["train_dataset.chat_template_kwargs.enable_thinking=false"],
+    ),
     (["experiment_name="], "experiment_name is ''", ["experiment_name=e"]),
     (
         ["gconfig.min_new_tokens=9", "gconfig.max_new_tokens=8"],

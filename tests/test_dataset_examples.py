@@ -35,15 +35,18 @@ def spans(example, tokenizer, side=0) -> list[tuple[bool, str]]:
 
 
 def test_only_answers_are_learned(tmp_path, tokenizer):
-    source = rows_in(
-        tmp_path,
-        {"question": "1 + 1?", "answer": "It is\n#### 2"},
-        {"messages": [USER, ASSISTANT, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes"}]},
-        {"text": "Once"},
-        system_prompt="Be brief",
-        prompt_template="{prompt} Think.",
+    sure = [USER, ASSISTANT, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes"}]
+    asked, chat, raw = (
+        load_answers(rows_in(tmp_path, row, **settings), tokenizer, 0)[0]
+        for row, settings in (
+            (
+                {"question": "1 + 1?", "answer": "It is\n#### 2"},
+                {"system_prompt": "Be brief", "prompt_template": "{prompt} Think."},
+            ),
+            ({"messages": sure}, {"system_prompt": "Be brief"}),
+            ({"text": "Once"}, {}),
+        )
     )
-    asked, chat, raw = load_answers(source, tokenizer, 0)
     system = "<|im_start|>system\nBe brief<|im_end|>\n"
     assert spans(asked, tokenizer) == [
         (False, f"{system}<|im_start|>user\n1 + 1? Think.<|im_end|>\n<|im_start|>assistant\n"),

@@ -243,3 +243,38 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
 def test_a_task_without_a_prompt_is_no_prompt():
     with pytest.raises(PromptError, match="no token"):
         prompt_of(made(CHATML), Task("e0-r0"))
+
+
+def test_a_template_for_questions_is_not_ignored_by_rows_without_one(tmp_path):
+    tokenizer, chat = made(CHATML), {"messages": [USER, ASSISTANT]}
+    for row in ({"text": "Once"}, chat, {"prompt": [USER], "completion": "Ho"}):
+        with pytest.raises(DatasetError, match="rows.jsonl:1: prompt_template is for rows with a question"):
+            load_answers(source(tmp_path, row, prompt_template="Q: {prompt}"), tokenizer, 0)
+    pair = {"chosen": chat["messages"], "rejected": [USER, USER | {"role": "assistant"}]}
+    with pytest.raises(DatasetError, match="prompt_template is for rows with a question"):
+        load_preferences(source(tmp_path, pair, prompt_template="Q: {prompt}"), tokenizer, 0)
+    with pytest.raises(DatasetError, match="prompt_template is for rows with a question"):
+        load_tasks(source(tmp_path, {"text": "Once"}, prompt_template="Q: {prompt}"), tokenizer, 0)
+    with pytest.raises(DatasetError, match="leave system_prompt out"):
+        load_answers(source(tmp_path, {"text": "Once"}, system_prompt="Be kind."), tokenizer, 0)
+
+
+def test_reasoning_that_the_template_leaves_out_is_refused(tmp_path):
+    thought = source(tmp_path, {"messages": [USER, ASSISTANT | {"reasoning_content": "Why?"}]})
+    with pytest.raises(DatasetError, match="leaves out the reasoning content of role 'assistant'"):
+        load_answers(thought, made(CHATML), 0)
+    shows = CHATML.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
+    assert learned(load_answers(thought, made(shows), 0)[0], made(shows)) == "Why?Ho<eos>"
+
+
+def test_sides_that_the_template_makes_equal_prefer_nothing(tmp_path):
+    rows = [{"prompt": "Hi", "chosen": "Ho", "rejected": other} for other in ("Ho ", "Ha")]
+    strips = made(CHATML.replace("m.content", "m.content | trim"))
+    assert [example.id for example in load_preferences(source(tmp_path, *rows), strips, 0)] == ["r1"]
+
+
+def test_messages_stored_as_text_are_told_by_any_of_their_keys(tmp_path):
+    stored = json.dumps([{"name": "Ann", **USER}])
+    assert load_tasks(source(tmp_path, {"prompt": stored}), made(CHATML), 0)[0].messages == [{"name": "Ann", **USER}]
+    with pytest.raises(DatasetError, match="json.dumps, not str"):
+        load_tasks(source(tmp_path, {"prompt": str([USER])}), made(CHATML), 0)

@@ -266,3 +266,20 @@ def test_hub_data_sets_are_read_by_subset_and_split(tmp_path, monkeypatch):
 def test_an_unknown_hub_id_says_what_was_tried():
     with pytest.raises(DatasetError, match="nobody/nothing is no local path, and offline mode is set"):
         read("nobody/nothing")
+
+
+def test_a_folder_is_read_without_hidden_files_and_folders(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", [{"question": "?", "answer": "1"}])
+    (tmp_path / "._b.jsonl").write_bytes(b"\x00\x05")
+    (tmp_path / "c.jsonl").mkdir()
+    assert [row.where for row in read_rows(DatasetConfig(path=str(tmp_path)), 0)] == [f"{tmp_path}/b.jsonl:1"]
+    (tmp_path / "d.jsonl").symlink_to(tmp_path / "absent")
+    with pytest.raises(DatasetError, match="d.jsonl cannot be read: No such file"):
+        list(read_rows(DatasetConfig(path=str(tmp_path)), 0))
+
+
+@pytest.mark.parametrize("cell", ["9" * 5000, "[" * 100_000 + "]" * 100_000])
+def test_json_beyond_every_bound_is_refused_by_line(cell, tmp_path):
+    (tmp_path / "a.jsonl").write_text(f'{{"question": "?", "answer": {cell}}}\n')
+    with pytest.raises(DatasetError, match="a.jsonl:1: cannot be read"):
+        list(read_rows(DatasetConfig(path=str(tmp_path / "a.jsonl")), 0))

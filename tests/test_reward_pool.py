@@ -273,3 +273,8 @@ def test_an_import_that_fails_in_the_worker_is_told(tmp_path, monkeypatch):
             score(pool, "x")
     finally:
         pool.close()
+
+
+def test_a_function_that_forks_answers_once(pool):
+    for word, reward in (("fork", 1.0), ("fine", 1.0)) * 3:
+        assert score(pool, word).reward == reward

@@ -149,7 +149,7 @@ class TrainEngineConfig:
 
     path: str = setting("", "a Hugging Face folder or hub id", is_path=True)
     dtype: str = setting("bfloat16", "compute type; master weights are always float32", ("bfloat16", "float32"))
-    seed: int = setting(1, "seed of the trainer's own random numbers")
+    seed: int = setting(1, "seed of the trainer's own random numbers", low=0, high=10**18)
     temperature: float | None = setting(
         None, "logits are divided by it before logprobs; gconfig.temperature if not given", low=0
     )
@@ -332,7 +332,7 @@ class RunConfig:
     allocation_mode: str = setting(
         "native:d1+fsdp:d1", "who runs where, fsdp:d1 alone where no servers are needed; see docs/allocation.md"
     )
-    seed: int = setting(1, "seed of data order and sampling")
+    seed: int = setting(1, "seed of data order and sampling", low=0, high=10**18)
     total_train_steps: int | None = setting(
         None, "steps, a batch of prompts each; from total_train_epochs if not given", low=1
     )

@@ -19,6 +19,7 @@ from arealite.api.cli_args import (
 )
 
 REASONING_GYM = "reasoning_gym:"
+FALSE_WORDS = ("false", "no", "off")
 PROMPT_FIELDS = ("prompt_template", "system_prompt", "chat_template_kwargs")
 
 
@@ -106,8 +107,11 @@ def paths(config: RunConfig) -> Iterator[str]:
     if config.valid_dataset is not None and not config.valid_dataset.path:
         yield "valid_dataset.path is missing: give it, or valid_dataset=null"
     for key, name in (("experiment_name", config.experiment_name), ("trial_name", config.trial_name)):
-        if not name or "/" in name or name in (".", ".."):
-            yield f"{key} is {name!r}: it names a folder, so it needs at least one letter and no '/'"
+        if name.strip(" .") == "" or name != name.strip() or "/" in name or not name.isprintable() or len(name) > 99:
+            yield (
+                f"{key} is {name!r:.100}: it names a folder, so it needs at least one letter and 99 at most, no '/', no"
+                " line break, and no blank at its ends"
+            )
 
 
 def models(config: GRPOConfig) -> Iterator[str]:
@@ -158,6 +162,12 @@ def datasets(config: RunConfig) -> Iterator[str]:
     for key, d in named:
         if "{prompt}" not in d.prompt_template:
             yield f"{key}.prompt_template is {d.prompt_template!r}: it must hold {{prompt}}, the place of the question"
+        for name, value in d.chat_template_kwargs.items():
+            if str(value).lower() in FALSE_WORDS and not isinstance(value, bool):
+                yield (
+                    f"{key}.chat_template_kwargs.{name} is the text {value!r}, and any text counts as true in a"
+                    f" template: write {name}: false"
+                )
         if d.path.startswith(REASONING_GYM) and d.num_rows is None:
             yield f"{key}.num_rows is missing: {d.path} makes as many tasks as asked for, such as {key}.num_rows=1000"
         if d.params and not d.path.startswith(REASONING_GYM):
@@ -175,10 +185,12 @@ def same_generated_tasks(train: DatasetConfig, valid: DatasetConfig) -> bool:
     return train.path.startswith(REASONING_GYM) and stream[0] == stream[1]
 
 
-def lengths(config: GRPOConfig) -> Iterator[str]:
-    context = config.server.context_length
+def lengths(config: GRPOConfig, limit: int | None = None) -> Iterator[str]:
+    """`limit`: tokens that the model can read, where that is known and `server.context_length` is not given."""
+    context = config.server.context_length or limit
     if context is None:
         return
+    named = f"server.context_length ({context})" if limit is None else f"what the model can read ({context} tokens)"
     for key, g, rows_key, d in (
         ("gconfig", config.gconfig, "train_dataset", config.train_dataset),
         ("eval_gconfig", config.eval_gconfig, "valid_dataset", config.valid_dataset),
@@ -187,15 +199,14 @@ def lengths(config: GRPOConfig) -> Iterator[str]:
             continue
         if context <= g.max_new_tokens:
             yield (
-                f"server.context_length ({context}) leaves no room for a prompt beside {key}.max_new_tokens"
-                f" ({g.max_new_tokens}): raise the first or lower the second"
+                f"{named} leaves no room for a prompt beside {key}.max_new_tokens ({g.max_new_tokens}): lower that"
+                f"{', or raise server.context_length' if limit is None else ''}"
             )
         elif d.max_prompt_tokens is not None and d.max_prompt_tokens + g.max_new_tokens > context:
             yield (
                 f"{rows_key}.max_prompt_tokens ({d.max_prompt_tokens}) + {key}.max_new_tokens ({g.max_new_tokens}) is"
-                f" above server.context_length ({context}): set"
-                f" {rows_key}.max_prompt_tokens={context - g.max_new_tokens}"
-                f" or server.context_length={d.max_prompt_tokens + g.max_new_tokens}"
+                f" above {named}: set {rows_key}.max_prompt_tokens={context - g.max_new_tokens}"
+                + (f" or server.context_length={d.max_prompt_tokens + g.max_new_tokens}" if limit is None else "")
             )
 
 

@@ -23,6 +23,7 @@ from arealite.api.known_names import ours
 from arealite.api.paths import expand
 
 NUM_SUGGESTIONS = 3
+MIN_LETTERS = 5  # names this short resemble others by chance: type and dtype, model and mode
 VARIABLE = re.compile(r"(?<!\\)\${([A-Z_][A-Z0-9_]*)}")  # of the environment: no key is written so
 NULLS = ("", "~", "null", "Null", "NULL")
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -104,7 +105,8 @@ def nearest_keys(key: str, cls: type) -> list[str]:
     siblings = [n for k, n in zip(keys, names, strict=True) if k.rpartition(".")[0] == parent]
     close = difflib.get_close_matches(name, siblings, NUM_SUGGESTIONS, 0.6)
     found = [f"{parent}.{n}" if parent else n for n in close]
-    for n in [name, *difflib.get_close_matches(name, sorted(set(names)), NUM_SUGGESTIONS, 0.85)]:
+    similar = difflib.get_close_matches(name, sorted(set(names)), NUM_SUGGESTIONS, 0.85)
+    for n in [name, *(similar if len(name) > MIN_LETTERS else [])]:
         found += [k for k, last in zip(keys, names, strict=True) if last == n]
     return list(dict.fromkeys(found))[:NUM_SUGGESTIONS]
 
@@ -141,6 +143,10 @@ class Reader:
             raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
+        except RecursionError:
+            raise ConfigError(
+                f"{path}: nested without end: does an alias (*name) stand inside its own anchor?"
+            ) from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}:1: expected `key: value` lines, found {type(tree).__name__}")
         lines: dict[str, int] = {}
@@ -210,8 +216,11 @@ class Reader:
         self.unknown(key, where(key))
 
     def unknown(self, key: str, where: str) -> None:
-        if known_as := ours(key, all_keys(self.cls)):
+        keys = all_keys(self.cls)
+        if known_as := ours(key, keys):
             hint = f"here it is {known_as}"
+        elif key in keys:
+            hint = "in a file each part stands on a line of its own, below the one before"
         elif nearest := nearest_keys(key, self.cls):
             hint = f"did you mean {' or '.join(nearest)}?"
         else:

@@ -136,7 +136,8 @@ def unresolvable(tree: DictConfig, given: Given) -> str | None:
     try:
         OmegaConf.select(tree, given.key, throw_on_missing=True)
     except (OmegaConfBaseException, GrammarParseError) as error:
-        return f"{given.where}: {given.key} is {given.value!r}: {str(error).splitlines()[0]}"
+        said = str(error).splitlines()[0]
+        return f"{given.where}: {given.key} is {given.value!r}: {said}; write \\${{ for the text ${{"
     return None
 
 

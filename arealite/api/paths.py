@@ -17,6 +17,10 @@ FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv", ".txt", ".arrow"
 def expand(path: str) -> str:
     """The path with ~ and environment variables ($NAME) filled in, as a shell would; a relative one stays relative to
     the folder in which the command runs. Raises ConfigError for a variable or a user that does not exist."""
+    if "://" in path:
+        raise ConfigError(
+            f"{path!r} is an address, expected a file or folder of this machine (or a hub id): copy it here"
+        )
     if absent := [name for name in re.findall(r"\$([A-Za-z_]\w*)", path) if name not in os.environ]:
         raise ConfigError(f"{path!r} names the environment variable {absent[0]}, which is not set")
     expanded = os.path.expanduser(os.path.expandvars(path))

@@ -17,7 +17,17 @@ from arealite.api.cli_args import DatasetConfig
 from arealite.api.errors import DatasetError
 from arealite.api.types import Batch, Group, Task, Trajectory
 from arealite.dataset.prompts import Message, check_shown, check_variables, encode, render, turn_end
-from arealite.dataset.rows import find_column, is_empty, kept_rows, said_messages, template_variables, text_of, unpacked
+from arealite.dataset.rows import (
+    find_column,
+    is_empty,
+    kept_rows,
+    refuse_template,
+    said_messages,
+    template_variables,
+    text_of,
+    unpacked,
+    with_system_message,
+)
 from arealite.dataset.sources import Row
 
 if TYPE_CHECKING:
@@ -83,6 +93,8 @@ def load_preferences(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, 
             return None
         variables = template_variables(row, config)
         sides = [np.append(_learned(row, said, tokenizer, variables)[0], 0) for said in pair]
+        if np.array_equal(sides[0], sides[1]):  # a template may leave out what they differ in
+            return None
         masks = tuple(np.arange(len(side)) == len(side) - 1 for side in sides)
         return Example(f"r{row.number}", tuple(sides), masks), max(map(len, sides))
 
@@ -99,6 +111,9 @@ def _answers(row: Row, config: DatasetConfig) -> list[Message] | str | None:
     """The conversation of an SFT row, or its raw text; None where it is empty."""
     column, value = find_column(row, ("messages", "text", *PROMPT_COLUMNS), "a question")
     if column == "text":
+        refuse_template(row, column, config)
+        if config.system_prompt is not None:
+            with_system_message(row, None, config.system_prompt)
         return text_of(row, column, value)
     if column and column != "messages":
         column, value = find_column(row, ANSWER_COLUMNS, "an answer")
@@ -132,7 +147,9 @@ def _dialogue(row: Row, column: str, value: Any, config: DatasetConfig) -> list[
     turns = _turns(row, column, value, "assistant", config)
     if not turns or turns[-1]["role"] != "assistant":
         raise DatasetError(f"{row.where}: {column} does not end with an assistant's turn, so there is nothing to learn")
-    if column != "messages" and all(turn["role"] == "assistant" for turn in turns):
+    if column == "messages" or any(turn["role"] != "assistant" for turn in turns):
+        refuse_template(row, column, config)
+    else:
         asking, question = find_column(row, PROMPT_COLUMNS, "a question", is_needed=isinstance(value, str))
         if question is None and isinstance(value, str):
             return None
@@ -148,6 +165,8 @@ def _turns(row: Row, column: str, value: Any, role: str, config: DatasetConfig) 
     """The messages of a cell: a list of them, its JSON, or what `role` says."""
     value = unpacked(row, column, value)
     if isinstance(value, list) or column == "messages":
+        if role == "user":
+            refuse_template(row, column, config)
         return said_messages(row, column, value)
     text = text_of(row, column, value)
     return [{"role": role, "content": config.prompt_template.replace("{prompt}", text) if role == "user" else text}]

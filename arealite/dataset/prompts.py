@@ -24,6 +24,7 @@ Message = dict[str, Any]
 # A template is a program of the model's authors that runs on what users wrote.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of what an assistant thought before its answer
 FIX = (
     "change the messages (what a system message says can stand in prompt_template), or set tokenizer_path to a"
     " tokenizer whose template takes them"
@@ -118,11 +119,13 @@ def check_shown(
 
     lost = ["the tools"] if variables.get("tools") and is_ignored(messages, tools=None) else []
     for i, message in enumerate(messages):
-        other = {key: value for key, value in message.items() if key != "tool_calls"}
+        left = ("tool_calls", *(REASONING if i == len(messages) - 1 else ()))
+        other = {key: value for key, value in message.items() if not (key in left and value)}
         if message["role"] != "assistant" and (message["role"] != "user" or message["content"].strip() not in text):
             other["content"] += "?"
         if other != message and is_ignored([*messages[:i], other, *messages[i + 1 :]]):
-            what = "the tool calls" if "tool_calls" in message else shown(message["content"])
+            dropped = " and ".join(key.replace("_", " ") for key in message if key not in other)
+            what = f"the {dropped}" if dropped else shown(message["content"])
             lost.append(f"{what} of role {message['role']!r}")
     if lost:
         raise PromptError(f"the chat template leaves out {lost[0]}; {FIX}")

@@ -28,7 +28,7 @@ ANSWER_COLUMNS = ("answer", "ground_truth", "solution")
 # Names under which a reward function gets other things: a column of that name cannot be passed on as an extra.
 RESERVED = ("prompt", "completion", "prompt_ids", "completion_ids", "answer")
 FINAL_ANSWER_MARK = "####"
-MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
+MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{(\s*[\"']content|[^{}]*[\"']role)[\"']\s*:")
 MAX_EXACT = 2**53  # integers up to here are exact as floats
 
 EMPTY = "have an empty question or answer, or two equal sides"
@@ -91,6 +91,7 @@ def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = Fa
         return None
     messages, prompt = None, None
     if column == "text":
+        refuse_template(row, column, config)
         prompt = text_of(row, column, value)
     elif isinstance(value := unpacked(row, column, value), list) or column == "messages":
         messages = _prompt_messages(row, column, value, config, chat)
@@ -98,7 +99,7 @@ def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = Fa
         text = config.prompt_template.replace("{prompt}", text_of(row, column, value))
         messages, prompt = ([{"role": "user", "content": text}], None) if chat else (None, text)
     if config.system_prompt is not None:
-        messages = _with_system_message(row, messages, config.system_prompt)
+        messages = with_system_message(row, messages, config.system_prompt)
     options = {} if messages is None else template_variables(row, config)
     return Task(f"r{row.number}", messages, prompt, answer, extras, options)
 
@@ -141,8 +142,8 @@ def unpacked(row: Row, column: str, value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise DatasetError(
-            f"{row.where}: column {column!r} is text that is no JSON ({error}): store a list, or its JSON; text that"
-            " the user says belongs into a column prompt"
+            f"{row.where}: column {column!r} is text that is no JSON ({error}): store a list, or its JSON (json.dumps,"
+            " not str); if the user says this text, give messages that hold it"
         ) from None
 
 
@@ -193,17 +194,23 @@ def _prompt_messages(row: Row, column: str, value: Any, config: DatasetConfig, c
             not messages or messages[-1]["role"] == "assistant"
         ),
         f"{column} needs a chat template, which the tokenizer lacks: use a column `text`": not chat,
-        f"prompt_template is for rows with a question, this one has {column}: leave it out": (
-            config.prompt_template != "{prompt}"
-        ),
     }
     for reason, is_there in reasons.items():
         if is_there:
             raise DatasetError(f"{row.where}: {reason}")
+    refuse_template(row, column, config)
     return messages
 
 
-def _with_system_message(row: Row, messages: list[Message] | None, text: str) -> list[Message]:
+def refuse_template(row: Row, column: str, config: DatasetConfig) -> None:
+    """Raises DatasetError if there is a prompt_template, since this row has no question to put into it."""
+    if config.prompt_template != "{prompt}":
+        raise DatasetError(
+            f"{row.where}: prompt_template is for rows with a question, this one has {column}: leave it out"
+        )
+
+
+def with_system_message(row: Row, messages: list[Message] | None, text: str) -> list[Message]:
     if messages is None or messages[0]["role"] == "system":
         has = "is raw text, and that needs a chat" if messages is None else "has a system message of its own"
         raise DatasetError(f"{row.where}: the row {has}: leave system_prompt out")

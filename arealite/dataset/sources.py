@@ -54,7 +54,9 @@ def local_rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
     if any((path / name).is_file() for name in SAVED_MARKS):
         yield from saved_rows(path, split)
         return
-    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES and p.name[0] != "." and not p.is_dir()]
     if not files:
         raise DatasetError(f"{path} holds no {' or '.join(SUFFIXES)} file: give the folder that does")
     for file in files:
@@ -67,7 +69,11 @@ def local_rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:
+    try:
+        lines = file.open("rb")
+    except OSError as error:
+        raise DatasetError(f"{file} cannot be read: {error.strerror}") from None
+    with lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -80,6 +86,8 @@ def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 raise DatasetError(
                     f"{where}: not UTF-8 ({error.reason}, byte {error.start}): convert the file"
                 ) from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+                raise DatasetError(f"{where}: cannot be read ({str(error)[:80]}): mend the line") from None
 
 
 def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig
-from arealite.api.config_rules import REASONING_GYM
+from arealite.api.config_rules import REASONING_GYM, lengths
 from arealite.api.errors import ConfigError, DatasetError
 from arealite.api.paths import is_local
 from arealite.dataset.examples import check_row
@@ -114,6 +114,10 @@ def _uncomputable(key: str, model: str, config: RunConfig) -> list[str]:
     context, limit = (server.context_length if server else None) or 0, settings.get("max_position_embeddings")
     if isinstance(limit, int) and context > limit:
         return [f"server.context_length ({context}) is above what {model} can read, {limit} tokens: lower it"]
+    if isinstance(limit, int) and isinstance(config, GRPOConfig) and config.server.context_length is None:
+        problems = list(lengths(config, limit))
+        if problems:
+            return problems
     if settings["model_type"] in TESTED:
         return []
     command = [sys.executable, "-m", "arealite.evaluation.trial", model, config.kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,31 @@ def model_fault(path: str) -> str:
         return "holds an adapter without its model: merge it into the model, or give the model's folder"
     if "model_type" not in config:
         return f"has no config.json with a model_type, found {', '.join(names[:5])}: give a Hugging Face folder"
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         return "is quantised, and training needs its full weights: take the model it was made from"
     if not any(name.endswith(".safetensors") for name in names):
         return "has no *.safetensors: load it with transformers once and write it anew with save_pretrained"
+    listed = re.findall(r"[\w.-]+[.]safetensors", _text(folder / "model.safetensors.index.json"))
+    for name in sorted({*listed, *names}):
+        if name.endswith(".safetensors") and not _is_whole(folder / name):
+            return f"has no whole file {name}: fetch it again, `git lfs pull` where the folder was cloned"
     return ""
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size < path.stat().st_size else {}
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        return path.stat().st_size == 8 + size + max(ends, default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def tokenizer_fault(path: str) -> str:

@@ -61,7 +61,7 @@ def checked_score(result: Any) -> Score:
     for name, value in values.items():
         if not math.isfinite(numeric[str(name)]):
             hint = ": a branch of it returns nothing" if value is None else ""
-            return Score(error=f"the reward function returned {name} = {value!r}; expected a finite number{hint}")
+            return Score(error=f"the reward function returned {name} = {value!r:.200}; expected a finite number{hint}")
     reward = numeric.pop("reward")
     return Score(reward, numeric)
 
@@ -108,9 +108,13 @@ def serve(pipe: Connection) -> None:
         pipe.send(Score(error=traceback.format_exc()))
         return
     pipe.send(Score())
+    process = os.getpid()
     with contextlib.suppress(EOFError):
         while True:
-            pipe.send(run_call(reward_fn, pipe.recv()))
+            score = run_call(reward_fn, pipe.recv())
+            if os.getpid() != process:
+                os._exit(0)  # the function forked, and the child came back too: one of them answers
+            pipe.send(score)
 
 
 def die_with(parent_pid: int) -> None:
