@@ -54,6 +54,21 @@ def test_gsm8k_answers_are_what_follows_the_mark():
     assert made.extras == {"solution": "600 + 678 = <<600+678=1278>>\n#### 1,278"}
 
 
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        ("so:\n#### (1, 2)", "(1, 2)"),
+        ("#### 3,4", "3,4"),
+        ("#### -$1,234,567.50", "-$1234567.50"),
+        ("#### Step 1: add\n#### 42", "42"),
+        ("#### Step 2: add\n1 + 41 = \\boxed{42}", "#### Step 2: add\n1 + 41 = \\boxed{42}"),
+        ("##### 42", "##### 42"),
+    ],
+)
+def test_a_mark_before_the_last_line_is_a_heading_and_commas_part_thousands_in_numbers_alone(answer, wanted):
+    assert task({"question": "?", "answer": answer}).answer == wanted
+
+
 def test_other_columns_are_kept_but_none_that_would_shadow_a_reward_argument():
     made = task({"question": "?", "answer": "5", "level": 3, "tags": ["a"], "completion": "x", "none": None})
     assert made.extras == {"level": 3, "tags": ["a"], "none": None}

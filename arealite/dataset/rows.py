@@ -27,7 +27,8 @@ QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "ground_truth", "solution")
 # Names under which a reward function gets other things: a column of that name cannot be passed on as an extra.
 RESERVED = ("prompt", "completion", "prompt_ids", "completion_ids", "answer")
-FINAL_ANSWER_MARK = "####"
+FINAL_ANSWER = re.compile(r"(?<!#)####(?!#)([^\n]*)\Z")  # GSM8K's last line; elsewhere it may be a heading
+GROUPED = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")  # a number with commas between its thousands
 MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{(\s*[\"']content|[^{}]*[\"']role)[\"']\s*:")
 MAX_EXACT = 2**53  # integers up to here are exact as floats
 
@@ -77,16 +78,17 @@ def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = Fa
 
     Looks for `messages`, then `question`, `problem` or `prompt` (text: the user message; a list, or its JSON:
     messages), then `text` (raw text that the model continues). With `chat` False (the tokenizer has no chat template)
-    questions are raw text as well. The answer is `answer`, `ground_truth` or `solution`; of an answer in GSM8K's form,
-    what follows "####". All other columns become extras. Raises DatasetError naming file, row and column.
+    questions are raw text as well. The answer is `answer`, `ground_truth` or `solution`; where its last line has
+    GSM8K's "####", what follows that. All other columns become extras. Raises DatasetError naming file, row and column.
     """
     column, value = find_column(row, ("messages", *QUESTION_COLUMNS, "text"), "a question")
     answer_column, cell = find_column(row, ANSWER_COLUMNS, "an answer", is_needed=needs_answer)
     answer = None if cell is None else text_of(row, answer_column, cell).strip()
     extras = extras_of(row, used=(column, answer_column))
-    if answer is not None and FINAL_ANSWER_MARK in answer:
+    if answer is not None and (final := FINAL_ANSWER.search(answer)):
         extras.setdefault("solution", answer)
-        answer = answer.rpartition(FINAL_ANSWER_MARK)[2].replace(",", "").strip() or None
+        answer = final[1].strip()
+        answer = (answer.replace(",", "") if GROUPED.fullmatch(answer) else answer) or None
     if value is None or (answer is None and needs_answer):
         return None
     messages, prompt = None, None
