@@ -21,6 +21,8 @@ def given(reward_fn, completion, answer):
         ("The answer is 12.", [12]),
         ("(3)-4, - 5", [3, 4, 5]),
         ("none", []),
+        ("\u22125, \u2013$6, -\\$7 and 5\u20137", [-5, -6, -7, 5, 7]),
+        ("1e-05, 2 \\times 10^{3}, 3\u00d710^-2, 12eggs, 1{,}200", [1e-5, 2000, 0.03, 12, 1200]),
     ],
 )
 def test_numbers_are_found(text, numbers):
@@ -65,10 +67,38 @@ SOLUTION = "She has 3 * 400 = <<3*400=1200>>1,200 eggs.\n#### 1,200"
         (r"\boxed{1200} eggs in 3 days", 1),
         (r"\boxed{1200", 1),
         ("", 0),
+        ("#### 1200 (which is 3 times 400)", 1),
+        (r"#### Step 2: add" "\n" r"it is \boxed{1{,}200}", 1),
+        ("#### 2. Add\nIt is 1200.", 1),
+        (r"\boxed{1200 \text{ m}^2}", 1),
+        (r"\boxed{\frac{2400}{2}}", 1),
+        (r"\boxed{1.2 \times 10^{3}}", 1),
+        (r"\boxed{- 1200}", 0),
+        ("#### \u22121200", 0),
+        (r"\boxed{1{,}200} or 200", 1),
+        ("#### " + "12" * 9000, 0),  # more digits than Python makes an int of
+        (f"#### 1200/{'1' * 9000}", 0),
     ],
 )
 def test_gsm8k_compares_the_final_number(completion, reward):
     assert given(gsm8k_reward, completion, SOLUTION) == reward
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (r"\boxed{- 5}", "-5"),
+        ("#### \u22125", "-$5"),
+        ("it is -$5", "\u20135"),
+        (r"\boxed{\frac{1}{2}}", "1/2"),
+        (r"\boxed{0.5}", r"\dfrac{1}{2}"),
+        ("0.00001", "1e-05"),
+        ("42", "#### Step 2: add\n1 + 41 = \\boxed{42}"),
+    ],
+)
+def test_gsm8k_reads_answers_as_people_write_them(completion, answer):
+    assert given(gsm8k_reward, completion, answer) == 1
+    assert given(gsm8k_reward, "3", answer) == 0
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from math_verify import parse, verify
 
-from arealite.reward.number import numbers_in
+from arealite.reward.number import NUMBER, plain
 
-FINAL_MARK = re.compile(r"####\s*(.+)")
+VALUE = rf"(?>({NUMBER.pattern})(?:\s*/\s*([1-9]\d*))?)"  # a number, or a fraction
+# What follows the mark of a heading is text ("#### Step 2: add"), or a number that counts headings ("#### 2. Add").
+FINAL_MARK = re.compile(rf"####[\s*$€£\\(]*{VALUE}(?![.:)]\s+\S)")
+FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d+\}?)?")
+LEADING_SIGN = re.compile(r"^\s*([-+])\s+")
 BOXED = r"\boxed{"
 
 
@@ -38,26 +45,33 @@ def gsm8k_reward(
 ) -> float:
     """1.0 when the final number of the completion equals that of `answer`, else 0.0.
 
-    The final number stands after the last `####`, else in the last \\boxed{}, else it is the last number at all;
-    `answer` may be GSM8K's whole solution.
+    The final number, or fraction, stands in the last \\boxed{} or right after the last `####`, whichever comes later,
+    else it is the last number at all; `answer` may be GSM8K's whole solution.
 
     Raises:
         ValueError: `answer` holds no number.
     """
-    expected = numbers_in(final_part(answer))
-    if not expected:
+    expected = final_number(answer)
+    if expected is None:
         raise ValueError(f"the task's answer is {answer!r}; expected a number, after #### in a solution")
-    found = numbers_in(final_part(completion))
-    return float(bool(found) and found[-1] == expected[-1])
+    return float(final_number(completion) == expected)
 
 
-def final_part(text: str) -> str:
-    """The part of a solution that holds its result."""
-    marked = FINAL_MARK.findall(text)
-    if marked:
-        return marked[-1]
+def final_number(text: str) -> Fraction | None:
+    """The result of a solution; None if it is no number."""
+    text = plain(UNIT.sub(" ", FRACTION.sub(r"\1/\2", text)))
+    *_, marked = [None, *FINAL_MARK.finditer(text)]
     at = text.rfind(BOXED)
-    return text if at < 0 else _inside_braces(text[at + len(BOXED) :])
+    if marked is not None and marked.start() > at:
+        return _value(marked)
+    if at >= 0:
+        text = LEADING_SIGN.sub(r"\1", _inside_braces(text[at + len(BOXED) :]))
+    *_, last = [None, *re.finditer(VALUE, text)]
+    return last and _value(last)
+
+
+def _value(found: re.Match[str]) -> Fraction:
+    return Fraction(Decimal(found[1].replace(",", ""))) / Fraction(Decimal(found[2] or 1))
 
 
 def _inside_braces(text: str) -> str:

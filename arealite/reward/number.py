@@ -7,12 +7,23 @@ from decimal import Decimal
 from typing import Any
 
 # A sign counts when it does not follow a word or a bracket ("5-7" holds 5 and 7).
-NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(
+    r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?"
+)
+MINUS = dict.fromkeys(map(ord, "\u2212\u2013\u2012\ufe63\uff0d"), "-")  # what typesetters use for it
+CURRENCY = re.compile(r"([-+])\s*\\?[$€£]\s*(?=[\d.])")  # between the sign and its number
+TEN_TO = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[\u00d7\u00b7*])\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})(?!\d)\s*\}?")
+
+
+def plain(text: str) -> str:
+    """Signs, thousands separators and powers of ten, as print and LaTeX have them, as `numbers_in` reads them."""
+    text = CURRENCY.sub(r"\1", text.translate(MINUS).replace("{,}", ","))
+    return TEN_TO.sub(r"e\1 ", text)
 
 
 def numbers_in(text: str) -> list[Decimal]:
     """All decimal numbers in `text`, in order; commas between digits are thousands separators."""
-    return [Decimal(match.replace(",", "")) for match in NUMBER.findall(text)]
+    return [Decimal(match.replace(",", "")) for match in NUMBER.findall(plain(text))]
 
 
 def number_reward(
