@@ -118,6 +118,7 @@ def test_the_limit_counts_what_is_sent_with_all_variables_of_the_template(tmp_pa
     for name, said in (
         ("tokenize", "tokenize cannot be set"),
         ("thinking", "the chat template has no variable thinking:"),
+        ("enable", "the chat template has no variable enable:"),  # it has enable_thinking
     ):
         fits.chat_template_kwargs = {name: True}
         for load in (load_tasks, load_answers, load_preferences):
@@ -278,3 +279,14 @@ def test_messages_stored_as_text_are_told_by_any_of_their_keys(tmp_path):
     assert load_tasks(source(tmp_path, {"prompt": stored}), made(CHATML), 0)[0].messages == [{"name": "Ann", **USER}]
     with pytest.raises(DatasetError, match="json.dumps, not str"):
         load_tasks(source(tmp_path, {"prompt": str([USER])}), made(CHATML), 0)
+
+
+def test_an_answer_that_the_template_leaves_out_is_refused(tmp_path):
+    """However short: what is said may stand in the template's own words by chance."""
+    of_parts = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
+    rows = source(tmp_path, {"messages": [USER | {"content": "a"}, ASSISTANT]})
+    with pytest.raises(DatasetError, match="leaves out 'a' of role 'user'"):
+        load_answers(rows, made(of_parts), 0)
+    asks_only = CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' else '' }}")
+    with pytest.raises(DatasetError, match="leaves out 'Ho' of role 'assistant'"):
+        load_answers(rows, made(asks_only), 0)

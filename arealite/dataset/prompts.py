@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from reprlib import repr as shown  # what was found, shortened
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ Message = dict[str, Any]
 # A template is a program of the model's authors that runs on what users wrote.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
+MAX_BY_CHANCE = 20  # characters that may stand in a text without being the message
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of what an assistant thought before its answer
 FIX = (
     "change the messages (what a system message says can stand in prompt_template), or set tokenizer_path to a"
@@ -88,7 +90,7 @@ def check_variables(tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any
     for name in variables:
         if name in reserved or name == "messages":
             raise PromptError(f"chat_template_kwargs: {name} cannot be set here")
-        if are_known and name not in str(tokenizer.chat_template):
+        if are_known and not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
             raise PromptError(f"chat_template_kwargs: the chat template has no variable {name}: leave it out")
 
 
@@ -109,7 +111,7 @@ def check_shown(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, asks: bool = True, /, **variables: Any
 ) -> None:
     """Raises PromptError where `text`, the rendered messages, lacks one of them, a call, or a tool. Templates leave out
-    silently what they do not know; what the assistant said earlier some shorten on purpose."""
+    silently what they do not know; what the assistant said before others spoke some shorten on purpose."""
 
     def is_ignored(others: list[Message], **changes: Any) -> bool:
         try:
@@ -119,14 +121,18 @@ def check_shown(
 
     lost = ["the tools"] if variables.get("tools") and is_ignored(messages, tools=None) else []
     for i, message in enumerate(messages):
-        left = ("tool_calls", *(REASONING if i == len(messages) - 1 else ()))
-        other = {key: value for key, value in message.items() if not (key in left and value)}
-        if message["role"] != "assistant" and (message["role"] != "user" or message["content"].strip() not in text):
-            other["content"] += "?"
-        if other != message and is_ignored([*messages[:i], other, *messages[i + 1 :]]):
-            dropped = " and ".join(key.replace("_", " ") for key in message if key not in other)
-            what = f"the {dropped}" if dropped else shown(message["content"])
-            lost.append(f"{what} of role {message['role']!r}")
+        role, said, is_last = message["role"], message["content"].strip(), i == len(messages) - 1
+        dropped = [key for key in ("tool_calls", *(REASONING if is_last else ())) if message.get(key)]
+        others = {
+            f"the {key.replace('_', ' ')}": {name: value for name, value in message.items() if name != key}
+            for key in dropped
+        }
+        is_seen = role in ("user", "assistant") and len(said) > MAX_BY_CHANCE and said in text
+        if not is_seen and (role != "assistant" or (is_last and said)):
+            others[shown(message["content"])] = message | {"content": message["content"] + "?"}
+        for what, other in others.items():
+            if is_ignored([*messages[:i], other, *messages[i + 1 :]]):
+                lost.append(f"{what} of role {role!r}")
     if lost:
         raise PromptError(f"the chat template leaves out {lost[0]}; {FIX}")
 
