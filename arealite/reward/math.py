@@ -8,14 +8,17 @@ from fractions import Fraction
 from typing import Any
 
 from math_verify import parse, verify
+from sympy import Expr
 
-from arealite.reward.number import NUMBER, plain
+from arealite.reward.number import MINUS, NUMBER, plain
 
 VALUE = rf"(?>({NUMBER.pattern})(?:\s*/\s*([1-9]\d*))?)"  # a number, or a fraction
 # What follows the mark of a heading is text ("#### Step 2: add"), or a number that counts headings ("#### 2. Add").
 FINAL_MARK = re.compile(rf"####[\s*$€£\\(]*{VALUE}(?![.:)]\s+\S)")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d+\}?)?")
+SCIENTIFIC = re.compile(r"(?<![\w.])\d+(?:\.\d+)?[eE][-+]?\d{1,2}(?!\w)")  # 1e-05, to LaTeX a product with e
+SMALL = 1e-3  # below it, six decimals hold three digits or fewer
 LEADING_SIGN = re.compile(r"^\s*([-+])\s+")
 BOXED = r"\boxed{"
 
@@ -33,11 +36,28 @@ def math_reward(
     """
     # The library's own limits use signal.alarm, fail outside a main thread, and then return "wrong"; the worker's
     # hard limit replaces them, and errors are raised rather than scored 0.
+    answer, completion = _latex(answer), _latex(completion)
     gold = parse(f"${answer}$" if "$" not in answer and BOXED not in answer else answer, parsing_timeout=None)
     if not gold:
         raise ValueError(f"the task's answer is {answer!r}; expected a mathematical expression")
     found = parse(completion, parsing_timeout=None)
-    return float(bool(found) and verify(gold, found, timeout_seconds=None, raise_on_error=True))
+    is_equal = bool(found) and verify(gold, found, timeout_seconds=None, raise_on_error=True)
+    return float(is_equal and not _differ_below_rounding(gold[0], found[0]))
+
+
+def _latex(text: str) -> str:
+    """Signs, currencies and powers of ten so that the library reads them; a dollar without a partner is a currency."""
+    text = text.translate(MINUS).replace(r"\$", "")
+    text = SCIENTIFIC.sub(lambda number: f"{Decimal(number[0]):f}", text)
+    return text.replace("$", "") if text.count("$") == 1 else text
+
+
+def _differ_below_rounding(one: Any, other: Any) -> bool:
+    """Whether two numbers are so small that the library, which rounds to six decimals, does not see them differ."""
+    if not all(isinstance(x, Expr) and x.is_number and x.is_real for x in (one, other)):
+        return False
+    largest = max(abs(one), abs(other))
+    return bool(largest < SMALL and abs(one - other) > largest / 1000)
 
 
 def gsm8k_reward(
