@@ -119,6 +119,9 @@ def test_gsm8k_reads_answers_as_people_write_them(completion, answer):
         (r"\boxed{5}", r"\$5", 1),
         (r"\boxed{\$6}", r"\$5", 0),
         ("\\boxed{\u22125}", "-$5", 1),
+        (r"\boxed{10^{10^{10}}}", "5", 0),
+        (r"\boxed{99999999!}", "5", 0),
+        (r"2^{2^{2}} is \boxed{2^{4}}", "16", 1),
         ("I do not know", "4", 0),
     ],
 )

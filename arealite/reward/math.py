@@ -19,6 +19,8 @@ FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d+\}?)?")
 SCIENTIFIC = re.compile(r"(?<![\w.])\d+(?:\.\d+)?[eE][-+]?\d{1,2}(?!\w)")  # 1e-05, to LaTeX a product with e
 SMALL = 1e-3  # below it, six decimals hold three digits or fewer
+# Towers of powers and factorials whose digits would fill memory: not to be computed where none is expected.
+HUGE = re.compile(r"\d{5,}\s*!|!\s*!|\^\s*\{?\s*-?\d+\s*\^|\^\s*\{?\s*-?\d{6,}")
 LEADING_SIGN = re.compile(r"^\s*([-+])\s+")
 BOXED = r"\boxed{"
 
@@ -40,6 +42,8 @@ def math_reward(
     gold = parse(f"${answer}$" if "$" not in answer and BOXED not in answer else answer, parsing_timeout=None)
     if not gold:
         raise ValueError(f"the task's answer is {answer!r}; expected a mathematical expression")
+    if BOXED in completion and HUGE.search(_last_box(completion)) and not HUGE.search(answer):
+        return 0.0
     found = parse(completion, parsing_timeout=None)
     is_equal = bool(found) and verify(gold, found, timeout_seconds=None, raise_on_error=True)
     return float(is_equal and not _differ_below_rounding(gold[0], found[0]))
@@ -81,11 +85,10 @@ def final_number(text: str) -> Fraction | None:
     """The result of a solution; None if it is no number."""
     text = plain(UNIT.sub(" ", FRACTION.sub(r"\1/\2", text)))
     *_, marked = [None, *FINAL_MARK.finditer(text)]
-    at = text.rfind(BOXED)
-    if marked is not None and marked.start() > at:
+    if marked is not None and marked.start() > text.rfind(BOXED):
         return _value(marked)
-    if at >= 0:
-        text = LEADING_SIGN.sub(r"\1", _inside_braces(text[at + len(BOXED) :]))
+    if BOXED in text:
+        text = LEADING_SIGN.sub(r"\1", _last_box(text))
     *_, last = [None, *re.finditer(VALUE, text)]
     return last and _value(last)
 
@@ -94,7 +97,9 @@ def _value(found: re.Match[str]) -> Fraction:
     return Fraction(Decimal(found[1].replace(",", ""))) / Fraction(Decimal(found[2] or 1))
 
 
-def _inside_braces(text: str) -> str:
+def _last_box(text: str) -> str:
+    """What is inside the last box of a text that has one."""
+    text = text.rpartition(BOXED)[2]
     depth = 1
     for i, character in enumerate(text):
         depth += (character == "{") - (character == "}")
