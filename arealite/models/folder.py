@@ -9,6 +9,7 @@ from typing import Any
 
 # What the tests train. Other models run as far as nothing refuses them.
 TESTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "mistral", "mixtral")
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
@@ -34,17 +35,18 @@ def model_fault(path: str) -> str:
         return f"has no config.json with a model_type, found {', '.join(names[:5])}: give a Hugging Face folder"
     if config.get("quantization_config") is not None:
         return "is quantised, and training needs its full weights: take the model it was made from"
-    if not any(name.endswith(".safetensors") for name in names):
-        return "has no *.safetensors: load it with transformers once and write it anew with save_pretrained"
-    listed = re.findall(r"[\w.-]+[.]safetensors", _text(folder / "model.safetensors.index.json"))
-    for name in sorted({*listed, *names}):
-        if name.endswith(".safetensors") and not _is_whole(folder / name):
+    if INDEX in names:
+        weights = sorted(set(re.findall(r"[\w.-]+[.]safetensors", (folder / INDEX).read_text())))
+    elif SINGLE in names:
+        weights = [SINGLE]
+    else:
+        return (
+            f"has neither {SINGLE} nor {INDEX}: load it with transformers once and write it anew with save_pretrained"
+        )
+    for name in weights:
+        if not _is_whole(folder / name):
             return f"has no whole file {name}: fetch it again, `git lfs pull` where the folder was cloned"
     return ""
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
 
 
 def _is_whole(path: Path) -> bool:

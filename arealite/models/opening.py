@@ -43,7 +43,7 @@ def open_tokenizer(path: str) -> Any:
 
 
 def _named(path: str) -> str:
-    return path if Path(path).is_dir() else f"{path} (not a local folder, so a hub id)"
+    return path if Path(path).exists() else f"{path} (not a local folder, so a hub id)"
 
 
 def _why(path: str, error: Exception) -> str:
