@@ -45,7 +45,7 @@ def test_rollout_and_weight_updates_against_the_built_in_server(server, tiny_lla
             parameter.mul_(1.02)
     config = quick_config(pause_mode=pause_mode, max_head_offpolicyness=3)
     engine = RemoteNativeEngine(config, ledger_path=tmp_path / "ledger.jsonl")
-    gconfig = GenerationHyperparameters(n_samples=4, max_new_tokens=48)
+    gconfig = GenerationHyperparameters(n_samples=4, max_new_tokens=160)  # some are in flight at each update
     workflow = RLVRWorkflow(number_reward, gconfig, tokenizer, config=config, context_length=256)
     link = WeightLink("shm", tmp_path)
     source = Sums()
