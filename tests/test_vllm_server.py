@@ -196,7 +196,7 @@ def test_requests_in_flight_go_on_with_the_new_weights_and_stamps(address, model
         link.close()
     cut = done.versions.index(2)
     assert done.versions == [1] * cut + [2] * (150 - cut) and 0 < cut < 150
-    assert (done.num_interruptions >= 1) == (pause_mode == "abort")
+    assert done.num_interruptions >= 1
     assert gap(done.logprobs[:cut], done.token_ids[:cut], model) < CLOSE
     after = gap(done.logprobs[cut:], done.token_ids, other, first=cut)
     assert after < CLOSE < gap(done.logprobs[cut:], done.token_ids, model, first=cut)
