@@ -197,7 +197,6 @@ INLINE void add_pairs(const int rows, const int num, vec (*sum)[WIDE], const bf1
             for (int j = 0; j < num; j++)
                 sum[r][j] = fma_of(own, part[j], sum[r][j]);
         }
-        __asm__ volatile("" ::: "memory"); /* the second half loads again: registers are for the sums */
     }
 #endif
 }
