@@ -74,7 +74,9 @@ def _direct(
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         layout: Any = kwargs.get("kv_layout")
-        if not isinstance(layout, KVLayout) or layout.pool.kernels is None or not adapters.is_empty:
+        cos, sin = kwargs.get("position_embeddings", (hidden_states[..., :0],) * 2)
+        is_whole = cos.shape[-1] == dim and cos.dtype == hidden_states.dtype  # the kernel reads all of a head
+        if not (is_whole and isinstance(layout, KVLayout) and layout.pool.kernels and adapters.is_empty):
             whole: torch.Tensor = plain(hidden_states, *args, **kwargs)
             return whole
         x = hidden_states[0]
@@ -82,7 +84,6 @@ def _direct(
         if head_norms:
             split = (*(norm(y) for norm, y in zip(head_norms, split[:2], strict=True)), split[2])
         q, k, v = (y.transpose(0, 1) for y in split)
-        cos, sin = kwargs["position_embeddings"]
         for y in (q[None], k[None]):
             kernels.rotate(y, cos, sin, y)
         seen = kernels.attention(q, k, v, layout.pool.tensor[number], layout.paged_spans, window or 0, scale)
