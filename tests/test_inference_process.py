@@ -115,7 +115,7 @@ def test_a_taken_port_is_refused(folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_flags_are_checked() -> None:
-    assert parse_arguments(["--model", "m"]).max_running_requests == 64
+    assert parse_arguments(["--model", "m", "--max-running-requests", "7"]).max_running_requests == 7
     for wrong in (
         *(["--kv-cache-tokens", "0"], ["--dtype", "int8"], ["--max-running-requests", "-1"], ["--port", "65536"]),
         *(["--hold-limit-s", "nan"], ["--hold-limit-s", "-1"], ["--device", "gpu"], ["--device", "cuda:x"]),

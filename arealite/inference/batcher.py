@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from arealite.inference.cache import PAGE_TOKENS
+from arealite.inference.layout import to_device
 from arealite.inference.model import ServedModel
 from arealite.inference.penalties import adjust
 from arealite.inference.responses import find_stop_string
-from arealite.inference.sampler import sample, uniform_numbers
+from arealite.inference.sampler import Sampled, sample, uniform_numbers
 from arealite.inference.scheduler import REPLAY_TOKENS, Scheduler
 from arealite.inference.scores import note_choices, score_prompt
 from arealite.inference.sequence import Sequence, Span
@@ -95,9 +97,27 @@ class Batcher:
         """Let waiting requests join, give every running one its next token, and go on with the prompts."""
         for newcomer in self.scheduler.admit():
             self.counters.num_cached_tokens += newcomer.num_computed
-        for spans in self.scheduler.plan():
-            self._run(spans)
+        try:
+            for spans in self.scheduler.plan():
+                self._run(spans)
+        except torch.OutOfMemoryError as error:
+            self._shrink(error)
         self._measure()
+
+    def _shrink(self, error: torch.OutOfMemoryError) -> None:
+        """Go on with half of what runs together, which begins anew. Raises MemoryError: there was but one."""
+        scheduler = self.scheduler
+        num_running, num_prompt = len(scheduler.running), scheduler.step_tokens
+        said = (
+            f"no memory for a step of {num_running} requests and up to {num_prompt} tokens of prompts: {error}. Lower"
+            " --kv-cache-tokens first, then --chunked-prefill-tokens and --max-running-requests"
+        )
+        if num_running == 1 and num_prompt <= PAGE_TOKENS:
+            raise MemoryError(said) from error
+        scheduler.max_running, scheduler.step_tokens = max(1, num_running // 2), max(PAGE_TOKENS, num_prompt // 2)
+        logger.warning("%s. Going on with at most %d and %d", said, scheduler.max_running, scheduler.step_tokens)
+        scheduler.retract_all()
+        torch.cuda.empty_cache()
 
     def _run(self, spans: list[Span]) -> None:
         """One forward pass, and the next token of every sequence that lacks none after it."""
@@ -106,23 +126,24 @@ class Batcher:
         num_rows = 0 if not model.deterministic else self.scheduler.max_running if is_decode else REPLAY_TOKENS
         hidden = model.forward(self.scheduler.pool, spans, num_rows)
         ends = np.cumsum([span.count for span in spans])
+        is_finite = None if is_decode else torch.isfinite(hidden).all()
         for span in spans:
             span.sequence.num_computed = span.end
-        if not is_decode:
-            spans, ends = self._take_prompts(spans, ends, hidden)
         ready = [i for i, span in enumerate(spans) if span.end == len(span.sequence.tokens)]
         if ready:
-            last = hidden if len(ready) == num_tokens else hidden[torch.from_numpy(ends[ready] - 1).to(hidden.device)]
-            logits = model.logits(last, num_rows if is_decode else 0)
-            self._sample([spans[i].sequence for i in ready], logits)
+            last = hidden if len(ready) == num_tokens else hidden[to_device([ends[ready] - 1], hidden.device)[0]]
+            sequences = [spans[i].sequence for i in ready]
+            logits, drawn = self._draw(sequences, model.logits(last, num_rows if is_decode else 0))
+        if is_finite is not None:  # after the tokens, for which a GPU is waited for
+            self._take_prompts(spans, ends, hidden, bool(is_finite))
+        if ready:
+            self._append(sequences, logits, drawn)
 
-    def _take_prompts(self, spans: list[Span], ends: np.ndarray, hidden: torch.Tensor) -> tuple[list[Span], np.ndarray]:
-        """Score and share what has been computed of prompts; returns the spans with sound results, and their ends."""
-        parts = [hidden[end - span.count : end] for span, end in zip(spans, ends, strict=True)]
-        sound = [True] * len(spans)
-        if not bool(torch.isfinite(hidden).all()):
-            sound = [bool(torch.isfinite(part).all()) for part in parts]
-        for span, part, is_sound in zip(spans, parts, sound, strict=True):
+    def _take_prompts(self, spans: list[Span], ends: np.ndarray, hidden: torch.Tensor, is_finite: bool) -> None:
+        """Score and share what has been computed of prompts, and end those with results that are not finite."""
+        for span, end in zip(spans, ends, strict=True):
+            part = hidden[end - span.count : end]
+            is_sound = is_finite or bool(torch.isfinite(part).all())
             sequence = span.sequence
             if span.start < sequence.num_prompt:
                 self.counters.num_prefill_tokens += span.count
@@ -132,16 +153,20 @@ class Batcher:
                 self._finish_nan(sequence)
             elif span.count > 1:
                 self.scheduler.share(sequence)
-        return [span for span, is_sound in zip(spans, sound, strict=True) if is_sound], ends[sound]
 
-    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        """Append one token to each sequence and end those that are done."""
+    def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> tuple[torch.Tensor, Sampled]:
+        """The next token of each sequence, and the logits that it was drawn from."""
         params = [s.request.params for s in sequences]
         uniforms = uniform_numbers((s.seed for s in sequences), (len(s.tokens) for s in sequences))
         logits = adjust(sequences, logits)
-        drawn = sample(logits, params, uniforms)
+        return logits, sample(logits, params, uniforms)
+
+    def _append(self, sequences: list[Sequence], logits: torch.Tensor, drawn: Sampled) -> None:
+        """Append one token to each sequence and end those that are done."""
         note_choices(sequences, logits)
         for i, sequence in enumerate(sequences):
+            if sequence.future.done():  # its prompt was not sound
+                continue
             if not drawn.ok[i]:
                 self._finish_nan(sequence)
                 continue

@@ -42,16 +42,30 @@ class PagePool:
         """With `kernels`, these alone read and write pages, in an order of elements of their own."""
         self.kernels = kernels
         self.num_pages = pages_for(num_tokens)
-        dims = (num_layers, 2, num_kv_heads, self.num_pages + 1, PAGE_TOKENS, head_dim)
-        self.tensor = _lazy_zeros(dims, dtype, device)
-        # Views per layer, [kv heads, pages * PAGE_TOKENS, head dim]: what a step writes its new tokens to.
-        flat = self.tensor.flatten(3, 4)
-        self.keys = [flat[layer, 0] for layer in range(num_layers)]
-        self.values = [flat[layer, 1] for layer in range(num_layers)]
+        self._dims = (num_layers, 2, num_kv_heads, self.num_pages + 1, PAGE_TOKENS, head_dim)
+        self._kind = dtype, device
+        self.take_memory()
         self._holders = [0] * (self.num_pages + 1)  # sequences
         self._keepers = [0] * (self.num_pages + 1)  # entries of the prefix cache
         self.num_idle = 0  # pages that are kept and not held
         self._free = list(range(self.num_pages, 0, -1))
+
+    def take_memory(self) -> None:
+        """Zeros for all pages."""
+        self.tensor = _lazy_zeros(self._dims, *self._kind)
+        # Views per layer, [kv heads, pages * PAGE_TOKENS, head dim]: what a step writes its new tokens to.
+        self.keys, self.values = (list(part) for part in self.tensor.flatten(3, 4).unbind(1))
+
+    def give_memory(self) -> None:
+        """Nobody holds or keeps a page: their memory is for others, until `take_memory`."""
+        self.tensor = self.tensor.new_empty(0)
+        self.keys, self.values = [], []
+        if self.tensor.is_cuda:
+            torch.cuda.empty_cache()
+
+    @property
+    def has_memory(self) -> bool:
+        return bool(self.keys)
 
     @property
     def num_tokens(self) -> int:

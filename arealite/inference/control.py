@@ -50,8 +50,8 @@ class ControlRoutes:
             web.post("/get_weights_by_name", self.weights_by_name),
             web.get("/flush_cache", self.flush_cache),
             web.post("/flush_cache", self.flush_cache),
-            web.post("/release_memory_occupation", self.answer_null),
-            web.post("/resume_memory_occupation", self.answer_null),
+            web.post("/release_memory_occupation", self.release_memory),
+            web.post("/resume_memory_occupation", self.resume_memory),
         ]
 
     # -- weights -------------------------------------------------------------------------------------------------
@@ -163,7 +163,17 @@ class ControlRoutes:
             return web.Response(text="Cache flushed.\n")
         return web.Response(text="Not flushed: requests are running. Pause with mode retract or abort.\n", status=400)
 
-    async def answer_null(self, request: web.Request) -> web.Response:
+    async def release_memory(self, request: web.Request) -> web.Response:
+        return await self._change_memory(request, self._engine.release_memory)
+
+    async def resume_memory(self, request: web.Request) -> web.Response:
+        return await self._change_memory(request, self._engine.resume_memory)
+
+    async def _change_memory(self, request: web.Request, change: Callable[[], None]) -> web.Response:
+        """Of the KV cache, the one part that can do without; SGLang's `tags` name parts, and none of them all."""
+        tags = field(await read_object(request), "tags", list, None)
+        if tags is None or "kv_cache" in strings("tags", tags):
+            await self._engine.ask("KV cache memory", change)
         return web.json_response(None)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
-from arealite.api.errors import ArealiteError, WeightSyncError
+from arealite.api.errors import ArealiteError, RequestError, WeightSyncError
 from arealite.inference import receiver
 from arealite.inference.adapters import Adapter
 from arealite.inference.batcher import Batcher, abort_reason
@@ -153,13 +153,37 @@ class Engine:
         self.batcher.scheduler.prefix.clear()
         return True
 
+    def release_memory(self) -> None:
+        """Give back the memory of the KV cache; requests that come wait for `resume_memory`.
+
+        Raises:
+            RequestError: requests have keys and values there.
+        """
+        scheduler = self.batcher.scheduler
+        if scheduler.running:
+            raise RequestError(
+                f"{len(scheduler.running)} requests are running, whose keys and values cannot be given up: call"
+                " /pause_generation with mode retract or abort before"
+            )
+        scheduler.prefix.clear()
+        scheduler.pool.give_memory()
+
+    def resume_memory(self) -> None:
+        """Raises RequestError: the card has no such memory any more, and the cache stays released."""
+        if not self.batcher.scheduler.pool.has_memory:
+            try:
+                self.batcher.scheduler.pool.take_memory()
+            except torch.OutOfMemoryError as error:
+                raise RequestError(f"the KV cache cannot have its memory back, others have it: {error}") from error
+
     def set_weight_version(self, version: str, abort_all: bool) -> None:
         if abort_all:
             self.abort(lambda _: True)
         self.batcher.weight_version = version
 
     def update_weights(self, staged: dict[str, torch.Tensor], options: UpdateOptions) -> dict[str, int]:
-        """Load new weights (of receiver.stage); returns the CRC-32 of the live tensors in `checksum_names`.
+        """Load new weights (of receiver.stage); returns the CRC-32 of those live tensors in `checksum_names` that are
+        not, byte for byte, what was staged.
 
         Running requests are aborted (`abort_all_requests`) or retracted, unless paused in place, where they keep the
         keys and values of the old weights. Computed prompts are forgotten in any case.
@@ -181,9 +205,10 @@ class Engine:
         elif not keep_running:
             scheduler.retract_all()
         receiver.load(model, staged)
+        confirmed = receiver.confirmed(model, staged, options.checksum_names)
         if options.weight_version is not None:
             self.batcher.weight_version = options.weight_version
-        return receiver.checksums(model, options.checksum_names)
+        return receiver.checksums(model, [name for name in options.checksum_names if name not in confirmed])
 
     def replace_adapter(self, name: str, adapter: Adapter, weight_version: str | None) -> None:
         """Serve `adapter` under `name` from now on, instead of the one of that name, if there is one. Running requests
@@ -204,10 +229,12 @@ class Engine:
         """
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
+        if self.batcher.model.device.type == "cuda":
+            torch.cuda.set_device(self.batcher.model.device)
         try:
             with torch.inference_mode():
                 while self._take_inbox():
-                    if self.paused is None and self.batcher.has_work:
+                    if self._is_busy:
                         with waits.waiting("engine step", "model", STEP_LIMIT_S, self._rids):
                             self.batcher.step()
             self._close("")
@@ -215,9 +242,13 @@ class Engine:
             logger.exception("the engine thread failed")
             self._close(traceback.format_exc())
 
+    @property
+    def _is_busy(self) -> bool:
+        return self.paused is None and self.batcher.has_work and self.batcher.scheduler.pool.has_memory
+
     def _take_inbox(self) -> bool:
         """Take everything that came in, sleeping while there is nothing to do; False at the stop mark."""
-        idle = self.paused is not None or not self.batcher.has_work
+        idle = not self._is_busy
         while True:
             try:
                 entry = self._sleep() if idle else self._inbox.get_nowait()
@@ -234,6 +265,8 @@ class Engine:
     def _sleep(self) -> Sequence | Call | None:
         """One slice of idleness, visible as a wait that tells when the last token was made."""
         state = "idle" if self.paused is None else f"paused ({self.paused})"
+        if not self.batcher.scheduler.pool.has_memory:
+            state += ", memory released"
         last = self.batcher.counters.last_token_at
         since = time.strftime("%H:%M:%S", time.localtime(last)) if last else "never"
         with waits.waiting(f"engine {state}, last token {since}", "clients", IDLE_LIMIT_S, self._rids):

@@ -25,6 +25,8 @@ ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attenti
 QUERIES_PER_CALL = 512  # queries of long spans whose scores exist at one time
 QUERIES_PER_PIECE = 64  # of one span that a core computes at a time in the kernels
 KEYS_PER_CALL = 4096  # keys of short spans gathered at one time: stays in a core's cache
+ALIGNMENT = 16  # bytes between tensors that are copied together
+KEYS_PER_CALL_CUDA = 1 << 20  # there, few large calls
 _UNSUPPORTED = {"s_aux", "position_bias"}
 
 
@@ -66,7 +68,7 @@ class KVLayout:
     def slots(self) -> torch.Tensor:
         """[T]: each token's place in the pool."""
         padding = np.full(self._num_padding, SCRATCH_PAGE * PAGE_TOKENS)
-        return self._tensor(np.concatenate([*map(_slots, self.spans), padding]))
+        return to_device([np.concatenate([*map(_slots, self.spans), padding])], self._device)[0]
 
     @cached_property
     def paged_spans(self) -> PagedSpans:
@@ -86,10 +88,17 @@ class KVLayout:
     def blocks(self, window: int | None) -> list[Block]:
         """What layers of this window compute, in pieces of bounded size; planned when first asked for."""
         if window not in self._blocks:
-            self._blocks[window] = list(self._plan(window))
+            plans = list(self._plan(window))
+            tensors = iter(to_device([array for plan in plans for array in plan[2:]], self._device))
+            self._blocks[window] = [
+                Block(first, last, table, queries, keys)
+                for (first, last, *_), table, queries, keys in zip(plans, tensors, tensors, tensors, strict=True)
+            ]
         return self._blocks[window]
 
-    def _plan(self, window: int | None) -> Iterator[Block]:
+    def _plan(self, window: int | None) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
+        """The fields of each Block."""
+        keys_per_call = KEYS_PER_CALL if self._device.type == "cpu" else KEYS_PER_CALL_CUDA
         pieces = [
             Span(span.sequence, start, min(QUERIES_PER_CALL, span.end - start))
             for span in self.spans
@@ -98,33 +107,31 @@ class KVLayout:
         first = 0
         for (count, num_pages), run in groupby(pieces, lambda piece: span_order(piece, window)):
             same = list(run)
-            num_at_once = min(QUERIES_PER_CALL // count, KEYS_PER_CALL // (num_pages * PAGE_TOKENS))
+            num_at_once = min(QUERIES_PER_CALL // count, keys_per_call // (num_pages * PAGE_TOKENS))
             num_at_once = 1 if self._one_by_one else max(1, num_at_once)
             for start in range(0, len(same), num_at_once):
-                block = self._block(first, same[start : start + num_at_once], num_pages)
-                yield block
-                first = block.last
+                arrays = _table(same[start : start + num_at_once], num_pages)
+                last = first + arrays[1].size
+                yield first, last, *arrays
+                first = last
 
-    def _block(self, first: int, pieces: list[Span], num_pages: int) -> Block:
-        """Each piece reads the `num_pages` pages up to its last token, or the first ones if it has not so many."""
-        count = pieces[0].count
-        table = np.full((len(pieces), num_pages), SCRATCH_PAGE)
-        first_pages = np.array([max(0, pages_for(piece.end) - num_pages) for piece in pieces])
-        for row, first_page, piece in zip(table, first_pages, pieces, strict=True):
-            pages = piece.sequence.pages[first_page : first_page + num_pages]
-            row[: len(pages)] = pages
-        queries = np.array([piece.start for piece in pieces])[:, None] + np.arange(count)
-        keys = first_pages[:, None] * PAGE_TOKENS + np.arange(num_pages * PAGE_TOKENS)
-        return Block(
-            first,
-            first + queries.size,
-            self._tensor(table.reshape(-1)),
-            self._tensor(queries[:, None, :, None]),
-            self._tensor(keys[:, None, None, :]),
-        )
+    @property
+    def _device(self) -> torch.device:
+        return self.pool.tensor.device
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return to_device(array, self.pool.tensor.device)
+
+def _table(pieces: list[Span], num_pages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Table, queries and keys of a Block: each piece reads the `num_pages` pages up to its last token, or the
+    first ones if it has not so many."""
+    count = pieces[0].count
+    table = np.full((len(pieces), num_pages), SCRATCH_PAGE)
+    first_pages = np.array([max(0, pages_for(piece.end) - num_pages) for piece in pieces])
+    for row, first_page, piece in zip(table, first_pages, pieces, strict=True):
+        pages = piece.sequence.pages[first_page : first_page + num_pages]
+        row[: len(pages)] = pages
+    queries = np.array([piece.start for piece in pieces])[:, None] + np.arange(count)
+    keys = first_pages[:, None] * PAGE_TOKENS + np.arange(num_pages * PAGE_TOKENS)
+    return table.reshape(-1), queries[:, None, :, None], keys[:, None, None, :]
 
 
 @dataclass
@@ -212,11 +219,22 @@ def paged_attention(
     return out
 
 
-def to_device(array: np.ndarray | list[list[int]], device: torch.device) -> torch.Tensor:
-    """The array as a tensor there. A GPU fetches it from locked memory in its own time, so that nobody waits for it:
-    the one wait of a step is for the tokens it made."""
-    host = torch.from_numpy(np.asarray(array))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+def to_device(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """The arrays as tensors there. A GPU fetches them in one copy from locked memory in its own time, so that nobody
+    waits for it: the one wait of a step is for the tokens it made."""
+    hosts = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cpu" or not hosts:
+        return hosts
+    starts = np.cumsum([0, *(-(-host.nbytes // ALIGNMENT) * ALIGNMENT for host in hosts)]).tolist()
+    locked = torch.empty(starts.pop(), dtype=torch.uint8, pin_memory=True)
+
+    def parts(whole: torch.Tensor) -> list[torch.Tensor]:
+        pairs = zip(starts, hosts, strict=True)
+        return [whole[start : start + x.nbytes].view(x.dtype).view(x.shape) for start, x in pairs]
+
+    for part, host in zip(parts(locked), hosts, strict=True):
+        part.copy_(host)
+    return parts(locked.to(device, non_blocking=True))
 
 
 @cache

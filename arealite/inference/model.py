@@ -13,6 +13,7 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
@@ -165,17 +166,20 @@ class ServedModel:
 
     def _run(self, tokens: list[int], positions: list[int], layout: KVLayout | ShapeProbe) -> torch.Tensor:
         """The modelling code over one row of T tokens; last hidden states [T, hidden]."""
+        input_ids, position_ids = to_device([np.asarray([tokens]), np.asarray([positions])], self.device)
         output = self.module.base_model(
-            input_ids=to_device([tokens], self.device),
-            position_ids=to_device([positions], self.device),
-            use_cache=False,
-            kv_layout=layout,
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, kv_layout=layout
         )
         return output.last_hidden_state[0]
 
     def make_pool(self, num_tokens: int) -> PagePool:
         """An empty KV cache for this model."""
         return PagePool(*self.kv_shape, num_tokens, self.dtype, self.device, self._paging)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        num_layers, num_heads, head_dim = self.kv_shape
+        return 2 * num_layers * num_heads * head_dim * self.dtype.itemsize
 
     def _discover_kv_shape(self) -> tuple[int, int, int]:
         """Heads and layers as the modelling code itself hands them to attention."""

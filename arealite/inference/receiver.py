@@ -6,6 +6,8 @@ The trainer's end, and reading what it published, are in weights/.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import cache
 
 import torch
 
@@ -62,6 +64,7 @@ def stage(
                 if part.name in staged:
                     raise WeightSyncError(f"the update has {part.name!r} twice")
                 staged[part.name] = tensor[part.index]
+        _move(model, staged)
     except (OSError, ValueError, RuntimeError) as error:  # a file that vanished, a path that is none, no memory left
         raise WeightSyncError(f"cannot read the weights: {error}") from error
     missing = [name for name in model.tensor_names if name not in staged]
@@ -73,12 +76,45 @@ def stage(
     return {name: staged[name] for name in model.tensor_names if name in staged}
 
 
+def _move(model: ServedModel, staged: dict[str, torch.Tensor]) -> None:
+    """To where and as what the model is served, so that loading them is a copy there: on a GPU beside its other work.
+    For what it has no room for now, when they are loaded."""
+    if model.device.type == "cpu":
+        for name, tensor in staged.items():
+            staged[name] = tensor.to(model.tensors[name].dtype)
+        return
+    stream = _copy_stream(model.device)
+    with torch.cuda.stream(stream), suppress(torch.OutOfMemoryError):
+        for name, tensor in staged.items():
+            staged[name] = tensor.to(model.device, model.tensors[name].dtype)
+    stream.synchronize()
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def confirmed(model: ServedModel, staged: dict[str, torch.Tensor], names: list[str]) -> set[str]:
+    """Those of `names` whose live tensors are byte for byte what was staged; on a GPU without a copy to the host."""
+    here = [name for name in names if name in staged and staged[name].device == model.device]
+    pairs = ((_bytes(model.tensors[name]), _bytes(staged[name])) for name in here)
+    same = [torch.eq(live, new).all() for live, new in pairs]
+    return {name for name, is_same in zip(here, torch.stack(same).tolist() if same else [], strict=True) if is_same}
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
 def load(model: ServedModel, staged: dict[str, torch.Tensor]) -> None:
     """Copy the staged values into the live tensors."""
     with torch.no_grad():
         for name, tensor in staged.items():
             model.tensors[name].copy_(tensor)
     model.refresh()
+    if model.device.type == "cuda":  # what was staged may be let go of now
+        torch.cuda.current_stream().synchronize()
 
 
 def _check(

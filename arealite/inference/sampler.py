@@ -41,7 +41,7 @@ def uniform_numbers(seeds: Iterable[int], positions: Iterable[int]) -> list[floa
 
 def _words(numbers: Iterable[int]) -> np.ndarray:
     """Modulo 2**64."""
-    return np.fromiter((number & _MASK for number in numbers), np.uint64)
+    return np.array([number & _MASK for number in numbers], np.uint64)
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
@@ -96,8 +96,10 @@ def _sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[f
         tokens = torch.where(greedy, best, _inverse_cdf(weights, block_sums, at, vocab))
     kept = torch.ones_like(total)
     restricted = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p > 0)]
-    for i in restricted:
-        tokens[i], kept[i] = _restricted(scores[i], total[i], params[i], uniforms[i])
+    if restricted:
+        rows = torch.tensor(restricted).to(logits.device)
+        own = [params[i] for i in restricted]
+        tokens[rows], kept[rows] = _restricted(scores[rows], total[rows], own, at[rows])
     logprobs = scores.gather(1, tokens[:, None])[:, 0].double().log() - total.log()
     ok = torch.isfinite(total) & torch.isfinite(top)
     packed = torch.stack([tokens.double(), logprobs, ok.double(), (1 - kept).clamp(min=0)]).cpu().numpy()
@@ -120,23 +122,42 @@ def _inverse_cdf(weights: torch.Tensor, block_sums: torch.Tensor, at: torch.Tens
 
 
 def _restricted(
-    weights: torch.Tensor, total: torch.Tensor, params: SamplingParams, at: float
+    weights: torch.Tensor, total: torch.Tensor, params: list[SamplingParams], at: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse CDF over the likeliest tokens of one row [V] that pass top-k, top-p and min-p; the token, and the share
-    of the probability that these tokens have."""
-    vocab = weights.shape[0]
-    wanted = min(params.top_k or vocab, vocab)
-    num = min(wanted, NUM_LIKELIEST)
+    """Inverse CDF over the likeliest tokens of each row [B, V] that pass top-k, top-p and min-p; the tokens, and the
+    share of the probability that these tokens have, both [B]. Where more than the first ones pass, all are sorted."""
+    vocab = weights.shape[1]
+    limits = [(min(p.top_k or vocab, vocab), p.top_p, p.min_p) for p in params]
+    wanted, top_p, min_p = torch.tensor(limits, dtype=torch.float64).to(weights.device).unbind(1)
+    most = max(num for num, _, _ in limits)
+    tokens, kept, is_covered = _likeliest(min(most, NUM_LIKELIEST), weights, total, wanted, top_p, min_p, at)
+    if most > NUM_LIKELIEST:
+        for i in (~is_covered).nonzero()[:, 0].tolist():
+            row = (x[i : i + 1] for x in (weights, total, wanted, top_p, min_p, at))
+            tokens[i : i + 1], kept[i : i + 1], _ = _likeliest(most, *row)
+    return tokens, kept
+
+
+def _likeliest(
+    num: int,
+    weights: torch.Tensor,
+    total: torch.Tensor,
+    wanted: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    at: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same among the `num` likeliest of a row, and whether no other token would pass."""
     ordered, order = weights.topk(num)
-    probs = ordered.double() / total
+    probs = ordered.double() / total[:, None]
+    probs.masked_fill_(torch.arange(num, device=weights.device) >= wanted[:, None], 0)
     upto = probs.cumsum(-1)
-    covered = upto[-1] >= params.top_p or (params.min_p > 0 and probs[-1] < params.min_p * probs[0])
-    if num < wanted and not covered:
-        ordered, order = weights.topk(wanted)
-        probs = ordered.double() / total
-        upto = probs.cumsum(-1)
-    kept = (upto - probs < params.top_p) & (probs >= params.min_p * probs[0])
-    kept[0] = True
-    upto = (probs * kept).cumsum(-1)
-    target = torch.minimum(at * upto[-1], torch.nextafter(upto[-1], torch.zeros_like(upto[-1])))
-    return order[torch.searchsorted(upto, target.reshape(1), right=True)[0]], upto[-1]
+    floor = min_p * probs[:, 0]
+    is_covered = (wanted <= num) | (upto[:, -1] >= top_p) | ((min_p > 0) & (probs[:, -1] < floor))
+    passed = (upto - probs < top_p[:, None]) & (probs >= floor[:, None])
+    passed[:, 0] = True
+    upto = (probs * passed).cumsum(-1)
+    kept = upto[:, -1]
+    target = torch.minimum(at * kept, torch.nextafter(kept, torch.zeros_like(kept)))
+    place = torch.searchsorted(upto, target[:, None], right=True).clamp_(max=num - 1)
+    return order.gather(1, place)[:, 0], kept, is_covered

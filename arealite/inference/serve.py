@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import math
+import os
 import re
 import signal
 import sys
@@ -25,6 +26,9 @@ from arealite.observe import waits
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+MAX_RUNNING = {"cpu": 64, "cuda": 256}
+# Of a card's free memory: what the KV cache takes, besides what a step works with; and of that, beside a trainer.
+FREE_SHARE, STEP_BYTES, COLOCATED_SHARE = 0.85, 3 << 30, 0.45
 DEFAULT_TOKENS_PER_REQUEST = 2048  # sizes the KV cache when --kv-cache-tokens is not given
 STOP_LIMIT_S = 5.0  # for the current step to end, and for answers to reach their clients
 POLL_S = 0.2  # how often the engine's end is looked for
@@ -39,11 +43,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--port", type=int, default=30000, help="port to listen on; 0 takes a free one and prints it")
     add("--dtype", default="bfloat16", choices=sorted(DTYPES), help="compute type")
     add("--context-length", type=int, help="tokens of prompt and answer at most; default: the model's")
-    add("--max-running-requests", type=int, default=64, help="sequences decoded together")
+    add("--max-running-requests", type=int, help="sequences decoded together; default: 64, on a GPU 256")
     add(
         "--kv-cache-tokens",
         type=int,
-        help=f"tokens of the KV cache; default: {DEFAULT_TOKENS_PER_REQUEST} per sequence",
+        help=f"tokens of the KV cache; default: {DEFAULT_TOKENS_PER_REQUEST} per sequence, on a GPU what is free",
     )
     add(
         "--chunked-prefill-tokens",
@@ -95,15 +99,33 @@ def build_engine(args: argparse.Namespace) -> Engine:
     model = ServedModel.load(
         args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic, args.tokenizer_path
     )
-    per_request = min(model.context_length, DEFAULT_TOKENS_PER_REQUEST)
-    kv_tokens = args.kv_cache_tokens or max(args.max_running_requests * per_request, model.context_length)
+    max_running = args.max_running_requests = args.max_running_requests or MAX_RUNNING[device.type]
+    kv_tokens = args.kv_cache_tokens or _kv_cache_tokens(model, max_running)
     try:
-        batcher = Batcher(model, args.max_running_requests, kv_tokens, args.weight_version, args.chunked_prefill_tokens)
+        batcher = Batcher(model, max_running, kv_tokens, args.weight_version, args.chunked_prefill_tokens)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ConfigError(
             f"no memory for a KV cache of {kv_tokens} tokens ({error}); lower it by --kv-cache-tokens"
         ) from error
     return Engine(batcher, args.seed, args.max_queued_requests, num_threads)
+
+
+def _kv_cache_tokens(model: ServedModel, max_running: int) -> int:
+    """What the KV cache holds when nobody says. Raises ConfigError: the card has too little free."""
+    per_request = min(model.context_length, DEFAULT_TOKENS_PER_REQUEST)
+    if model.device.type == "cpu":
+        return max(max_running * per_request, model.context_length)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(model.device)
+    share = COLOCATED_SHARE if os.environ.get("AREALITE_COLOCATED") == "1" else 1.0
+    tokens = int((free * FREE_SHARE - STEP_BYTES) * share) // model.kv_bytes_per_token
+    if tokens < per_request:
+        raise ConfigError(
+            f"{free / 2**30:.1f} GiB are free on {model.device} beside the model; {STEP_BYTES >> 30} GiB go to the work"
+            f" of a step, and what is left holds {max(0, tokens)} tokens of keys and values: stop what else runs there,"
+            " or set --kv-cache-tokens and --chunked-prefill-tokens"
+        )
+    return min(tokens, max_running * model.context_length)  # of which no more can be used at once
 
 
 async def serve(engine: Engine, settings: ServerSettings, host: str, port: int) -> int:

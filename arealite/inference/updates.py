@@ -16,6 +16,7 @@ from arealite.api.errors import ArealiteError, WeightSyncError
 from arealite.inference import receiver
 from arealite.inference.engine import CALL_LIMIT_S, Engine, UpdateOptions
 from arealite.observe import waits
+from arealite.weights.checksum import checksum
 
 READ_LIMIT_S = 600.0  # a folder on a slow file system; a broadcast has a limit of its own
 SESSION_LIMIT_S = 900.0  # between two calls of a session: then its trainer is gone, and what it staged is dropped
@@ -146,4 +147,9 @@ class Updates:
     ) -> dict[str, int]:
         found = await self._engine.ask("weight update", lambda: self._engine.update_weights(staged, options))
         self._num_loose = 0 if is_whole else self._num_loose + len(staged)
+        same = {name: staged[name] for name in options.checksum_names if name not in found}
+        if same:  # generation goes on meanwhile
+            found |= await waits.in_thread(
+                lambda: {name: checksum(tensor) for name, tensor in same.items()}, "checksums", "model", READ_LIMIT_S
+            )
         return found
