@@ -1,4 +1,4 @@
-"""Linear layers, norms, rotary embedding and gated units by the compiled kernels, with gradients where wanted.
+"""The kernels of a device; linear layers, norms, rotary embedding and gated units by them, with gradients where wanted.
 
 Called by modules.py, in whose modules these take the place of PyTorch's operations, and by engine/ for its products.
 Gradients are computed in float32 and rounded once; what can be computed again is not kept for them.
@@ -6,16 +6,58 @@ Gradients are computed in float32 and rounded once; what can be computed again i
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
+import subprocess
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from arealite.kernels import build
+from arealite.kernels import build, cpu
 from arealite.kernels.cpu import Kernels
+
+if TYPE_CHECKING:
+    from arealite.kernels.gpu import GpuKernels
+
+AnyKernels: TypeAlias = "Kernels | GpuKernels"
+OLDEST_GPU = (8, 0)  # compute capability: the first one with bf16
+
+logger = logging.getLogger(__name__)
+
+
+def for_device(device: torch.device) -> AnyKernels | None:
+    """The kernels that compute there; None, and a line in the log, where PyTorch does. Raises as build.wanted."""
+    return cpu.load() if device.type == "cpu" else _of_gpus(device.type)
+
+
+@functools.cache
+def _of_gpus(kind: str) -> GpuKernels | None:
+    """Tries them on the current device."""
+    try:
+        if os.environ.get(build.VARIABLE) == build.OFF:
+            raise OSError(f"{build.VARIABLE}={build.OFF}")
+        if kind != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability() < OLDEST_GPU:
+            raise OSError(f"they are for NVIDIA GPUs of compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]} or more")
+        from arealite.kernels.gpu import GpuKernels
+
+        found = GpuKernels(torch.device(kind))
+        found.silu_times(*torch.ones(2, 1, 8, dtype=torch.bfloat16, device=kind))
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:  # triton needs a C compiler, too
+        logger.warning("GPU kernels: none, PyTorch computes (%s)", error)
+        return None
+    logger.info("GPU kernels: by Triton")
+    return found
+
+
+def use_gpu(device: torch.device) -> None:
+    """What a thread that computes on a GPU calls first. Products of bf16 add up in float32 from now on."""
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -23,6 +65,16 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if fits(a, b) and not build.has_bf16_products():
         return (a.float() @ b.float()).bfloat16()
     return a @ b
+
+
+def head_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """hidden [R, K] times the transpose of weight [V, K]: float32 on a GPU, else as `matmul`. No gradient.
+
+    Rounded to bf16, a logit of 20 is 0.06 off: most of what server and trainer would differ by.
+    """
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return matmul(hidden, weight.t())
 
 
 def product(kernels: Kernels | None, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
