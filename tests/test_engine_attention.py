@@ -10,6 +10,7 @@ from arealite.algorithm.packing import prefix_tree
 from arealite.api.errors import ConfigError
 from arealite.engine import attention
 from arealite.engine.attention import Layout, tree_attention
+from arealite.kernels import varlen
 
 CPU = torch.device("cpu")
 
@@ -100,30 +101,46 @@ def test_other_kinds_of_attention_are_refused(kind):
         tree_attention(torch.nn.Identity(), x, x, x, None, tree_layout=where, **kind)
 
 
+def plain_rows(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+    """A stand-in for the CUDA kernel: the last query of a row sees the last of its keys, and so on backwards."""
+    assert window_size[1] == 0 and cu_q.dtype == cu_k.dtype == torch.int32
+    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+    rows = []
+    for r in range(len(cu_q) - 1):
+        own, keys, values = q[cu_q[r] : cu_q[r + 1]], k[cu_k[r] : cu_k[r + 1]], v[cu_k[r] : cu_k[r + 1]]
+        last = len(keys) - len(own)
+        hidden = torch.ones(len(own), len(keys)).triu(1 + last).bool()
+        hidden |= torch.ones(len(own), len(keys)).tril(last - (window_size[0] + 1 or 99)).bool()
+        scores = torch.einsum("qhd,khd->hqk", own, keys.repeat_interleave(2, 1)) * scale
+        probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        rows.append(torch.einsum("hqk,khd->qhd", probs, values.repeat_interleave(2, 1)))
+    return torch.cat(rows)
+
+
+def plain_rows_of_heads(*args, enable_gqa, **kwargs):
+    """As newer releases of PyTorch have it."""
+    assert enable_gqa
+    return plain_rows(*args, **kwargs)
+
+
 @pytest.mark.parametrize("window", [None, 2])
-def test_the_layout_of_the_cuda_kernel(monkeypatch, window):
-    """A plain stand-in for the kernel: the last query of a row sees the last of its keys, and so on backwards."""
-
-    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-        assert window_size == ((window or 0) - 1, 0) and enable_gqa
-        assert cu_q.dtype == cu_k.dtype == torch.int32
-        assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
-        rows = []
-        for r in range(len(cu_q) - 1):
-            own, keys, values = q[cu_q[r] : cu_q[r + 1]], k[cu_k[r] : cu_k[r + 1]], v[cu_k[r] : cu_k[r + 1]]
-            last = len(keys) - len(own)
-            hidden = torch.ones(len(own), len(keys)).triu(1 + last).bool()
-            hidden |= torch.ones(len(own), len(keys)).tril(last - (window or 99)).bool()
-            scores = torch.einsum("qhd,khd->hqk", own, keys.repeat_interleave(2, 1)) * scale
-            probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-            rows.append(torch.einsum("hqk,khd->qhd", probs, values.repeat_interleave(2, 1)))
-        return torch.cat(rows)
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+@pytest.mark.parametrize("kernel", [plain_rows, plain_rows_of_heads])
+def test_the_layout_of_the_cuda_kernel(monkeypatch, kernel, window):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     tree = prefix_tree([np.asarray(s) for s in ([1, 2, 3], [1, 2], [1, 2, 3], [5, 4], [1, 2, 3, 9, 9], [5])])
     q, k, v = (torch.randn(len(tree.tokens), h, 8, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
-    got = attention._varlen_attention(q, k, v, Layout(tree, CPU), 0.3, window)
+    nodes, rows = Layout(tree, CPU).varlen
+    got = varlen.varlen_attention(q, varlen.gather(k, nodes), varlen.gather(v, nodes), rows, 0.3, window)
     torch.testing.assert_close(got, plain(q, k, v, tree, 0.3, window or 99), atol=2e-5, rtol=1e-4)
+
+
+def test_gradients_of_what_many_rows_share_are_rounded_once():
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    at = torch.tensor([0, 2] + [1] * 256)
+    grad = torch.randn(len(at), 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    varlen.gather(x, at).backward(grad)
+    exact = torch.zeros(3, 8, dtype=torch.float64).index_add_(0, at, grad.double())
+    assert torch.equal(x.grad, exact.bfloat16())
 
 
 def test_sequences_longer_than_a_window_equal_transformers(tmp_path):

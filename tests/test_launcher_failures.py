@@ -22,7 +22,14 @@ ValueError: bad
 
 @pytest.mark.parametrize(
     ("returncode", "said"),
-    [(1, "exit code 1"), (-9, "SIGKILL (kill -9, or the kernel"), (-11, "SIGSEGV"), (-63, "63"), (0, "exit code 0")],
+    [
+        (1, "exit code 1"),
+        (-9, "SIGKILL (kill -9, or the kernel"),
+        (-11, "SIGSEGV"),
+        (-6, "SIGABRT (on GPUs"),
+        (-63, "63"),
+        (0, "exit code 0"),
+    ],
 )
 def test_exits_in_words(returncode, said):
     assert said in describe_exit(returncode)

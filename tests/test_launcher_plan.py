@@ -35,7 +35,7 @@ def test_side_by_side_gets_a_core_each():
     for process in (server, trainer):
         assert process.env["OMP_NUM_THREADS"] == "1" and process.env["OMP_WAIT_POLICY"] == "PASSIVE"
         assert int(process.env["GOMP_SPINCOUNT"]) > 0
-        assert "CUDA_VISIBLE_DEVICES" not in process.env and "AREALITE_COLOCATED" not in process.env
+        assert process.env["CUDA_VISIBLE_DEVICES"] == "" and "AREALITE_COLOCATED" not in process.env
 
 
 @pytest.mark.parametrize(("allocation", "eta"), [("native:d1|fsdp:d1", 1), ("native:d1+fsdp:d1", 0)])
@@ -72,8 +72,16 @@ def test_gpus_of_servers_and_ranks():
         assert p.env["CUDA_VISIBLE_DEVICES"] == "4,5,6,7" and p.env["LOCAL_RANK"] == p.env["RANK"] == str(rank)
         assert p.env["WORLD_SIZE"] == p.env["LOCAL_WORLD_SIZE"] == "4"
         assert p.cores == ()  # pinning is for CPU-only machines
+        assert p.env["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     colocated = plan_for("native:d2|fsdp:d2", gpu_machine(2))
     assert [p.devices for p in colocated.processes] == [("0",), ("1",), ("0",), ("1",)]
+
+
+def test_one_gpu_for_two_is_refused_with_what_works():
+    with pytest.raises(ConfigError, match="needs 2 GPUs.* allocation_mode='(.+)'$") as refused:
+        plan_for("native:d1+fsdp:d1", gpu_machine(1))
+    plan = plan_for(str(refused.value).split("'")[-2], gpu_machine(1))
+    assert plan.colocated and [p.devices for p in plan.processes] == [("0",), ("0",)]
 
 
 @pytest.mark.parametrize(

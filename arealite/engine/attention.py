@@ -20,9 +20,11 @@ from arealite.algorithm.packing import PrefixTree
 from arealite.api.errors import ConfigError
 from arealite.kernels import cpu, functions
 from arealite.kernels.cpu import Kernels, TreeRuns
+from arealite.kernels.varlen import PackedRows, gather, varlen_attention
 
 ATTENTION = "arealite_tree"
 MAX_SCORES = 1 << 18  # query-key pairs per head that exist at one time: bounds memory, and keeps them in cache
+MAX_SCORES_CUDA = 1 << 24  # there is no such cache, and every block has its launches
 MAX_QUERIES = 512  # queries per block of a long sequence
 PADDING_SLACK = 1.25  # pairs computed per pair needed, at most, when sequences of different lengths share a block
 
@@ -73,9 +75,8 @@ class Layout:
         return {}
 
     @cached_property
-    def varlen(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, int, int]]:
-        """For CUDA: the paths of all rows end to end, int64; then where each row's queries and keys begin, int32
-        [rows + 1], and the most queries and keys of a row. A row asks only for the nodes that it adds to the tree."""
+    def varlen(self) -> tuple[torch.Tensor, PackedRows]:
+        """For CUDA: the paths of all rows end to end, int64, and the rows. A row asks for what it adds to the tree."""
         added = np.diff(self.tree.first_node)
         rows = np.flatnonzero(added)
         paths = [self.tree.paths[r] for r in rows]
@@ -84,7 +85,7 @@ class Layout:
             for sizes in (added[rows], map(len, paths))
         )
         key_nodes = torch.from_numpy(np.concatenate(paths)).to(self.device)
-        return key_nodes, (queries, keys, int(added.max()), self.max_keys)
+        return key_nodes, PackedRows(queries, keys, int(added.max()), self.max_keys)
 
 
 def _runs(tree: PrefixTree, window: int) -> list[tuple[int, int, int, int]]:
@@ -101,13 +102,14 @@ def _runs(tree: PrefixTree, window: int) -> list[tuple[int, int, int, int]]:
 
 def _blocks(tree: PrefixTree, window: int, device: torch.device) -> list[Block]:
     runs = sorted(_runs(tree, window))
+    max_scores = MAX_SCORES_CUDA if device.type == "cuda" else MAX_SCORES
     blocks: list[Block] = []
     chosen: list[tuple[int, int, int, int]] = []
     needed = 0
     for run in runs:
         num_keys = max(run[1], *(r[1] for r in chosen)) if chosen else run[1]
         computed = (len(chosen) + 1) * run[0] * num_keys
-        if chosen and (computed > MAX_SCORES or computed > PADDING_SLACK * (needed + run[0] * run[1])):
+        if chosen and (computed > max_scores or computed > PADDING_SLACK * (needed + run[0] * run[1])):
             blocks.append(_block(tree, chosen, window, device))
             chosen, needed = [], 0
         chosen.append(run)
@@ -236,20 +238,6 @@ def _attend(
     return torch.softmax(scores, -1).to(q.dtype), queries, keys, values
 
 
-def _varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Layout, scale: float, window: int | None
-) -> torch.Tensor:
-    """PyTorch's FlashAttention kernel for sequences of any length; a row's queries are the last of its keys."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    nodes, rows = where.varlen
-    k, v = k.index_select(0, nodes), v.index_select(0, nodes)
-    seen = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(q, k, v, *rows, scale=scale, window_size=seen, enable_gqa=q.shape[1] != k.shape[1])
-    assert isinstance(out, torch.Tensor)
-    return out
-
-
 def _kernels_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernels | None:
     """The compiled kernels, where they can read these tensors."""
     if not functions.fits(q, k, v) or q.shape[-1] % cpu.DIM_STEP or any(x.stride(-1) != 1 for x in (q, k, v)):
@@ -292,7 +280,8 @@ def tree_attention(
     q, k, v = (x[0, :, :num_nodes].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if q.is_cuda and q.dtype != torch.float32:
-        out = _varlen_attention(q, k, v, tree_layout, scale, window)
+        nodes, rows = tree_layout.varlen
+        out = varlen_attention(q, gather(k, nodes), gather(v, nodes), rows, scale, window)
     elif (compiled := _kernels_for(q, k, v)) is not None:
         out = _CompiledAttention.apply(q, k, v, compiled, tree_layout.runs(window), scale)
     else:

@@ -29,4 +29,6 @@ def be_deterministic() -> None:
             f" or set it to {' or '.join(WORKSPACES)}"
         )
     torch.use_deterministic_algorithms(True)
+    # A check for programs that read what they never wrote, at the cost of a pass over all memory that is asked for.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

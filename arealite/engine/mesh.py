@@ -5,7 +5,6 @@ Called by engine/fsdp_engine.py; read by parallelize.py and what it calls.
 
 from __future__ import annotations
 
-from datetime import timedelta
 from functools import cached_property
 
 import torch
@@ -15,6 +14,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
+from arealite.engine.parallel import group_limit
 
 
 class RankMesh:
@@ -36,7 +36,7 @@ class RankMesh:
                 f"the trainer's layout {dims} has {dims.p * dims.d * dims.c * dims.t} ranks and {world_size} were"
                 " started: give allocation_mode and the number of processes the same product d x t x c x p"
             )
-        self.dims, self.device, self._timeout_s = dims, device, timeout_s
+        self.dims, self.device, self._limit = dims, device, group_limit(device, timeout_s)
         rank = dist.get_rank()
         self.tensor_rank = rank % dims.t
         self.context_rank = rank // dims.t % dims.c
@@ -50,9 +50,8 @@ class RankMesh:
         """All ranks as a mesh with these dimensions, slowest first. Collective."""
         ranks = torch.arange(dist.get_world_size()).view(*sizes.values())
         mesh = DeviceMesh(self.device.type, ranks, mesh_dim_names=tuple(sizes))
-        limit = timedelta(seconds=self._timeout_s)  # a DeviceMesh takes none: its groups would wait for half an hour
-        for group in mesh.get_all_groups():
-            _set_pg_timeout(limit, group)
+        for group in mesh.get_all_groups():  # a DeviceMesh takes no limit: its groups would wait for half an hour
+            _set_pg_timeout(self._limit, group)
         return mesh
 
     @property
@@ -77,7 +76,7 @@ class RankMesh:
         ranks = torch.arange(dist.get_world_size()).view(self.dims.p, -1).T.tolist()
         # Not the grid's: gloo takes the limit of messages from one rank to another when a group is made, and then only.
         group: dist.ProcessGroup
-        group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timedelta(seconds=self._timeout_s))
+        group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=self._limit)
         return group
 
     @cached_property

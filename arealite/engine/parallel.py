@@ -12,22 +12,38 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from arealite.api.errors import ArealiteError
+from arealite.api.errors import ArealiteError, ConfigError
 from arealite.api.types import Dims
 from arealite.observe.timeline import span
 from arealite.observe.waits import Wait, mark, waiting
 
 T = TypeVar("T")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NCCL_GRACE_S = 60.0
 
 
 def pick_device() -> torch.device:
-    """This rank's accelerator where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")
+    """This rank's accelerator where there are any, else the CPU. Raises ConfigError: there is none for this rank."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, num_visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= num_visible:
+        raise ConfigError(
+            f"rank {index} of this machine has no GPU of its own: {num_visible} visible"
+            f" (CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Give the trainer at most"
+            f" {num_visible} ranks here, or make more GPUs visible"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    # Sums of a product's parts stay in float32, as on the other end of a comparison with a server.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return device
+
+
+def group_limit(device: torch.device, limit_s: float) -> timedelta:
+    """The time limit of a process group for tensors on `device`, where our own waits have `limit_s`. At its limit NCCL
+    ends the whole process, so it gets more: the wait that has a name is past its own before, and is reported."""
+    return timedelta(seconds=limit_s + (NCCL_GRACE_S if device.type == "cuda" else 0.0))
 
 
 def join_ranks(device: torch.device, timeout_s: float) -> bool:
@@ -37,8 +53,10 @@ def join_ranks(device: torch.device, timeout_s: float) -> bool:
     """
     if dist.is_initialized():
         return False
+    # The device is not bound to the group (`device_id`): NCCL would make weights/group.py's groups, whose other members
+    # are servers, as parts of this one.
     backend = "nccl" if device.type == "cuda" else "gloo"
-    limit = timedelta(seconds=timeout_s)
+    limit = group_limit(device, timeout_s)
     if all(name in os.environ for name in RANK_VARIABLES):
         others = set(range(int(os.environ["WORLD_SIZE"]))) - {int(os.environ["RANK"])}
         with _bounded("trainer ranks joining", timeout_s, others):

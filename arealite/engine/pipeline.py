@@ -191,7 +191,7 @@ class _Stage(nn.Module):
             if not self.mesh.is_last_stage:
                 return nn.functional.pad(found, (0, 0, 0, self.longest - length))
             wanted = self.compute(micro, *found)
-        return torch.zeros(()) if wanted is None else wanted
+        return received.new_zeros(()) if wanted is None else wanted
 
 
 def from_last_stage(values: np.ndarray, mesh: RankMesh, ranks: RankCollective) -> np.ndarray:

@@ -45,6 +45,9 @@ def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding
     """`reference` again, by processes of their own. Ranks that die are a FAIL with their error; a layout that the
     engine refuses is skipped."""
     size, (port,) = size_of(dims), free_ports(1)
+    if torch.cuda.is_available() and torch.cuda.device_count() < size:
+        why = f"needs {size} GPUs, one for each rank, and {torch.cuda.device_count()} visible"
+        return Finding(CHECK, str(dims), "skipped", reason=why)
     # Forked from a server that has loaded torch, and no more: a rank starts in a blink, whatever its device.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

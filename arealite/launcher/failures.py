@@ -24,6 +24,12 @@ RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch.distributed puts it before
 ADDRESS_IN_USE = re.compile(r"address already in use|EADDRINUSE", re.IGNORECASE)
 
 
+SIGNAL_HINTS: dict[int, str] = {
+    signal.SIGKILL: " (kill -9, or the kernel when memory ran out)",
+    signal.SIGABRT: " (on GPUs: NCCL gives up when a rank is late for the others' call; its log names the call)",
+}
+
+
 class RunFailed(ArealiteError):
     """A process died or stalled; the message names it, says why, and shows its first real error."""
 
@@ -37,8 +43,7 @@ def describe_exit(returncode: int) -> str:
     if returncode >= 0:
         return f"ended with exit code {returncode}"
     known = {number.value: number.name for number in signal.Signals}
-    hint = " (kill -9, or the kernel when memory ran out)" if -returncode == signal.SIGKILL else ""
-    return f"was killed by {known.get(-returncode, f'signal {-returncode}')}{hint}"
+    return f"was killed by {known.get(-returncode, f'signal {-returncode}')}{SIGNAL_HINTS.get(-returncode, '')}"
 
 
 def read_log(path: Path, offset: int) -> str:

@@ -23,6 +23,8 @@ from arealite.launcher.servers import HOST, PORT, check_vllm, server_command, se
 SUPPORTED = {"native": "", "sglang": "tpe", "vllm": "t", "fsdp": "tpce"}
 # Weight updates that a backend cannot read, whatever its layout.
 UNREAD_UPDATES: dict[str, tuple[str, ...]] = {"sglang": ("shm",), "vllm": ("tensor",)}
+# On a GPU sizes change from micro-batch to micro-batch: blocks of fixed sizes would be cut up more and more.
+GPU_ALLOCATOR_ENV = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 # A training step on the CPU allocates and frees the same large tensors again and again. By default glibc maps each one
 # anew and gives it back at once, and the kernel zeroes its pages every time: 15 to 20% of a step. Kept in the heap, on
 # huge pages, they are reused; the trainer keeps the memory of its peak.
@@ -105,9 +107,8 @@ def make_plan(config: RunConfig, machine: Machine, model: str, trainer_command: 
             name, visible = f"trainer-{rank}", of_trainers
             command = (sys.executable, *trainer_command)
             env |= _rank_env(rank, actor.world_size)
-            env |= {} if machine.gpus else ALLOCATOR_ENV
-        if machine.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
+            env |= GPU_ALLOCATOR_ENV if machine.gpus else ALLOCATOR_ENV
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible)  # without GPUs too: the machine may have some all the same
         pinned = own_cores if config.launcher.pin_cores and not machine.gpus else ()
         env |= config.launcher.env
         processes.append(ProcessPlan(name, kind, command, env, pinned, own_devices, node=machine.name))
@@ -202,8 +203,14 @@ def _check_devices(config: RunConfig, mode: AllocationMode, machine: Machine) ->
         raise ConfigError(
             f"allocation_mode {mode} needs {mode.num_devices} GPUs ({groups}), and there are {len(machine.gpus)}"
             f" (cluster.num_gpus_per_node: {config.cluster.num_gpus_per_node}): lower the dimensions, or join"
-            " components by '|' so that they share devices"
+            f" components by '|' so that they share devices: allocation_mode='{_sharing(mode, len(machine.gpus))}'"
         )
+
+
+def _sharing(mode: AllocationMode, num_gpus: int) -> str:
+    """The allocation of the same backends that runs on so many GPUs, taking turns."""
+    chosen = [f"{component.backend}:d{num_gpus}" for component in (mode.inference, mode.train) if component is not None]
+    return "|".join(chosen)
 
 
 def share_cores(cores: Sequence[int], num_servers: int, num_trainers: int, takes_turns: bool) -> list[tuple[int, ...]]:

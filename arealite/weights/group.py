@@ -24,6 +24,7 @@ from arealite.api.errors import WeightSyncError
 from arealite.api.types import GroupPlace
 
 GROUP_LIMIT_S = 60.0  # for all members to join, and for one broadcast
+NCCL_LIMIT_S = 10 * GROUP_LIMIT_S  # at NCCL's own limit it ends the whole process, so ours comes long before
 LEAVE_LIMIT_S = 10.0  # how long a process that ends waits for its groups to be gone
 POLL_S = 0.0005  # how often the end of a broadcast is looked for
 FAILURES = (RuntimeError, ValueError, OSError)  # what torch.distributed raises; its own classes are RuntimeErrors
@@ -56,7 +57,7 @@ def join_group(
             dist.Backend(backend),
             dist.PrefixStore(name, store),
             group_name=c10d.GroupName(name),
-            timeout=limit,
+            timeout=timedelta(seconds=NCCL_LIMIT_S) if backend == "nccl" else limit,
         )
     except FAILURES as error:
         raise WeightSyncError(
@@ -73,7 +74,10 @@ def leave_group(group: dist.ProcessGroup) -> threading.Thread:
 
     def destroy() -> None:
         with suppress(*FAILURES, KeyError):  # it was broken already, or all groups of this process have ended
-            dist.destroy_process_group(group)
+            if dist.get_backend(group) == "nccl":  # whose orderly end waits for a broadcast that will never come
+                c10d._abort_process_group(group)
+            else:
+                dist.destroy_process_group(group)
 
     leaving = threading.Thread(target=destroy, name="leave weight group", daemon=True)
     leaving.start()

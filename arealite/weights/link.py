@@ -43,7 +43,8 @@ class WeightLink:
     `kind` "shm": an anonymous file in memory that servers of the same host map through /proc; it has no name, so
     nothing can be left behind however the trainer ends. `kind` "disk": Hugging Face safetensors under `folder`, on a
     file system that the servers share; the two newest versions are kept. `kind` "distributed": buckets that are
-    broadcast in a process group, by NCCL from a GPU, else by gloo. `kind` "tensor": the same buckets in the bodies of
+    broadcast in a process group, by NCCL from a GPU, by gloo from the CPU and where servers share the trainer's GPU, of
+    which NCCL takes one process only. `kind` "tensor": the same buckets in the bodies of
     HTTP calls, for servers that can join no group. For these two it is the WeightSender of the rollout engine.
     """
 
@@ -52,7 +53,8 @@ class WeightLink:
             raise ConfigError(f"weight_update is {kind!r}; expected one of {', '.join(WEIGHT_UPDATES)}")
         if kind == "shm" and not Path("/proc/self/fd").is_dir():
             raise ConfigError("weight_update: shm needs Linux (it maps memory through /proc); set weight_update: disk")
-        on_gpu = kind == "distributed" and torch.cuda.is_available()
+        has_own_gpu = torch.cuda.is_available() and os.environ.get("AREALITE_COLOCATED") != "1"
+        on_gpu = kind == "distributed" and has_own_gpu
         self.kind = kind
         self.folder = Path(folder)
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
