@@ -332,13 +332,13 @@ class FSDPEngine:
         return self._sent.version
 
     def _is_rounded_away(self, meta: WeightUpdateMeta | None) -> bool:
-        """Whether all that is checked of `meta` (given on rank 0) is as it was sent before because the trained weights
-        still round to it. Collective."""
+        """Whether the weights that are checked of `meta` (given on rank 0) round to what was sent last. Collective."""
         previous, name_of = self._sent, (lambda name: name) if self._adapter is None else file_name
         same = self.collective.broadcast(meta and previous and unchanged(meta, previous)) or {}
         own = [(p, same[n]) for name, p in self._parameters.items() if (n := name_of(name)) in same]
         found = [checksum(export.whole(p.detach().to(self.dtype))) == number for p, number in own]
-        return bool(same) and all(map(all, self.collective.gather(found)))
+        everywhere = [each for of_rank in self.collective.gather(found) for each in of_rank]
+        return bool(everywhere) and all(everywhere)
 
     def save(self, path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write a Hugging Face folder in the compute dtype, atomically; with LoRA the adapter in float32, in PEFT's

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
-from transformers.optimization import Adafactor
 
 from arealite.api.cli_args import OptimizerConfig
 from arealite.api.errors import ConfigError
@@ -70,6 +69,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
                 "optimizer.kind=adafactor was found with offload=all; expected weights on the accelerator: use"
                 " offload=optimizer or none, or optimizer.kind=adamw"
             )
+        from transformers.optimization import Adafactor  # with all of its Trainer, a second's import
+
         optimizer = Adafactor(grouped, lr=config.lr, scale_parameter=False, relative_step=False)
         for p in parameters:
             optimizer.state[p] = {"step": 0, **_squares(p.detach())}
