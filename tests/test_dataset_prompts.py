@@ -123,7 +123,7 @@ def test_the_limit_counts_what_is_sent_with_all_variables_of_the_template(tmp_pa
         fits.chat_template_kwargs = {name: True}
         for load in (load_tasks, load_answers, load_preferences):
             with pytest.raises(PromptError, match=f"chat_template_kwargs: {said}"):
-                load(fits, made(CHATML), 0)
+                load(fits, made(THINKING), 0)
 
 
 REFUSED = [

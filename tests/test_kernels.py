@@ -16,9 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inference_support import save_tiny_llama, served
+from inference_support import VOCAB, save_tiny_llama, served
 from kernel_support import KINDS, each_kind, each_vector_kind, needs_kernels, normal
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    Glm4MoeConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from arealite.algorithm.packing import prefix_tree
 from arealite.engine.attention import ATTENTION, Layout
@@ -250,14 +258,35 @@ def test_no_module_of_common_models_is_left_to_pytorch(config: Any, caplog: pyte
     assert all("forward" in vars(part) for part in parts)
 
 
+def save_partly_rotated(folder: Path) -> Path:
+    """Its layers have the parts of Llama's, but half of each head is not rotated."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Glm4MoeConfig(vocab_size=VOCAB, num_hidden_layers=2, first_k_dense_replace=2, head_dim=64, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() == 2 else 1)
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("kernels_on", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize("save", [lambda folder: save_tiny_llama(folder, head_dim=32), save_partly_rotated])
 def test_server_and_trainer_have_the_same_logprobs(
-    kernels_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save: Any, kernels_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefill in pieces, decode of single rows, and the trainer's packed pass with another sequence beside, in bf16."""
+    rotate = Kernels.rotate
+
+    def checked(self: Kernels, x: torch.Tensor, cos: torch.Tensor, *others: torch.Tensor) -> None:
+        assert cos.shape[-1] == x.shape[-1], "the kernel would read past the ends of the angles"
+        rotate(self, x, cos, *others)
+
+    monkeypatch.setattr(Kernels, "rotate", checked)
     if not kernels_on:
         monkeypatch.setattr(cpu, "load", lambda: None)
-    folder = save_tiny_llama(tmp_path, head_dim=32)
+    folder = save(tmp_path)
     served_logprobs = logits_of(folder).float().log_softmax(-1)[:-1]
     tokens = [(7 * t) % 250 for t in range(50)]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=ATTENTION)
