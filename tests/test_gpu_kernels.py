@@ -3,10 +3,13 @@
 Memory that nobody has written is full of NaN, so that a result which was left out is seen.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +19,17 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("no GPU, and Triton's interpreter needs numpy < 2.4", allow_module_level=True)
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 pytest.importorskip("triton", reason="no triton")
 
-from arealite.kernels.cpu import Scores  # noqa: E402
-from arealite.kernels.gpu import GpuKernels  # noqa: E402
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
+
+from arealite.algorithm.packing import prefix_tree
+from arealite.engine import logprobs
+from arealite.engine.attention import ATTENTION, Layout
+from arealite.kernels import functions, modules
+from arealite.kernels.cpu import Scores
+from arealite.kernels.gpu import GpuKernels
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 LIB = GpuKernels(DEVICE)
@@ -236,3 +245,76 @@ def test_in_a_cuda_graph() -> None:
         uniform.fill_(length / 301)
         graph.replay()
         assert all(map(torch.equal, found, step()))
+
+
+@pytest.fixture
+def with_kernels(monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The type that models compute in; in the interpreter, whose bf16 is not that of a GPU, float32 on the CPU."""
+    if HAS_GPU:
+        return torch.bfloat16
+    monkeypatch.setattr(logprobs, "_kernels_for", lambda *_: LIB)
+    monkeypatch.setattr(modules, "fits", lambda *_, on: True)
+    monkeypatch.setattr(modules, "_agree", lambda a, b: bool((a - b).norm() < 0.012 * b.norm()))  # of probes in bf16
+    return torch.float32
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_logprobs_of_the_trainer(
+    with_kernels: torch.dtype, with_entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "GPU_LOGITS", 1)
+    hidden, weight = (normal(*s, seed=i, dtype=with_kernels) for i, s in enumerate([(41, 32), (3000, 32)]))
+    row_of = torch.cat([torch.arange(0, 41, 2), torch.tensor([9, 9, 9])]).sort().values.to(DEVICE)
+    targets = torch.randint(0, 3000, (24,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    targets[row_of == 9] = 5
+    up_logp, up_entropy = normal(24, seed=3), normal(41, seed=4) * with_entropy
+
+    def exact(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logp = (hidden @ weight.t() / 0.7).log_softmax(-1)
+        return (logp[row_of, targets] * up_logp).sum() - ((logp.exp() * logp).sum(-1) * up_entropy).sum()
+
+    given = hidden.requires_grad_(), weight.requires_grad_()
+    logp, entropy = logprobs.token_logprobs(*given, row_of, targets, 0.7, 16)
+    plain = (hidden.double() @ weight.double().t() / 0.7).log_softmax(-1)
+    assert_near(logp, plain[row_of, targets], 1e-5)
+    assert_near(entropy, -(plain.exp() * plain).sum(-1), 1e-5)
+    found = torch.autograd.grad((logp * up_logp).sum() + (entropy * up_entropy).sum(), given)
+    for got, wanted in zip(found, gradients(exact, hidden, weight, up=torch.ones(())), strict=True):
+        assert got.dtype == with_kernels
+        assert_near(got, wanted, 4 * ROUNDING[with_kernels])
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config, GemmaConfig], ids=lambda c: c.__name__)
+def test_a_fused_model(config: Any, with_kernels: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    """Hidden states and gradients as near to those of float32 as the plain model's."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(
+        config(vocab_size=120, num_key_value_heads=2, head_dim=32, **sizes), attn_implementation=ATTENTION
+    )
+    exact, plain = model.to(DEVICE), copy.deepcopy(model).to(DEVICE, with_kernels)
+    fused = copy.deepcopy(plain)
+    with caplog.at_level("INFO"):
+        modules.fuse(fused, LIB)
+    assert ("left to PyTorch" in caplog.text) == (config is GemmaConfig), "but for its gates, all is replaced"
+    tree = prefix_tree([np.arange(3, 40), np.arange(5, 80)])
+    tokens, places = (torch.from_numpy(x)[None].to(DEVICE) for x in (tree.tokens % 120, tree.depth))
+
+    def run(model: Any) -> tuple[torch.Tensor, ...]:
+        with functions.recomputing():
+            hidden = model.base_model(
+                input_ids=tokens, position_ids=places, use_cache=False, tree_layout=Layout(tree, DEVICE)
+            ).last_hidden_state.float()
+        loss = (hidden * torch.sin(torch.arange(hidden.numel(), device=DEVICE).view_as(hidden))).sum()
+        weights = [p for name, p in model.named_parameters() if "lm_head" not in name]
+        return hidden.detach(), *torch.autograd.grad(loss, weights)
+
+    for got, usual, wanted in zip(run(fused), run(plain), run(exact), strict=True):
+        error, limit = (float((x.float() - wanted).norm() / wanted.norm()) for x in (got, usual))
+        assert error <= max(1.5 * limit, 2 * ROUNDING[with_kernels])
+
+
+def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("AREALITE_KERNELS", "off")
+    assert functions._of_gpus.__wrapped__("cuda") is None
+    assert "AREALITE_KERNELS=off" in caplog.text

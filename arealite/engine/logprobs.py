@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
-from arealite.kernels import cpu, functions
-from arealite.kernels.cpu import Scores
+from arealite.kernels import functions
+from arealite.kernels.cpu import Kernels, Scores
 
 ROWS_IN_CACHE = 32  # logit rows that are worked on at one time: their float32 copy stays in the processor's cache
+GPU_LOGITS = 1 << 27  # that exist at one time on a GPU: the products of fewer do not fill it
+GPU_WIDTH = 128  # of slices of the vocabulary there: a multiple keeps rows aligned
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -32,17 +34,18 @@ class _TokenLogprobs(torch.autograd.Function):
         logp = torch.empty(pairs, dtype=torch.float32, device=hidden.device)
         # Pairs are sorted by row, so each block of rows owns one slice of them.
         first_pair = torch.searchsorted(row_of, torch.arange(rows + 1, device=row_of.device))
-        edges = first_pair.tolist()
-        compiled = cpu.load() if functions.fits(hidden, weight) and hidden.shape[1] % 2 == 0 else None
-        packed = None if compiled is None else compiled.pack([weight.contiguous()])
+        scores = Scores(first_pair, targets, logsum, entropy, logp)
+        kernels = _kernels_for(hidden, weight)
+        edges = first_pair.tolist() if kernels is None else []
+        packed = kernels.pack([weight.contiguous()]) if isinstance(kernels, Kernels) else None
         for start in range(0, rows, chunk):
             part = hidden[start : start + chunk]
-            if compiled is not None and packed is not None:
-                logits = compiled.product(part, packed, None, len(weight))
+            if isinstance(kernels, Kernels) and packed is not None:
+                logits = kernels.product(part, packed, None, len(weight))
             else:
-                logits = functions.matmul(part, weight.t())
-            if compiled is not None:
-                compiled.score(logits, start, Scores(first_pair, targets, logsum, entropy, logp), temperature)
+                logits = functions.head_product(part, weight)
+            if kernels is not None:
+                kernels.score(logits, start, scores, temperature)
                 continue
             for begin, block in _blocks(logits, start, temperature):
                 stop = begin + len(block)
@@ -57,7 +60,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 # H = logsumexp(z) - sum(p * z), with z shifted by its maximum
                 entropy[begin:stop] = total.log() - exponentials.mul_(block).sum(-1) / total
         ctx.save_for_backward(hidden, weight, row_of, targets, logsum, entropy, logp, first_pair)
-        ctx.temperature, ctx.chunk, ctx.edges, ctx.compiled = temperature, chunk, edges, compiled
+        ctx.temperature, ctx.chunk, ctx.edges, ctx.kernels = temperature, chunk, edges, kernels
         return logp, entropy
 
     @staticmethod
@@ -70,23 +73,37 @@ class _TokenLogprobs(torch.autograd.Function):
         grads = grad_logp.contiguous(), grad_entropy.contiguous()
         # As many logits at one time as in the forward pass.
         width = max(ctx.chunk * len(weight) // len(hidden), 1)
+        if hidden.is_cuda:
+            width = max(width // GPU_WIDTH * GPU_WIDTH, GPU_WIDTH)
         for first in range(0, len(weight), width):
             part = weight[first : first + width]
-            logits = functions.matmul(hidden, part.t())
-            if ctx.compiled is None:
-                _plain_grad(ctx, logits, first, grad_logp, grad_entropy)
+            logits = functions.head_product(hidden, part)
+            slopes = logits if logits.dtype == hidden.dtype else torch.empty_like(logits, dtype=hidden.dtype)
+            if ctx.kernels is None:
+                _plain_grad(ctx, logits, slopes, first, grad_logp, grad_entropy)
             else:
                 scores = Scores(first_pair, targets - first, logsum, entropy, logp, *grads)
-                ctx.compiled.score_grad(logits, 0, scores, ctx.temperature)
-            grad_hidden += functions.matmul(logits, part)
-            grad_weight[first : first + width] = functions.matmul(logits.t(), hidden)
+                ctx.kernels.score_grad(logits, 0, scores, ctx.temperature, slopes)
+            grad_hidden += functions.head_product(slopes, part.t())
+            grad_weight[first : first + width] = functions.matmul(slopes.t(), hidden)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 
+def _kernels_for(hidden: torch.Tensor, weight: torch.Tensor) -> functions.AnyKernels | None:
+    """Those that can read these tensors."""
+    is_readable = functions.fits(hidden, weight, on=hidden.device.type) and hidden.shape[1] % 2 == 0
+    return functions.for_device(hidden.device) if is_readable else None
+
+
 def _plain_grad(
-    ctx: Any, logits: torch.Tensor, first: int, grad_logp: torch.Tensor, grad_entropy: torch.Tensor
+    ctx: Any,
+    logits: torch.Tensor,
+    slopes: torch.Tensor,
+    first: int,
+    grad_logp: torch.Tensor,
+    grad_entropy: torch.Tensor,
 ) -> None:
-    """Put the gradient of logits, those of the tokens from `first` on, in their place."""
+    """Put the gradient of logits, those of the tokens from `first` on, into `slopes`, which may be the logits."""
     _, _, row_of, targets, logsum, entropy, _, _ = ctx.saved_tensors
     row_grad = torch.zeros_like(logsum).index_add_(0, row_of, grad_logp)
     has_entropy = bool(grad_entropy.any())
@@ -103,7 +120,7 @@ def _plain_grad(
         column = targets[span] - first
         own = (column >= 0) & (column < logits.shape[1])
         block.index_put_((row_of[span][own] - begin, column[own]), grad_logp[span][own], accumulate=True)
-        logits[begin:stop] = block.div_(ctx.temperature)
+        slopes[begin:stop] = block.div_(ctx.temperature)
 
 
 def _blocks(logits: torch.Tensor, start: int, temperature: float) -> Any:
@@ -126,7 +143,9 @@ def token_logprobs(
 
     `hidden` [R, H] and `weight` [V, H] in the compute dtype; `targets` int64 [P] with their rows `row_of` int64 [P],
     ascending (a row may be asked for several tokens, or none). Returns float32 logp [P] and entropy [R], both
-    differentiable. Logits are products in the compute dtype, as the model's own head makes them; all that follows is
-    float32. At most `chunk` x V logits exist at one time, in the backward pass too.
+    differentiable. Logits are kernels.functions.head_product, as the server makes them; all that follows is float32. At
+    most `chunk` x V logits exist at one time, in the backward pass too; on a GPU GPU_LOGITS if these are more.
     """
+    if hidden.is_cuda:
+        chunk = max(chunk, GPU_LOGITS // len(weight) // GPU_WIDTH * GPU_WIDTH)
     return _TokenLogprobs.apply(hidden, weight, row_of, targets, temperature, chunk)

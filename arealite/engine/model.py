@@ -6,6 +6,7 @@ Called by engine/fsdp_engine.py. The head is applied inside the module's forward
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from arealite.engine.logprobs import token_logprobs
 from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch, Part, cut, part
 from arealite.kernels import cpu
-from arealite.kernels.functions import recomputing
+from arealite.kernels.functions import for_device, recomputing
 from arealite.kernels.modules import fuse, fuse_linears
 from arealite.models.fidelity import Rows, check_fidelity
 from arealite.models.opening import open_config
@@ -47,11 +48,13 @@ class PackedModel(nn.Module):
         self.place, self.num_places = (0, 1) if mesh is None else (mesh.token_place, mesh.num_token_places)
         # Taken here, on all ranks: making a group is a collective call, and not all stages of a pipeline gather.
         self._tokens = None if mesh is None or self.num_places == 1 else mesh.tokens.get_group()
-        if mesh is None or mesh.device.type == "cpu":
-            compiled = cpu.load()
-            fuse_linears(model, compiled)
-            if compiled is not None:
-                fuse(model, compiled)
+        device = torch.device("cpu") if mesh is None else mesh.device
+        kernels = for_device(device)
+        if device.type == "cpu":
+            fuse_linears(model, cpu.load())
+        if kernels is not None:
+            fuse(model, kernels)
+        self._computing = nullcontext if kernels is None else recomputing
 
     def forward(self, micro: MicroBatch, temperature: float, received: torch.Tensor | None = None) -> Any:
         """What `head` returns; on stages before the last one what `hidden` does."""
@@ -69,7 +72,7 @@ class PackedModel(nn.Module):
         context, contexts = (0, 1) if self.mesh is None else (self.mesh.context_rank, self.mesh.dims.c)
         extra = -len(micro.tokens) % self.num_places
         tokens, positions = (functional.pad(x, (0, extra)) for x in (micro.tokens, micro.positions))
-        with recomputing():
+        with self._computing():
             out = self.model.base_model(
                 input_ids=tokens.view(self.num_places, -1)[self.place, None] if inputs_embeds is None else None,
                 inputs_embeds=inputs_embeds,

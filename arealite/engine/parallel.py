@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from arealite.api.errors import ArealiteError, ConfigError
 from arealite.api.types import Dims
+from arealite.kernels.functions import use_gpu
 from arealite.observe.timeline import span
 from arealite.observe.waits import Wait, mark, waiting
 
@@ -34,9 +35,7 @@ def pick_device() -> torch.device:
             f" {num_visible} ranks here, or make more GPUs visible"
         )
     device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    # Sums of a product's parts stay in float32, as on the other end of a comparison with a server.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    use_gpu(device)
     return device
 
 

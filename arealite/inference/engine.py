@@ -25,6 +25,7 @@ from arealite.inference.adapters import Adapter
 from arealite.inference.batcher import Batcher, abort_reason
 from arealite.inference.requests import GenerateRequest
 from arealite.inference.sequence import Sequence
+from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)
@@ -230,7 +231,7 @@ class Engine:
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         if self.batcher.model.device.type == "cuda":
-            torch.cuda.set_device(self.batcher.model.device)
+            use_gpu(self.batcher.model.device)
         try:
             with torch.inference_mode():
                 while self._take_inbox():

@@ -21,6 +21,7 @@ from arealite.inference.model import ServedModel
 from arealite.inference.routes import build_app
 from arealite.inference.settings import ServerSettings
 from arealite.inference.tool_calls import PARSERS
+from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ def build_engine(args: argparse.Namespace) -> Engine:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {device}: {torch.cuda.device_count()} such devices are found; use --device cpu")
+    if device.type == "cuda":
+        use_gpu(device)
     model = ServedModel.load(
         args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic, args.tokenizer_path
     )

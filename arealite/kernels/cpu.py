@@ -108,6 +108,8 @@ class PagedSpans:
 class Kernels:
     """The functions of one compiled library, for the instruction set `name`."""
 
+    device = torch.device("cpu")
+
     def __init__(self, library: Path, name: str) -> None:
         self.name = name
         long, short = ctypes.CDLL(str(library)), ctypes.PyDLL(str(library))
@@ -210,9 +212,13 @@ class Kernels:
         """Fill `scores` from row `first` on, by contiguous logits [r, V] / temperature."""
         self._score(_scoring(logits, first, scores, temperature))
 
-    def score_grad(self, logits: torch.Tensor, first: int, scores: Scores, temperature: float) -> None:
-        """Put the gradient of the logits in their place, from those of logprobs and entropies. Where the logits are of
-        a slice of the vocabulary, targets count from its first token; those outside of it are left out."""
+    def score_grad(
+        self, logits: torch.Tensor, first: int, scores: Scores, temperature: float, out: torch.Tensor
+    ) -> None:
+        """Put the gradient of the logits in their place (`out` is logits), from those of logprobs and entropies. Where
+        the logits are of a slice of the vocabulary, targets count from its first token; those outside of it are left
+        out."""
+        assert out is logits
         self._score_grad(_scoring(logits, first, scores, temperature))
 
     def tree_attention(

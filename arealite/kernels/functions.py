@@ -55,8 +55,9 @@ def _of_gpus(kind: str) -> GpuKernels | None:
 
 
 def use_gpu(device: torch.device) -> None:
-    """What a thread that computes on a GPU calls first. Products of bf16 add up in float32 from now on."""
-    torch.cuda.set_device(device)
+    """What a thread that computes on a GPU calls first. All sums of bf16 products are float32 from now on, so that
+    server and trainer agree."""
+    torch.cuda.set_device(device.index or 0)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
@@ -114,15 +115,15 @@ def linear(
     return result
 
 
-def fits(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels can read them."""
-    return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
+def fits(*tensors: torch.Tensor, on: str = "cpu") -> bool:
+    """Whether the kernels of that kind of device can read them."""
+    return all(x.dtype == torch.bfloat16 and x.device.type == on for x in tensors)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool
+        ctx: Any, kernels: AnyKernels, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.setting, ctx.again = (kernels, eps, plus_one), None
@@ -142,7 +143,7 @@ class _Norm(torch.autograd.Function):
 
 class _SiluTimes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, kernels: AnyKernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.kernels, ctx.again = kernels, None
         return kernels.silu_times(gate, up)
@@ -160,7 +161,7 @@ class _SiluTimes(torch.autograd.Function):
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, kernels: AnyKernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.kernels = kernels
         out = _tokens_first(x)
@@ -179,14 +180,14 @@ def _tokens_first(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-def rms_norm(kernels: Kernels, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool) -> torch.Tensor:
+def rms_norm(kernels: AnyKernels, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool) -> torch.Tensor:
     """As Kernels.rms_norm."""
     if not torch.is_grad_enabled():
         return kernels.rms_norm(x, weight, eps, plus_one)
     return _remember(_Norm, _Norm.apply(kernels, x, weight, eps, plus_one))
 
 
-def rotate(kernels: Kernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(kernels: AnyKernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """As Kernels.rotate; in place where no gradient is wanted."""
     if torch.is_grad_enabled():
         rotated: torch.Tensor = _Rotate.apply(kernels, x, cos, sin)
@@ -195,7 +196,7 @@ def rotate(kernels: Kernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
     return x
 
 
-def silu_times(kernels: Kernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def silu_times(kernels: AnyKernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """As Kernels.silu_times."""
     if not torch.is_grad_enabled():
         return kernels.silu_times(gate, up)

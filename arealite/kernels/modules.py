@@ -1,7 +1,7 @@
 """Norms, rotary embedding, gated units and linear layers of Hugging Face modules, each replaced by a call of kernels.
 
 Called by inference/model.py and engine/model.py. A module is changed only if a probe on random numbers shows that it
-computes the same, to a bf16's rounding; any other is left alone, and so is whatever is no bf16 on a CPU.
+computes the same, to a bf16's rounding; any other is left alone, and so is whatever is no bf16 on their device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from arealite.kernels.cpu import DIM_STEP, Kernels
-from arealite.kernels.functions import fits, linear, rms_norm, rotate, silu_times
+from arealite.kernels.functions import AnyKernels, fits, linear, rms_norm, rotate, silu_times
 
 _ROTATE = "apply_rotary_pos_emb"  # the function of every modelling file of transformers that has this embedding
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def fuse(module: Any, kernels: Kernels) -> None:
+def fuse(module: Any, kernels: AnyKernels) -> None:
     """Replace norms, rotary embeddings and gated units that can be replaced in `module`, in place. Parameters are
     looked up when a module is called."""
     rotaries: dict[type, FunctionType | None] = {}
@@ -77,9 +77,9 @@ def _linear(layer: nn.Linear, kernels: Kernels | None) -> Any:
     return forward
 
 
-def _random(*shape: int) -> torch.Tensor:
+def _random(kernels: AnyKernels, *shape: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).bfloat16()
+    return torch.randn(shape, generator=generator).bfloat16().to(kernels.device)
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -88,14 +88,14 @@ def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def norm_kind(norm: Any, kernels: Kernels) -> tuple[float, bool]:
+def norm_kind(norm: Any, kernels: AnyKernels) -> tuple[float, bool]:
     """Its eps, and whether it multiplies by one plus the weight. Raises KeyError: the kernel computes neither."""
     own = vars(norm)
     eps = own.get("variance_epsilon", own.get("eps"))
     if set(own["_parameters"]) != {"weight"} or not isinstance(eps, float) or norm.weight.numel() % DIM_STEP:
         raise KeyError(type(norm).__name__)
-    probe, x = copy.copy(norm), _random(_PROBE_ROWS, norm.weight.numel())
-    probe._parameters = {"weight": nn.Parameter(_random(norm.weight.numel()))}
+    probe, x = copy.copy(norm), _random(kernels, _PROBE_ROWS, norm.weight.numel())
+    probe._parameters = {"weight": nn.Parameter(_random(kernels, norm.weight.numel()))}
     wanted = type(norm).forward(probe, x)
     for plus_one in (False, True):
         if _agree(rms_norm(kernels, x, probe.weight, eps, plus_one), wanted):
@@ -103,55 +103,56 @@ def norm_kind(norm: Any, kernels: Kernels) -> tuple[float, bool]:
     raise KeyError(type(norm).__name__)
 
 
-def _norm(norm: Any, kernels: Kernels, eps: float, plus_one: bool) -> Any:
-    plain = norm.forward
+def _norm(norm: Any, kernels: AnyKernels, eps: float, plus_one: bool) -> Any:
+    plain, on = norm.forward, kernels.device.type
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight = norm.weight
-        return rms_norm(kernels, x, weight, eps, plus_one) if fits(x, weight) else plain(x)
+        return rms_norm(kernels, x, weight, eps, plus_one) if fits(x, weight, on=on) else plain(x)
 
     return forward
 
 
-def _is_silu_times(unit: Any, kernels: Kernels) -> bool:
+def _is_silu_times(unit: Any, kernels: AnyKernels) -> bool:
     """Whether it computes down(silu(gate(x)) * up(x)), by its own code on small layers."""
     probe = copy.copy(unit)
-    layers = {name: nn.Linear(DIM_STEP, DIM_STEP, dtype=torch.bfloat16, device="cpu") for name in sorted(GATED)[1:]}
+    kind: Any = {"dtype": torch.bfloat16, "device": kernels.device}
+    layers = {name: nn.Linear(DIM_STEP, DIM_STEP, **kind) for name in sorted(GATED)[1:]}
     for layer in layers.values():
-        layer.weight.copy_(_random(DIM_STEP, DIM_STEP))
+        layer.weight.copy_(_random(kernels, DIM_STEP, DIM_STEP))
     probe._modules = {**layers, "act_fn": unit.act_fn}
-    x = _random(_PROBE_ROWS, DIM_STEP) * DIM_STEP**-0.5  # gates of about 1, where activations differ most
+    x = _random(kernels, _PROBE_ROWS, DIM_STEP) * DIM_STEP**-0.5  # gates of about 1, where activations differ most
     return _agree(_gated(probe, kernels)(x), type(unit).forward(probe, x))
 
 
-def _gated(unit: Any, kernels: Kernels) -> Any:
-    plain = unit.forward
+def _gated(unit: Any, kernels: AnyKernels) -> Any:
+    plain, on = unit.forward, kernels.device.type
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        if not fits(x):
+        if not fits(x, on=on):
             return plain(x)
         gate, up = unit.gate_proj(x), unit.up_proj(x)
-        if fits(gate, up) and not gate.shape[-1] % DIM_STEP:
+        if fits(gate, up, on=on) and not gate.shape[-1] % DIM_STEP:
             return unit.down_proj(silu_times(kernels, gate, up))
         return unit.down_proj(unit.act_fn(gate) * up)
 
     return forward
 
 
-def _with_rotation(forward: Any, kernels: Kernels, dim: int) -> FunctionType | None:
+def _with_rotation(forward: Any, kernels: AnyKernels, dim: int) -> FunctionType | None:
     """The attention layer's own code with another rotary function; None when it would compute something else."""
-    plain = forward.__globals__[_ROTATE]
+    plain, on = forward.__globals__[_ROTATE], kernels.device.type
 
     def rotate_both(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not fits(q, k, cos, sin) or cos.shape[-1] != q.shape[-1] or len(q) > 1:
+        if not fits(q, k, cos, sin, on=on) or cos.shape[-1] != q.shape[-1] or len(q) > 1:
             return plain(q, k, cos, sin)
         return rotate(kernels, q, cos, sin), rotate(kernels, k, cos, sin)
 
     # What the layer makes of its products: [1, T, heads, dim], seen with the heads first.
-    q, k = (_random(1, _PROBE_ROWS, heads, dim).transpose(1, 2) for heads in (4, 2))
-    cos, sin = _random(2, 1, _PROBE_ROWS, dim)
+    q, k = (_random(kernels, 1, _PROBE_ROWS, heads, dim).transpose(1, 2) for heads in (4, 2))
+    cos, sin = _random(kernels, 2, 1, _PROBE_ROWS, dim)
     wanted = plain(q, k, cos, sin)
     if dim % DIM_STEP or not all(map(_agree, rotate_both(q, k, cos, sin), wanted)):
         return None
