@@ -13,6 +13,9 @@ from arealite.api.errors import ConfigError
 from arealite.engine.attention import Layout, tree_attention
 from arealite.engine.parallel import pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.weights.checksum import checksum
+from arealite.weights.link import WeightLink
+from arealite.weights.receive import iterate_tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SEQUENCES = {
@@ -82,6 +85,52 @@ def test_an_update_is_that_of_the_cpu(model, monkeypatch, dtype):
     tolerance = {"float32": 1e-3, "bfloat16": 0.1}[dtype]
     for mine, wanted in zip(found["cuda"], found["cpu"], strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=tolerance, atol=tolerance)
+
+
+def trained(model, tmp_path, sleeps=False, **settings):
+    """Weights after two updates, with a recovery point between them."""
+    actor = FSDPPPOActor(actor_config(model, dtype="bfloat16", **settings))
+    actor.initialize()
+    try:
+        for number in range(2):
+            batch = random_batch(seed=number, vocabulary=1000)
+            actor.compute_advantages(batch)
+            if sleeps:
+                actor.sleep()
+                assert all(not x.is_cuda for s in actor.optimizer.state.values() for x in s.values())
+                actor.save_state(str(tmp_path))
+                actor.wake()
+                actor.load_state(str(tmp_path))
+            actor.grpo_update(batch)
+            assert all(p.is_cuda != (settings.get("offload") == "all") for p in actor._parameters.values())
+        return {name: tensor.clone() for name, tensor in actor.named_full_tensors(torch.float32)}
+    finally:
+        actor.destroy()
+
+
+@pytest.mark.parametrize("kind", [{"sleeps": True}, {"offload": "optimizer"}, {"offload": "all"}])
+def test_where_memory_is_changes_nothing(model, tmp_path, kind):
+    straight, moved = trained(model, tmp_path), trained(model, tmp_path, **kind)
+    for name, weight in straight.items():
+        torch.testing.assert_close(moved[name], weight, atol=2e-5, rtol=1e-4)
+
+
+def test_shared_memory_that_the_gpu_writes(tmp_path):
+    """The second version is written by the GPU itself where the driver allows it; the third one is larger."""
+    link = WeightLink("shm", tmp_path)
+    assert link.device.type == "cuda"
+    try:
+        for version, size in enumerate((300, 300, 3000)):
+            weights = {f"w{i}": torch.randn(size + i, 7, device="cuda").bfloat16() for i in range(40)}
+            meta = link.publish(iter(weights.items()), version)
+            read = dict(iterate_tensors(meta))
+            assert read.keys() == weights.keys()
+            assert all(torch.equal(read[name], tensor.cpu()) for name, tensor in weights.items())
+            assert all(number == checksum(weights[name]) for name, number in meta.checksums.items())
+            if version == 1 and not link._segment._num_pinned:
+                print("the driver does not pin shared memory")
+    finally:
+        link.close()
 
 
 def test_a_rank_without_a_gpu_is_refused(monkeypatch):

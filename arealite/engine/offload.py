@@ -1,4 +1,8 @@
-"""Where weights and moments are: on the accelerator, or out of its way on the CPU. Called by engine/fsdp_engine.py."""
+"""Where weights and moments are: on the accelerator, or out of its way on the CPU. Called by engine/fsdp_engine.py.
+
+From a GPU tensors go into pinned memory, which PyTorch keeps for the next time, and come back out of it: all copies are
+under way at once, and waited for once.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,23 @@ import torch
 from torch import nn
 
 CPU = torch.device("cpu")
+
+
+def wait_for(device: torch.device) -> None:
+    """Until `device` has done what it was asked for; the CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_bytes(enough: int) -> int:
+    """Free memory of this process's GPU, 0 without one; PyTorch gives back what it keeps where that is not `enough`."""
+    if not torch.cuda.is_available():
+        return 0
+    free, _ = torch.cuda.mem_get_info()
+    if free < enough:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+    return free
 
 
 class Placement:
@@ -20,6 +41,7 @@ class Placement:
         self.model, self.optimizer, self.device, self.offload = model, optimizer, device, offload
         if offload == "optimizer":
             self._move_moments(CPU)
+            wait_for(device)
 
     def step(self) -> None:
         """The optimizer's; its state is where the weights are meanwhile."""
@@ -29,6 +51,7 @@ class Placement:
         self.optimizer.step()
         if self.offload == "optimizer":
             self._move_moments(CPU)
+            wait_for(self.device)
 
     def sleep(self) -> None:
         self._move(CPU)
@@ -49,6 +72,7 @@ class Placement:
                 torch.__future__.set_swap_module_params_on_conversion(before)
         if self.offload == "none":
             self._move_moments(device)
+        wait_for(self.device)
 
     def _move_moments(self, device: torch.device) -> None:
         states: list[dict[str, Any]] = [] if self.optimizer is None else list(self.optimizer.state.values())
@@ -57,5 +81,5 @@ class Placement:
 
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` itself if it is there already."""
-    return tensor.to(device)
+    """`tensor` itself if it is there already; a copy of a GPU's tensor is there after `wait_for`."""
+    return tensor.to(device, non_blocking=True)

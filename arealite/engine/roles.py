@@ -4,6 +4,7 @@ Called by arealite/trainer.py and scripts."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,13 @@ from arealite.api.engine import InferenceEngine
 from arealite.api.types import Batch
 from arealite.engine.checkpoint import attempt, attempt_on_ranks
 from arealite.engine.fsdp_engine import FSDPEngine
+from arealite.engine.offload import free_bytes
 from arealite.engine.parallel import RankCollective
 
 T = TypeVar("T")
+SERVER_WORK_BYTES = 4 << 30  # of a GPU: what a server needs for its steps, besides weights and KV cache
+
+logger = logging.getLogger(__name__)
 
 
 class OtherShares:
@@ -79,15 +84,26 @@ class Turns:
     def __init__(self, rollout: InferenceEngine, *engines: FSDPEngine) -> None:
         self.are_taken = os.environ.get("AREALITE_COLOCATED") == "1"
         self._rollout, self._engines = rollout, engines if self.are_taken else ()
+        self._last_room: bool | None = None
 
     @contextmanager
     def of_servers(self) -> Iterator[None]:
-        """While servers generate, the engines leave them the memory."""
-        for engine in self._engines:
+        """While servers generate, the engines leave them the memory, unless a GPU has enough for both."""
+        asleep = () if self.are_taken and self._has_room() else self._engines
+        for engine in asleep:
             engine.sleep()
         yield
-        for engine in self._engines:
+        for engine in asleep:
             engine.wake()
+
+    def _has_room(self) -> bool:
+        free = free_bytes(enough=SERVER_WORK_BYTES)
+        has_room = free >= SERVER_WORK_BYTES
+        if free and has_room != self._last_room:
+            does = "stays there" if has_room else "goes to the CPU while servers generate"
+            logger.info("%.1f GiB of the GPU are free beside trainer and servers: the trainer %s", free / 2**30, does)
+            self._last_room = has_room
+        return has_room
 
     @contextmanager
     def of_trainer(self) -> Iterator[None]:

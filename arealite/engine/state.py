@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from arealite.api.errors import RecoveryError
+from arealite.engine.offload import CPU, wait_for
 from arealite.engine.optim import moments, set_num_updates
 from arealite.engine.parallel import RankCollective
 
@@ -44,7 +45,10 @@ def stage_state(
     folder. That call is collective over `ranks`, may be made in another thread than the caller's next ones, and raises
     OSError or RuntimeError."""
     folder = Path(path)
-    staged = {name: tensor.to("cpu", copy=True) for name, tensor in _tensors(parameters, optimizer).items()}
+    tensors = _tensors(parameters, optimizer)
+    staged = {name: tensor.to(CPU, non_blocking=True, copy=True) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values()}:
+        wait_for(device)
     randoms = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,

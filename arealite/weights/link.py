@@ -6,11 +6,12 @@ Called by the train engine's `upload_weights`; the servers' end is receive.py.
 from __future__ import annotations
 
 import itertools
+import logging
 import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from arealite.weights.adapter import SERVED_NAME, write_adapter
 from arealite.weights.buckets import Buckets, slot_of
 from arealite.weights.checksum import checksum
 from arealite.weights.group import GroupSender
+
+logger = logging.getLogger(__name__)
 
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every dtype's size
 CHECKED_SHARE = 16  # one tensor in so many is confirmed at every version, and another one in so many by turns
@@ -54,7 +57,7 @@ class WeightLink:
         if kind == "shm" and not Path("/proc/self/fd").is_dir():
             raise ConfigError("weight_update: shm needs Linux (it maps memory through /proc); set weight_update: disk")
         has_own_gpu = torch.cuda.is_available() and os.environ.get("AREALITE_COLOCATED") != "1"
-        on_gpu = kind == "distributed" and has_own_gpu
+        on_gpu = torch.cuda.is_available() if kind == "shm" else kind == "distributed" and has_own_gpu
         self.kind = kind
         self.folder = Path(folder)
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -183,38 +186,76 @@ class WeightLink:
 
 
 class _Segment:
-    """An anonymous memory file that grows to the size of the weights and is written anew at each version."""
+    """An anonymous memory file that grows to the size of the weights and is written anew at each version. From the
+    second version on a GPU writes it by itself, where the driver lets the memory be pinned."""
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("arealite-weights")
         self._map: mmap.mmap | None = None
-        self._size = 0
+        self._size = self._num_written = self._num_pinned = 0
+        self._may_pin = True
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightUpdateMeta:
         slots: list[TensorSlot] = []
-        checksums: dict[str, int] = {}
+        checked: list[TensorSlot] = []
         offset = 0
+        on_gpu = False
         for index, (name, tensor) in enumerate(tensors):
             slot = slot_of(name, tensor, offset)
             offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            if tensor.is_cuda and not on_gpu:
+                on_gpu = True
+                self._pin()
             if tensor.nbytes:
                 self._reserve(offset)
-                assert self._map is not None
-                place = torch.frombuffer(self._map, dtype=torch.uint8, count=slot.nbytes, offset=slot.offset)
-                place.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+                flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+                self._bytes_of(slot).copy_(flat, non_blocking=offset <= self._num_pinned)
             if is_checked(index, version):
-                checksums[name] = checksum(tensor)
+                checked.append(slot)
             slots.append(slot)
+        if on_gpu:
+            torch.cuda.synchronize()
+        self._num_written = offset
+        checksums = {slot.name: checksum(self._bytes_of(slot)) for slot in checked}
         return WeightUpdateMeta("shm", version, f"/proc/{os.getpid()}/fd/{self._fd}", tuple(slots), checksums)
+
+    def _bytes_of(self, slot: TensorSlot) -> torch.Tensor:
+        if not slot.nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        assert self._map is not None
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=slot.nbytes, offset=slot.offset)
 
     def _reserve(self, num_bytes: int) -> None:
         if num_bytes <= self._size:
             return
+        self._unpin()
         # A tensor over an mmap keeps it open, so the map is replaced, never resized; doubling keeps that rare.
         self._size = max(num_bytes, 2 * self._size)
         os.ftruncate(self._fd, self._size)
         self._map = mmap.mmap(self._fd, self._size)
 
+    def _pin(self) -> None:
+        """Let the driver know what was written last, all of which has memory."""
+        if self._num_pinned or not self._num_written or not self._may_pin:
+            return
+        assert self._map is not None
+        address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
+        refused = torch.cuda.cudart().cudaHostRegister(address, self._num_written, 0)
+        self._may_pin = not int(refused)
+        if not self._may_pin:
+            logger.info("the driver does not pin shared memory (%s): weights are copied through the CPU", refused)
+            with suppress(RuntimeError):  # the refusal is held against the next kernel
+                torch.zeros(1, device="cuda")
+            return
+        self._num_pinned = self._num_written
+
+    def _unpin(self) -> None:
+        if self._num_pinned and self._map is not None:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(torch.frombuffer(self._map, dtype=torch.uint8).data_ptr())
+            self._num_pinned = 0
+
     def close(self) -> None:
+        self._unpin()
         self._map = None
         os.close(self._fd)
