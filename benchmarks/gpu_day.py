@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -290,19 +291,21 @@ def quickstart(args: argparse.Namespace) -> Numbers:
         code = subprocess.run(command, cwd=ROOT, timeout=540, check=False).returncode
         took = time.perf_counter() - began
         [run] = Path(scratch).glob("quickstart/*")
-        steps = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
-    last = [step for step in steps if "eval/accuracy" in step]
-    mean = [step["train/mismatch_mean"] for step in steps if "train/mismatch_mean" in step]
-    keys = ("time/step_s", "time/rollout_s", "time/update_s", "time/upload_s", "train/mfu")
-    typical = {key: sorted(found)[len(found) // 2] for key in keys if (found := [s[key] for s in steps if key in s])}
-    accuracy = last[-1]["eval/accuracy"] if last else None
-    is_good = code == 0 and max(mean) < BFLOAT16 and (args.overrides != "" or (accuracy or 0) >= 0.9)
-    return {"seconds_in_all": took, "accuracy": accuracy, "mismatch_mean": max(mean), **typical, "ok": is_good}
+        summary = json.loads((run / "summary.json").read_text())
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = ("step_s", "rollout_wait_s", "train_s", "sync_s")
+    found = {"run_s": took} | {key: statistics.median(step[key] for step in steps) for key in keys}
+    kept = ("accuracy_before", "accuracy_after", "mismatch_mean", "mismatch_max", "train_s", "time_shares")
+    found |= {f"run {key}": summary[key] for key in kept}
+    is_good = code == 0 and summary["mismatch_mean"] < BFLOAT16 and (summary["accuracy_after"] or 0) >= 0.9
+    return {**found, "ok": is_good}
 
 
 def _command(*words: str, hides_card: bool = False, ends_in_json: bool = False) -> Callable[..., Numbers]:
     def run(args: argparse.Namespace) -> Numbers:
-        env = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"CUDA_VISIBLE_DEVICES": ""} if hides_card else {})
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} | (
+            {"CUDA_VISIBLE_DEVICES": ""} if hides_card else {}
+        )
         filled = [word.format(device=args.device, model=args.model or "smollm2-135m") for word in words]
         ran = subprocess.Popen([sys.executable, *filled], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
         assert ran.stdout is not None
