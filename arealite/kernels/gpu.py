@@ -136,8 +136,7 @@ class GpuKernels:
             scale, window, heads, splits, GROUP=group, GROUP_ROWS=max(16, triton.next_power_of_2(group)),
             DIM=dim, WIDTH=width, KEYS=KEYS if width <= 128 else KEYS // 2, SPLIT=SPLIT, num_warps=4, num_stages=2,
         )  # fmt: skip
-        padded = triton.next_power_of_2(splits)
-        programs.decode_join[(num_rows * heads,)](sums, stats, out, splits, DIM=dim, WIDTH=width, SPLITS=padded)
+        programs.decode_join[(num_rows * heads,)](sums, stats, out, splits, DIM=dim, WIDTH=width, JOINED=16)
         return out
 
     def sample(

@@ -220,17 +220,28 @@ def decode_splits(q, k, v, pool, tables, lens, sums, stats, q_row, q_head, k_row
 
 
 @triton.jit(do_not_specialize=["splits"])
-def decode_join(sums, stats, out, splits, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
-    """The splits of one query head together; zeros for a row without keys."""
+def decode_join(sums, stats, out, splits, DIM: tl.constexpr, WIDTH: tl.constexpr, JOINED: tl.constexpr):
+    """The splits of one query head together, JOINED at a time, so that the order of the sum does not depend on how many
+    other rows have; zeros for a row without keys."""
     spot = tl.program_id(0).to(tl.int64)
-    split, column = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    peak = tl.load(stats + (spot * splits + split) * 2, mask=split < splits, other=float("-inf"))
-    total = tl.load(stats + (spot * splits + split) * 2 + 1, mask=split < splits, other=0.0)
-    share = tl.where(total > 0, tl.exp(peak - tl.max(peak, 0)), 0.0)
-    wanted = (total > 0)[:, None] & (column < DIM)[None, :]
-    acc = tl.load(sums + (spot * splits + split)[:, None] * DIM + column[None, :], mask=wanted, other=0.0)
-    whole = tl.sum(share * total, 0)
-    mixed = tl.sum(acc * share[:, None], 0) / tl.where(whole > 0, whole, 1.0)
+    column = tl.arange(0, WIDTH)
+    top = float("-inf")
+    for at in range(0, splits, JOINED):
+        split = at + tl.arange(0, JOINED)
+        peak = tl.load(stats + (spot * splits + split) * 2, mask=split < splits, other=float("-inf"))
+        top = tl.maximum(top, tl.max(peak, 0))
+    whole = 0.0
+    mixed = tl.zeros([WIDTH], tl.float32)
+    for at in range(0, splits, JOINED):
+        split = at + tl.arange(0, JOINED)
+        peak = tl.load(stats + (spot * splits + split) * 2, mask=split < splits, other=float("-inf"))
+        total = tl.load(stats + (spot * splits + split) * 2 + 1, mask=split < splits, other=0.0)
+        share = tl.where(total > 0, tl.exp(peak - top), 0.0)
+        wanted = (total > 0)[:, None] & (column < DIM)[None, :]
+        acc = tl.load(sums + (spot * splits + split)[:, None] * DIM + column[None, :], mask=wanted, other=0.0)
+        whole += tl.sum(share * total, 0)
+        mixed += tl.sum(acc * share[:, None], 0)
+    mixed = mixed / tl.where(whole > 0, whole, 1.0)
     tl.store(out + spot * DIM + column, mixed.to(out.dtype.element_ty), mask=column < DIM)
 
 
