@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from arealite.kernels.cpu import Kernels
+from arealite.kernels.functions import AnyKernels
 
 PAGE_TOKENS = 16
 SCRATCH_PAGE = 0  # written by padding rows, read by nobody's unmasked keys
@@ -37,7 +37,7 @@ class PagePool:
         num_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
-        kernels: Kernels | None = None,
+        kernels: AnyKernels | None = None,
     ) -> None:
         """With `kernels`, these alone read and write pages, in an order of elements of their own."""
         self.kernels = kernels

@@ -1,7 +1,8 @@
 """Decoder layers of the common kind as a dozen kernel calls, in place of some fifty calls of modules.
 
-Made by model.py after load, for bf16 on a CPU with compiled kernels. A layer keeps its Hugging Face code beside: for
-passes with adapters, which hook into its linear layers, and for models in which the two do not agree in every bit.
+Made by model.py after load, for bf16 on a CPU with compiled kernels and for a GPU with its own. A layer keeps its
+Hugging Face code beside: for passes with adapters, which hook into its linear layers, and for models in which the two
+do not agree in every bit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import nn
 
 from arealite.inference.adapters import Adapters
 from arealite.inference.layout import KVLayout, ShapeProbe
-from arealite.kernels.cpu import DIM_STEP, Kernels
+from arealite.kernels.cpu import DIM_STEP
+from arealite.kernels.functions import AnyKernels
 from arealite.kernels.linears import PackedLinears
 from arealite.kernels.modules import GATED, norm_kind
 
@@ -29,7 +31,7 @@ class DirectLayers:
     """The decoder layers of `module` that are of the common kind, each with another forward."""
 
     def __init__(
-        self, module: Any, kernels: Kernels, linears: PackedLinears, adapters: Adapters, probe: ShapeProbe
+        self, module: Any, kernels: AnyKernels, linears: PackedLinears, adapters: Adapters, probe: ShapeProbe
     ) -> None:
         """`probe` has seen every layer's attention."""
         self._layers = [layer for layer in module.modules() if vars(layer).get("_modules", {}).keys() == _PARTS]
@@ -53,7 +55,7 @@ class DirectLayers:
 
 
 def _direct(
-    layer: Any, kernels: Kernels, linears: PackedLinears, adapters: Adapters, probe: ShapeProbe
+    layer: Any, kernels: AnyKernels, linears: PackedLinears, adapters: Adapters, probe: ShapeProbe
 ) -> Callable[..., torch.Tensor]:
     """Raises KeyError: a part of the layer is of another kind."""
     attn, mlp, plain = layer.self_attn, layer.mlp, layer.forward
@@ -86,7 +88,7 @@ def _direct(
         q, k, v = (y.transpose(0, 1) for y in split)
         for y in (q[None], k[None]):
             kernels.rotate(y, cos, sin, y)
-        seen = kernels.attention(q, k, v, layout.pool.tensor[number], layout.paged_spans, window or 0, scale)
+        seen = layout.attend(q, k, v, number, scale, window)
         x = x + out(seen.view(len(x), -1))
         both = gates(norms[1](x))
         return (x + down(kernels.silu_times(both[:, :half], both[:, half:])))[None]
@@ -94,7 +96,7 @@ def _direct(
     return forward
 
 
-def _norm(norm: nn.Module, kernels: Kernels) -> Callable[[torch.Tensor], torch.Tensor]:
+def _norm(norm: nn.Module, kernels: AnyKernels) -> Callable[[torch.Tensor], torch.Tensor]:
     """Raises KeyError: it is not one of the kernels'."""
     eps, plus_one = norm_kind(norm, kernels)
     return lambda x: kernels.rms_norm(x, norm.weight, eps, plus_one)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import torch
 from arealite.api.errors import ConfigError
 from arealite.inference.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, pages_for
 from arealite.inference.sequence import Span
-from arealite.kernels.cpu import PagedSpans
+from arealite.kernels.cpu import Kernels, PagedSpans
 from arealite.kernels.functions import matmul
 
 ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attention`
@@ -68,7 +68,7 @@ class KVLayout:
     def slots(self) -> torch.Tensor:
         """[T]: each token's place in the pool."""
         padding = np.full(self._num_padding, SCRATCH_PAGE * PAGE_TOKENS)
-        return to_device([np.concatenate([*map(_slots, self.spans), padding])], self._device)[0]
+        return to_device([np.concatenate([*map(token_slots, self.spans), padding])], self._device)[0]
 
     @cached_property
     def paged_spans(self) -> PagedSpans:
@@ -84,6 +84,29 @@ class KVLayout:
             tables.extend(sequence.pages[: pages_for(end)])
             longest = max(longest, end)
         return PagedSpans(np.asarray(pieces).reshape(-1, 4), np.asarray(tables), first, longest)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Store keys and values [kv heads, T, D] of one layer in the pool, and let queries [heads, T, D] see their
+        sequences; [T, heads, D], zeros for padding. `window`: keys that a query sees, its own included."""
+        kernels = self.pool.kernels
+        if isinstance(kernels, Kernels):
+            return kernels.attention(q, k, v, self.pool.tensor[layer], self.paged_spans, window or 0, scale)
+        self.store(k, v, layer)
+        return paged_attention(q, self, layer, scale, window, softcap)
+
+    def store(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> None:
+        """The tokens' keys and values [kv heads, T, D] to their places."""
+        self.pool.keys[layer].index_copy_(1, self.slots, k)
+        self.pool.values[layer].index_copy_(1, self.slots, v)
 
     def blocks(self, window: int | None) -> list[Block]:
         """What layers of this window compute, in pieces of bounded size; planned when first asked for."""
@@ -175,13 +198,7 @@ def packed_attention(
     if isinstance(kv_layout, ShapeProbe):
         kv_layout.seen[layer], kv_layout.settings[layer] = (k.shape, v.shape), (scale, window)
         return v.repeat_interleave(len(q) // len(v), 0).transpose(0, 1)[None], None  # one token sees itself
-    pool = kv_layout.pool
-    if pool.kernels is not None:
-        spans = kv_layout.paged_spans
-        return pool.kernels.attention(q, k, v, pool.tensor[layer], spans, window or 0, scale)[None], None
-    pool.keys[layer].index_copy_(1, kv_layout.slots, k)
-    pool.values[layer].index_copy_(1, kv_layout.slots, v)
-    return paged_attention(q, kv_layout, layer, scale, window, softcap)[None], None
+    return kv_layout.attend(q, k, v, layer, scale, window, softcap)[None], None
 
 
 def paged_attention(
@@ -256,7 +273,7 @@ def span_order(span: Span, window: int | None = None) -> tuple[int, int]:
     return span.count, num_pages
 
 
-def _slots(span: Span) -> np.ndarray:
+def token_slots(span: Span) -> np.ndarray:
     """The pool's token places of the span's tokens."""
     positions = np.arange(span.start, span.end)
     return np.asarray(span.sequence.pages)[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS

@@ -22,13 +22,15 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from arealite.api.errors import ConfigError
 from arealite.inference.adapters import Adapters
 from arealite.inference.cache import PAGE_TOKENS, PagePool, pages_for
+from arealite.inference.gpu_layout import GpuLayout
 from arealite.inference.layers import DirectLayers
 from arealite.inference.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention, to_device
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence, Span
 from arealite.kernels import cpu
 from arealite.kernels.cpu import Kernels
-from arealite.kernels.linears import PackedLinears
+from arealite.kernels.functions import AnyKernels, for_device, head_product
+from arealite.kernels.linears import Joined, PackedLinears
 from arealite.kernels.modules import fuse
 from arealite.models.fidelity import Rows, check_fidelity, token_scores
 from arealite.models.opening import open_config, open_tokenizer
@@ -70,15 +72,6 @@ class ServedModel:
         self.module = module.eval()
         self.adapters = Adapters(self.module)
         self.head = self.module.get_output_embeddings()
-        # Parameters and persistent buffers, by transformers' names and by those of the hub, where every expert has
-        # tensors of its own: views. A tied tensor has two names, of which the first one counts.
-        own: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
-        first_names = {id(tensor): name for name, tensor in reversed(own.items())}
-        self.hub_parts = hub_parts(self.module)
-        names = [name for name, tensor in own.items() if first_names[id(tensor)] == name]
-        self.tensor_names = [part.name for name in names for part in self.hub_parts[name]]
-        views = {part.name: own[name][part.index] for name, parts in self.hub_parts.items() for part in parts}
-        self.tensors = views | own
         self.vocab_size = int(self.module.get_input_embeddings().weight.shape[0])
         self.context_length = context_length or int(self.config.get_text_config().max_position_embeddings)
         self._softcap: float | None = self.config.get_text_config().to_dict().get("final_logit_softcapping")
@@ -91,6 +84,15 @@ class ServedModel:
         with torch.inference_mode():
             self.kv_shape = self._discover_kv_shape()  # layers, key heads, head dim
             self._linears, self._paging = self._accelerate(shared)
+        # Parameters and persistent buffers, by transformers' names and by those of the hub, where every expert has
+        # tensors of its own: views. A tied tensor has two names, of which the first one counts.
+        own: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
+        first_names = {id(tensor): name for name, tensor in reversed(own.items())}
+        self.hub_parts = hub_parts(self.module)
+        names = [name for name, tensor in own.items() if first_names[id(tensor)] == name]
+        self.tensor_names = [part.name for name in names for part in self.hub_parts[name]]
+        views = {part.name: own[name][part.index] for name, parts in self.hub_parts.items() for part in parts}
+        self.tensors = views | own
 
     @classmethod
     def load(
@@ -154,23 +156,38 @@ class ServedModel:
         positions = [position for span in spans for position in range(span.start, span.end)]
         num_tokens = len(tokens)
         padding = [0] * (num_rows - num_tokens)
-        layout = KVLayout(pool, spans, num_rows, self.deterministic)
+        ids, places = to_device([np.array(tokens + padding), np.array(positions + padding)], self.device)
+        layout = self._layout(pool, spans, num_rows)
         self.adapters.choose(spans, self.device)
-        return self._run(tokens + padding, positions + padding, layout)[:num_tokens]
+        return self.run(ids, places, layout)[:num_tokens]
+
+    def _layout(self, pool: PagePool, spans: list[Span], num_rows: int) -> KVLayout:
+        if pool.kernels is None or isinstance(pool.kernels, Kernels):
+            return KVLayout(pool, spans, num_rows, self.deterministic)
+        return GpuLayout(pool, pool.kernels, spans, num_rows)
 
     def logits(self, hidden: torch.Tensor, num_rows: int = 0) -> torch.Tensor:
-        """LM head; [N, V] in the model's dtype. `num_rows` pads the product as in `forward`."""
-        num_padding = max(0, num_rows - len(hidden))
-        rows = self.head(torch.nn.functional.pad(hidden, (0, 0, 0, num_padding)))[: len(hidden)]
+        """LM head; [N, V] in the model's dtype, on a GPU in float32. `num_rows` pads the product as in `forward`."""
+        num = len(hidden)
+        if num_rows > num:
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, num_rows - num))
+        is_plain = hidden.is_cuda and type(self.head) is torch.nn.Linear and self.head.bias is None
+        rows = (head_product(hidden, self.head.weight) if is_plain else self.head(hidden))[:num]
         return rows if self._softcap is None else rows.div_(self._softcap).tanh_().mul_(self._softcap)
 
-    def _run(self, tokens: list[int], positions: list[int], layout: KVLayout | ShapeProbe) -> torch.Tensor:
-        """The modelling code over one row of T tokens; last hidden states [T, hidden]."""
-        input_ids, position_ids = to_device([np.asarray([tokens]), np.asarray([positions])], self.device)
+    def run(self, tokens: torch.Tensor, positions: torch.Tensor, layout: KVLayout | ShapeProbe) -> torch.Tensor:
+        """The modelling code over T tokens and their positions, int64 [T]; last hidden states [T, hidden]."""
         output = self.module.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, kv_layout=layout
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, kv_layout=layout
         )
-        return output.last_hidden_state[0]
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _run_probe(self) -> ShapeProbe:
+        """What one token meets."""
+        probe, zero = ShapeProbe(), torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.run(zero, zero, probe)
+        return probe
 
     def make_pool(self, num_tokens: int) -> PagePool:
         """An empty KV cache for this model."""
@@ -183,8 +200,7 @@ class ServedModel:
 
     def _discover_kv_shape(self) -> tuple[int, int, int]:
         """Heads and layers as the modelling code itself hands them to attention."""
-        probe = ShapeProbe()
-        self._run([0], [0], probe)
+        probe = self._run_probe()
         num_layers = self.config.get_text_config().num_hidden_layers
         shapes = set(probe.seen.values())
         uneven = len(shapes) != 1 or any(key != value for key, value in shapes)
@@ -201,24 +217,27 @@ class ServedModel:
         if self._linears is not None:
             self._linears.refresh()
 
-    def _accelerate(self, shared: bool) -> tuple[PackedLinears | None, Kernels | None]:
-        """On a CPU in bf16: packed weights, fused modules and, where it fits, attention by the compiled kernels."""
-        if self.dtype != torch.bfloat16 or self.device.type != "cpu":
+    def _accelerate(self, shared: bool) -> tuple[PackedLinears | None, AnyKernels | None]:
+        """Packed weights, fused modules and, where it fits, attention by the kernels of the device; on a CPU in bf16
+        only."""
+        kernels = for_device(self.device)
+        is_cpu = isinstance(kernels, Kernels) or (kernels is None and self.device.type == "cpu")
+        if is_cpu and self.dtype != torch.bfloat16:
             return None, None
-        linears = None if shared else PackedLinears(self.module, lambda: self._run([0], [0], ShapeProbe()))
-        compiled = cpu.load()
-        if compiled is None:
+        linears = None
+        if not shared:
+            linears = PackedLinears(self.module, self._run_probe, None if is_cpu else Joined())
+        if kernels is None:
             return linears, None
-        fuse(self.module, compiled)
+        fuse(self.module, kernels)
         softcap = self.config.get_text_config().to_dict().get("attn_logit_softcapping")
-        if softcap is not None or self.kv_shape[2] % cpu.DIM_STEP:
+        if softcap is not None or (is_cpu and self.kv_shape[2] % cpu.DIM_STEP):
             return linears, None
         if linears is not None:
-            probe = ShapeProbe()
-            self._run([0], [0], probe)
-            self._paging = compiled
-            DirectLayers(self.module, compiled, linears, self.adapters, probe).keep_if_equal(self._probe_states)
-        return linears, compiled
+            self._paging = kernels
+            layers = DirectLayers(self.module, kernels, linears, self.adapters, self._run_probe())
+            layers.keep_if_equal(self._probe_states)
+        return linears, kernels
 
     def _probe_states(self) -> torch.Tensor:
         """Hidden states of a short sequence: a prompt, and one token after it."""

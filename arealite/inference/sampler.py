@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from arealite.inference.layout import to_device
 from arealite.inference.requests import SamplingParams
-from arealite.kernels import cpu
+from arealite.kernels.cpu import Kernels
+from arealite.kernels.functions import for_device
+
+if TYPE_CHECKING:
+    from arealite.kernels.gpu import GpuKernels
 
 BLOCK = 256  # the inverse CDF is searched block by block, then within one block
 NUM_LIKELIEST = 1024  # candidates that are sorted first; the whole row only where a nucleus holds more
@@ -62,9 +68,11 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[fl
         params: B entries.
         uniforms: B numbers in [0, 1); not looked at for greedy rows.
     """
-    restricted = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p > 0)]
-    compiled = cpu.load() if logits.device.type == "cpu" and logits.dtype != torch.float16 else None
-    if compiled is None or len(restricted) == len(params):
+    restricted = [i for i, p in enumerate(params) if is_restricted(p)]
+    compiled = for_device(logits.device)
+    if compiled is not None and not isinstance(compiled, Kernels):
+        return _sample_on_gpu(compiled, logits, params, uniforms, restricted)
+    if compiled is None or logits.dtype == torch.float16 or len(restricted) == len(params):
         return _sample(logits, params, uniforms)
     drawn = Sampled(*compiled.sample(logits.contiguous(), [p.temperature for p in params], uniforms))
     if restricted:
@@ -73,6 +81,46 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[fl
             drawn.tokens[i], drawn.logprobs[i] = token, logprob
         drawn.cut.update((restricted[i], cut) for i, cut in again.cut.items())
     return drawn
+
+
+def is_restricted(params: SamplingParams) -> bool:
+    """Whether not all tokens may be drawn that have some probability."""
+    return params.temperature > 0 and bool(params.top_k or params.top_p < 1 or params.min_p > 0)
+
+
+def _sample_on_gpu(
+    kernels: GpuKernels,
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    uniforms: list[float],
+    restricted: list[int],
+) -> Sampled:
+    """The same by the kernels, which do not wait; and PyTorch for restricted rows."""
+    arrays = [np.array([p.temperature for p in params], np.float32), np.array(uniforms), np.array(restricted, np.int64)]
+    temperature, at, rows = to_device(arrays, logits.device)
+    tokens, logprobs, ok = kernels.sample(logits, temperature, at)
+    cut = torch.zeros_like(at)
+    if restricted:
+        weights = logits[rows].float().div_(temperature[rows, None])
+        weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+        total = weights.sum(-1, dtype=torch.float64)
+        drawn, kept = _restricted(weights, total, [params[i] for i in restricted], at[rows])
+        shares = weights.gather(1, drawn[:, None])[:, 0].double() / total
+        tokens[rows], logprobs[rows], cut[rows] = drawn, shares.log().float(), (1 - kept).clamp(min=0)
+    return read_drawn(pack_drawn(tokens, logprobs, ok, cut).cpu(), restricted)
+
+
+def pack_drawn(tokens: torch.Tensor, logprobs: torch.Tensor, ok: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
+    """All of one step in one tensor, float64 [4, B], to be read by `read_drawn` on the host."""
+    return torch.stack([tokens.double(), logprobs.double(), ok.double(), cut])
+
+
+def read_drawn(packed: torch.Tensor, restricted: list[int]) -> Sampled:
+    """Of `pack_drawn`; `restricted` rows have a share that is left out."""
+    tokens, logprobs, ok, cut = packed.numpy()
+    return Sampled(
+        tokens.astype(np.int64).tolist(), logprobs.tolist(), (ok > 0).tolist(), {i: float(cut[i]) for i in restricted}
+    )
 
 
 def _sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[float]) -> Sampled:
@@ -95,16 +143,14 @@ def _sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[f
         greedy = torch.tensor([p.temperature == 0 for p in params], device=logits.device)
         tokens = torch.where(greedy, best, _inverse_cdf(weights, block_sums, at, vocab))
     kept = torch.ones_like(total)
-    restricted = [i for i, p in enumerate(params) if p.temperature > 0 and (p.top_k or p.top_p < 1 or p.min_p > 0)]
+    restricted = [i for i, p in enumerate(params) if is_restricted(p)]
     if restricted:
         rows = torch.tensor(restricted).to(logits.device)
         own = [params[i] for i in restricted]
         tokens[rows], kept[rows] = _restricted(scores[rows], total[rows], own, at[rows])
     logprobs = scores.gather(1, tokens[:, None])[:, 0].double().log() - total.log()
     ok = torch.isfinite(total) & torch.isfinite(top)
-    packed = torch.stack([tokens.double(), logprobs, ok.double(), (1 - kept).clamp(min=0)]).cpu().numpy()
-    cut = {i: float(packed[3, i]) for i in restricted}
-    return Sampled(packed[0].astype(np.int64).tolist(), packed[1].tolist(), (packed[2] > 0).tolist(), cut)
+    return read_drawn(pack_drawn(tokens, logprobs, ok, (1 - kept).clamp(min=0)).cpu(), restricted)
 
 
 def _inverse_cdf(weights: torch.Tensor, block_sums: torch.Tensor, at: torch.Tensor, vocab: int) -> torch.Tensor:

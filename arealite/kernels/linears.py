@@ -1,8 +1,9 @@
-"""Linear layers on packed copies of their weights: each product reads memory once, in order, and layers that are given
-the same input are one product.
+"""Linear layers on packed weights: each product reads memory once, in order, and layers that are given the same input
+are one product.
 
-Made by model.py after load, for bf16 on a CPU. The plain parameters stay the truth (names, checksums, updates); whoever
-changes them calls `refresh`.
+Made by model.py after load. For bf16 on a CPU the packed weights are copies, and whoever changes the plain parameters
+calls `refresh`; elsewhere the plain parameters become parts of them (`Joined`). Either way they stay the truth: names,
+checksums, updates.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from arealite.kernels import build, cpu
 
@@ -46,6 +48,18 @@ class _Float32:
         return out if bias is None else out + bias
 
 
+class Joined:
+    """Plain products; weights below each other are what the layers' own parameters are parts of."""
+
+    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None = None) -> torch.Tensor:
+        if packed is not None or len(weights) == 1:
+            return weights[0] if packed is None else packed
+        return torch.cat(weights)
+
+    def product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor:
+        return functional.linear(x, packed, bias)
+
+
 def _products() -> _Products:
     return cpu.load() or (_OneDnn() if build.has_bf16_products() else _Float32())
 
@@ -53,11 +67,12 @@ def _products() -> _Products:
 class PackedLinears:
     """The linear layers of a module, each calling its group's product from now on."""
 
-    def __init__(self, module: nn.Module, run: Callable[[], object]) -> None:
+    def __init__(self, module: nn.Module, run: Callable[[], object], products: Joined | None = None) -> None:
         """`run` calls the module once, on anything: layers that are called one after the other with the same input, and
-        have the same parent, are a group."""
-        products = _products()
-        self._groups = [_Group(linears, products) for linears in _groups(module, run)]
+        have the same parent, are a group. `products`: other ones than those of bf16 on this CPU."""
+        chosen = products or _products()
+        groups = _groups(module, run, None if products else torch.bfloat16)
+        self._groups = [_Group(linears, chosen) for linears in groups]
 
     def refresh(self) -> None:
         """Pack again: the parameters have changed."""
@@ -83,12 +98,24 @@ class _Group:
         self._sizes = [linear.out_features for linear in linears]
         self._packed = products.pack(self._weights(), None)
         self._bias = self._joined_bias()
+        if isinstance(products, Joined):
+            self._take_parts()
         self._input: torch.Tensor | None = None
         self._parts: dict[int, torch.Tensor] = {}
         for place, linear in enumerate(linears):
             linear.forward = functools.partial(self._part, place)  # type: ignore[method-assign]
 
+    def _take_parts(self) -> None:
+        """Let the parameters be parts of what is joined."""
+        biases = [None] * len(self.linears) if self._bias is None else self._bias.split(self._sizes)
+        for linear, weight, bias in zip(self.linears, self._packed.split(self._sizes), biases, strict=True):
+            linear.weight.data = weight
+            if linear.bias is not None and bias is not None:
+                linear.bias.data = bias
+
     def refresh(self) -> None:
+        if isinstance(self._products, Joined):
+            return
         self._packed = self._products.pack(self._weights(), self._packed)
         self._bias = self._joined_bias()
 
@@ -118,12 +145,13 @@ class _Group:
         return part
 
 
-def _groups(module: nn.Module, run: Callable[[], object]) -> list[list[nn.Linear]]:
+def _groups(module: nn.Module, run: Callable[[], object], dtype: torch.dtype | None) -> list[list[nn.Linear]]:
+    """Of any dtype if it is None."""
     parents = {
         child: parent
         for parent in module.modules()
         for child in parent.children()
-        if type(child) is nn.Linear and child.in_features % 2 == 0 and child.weight.dtype == torch.bfloat16
+        if type(child) is nn.Linear and child.in_features % 2 == 0 and dtype in (None, child.weight.dtype)
     }
     calls: list[tuple[nn.Linear, torch.Tensor]] = []
     hooks = [
