@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gpu_support import PlainKernels, plain_varlen
+from inference_support import LocalServer, output_logprobs, save_tiny_llama, wait_until
 from test_inference_spans import ARCHITECTURES, LENGTH, MIXTURE, in_passes, plain_logits, save, tokens_of
 
 from arealite.inference import gpu_layout, sampler
 from arealite.inference import model as served_model
+from arealite.inference.batcher import Batcher
 from arealite.inference.model import ServedModel
 from arealite.inference.requests import SamplingParams
 from arealite.inference.sampler import NUM_LIKELIEST, uniform_numbers
@@ -21,7 +24,13 @@ CHOSEN = ["llama, tied", "qwen2, two layers with a window", "qwen3", "gemma3", "
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served_model, "for_device", lambda _: PlainKernels())
+    for module in (served_model, sampler):
+        monkeypatch.setattr(module, "for_device", lambda _: PlainKernels())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("gpu"))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> ServedModel:
@@ -86,3 +95,72 @@ def test_rows_with_and_without_restrictions_are_drawn_together(monkeypatch: pyte
     assert drawn.tokens == wanted.tokens and drawn.ok == wanted.ok
     assert drawn.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)
     assert drawn.cut == pytest.approx(wanted.cut, abs=1e-6)
+
+
+PARAMS = [
+    {"max_new_tokens": 40, "temperature": 0},
+    {"max_new_tokens": 9, "temperature": 0},
+    {"max_new_tokens": 60, "temperature": 1.0, "sampling_seed": 5},
+    {"max_new_tokens": 33, "temperature": 0, "stop": ["a", "b"]},
+]
+ODD = [{"top_p": 0.7, "sampling_seed": 3}, {"frequency_penalty": 0.5, "temperature": 0}]
+
+
+def answers_of(folder: Path, bodies: list[dict[str, Any]], max_running: int = 3) -> tuple[list[Any], Batcher]:
+    """Of a server of `max_running` places, to requests that come while others run."""
+    with LocalServer(load(folder), max_running=max_running, kv_tokens=1024) as server:
+        answers = server.generate_many(bodies)
+        return answers, server.batcher
+
+
+@pytest.mark.parametrize("is_odd", [False, True])
+def test_passes_begun_ahead_change_no_answer(is_odd: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a CPU, of a GPU pass by pass, and of one whose next pass begins before the last one's tokens are known;
+    with ends by length, by stop tokens and strings, and requests that join."""
+    kinds = PARAMS + (ODD if is_odd else [])
+    bodies = [{"input_ids": tokens_of(i, 20 + 7 * i), "sampling_params": kinds[i % len(kinds)]} for i in range(8)]
+    plain, _ = answers_of(folder, bodies)
+    monkeypatch.setattr(served_model, "for_device", lambda _: PlainKernels())
+    monkeypatch.setattr(sampler, "for_device", lambda _: PlainKernels())
+    monkeypatch.setenv("AREALITE_GRAPHS", "0")
+    eager, batcher = answers_of(folder, bodies)
+    assert batcher._graphs is None
+    monkeypatch.delenv("AREALITE_GRAPHS")
+    ahead, batcher = answers_of(folder, bodies)
+    assert batcher._graphs is not None and batcher._graphs._graphs and batcher._started is None
+    for wanted, *others in zip(plain, eager, ahead, strict=True):
+        for other in others:
+            assert other["output_ids"] == wanted["output_ids"]
+            assert other["meta_info"]["finish_reason"] == wanted["meta_info"]["finish_reason"]
+            assert output_logprobs(other) == pytest.approx(output_logprobs(wanted), abs=1e-4)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
+def test_a_pause_takes_in_what_was_begun(mode: str, folder: Path) -> None:
+    """No token is lost or doubled, whatever the pause does with those who run."""
+    wanted = answers_of(
+        folder, [{"input_ids": tokens_of(1), "sampling_params": {"max_new_tokens": 50, "temperature": 0}}]
+    )
+    with LocalServer(load(folder)) as server:
+        server.step_delay_s = 0.01
+        running = server.pool.submit(server.generate, tokens_of(1), max_new_tokens=50, temperature=0)
+        wait_until(lambda: server.batcher.counters.num_generated_tokens > 5)
+        assert server.post("/pause_generation", {"mode": mode})[0] == 200
+        assert server.batcher._started is None
+        assert server.post("/continue_generation", {})[0] == 200
+        ids = running.result(60)["output_ids"]
+    assert ids == wanted[0][0]["output_ids"][: len(ids)] and (mode == "abort" or len(ids) == 50)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_full_cache_retracts_as_ever(folder: Path) -> None:
+    bodies = [
+        {"input_ids": tokens_of(i), "sampling_params": {"max_new_tokens": 80, "temperature": 0, "ignore_eos": True}}
+        for i in range(3)
+    ]
+    wanted, _ = answers_of(folder, bodies)
+    with LocalServer(load(folder), max_running=3, kv_tokens=320) as server:
+        answers = server.generate_many(bodies)
+        assert server.batcher.scheduler.num_retractions > 0
+    assert [a["output_ids"] for a in answers] == [w["output_ids"] for w in wanted]

@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
 import torch
 
 from arealite.inference.cache import PAGE_TOKENS
+from arealite.inference.graphs import Started, decode_graphs
 from arealite.inference.layout import to_device
 from arealite.inference.model import ServedModel
 from arealite.inference.penalties import adjust
@@ -66,12 +68,14 @@ class Batcher:
         if step_tokens is None:
             step_tokens = STEP_TOKENS_CPU if model.device.type == "cpu" else STEP_TOKENS_CUDA
         self.scheduler = Scheduler(model.make_pool(kv_cache_tokens), max_running, step_tokens, model.deterministic)
+        self._graphs = decode_graphs(model, self.scheduler.pool, max_running)
+        self._started: Started | None = None  # a pass whose tokens nobody has seen
         self._rate_since = time.perf_counter()
         self._rate_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._started)
 
     def add(self, sequence: Sequence) -> None:
         params = sequence.request.params
@@ -94,7 +98,17 @@ class Batcher:
         sequence.future.set_result(sequence)
 
     def step(self) -> None:
-        """Let waiting requests join, give every running one its next token, and go on with the prompts."""
+        """Let waiting requests join, give every running one its next token, and go on with the prompts.
+
+        On a GPU, a pass that only decodes is begun and left; what it drew is looked at when the next one has begun.
+        """
+        if self._started is not None:
+            ahead = self._start_ahead(self._started)
+            self.catch_up()
+            self._started = ahead
+            if ahead is not None:
+                self._measure()
+                return
         for newcomer in self.scheduler.admit():
             self.counters.num_cached_tokens += newcomer.num_computed
         try:
@@ -103,6 +117,53 @@ class Batcher:
         except torch.OutOfMemoryError as error:
             self._shrink(error)
         self._measure()
+
+    def catch_up(self) -> None:
+        """Take in what was drawn by the pass begun last. Whoever looks at sequences or changes them does it before."""
+        if self._started is not None:
+            started, self._started = self._started, None
+            self._append(started.sequences, None, started.wait())
+
+    def release_memory(self) -> None:
+        """Of the KV cache, which nobody uses."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self.scheduler.pool.give_memory()
+
+    def _start_ahead(self, started: Started) -> Started | None:
+        """Begin the pass after `started`, whose tokens are not known, for those that are not sure to end with them;
+        None if nobody goes on, somebody may join, or there is no room."""
+        scheduler = self.scheduler
+        goes_on = [
+            not s.future.done() and s.num_output + 1 < s.request.params.max_new_tokens for s in started.sequences
+        ]
+        going = list(compress(started.sequences, goes_on))
+        may_join = scheduler.waiting and len(scheduler.running) < scheduler.max_running
+        if self._graphs is None or not going or may_join or not scheduler.grow_ahead(going):
+            return None
+        ahead = self._graphs.start_next(goes_on)
+        if ahead is not None:
+            for sequence in going:
+                sequence.num_computed += 1
+        return ahead
+
+    def _decode(self, spans: list[Span]) -> bool:
+        """A pass of one token of each sequence by a graph; False where there is none for these."""
+        if self._graphs is None or not self.model.adapters.is_empty:
+            return False
+        sequences = [span.sequence for span in spans]
+        hidden = None
+        if all(sequence.is_plain for sequence in sequences):
+            self._started = self._graphs.start(sequences)
+        else:
+            hidden = self._graphs.hidden(sequences)
+        if self._started is None and hidden is None:
+            return False
+        for sequence in sequences:
+            sequence.num_computed += 1
+        if hidden is not None:
+            self._append(sequences, *self._draw(sequences, self.model.logits(hidden)))
+        return True
 
     def _shrink(self, error: torch.OutOfMemoryError) -> None:
         """Go on with half of what runs together, which begins anew. Raises MemoryError: there was but one."""
@@ -123,6 +184,8 @@ class Batcher:
         """One forward pass, and the next token of every sequence that lacks none after it."""
         model, num_tokens = self.model, sum(span.count for span in spans)
         is_decode = all(span.count == 1 and span.start >= span.sequence.num_prompt for span in spans)
+        if is_decode and self._decode(spans):
+            return
         num_rows = 0 if not model.deterministic else self.scheduler.max_running if is_decode else REPLAY_TOKENS
         hidden = model.forward(self.scheduler.pool, spans, num_rows)
         ends = np.cumsum([span.count for span in spans])
@@ -161,11 +224,12 @@ class Batcher:
         logits = adjust(sequences, logits)
         return logits, sample(logits, params, uniforms)
 
-    def _append(self, sequences: list[Sequence], logits: torch.Tensor, drawn: Sampled) -> None:
-        """Append one token to each sequence and end those that are done."""
-        note_choices(sequences, logits)
+    def _append(self, sequences: list[Sequence], logits: torch.Tensor | None, drawn: Sampled) -> None:
+        """Append one token to each sequence and end those that are done. `logits` are not needed for plain ones."""
+        if logits is not None:
+            note_choices(sequences, logits)
         for i, sequence in enumerate(sequences):
-            if sequence.future.done():  # its prompt was not sound
+            if sequence.future.done():  # its prompt was not sound, or this pass began before its end was known
                 continue
             if not drawn.ok[i]:
                 self._finish_nan(sequence)

@@ -167,7 +167,7 @@ class Engine:
                 " /pause_generation with mode retract or abort before"
             )
         scheduler.prefix.clear()
-        scheduler.pool.give_memory()
+        self.batcher.release_memory()
 
     def resume_memory(self) -> None:
         """Raises RequestError: the card has no such memory any more, and the cache stays released."""
@@ -278,6 +278,7 @@ class Engine:
 
     def _answer(self, run: Callable[[], Any], future: Future[Any]) -> None:
         try:
+            self.batcher.catch_up()
             future.set_result(run())
         except ArealiteError as error:
             future.set_exception(error)

@@ -236,22 +236,36 @@ def paged_attention(
     return out
 
 
+class Transfer:
+    """Tensors on a device for arrays of these shapes and types, in one memory that one copy fills. A GPU fetches it
+    from locked memory in its own time, so that nobody waits for it."""
+
+    def __init__(self, arrays: list[np.ndarray], device: torch.device) -> None:
+        self._kinds = [(array.nbytes, torch.from_numpy(array).dtype, array.shape) for array in arrays]
+        sizes = [-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes, _, _ in self._kinds]
+        self._starts = np.cumsum([0, *sizes[:-1]]).tolist()
+        self._whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        self.tensors = self._parts(self._whole)
+
+    def fill(self, arrays: list[np.ndarray]) -> None:
+        """With arrays of the same shapes and types."""
+        host = torch.empty(len(self._whole), dtype=torch.uint8, pin_memory=self._whole.is_cuda)
+        for part, given in zip(self._parts(host), arrays, strict=True):
+            part.copy_(torch.from_numpy(given))
+        self._whole.copy_(host, non_blocking=True)
+
+    def _parts(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        pairs = zip(self._starts, self._kinds, strict=True)
+        return [whole[start : start + nbytes].view(dtype).view(shape) for start, (nbytes, dtype, shape) in pairs]
+
+
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """The arrays as tensors there. A GPU fetches them in one copy from locked memory in its own time, so that nobody
-    waits for it: the one wait of a step is for the tokens it made."""
-    hosts = [torch.from_numpy(array) for array in arrays]
-    if device.type == "cpu" or not hosts:
-        return hosts
-    starts = np.cumsum([0, *(-(-host.nbytes // ALIGNMENT) * ALIGNMENT for host in hosts)]).tolist()
-    locked = torch.empty(starts.pop(), dtype=torch.uint8, pin_memory=True)
-
-    def parts(whole: torch.Tensor) -> list[torch.Tensor]:
-        pairs = zip(starts, hosts, strict=True)
-        return [whole[start : start + x.nbytes].view(x.dtype).view(x.shape) for start, x in pairs]
-
-    for part, host in zip(parts(locked), hosts, strict=True):
-        part.copy_(host)
-    return parts(locked.to(device, non_blocking=True))
+    """The arrays as tensors there, by a Transfer; on a CPU, the arrays themselves."""
+    if device.type == "cpu" or not arrays:
+        return [torch.from_numpy(array) for array in arrays]
+    transfer = Transfer(arrays, device)
+    transfer.fill(arrays)
+    return transfer.tensors
 
 
 @cache

@@ -47,6 +47,11 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
     stream_interval: int = 1  # tokens between two events of a stream
 
+    @property
+    def is_restricted(self) -> bool:
+        """Whether some tokens are not drawn, however likely: by top-k, top-p or min-p."""
+        return self.temperature > 0 and bool(self.top_k or self.top_p < 1 or self.min_p > 0)
+
 
 @dataclass(frozen=True)
 class GenerateRequest:

@@ -40,9 +40,15 @@ class Sampled:
 
 def uniform_numbers(seeds: Iterable[int], positions: Iterable[int]) -> list[float]:
     """Numbers in [0, 1), each from a seed and an absolute position: splitmix64 (Steele, Lea, Flood 2014) of both."""
-    state = _mix(_words(seeds) * _GOLDEN + np.uint64(0x632BE59BD9B4E019))
-    mixed: list[float] = ((_mix(state + _words(positions) * _GOLDEN) >> np.uint64(11)) * 2.0**-53).tolist()
-    return mixed
+    numbers: list[float] = uniforms_of(_words(seeds), _words(positions)).tolist()
+    return numbers
+
+
+def uniforms_of(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The same of arrays, the seeds uint64."""
+    state = _mix(seeds * _GOLDEN + np.uint64(0x632BE59BD9B4E019))
+    numbers: np.ndarray = (_mix(state + positions.astype(np.uint64) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
+    return numbers
 
 
 def _words(numbers: Iterable[int]) -> np.ndarray:
@@ -68,7 +74,7 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[fl
         params: B entries.
         uniforms: B numbers in [0, 1); not looked at for greedy rows.
     """
-    restricted = [i for i, p in enumerate(params) if is_restricted(p)]
+    restricted = [i for i, p in enumerate(params) if p.is_restricted]
     compiled = for_device(logits.device)
     if compiled is not None and not isinstance(compiled, Kernels):
         return _sample_on_gpu(compiled, logits, params, uniforms, restricted)
@@ -81,11 +87,6 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[fl
             drawn.tokens[i], drawn.logprobs[i] = token, logprob
         drawn.cut.update((restricted[i], cut) for i, cut in again.cut.items())
     return drawn
-
-
-def is_restricted(params: SamplingParams) -> bool:
-    """Whether not all tokens may be drawn that have some probability."""
-    return params.temperature > 0 and bool(params.top_k or params.top_p < 1 or params.min_p > 0)
 
 
 def _sample_on_gpu(
@@ -143,7 +144,7 @@ def _sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[f
         greedy = torch.tensor([p.temperature == 0 for p in params], device=logits.device)
         tokens = torch.where(greedy, best, _inverse_cdf(weights, block_sums, at, vocab))
     kept = torch.ones_like(total)
-    restricted = [i for i, p in enumerate(params) if is_restricted(p)]
+    restricted = [i for i, p in enumerate(params) if p.is_restricted]
     if restricted:
         rows = torch.tensor(restricted).to(logits.device)
         own = [params[i] for i in restricted]

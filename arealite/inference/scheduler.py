@@ -138,6 +138,15 @@ class Scheduler:
             return [sorted(singles + pieces, key=span_order)] if singles or pieces else []
         return [*([piece] for piece in pieces), *([sorted(singles, key=span_order)] if singles else [])]
 
+    def grow_ahead(self, sequences: list[Sequence]) -> bool:
+        """A place for one more token of each; False where somebody would have to be retracted for it."""
+        lacking = [s for s in sequences if s.num_computed == len(s.pages) * PAGE_TOKENS]
+        if lacking and not self.prefix.make_room(len(lacking)):
+            return False
+        for sequence in lacking:
+            sequence.pages.extend(self.pool.take(1))
+        return True
+
     def _grow(self) -> None:
         """Give every running sequence a place for its next token, retracting the last admitted ones where needed."""
         for sequence in list(self.running):
