@@ -12,7 +12,7 @@ import triton
 from arealite.kernels import gpu_programs as programs
 from arealite.kernels.cpu import Scores
 
-KEYS, SPLIT = 64, 512  # keys of decode that are worked on at one time, and by one program
+KEYS, SPLIT = 64, 512  # keys of decode that are worked on at one time (of 128 bf16), and by one program
 SCORE_BLOCK, SLOPE_BLOCK, SAMPLE_BLOCK = 4096, 2048, 2048  # logits of a row that are worked on at one time
 GATE_BLOCK = 1024  # the same of gated units
 TILE = 2048  # elements of a program of norms and of rotary embedding, where rows are short
@@ -127,6 +127,7 @@ class GpuKernels:
         num_rows, heads, dim = q.shape
         group, width = heads // k.shape[1], max(16, triton.next_power_of_2(dim))
         splits = max(1, triton.cdiv(max_keys, SPLIT))
+        keys = 2 * KEYS // (q.element_size() * max(1, width // 128))
         sums = torch.empty(num_rows, heads, splits, dim, dtype=torch.float32, device=q.device)
         stats = torch.empty(num_rows, heads, splits, 2, dtype=torch.float32, device=q.device)
         out = torch.empty(num_rows, heads, dim, dtype=q.dtype, device=q.device)
@@ -134,7 +135,7 @@ class GpuKernels:
         programs.decode_splits[(num_rows, k.shape[1], splits)](
             q, k, v, pool_layer, tables, lens, sums, stats, *steps, *pool_layer.stride()[:2], tables.stride(0),
             scale, window, heads, splits, GROUP=group, GROUP_ROWS=max(16, triton.next_power_of_2(group)),
-            DIM=dim, WIDTH=width, KEYS=KEYS if width <= 128 else KEYS // 2, SPLIT=SPLIT, num_warps=4, num_stages=2,
+            DIM=dim, WIDTH=width, KEYS=keys, SPLIT=SPLIT, num_warps=4, num_stages=2,
         )  # fmt: skip
         programs.decode_join[(num_rows * heads,)](sums, stats, out, splits, DIM=dim, WIDTH=width, JOINED=16)
         return out
@@ -169,7 +170,7 @@ class GpuKernels:
 def _tile(n: int, size: int = TILE) -> dict[str, int]:
     """Rows of n elements that a program takes, and launch options."""
     width = triton.next_power_of_2(n)
-    return {"ROWS": max(1, size // width), "WIDTH": width, "num_warps": 4 if width <= 2048 else 8}
+    return {"ROWS": max(1, size // width), "WIDTH": width, "num_warps": min(max(width // 1024, 4), 16)}
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
