@@ -13,6 +13,7 @@ from arealite.kernels import gpu_programs as programs
 from arealite.kernels.cpu import Scores
 
 KEYS, SPLIT = 64, 512  # keys of decode that are worked on at one time (of 128 bf16), and by one program
+DECODE = {"num_warps": 4, "num_stages": 2}
 SCORE_BLOCK, SLOPE_BLOCK, SAMPLE_BLOCK = 4096, 2048, 2048  # logits of a row that are worked on at one time
 GATE_BLOCK = 1024  # the same of gated units
 TILE = 2048  # elements of a program of norms and of rotary embedding, where rows are short
@@ -135,7 +136,7 @@ class GpuKernels:
         programs.decode_splits[(num_rows, k.shape[1], splits)](
             q, k, v, pool_layer, tables, lens, sums, stats, *steps, *pool_layer.stride()[:2], tables.stride(0),
             scale, window, heads, splits, GROUP=group, GROUP_ROWS=max(16, triton.next_power_of_2(group)),
-            DIM=dim, WIDTH=width, KEYS=keys, SPLIT=SPLIT, num_warps=4, num_stages=2,
+            DIM=dim, WIDTH=width, KEYS=keys, SPLIT=SPLIT, **DECODE,
         )  # fmt: skip
         programs.decode_join[(num_rows * heads,)](sums, stats, out, splits, DIM=dim, WIDTH=width, JOINED=16)
         return out
