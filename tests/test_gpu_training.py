@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from arealite.algorithm.packing import prefix_tree
 from arealite.api.errors import ConfigError
 from arealite.engine.attention import Layout, tree_attention
+from arealite.engine.offload import explained_shortage
 from arealite.engine.parallel import pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.weights.checksum import checksum
@@ -108,8 +109,11 @@ def trained(model, tmp_path, sleeps=False, **settings):
         actor.destroy()
 
 
-@pytest.mark.parametrize("kind", [{"sleeps": True}, {"offload": "optimizer"}, {"offload": "all"}])
-def test_where_memory_is_changes_nothing(model, tmp_path, kind):
+CHECKPOINTING = [{"gradient_checkpointing": "full"}, {"gradient_checkpointing": "selective"}]
+
+
+@pytest.mark.parametrize("kind", [{"sleeps": True}, {"offload": "optimizer"}, {"offload": "all"}, *CHECKPOINTING])
+def test_ways_to_save_memory_change_nothing(model, tmp_path, kind):
     straight, moved = trained(model, tmp_path), trained(model, tmp_path, **kind)
     for name, weight in straight.items():
         torch.testing.assert_close(moved[name], weight, atol=2e-5, rtol=1e-4)
@@ -131,6 +135,13 @@ def test_shared_memory_that_the_gpu_writes(tmp_path):
                 print("the driver does not pin shared memory")
     finally:
         link.close()
+
+
+def test_too_little_memory_is_told_with_what_to_change():
+    device = torch.device("cuda", 0)
+    told = "too little memory for a test .needed at the peak .*lower max_tokens_per_mb"
+    with pytest.raises(ConfigError, match=told), explained_shortage("a test", device):
+        torch.empty(1 << 45, dtype=torch.uint8, device=device)
 
 
 def test_a_rank_without_a_gpu_is_refused(monkeypatch):

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from arealite.algorithm.packing import PrefixTree
 from arealite.api.errors import ConfigError
+from arealite.engine.offload import on_device
 from arealite.kernels import cpu, functions
 from arealite.kernels.cpu import Kernels, TreeRuns
 from arealite.kernels.varlen import PackedRows, gather, varlen_attention
@@ -81,10 +82,9 @@ class Layout:
         rows = np.flatnonzero(added)
         paths = [self.tree.paths[r] for r in rows]
         queries, keys = (
-            torch.from_numpy(np.cumsum([0, *sizes])).to(self.device, torch.int32)
-            for sizes in (added[rows], map(len, paths))
+            on_device(np.cumsum([0, *sizes], dtype=np.int32), self.device) for sizes in (added[rows], map(len, paths))
         )
-        key_nodes = torch.from_numpy(np.concatenate(paths)).to(self.device)
+        key_nodes = on_device(np.concatenate(paths), self.device)
         return key_nodes, PackedRows(queries, keys, int(added.max()), self.max_keys)
 
 

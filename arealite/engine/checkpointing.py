@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import varlen  # noqa: F401  (registers its operation)
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+# Products of matrices, and attention on GPUs.
+KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.torch_attn._varlen_attn.default}
 
 
 def checkpoint_activations(model: Any, kind: str) -> None:
     """`kind`: "none" keeps everything; "full" keeps the input of each layer; "selective" also the results of matrix
-    products with weights, so that attention and element-wise operations alone are computed twice.
+    products with weights, and on GPUs those of attention, so that the rest alone is computed twice.
 
     The layers of a transformers model, whose randomness is off, are changed in place.
     """
@@ -34,4 +36,4 @@ def _checkpoint(layer: nn.Module, contexts: dict[str, Any]) -> None:
 
 
 def _keep(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in MATRIX_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -31,7 +31,7 @@ from arealite.engine.lora import add_adapters, base_name, file_name, freeze
 from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch, check_tokens, cut, idle
 from arealite.engine.model import PackedLanguageModel, PackedModel, load_model
-from arealite.engine.offload import CPU, Placement
+from arealite.engine.offload import CPU, Placement, wait_for
 from arealite.engine.optim import RoundingWatch, clip_gradients, gradient_norms, learning_rate, make_optimizer
 from arealite.engine.parallel import RankCollective, join_ranks, over_ranks, pick_device
 from arealite.engine.parallelize import parallelize
@@ -157,13 +157,12 @@ class FSDPEngine:
     def _score(self, batch: Batch, temperature: float, what: str) -> np.ndarray:
         """float32 [T], the first thing that the model's head says of each loss token; 0 elsewhere."""
         out = np.zeros(len(batch.tokens), dtype=np.float32)
-
-        def keep(micro: MicroBatch, scores: torch.Tensor, *_: torch.Tensor) -> None:
-            out[micro.at] = scores.cpu().numpy()
-
+        kept: list[tuple[np.ndarray, torch.Tensor]] = []
         micro_batches = self._micro_batches(batch, what)
         with torch.no_grad():
-            self._runner.run(micro_batches, temperature, keep, what)
+            self._runner.run(micro_batches, temperature, lambda micro, *found: kept.append((micro.at, found[0])), what)
+        for at, scores in kept:
+            out[at] = scores.cpu().numpy()
         return from_last_stage(out, self.mesh, self.collective)
 
     def update(self, batch: Batch, loss_fn: LossFn) -> Update:
@@ -204,6 +203,7 @@ class FSDPEngine:
                 group["lr"] = lr
             with span("optimizer"), self._rounding.of_update(lr, norm):
                 self._placement.step()
+                wait_for(self.device)  # so that the update is over where its time is taken
             self.num_updates += 1
             self._changed_since_sent |= lr > 0 and norm > 0
         self.optimizer.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ from arealite.algorithm.packing import PrefixTree, micro_batches, prefix_tree
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch
 from arealite.engine.attention import Layout
+from arealite.engine.offload import on_device
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _assemble(
     predicting, row_of = np.unique(nodes, return_inverse=True)
 
     def tensor(x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(x).to(device)
+        return on_device(x, device)
 
     return MicroBatch(
         tokens=tensor(tree.tokens),

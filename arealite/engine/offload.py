@@ -6,10 +6,15 @@ under way at once, and waited for once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+
+from arealite.api.errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -18,6 +23,30 @@ def wait_for(device: torch.device) -> None:
     """Until `device` has done what it was asked for; the CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def on_device(x: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`x` on `device`; a GPU goes on with what it does meanwhile."""
+    tensor = torch.from_numpy(x)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def explained_shortage(what: str, device: torch.device) -> Iterator[None]:
+    """Around work on a GPU; raises ConfigError when its memory does not suffice for it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
+        sizes = " GiB, ".join(
+            f"{name} {number / 2**30:.1f}"
+            for name, number in (("needed at the peak", peak), ("reserved", reserved), ("free", free), ("of", total))
+        )
+        raise ConfigError(
+            f"{device} has too little memory for {what} ({sizes} GiB): lower max_tokens_per_mb, or set"
+            f" gradient_checkpointing=full (or selective), or offload=optimizer (or all). {error}"
+        ) from error
 
 
 def free_bytes(enough: int) -> int:

@@ -110,10 +110,12 @@ def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
 def gradient_norms(parameters: Mapping[str, nn.Parameter], device: torch.device) -> dict[str, float]:
     """The 2-norms of the gradients of all ranks together, by group of parameters; of the groups that have a gradient.
     `device`: where the ranks talk. Collective."""
-    squares = torch.zeros(len(GROUPS), dtype=torch.float64, device=device)
-    for name, p in parameters.items():
-        if p.grad is not None:
-            squares[GROUPS.index(group_of(name))] += _local(p.grad).norm().double().square() / _num_copies(p)
+    grads = {name: _local(p.grad) for name, p in parameters.items() if p.grad is not None}
+    norms = torch.stack(torch._foreach_norm(list(grads.values()))).double().tolist() if grads else []  # waits once
+    own = dict.fromkeys(GROUPS, 0.0)
+    for name, norm in zip(grads, norms, strict=True):
+        own[group_of(name)] += norm * norm / _num_copies(parameters[name])
+    squares = torch.tensor(list(own.values()), dtype=torch.float64, device=device)
     dist.all_reduce(squares)
     return {group: math.sqrt(x) for group, x in zip(GROUPS, squares.tolist(), strict=True) if x != 0}
 

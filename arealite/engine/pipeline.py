@@ -22,6 +22,7 @@ from arealite.api.errors import ArealiteError
 from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch
 from arealite.engine.model import PackedModel
+from arealite.engine.offload import explained_shortage, wait_for
 from arealite.engine.parallel import RankCollective
 from arealite.engine.parallelize import check_supported
 from arealite.observe.timeline import span
@@ -114,6 +115,13 @@ class Runner:
         a stage has at most as many micro-batches in flight as there are stages from it to the last one. `what`: the
         work's name in stall reports. Collective.
         """
+        with explained_shortage(what, self.mesh.device):
+            self._run(micro_batches, temperature, compute, what)
+            if self.mesh.device.type == "cuda":  # it is asked for all of this, and has yet to do much of it
+                with self.ranks.computing(what):
+                    wait_for(self.mesh.device)
+
+    def _run(self, micro_batches: list[MicroBatch], temperature: float, compute: Compute, what: str) -> None:
         if self.mesh.dims.p > 1:
             todo = iter(micro_batches)
             while chosen := list(islice(todo, MICRO_BATCHES_PER_STAGE * self.mesh.dims.p)):

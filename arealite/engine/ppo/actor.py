@@ -26,6 +26,7 @@ from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.fsdp_engine import FSDPEngine, Update
 from arealite.engine.micro_batch import MicroBatch
+from arealite.engine.offload import on_device
 
 NOT_IN_LOSS = "none of its tokens is in the loss"
 CUT_OFF = f"{NOT_IN_LOSS}: all answers were cut off, and actor.mask_truncated leaves those out"
@@ -227,16 +228,16 @@ class FSDPPPOActor(FSDPEngine):
             if not len(logp):  # an idle rank, which takes part in the backward pass all the same
                 return logp.sum(), {}
 
-            def column(values: np.ndarray) -> torch.Tensor:
-                return torch.from_numpy(values[micro.at]).to(self.device)
-
-            columns = TokenColumns(
-                advantages=column(_required(part.advantages, "advantages")),
-                behaviour_logp=column(part.logprobs),
-                prox_logp=None if part.prox_logp is None else column(part.prox_logp),
-                ref_logp=None if part.ref_logp is None else column(part.ref_logp),
-                sequence_of=micro.sequence_of,
-            )
+            given = {
+                "advantages": _required(part.advantages, "advantages"),
+                "behaviour_logp": part.logprobs,
+                "prox_logp": part.prox_logp,
+                "ref_logp": part.ref_logp,
+            }
+            present = {name: values[micro.at] for name, values in given.items() if values is not None}
+            rows = on_device(np.stack(list(present.values())), self.device)  # one copy
+            named: dict[str, Any] = dict.fromkeys(given) | dict(zip(present, rows, strict=True))
+            columns = TokenColumns(**named, sequence_of=micro.sequence_of)
             return _checked(self._loss_fn(logp, entropy[micro.row_of], columns, self.config, over), logp)
 
         return self.update(part, loss_fn)

@@ -13,6 +13,7 @@ from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.fsdp_engine import Update
 from arealite.engine.micro_batch import MicroBatch
+from arealite.engine.offload import on_device
 from arealite.engine.ppo.actor import token_means
 from arealite.engine.value_model import FSDPValueEngine
 
@@ -56,7 +57,7 @@ class FSDPPPOCritic(FSDPValueEngine):
     def _update_on(self, part: Batch, num_tokens: int) -> Update:
         def loss_fn(micro: MicroBatch, values: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             assert part.values is not None and part.returns is not None
-            old, returns = (torch.from_numpy(x[micro.at]).to(self.device) for x in (part.values, part.returns))
+            old, returns = on_device(np.stack([part.values[micro.at], part.returns[micro.at]]), self.device)
             loss, is_clipped = clipped_value_loss(values, old, returns, self.config.eps_clip)
             return loss.sum() / num_tokens, {"clip_ratio": is_clipped.sum(), "value_mean": values.detach().sum()}
 
