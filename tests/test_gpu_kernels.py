@@ -197,6 +197,23 @@ def test_decode(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window:
     assert_near(short, out.double(), 2 * ROUNDING[dtype])
 
 
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+def test_decode_of_many_rows_sees_what_it_stores() -> None:
+    """The newest key is stored by some threads and read by others of the same program."""
+    lens = torch.randint(0, 900, (300,), generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.int32)
+    tables = torch.randperm(300 * 64, generator=torch.Generator().manual_seed(0)).view(300, 64).to(DEVICE, torch.int32)
+    pool = normal(2, 2, 300 * 64, 16, 128, dtype=torch.bfloat16)
+    before = pool.clone()
+    rows = (lens > 0).nonzero()[:, 0]
+    last = lens[rows].long() - 1
+    for _ in range(20):
+        pool[:, :, tables[rows, last // 16].long(), last % 16] = torch.nan
+        q, k, v = (normal(300, heads, 128, seed=heads, dtype=torch.bfloat16) for heads in (12, 2, 2))
+        out = LIB.decode(q, k, v, pool, tables, lens, 0, 0.1, 900)
+        assert not out.isnan().any()
+    assert_near(out, attention(q, k, v, before, tables, lens, 0, 0.1), 2 * ROUNDING[torch.bfloat16])
+
+
 @each_dtype
 @pytest.mark.parametrize("vocab", [5, 2048, 5003])
 def test_sample(dtype: torch.dtype, vocab: int) -> None:

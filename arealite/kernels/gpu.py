@@ -13,7 +13,7 @@ from arealite.kernels import gpu_programs as programs
 from arealite.kernels.cpu import Scores
 
 KEYS, SPLIT = 64, 512  # keys of decode that are worked on at one time (of 128 bf16), and by one program
-DECODE = {"num_warps": 4, "num_stages": 2}
+DECODE = {"num_warps": 4, "num_stages": 3}  # with 3, page numbers are fetched ahead too
 SCORE_BLOCK, SLOPE_BLOCK, SAMPLE_BLOCK = 4096, 2048, 2048  # logits of a row that are worked on at one time
 GATE_BLOCK = 1024  # the same of gated units
 TILE = 2048  # elements of a program of norms and of rotary embedding, where rows are short

@@ -165,8 +165,8 @@ def decode_splits(q, k, v, pool, tables, lens, sums, stats, q_row, q_head, k_row
                   pool_values, pool_head, table_row, scale, window, heads, splits,
                   GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
                   KEYS: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """One row, one key head, SPLIT keys: the bounds depend on nothing but the row's own length. The newest key and
-    value come from k and v; the program that sees them stores them in their page. The last split takes what is left."""
+    """One row, one key head, SPLIT keys: the bounds depend on nothing but the row's own length. The program
+    that sees the newest key and value stores them in their page first. The last split takes what is left."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lens + row)  # with the newest key; 0 for padding
     first = 0
@@ -185,21 +185,24 @@ def decode_splits(q, k, v, pool, tables, lens, sums, stats, q_row, q_head, k_row
     if begin < end:
         real = (member < GROUP)[:, None] & is_column[None, :]
         queries = tl.load(q + row * q_row + head[:, None] * q_head + column[None, :], mask=real, other=0.0)
-        new_key = tl.load(k + row * k_row + kv_head * k_head + column, mask=is_column, other=0.0)
-        new_value = tl.load(v + row * v_row + kv_head * v_head + column, mask=is_column, other=0.0)
         keys_of_head = pool + kv_head.to(tl.int64) * pool_head
+        if end == length:
+            last = length - 1
+            page = tl.load(tables + row * table_row + last // PAGE).to(tl.int64)
+            cell = (page * PAGE + last % PAGE) * DIM + column
+            new_key = tl.load(k + row * k_row + kv_head * k_head + column, mask=is_column)
+            new_value = tl.load(v + row * v_row + kv_head * v_head + column, mask=is_column)
+            tl.store(keys_of_head + cell, new_key, mask=is_column)
+            tl.store(keys_of_head + pool_values + cell, new_value, mask=is_column)
+            tl.debug_barrier()  # other threads of this program read it
         for at in range(begin, end, KEYS):
             place = at + tl.arange(0, KEYS)
             seen = (place < end) & (place >= first)
-            is_newest = (place == length - 1)[:, None]
-            is_old = seen & (place < length - 1)
-            page = tl.load(tables + row * table_row + place // PAGE, mask=is_old, other=0).to(tl.int64)
+            page = tl.load(tables + row * table_row + place // PAGE, mask=seen, other=0).to(tl.int64)
             cell = ((page * PAGE + place % PAGE) * DIM)[:, None] + column[None, :]
-            wanted = is_old[:, None] & is_column[None, :]
+            wanted = seen[:, None] & is_column[None, :]
             keys = tl.load(keys_of_head + cell, mask=wanted, other=0.0)
             values = tl.load(keys_of_head + pool_values + cell, mask=wanted, other=0.0)
-            keys = tl.where(is_newest, new_key[None, :], keys)
-            values = tl.where(is_newest, new_value[None, :], values)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
             scores = tl.where(seen[None, :], scores, float("-inf"))
             top = tl.maximum(peak, tl.max(scores, 1))
@@ -209,12 +212,6 @@ def decode_splits(q, k, v, pool, tables, lens, sums, stats, q_row, q_head, k_row
             acc = acc * fall[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
             peak = top
         tl.store(sums + spot[:, None].to(tl.int64) * DIM + column[None, :], acc, mask=real)
-        if end == length:
-            last = length - 1
-            page = tl.load(tables + row * table_row + last // PAGE).to(tl.int64)
-            cell = (page * PAGE + last % PAGE) * DIM + column
-            tl.store(keys_of_head + cell, new_key, mask=is_column)
-            tl.store(keys_of_head + pool_values + cell, new_value, mask=is_column)
     tl.store(stats + spot * 2, peak, mask=member < GROUP)
     tl.store(stats + spot * 2 + 1, total, mask=member < GROUP)
 
