@@ -171,11 +171,16 @@ def test_any_mix_is_answered_once_and_as_if_alone(model: ServedModel, alone: Alo
 
 
 def scheduler_of(
-    num_pages: int, *names: str, length: int = 10, max_running: int = 8, step_tokens: int = 512
+    num_pages: int,
+    *names: str,
+    length: int = 10,
+    max_running: int = 8,
+    step_tokens: int = 512,
+    joining_share: int | None = None,
 ) -> Scheduler:
     """Without a model; requests wait in it whose prompts begin with their names' letters."""
     pool = PagePool(1, 1, 1, num_pages * PAGE_TOKENS, torch.float32, torch.device("cpu"))
-    scheduler = Scheduler(pool, max_running, step_tokens, replay=False)
+    scheduler = Scheduler(pool, max_running, step_tokens, False, joining_share)
     scheduler.waiting += [greedy_request(name, [ord(name[0])] * length, 50) for name in names]
     return scheduler
 
@@ -309,3 +314,21 @@ def test_a_full_queue_takes_all_of_a_call_or_nothing(model: ServedModel) -> None
     engine.start()
     engine.stop(60)
     assert engine.failure == ""
+
+
+def test_on_a_gpu_several_join_at_a_time() -> None:
+    """While a share of the places is taken, nobody is asked for; a queue alone is begun at once."""
+    scheduler = scheduler_of(64, *"abcdefgh", max_running=4, joining_share=2)
+    assert names(scheduler.admit()) == "a b c d"
+    scheduler.remove(scheduler.running[0])
+    assert not scheduler.may_admit and not scheduler.admit()
+    scheduler.remove(scheduler.running[0])
+    assert names(scheduler.admit()) == "e f"
+
+
+def test_who_lacks_pages_is_asked_again_when_some_come_back() -> None:
+    scheduler = scheduler_of(2, "a", "b", length=20)
+    (first,) = scheduler.admit()
+    assert not scheduler.may_admit and names(scheduler.waiting) == "b"
+    scheduler.remove(first)
+    assert scheduler.may_admit and names(scheduler.admit()) == "b"

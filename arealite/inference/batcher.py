@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 STEP_TOKENS_CPU = 512  # a tenth of a second for a small model
 STEP_TOKENS_CUDA = 8192
+JOINING_SHARE_CUDA = 16  # passes with prompts are no graphs: few of them, with several prompts each
 RATE_WINDOW_S = 2.0  # span over which the generation rate is taken
 
 
@@ -67,7 +68,8 @@ class Batcher:
         self.counters = EngineCounters()
         if step_tokens is None:
             step_tokens = STEP_TOKENS_CPU if model.device.type == "cpu" else STEP_TOKENS_CUDA
-        self.scheduler = Scheduler(model.make_pool(kv_cache_tokens), max_running, step_tokens, model.deterministic)
+        pool, joining = model.make_pool(kv_cache_tokens), None if model.device.type == "cpu" else JOINING_SHARE_CUDA
+        self.scheduler = Scheduler(pool, max_running, step_tokens, model.deterministic, joining)
         self._graphs = decode_graphs(model, self.scheduler.pool, max_running)
         self._started: Started | None = None  # a pass whose tokens nobody has seen
         self._rate_since = time.perf_counter()
@@ -135,11 +137,11 @@ class Batcher:
         None if nobody goes on, somebody may join, or there is no room."""
         scheduler = self.scheduler
         goes_on = [
-            not s.future.done() and s.num_output + 1 < s.request.params.max_new_tokens for s in started.sequences
+            s.finish_reason is None and len(s.tokens) + 1 < s.num_prompt + s.request.params.max_new_tokens
+            for s in started.sequences
         ]
         going = list(compress(started.sequences, goes_on))
-        may_join = scheduler.waiting and len(scheduler.running) < scheduler.max_running
-        if self._graphs is None or not going or may_join or not scheduler.grow_ahead(going):
+        if self._graphs is None or not going or scheduler.may_admit or not scheduler.grow_ahead(going):
             return None
         ahead = self._graphs.start_next(goes_on)
         if ahead is not None:
@@ -229,7 +231,9 @@ class Batcher:
         if logits is not None:
             note_choices(sequences, logits)
         for i, sequence in enumerate(sequences):
-            if sequence.future.done():  # its prompt was not sound, or this pass began before its end was known
+            if (
+                sequence.finish_reason is not None
+            ):  # its prompt was not sound, or this pass began before its end was known
                 continue
             if not drawn.ok[i]:
                 self._finish_nan(sequence)

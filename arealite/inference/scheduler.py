@@ -25,15 +25,20 @@ class Scheduler:
     always moves.
     """
 
-    def __init__(self, pool: PagePool, max_running: int, step_tokens: int, replay: bool) -> None:
+    def __init__(
+        self, pool: PagePool, max_running: int, step_tokens: int, replay: bool, joining_share: int | None = None
+    ) -> None:
         """`step_tokens`: computed in one step at most, as far as prompts are concerned; running requests take theirs
         first. `replay`: every token is computed in a pass of one shape, whatever is cached, and after a retraction as
-        it was the first time, so that neither changes a bit of the result."""
+        it was the first time, so that neither changes a bit of the result. `joining_share`: sequences join when one in
+        so many places is free; None: when any is."""
         self.pool = pool
         self.prefix = PrefixCache(pool)
         self.max_running = max_running
         self.step_tokens = step_tokens
         self.replay = replay
+        self._joining_share = joining_share
+        self._lacks_pages = False  # for the first one that waits, until somebody gives some back
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_retractions = 0
@@ -43,10 +48,16 @@ class Scheduler:
         """Tokens of the pool that running sequences hold; what is only cached can be had at any time."""
         return (self.pool.num_pages - self.pool.num_free - self.pool.num_idle) * PAGE_TOKENS
 
+    @property
+    def may_admit(self) -> bool:
+        """Whether `admit` may find somebody."""
+        fewest = max(1, self.max_running // self._joining_share) if self._joining_share else 1
+        return bool(self.waiting) and not self._lacks_pages and self.max_running - len(self.running) >= fewest
+
     def admit(self) -> list[Sequence]:
         """Move waiting sequences to running, with pages for their tokens, as long as this step has room to begin them;
         returns these. One whose tokens are being computed for another waits for that, and finds them."""
-        if not self.waiting:
+        if not self.may_admit:
             return []
         busy = [s for s in self.running if s.num_missing > 1]
         room = self._prompt_room() - sum(s.num_missing for s in busy)
@@ -64,6 +75,7 @@ class Scheduler:
                 break
             if not self._place(sequence, pages, usable):
                 passed_over.append(sequence)
+                self._lacks_pages = bool(self.running)
                 break
             admitted.append(sequence)
             self.running.append(sequence)
@@ -159,6 +171,7 @@ class Scheduler:
 
     def share(self, sequence: Sequence) -> None:
         """Let others find what is computed of a sequence. Called when that is known to be sound."""
+        self._lacks_pages = False  # what others have, too, is given back
         num = sequence.num_computed
         if self.replay:  # only what anyone would compute in the same passes
             num = min(num, sequence.num_prompt) // REPLAY_TOKENS * REPLAY_TOKENS

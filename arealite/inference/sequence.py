@@ -50,12 +50,14 @@ class Sequence:
     epoch: int = 0  # of the weights that its keys and values were computed with; see prefix.py
     num_forced: int = field(init=False)  # so many generated tokens do not end it
     adjusts_logits: bool = field(init=False)  # see penalties.py
+    num_prompt: int = field(init=False)
     is_plain: bool = field(init=False)  # of its logits, nothing but a draw from all of them is wanted
     _prompt_key: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
         self._prompt_key = np.asarray(self.tokens, np.int32).tobytes()
+        self.num_prompt = len(self.tokens)
         params = self.request.params
         penalties = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1
         self.num_forced = max(0, params.min_new_tokens - self.request.num_given)
@@ -63,10 +65,6 @@ class Sequence:
         asks = self.request.top_logprobs_num or self.request.token_ids_logprob
         self.is_plain = not (self.adjusts_logits or params.is_restricted or asks)
         self.future.set_running_or_notify_cancel()  # whoever waits may go away; the engine resolves it all the same
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
 
     @property
     def num_output(self) -> int:

@@ -105,13 +105,14 @@ class _Group:
         for place, linear in enumerate(linears):
             linear.forward = functools.partial(self._part, place)  # type: ignore[method-assign]
 
+    @torch.no_grad()
     def _take_parts(self) -> None:
         """Let the parameters be parts of what is joined."""
         biases = [None] * len(self.linears) if self._bias is None else self._bias.split(self._sizes)
         for linear, weight, bias in zip(self.linears, self._packed.split(self._sizes), biases, strict=True):
-            linear.weight.data = weight
+            linear.weight.set_(weight)
             if linear.bias is not None and bias is not None:
-                linear.bias.data = bias
+                linear.bias.set_(bias)
 
     def refresh(self) -> None:
         if isinstance(self._products, Joined):
