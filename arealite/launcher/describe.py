@@ -15,7 +15,7 @@ from arealite.kernels import build
 from arealite.launcher.allocation import AllocationMode, trainer_dims
 from arealite.launcher.inspect import inspect, warnings
 from arealite.launcher.machine import Machine
-from arealite.launcher.memory import ModelShape, Part, server_parts, trainer_parts
+from arealite.launcher.memory import COLOCATED_KV_SHARE, KV_SHARE, ModelShape, Part, server_parts, trainer_parts
 from arealite.launcher.plan import Plan, make_plan
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
@@ -132,19 +132,24 @@ def memory(plan: Plan, config: RunConfig, machine: Machine, width: int) -> list[
     kinds: list[tuple[str, int, list[Part]]] = []
     if mode.inference is not None and isinstance(config, GRPOConfig):
         num_shards = mode.inference.world_size // mode.inference.num_servers
-        kinds.append(("server", len(plan.servers), server_parts(config, shape, num_shards, mode.inference.backend)))
+        share = machine.gpu_bytes * (COLOCATED_KV_SHARE if plan.colocated else KV_SHARE)
+        of_server = server_parts(config, shape, num_shards, mode.inference.backend, share)
+        kinds.append(("server", len(plan.servers), of_server))
     parts = trainer_parts(config, shape, trainer_dims(config), ref, bool(machine.gpus))
     kinds.append(("trainer", len(plan.trainers), parts))
-    lines, total = [], 0.0
+    lines, each = [], {}
     for kind, count, parts in kinds:
-        each = sum(part.num_bytes for part in parts)
-        total += count * each
-        lines.append(f"each {kind} ({count}): {amount(each)}")
+        each[kind] = sum(part.num_bytes for part in parts)
+        lines.append(f"each {kind} ({count}): {amount(each[kind])}")
         lines += indented(table([(part.name, amount(part.num_bytes), part.assumption) for part in parts], width - 2))
     if machine.gpus:
-        return [*lines, f"all processes: {amount(total)}, on the GPUs that PROCESSES names"]
-    lines.append(f"all processes: {amount(total)} of {amount(machine.memory_bytes)} available")
-    if machine.memory_bytes and total > machine.memory_bytes:
+        on_card = [sum(each[p.kind] for p in plan.processes if gpu in p.devices) for gpu in machine.gpus]
+        total, free = max(on_card), machine.gpu_bytes
+        lines.append(f"the fullest GPU: {amount(total)} of {amount(free)} free")
+    else:
+        total, free = sum(count * each[kind] for kind, count, _ in kinds), machine.memory_bytes
+        lines.append(f"all processes: {amount(total)} of {amount(free)} available")
+    if free and total > free:
         lines.append(
             "WARNING: this does not fit. Lower actor.max_tokens_per_mb or server.kv_cache_tokens, or set"
             " actor.gradient_checkpointing=full"

