@@ -67,46 +67,6 @@ def environment(args: argparse.Namespace) -> Numbers:
     return found
 
 
-def attention(args: argparse.Namespace) -> Numbers:
-    """The trainer's attention over prefix trees and its gradients, in bf16, against float64 of each sequence alone."""
-    import numpy as np
-    import torch
-    from test_engine_attention import plain
-
-    from arealite.algorithm.packing import prefix_tree
-    from arealite.engine.attention import Layout, tree_attention
-
-    device, rng = torch.device(args.device), np.random.default_rng(0)
-    prompt = rng.integers(0, 99, 40)
-    shared = [np.concatenate([prompt, rng.integers(0, 99, n)]) for n in rng.integers(1, 30, 64)]
-    alone = [rng.integers(0, 99, n) for n in (1, 2, 3, 1, 130, 257, 64)]
-    shapes = {"one query each": [np.asarray([i]) for i in range(9)], "shared": shared, "uneven": alone + shared[:5]}
-    worst, unequal = {"value": 0.0, "gradient": 0.0}, 0
-    for name, rows in shapes.items():
-        tree = prefix_tree([row.astype(np.int64) for row in rows])
-        for heads, key_heads, dim, window in ((4, 4, 64, None), (12, 2, 128, None), (9, 3, 64, 17), (4, 1, 256, None)):
-            g = torch.Generator().manual_seed(dim)
-            n = len(tree.tokens)
-            host = [torch.randn(n, h, dim, generator=g).bfloat16() for h in (heads, key_heads, key_heads, heads)]
-            results = []
-            for _ in range(2):
-                inputs = [x.to(device).requires_grad_() for x in host[:3]]
-                batched = [x.transpose(0, 1)[None] for x in inputs]
-                kind = {"scaling": dim**-0.5, "sliding_window": window, "tree_layout": Layout(tree, device)}
-                out = tree_attention(torch.nn.Identity(), *batched, None, **kind)[0][0]
-                results.append([out, *torch.autograd.grad(out, inputs, host[3].to(device))])
-            unequal += not all(map(torch.equal, *results))
-            inputs = [x.double().requires_grad_() for x in host[:3]]
-            out = plain(*inputs, tree, dim**-0.5, window or 10**6)
-            wanted = [out, *torch.autograd.grad(out, inputs, host[3].double())]
-            for kind, got, want in zip(("value", *["gradient"] * 3), results[0], wanted, strict=True):
-                # A query that sees one key has no gradient: the scale is then that of the numbers themselves.
-                off = (got.detach().double().cpu() - want).norm() / max(want.norm(), n**0.5)
-                worst[kind] = float(np.maximum(worst[kind], off.item()))  # NaN stays
-            print(name, heads, key_heads, dim, window, worst, flush=True)
-    return {**worst, "unequal_repeats": unequal, "ok": worst["value"] < 5e-3 and worst["gradient"] < 1e-2}
-
-
 def _tiny(folder: Path, family: str, **changes: Any) -> str:
     """A random model of `family`, heads of 64 wide, whose logprobs are far from uniform."""
     import torch
@@ -177,43 +137,6 @@ def trainer(args: argparse.Namespace) -> Numbers:
             found["ok"] &= is_good
             print(name, found[name], flush=True)
     return found
-
-
-def engine(args: argparse.Namespace) -> Numbers:
-    """Three updates; saved, slept, woken, loaded and repeated: the same weights."""
-    import torch
-    from engine_batches import actor_config, random_batch
-
-    from arealite.engine.ppo.actor import FSDPPPOActor
-
-    batch, found = random_batch(6, 8, 40, 60, vocabulary=VOCABULARY), {}
-
-    def update(actor: Any, num: int) -> None:
-        for _ in range(num):
-            actor.compute_advantages(batch)
-            actor.grpo_update(batch)
-
-    def weights(actor: Any) -> torch.Tensor:
-        return torch.cat([x.float().flatten().cpu() for _, x in actor.named_full_tensors()])
-
-    with tempfile.TemporaryDirectory() as scratch:
-        model = _tiny(Path(scratch), "llama")
-        for offload in ("none", "optimizer", "all"):
-            config = actor_config(model, offload=offload, dtype="bfloat16")
-            actor = FSDPPPOActor(config)
-            actor.initialize()
-            update(actor, 1)
-            actor.save_state(f"{scratch}/state")
-            update(actor, 2)
-            wanted = weights(actor)
-            actor.load_state(f"{scratch}/state")
-            actor.sleep()
-            actor.wake()
-            update(actor, 2)
-            found[f"offload {offload}"] = float((weights(actor) - wanted).abs().max())
-            actor.save(f"{scratch}/saved")
-            actor.destroy()
-    return {**found, "ok": max(found.values()) < 1e-6}
 
 
 def server(args: argparse.Namespace) -> Numbers:
@@ -334,11 +257,10 @@ class Check:
 
 CHECKS = {
     "environment": Check("a", 60, environment),
-    "attention": Check("a", 120, attention),
+    "engine": Check("a", 150, _command(*PYTEST, "tests/test_gpu_training.py")),
     "kernels": Check("a", 150, _command(*PYTEST, "tests/test_gpu_kernels.py")),
-    "trainer": Check("a", 240, trainer, ("attention",)),
-    "engine": Check("a", 90, engine, ("attention",)),
-    "server": Check("a", 150, server, ("attention",)),
+    "trainer": Check("a", 240, trainer, ("engine",)),
+    "server": Check("a", 150, server, ("engine",)),
     "cpu kernels": Check("a", 150, _command(*PYTEST, *CPU_TESTS, hides_card=True)),
     "quickstart": Check("b", 300, quickstart),
     "prove": Check("b", 200, _command(*PROVE, "actor.path={model}")),
