@@ -1,14 +1,8 @@
-"""Batches and actors for tests of the trainer, and a script of one trainer rank. Used by test_engine_*.py.
-
-As a script: `python engine_batches.py OUT MODEL` with torchrun's environment trains one step on this rank's share of
-`random_batch` for every case and writes the outcome to OUT.
-"""
+"""Batches and actors for tests of the trainer, and what a rank makes of them. Used by test_engine_*.py."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -136,23 +130,3 @@ def trouble(path: str, folder: str, rank: int) -> dict:
     except NumericalError as raised:
         error = str(raised)
     return {"resumed": runs, "skipped": skipped, "error": error, "updates": [first.num_updates, second.num_updates]}
-
-
-def main(out: str, path: str) -> None:
-    import os
-
-    import torch
-
-    from arealite.engine.parallel import join_ranks
-
-    join_ranks(torch.device("cpu"), 120.0)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    found = {case: outcome(path, case, rank, world_size) for case in RANK_CASES}
-    found["trouble"] = trouble(path, f"{out}.state", rank)
-    with open(f"{out}.{rank}", "w") as file:
-        json.dump(found, file)
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

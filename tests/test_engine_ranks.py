@@ -1,51 +1,25 @@
 """Two FSDP2 ranks over real sockets make the step that one process makes."""
 
-import json
+from __future__ import annotations
+
 import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from engine_batches import RANK_CASES, outcome
+from engine_batches import RANK_CASES, outcome, trouble
+from layouts import in_process, on_ranks
 
-LIMIT_S = 240.0
+from arealite.api.errors import WaitTimeout, WeightSyncError
 
 
-def run_ranks(code: list[str], port: int, num_started: int = 2) -> list[str]:
-    """Start one process per rank, of two; returns their output, ends them all in any case."""
-    ranks = []
-    try:
-        for rank in range(num_started):
-            env = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}",
-            }  # fmt: skip
-            ranks.append(
-                subprocess.Popen([sys.executable, *code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            )
-        outputs = [rank.communicate(timeout=LIMIT_S)[0].decode() for rank in ranks]
-        for rank, text in zip(ranks, outputs, strict=True):
-            assert rank.returncode == 0, text[-4000:]
-        return outputs
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+def train(rank: int, path: str, folder: str) -> dict[str, Any]:
+    return {case: outcome(path, case, rank, 2) for case in RANK_CASES} | {"trouble": trouble(path, folder, rank)}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_llama, tmp_path_factory):
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    out = tmp_path_factory.mktemp("ranks") / "out"
-    run_ranks([str(Path(__file__).parent / "engine_batches.py"), str(out), tiny_llama], port)
-    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
+    return on_ranks(2, train, tiny_llama, str(tmp_path_factory.mktemp("ranks")))
 
 
 @pytest.mark.parametrize("case", RANK_CASES)
@@ -69,52 +43,48 @@ def test_two_ranks_resume_and_agree_on_bad_numbers(two_ranks):
         assert "2 in a row" in found["error"] and "rank 1: loss of micro-batch 0" in found["error"]
 
 
-COLLECTIVE = """
-import sys, torch
-from arealite.api.errors import WaitTimeout, WeightSyncError
-from arealite.engine.parallel import RankCollective, join_ranks
-join_ranks(torch.device("cpu"), 60.0)
-c = RankCollective(20.0)
-assert c.scatter(["a", "b"] if c.rank == 0 else None) == "ab"[c.rank]
-assert c.broadcast({"x": 1} if c.rank == 0 else None) == {"x": 1}
-assert c.gather(c.rank * 10) == [0, 10]
-assert c.reduce(torch.tensor([1 + c.rank]), "sum").tolist() == [3]
-assert c.reduce(torch.tensor([1 + c.rank]), "max").tolist() == [2]
-c.barrier("test")
-def fail():
-    raise WeightSyncError("tensor q is stale")
-try:
-    c.on_head(fail)
-    sys.exit("no error")
-except WeightSyncError as error:
-    assert "tensor q is stale" in str(error)
-assert c.on_head(lambda: 7) == 7
-slow = RankCollective(2.0)
-if c.rank == 0:
-    try:
-        slow.barrier("a rank that never comes")
-        sys.exit("no timeout")
-    except WaitTimeout as error:
-        print("STALL", error)
-c.barrier("end")
-"""
+def never_joined(port: int) -> str:
+    from arealite.engine.parallel import join_ranks
 
-ALONE = """
-import torch
-from arealite.api.errors import WaitTimeout
-from arealite.engine.parallel import join_ranks
-try:
-    join_ranks(torch.device("cpu"), 1.0)
-except WaitTimeout as error:
-    print("STALL", error)
-"""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    with pytest.raises(WaitTimeout) as waited:
+        join_ranks(torch.device("cpu"), 1.0)
+    return str(waited.value)
 
 
 def test_a_rank_that_never_joins_is_named(free_port):
-    (output,) = run_ranks(["-c", ALONE], free_port, num_started=1)
-    assert "STALL" in output and "trainer ranks joining" in output and "rank 1" in output
+    told = in_process(never_joined, free_port)
+    assert "trainer ranks joining" in told and "rank 1" in told
 
 
-def test_collective(free_port):
-    outputs = run_ranks(["-c", COLLECTIVE], free_port)
-    assert "a rank that never comes" in outputs[0] and "rank 1" in outputs[0]
+def collective(rank: int) -> str:
+    """Every call, and what a barrier says to which the other rank never comes."""
+    from arealite.engine.parallel import RankCollective
+
+    c = RankCollective(20.0)
+    assert c.rank == rank and c.scatter(["a", "b"] if rank == 0 else None) == "ab"[rank]
+    assert c.broadcast({"x": 1} if rank == 0 else None) == {"x": 1}
+    assert c.gather(rank * 10) == [0, 10]
+    assert c.reduce(torch.tensor([1 + rank]), "sum").tolist() == [3]
+    assert c.reduce(torch.tensor([1 + rank]), "max").tolist() == [2]
+    c.barrier("test")
+
+    def fail():
+        raise WeightSyncError("tensor q is stale")
+
+    with pytest.raises(WeightSyncError, match="tensor q is stale"):
+        c.on_head(fail)
+    assert c.on_head(lambda: 7) == 7
+    told, slow = "", RankCollective(2.0)
+    if rank == 0:
+        with pytest.raises(WaitTimeout) as waited:
+            slow.barrier("a rank that never comes")
+        told = str(waited.value)
+    c.barrier("end")
+    return told
+
+
+def test_collective():
+    told, _ = on_ranks(2, collective)
+    assert "a rank that never comes" in told and "rank 1" in told

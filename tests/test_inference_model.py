@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,11 +38,16 @@ SMALL = {
 }
 
 
+@lru_cache(2)
+def plain_model(folder: str | Path, dtype: torch.dtype, attention: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+
+
 def plain_logprobs(
     folder: str | Path, tokens: list[int], dtype: torch.dtype, temperature: float = 1.0, attention: str = "sdpa"
 ) -> torch.Tensor:
     """log p(token t | tokens < t) for t >= 1, by the plain Hugging Face pass over the whole sequence."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model = plain_model(folder, dtype, attention)
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1].float() / temperature
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
@@ -87,10 +94,10 @@ def test_greedy_equals_generate_on_the_real_model(smollm2: str) -> None:
     texts = ["What is 3 + 4?", "Name a colour.", "The capital of France is"]
     ids = [model.tokenizer(text).input_ids for text in texts]
     with LocalServer(model) as server:
-        answers = server.generate(ids, max_new_tokens=20, temperature=0)
-    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+        answers = server.generate(ids, max_new_tokens=12, temperature=0)
+    plain = plain_model(smollm2, torch.float32, "eager")
     for prompt, answer in zip(ids, answers, strict=True):
-        whole = plain.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist()
+        whole = plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0].tolist()
         assert answer["output_ids"] == whole[len(prompt) :]
 
 

@@ -55,7 +55,7 @@ def server_process(
         process.wait(WAIT_S)
 
 
-def test_it_serves_says_how_it_waits_and_ends_on_sigterm(folder: Path, tmp_path: Path) -> None:
+def test_it_serves_says_how_it_waits_and_answers_what_is_running_on_sigterm(folder: Path, tmp_path: Path) -> None:
     env = {"AREALITE_RUN_DIR": str(tmp_path), "AREALITE_PROCESS": "server-0", "AREALITE_HEARTBEAT_S": "0.05"}
     with server_process(folder, "--weight-version", "3", "--host", "::1", env=env) as (process, url):
         status, answer = fetch(url + "/generate", {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 3}})
@@ -68,22 +68,16 @@ def test_it_serves_says_how_it_waits_and_ends_on_sigterm(folder: Path, tmp_path:
             content = json.loads(beat.read_text())
             names = [wait["name"] for wait in content["waits"]]
         assert content["marks"]["token"] >= 0
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(WAIT_S) == 0
-        assert not beat.exists()
-
-
-def test_sigterm_answers_what_is_running(folder: Path) -> None:
-    with server_process(folder) as (process, url), ThreadPoolExecutor() as pool:
-        body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 8000, "ignore_eos": True}}
-        future = pool.submit(fetch, url + "/generate", body)
-        end = time.monotonic() + WAIT_S
-        while fetch(url + "/v1/loads", None)[1]["loads"][0]["num_running_reqs"] == 0:
-            assert time.monotonic() < end and not future.done()
-        process.send_signal(signal.SIGTERM)
-        status, answer = future.result(WAIT_S)
+        with ThreadPoolExecutor() as pool:
+            body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 8000, "ignore_eos": True}}
+            future = pool.submit(fetch, url + "/generate", body)
+            while fetch(url + "/v1/loads", None)[1]["loads"][0]["num_running_reqs"] == 0:
+                assert time.monotonic() < end and not future.done()
+            process.send_signal(signal.SIGTERM)
+            status, answer = future.result(WAIT_S)
         assert status == 200 and answer["meta_info"]["finish_reason"]["type"] == "abort"
         assert process.wait(WAIT_S) == 0
+        assert not beat.exists()
 
 
 def test_a_failed_engine_ends_the_process_with_an_error(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Recovery points: whole or not there, through kills, full disks, several ranks and changed configurations."""
 
 import errno
+import logging
 import os
 import random
 import shutil
@@ -10,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import layouts
 import pytest
 from ranks import Alone, Meeting, on_ranks
-from test_engine_ranks import run_ranks
 
-from arealite.api.cli_args import GRPOConfig, RecoverConfig
+from arealite.api.cli_args import GRPOConfig, RecoverConfig, TrainEngineConfig
 from arealite.api.errors import ArealiteError, RecoveryError
 from arealite.engine import recover as recover_module
 from arealite.engine.recover import COMPLETE, RecoverHandler
@@ -363,33 +364,33 @@ def test_refusal_reaches_all_ranks(tmp_path):
     assert all(isinstance(o, RecoveryError) for o in outcomes)
 
 
-FULL_DISK_ON_ONE_RANK = """
-import sys
-from pathlib import Path
-import torch
-from arealite.api.cli_args import GRPOConfig, RecoverConfig, TrainEngineConfig
-from arealite.engine.fsdp_engine import FSDPEngine
-from arealite.engine.recover import RecoverHandler
-from arealite.observe.run_folder import RunFolder
-from test_recover_points import Counter
-actor = FSDPEngine(TrainEngineConfig(path=sys.argv[1], collective_timeout_s=30.0))
-actor.initialize()
-recover = RecoverHandler(RecoverConfig(), RunFolder(Path(sys.argv[2])), GRPOConfig())
-write = torch.save
-def full(value, file, **options):  # only this rank's own file, after what all ranks write together
-    if "random-1" in str(file):
-        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
-    write(value, file, **options)
-if actor.collective.rank == 1:
-    torch.save = full
-assert recover.save(1, 0, actor, Counter(), Counter()) is None
-torch.save = write
-assert recover.save(2, 0, actor, Counter(), Counter()).name == "point_000002"
-assert recover.load(actor, Counter(), Counter()) == 2
-actor.destroy()
-"""
+def fill_the_disk(rank: int, path: str, root: str) -> list[str]:
+    """Where only rank 1's own file, after what all ranks write together, finds it full; what is logged."""
+    import torch
+
+    from arealite.engine.fsdp_engine import FSDPEngine
+
+    told: list[str] = []
+    logging.getLogger("arealite").addHandler(logging.Handler())
+    logging.getLogger("arealite").handlers[-1].emit = lambda record: told.append(record.getMessage())
+    actor = FSDPEngine(TrainEngineConfig(path=path, collective_timeout_s=30.0))
+    actor.initialize()
+    recover = RecoverHandler(RecoverConfig(), RunFolder(Path(root)), GRPOConfig())
+    write = torch.save
+
+    def full(value, file, **options):
+        if "random-1" in str(file):
+            raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+        write(value, file, **options)
+
+    torch.save = full if rank == 1 else write
+    assert recover.save(1, 0, actor, Counter(), Counter()) is None
+    torch.save = write
+    assert recover.save(2, 0, actor, Counter(), Counter()).name == "point_000002"
+    assert recover.load(actor, Counter(), Counter()) == 2
+    return told
 
 
-def test_full_disk_under_one_rank_of_the_real_engine_holds_up_nobody(tmp_path, tiny_llama, free_port):
-    outputs = run_ranks(["-c", FULL_DISK_ON_ONE_RANK, tiny_llama, str(tmp_path)], free_port)
-    assert "(rank 1: PytorchStreamWriter failed" in outputs[0]
+def test_full_disk_under_one_rank_of_the_real_engine_holds_up_nobody(tmp_path, tiny_llama):
+    told, _ = layouts.on_ranks(2, fill_the_disk, tiny_llama, str(tmp_path))
+    assert any("(rank 1: PytorchStreamWriter failed" in each for each in told)
