@@ -42,12 +42,14 @@ CAPS = {
     r"^index_\w+_blocks$": 1,
 }
 
+_right: set[Any] = set()  # what was tried in this process, and computed right
+
 
 def check_fidelity(
     config: Any, auto_class: Any, attention: str, run: Pass, where: str, *kinds: tuple[torch.dtype, torch.device]
 ) -> None:
     """Compare `run`, on rows packed together, with plain Hugging Face: scores and, if `run` makes them, gradients, in
-    float32 on the CPU and then in each of `kinds`.
+    float32 on the CPU and then in each of `kinds`; in a process once for each configuration, head and `attention`.
 
     Raises:
         ConfigError: they differ by more than rounding, or cannot be computed. It names `where` and the reason.
@@ -62,6 +64,10 @@ def check_fidelity(
             f"{named}: its layers do not use transformers' attention interface, or keep a state along the row. Choose"
             " another architecture"
         )
+    settings = config.to_dict() | {"_name_or_path": ""}
+    tried = type(config), repr(settings), auto_class, attention, kinds
+    if tried in _right:
+        return
     try:
         with _failing("cannot be built"):
             model = tiny_model(config, auto_class, attention)
@@ -71,6 +77,7 @@ def check_fidelity(
         raise ConfigError(
             f"{named}: {error}; found on a tiny random model of its configuration. Choose another architecture"
         ) from error
+    _right.add(tried)
 
 
 @contextmanager
