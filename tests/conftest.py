@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a real small chat model, a tiny random one, a free port.
+"""Fixtures that several test files share: a real small chat model, a tiny random one, a free port; and their order.
 
 The environment is set before anything imports torch: processes that share cores must not spin, and no test may
 reach for a model hub.
@@ -18,6 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+LONGEST = [f"test_{name}.py" for name in (
+    "engine_layouts", "run_life", "run_recovery", "docs", "run_supervised", "recover_background", "vllm_server",
+    "engine_resume", "server_chaos", "run_wirings", "run_stalls", "training_kernels", "evaluation_prove",
+)]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that several workers end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

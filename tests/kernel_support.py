@@ -6,6 +6,7 @@ import functools
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,16 @@ KINDS = list(build.INSTRUCTION_SETS)
 EMULATED = {"avx512": [], "avx512_bf16": ["-DEMULATE_BF16"], "amx": ["-DEMULATE_BF16", "-DEMULATE_AMX"]}
 
 needs_kernels = pytest.mark.skipif(cpu.load() is None, reason=f"no compiled kernels here: {build.description()}")
-each_kind = pytest.mark.parametrize("lib", KINDS, indirect=True)
-each_vector_kind = pytest.mark.parametrize("lib", [kind for kind in KINDS if kind != "amx"], indirect=True)  # no tiles
+
+
+def each_kind(test: Any, kinds: list[str] = KINDS) -> Any:
+    """The test with the kernels of each instruction set, which it compiles; a lesser CPU has the plain ones alone."""
+    marked = [pytest.param(kind, marks=[] if kind == "plain" else pytest.mark.any_cpu) for kind in kinds]
+    return pytest.mark.parametrize("lib", marked, indirect=True)(test)
+
+
+def each_vector_kind(test: Any) -> Any:
+    return each_kind(test, [kind for kind in KINDS if kind != "amx"])  # which has tiles
 
 
 def kernels_for(kind: str | None) -> Kernels:

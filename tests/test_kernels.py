@@ -212,6 +212,7 @@ def choose(environment: dict[str, str], tmp_path: Path) -> str:
 
 
 @needs_kernels
+@pytest.mark.any_cpu
 def test_the_instruction_set_can_be_forced(tmp_path: Path) -> None:
     assert choose({}, tmp_path) == f"compiled kernels, {build.available()[0]}"
     assert choose({"AREALITE_KERNELS": "plain"}, tmp_path) == "compiled kernels, plain"
@@ -221,12 +222,14 @@ def test_the_instruction_set_can_be_forced(tmp_path: Path) -> None:
         assert "this CPU does not have it" in choose({"AREALITE_KERNELS": lacking}, tmp_path)
 
 
+@pytest.mark.any_cpu
 def test_without_a_compiler_the_reason_is_told(tmp_path: Path) -> None:
     said = choose({"PATH": str(tmp_path), "CC": "no-such-compiler"}, tmp_path)
     assert said.startswith("PyTorch, without compiled kernels (") and "no C compiler" in said
 
 
 @needs_kernels
+@pytest.mark.any_cpu
 def test_a_library_that_cannot_be_loaded_is_done_without(tmp_path: Path) -> None:
     """As where the cache lies on a file system that runs no programs."""
     choose({"AREALITE_KERNELS": "plain"}, tmp_path)
@@ -237,6 +240,7 @@ def test_a_library_that_cannot_be_loaded_is_done_without(tmp_path: Path) -> None
 
 
 @needs_kernels
+@pytest.mark.any_cpu
 def test_processes_that_compile_at_the_same_time_all_get_a_library(tmp_path: Path) -> None:
     with ThreadPoolExecutor() as racing:
         said = list(racing.map(lambda _: choose({}, tmp_path), range(2)))
