@@ -99,7 +99,7 @@ class ServerConfig:
     context_length: int | None = setting(
         None, "tokens of prompt and answer at most; the model's own limit if not given", low=2
     )
-    max_running_requests: int = setting(64, "sequences decoded together by the native server", low=1)
+    max_running_requests: int | None = setting(None, "sequences decoded together; 64, on GPUs 256, if not given", low=1)
     kv_cache_tokens: int | None = setting(
         None, "tokens the native server's KV cache holds; from max_running_requests if not given", low=1
     )

@@ -41,11 +41,12 @@ class GpuLayout(KVLayout):
         self._num_singles = next((i for i, span in enumerate(spans) if span.count > 1), len(spans))
         singles, pieces = spans[: self._num_singles], spans[self._num_singles :]
         self._pieces = KVLayout(pool, pieces)
-        arrays = [*_tables(singles), *(_places(pieces) if pieces else [])]
-        tables, lens, *places = to_device(arrays, pool.tensor.device)
-        self._rows = DecodeRows(tables, lens, max((span.end for span in singles), default=0))
+        arrays = [*(_tables(singles) if singles else []), *(_places(pieces) if pieces else [])]
+        places = to_device(arrays, pool.tensor.device)
+        if singles:
+            self._rows = DecodeRows(places[0], places[1], max(span.end for span in singles))
         if pieces:
-            self._pieces.slots, self._seen, queries, keys = places
+            self._pieces.slots, self._seen, queries, keys = places[-4:]
             self._packed = PackedRows(queries, keys, max(s.count for s in pieces), max(s.end for s in pieces))
 
     @classmethod
@@ -66,10 +67,11 @@ class GpuLayout(KVLayout):
         softcap: float | None = None,
     ) -> torch.Tensor:
         """As KVLayout.attend."""
-        n, rows, parts = self._num_singles, self._rows, []
+        n, parts = self._num_singles, []
         last = q.shape[1] - self._num_padding
         if n:
             single, key, value = (x[:, :n].transpose(0, 1) for x in (q, k, v))
+            rows = self._rows
             where = self.pool.tensor[layer], rows.tables, rows.lens
             parts.append(self._kernels.decode(single, key, value, *where, window or 0, scale, rows.max_keys))
         if self._pieces.spans:
@@ -99,7 +101,7 @@ def _has_varlen(q: torch.Tensor) -> bool:
 def _tables(spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:
     """Pages int32 [B, n] and keys int32 [B] of single tokens."""
     lens = np.array([span.end for span in spans], np.int32)
-    tables = np.zeros((len(spans), table_width(int(lens.max(initial=1)))), np.int32)
+    tables = np.zeros((len(spans), table_width(int(lens.max()))), np.int32)
     for row, span in zip(tables, spans, strict=True):
         num = pages_for(span.end)
         row[:num] = span.sequence.pages[:num]

@@ -23,6 +23,7 @@ GPU_PROGRAM_BYTES = 600 << 20  # of a GPU, for each process: CUDA's context and 
 KV_SHARE, COLOCATED_KV_SHARE = 0.85, 0.38
 GPU_LOGITS_BYTES = (4 + 2) << 27  # as engine/logprobs.py holds of them on a GPU
 VLLM_PROGRAM_BYTES = 2400 << 20  # vLLM's three processes
+RUNNING_REQUESTS, GPU_RUNNING_REQUESTS = 64, 256  # of the native server
 KV_TOKENS_PER_SEQUENCE = 2048  # the native server's default for the size of its cache
 GATHERED_LAYERS = 2  # at one time, where layers are sharded: the one that computes, and the next
 KEPT_FREE = 0.08  # of what is allocated: lies free between blocks of other sizes; measured
@@ -91,7 +92,7 @@ def kv_cache_bytes(config: GRPOConfig, shape: ModelShape) -> int:
     server = config.server
     context = server.context_length or shape.context_length
     per_sequence = min(context, KV_TOKENS_PER_SEQUENCE)
-    tokens = server.kv_cache_tokens or max(server.max_running_requests * per_sequence, context)
+    tokens = server.kv_cache_tokens or max((server.max_running_requests or RUNNING_REQUESTS) * per_sequence, context)
     return tokens * 2 * shape.num_layers * shape.kv_width * DTYPE_BYTES[server.dtype]
 
 
@@ -102,14 +103,15 @@ def server_parts(
     the CPU, or a GPU that nothing is known of."""
     server, size, kv_bytes = config.server, DTYPE_BYTES[config.server.dtype], kv_cache_bytes(config, shape)
     per_token = 2 * shape.num_layers * shape.kv_width * size
+    running = server.max_running_requests or (GPU_RUNNING_REQUESTS if gpu_share else RUNNING_REQUESTS)
     if gpu_share and backend == "native" and server.kv_cache_tokens is None:
-        most = server.max_running_requests * (server.context_length or shape.context_length) * per_token
+        most = running * (server.context_length or shape.context_length) * per_token
         kv_bytes = min(most, int(gpu_share))
     program = GPU_PROGRAM_BYTES if gpu_share else VLLM_PROGRAM_BYTES if backend == "vllm" else PROGRAM_BYTES
     return [
         Part("weights", shape.num_parameters * size / num_shards, server.dtype),
         Part("KV cache", kv_bytes / num_shards, f"{kv_bytes // per_token} tokens of {per_token / 1024:.0f} KiB"),
-        Part("logits", 2 * 4 * server.max_running_requests * shape.vocabulary, "two float32 copies of a decode step"),
+        Part("logits", 2 * 4 * running * shape.vocabulary, "two float32 copies of a decode step"),
         Part("program", program, "Python, torch, transformers"),
     ]
 

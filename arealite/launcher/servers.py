@@ -16,7 +16,7 @@ from arealite.api.errors import ConfigError
 from arealite.dataset.fetch import resolve_model
 from arealite.launcher.allocation import Component
 from arealite.launcher.machine import Machine
-from arealite.launcher.memory import ModelShape, kv_cache_bytes
+from arealite.launcher.memory import RUNNING_REQUESTS, ModelShape, kv_cache_bytes
 
 PORT = "{port}"
 HOST = "127.0.0.1"
@@ -45,6 +45,7 @@ def check_vllm(config: GRPOConfig, machine: Machine) -> None:
 def server_command(config: GRPOConfig, rollout: Component, model: str, machine: Machine) -> tuple[str, ...]:
     """The words that start one server; PORT stands for its port."""
     server, dims = config.server, rollout.dims
+    running = server.max_running_requests or (None if machine.gpus else RUNNING_REQUESTS)  # on GPUs the server's own
     python = sys.executable
     options: dict[str, Any] = {"host": HOST, "port": PORT, "dtype": server.dtype}
     if config.tokenizer_path not in (None, config.actor.path):
@@ -52,13 +53,13 @@ def server_command(config: GRPOConfig, rollout: Component, model: str, machine: 
         options[option] = resolve_model(config.tokenizer_path, asks_hub=False)
     if rollout.backend == "sglang":
         module = "sglang.launch_server"
-        options |= {"max_running_requests": server.max_running_requests, "context_length": server.context_length}
+        options |= {"max_running_requests": running, "context_length": server.context_length}
         options |= {"model_path": model, "random_seed": config.seed, "max_total_tokens": server.kv_cache_tokens}
         options |= {"tp_size": dims.t, "pp_size": dims.p, "ep_size": dims.e}
         options |= {"enable_deterministic_inference": server.deterministic}
     elif rollout.backend == "vllm":
         module, python = "vllm.entrypoints.openai.api_server", machine.vllm_python
-        options |= {"max_num_seqs": server.max_running_requests, "max_model_len": server.context_length}
+        options |= {"max_num_seqs": running, "max_model_len": server.context_length}
         options |= {"model": model, "seed": config.seed, "tensor_parallel_size": dims.t}
         options |= {"logprobs_mode": "processed_logprobs", "enable_scale_out": True}
         options |= {"worker_extension_cls": VLLM_WORKER_EXTENSION}
@@ -66,7 +67,7 @@ def server_command(config: GRPOConfig, rollout: Component, model: str, machine: 
         options |= {"enforce_eager": not machine.gpus}  # compiling for the CPU takes a minute at each start
     else:
         module = "arealite.inference.serve"
-        options |= {"max_running_requests": server.max_running_requests, "context_length": server.context_length}
+        options |= {"max_running_requests": running, "context_length": server.context_length}
         options |= {"model": model, "seed": config.seed, "kv_cache_tokens": server.kv_cache_tokens}
         options |= {"weight_version": "0", "deterministic": server.deterministic}
     options |= _lora_options(config, rollout.backend)
