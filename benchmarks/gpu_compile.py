@@ -58,6 +58,7 @@ def calls() -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         for plus_one in (False, True):
             weight = tensor(x.shape[-1])
             lib.rms_norm(x, weight, 1e-6, plus_one)
+            lib.add_rms_norm(x, x, weight, 1e-6, plus_one)
             lib.rms_norm_grad(x, weight, x, 1e-6, plus_one)
     wide = tensor(1, rows, 8960)
     lib.silu_times(wide, wide)
@@ -90,7 +91,7 @@ def compiled(program: Any, args: tuple[Any, ...], options: dict[str, Any], targe
         value = values.pop(parameter.name)
         is_special = not parameter.do_not_specialize
         is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if parameter.is_constexpr or (is_whole and value == 1 and is_special):
+        if value is None or parameter.is_constexpr or (is_whole and value == 1 and is_special):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]

@@ -31,6 +31,7 @@ def of_modules(lib: gpu.GpuKernels) -> Iterator[Case]:
     for shape in ((TOKENS, 1536), (TOKENS, 3584), (TOKENS, 12, 128)):
         x, weight = normal(*shape), normal(shape[-1])
         yield f"norm {shape}", 2 * x.nbytes, lambda: lib.rms_norm(x, weight, 1e-6, False)  # noqa: B023
+        yield f"sum and norm {shape}", 4 * x.nbytes, lambda: lib.add_rms_norm(x, x, weight, 1e-6, False)  # noqa: B023
         yield f"norm grad {shape}", 3 * x.nbytes, lambda: lib.rms_norm_grad(x, weight, x, 1e-6, False)  # noqa: B023
     gate, up = normal(TOKENS, 8960), normal(TOKENS, 8960)
     yield "gated unit", 3 * gate.nbytes, lambda: lib.silu_times(gate, up)
@@ -69,8 +70,8 @@ def of_sampling(lib: gpu.GpuKernels) -> Iterator[Case]:
 
 def of_decode(lib: gpu.GpuKernels) -> Iterator[Case]:
     plain = gpu.SPLIT, gpu.KEYS, gpu.DECODE
-    tried = [(split, 64, warps, 2) for split in (256, 512, 1024) for warps in (4, 8)]
-    tried += [(512, 64, 4, 3), (512, 64, 4, 4), (512, 32, 4, 3), (512, 32, 2, 3), (512, 128, 8, 2)]
+    tried = [(split, 64, warps, 3) for split in (256, 512, 1024) for warps in (4, 8)]
+    tried += [(512, 64, 4, 2), (512, 64, 4, 4), (512, 32, 4, 3), (512, 32, 2, 4), (512, 128, 8, 3)]
     for heads, kv_heads in ((12, 2), (28, 4)):
         for num, keys in ((64, 1024), (256, 1024), (64, 4096), (8, 16384)):
             pages = num * keys // 16

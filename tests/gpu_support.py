@@ -21,6 +21,11 @@ class PlainKernels:
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (normed * (1 + weight.float())).to(x.dtype) if plus_one else weight * normed.to(x.dtype)
 
+    def add_rms_norm(
+        self, x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + added, self.rms_norm(x + added, weight, eps, plus_one)
+
     def silu_times(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return functional.silu(gate) * up
 

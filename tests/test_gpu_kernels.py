@@ -75,6 +75,8 @@ def test_norm(dtype: torch.dtype, plus_one: bool, shape: tuple[int, ...]) -> Non
         assert out.shape == by_x.shape == x.shape and not by_weight.any()
         return
     assert_near(out, plain(x.double(), weight.double()), 2 * ROUNDING[dtype])
+    summed, normed = LIB.add_rms_norm(x, up, weight, 1e-5, plus_one)
+    assert torch.equal(summed, x + up) and torch.equal(normed, LIB.rms_norm(x + up, weight, 1e-5, plus_one))
     for got, wanted in zip((by_x, by_weight), gradients(plain, x, weight, up=up), strict=True):
         assert got.dtype == dtype
         assert_near(got, wanted, 4 * ROUNDING[dtype])

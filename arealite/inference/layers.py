@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -36,7 +38,10 @@ class DirectLayers:
         """`probe` has seen every layer's attention."""
         self._layers = [layer for layer in module.modules() if vars(layer).get("_modules", {}).keys() == _PARTS]
         try:
-            forwards = [_direct(layer, kernels, linears, adapters, probe) for layer in self._layers]
+            norms = [_LayerNorm.of(layer.input_layernorm, kernels) for layer in self._layers]
+            parts = zip_longest(self._layers, norms, norms[1:])
+            ahead: list[tuple[torch.Tensor, torch.Tensor]] = []
+            forwards = [_direct(*part, ahead, kernels, linears, adapters, probe) for part in parts]
         except KeyError as error:  # a norm, a projection or a gate of another kind
             logger.info("layers stay as transformers has them: %s is of another kind", error)
             self._layers = forwards = []
@@ -54,10 +59,37 @@ class DirectLayers:
             layer.forward = forward
 
 
+@dataclass(frozen=True)
+class _LayerNorm:
+    weights: nn.Module
+    kernels: AnyKernels
+    kind: tuple[float, bool]
+
+    @classmethod
+    def of(cls, norm: nn.Module, kernels: AnyKernels) -> _LayerNorm:
+        """Raises KeyError: it is not one of the kernels'."""
+        return cls(norm, kernels, norm_kind(norm, kernels))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kernels.rms_norm(x, self.weights.weight, *self.kind)  # type: ignore[arg-type]
+
+    def of_sum(self, x: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum, and its norm."""
+        return self.kernels.add_rms_norm(x, added, self.weights.weight, *self.kind)  # type: ignore[arg-type]
+
+
 def _direct(
-    layer: Any, kernels: AnyKernels, linears: PackedLinears, adapters: Adapters, probe: ShapeProbe
+    layer: Any,
+    norm: _LayerNorm,
+    following: _LayerNorm | None,
+    ahead: list[tuple[torch.Tensor, torch.Tensor]],
+    kernels: AnyKernels,
+    linears: PackedLinears,
+    adapters: Adapters,
+    probe: ShapeProbe,
 ) -> Callable[..., torch.Tensor]:
-    """Raises KeyError: a part of the layer is of another kind."""
+    """`following`: the norm that the next layer begins with. This one computes it with its last sum, and leaves it in
+    `ahead`, beside the states that it belongs to. Raises KeyError: a part of the layer is of another kind."""
     attn, mlp, plain = layer.self_attn, layer.mlp, layer.forward
     parts = dict(attn.named_children())
     if set(dict(mlp.named_children())) != GATED or not parts.keys() <= _PROJECTIONS | {"q_norm", "k_norm"}:
@@ -68,8 +100,8 @@ def _direct(
     qkv = linears.group([parts["q_proj"], parts["k_proj"], parts["v_proj"]])
     gates = linears.group([mlp.gate_proj, mlp.up_proj])
     out, down = linears.group([parts["o_proj"]]), linears.group([mlp.down_proj])
-    norms = [_norm(norm, kernels) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    head_norms = [_norm(parts[name], kernels) for name in ("q_norm", "k_norm") if name in parts]
+    inner_norm = _LayerNorm.of(layer.post_attention_layernorm, kernels)
+    head_norms = [_LayerNorm.of(parts[name], kernels) for name in ("q_norm", "k_norm") if name in parts]
     number, dim = int(attn.layer_idx), int(attn.head_dim)
     heads = parts["q_proj"].out_features // dim, parts["k_proj"].out_features // dim
     scale, window = probe.settings[number]
@@ -82,21 +114,25 @@ def _direct(
             whole: torch.Tensor = plain(hidden_states, *args, **kwargs)
             return whole
         x = hidden_states[0]
-        split = qkv(norms[0](x)).view(len(x), -1, dim).split((*heads, heads[1]), 1)
+        normed = ahead[0][1] if ahead and ahead[0][0] is hidden_states else norm(x)
+        ahead.clear()
+        whole = qkv(normed).view(len(x), -1, dim)
+        q, k, v = whole.split((*heads, heads[1]), 1)
         if head_norms:
-            split = (*(norm(y) for norm, y in zip(head_norms, split[:2], strict=True)), split[2])
-        q, k, v = (y.transpose(0, 1) for y in split)
-        for y in (q[None], k[None]):
-            kernels.rotate(y, cos, sin, y)
+            q, k = (each(y) for each, y in zip(head_norms, (q, k), strict=True))
+        for y in (q, k) if head_norms else (whole[:, : sum(heads)],):
+            turned = y.transpose(0, 1)[None]
+            kernels.rotate(turned, cos, sin, turned)
+        q, k, v = (y.transpose(0, 1) for y in (q, k, v))
         seen = layout.attend(q, k, v, number, scale, window)
-        x = x + out(seen.view(len(x), -1))
-        both = gates(norms[1](x))
-        return (x + down(kernels.silu_times(both[:, :half], both[:, half:])))[None]
+        x, normed = inner_norm.of_sum(x, out(seen.view(len(x), -1)))
+        both = gates(normed)
+        added = down(kernels.silu_times(both[:, :half], both[:, half:]))
+        if following is None:
+            return (x + added)[None]
+        x, normed = following.of_sum(x, added)
+        states = x[None]
+        ahead.append((states, normed))
+        return states
 
     return forward
-
-
-def _norm(norm: nn.Module, kernels: AnyKernels) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Raises KeyError: it is not one of the kernels'."""
-    eps, plus_one = norm_kind(norm, kernels)
-    return lambda x: kernels.rms_norm(x, norm.weight, eps, plus_one)  # type: ignore[arg-type]

@@ -167,6 +167,13 @@ class Kernels:
         self._norm(x.data_ptr(), n, weight.data_ptr(), out.data_ptr(), num, n, eps, plus_one, threads)
         return out
 
+    def add_rms_norm(
+        self, x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + added, and `rms_norm` of that."""
+        x = x + added
+        return x, self.rms_norm(x, weight, eps, plus_one)
+
     def silu_times(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up; both [..., N], rows as far apart in one as in the other."""
         n = gate.shape[-1]

@@ -14,7 +14,7 @@ from arealite.kernels.cpu import Scores
 
 KEYS, SPLIT = 64, 512  # keys of decode that are worked on at one time (of 128 bf16), and by one program
 DECODE = {"num_warps": 4, "num_stages": 3}  # with 3, page numbers are fetched ahead too
-SCORE_BLOCK, SLOPE_BLOCK, SAMPLE_BLOCK = 4096, 2048, 2048  # logits of a row that are worked on at one time
+SCORE_BLOCK = SLOPE_BLOCK = SAMPLE_BLOCK = 2048  # logits of a row that are worked on at one time
 GATE_BLOCK = 1024  # the same of gated units
 TILE = 2048  # elements of a program of norms and of rotary embedding, where rows are short
 NUM_SUMS = 512  # programs that add up the gradient of a norm's weight, each for itself
@@ -33,13 +33,26 @@ class GpuKernels:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool) -> torch.Tensor:
         """x [..., N] normed; times the weight after rounding or, `plus_one`, times 1 + weight before it."""
+        return self._norm(x, None, weight, eps, plus_one)[1]
+
+    def add_rms_norm(
+        self, x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + added, and `rms_norm` of that."""
+        return self._norm(x, added.contiguous(), weight, eps, plus_one)
+
+    def _norm(
+        self, x: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float, plus_one: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        summed = x if added is None else torch.empty_like(out)
         rows, num = _as_rows(x), x.numel() // x.shape[-1]
         tile = _tile(x.shape[-1])
         programs.norm_rows[(triton.cdiv(num, tile["ROWS"]),)](
-            rows, weight, out, *rows.stride()[:2], rows.shape[1], num, x.shape[-1], eps, PLUS_ONE=plus_one, **tile
-        )
-        return out
+            rows, added, weight, out, summed, *rows.stride()[:2], rows.shape[1], num, x.shape[-1], eps,
+            PLUS_ONE=plus_one, **tile,
+        )  # fmt: skip
+        return summed, out
 
     def rms_norm_grad(
         self, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, eps: float, plus_one: bool

@@ -22,16 +22,21 @@ def _places(rows, inner, outer_step, inner_step):
 
 
 @triton.jit(do_not_specialize=["inner", "num"])
-def norm_rows(x, weight, out, outer_step, inner_step, inner, num, n, eps,
+def norm_rows(x, added, weight, out, summed, outer_step, inner_step, inner, num, n, eps,
               PLUS_ONE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Of x, or of x + `added`, which is kept in `summed`: these lie as the result does."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)[None, :]
     real = (rows < num)[:, None] & (column < n)
+    target = rows.to(tl.int64)[:, None] * n + column
     value = tl.load(x + _places(rows, inner, outer_step, inner_step) + column, mask=real, other=0.0).to(tl.float32)
+    if added is not None:
+        value = _rounded(value + tl.load(added + target, mask=real, other=0.0).to(tl.float32), x)
+        tl.store(summed + target, value.to(summed.dtype.element_ty), mask=real)
     value *= tl.rsqrt(tl.sum(value * value, 1) / n + eps)[:, None]
     factor = tl.load(weight + column, mask=column < n, other=0.0).to(tl.float32)
     result = value * (1 + factor) if PLUS_ONE else _rounded(value, x) * factor
-    tl.store(out + rows.to(tl.int64)[:, None] * n + column, result.to(out.dtype.element_ty), mask=real)
+    tl.store(out + target, result.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["inner", "num"])
