@@ -48,7 +48,7 @@ def norm_grad_rows(x, weight, grad, by_x, sums, outer_step, inner_step, grad_out
     if PLUS_ONE:
         factor += 1
     total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for first in range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, num, tl.num_programs(0) * ROWS, num_stages=2):
         rows = first + tl.arange(0, ROWS)
         real = (rows < num)[:, None] & (column < n)
         value = tl.load(x + _places(rows, inner, outer_step, inner_step) + column, mask=real, other=0.0).to(tl.float32)
