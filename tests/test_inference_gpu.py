@@ -5,19 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gpu_support import PlainKernels, plain_varlen
 from inference_support import LocalServer, output_logprobs, save_tiny_llama, wait_until
 from test_inference_spans import ARCHITECTURES, LENGTH, MIXTURE, in_passes, plain_logits, save, tokens_of
 
-from arealite.inference import gpu_layout, sampler
+from arealite.inference import gpu_layout, receiver, sampler
 from arealite.inference import model as served_model
 from arealite.inference.batcher import Batcher
+from arealite.inference.engine import Engine, UpdateOptions
+from arealite.inference.layout import Transfer
 from arealite.inference.model import ServedModel
 from arealite.inference.requests import SamplingParams
 from arealite.inference.sampler import NUM_LIKELIEST, uniform_numbers
 from arealite.kernels.linears import Joined
+from arealite.weights.checksum import checksum
 
 CHOSEN = ["llama, tied", "qwen2, two layers with a window", "qwen3", "gemma3", "mixtral"]
 
@@ -164,3 +168,27 @@ def test_a_full_cache_retracts_as_ever(folder: Path) -> None:
         answers = server.generate_many(bodies)
         assert server.batcher.scheduler.num_retractions > 0
     assert [a["output_ids"] for a in answers] == [w["output_ids"] for w in wanted]
+
+
+def test_arrays_of_any_kind_travel_in_one_copy() -> None:
+    arrays = [np.arange(5), np.zeros((0, 16), np.int32), np.arange(12, dtype=np.int32).reshape(3, 4)[:, 1:3]]
+    arrays += [np.array([[True], [False]]), np.array([0.5, -1.0])]
+    transfer = Transfer([np.zeros_like(array) for array in arrays], torch.device("cpu"))
+    kept = [tensor.data_ptr() for tensor in transfer.tensors]
+    transfer.fill(arrays)
+    for tensor, array in zip(transfer.tensors, arrays, strict=True):
+        assert tensor.numpy().dtype == array.dtype and np.array_equal(tensor.numpy(), array)
+    assert [tensor.data_ptr() for tensor in transfer.tensors] == kept
+
+
+def test_what_did_not_become_live_is_not_confirmed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checksum is then that of the live tensor; a NaN that is the same NaN is confirmed."""
+    model = load(folder)
+    name, other = model.tensor_names[:2]
+    staged = {name: model.tensors[name].detach().clone(), other: model.tensors[other].detach() + 1}
+    staged[name].view(-1)[0] = model.tensors[name].data.view(-1)[0] = torch.nan
+    assert receiver.confirmed(model, staged, [name, other, model.tensor_names[2]]) == {name}
+    monkeypatch.setattr(receiver, "load", lambda *_: None)
+    engine = Engine(Batcher(model, 1, 64, "0"), seed=0)
+    found = engine.update_weights(staged, UpdateOptions(checksum_names=[name, other]))
+    assert found == {other: checksum(model.tensors[other])}
