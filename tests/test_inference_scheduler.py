@@ -17,7 +17,7 @@ from arealite.inference.cache import PAGE_TOKENS, PagePool
 from arealite.inference.engine import Engine, PauseMode, QueueFull, UpdateOptions
 from arealite.inference.model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.inference.scheduler import Scheduler
+from arealite.inference.scheduler import JOINING_LIMIT_S, Scheduler
 from arealite.inference.sequence import Sequence
 
 MAX_NEW = 12
@@ -317,13 +317,17 @@ def test_a_full_queue_takes_all_of_a_call_or_nothing(model: ServedModel) -> None
 
 
 def test_on_a_gpu_several_join_at_a_time() -> None:
-    """While a share of the places is taken, nobody is asked for; a queue alone is begun at once."""
+    """While too few places are free, nobody is asked for, unless nobody has joined for some time."""
     scheduler = scheduler_of(64, *"abcdefgh", max_running=4, joining_share=2)
     assert names(scheduler.admit()) == "a b c d"
     scheduler.remove(scheduler.running[0])
     assert not scheduler.may_admit and not scheduler.admit()
     scheduler.remove(scheduler.running[0])
     assert names(scheduler.admit()) == "e f"
+    scheduler.remove(scheduler.running[0])
+    assert not scheduler.may_admit
+    scheduler._admitted_at -= JOINING_LIMIT_S
+    assert names(scheduler.admit()) == "g"
 
 
 def test_who_lacks_pages_is_asked_again_when_some_come_back() -> None:

@@ -5,6 +5,7 @@ Used by batcher.py, on the engine thread.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections import deque
 
@@ -14,6 +15,7 @@ from arealite.inference.prefix import PAGE_BYTES, TOKEN_BYTES, PrefixCache
 from arealite.inference.sequence import Sequence, Span
 
 REPLAY_TOKENS = 64  # where results are exact, prompts are computed in pieces that begin at multiples of this
+JOINING_LIMIT_S = 0.25
 MAX_PASSED_OVER = 64  # sequences at the head of the queue that wait for a prompt in progress, while others go first
 
 
@@ -31,13 +33,14 @@ class Scheduler:
         """`step_tokens`: computed in one step at most, as far as prompts are concerned; running requests take theirs
         first. `replay`: every token is computed in a pass of one shape, whatever is cached, and after a retraction as
         it was the first time, so that neither changes a bit of the result. `joining_share`: sequences join when one in
-        so many places is free; None: when any is."""
+        so many places is free, or JOINING_LIMIT_S after the last ones did; None: when any place is."""
         self.pool = pool
         self.prefix = PrefixCache(pool)
         self.max_running = max_running
         self.step_tokens = step_tokens
         self.replay = replay
         self._joining_share = joining_share
+        self._admitted_at = 0.0  # time.monotonic()
         self._lacks_pages = False  # for the first one that waits, until somebody gives some back
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -51,8 +54,11 @@ class Scheduler:
     @property
     def may_admit(self) -> bool:
         """Whether `admit` may find somebody."""
-        fewest = max(1, self.max_running // self._joining_share) if self._joining_share else 1
-        return bool(self.waiting) and not self._lacks_pages and self.max_running - len(self.running) >= fewest
+        num_places = self.max_running - len(self.running)
+        if not self.waiting or self._lacks_pages or num_places <= 0:
+            return False
+        are_enough = self._joining_share is None or num_places >= self.max_running // self._joining_share
+        return are_enough or time.monotonic() - self._admitted_at >= JOINING_LIMIT_S
 
     def admit(self) -> list[Sequence]:
         """Move waiting sequences to running, with pages for their tokens, as long as this step has room to begin them;
@@ -83,6 +89,8 @@ class Scheduler:
             if sequence.num_missing > 1:
                 in_progress.add(self._next_part(sequence, num))
         self.waiting.extendleft(reversed(passed_over))
+        if admitted:
+            self._admitted_at = time.monotonic()
         return admitted
 
     def _prompt_room(self) -> int:
