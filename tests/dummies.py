@@ -16,14 +16,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
-from arealite.launcher.local import launch
-from arealite.launcher.plan import PORT, Plan, ProcessPlan
 from arealite.observe import waits
 from arealite.observe.processes import Heartbeat
 from arealite.observe.run_folder import RunFolder
+
+if TYPE_CHECKING:  # servers and trainers are to start in a blink
+    from arealite.api.cli_args import GRPOConfig
+    from arealite.launcher.plan import Plan
 
 LIMIT_S = 60.0
 
@@ -88,6 +90,8 @@ def trainer(folder: Path, behaviour: str) -> None:
 
 
 def config_with(overrides: dict[str, object]) -> GRPOConfig:
+    from arealite.api.cli_args import GRPOConfig
+
     config = GRPOConfig()
     config.launcher.stop_grace_s = 3.0
     config.launcher.startup_timeout_s = 20.0
@@ -99,6 +103,8 @@ def config_with(overrides: dict[str, object]) -> GRPOConfig:
 
 
 def plan_of(folder: Path, trainers: list[str], servers: list[str]) -> Plan:
+    from arealite.launcher.plan import PORT, Plan, ProcessPlan
+
     me = str(Path(__file__).resolve())
     env = {"AREALITE_HEARTBEAT_S": "0.1", "AREALITE_STALL_S": "2"}
     processes = [
@@ -184,6 +190,8 @@ def main(argv: list[str]) -> int:
     elif argv[0] == "trainer":
         trainer(Path(argv[1]), argv[2])
     else:
+        from arealite.launcher.local import launch
+
         wanted = json.loads(argv[2])
         plan = plan_of(Path(argv[1]), wanted["trainers"], wanted["servers"])
         return launch(plan, config_with(wanted["overrides"]), RunFolder(Path(argv[1])))

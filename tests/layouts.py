@@ -1,4 +1,4 @@
-"""Trainer ranks as processes that start in a blink: forked from a server that has imported what they need.
+"""Trainer ranks as processes that start in a blink.
 
 `on_ranks(4, work, ...)` runs the module-level function work(rank, ...) in 4 processes that have torchrun's environment
 and have joined a gloo group; what each returned, in rank order. Used by tests of layouts.
@@ -6,40 +6,15 @@ and have joined a gloo group; what each returned, in rank order. Used by tests o
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
 import os
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import forkserver
-from pathlib import Path
 from typing import Any
 
-LIMIT_S = 600.0  # for all that one call does, on a busy machine
-
-
-@functools.cache
-def _forking() -> Any:
-    """The context, once its server has started: Python 3.11 tells it by the environment alone where modules are."""
-    context, path = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
-    context.set_forkserver_preload(["preloaded"])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([path] if path else [])])
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        os.environ.update({"PYTHONPATH": path} if path else {})
-    return context
-
-
-def in_process(work: Callable[..., Any], *args: Any) -> Any:
-    """What the module-level function makes of `args` in a process of its own, without a group; raises what it does."""
-    with ProcessPoolExecutor(1, mp_context=_forking()) as pool:
-        return pool.submit(work, *args).result(LIMIT_S)
+from forks import LIMIT_S, context
 
 
 def on_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -62,10 +37,9 @@ def ranks(world_size: int, work: Callable[..., Any], *args: Any) -> Iterator[lis
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    context = _forking()
-    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    pipes = [context().Pipe(duplex=False) for _ in range(world_size)]
     processes = [
-        context.Process(target=_rank, args=(send, rank, world_size, port, sys.path, work, args))
+        context().Process(target=_rank, args=(send, rank, world_size, port, sys.path, work, args))
         for rank, (_, send) in enumerate(pipes)
     ]
     try:

@@ -1,4 +1,4 @@
-"""What each rank of layouts.py would import, build and measure again: for the process that they are forked from."""
+"""What each process of forks.py would import, build and measure again."""
 
 import psutil  # noqa: F401
 import torch
@@ -7,7 +7,8 @@ import transformers.models.llama.modeling_llama
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-import arealite.engine.ppo.actor  # noqa: F401
+import arealite.engine.ppo.actor
+import arealite.inference.serve  # noqa: F401
 from arealite.engine.flops import peak_flops
 
 torch.set_num_threads(1)

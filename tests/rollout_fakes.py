@@ -6,14 +6,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forks
 from aiohttp import web
 
 from arealite.api.cli_args import InferenceEngineConfig
@@ -350,20 +349,6 @@ def ordinals(engine: RemoteNativeEngine) -> list[int]:
 @contextmanager
 def serving(folder: str, *flags: str, context_length: int = 256) -> Iterator[str]:
     """The address of a built-in server in a process of its own, which ends with the block."""
-    command = [sys.executable, "-m", "arealite.inference.serve", "--model", folder, "--port", "0", "--dtype", "float32"]
-    command += ["--context-length", str(context_length), "--max-running-requests", "16", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    too_late = threading.Timer(240, process.kill)  # so that the wait for its address ends
-    too_late.start()
-    try:
-        line = process.stdout.readline()
-        while line and "listening on" not in line:
-            line = process.stdout.readline()
-        assert line, f"the server ended with {process.wait(30)} before it told its address"
-        too_late.cancel()
-        yield line.strip().rpartition("//")[2]
-    finally:
-        too_late.cancel()
-        process.terminate()
-        process.wait(30)
-        process.stdout.close()
+    limits = ["--context-length", str(context_length), "--max-running-requests", "16"]
+    with forks.servers(1, folder, *limits, *flags) as [(_, address)]:
+        yield address

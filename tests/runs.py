@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from arealite.observe.sinks import read_metrics
+from arealite.rollout.ledger import audit
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 300.0
 
@@ -31,6 +34,7 @@ TINY = [
     "stats_logger.probe_every_steps=2",
     "watchdog.stall_s=60",
     "launcher.stop_grace_s=5",
+    "launcher.pin_cores=false",  # other tests run beside
 ]
 
 
@@ -68,6 +72,27 @@ class Run:
         code = self.wait(limit_s)
         assert code == 0, f"exit code {code}; log:\n{self.text()[-4000:]}"
         return json.loads((self.folder / "summary.json").read_text())
+
+    def check_records(self, summary: dict, num_steps: int, staleness_max: int = 1) -> None:
+        """What a run of `num_steps` steps that has ended leaves behind; four tasks a step, four answers each."""
+        assert summary["steps"] == num_steps and summary["staleness_max"] <= staleness_max
+        assert summary["mismatch_mean"] < 1e-4
+        assert {"accuracy_before", "accuracy_after", "train_s", "tokens_per_s"} <= summary.keys()
+        assert [line["step"] for line in self.steps()] == list(range(num_steps))
+        rollouts = sorted((self.folder / "rollouts").glob("step_*.jsonl"))
+        assert len(rollouts) == num_steps
+        rows = [json.loads(line) for line in rollouts[0].read_text().splitlines()]
+        assert len(rows) == 16 and {"prompt", "completion", "reward", "versions", "finish_reason"} <= rows[0].keys()
+        assert (self.folder / "reward.png").stat().st_size > 1000 and (self.folder / "config.yaml").exists()
+        assert list((self.folder / "tensorboard").iterdir()) and list((self.folder / "checkpoints").iterdir())
+        assert self.pids() == {}
+        report = audit(self.folder / "ledger.jsonl")
+        assert not report.violations
+        assert sum(state == "trained" for state in report.states.values()) == num_steps * 4
+
+    def steps(self) -> list[dict]:
+        """What is known of each finished step that was not done again."""
+        return read_metrics(self.folder / "metrics.jsonl")
 
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""

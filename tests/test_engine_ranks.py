@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from engine_batches import RANK_CASES, outcome, trouble
-from layouts import in_process, on_ranks
+from forks import in_process
+from layouts import on_ranks
 
 from arealite.api.errors import WaitTimeout, WeightSyncError
 

@@ -7,12 +7,12 @@ import signal
 import socket
 import time
 
-import dummies
 import pytest
 from dummies import Launched, config_with, is_alive, plan_of
 
 from arealite.api.errors import ConfigError, RecoveryError
 from arealite.launcher.local import launch
+from arealite.launcher.plan import Plan, ProcessPlan
 from arealite.observe.processes import processes_of_run
 from arealite.observe.run_folder import RunFolder
 
@@ -43,7 +43,7 @@ def test_environment_of_a_trainer(tmp_path):
     plan = plan_of(folder.root, ["environment"], OK)
     core = max(os.sched_getaffinity(0))
     trainer = plan.trainers[0]
-    plan = dummies.Plan("", (plan.servers[0], dummies.ProcessPlan(**{**vars(trainer), "cores": (core,)})))
+    plan = Plan("", (plan.servers[0], ProcessPlan(**{**vars(trainer), "cores": (core,)})))
     assert launch(plan, config_with({}), folder) == 0
     env = json.loads((folder.root / "trainer-0.env").read_text())
     host, port = env["AREAL_LLM_SERVER_ADDRS"].split(":")

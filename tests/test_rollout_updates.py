@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
+import forks
 import pytest
 import torch
 from rollout_fakes import quick_config
@@ -25,35 +25,18 @@ from arealite.weights.link import WeightLink
 NUM_SERVERS = 2
 
 
-@contextmanager
-def started(tiny_llama: str) -> Iterator[list[tuple[subprocess.Popen, str]]]:
-    command = [sys.executable, "-m", "arealite.inference.serve", "--model", tiny_llama, "--port", "0"]
-    command += ["--dtype", "float32", "--context-length", "256", "--max-running-requests", "4"]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(NUM_SERVERS)]
-    try:
-        found = []
-        for process in processes:
-            line = process.stdout.readline()
-            while line and "listening on" not in line:
-                line = process.stdout.readline()
-            found.append((process, line.strip().rpartition("//")[2]))
-        yield found
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-            process.wait(30)
-            process.stdout.close()
+def started(tiny_llama: str) -> AbstractContextManager[list[tuple[Any, str]]]:
+    return forks.servers(NUM_SERVERS, tiny_llama, "--context-length", "256", "--max-running-requests", "4")
 
 
 @pytest.fixture(scope="module")
-def servers(tiny_llama) -> Iterator[list[tuple[subprocess.Popen, str]]]:
+def servers(tiny_llama) -> Iterator[list[tuple[Any, str]]]:
     with started(tiny_llama) as found:
         yield found
 
 
 @contextmanager
-def connected(servers: list[tuple[subprocess.Popen, str]]) -> Iterator[RemoteNativeEngine]:
+def connected(servers: list[tuple[Any, str]]) -> Iterator[RemoteNativeEngine]:
     engine = RemoteNativeEngine(quick_config())
     engine.initialize(addresses=[address for _, address in servers])
     yield engine
@@ -115,7 +98,7 @@ def test_a_server_lost_in_a_broadcast_costs_the_others_nothing_but_time(way, tin
         victim, sending = servers[1][0], link.send
 
         def lose(bucket: int) -> None:
-            if bucket == 1 and victim.poll() is None:
+            if bucket == 1 and victim.is_alive():
                 os.kill(victim.pid, way)
             return sending(bucket)
 
