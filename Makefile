@@ -54,11 +54,11 @@ peer:
 
 # What depends on the kind of CPU, as a lesser one has it: vectors without bf16, and nothing compiled at all.
 LESSER_CPU := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=default
+BY_KERNELS := tests/test_inference_model.py tests/test_inference_spans.py
 test-features: $(STAMP)
-	$(LESSER_CPU) AREALITE_KERNELS=plain $(PYTEST) -m 'not any_cpu' tests/test_kernels.py tests/test_training_kernels.py \
-		tests/test_inference_model.py tests/test_inference_spans.py
-	$(LESSER_CPU) AREALITE_KERNELS=off $(PYTEST) -m 'not any_cpu' tests/test_kernels.py tests/test_inference_model.py \
-		tests/test_inference_spans.py tests/test_engine_attention.py tests/test_engine_logprobs.py
+	$(LESSER_CPU) AREALITE_KERNELS=plain $(PYTEST) -m 'not any_cpu' -k 'kernels or bf16 or bits' $(BY_KERNELS) \
+		tests/test_kernels.py tests/test_training_kernels.py
+	$(LESSER_CPU) AREALITE_KERNELS=off $(PYTEST) $(BY_KERNELS) tests/test_engine_attention.py tests/test_engine_logprobs.py
 
 quickstart: fetch
 	$(BIN)/arealite run examples/arealite/quickstart.py --config examples/arealite/quickstart.yaml $(ARGS)

@@ -105,7 +105,7 @@ def test_bf16_logprobs_are_those_of_one_pass_over_the_whole_sequence(smollm2: st
     """With the compiled kernels decode and a packed pass have the same bits. In bf16 any other order of operations
     moves these logprobs by about 0.04: PyTorch's plain pass is as far from the float32 one as ours."""
     model = served(Path(smollm2), torch.bfloat16)
-    texts = ["What is 3 + 4?", "Write a poem about rain.", "def add(a, b):", "Once upon a time", "2 4 6 8"]
+    texts = ["What is 3 + 4?", "def add(a, b):", "Once upon a time"]
     ids = [model.tokenizer(text).input_ids for text in texts]
     with LocalServer(model) as server:
         answers = server.generate(ids, max_new_tokens=24, sampling_seed=5, ignore_eos=True)
