@@ -114,7 +114,7 @@ class Run:
                 continue
         return found
 
-    def until(self, condition, what: str, limit_s: float = 120.0) -> None:
+    def until(self, condition, what: str, limit_s: float = LIMIT_S) -> None:
         """Poll `condition()` while the launcher lives."""
         assert self.process is not None
         end = time.monotonic() + limit_s
