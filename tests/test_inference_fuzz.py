@@ -183,6 +183,12 @@ def strictly_json(text: str) -> None:
     json.loads(text, parse_constant=refuse)
 
 
+UNDONE_BY = {
+    "/pause_generation": "/continue_generation",
+    "/release_memory_occupation": "/resume_memory_occupation",
+}
+
+
 def still_serves(connection: http.client.HTTPConnection) -> None:
     send(connection, "POST", "/continue_generation", b"{}")
     body = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
@@ -202,8 +208,8 @@ def test_bodies_by_schema(path: str, connection: http.client.HTTPConnection) -> 
         status, text = send(connection, "POST", path, json.dumps(body).encode(), **{"Content-Type": "application/json"})
         judge(path, status, text)
         statuses.append(status)
-        if path == "/pause_generation":
-            send(connection, "POST", "/continue_generation", b"{}")
+        if path in UNDONE_BY:
+            send(connection, "POST", UNDONE_BY[path], b"{}")
 
     sent()
     still_serves(connection)
