@@ -1,6 +1,6 @@
 """What a GPU does in a training step: milliseconds of the parts, MFU, and peak memory against the estimate.
 
-    python benchmarks/gpu_train.py [--shape 1.5B 0.5B] [--device cuda] [--steps 3] [--tokens 16384]
+    python benchmarks/gpu_train.py [--shape 1.5B 0.5B] [--device cuda] [--steps 3] [--tokens 16384] [--profile]
     python benchmarks/gpu_train.py --device cpu        (from start to end with a tiny shape)
 
 Models have Qwen2.5's shapes and random weights. An update is `--tokens` tokens in one micro-batch, as sequences of an
@@ -87,10 +87,10 @@ def make_batch(prompts: list[int], answer: int, num_answers: int, vocabulary: in
 
 
 class Bench:
-    """`device`, and how to time work on it."""
+    """`device`, and how to time work on it; `profiles`: whether one update is watched kernel by kernel."""
 
-    def __init__(self, device: torch.device, steps: int) -> None:
-        self.device, self.steps = device, steps
+    def __init__(self, device: torch.device, steps: int, profiles: bool = False) -> None:
+        self.device, self.steps, self.profiles = device, steps, profiles
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -112,6 +112,19 @@ class Bench:
         size, dtype = (8192, torch.bfloat16) if self.device.type == "cuda" else (512, torch.float32)
         a, b = torch.randn(2, size, size, device=self.device, dtype=dtype)
         return 2 * size**3 * 10 / self.median_s(lambda: [a @ b for _ in range(10)])
+
+
+def profiled(bench: Bench, run: Callable[[], Any]) -> Result:
+    """Milliseconds of the kernels on the card and of the host in one call (watching slows it); shows the longest."""
+    with torch.profiler.profile() as watched:
+        run()
+        bench.wait()
+    found = watched.key_averages()
+    on_card = bench.device.type == "cuda"
+    print(found.table(sort_by=f"self_{'cuda' if on_card else 'cpu'}_time_total", row_limit=30))
+    card = [e for e in found if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    card_us, host_us = sum(e.self_device_time_total for e in card), sum(e.self_cpu_time_total for e in found)
+    return {"kernels_ms": card_us / 1e3, "host_ms": host_us / 1e3}
 
 
 def free_memory(device: torch.device) -> None:
@@ -220,6 +233,8 @@ def measure(bench: Bench, path: str, num_tokens: int, checkpointing: str, peak_f
             found["logp_ms"] = 1e3 * bench.median_s(lambda: actor.compute_logp(batch))  # noqa: B023
             if checkpointing == "none" and num_sequences == NUM_SEQUENCES[0]:
                 found["head_ms"] = head_ms(bench, actor, num_tokens)
+                if bench.profiles:
+                    found |= profiled(bench, lambda: update(actor, batch))  # noqa: B023
             yield found
 
 
@@ -251,7 +266,7 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.cuda.is_available = lambda: False  # the engine takes a GPU where there is one
-    bench = Bench(device, args.steps)
+    bench = Bench(device, args.steps, args.profile)
     is_small = device.type == "cpu"
     num_tokens = args.tokens or (256 if is_small else 16384)
     peak = bench.product_flops()
@@ -293,4 +308,5 @@ if __name__ == "__main__":
     parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING, default=CHECKPOINTING)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tokens", type=int, help="computed per update (default: 16384; on a CPU 256)")
+    parser.add_argument("--profile", action="store_true", help="an update of the first case, kernel by kernel")
     raise SystemExit(main(parser.parse_args()))
