@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["serve"]:  # the server has options of its own
             return serve(words[1:])
         if words[:2] == ["bench", "serve"]:  # so has the load generator
-            from arealite.evaluation.serve_bench import main as bench_serve
+            from arealite.rollout.bench import main as bench_serve
 
             return bench_serve(words[2:])
         arguments = parse(words)
@@ -92,13 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(check(arguments.config, arguments.overrides, arguments.explain), flush=True)
             return 0
         if arguments.command == "prove":
-            from arealite.evaluation.prove import prove
+            from arealite.prove.prove import prove
 
             return prove(arguments.config, arguments.overrides, arguments.quick, arguments.ranks, arguments.json)
         if arguments.command == "init":
             print(init(Path(arguments.folder)), flush=True)
             return 0
-        from arealite.dataset.fetch import fetch
+        from arealite.models.fetch import fetch
 
         print(fetch(arguments.model), flush=True)
         return 0
@@ -132,8 +132,8 @@ def init(folder: Path) -> Path:
 
 def serve(words: list[str]) -> int:
     """Hand everything to the built-in server; a fetched model may be given by its name."""
-    from arealite.dataset.fetch import resolve_model
     from arealite.inference.serve import main as serve_main
+    from arealite.models.fetch import resolve_model
 
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--model", type=resolve_model)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from arealite.algorithm.packing import karmarkar_karp
+from arealite.api.atomic import write_json
 from arealite.api.cli_args import DatasetConfig, SFTConfig, TrainEngineConfig
 from arealite.api.errors import ArealiteError
 from arealite.api.types import Batch, Dims
@@ -25,7 +26,6 @@ from arealite.launcher.allocation import trainer_dims
 from arealite.observe import timeline, waits
 from arealite.observe.frequency import Frequency
 from arealite.observe.progress import show
-from arealite.observe.rollout_log import write_json
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats import StatsTracker
 from arealite.observe.stats_logger import StatsLogger

@@ -178,7 +178,7 @@ def main() -> None:
     if args.side:
         client(args.address, args.model)
         return
-    from arealite.dataset.fetch import resolve_model
+    from arealite.models.fetch import resolve_model
 
     if not areal_python().exists():
         raise SystemExit(f"{areal_python()} does not exist: run `make areal-client` first")

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from arealite.dataset.fetch import resolve_model
 from arealite.inference import batcher, layout
 from arealite.inference.batcher import Batcher
 from arealite.inference.model import ServedModel
@@ -27,6 +26,7 @@ from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.sequence import Sequence
 from arealite.kernels import build, cpu, linears
 from arealite.kernels.cpu import Kernels
+from arealite.models.fetch import resolve_model
 
 NUM_PROMPT, NUM_WARM_STEPS, NUM_STEPS = 40, 16, 32
 # What one calls of another counts for the other. Without the compiled kernels, norms and element-wise operations count

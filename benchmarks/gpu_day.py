@@ -82,11 +82,11 @@ def _tiny(folder: Path, family: str, **changes: Any) -> str:
 
 
 def _step(model: str, dtype: str, **changes: Any) -> Any:
-    """A training step in this process, as evaluation.proof.Step; the weights stay as they are."""
-    from engine_batches import actor_config, random_batch
+    """A training step in this process, as prove.proof.Step; the weights stay as they are."""
+    from support.batches import actor_config, random_batch
 
     from arealite.engine.ppo.actor import FSDPPPOActor
-    from arealite.evaluation.proof import proof_config, take_step
+    from arealite.prove.proof import proof_config, take_step
 
     actor = FSDPPPOActor(proof_config(actor_config(model, **changes), dtype))
     actor.initialize()
@@ -143,7 +143,7 @@ def server(args: argparse.Namespace) -> Numbers:
     """Logprobs of the served model in decode, of many requests at once, against its prefill and the trainer's."""
     import numpy as np
     import torch
-    from engine_batches import actor_config
+    from support.batches import actor_config
 
     from arealite.engine.ppo.actor import FSDPPPOActor
     from arealite.inference.model import ServedModel
@@ -174,7 +174,7 @@ def server(args: argparse.Namespace) -> Numbers:
 def _answers(served: Any) -> tuple[Any, Any]:
     """What a server samples for 32 prompts at once, as a Batch; and the logprobs of the first 8 answers by prefill."""
     import numpy as np
-    from inference_support import LocalServer
+    from support.inference import LocalServer
 
     from arealite.api.types import Batch, Group, Task, Trajectory
 

@@ -134,7 +134,7 @@ def main() -> None:
     if args.side == "trl":
         run_trl(args.model, args.steps, args.max_new_tokens, args.peer_dtype)
         return
-    from arealite.dataset.fetch import fetch
+    from arealite.models.fetch import fetch
 
     model = args.model or str(fetch("smollm2-135m", None))
     ours = measure_arealite(model, args)

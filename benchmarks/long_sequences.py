@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--peer-checkpointing", action="store_true", help="the peer recomputes its activations")
     args = parser.parse_args()
-    from arealite.dataset.fetch import fetch
+    from arealite.models.fetch import fetch
 
     model = args.model or str(fetch("smollm2-135m", None))
     if args.side == "ours":

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from arealite.api.cli_args import InferenceEngineConfig, LoRAConfig, PPOActorConfig
-from arealite.dataset.fetch import resolve_model
 from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.models.fetch import resolve_model
 from arealite.rollout.client import RemoteNativeEngine
 from arealite.weights.link import WeightLink
 

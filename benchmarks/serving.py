@@ -32,9 +32,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arealite.dataset.fetch import resolve_model
-from arealite.evaluation.serve_bench import parse_arguments, workload
 from arealite.kernels import build
+from arealite.models.fetch import resolve_model
+from arealite.rollout.bench import parse_arguments, workload
 
 START_LIMIT_S = 300.0
 RUN_LIMIT_S = 1800.0

@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--peer-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", type=int, default=4096, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    from arealite.dataset.fetch import fetch
+    from arealite.models.fetch import fetch
 
     model = args.model or str(fetch("smollm2-135m", None))
     if args.side == "ours":

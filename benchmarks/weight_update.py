@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.types import GenerationRequest
-from arealite.dataset.fetch import resolve_model
+from arealite.models.fetch import resolve_model
 from arealite.rollout.client import RemoteNativeEngine
 from arealite.weights.handshake import verify
 from arealite.weights.link import WeightLink

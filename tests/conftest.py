@@ -22,7 +22,7 @@ import pytest
 
 LONGEST = [f"test_{name}.py" for name in (
     "engine_layouts", "run_life", "run_recovery", "docs", "run_supervised", "recover_background", "vllm_server",
-    "engine_resume", "server_chaos", "run_wirings", "run_stalls", "training_kernels", "evaluation_prove",
+    "engine_resume", "server_chaos", "run_wirings", "run_stalls", "training_kernels", "prove",
 )]  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Folder of SmolLM2-135M-Instruct (bf16); fetched into the cache when it is not there yet."""
-    from arealite.dataset.fetch import fetch
+    from arealite.models.fetch import fetch
 
     return str(fetch("smollm2-135m"))
 
@@ -85,7 +85,7 @@ def repository() -> Path:
 
 @pytest.fixture
 def lib(request: pytest.FixtureRequest) -> Any:
-    """The compiled kernels of an instruction set (kernel_support.each_kind), or those that this process uses."""
-    from kernel_support import kernels_for
+    """The compiled kernels of an instruction set (support.kernels.each_kind), or those that this process uses."""
+    from support.kernels import kernels_for
 
     return kernels_for(getattr(request, "param", None))

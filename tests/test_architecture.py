@@ -22,7 +22,7 @@ LEVELS = [
     {"models", "observe"},
     {"algorithm", "dataset", "kernels", "weights"},
     {"reward", "rollout", "inference", "engine", "launcher"},
-    {"workflow", "evaluation"},
+    {"workflow", "evaluation", "prove"},
     {"cli", "trainer", "supervised"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -6,8 +6,8 @@ import logging
 import re
 
 import pytest
-from inference_support import EOS, LocalServer, byte_tokenizer, save_tiny_llama, served
-from reward_functions import by_word
+from support.inference import EOS, LocalServer, byte_tokenizer, save_tiny_llama, served
+from support.rewards import by_word
 from tokenizers.processors import TemplateProcessing
 
 from arealite.api.cli_args import (

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forks import in_process
+from support.forks import in_process
 
 from arealite.models.folder import TESTED
 

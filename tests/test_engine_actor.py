@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engine_batches import actor_config, random_batch, train_one_step
+from support.batches import actor_config, random_batch, train_one_step
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 

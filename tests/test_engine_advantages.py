@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_batches import actor_config, crooked_batch, plain_kl
+from support.batches import actor_config, crooked_batch, plain_kl
 from test_algorithm_gae import plain_gae
 from test_algorithm_norm import plain as plain_norm
 

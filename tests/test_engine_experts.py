@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import on_ranks
+from support.layouts import on_ranks
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.models.mixtral import MixtralConfig
 from transformers.models.qwen3 import Qwen3Config

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_batches import actor_config
-from layouts import on_ranks
 from safetensors.torch import load_file
+from support.batches import actor_config
+from support.layouts import on_ranks
 from test_engine_loading import save_model
 from transformers import AutoModelForCausalLM
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_batches import actor_config, random_batch, share, train_one_step
-from layouts import on_ranks
+from support.batches import actor_config, random_batch, share, train_one_step
+from support.layouts import on_ranks
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from arealite.api.types import Dims

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from engine_batches import actor_config, random_batch, share, train_one_step
-from layouts import on_ranks
+from support.batches import actor_config, random_batch, share, train_one_step
+from support.layouts import on_ranks
 
 from arealite.api.cli_args import GenerationHyperparameters, LoRAConfig, OptimizerConfig, StatsLoggerConfig
 from arealite.api.errors import ConfigError

@@ -10,8 +10,8 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from layouts import on_ranks
 from safetensors.torch import load_file, save_file
+from support.layouts import on_ranks
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig

@@ -7,8 +7,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from engine_batches import actor_config, random_batch, train_one_step
 from safetensors.torch import load_file
+from support.batches import actor_config, random_batch, train_one_step
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engine_batches import actor_config, crooked_batch, plain_kl, random_batch
+from support.batches import actor_config, crooked_batch, plain_kl, random_batch
 from transformers import AutoModelForCausalLM
 
 from arealite.api.cli_args import OptimizerConfig

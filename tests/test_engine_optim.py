@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import transformers
-from engine_batches import actor_config, random_batch, train_one_step
+from support.batches import actor_config, random_batch, train_one_step
 
 from arealite.api.cli_args import OptimizerConfig
 from arealite.api.errors import ConfigError

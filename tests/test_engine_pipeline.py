@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from engine_batches import actor_config, random_batch, share, train_one_step
-from layouts import on_ranks
+from support.batches import actor_config, random_batch, share, train_one_step
+from support.layouts import on_ranks
 
 from arealite.api.errors import ConfigError, NumericalError, WaitTimeout
 from arealite.api.types import Dims

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_batches import RANK_CASES, outcome, trouble
-from forks import in_process
-from layouts import on_ranks
+from support.batches import RANK_CASES, outcome, trouble
+from support.forks import in_process
+from support.layouts import on_ranks
 
 from arealite.api.errors import WaitTimeout, WeightSyncError
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_batches import actor_config, random_batch, share, train_one_step
-from layouts import on_ranks
+from support.batches import actor_config, random_batch, share, train_one_step
+from support.layouts import on_ranks
 from test_engine_layouts import TOLERANCE, VOCABULARY, save_model
 
 from arealite.api.cli_args import OptimizerConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_batches import random_batch, share
-from layouts import on_ranks
+from support.batches import random_batch, share
+from support.layouts import on_ranks
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,

@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from engine_batches import actor_config, random_batch, train_one_step
-from layouts import on_ranks
+from support.batches import actor_config, random_batch, train_one_step
+from support.layouts import on_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from arealite.api.cli_args import LoRAConfig, OptimizerConfig, SaverConfig

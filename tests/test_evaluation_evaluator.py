@@ -5,8 +5,8 @@ import json
 import re
 
 import pytest
-from ranks import Alone, Meeting, on_ranks
 from rich.console import Console
+from support.ranks import Alone, Meeting, on_ranks
 
 from arealite.api.cli_args import EvaluatorConfig, StatsLoggerConfig
 from arealite.api.errors import RewardError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inference_support import LocalServer, output_logprobs
+from support.inference import LocalServer, output_logprobs
 from test_inference_spans import tokens_of
 from transformers import AutoModelForCausalLM, Qwen2Config
 

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from engine_batches import actor_config, random_batch
+from support.batches import actor_config, random_batch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from arealite.algorithm.packing import prefix_tree

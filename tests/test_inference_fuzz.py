@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inference_support import WAIT_S, LocalServer, save_tiny_llama, served
+from support.inference import WAIT_S, LocalServer, save_tiny_llama, served
 
 SAMPLED = ("/generate", "/v1/chat/completions", "/v1/completions")
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_support import PlainKernels, plain_varlen
-from inference_support import LocalServer, output_logprobs, save_tiny_llama, wait_until
+from support.gpu import PlainKernels, plain_varlen
+from support.inference import LocalServer, output_logprobs, save_tiny_llama, wait_until
 from test_inference_spans import ARCHITECTURES, LENGTH, MIXTURE, in_passes, plain_logits, save, tokens_of
 
 from arealite.inference import gpu_layout, receiver, sampler

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from inference_support import LocalServer, output_logprobs, save_tiny_llama, served, wait_until
 from safetensors.torch import load_file, save_file
+from support.inference import LocalServer, output_logprobs, save_tiny_llama, served, wait_until
 from transformers import AutoModelForCausalLM
 
 PROMPT = list(range(30, 50))

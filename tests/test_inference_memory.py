@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inference_support import LocalServer, save_tiny_llama, served, wait_until
+from support.inference import LocalServer, save_tiny_llama, served, wait_until
 
 from arealite.inference.batcher import Batcher
 from arealite.inference.model import ServedModel

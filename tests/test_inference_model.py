@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from inference_support import EOS, VOCAB, LocalServer, output_logprobs, save_tiny_llama, served
-from kernel_support import needs_kernels
+from support.inference import EOS, VOCAB, LocalServer, output_logprobs, save_tiny_llama, served
+from support.kernels import needs_kernels
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,

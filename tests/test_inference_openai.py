@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from inference_support import WAIT_S, fetch, wait_until
+from support.inference import WAIT_S, fetch, wait_until
 from transformers import AutoTokenizer
 
 from arealite.api.errors import RequestError

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from inference_support import WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served, wait_until
+from support.inference import WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served, wait_until
 
 LONG = {"max_new_tokens": 480, "ignore_eos": True, "sampling_seed": 1}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference_support import EOS, LocalServer, output_logprobs, save_tiny_llama, served
+from support.inference import EOS, LocalServer, output_logprobs, save_tiny_llama, served
 from transformers import AutoModelForCausalLM
 
 from arealite.inference.penalties import adjust

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference_support import LocalServer, output_logprobs, save_tiny_llama, served, wait_until
+from support.inference import LocalServer, output_logprobs, save_tiny_llama, served, wait_until
 
 from arealite.inference.cache import PagePool, pages_for
 from arealite.inference.prefix import PrefixCache

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inference_support import EOS, WAIT_S, byte_tokenizer, fetch, save_tiny_llama
+from support.inference import EOS, WAIT_S, byte_tokenizer, fetch, save_tiny_llama
 
 from arealite.inference.serve import build_engine, main, parse_arguments
 

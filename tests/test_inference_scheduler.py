@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inference_support import save_tiny_llama, served
+from support.inference import save_tiny_llama, served
 from transformers import AutoModelForCausalLM
 
 from arealite.inference.batcher import Batcher

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference_support import EOS, WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served, wait_until
+from support.inference import EOS, WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served, wait_until
 from transformers import AutoTokenizer
 
 from arealite.inference.batcher import Batcher

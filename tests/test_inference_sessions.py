@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from inference_support import LocalServer, save_tiny_llama, served, wait_until
 from safetensors.torch import load_file
+from support.inference import LocalServer, save_tiny_llama, served, wait_until
 
 from arealite.inference import receiver, updates
 from arealite.weights.checksum import checksum

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference_support import EOS, VOCAB, LocalServer, output_logprobs, served
+from support.inference import EOS, VOCAB, LocalServer, output_logprobs, served
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,

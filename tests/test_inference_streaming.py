@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from inference_support import WAIT_S, LocalServer, fetch, output_logprobs, save_tiny_llama, served, wait_until
+from support.inference import WAIT_S, LocalServer, fetch, output_logprobs, save_tiny_llama, served, wait_until
 
 from arealite.inference.model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams

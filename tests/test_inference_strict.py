@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inference_support import LocalServer, fetch, save_tiny_llama, served, wait_until
+from support.inference import LocalServer, fetch, save_tiny_llama, served, wait_until
 
 from arealite.inference.strict import VERSION
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference_support import byte_tokenizer
+from support.inference import byte_tokenizer
 
 from arealite.api.errors import RequestError
 from arealite.inference.chat_template import ChatTemplate

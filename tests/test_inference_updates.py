@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from group_trainer import GroupTrainer
-from inference_support import WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served
 from safetensors.torch import load_file
+from support.group_trainer import GroupTrainer
+from support.inference import WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served
 
 from arealite.api.types import WeightUpdateMeta
 from arealite.weights import buckets, group

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from inference_support import LocalServer, output_logprobs, save_tiny_llama, served
 from safetensors.torch import load_file, save_file
+from support.inference import LocalServer, output_logprobs, save_tiny_llama, served
 
 from arealite.api.types import WeightUpdateMeta, as_record
 from arealite.weights.checksum import checksum

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inference_support import VOCAB, save_tiny_llama, served
-from kernel_support import KINDS, each_kind, each_vector_kind, needs_kernels, normal
+from support.inference import VOCAB, save_tiny_llama, served
+from support.kernels import KINDS, each_kind, each_vector_kind, needs_kernels, normal
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,

@@ -8,7 +8,7 @@ import socket
 import time
 
 import pytest
-from dummies import Launched, config_with, is_alive, plan_of
+from support.dummies import Launched, config_with, is_alive, plan_of
 
 from arealite.api.errors import ConfigError, RecoveryError
 from arealite.launcher.local import launch

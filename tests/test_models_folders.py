@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_batches import actor_config, random_batch
-from inference_support import LocalServer, save_tiny_llama, served
 from safetensors.torch import load_file, save_file
+from support.batches import actor_config, random_batch
+from support.inference import LocalServer, save_tiny_llama, served
 from transformers import AddedToken, AutoTokenizer, GenerationConfig
 
 from arealite.api.cli_args import LoRAConfig

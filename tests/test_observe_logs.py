@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from arealite.api.atomic import read_jsonl
 from arealite.api.cli_args import GRPOConfig, StatsLoggerConfig
 from arealite.api.errors import ArealiteError
 from arealite.api.types import Group, Task, Trajectory
 from arealite.observe.progress import Progress, format_span, time_shares
 from arealite.observe.reasons import MAX_KINDS, by_kind
-from arealite.observe.rollout_log import read_rows, rollout_rows, rollout_stats, version_spans
+from arealite.observe.rollout_log import rollout_rows, rollout_stats, version_spans
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.sinks import MetricsFile, num_restarts, read_metrics
 from arealite.observe.stats_logger import StatsLogger
@@ -163,7 +164,7 @@ def test_failed_row_file_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_text_that_utf8_cannot_hold_is_no_reason_to_stop(tmp_path):
     folder = RunFolder(tmp_path)
     logger(folder)[0].commit(0, 0, {}, [group(trajectory(completion_text="half \ud83d of a pair, \u00e9"))])
-    assert read_rows(folder.rollouts(0))[0]["completion"] == "half \ud83d of a pair, \u00e9"
+    assert read_jsonl(folder.rollouts(0))[0]["completion"] == "half \ud83d of a pair, \u00e9"
 
 
 def test_rollout_rows(tmp_path):
@@ -175,7 +176,7 @@ def test_rollout_rows(tmp_path):
         trajectory(1, reward=None, status="reward_error", error="Traceback"),
     ]
     log.commit(12, 0, {}, [group(*members)])
-    rows = read_rows(folder.rollouts_dir / "step_000012.jsonl")
+    rows = read_jsonl(folder.rollouts_dir / "step_000012.jsonl")
     assert [row["member"] for row in rows] == [0, 1]
     assert rows[0]["completion"] == odd and rows[0]["versions"] == [[3, 2], [4, 1]]
     assert rows[0]["reward_parts"] == {"format": 0.5} and rows[0]["num_tokens"] == 3

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from dummies import Launched, is_alive
+from support.dummies import Launched, is_alive
 
 from arealite.observe import watchdog as watchdog_module
 from arealite.observe.processes import state_letter

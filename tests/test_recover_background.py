@@ -8,10 +8,10 @@ import threading
 import time
 from pathlib import Path
 
-import layouts
 import numpy as np
 import pytest
-from ranks import Alone
+from support import layouts
+from support.ranks import Alone
 from test_engine_layouts import TOLERANCE, save_model
 from test_engine_resume import engine, step, weights
 from test_recover_points import Counter, Life, run_config

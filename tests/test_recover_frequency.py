@@ -1,7 +1,7 @@
 """When recurring things are due: steps, epochs, seconds; alone, after a resume, and on several ranks."""
 
 import pytest
-from ranks import Alone, Meeting, on_ranks
+from support.ranks import Alone, Meeting, on_ranks
 
 from arealite.api.cli_args import FrequencyConfig
 from arealite.observe.frequency import Frequency

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import layouts
 import pytest
-from ranks import Alone, Meeting, on_ranks
+from support import layouts
+from support.ranks import Alone, Meeting, on_ranks
 
 from arealite.api.cli_args import GRPOConfig, RecoverConfig, TrainEngineConfig
 from arealite.api.errors import ArealiteError, RecoveryError
@@ -302,8 +302,8 @@ def test_killed_at_random_moments_a_complete_point_of_the_newest_finished_step_e
     finished, leftovers = 0, 0
     for _ in range(10):
         child = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("recover_child.py")), str(tmp_path)],
-            stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "support.recover_child", str(tmp_path)],
+            stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
         )  # fmt: skip
         try:
             loaded = child.stdout.readline().split()

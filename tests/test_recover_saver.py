@@ -4,7 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
-from ranks import Alone, Meeting, on_ranks
+from support.ranks import Alone, Meeting, on_ranks
 
 from arealite.api.cli_args import SaverConfig
 from arealite.api.errors import ArealiteError

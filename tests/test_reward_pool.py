@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from reward_functions import by_word, length_reward
+from support.rewards import by_word, length_reward
 
 from arealite.api.errors import ConfigError, RewardError
 from arealite.observe.reasons import Reasons

@@ -7,8 +7,8 @@ import time
 
 import pytest
 from aiohttp import web
-from inference_support import wait_until
-from rollout_fakes import FakeServer, MembersWorkflow, expected_token, quick_config
+from support.inference import wait_until
+from support.rollout import FakeServer, MembersWorkflow, expected_token, quick_config
 
 from arealite.api.errors import (
     ConfigError,

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from aiohttp import web
-from rollout_fakes import FakeServer, MembersWorkflow, expected_token, quick_config
+from support.rollout import FakeServer, MembersWorkflow, expected_token, quick_config
 
 from arealite.api.errors import RequestError, ServerUnreachable, WeightSyncError
 from arealite.api.types import GenerationRequest, Task, WeightUpdateMeta

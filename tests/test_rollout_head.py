@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
+from support.rollout import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
 
 from arealite.api.errors import ConfigError, RequestError, RunStopped, WorkflowError
 from arealite.api.types import Batch, Group, Task, as_record

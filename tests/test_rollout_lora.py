@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from rollout_fakes import MembersWorkflow, quick_config, serving
+from support.rollout import MembersWorkflow, quick_config, serving
 from test_rollout_native import reference_logprobs
 from transformers import AutoModelForCausalLM
 

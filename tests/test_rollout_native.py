@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import Source, quick_config, serving
+from support.rollout import Source, quick_config, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arealite.api.cli_args import GenerationHyperparameters

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from rollout_fakes import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
+from support.rollout import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
 
 from arealite.api.errors import RecoveryError
 from arealite.api.types import Task

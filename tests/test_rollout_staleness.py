@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rollout_fakes import quick_config, simulate, tasks_from, trajectory
+from support.rollout import quick_config, simulate, tasks_from, trajectory
 
 from arealite.rollout.counters import Counters
 from arealite.rollout.executor import RolloutExecutor

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import forks
 import pytest
 import torch
-from rollout_fakes import quick_config
+from support import forks
+from support.rollout import quick_config
 from transformers import AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError, WeightSyncError

@@ -2,7 +2,7 @@
 
 import signal
 
-from runs import TINY, Run
+from support.runs import TINY, Run
 from test_run_supervised import SFTRun
 
 SPARSE = ("recover.freq_steps=null", "saver.freq_steps=null")

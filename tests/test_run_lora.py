@@ -4,8 +4,8 @@ import json
 
 import peft
 import torch
-from runs import Run
 from safetensors.torch import load_file
+from support.runs import Run
 from transformers import AutoModelForCausalLM
 
 

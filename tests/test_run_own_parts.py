@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_batches import actor_config, random_batch, train_one_step
-from own_parts import reinforce
-from rollout_fakes import Episodes, heads, trajectory
-from runs import Run
+from support.batches import actor_config, random_batch, train_one_step
+from support.own_parts import reinforce
+from support.rollout import Episodes, heads, trajectory
+from support.runs import Run
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
@@ -34,7 +34,7 @@ def make(tiny_llama):
 
 def test_a_run_with_both(tmp_path, tiny_llama):
     run = Run(tmp_path, tiny_llama, "total_train_steps=2")
-    run.command[4] = str(Path(__file__).with_name("own_parts.py"))
+    run.command[4] = str(Path(__file__).with_name("support") / "own_parts.py")
     with run:
         summary = run.succeed()
     steps = [line for line in run.metrics() if "step_s" in line]

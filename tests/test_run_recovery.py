@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-from runs import Run
 from safetensors.torch import load_file
+from support.runs import Run
 
 DETERMINISTIC = ["rollout.max_head_offpolicyness=0", "server.deterministic=true"]
 

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 
-from runs import Run
+from support.runs import Run
 
 STALL_S = 8
 

@@ -5,8 +5,8 @@ import os
 import signal
 
 import torch
-from runs import TINY, Run
 from safetensors.torch import load_file
+from support.runs import TINY, Run
 
 SMALL = ("model.path={model}", "model.dtype=float32", "model.optimizer.lr=1e-3", "launcher.stop_grace_s=5")
 SMALL += ("launcher.pin_cores=false",)  # other tests run beside

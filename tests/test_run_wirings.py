@@ -2,7 +2,7 @@
 a step can have; runs of other wirings are in the other test_run_*.py."""
 
 import pytest
-from runs import Run
+from support.runs import Run
 
 
 def test_a_colocated_run_leaves_its_records(tmp_path, tiny_llama):

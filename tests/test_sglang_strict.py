@@ -6,7 +6,7 @@ SGLang itself needs CUDA; what it answers is described in arealite/inference/str
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import MembersWorkflow, quick_config, serving
+from support.rollout import MembersWorkflow, quick_config, serving
 from test_rollout_native import reference_logprobs
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_support import each_vector_kind, needs_kernels, normal
+from support.kernels import each_vector_kind, needs_kernels, normal
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import quick_config
 from safetensors.torch import save_file
+from support.rollout import quick_config
 from transformers import AutoModelForCausalLM
 
 from arealite.api.cli_args import GRPOConfig

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from reward_functions import by_word, length_reward, without_answer
+from support.rewards import by_word, length_reward, without_answer
 from transformers import AutoTokenizer
 
 from arealite.api.cli_args import GenerationHyperparameters, InferenceEngineConfig

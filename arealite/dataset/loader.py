@@ -22,10 +22,10 @@ from arealite.api.config_rules import warm_up
 from arealite.api.errors import ConfigError, DatasetError, RecoveryError
 from arealite.api.types import Task, as_record
 from arealite.dataset.examples import Example
-from arealite.dataset.fetch import resolve_model
 from arealite.dataset.prompts import check_shown, check_variables, encode, prompt_text, turn_end
 from arealite.dataset.rows import kept_rows, task_of
 from arealite.dataset.sources import Row
+from arealite.models.fetch import resolve_model
 from arealite.models.opening import open_config, open_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -6,13 +6,13 @@ Called by the training script on every rank, and by recover.py and export.py.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError
 
+from arealite.api.atomic import remove_folder
 from arealite.api.errors import ArealiteError
 from arealite.observe.frequency import Frequency
 
@@ -27,45 +27,6 @@ logger = logging.getLogger(__name__)
 
 # What a full or broken disk looks like: plain I/O, safetensors' own error, and the RuntimeError of torch's zip writer.
 WRITE_ERRORS: tuple[type[Exception], ...] = (OSError, SafetensorError, RuntimeError)
-
-PARTIAL, REPLACED, REMOVED = ".partial-", ".replaced-", ".removed-"
-
-
-def partial_name(final: Path) -> Path:
-    """Where to build what is to become `final`: beside it, hidden."""
-    return final.with_name(f"{PARTIAL}{final.name}")
-
-
-def put_in_place(partial: Path, final: Path) -> None:
-    """Rename a finished `partial` to `final`, in place of what is there. Raises OSError."""
-    replaced = final.with_name(f"{REPLACED}{final.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def remove_folder(path: Path) -> None:
-    """Delete a folder so that a kill in between leaves no half of it under its name. Never raises OSError."""
-    hidden = path.with_name(f"{REMOVED}{path.name}")
-    try:
-        path.rename(hidden)
-    except OSError as error:
-        logger.warning("cannot remove %s: %s", path, error)
-        return
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def clean(parent: Path) -> None:
-    """Remove what a kill left behind in `parent`; a folder that was being replaced gets its name back."""
-    for replaced in parent.glob(f"{REPLACED}*"):
-        final = replaced.with_name(replaced.name.removeprefix(REPLACED))
-        if not final.exists():
-            replaced.rename(final)
-    for prefix in (PARTIAL, REPLACED, REMOVED):
-        for leftover in parent.glob(f"{prefix}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def attempt(write: Callable[..., None], *args: Any) -> str:

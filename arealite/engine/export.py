@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from arealite.engine.checkpoint import partial_name, put_in_place
+from arealite.api.atomic import partial_name, put_in_place
 from arealite.engine.loading import INDEX, SINGLE
 from arealite.models.folder import read_config
 from arealite.weights.adapter import write_adapter

@@ -21,7 +21,6 @@ from arealite.api.cli_args import TrainEngineConfig
 from arealite.api.engine import InferenceEngine
 from arealite.api.errors import ConfigError, NumericalError, WeightSyncError
 from arealite.api.types import Batch, Dims, WeightUpdateMeta
-from arealite.dataset.fetch import resolve_model
 from arealite.engine import export, state
 from arealite.engine.checkpointing import checkpoint_activations
 from arealite.engine.determinism import be_deterministic
@@ -36,6 +35,7 @@ from arealite.engine.optim import RoundingWatch, clip_gradients, gradient_norms,
 from arealite.engine.parallel import RankCollective, join_ranks, over_ranks, pick_device
 from arealite.engine.parallelize import parallelize
 from arealite.engine.pipeline import Runner, add_tied_gradients, from_last_stage, over_stages, split_stages
+from arealite.models.fetch import resolve_model
 from arealite.observe import waits
 from arealite.observe.timeline import span
 from arealite.weights.checksum import checksum

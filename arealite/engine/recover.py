@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from arealite.api.atomic import clean_folder, partial_name, put_in_place, remove_folder, sync
 from arealite.api.errors import ArealiteError, RecoveryError, RunStopped
-from arealite.engine import checkpoint
 from arealite.engine.checkpoint import WriteFailures, attempt, attempt_on_ranks
-from arealite.engine.state import sync
 from arealite.observe import stop
 from arealite.observe.claim import claim, trace_of_a_run
 from arealite.observe.frequency import Frequency
@@ -149,7 +148,7 @@ class RecoverHandler:
         """Copy everything as it is now and leave the rest to a thread. None when that failed with a warning."""
         self.finish()
         collective, point = actor.collective, self._folder.recovery_point(step)
-        partial = checkpoint.partial_name(point)
+        partial = partial_name(point)
 
         def begin() -> str:
             states = {"rollout": rollout.state_dict(), "dataloader": dataloader.state_dict()}
@@ -231,7 +230,7 @@ class RecoverHandler:
     def _choose(self) -> dict[str, Any] | None:
         """The newest complete point's record; None when there is no point, or when none is wanted."""
         for folder in (self._folder.recover_dir, self._folder.checkpoints_dir):
-            checkpoint.clean(folder)
+            clean_folder(folder)
         claim(self._folder, self._run_config, "trainer")
         points = self._points()
         if not points:
@@ -256,7 +255,7 @@ class RecoverHandler:
         """Keep the newest complete points; only after the newest is complete."""
         complete = [point for point in self._points() if _read(point) is not None]
         for point in complete[: -self._config.num_kept]:
-            checkpoint.remove_folder(point)
+            remove_folder(point)
 
 
 def _begin(partial: Path, record: dict[str, Any]) -> None:
@@ -272,7 +271,7 @@ def _finish(partial: Path, point: Path) -> None:
     (partial / COMPLETE).write_text(json.dumps({"files": sizes}), encoding="utf-8")
     for path in (*paths, partial / COMPLETE, partial):
         sync(path)
-    checkpoint.put_in_place(partial, point)
+    put_in_place(partial, point)
     sync(point.parent)
 
 

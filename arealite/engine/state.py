@@ -7,7 +7,6 @@ which reads them back into any other layout of the ranks (a rank without random 
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from arealite.api.atomic import sync
 from arealite.api.errors import RecoveryError
 from arealite.engine.offload import CPU, wait_for
 from arealite.engine.optim import moments, set_num_updates
@@ -71,15 +71,6 @@ def stage_state(
             (folder / "counters.json").write_text(json.dumps(counters))
 
     return write
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's or a folder's content is on disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_state(

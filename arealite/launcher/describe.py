@@ -10,13 +10,13 @@ from itertools import groupby
 from arealite.api.cli_args import GRPOConfig, RunConfig
 from arealite.api.errors import DatasetError
 from arealite.api.load_config import explain, load_run_config, to_yaml
-from arealite.dataset.fetch import MODELS, resolve_model
 from arealite.kernels import build
 from arealite.launcher.allocation import AllocationMode, trainer_dims
 from arealite.launcher.inspect import inspect, warnings
 from arealite.launcher.machine import Machine
 from arealite.launcher.memory import COLOCATED_KV_SHARE, KV_SHARE, ModelShape, Part, server_parts, trainer_parts
 from arealite.launcher.plan import Plan, make_plan
+from arealite.models.fetch import MODELS, resolve_model
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
 

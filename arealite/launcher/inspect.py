@@ -15,9 +15,9 @@ from arealite.api.config_rules import REASONING_GYM, lengths
 from arealite.api.errors import ConfigError, DatasetError
 from arealite.api.paths import is_local
 from arealite.dataset.examples import check_row
-from arealite.dataset.fetch import resolve_model
 from arealite.dataset.rows import task_of
 from arealite.dataset.sources import read_rows
+from arealite.models.fetch import resolve_model
 from arealite.models.folder import TESTED, has_chat_template, model_fault, read_config, tokenizer_fault
 from arealite.models.hub import find_on_hub
 
@@ -120,7 +120,7 @@ def _uncomputable(key: str, model: str, config: RunConfig) -> list[str]:
             return problems
     if settings["model_type"] in TESTED:
         return []
-    command = [sys.executable, "-m", "arealite.evaluation.trial", model, config.kind]
+    command = [sys.executable, "-m", "arealite.prove.trial", model, config.kind]
     command += [server.dtype] if server else []
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_LIMIT_S, check=False)

@@ -5,12 +5,12 @@ folder's `servers` file, which the trainer's client follows. Called by superviso
 from __future__ import annotations
 
 import http.client
-import os
 import socket
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
+from arealite.api.atomic import write_text
 from arealite.api.cli_args import RunConfig
 from arealite.launcher import children
 from arealite.launcher.children import Child
@@ -166,6 +166,4 @@ class Keeper:
         replaced; those given up lose it."""
         if not all(server.was_healthy for server in self.servers):
             return  # the trainers have not been started
-        scratch = self._folder.servers.with_suffix(".tmp")
-        scratch.write_text("".join(f"{address}\n" for address in self.addresses()))
-        os.replace(scratch, self._folder.servers)
+        write_text(self._folder.servers, "".join(f"{address}\n" for address in self.addresses()), durable=False)

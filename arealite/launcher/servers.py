@@ -13,10 +13,10 @@ from typing import Any
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
-from arealite.dataset.fetch import resolve_model
 from arealite.launcher.allocation import Component
 from arealite.launcher.machine import Machine
 from arealite.launcher.memory import RUNNING_REQUESTS, ModelShape, kv_cache_bytes
+from arealite.models.fetch import resolve_model
 
 PORT = "{port}"
 HOST = "127.0.0.1"

@@ -11,9 +11,9 @@ import logging
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from arealite.api.atomic import finite_json, write_json
 from arealite.api.errors import RecoveryError
 from arealite.api.load_config import walk
-from arealite.observe.rollout_log import finite_json, write_json
 
 if TYPE_CHECKING:
     from pathlib import Path

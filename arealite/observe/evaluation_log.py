@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from arealite.observe.rollout_log import read_rows, write_json, write_rows
+from arealite.api.atomic import read_jsonl, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from arealite.observe.run_folder import RunFolder
@@ -51,7 +51,7 @@ class EvaluationResult:
 
 def write_evaluation(folder: RunFolder, result: EvaluationResult, rows: list[dict[str, Any]]) -> None:
     """Answers first, the result last: a result on disk has its answers beside it. Raises OSError."""
-    write_rows(folder.evaluation(result.step), rows)
+    write_jsonl(folder.evaluation(result.step), rows)
     write_json(folder.evaluation(result.step).with_suffix(".json"), asdict(result))
 
 
@@ -67,4 +67,4 @@ def read_evaluations(folder: RunFolder) -> list[EvaluationResult]:
 
 def read_answers(folder: RunFolder, step: int) -> list[dict[str, Any]]:
     """The rows of one evaluation (rollout_log.rollout_rows); none when it was not made."""
-    return read_rows(folder.evaluation(step))
+    return read_jsonl(folder.evaluation(step))

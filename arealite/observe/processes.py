@@ -11,6 +11,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from arealite.api.atomic import write_text
+
 STATES = {
     "R": "running",
     "S": "sleeping",
@@ -66,10 +68,7 @@ class Heartbeat:
 
     def write(self, path: Path) -> None:
         """Replace the file at once, so that readers see a whole beat. Raises OSError."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(asdict(self)))
-        os.replace(scratch, path)
+        write_text(path, json.dumps(asdict(self)), durable=False)
 
 
 class BeatAge:

@@ -5,12 +5,8 @@ Used by stats_logger.py (what a step trained on) and evaluation/evaluator.py (he
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -58,52 +54,6 @@ def _row(group: Group, trajectory: Trajectory, tokenizer: Decoder | None) -> dic
         "versions": version_spans(trajectory),
         "error": trajectory.error,
     }
-
-
-def finite_json(value: Any) -> Any:
-    """`value` with every NaN and infinity inside replaced by None, and numpy numbers by Python's: valid JSON."""
-    if isinstance(value, dict):
-        return {str(k): finite_json(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_json(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write `path` so that a reader sees the old content or the new, never a part. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        # Half a surrogate pair is no character; backslashreplace writes what JSON reads back as the same.
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write one JSON document for people to read, atomically. Raises OSError."""
-    write_text_atomically(path, json.dumps(finite_json(value), indent=2) + "\n")
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSONL, atomically. Raises OSError."""
-    lines = [json.dumps(finite_json(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    write_text_atomically(path, "".join(lines))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file written by `write_rows`; none when there is no such file."""
-    if not path.is_file():
-        return []
-    # Not splitlines: a completion may hold line separators of Unicode, which JSON leaves as they are.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def rollout_stats(groups: Sequence[Group]) -> dict[str, float]:

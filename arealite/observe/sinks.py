@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arealite.api.atomic import finite_json
 from arealite.api.errors import ArealiteError
-from arealite.observe.rollout_log import finite_json
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

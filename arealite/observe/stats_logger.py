@@ -9,9 +9,10 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+from arealite.api.atomic import write_jsonl
 from arealite.observe.progress import Progress
 from arealite.observe.reasons import reasons
-from arealite.observe.rollout_log import Decoder, rollout_rows, rollout_stats, write_rows
+from arealite.observe.rollout_log import Decoder, rollout_rows, rollout_stats
 from arealite.observe.sinks import MetricsFile, open_tensorboard
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class StatsLogger:
 
     def _write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: Decoder | None) -> None:
         try:
-            write_rows(self._folder.rollouts(step), rollout_rows(groups, tokenizer))
+            write_jsonl(self._folder.rollouts(step), rollout_rows(groups, tokenizer))
         except OSError as error:
             self._drop(f"{self._folder.rollouts(step)}: {error.strerror}")
 

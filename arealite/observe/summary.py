@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from arealite.api.atomic import write_json
 from arealite.observe.evaluation_log import EvaluationResult, read_answers, read_evaluations
 from arealite.observe.plot import plot_reward
 from arealite.observe.progress import format_span, terminal_width, time_shares
 from arealite.observe.reasons import by_kind
-from arealite.observe.rollout_log import write_json
 from arealite.observe.sinks import num_restarts, read_metrics
 
 if TYPE_CHECKING:

@@ -22,7 +22,9 @@ from arealite.api.errors import ServerUnreachable
 from arealite.api.types import Batch, GenerationRequest, Task, Trajectory
 from arealite.dataset.loader import StatefulDataLoader
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.evaluation.proof import (
+from arealite.kernels import cpu
+from arealite.observe.waits import waiting
+from arealite.prove.proof import (
     MISMATCH,
     MISMATCH_WITHOUT_KERNELS,
     Finding,
@@ -31,8 +33,6 @@ from arealite.evaluation.proof import (
     logprob_distance,
     take_step,
 )
-from arealite.kernels import cpu
-from arealite.observe.waits import waiting
 from arealite.rollout.client import RemoteNativeEngine
 
 START_LIMIT_S = 300.0

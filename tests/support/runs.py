@@ -13,7 +13,7 @@ from pathlib import Path
 from arealite.observe.sinks import read_metrics
 from arealite.rollout.ledger import audit
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 300.0
 
 TINY = [

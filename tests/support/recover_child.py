@@ -6,12 +6,12 @@ argv: run folder. Prints a line after each finished step.
 import sys
 from pathlib import Path
 
-from ranks import Alone
 from test_recover_points import Counter, FakeActor, run_config
 
 from arealite.api.cli_args import RecoverConfig
 from arealite.engine.recover import RecoverHandler
 from arealite.observe.run_folder import RunFolder
+from support.ranks import Alone
 
 
 def main(root: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from forks import LIMIT_S, context
+from support.forks import LIMIT_S, context
 
 
 def on_ranks(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:

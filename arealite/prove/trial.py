@@ -1,4 +1,4 @@
-"""Whether an architecture can be trained and served, asked of the code that would: `python -m arealite.evaluation.trial
+"""Whether an architecture can be trained and served, asked of the code that would: `python -m arealite.prove.trial
 MODEL KIND [DTYPE]` prints the reason and ends with 2 where not. DTYPE is that of built-in servers, if there are any.
 
 Started by the launcher, which imports no torch.

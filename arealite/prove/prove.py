@@ -26,19 +26,19 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from arealite.api.cli_args import GRPOConfig, PPOActorConfig
 from arealite.api.load_config import load_config_file
 from arealite.api.types import Batch, Task
-from arealite.dataset.fetch import resolve_model
 from arealite.dataset.loader import load_tasks, load_tokenizer
 from arealite.dataset.prompts import prompt_of
 from arealite.engine.determinism import WORKSPACE_VARIABLE, WORKSPACES
 from arealite.engine.micro_batch import cut
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.evaluation import proof
-from arealite.evaluation.proof import ABSOLUTE, TOLERANCES, Distance, Finding, Step, judge, take_step
-from arealite.evaluation.proof_layouts import CHECK, candidates, check_layout, size_of
-from arealite.evaluation.proof_rollout import check_mismatch, check_rollouts
 from arealite.launcher.allocation import trainer_dims
+from arealite.models.fetch import resolve_model
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
+from arealite.prove import proof
+from arealite.prove.proof import ABSOLUTE, TOLERANCES, Distance, Finding, Step, judge, take_step
+from arealite.prove.proof_layouts import CHECK, candidates, check_layout, size_of
+from arealite.prove.proof_rollout import check_mismatch, check_rollouts
 
 MAX_PROMPT_TOKENS = 64  # of a prompt its last ones are used
 LONGEST_ANSWER = 10

@@ -22,9 +22,9 @@ from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
 from arealite.engine.parallel import join_ranks, pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.evaluation.proof import Finding, Step, distances, judge, take_step
 from arealite.launcher.keeper import free_ports
 from arealite.observe.waits import waiting
+from arealite.prove.proof import Finding, Step, distances, judge, take_step
 
 LIMIT_S = 900.0  # for one layout
 POLL_S = 0.5

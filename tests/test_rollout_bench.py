@@ -6,10 +6,10 @@ from itertools import islice
 
 import pytest
 import torch
-from inference_support import LocalServer, save_tiny_llama, served
+from support.inference import LocalServer, save_tiny_llama, served
 
 from arealite.api.errors import ConfigError
-from arealite.evaluation.serve_bench import lengths, main, parse_arguments, workload
+from arealite.rollout.bench import lengths, main, parse_arguments, workload
 
 
 def take(spec, num=200, key="output_tokens"):

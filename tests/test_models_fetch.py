@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from arealite.api.errors import DatasetError
-from arealite.dataset import fetch as fetching
+from arealite.models import fetch as fetching
 
 
 def test_a_fetched_model_is_whole_and_usable(smollm2):

@@ -14,10 +14,10 @@ from arealite.api.load_config import load_config_file
 from arealite.api.types import Dims
 from arealite.engine import determinism, fsdp_engine, state
 from arealite.engine.ppo import actor as actor_module
-from arealite.evaluation import proof
-from arealite.evaluation.proof_layouts import candidates, check_layout
-from arealite.evaluation.proof_rollout import check_rollouts
-from arealite.evaluation.prove import Prover, engine, table
+from arealite.prove import proof
+from arealite.prove.proof_layouts import candidates, check_layout
+from arealite.prove.proof_rollout import check_rollouts
+from arealite.prove.prove import Prover, engine, table
 
 CONFIG = "examples/arealite/quickstart.yaml"
 

@@ -1,8 +1,8 @@
 """Small real processes for the launcher's tests: servers, trainers, a launcher to be killed. Used by test_launcher_*.
 
-python dummies.py server PORT BEHAVIOUR
-python dummies.py trainer FOLDER BEHAVIOUR
-python dummies.py launch FOLDER '{"trainers": [...], "servers": [...], "overrides": {...}}'
+python support/dummies.py server PORT BEHAVIOUR
+python support/dummies.py trainer FOLDER BEHAVIOUR
+python support/dummies.py launch FOLDER '{"trainers": [...], "servers": [...], "overrides": {...}}'
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import forks
 from aiohttp import web
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.types import GenerationRequest, Task, Trajectory
 from arealite.rollout.client import RemoteNativeEngine
+from support import forks
 
 
 class VirtualClockLoop(asyncio.SelectorEventLoop):

@@ -22,8 +22,8 @@ LIMIT_S = 600.0  # for all that one call does, on a busy machine
 def context() -> Any:
     """Once its server has started: Python 3.11 tells it by the environment alone where modules are."""
     found, path = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
-    found.set_forkserver_preload(["preloaded"])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([path] if path else [])])
+    found.set_forkserver_preload(["support.preloaded"])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *([path] if path else [])])
     try:
         forkserver.ensure_running()
     finally:

@@ -1,0 +1,1 @@
+"""What several test files share: ranks, servers, runs, small models and reference results."""
