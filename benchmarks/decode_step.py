@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from arealite.inference import batcher, layout
-from arealite.inference.batcher import Batcher
-from arealite.inference.model import ServedModel
+from arealite.inference.core import batcher, layout
+from arealite.inference.core.batcher import Batcher
+from arealite.inference.core.sequence import Sequence
+from arealite.inference.core.served_model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.inference.sequence import Sequence
 from arealite.kernels import build, cpu, linears
 from arealite.kernels.cpu import Kernels
 from arealite.models.fetch import resolve_model

@@ -146,7 +146,7 @@ def server(args: argparse.Namespace) -> Numbers:
     from support.batches import actor_config
 
     from arealite.engine.ppo.actor import FSDPPPOActor
-    from arealite.inference.model import ServedModel
+    from arealite.inference.core.served_model import ServedModel
 
     found: Numbers = {"ok": True}
     with tempfile.TemporaryDirectory() as scratch:

@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from arealite.inference.batcher import Batcher
-from arealite.inference.cache import pages_for
-from arealite.inference.graphs import Started
-from arealite.inference.layout import ATTENTION_NAME
-from arealite.inference.model import ServedModel
+from arealite.inference.core.batcher import Batcher
+from arealite.inference.core.cache import pages_for
+from arealite.inference.core.graphs import Started
+from arealite.inference.core.layout import ATTENTION_NAME
+from arealite.inference.core.sequence import Sequence
+from arealite.inference.core.served_model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.inference.sequence import Sequence
 from arealite.kernels.functions import use_gpu
 
 # layers, width, width of the gated unit, query and key heads, vocabulary, whether head and embedding are one

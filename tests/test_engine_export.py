@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from arealite.engine import export
 from arealite.engine.checkpoint import attempt_on_ranks
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.inference.model import ServedModel
-from arealite.inference.receiver import load, stage
+from arealite.inference.core.receiver import load, stage
+from arealite.inference.core.served_model import ServedModel
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from support.inference import LocalServer, output_logprobs
 from test_inference_spans import tokens_of
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from arealite.inference.model import ServedModel
+from arealite.inference.core.served_model import ServedModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # of mean differences of logprobs

@@ -12,14 +12,13 @@ from support.gpu import PlainKernels, plain_varlen
 from support.inference import LocalServer, output_logprobs, save_tiny_llama, wait_until
 from test_inference_spans import ARCHITECTURES, LENGTH, MIXTURE, in_passes, plain_logits, save, tokens_of
 
-from arealite.inference import gpu_layout, receiver, sampler
-from arealite.inference import model as served_model
-from arealite.inference.batcher import Batcher
-from arealite.inference.engine import Engine, UpdateOptions
-from arealite.inference.layout import Transfer
-from arealite.inference.model import ServedModel
+from arealite.inference.core import gpu_layout, receiver, sampler, served_model
+from arealite.inference.core.batcher import Batcher
+from arealite.inference.core.engine import Engine, UpdateOptions
+from arealite.inference.core.layout import Transfer
+from arealite.inference.core.sampler import NUM_LIKELIEST, uniform_numbers
+from arealite.inference.core.served_model import ServedModel
 from arealite.inference.requests import SamplingParams
-from arealite.inference.sampler import NUM_LIKELIEST, uniform_numbers
 from arealite.kernels.linears import Joined
 from arealite.weights.checksum import checksum
 

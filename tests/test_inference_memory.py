@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.inference import LocalServer, save_tiny_llama, served, wait_until
 
-from arealite.inference.batcher import Batcher
-from arealite.inference.model import ServedModel
+from arealite.inference.core.batcher import Batcher
+from arealite.inference.core.served_model import ServedModel
 
 PROMPT = list(range(40))
 

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from arealite.api.errors import ConfigError
-from arealite.inference.layout import bucket_pages
-from arealite.inference.model import ServedModel
+from arealite.inference.core.layout import bucket_pages
+from arealite.inference.core.served_model import ServedModel
 from arealite.kernels import cpu
 
 SMALL = {

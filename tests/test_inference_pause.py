@@ -156,7 +156,7 @@ def test_a_client_that_leaves_while_it_continues_generation_holds_up_nobody(fold
 
 
 def test_a_control_call_to_a_busy_engine_has_a_limit(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arealite.inference.engine.CALL_LIMIT_S", 0.1)
+    monkeypatch.setattr("arealite.inference.core.engine.CALL_LIMIT_S", 0.1)
     busy = threading.Event()
     server.engine.call(lambda: busy.wait(WAIT_S))
     status, answer = server.post("/flush_cache", {})

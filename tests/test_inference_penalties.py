@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from support.inference import EOS, LocalServer, output_logprobs, save_tiny_llama, served
 from transformers import AutoModelForCausalLM
 
-from arealite.inference.penalties import adjust
+from arealite.inference.core.penalties import adjust
+from arealite.inference.core.sequence import Sequence
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.inference.sequence import Sequence
 
 
 @pytest.fixture(scope="module")

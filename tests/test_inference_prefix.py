@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inference import LocalServer, output_logprobs, save_tiny_llama, served, wait_until
 
-from arealite.inference.cache import PagePool, pages_for
-from arealite.inference.prefix import PrefixCache
+from arealite.inference.core.cache import PagePool, pages_for
+from arealite.inference.core.prefix import PrefixCache
 
 
 @pytest.fixture(scope="module")

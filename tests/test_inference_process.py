@@ -22,7 +22,7 @@ from arealite.inference.serve import build_engine, main, parse_arguments
 
 BROKEN_ENGINE = """
 import sys
-from arealite.inference.batcher import Batcher
+from arealite.inference.core.batcher import Batcher
 from arealite.inference.serve import main
 def broken(self):
     raise RuntimeError("the cable is unplugged")

@@ -12,13 +12,13 @@ import torch
 from support.inference import save_tiny_llama, served
 from transformers import AutoModelForCausalLM
 
-from arealite.inference.batcher import Batcher
-from arealite.inference.cache import PAGE_TOKENS, PagePool
-from arealite.inference.engine import Engine, PauseMode, QueueFull, UpdateOptions
-from arealite.inference.model import ServedModel
+from arealite.inference.core.batcher import Batcher
+from arealite.inference.core.cache import PAGE_TOKENS, PagePool
+from arealite.inference.core.engine import Engine, PauseMode, QueueFull, UpdateOptions
+from arealite.inference.core.scheduler import JOINING_LIMIT_S, Scheduler
+from arealite.inference.core.sequence import Sequence
+from arealite.inference.core.served_model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.inference.scheduler import JOINING_LIMIT_S, Scheduler
-from arealite.inference.sequence import Sequence
 
 MAX_NEW = 12
 MAX_STEPS = 3000

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from support.inference import EOS, WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served, wait_until
 from transformers import AutoTokenizer
 
-from arealite.inference.batcher import Batcher
-from arealite.inference.engine import Engine, EngineFailure
+from arealite.inference.core.batcher import Batcher
+from arealite.inference.core.engine import Engine, EngineFailure
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.responses import version_spans
 

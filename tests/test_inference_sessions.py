@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support.inference import LocalServer, save_tiny_llama, served, wait_until
 
-from arealite.inference import receiver, updates
+from arealite.inference.core import receiver, weight_updates
 from arealite.weights.checksum import checksum
 
 
@@ -72,7 +72,7 @@ def test_a_session_whose_trainer_is_gone_is_dropped(
 
     monkeypatch.setattr(receiver, "stage", stage)
     server.post("/begin_weight_update", {})
-    monkeypatch.setattr(updates, "SESSION_LIMIT_S", 0.05)
+    monkeypatch.setattr(weight_updates, "SESSION_LIMIT_S", 0.05)
     assert send(server, weights(folders[1]))[0] == 200
     wait_until(lambda: gc.collect() >= 0 and all(ref() is None for ref in found))
     status, answer = server.post("/end_weight_update", {"weight_version": "3"})

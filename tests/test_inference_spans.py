@@ -30,12 +30,12 @@ from transformers import (
 )
 
 from arealite.api.errors import ConfigError
-from arealite.inference import layout
-from arealite.inference.cache import PAGE_TOKENS, pages_for
-from arealite.inference.layout import KVLayout, span_order
-from arealite.inference.model import ServedModel
+from arealite.inference.core import layout
+from arealite.inference.core.cache import PAGE_TOKENS, pages_for
+from arealite.inference.core.layout import KVLayout, span_order
+from arealite.inference.core.sequence import Sequence, Span
+from arealite.inference.core.served_model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.inference.sequence import Sequence, Span
 from arealite.kernels import cpu
 
 LENGTH = 90  # of test sequences: several pages, and longer than every window here

@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 import pytest
 from support.inference import WAIT_S, LocalServer, fetch, output_logprobs, save_tiny_llama, served, wait_until
 
-from arealite.inference.model import ServedModel
+from arealite.inference.core.sequence import Sequence
+from arealite.inference.core.served_model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.inference.responses import Answer
-from arealite.inference.sequence import Sequence
 from arealite.observe import waits
 
 

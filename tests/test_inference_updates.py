@@ -250,7 +250,7 @@ def test_a_group_that_cannot_be_is_refused(server: LocalServer, wrong: dict[str,
 
 
 def test_a_group_without_its_trainer_is_given_up(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arealite.inference.groups.join_group", lambda *a: group.join_group(*a, limit_s=1.0))
+    monkeypatch.setattr("arealite.inference.core.groups.join_group", lambda *a: group.join_group(*a, limit_s=1.0))
     body = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
     status, answer = server.post("/init_weights_update_group", body)
     assert status == 400 and "127.0.0.1:9" in answer["message"]

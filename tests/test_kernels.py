@@ -32,10 +32,10 @@ from arealite.algorithm.packing import prefix_tree
 from arealite.engine.attention import ATTENTION, Layout
 from arealite.engine.logprobs import token_logprobs
 from arealite.engine.model import PackedLanguageModel
-from arealite.inference.cache import PAGE_TOKENS, pages_for
+from arealite.inference.core.cache import PAGE_TOKENS, pages_for
+from arealite.inference.core.sampler import sample, uniform_numbers
+from arealite.inference.core.sequence import Sequence, Span
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.inference.sampler import sample, uniform_numbers
-from arealite.inference.sequence import Sequence, Span
 from arealite.kernels import build, cpu
 from arealite.kernels.cpu import Kernels, PagedSpans, TreeRuns
 from arealite.kernels.linears import PackedLinears

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassif
 from arealite.api.errors import ConfigError
 from arealite.engine.model import load_model
 from arealite.engine.value_model import load_value_model
-from arealite.inference.model import check_architecture
+from arealite.inference.core.served_model import check_architecture
 
 WINDOW = {"sliding_window": 64}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4}

@@ -9,12 +9,12 @@ from aiohttp import web
 
 from arealite.api.errors import RequestError, WeightSyncError
 from arealite.api.types import GroupPlace, TensorSlot, WeightUpdateMeta
-from arealite.inference import receiver
 from arealite.inference.bodies import field, integer, of_type, read_object, shown, strings
-from arealite.inference.engine import Engine, UpdateOptions
-from arealite.inference.groups import Groups, Incoming, layout
+from arealite.inference.core import receiver
+from arealite.inference.core.engine import Engine, UpdateOptions
+from arealite.inference.core.groups import Groups, Incoming, layout
+from arealite.inference.core.weight_updates import NamedTensors, Updates
 from arealite.inference.pickles import load_format, tensor_reader
-from arealite.inference.updates import NamedTensors, Updates
 from arealite.weights.receive import iterate_tensors
 
 DEFAULT_GROUP = "weight_update_group"

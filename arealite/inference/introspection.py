@@ -15,7 +15,7 @@ from aiohttp import web
 from arealite.api.errors import RequestError
 from arealite.inference import strict
 from arealite.inference.bodies import field, integer, of_type, read_object, shown
-from arealite.inference.engine import Engine
+from arealite.inference.core.engine import Engine
 from arealite.inference.requests import ServedLimits
 from arealite.inference.settings import SERVER_VERSION, ServerSettings
 from arealite.inference.streaming import Submissions

@@ -10,8 +10,8 @@ import time
 from itertools import groupby
 from typing import Any
 
+from arealite.inference.core.sequence import Scored, Sequence
 from arealite.inference.requests import GenerateRequest
-from arealite.inference.sequence import Scored, Sequence
 from arealite.inference.tool_calls import held_back
 
 BYTES_PER_CHARACTER = 4  # UTF-8 at most; a token is at least one byte

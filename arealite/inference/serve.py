@@ -15,9 +15,9 @@ import torch
 from aiohttp import web
 
 from arealite.api.errors import ConfigError
-from arealite.inference.batcher import Batcher
-from arealite.inference.engine import MAX_QUEUED, Engine
-from arealite.inference.model import ServedModel
+from arealite.inference.core.batcher import Batcher
+from arealite.inference.core.engine import MAX_QUEUED, Engine
+from arealite.inference.core.served_model import ServedModel
 from arealite.inference.routes import build_app
 from arealite.inference.settings import ServerSettings
 from arealite.inference.tool_calls import PARSERS

@@ -1,9 +1,9 @@
 """Linear layers on packed weights: each product reads memory once, in order, and layers that are given the same input
 are one product.
 
-Made by model.py after load. For bf16 on a CPU the packed weights are copies, and whoever changes the plain parameters
-calls `refresh`; elsewhere the plain parameters become parts of them (`Joined`). Either way they stay the truth: names,
-checksums, updates.
+Made by served_model.py after load. For bf16 on a CPU the packed weights are copies, and whoever changes the plain
+parameters calls `refresh`; elsewhere the plain parameters become parts of them (`Joined`). Either way they stay the
+truth: names, checksums, updates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Norms, rotary embedding, gated units and linear layers of Hugging Face modules, each replaced by a call of kernels.
 
-Called by inference/model.py and engine/model.py. A module is changed only if a probe on random numbers shows that it
-computes the same, to a bf16's rounding; any other is left alone, and so is whatever is no bf16 on their device.
+Called by inference/core/served_model.py and engine/model.py. A module is changed only if a probe on random numbers
+shows that it computes the same, to a bf16's rounding; any other is left alone, and so is whatever is no bf16 on their
+device.
 """
 
 from __future__ import annotations

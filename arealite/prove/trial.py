@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from arealite.api.errors import ConfigError
 from arealite.engine.model import load_model
 from arealite.engine.value_model import load_value_model
-from arealite.inference.model import check_architecture
+from arealite.inference.core.served_model import check_architecture
 from arealite.models.opening import open_config
 
 

@@ -18,9 +18,9 @@ from aiohttp import web
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from arealite.inference.batcher import Batcher
-from arealite.inference.engine import Engine
-from arealite.inference.model import ServedModel
+from arealite.inference.core.batcher import Batcher
+from arealite.inference.core.engine import Engine
+from arealite.inference.core.served_model import ServedModel
 from arealite.inference.routes import build_app
 from arealite.inference.settings import ServerSettings
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from arealite.inference.sequence import Sequence
+from arealite.inference.core.sequence import Sequence
 
 LARGEST = 1e30  # a logit that is to be finite in float32, whatever it is divided by
 

@@ -1,6 +1,6 @@
 """The KV cache: pages of fixed size, and who needs which.
 
-Owned by the engine thread (scheduler.py and prefix.py allocate and free, model.py reads and writes the tensors).
+Owned by the engine thread (scheduler.py and prefix.py allocate and free, served_model.py reads and writes the tensors).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from arealite.inference.layout import to_device
+from arealite.inference.core.layout import to_device
 from arealite.inference.requests import SamplingParams
 from arealite.kernels.cpu import Kernels
 from arealite.kernels.functions import for_device

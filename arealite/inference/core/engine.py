@@ -20,11 +20,11 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 
 from arealite.api.errors import ArealiteError, RequestError, WeightSyncError
-from arealite.inference import receiver
-from arealite.inference.adapters import Adapter
-from arealite.inference.batcher import Batcher, abort_reason
+from arealite.inference.core import receiver
+from arealite.inference.core.adapters import Adapter
+from arealite.inference.core.batcher import Batcher, abort_reason
+from arealite.inference.core.sequence import Sequence
 from arealite.inference.requests import GenerateRequest
-from arealite.inference.sequence import Sequence
 from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
 

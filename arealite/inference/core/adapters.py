@@ -1,6 +1,7 @@
 """LoRA adapters in PEFT's format beside the served weights: loaded by name, chosen by each request, mixed in a batch.
 
-The routes are below; model.py tells each pass which rows want which adapter. While none is loaded nothing is different.
+The routes are below; served_model.py tells each pass which rows want which adapter. While none is loaded nothing is
+different.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from arealite.observe import waits
 from arealite.weights.checksum import checksum
 
 if TYPE_CHECKING:
-    from arealite.inference.engine import Engine
-    from arealite.inference.sequence import Span
+    from arealite.inference.core.engine import Engine
+    from arealite.inference.core.sequence import Span
 
 LOAD_LIMIT_S = 300.0
 UNLOAD_LIMIT_S = 600.0  # for the requests that use it to end

@@ -1,8 +1,8 @@
 """Decoder layers of the common kind as a dozen kernel calls, in place of some fifty calls of modules.
 
-Made by model.py after load, for bf16 on a CPU with compiled kernels and for a GPU with its own. A layer keeps its
-Hugging Face code beside: for passes with adapters, which hook into its linear layers, and for models in which the two
-do not agree in every bit.
+Made by served_model.py after load, for bf16 on a CPU with compiled kernels and for a GPU with its own. A layer keeps
+its Hugging Face code beside: for passes with adapters, which hook into its linear layers, and for models in which the
+two do not agree in every bit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from arealite.inference.adapters import Adapters
-from arealite.inference.layout import KVLayout, ShapeProbe
+from arealite.inference.core.adapters import Adapters
+from arealite.inference.core.layout import KVLayout, ShapeProbe
 from arealite.kernels.cpu import DIM_STEP
 from arealite.kernels.functions import AnyKernels
 from arealite.kernels.linears import PackedLinears

@@ -9,7 +9,7 @@ import heapq
 from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 
-from arealite.inference.cache import PAGE_TOKENS, PagePool
+from arealite.inference.core.cache import PAGE_TOKENS, PagePool
 
 TOKEN_BYTES = 4  # prefixes are compared as int32 bytes
 PAGE_BYTES = PAGE_TOKENS * TOKEN_BYTES

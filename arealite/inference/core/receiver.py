@@ -13,7 +13,7 @@ import torch
 
 from arealite.api.errors import WeightSyncError
 from arealite.api.types import TensorSlot
-from arealite.inference.model import ServedModel
+from arealite.inference.core.served_model import ServedModel
 from arealite.weights.checksum import checksum
 from arealite.weights.naming import Part
 

@@ -20,13 +20,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError
-from arealite.inference.adapters import Adapters
-from arealite.inference.cache import PAGE_TOKENS, PagePool, pages_for
-from arealite.inference.gpu_layout import GpuLayout
-from arealite.inference.layers import DirectLayers
-from arealite.inference.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention, to_device
+from arealite.inference.core.adapters import Adapters
+from arealite.inference.core.cache import PAGE_TOKENS, PagePool, pages_for
+from arealite.inference.core.gpu_layout import GpuLayout
+from arealite.inference.core.layers import DirectLayers
+from arealite.inference.core.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention, to_device
+from arealite.inference.core.sequence import Sequence, Span
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.inference.sequence import Sequence, Span
 from arealite.kernels import cpu
 from arealite.kernels.cpu import Kernels
 from arealite.kernels.functions import AnyKernels, for_device, head_product

@@ -1,6 +1,6 @@
 """A pass by the kernels of a GPU: single tokens by the one of decode, pieces of prompts by the trainer's own.
 
-Made by model.py for each pass, and by graphs.py for passes that are replayed.
+Made by served_model.py for each pass, and by graphs.py for passes that are replayed.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from arealite.inference.cache import PagePool, pages_for
-from arealite.inference.layout import KVLayout, paged_attention, to_device, token_slots
-from arealite.inference.sequence import Span
+from arealite.inference.core.cache import PagePool, pages_for
+from arealite.inference.core.layout import KVLayout, paged_attention, to_device, token_slots
+from arealite.inference.core.sequence import Span
 from arealite.kernels.varlen import PackedRows, varlen_attention
 
 if TYPE_CHECKING:

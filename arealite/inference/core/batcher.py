@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from arealite.inference.cache import PAGE_TOKENS
-from arealite.inference.graphs import Started, decode_graphs
-from arealite.inference.layout import to_device
-from arealite.inference.model import ServedModel
-from arealite.inference.penalties import adjust
+from arealite.inference.core.cache import PAGE_TOKENS
+from arealite.inference.core.graphs import Started, decode_graphs
+from arealite.inference.core.layout import to_device
+from arealite.inference.core.penalties import adjust
+from arealite.inference.core.sampler import Sampled, sample, uniform_numbers
+from arealite.inference.core.scheduler import REPLAY_TOKENS, Scheduler
+from arealite.inference.core.scores import note_choices, score_prompt
+from arealite.inference.core.sequence import Sequence, Span
+from arealite.inference.core.served_model import ServedModel
 from arealite.inference.responses import find_stop_string
-from arealite.inference.sampler import Sampled, sample, uniform_numbers
-from arealite.inference.scheduler import REPLAY_TOKENS, Scheduler
-from arealite.inference.scores import note_choices, score_prompt
-from arealite.inference.sequence import Sequence, Span
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)

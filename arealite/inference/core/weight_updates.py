@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from arealite.api.errors import ArealiteError, WeightSyncError
-from arealite.inference import receiver
-from arealite.inference.engine import CALL_LIMIT_S, Engine, UpdateOptions
+from arealite.inference.core import receiver
+from arealite.inference.core.engine import CALL_LIMIT_S, Engine, UpdateOptions
 from arealite.observe import waits
 from arealite.weights.checksum import checksum
 

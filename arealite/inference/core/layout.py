@@ -1,6 +1,6 @@
 """Where the tokens of one forward pass lie, and the attention that reads it: one packed row, no padding.
 
-Built by model.py for each pass and handed through the Hugging Face modelling code as the keyword `kv_layout`.
+Built by served_model.py for each pass and handed through the Hugging Face modelling code as the keyword `kv_layout`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from arealite.api.errors import ConfigError
-from arealite.inference.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, pages_for
-from arealite.inference.sequence import Span
+from arealite.inference.core.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, pages_for
+from arealite.inference.core.sequence import Span
 from arealite.kernels.cpu import Kernels, PagedSpans
 from arealite.kernels.functions import matmul
 

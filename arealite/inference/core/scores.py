@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from arealite.inference.model import HEAD_CHUNK, ServedModel
-from arealite.inference.sequence import Scored, Sequence
+from arealite.inference.core.sequence import Scored, Sequence
+from arealite.inference.core.served_model import HEAD_CHUNK, ServedModel
 
 
 def note_choices(sequences: list[Sequence], logits: torch.Tensor) -> None:

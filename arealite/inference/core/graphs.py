@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from arealite.inference.cache import PAGE_TOKENS, PagePool
-from arealite.inference.gpu_layout import DecodeRows, GpuLayout, table_width
-from arealite.inference.layout import Transfer
-from arealite.inference.model import ServedModel
-from arealite.inference.sampler import Sampled, pack_drawn, read_drawn, uniforms_of
-from arealite.inference.sequence import Sequence
+from arealite.inference.core.cache import PAGE_TOKENS, PagePool
+from arealite.inference.core.gpu_layout import DecodeRows, GpuLayout, table_width
+from arealite.inference.core.layout import Transfer
+from arealite.inference.core.sampler import Sampled, pack_drawn, read_drawn, uniforms_of
+from arealite.inference.core.sequence import Sequence
+from arealite.inference.core.served_model import ServedModel
 from arealite.kernels.cpu import Kernels
 
 if TYPE_CHECKING:
