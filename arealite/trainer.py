@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
 from arealite.api.errors import ConfigError
+from arealite.api.protocols import RolloutWorkflow
 from arealite.api.types import Group
-from arealite.api.workflow import RolloutWorkflow
 from arealite.dataset.loader import StatefulDataLoader, load_tasks, load_tokenizer
 from arealite.engine.checkpoint import Saver
 from arealite.engine.fsdp_engine import FSDPEngine

@@ -111,7 +111,7 @@ def _needs_answer(reward_fn: Callable[..., Any]) -> bool:
 
 
 class StatefulDataLoader(Generic[Drawn]):
-    """An endless stream of tasks (api.engine.DataSource) or examples: epoch after epoch, each in its own order from
+    """An endless stream of tasks (api.protocols.DataSource) or examples: epoch after epoch, each in its own order from
     the seed.
 
     The position is one task wide: a loader that loads `state_dict()` goes on with exactly the next task. Task ids

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from arealite.api.cli_args import SaverConfig
-    from arealite.api.engine import Collective
+    from arealite.api.protocols import Collective
     from arealite.observe.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import TrainEngineConfig
-from arealite.api.engine import InferenceEngine
 from arealite.api.errors import ConfigError, NumericalError, WeightSyncError
+from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Batch, Dims, WeightUpdateMeta
 from arealite.engine import export, state
 from arealite.engine.checkpointing import checkpoint_activations
@@ -61,7 +61,7 @@ class Update:
 
 
 class FSDPEngine:
-    """Implements api.engine.TrainEngine. Every method but the properties is a collective call: all ranks, same order.
+    """Every method but the properties is a collective call: all ranks, same order.
 
     `version` counts the weights: 0 at the start, one more after every step of training.
     """

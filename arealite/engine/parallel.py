@@ -81,7 +81,7 @@ def _bounded(what: str, limit_s: float, ranks: set[int]) -> Iterator[Wait | None
 
 
 class RankCollective:
-    """api.engine.Collective over a gloo group of its own, so that objects never share a queue with gradients.
+    """api.protocols.Collective over a gloo group of its own, so that objects never share a queue with gradients.
 
     Consumes: objects of the other ranks. Produces: the same outcome on all ranks. Waits for: every rank to make the
     same call, at most `timeout_s`, under the call's name. Unblocked by: that call, or the death of a rank.

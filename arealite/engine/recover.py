@@ -30,7 +30,7 @@ from arealite.observe.waits import in_background, waiting
 
 if TYPE_CHECKING:
     from arealite.api.cli_args import RecoverConfig, RunConfig
-    from arealite.api.engine import Collective
+    from arealite.api.protocols import Collective
     from arealite.observe.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Stateful(Protocol):
 
 
 class Recoverable(Protocol):
-    """The trainer's side of a point, as in api.engine.TrainEngine: an engine, or several together (roles.py)."""
+    """The trainer's side of a point: an engine, or several together (roles.py)."""
 
     @property
     def collective(self) -> Collective: ...

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from arealite.algorithm.packing import karmarkar_karp
-from arealite.api.engine import InferenceEngine
+from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Batch
 from arealite.engine.checkpoint import attempt, attempt_on_ranks
 from arealite.engine.fsdp_engine import FSDPEngine

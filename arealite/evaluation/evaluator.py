@@ -22,9 +22,8 @@ from arealite.rollout.share import Beat, from_head
 
 if TYPE_CHECKING:
     from arealite.api.cli_args import EvaluatorConfig
-    from arealite.api.engine import Collective
+    from arealite.api.protocols import Collective, RolloutWorkflow
     from arealite.api.types import Group, Task
-    from arealite.api.workflow import RolloutWorkflow
     from arealite.observe.run_folder import RunFolder
 
 CORRECT_REWARD = 1.0  # an answer counts for pass@k when its reward is at least this

@@ -13,7 +13,7 @@ from arealite.api.config_rules import has_frequency
 
 if TYPE_CHECKING:
     from arealite.api.cli_args import FrequencyConfig
-    from arealite.api.engine import Collective
+    from arealite.api.protocols import Collective
 
 
 class Frequency:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
-from arealite.api.engine import InferenceEngine
 from arealite.api.errors import ServerUnreachable
+from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Batch, GenerationRequest, Task, Trajectory
 from arealite.dataset.loader import StatefulDataLoader
 from arealite.engine.ppo.actor import FSDPPPOActor

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.engine import Collective, DataSource
 from arealite.api.errors import ConfigError, WorkflowError
+from arealite.api.protocols import Collective, DataSource, RolloutWorkflow
 from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
-from arealite.api.workflow import RolloutWorkflow
 from arealite.observe import stop, waits
 from arealite.observe.reasons import reasons
 from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
@@ -34,13 +33,13 @@ from arealite.rollout.transport import servers_at
 from arealite.rollout.vllm import VLLMBackend
 
 if TYPE_CHECKING:
-    from arealite.api.engine import WeightSender
+    from arealite.api.protocols import WeightSender
 
 ADDRESSES_VARIABLE = "AREAL_LLM_SERVER_ADDRS"
 
 
 class RemoteInferenceEngine:
-    """Implements api.engine.InferenceEngine over HTTP.
+    """Implements api.protocols.InferenceEngine over HTTP.
 
     In a distributed run all ranks make the same calls, and rank 0 does the work: it alone talks to the servers. On the
     other ranks `prepare_batch` and `rollout_batch` receive shares, and control calls return at once.

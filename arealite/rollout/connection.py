@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.engine import InferenceEngine
 from arealite.api.errors import ArealiteError, WaitTimeout, WorkflowError
+from arealite.api.protocols import InferenceEngine
 from arealite.observe.waits import waiting
 from arealite.rollout.backend import Backend
 from arealite.rollout.counters import Counters

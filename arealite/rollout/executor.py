@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.engine import InferenceEngine
 from arealite.api.errors import RecoveryError, WorkflowError
+from arealite.api.protocols import InferenceEngine, RolloutWorkflow
 from arealite.api.types import Group, Task, Trajectory, as_record
-from arealite.api.workflow import RolloutWorkflow
 from arealite.observe.reasons import last_line, reasons
 from arealite.observe.waits import mark
 from arealite.rollout.counters import Counters

@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.engine import WeightSender
 from arealite.api.errors import ArealiteError, RequestError, ServerUnreachable, WeightSyncError
+from arealite.api.protocols import WeightSender
 from arealite.api.types import WeightUpdateMeta
 from arealite.rollout.backend import Call
 from arealite.rollout.health import Member

@@ -16,7 +16,7 @@ from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task
 
 if TYPE_CHECKING:
     from arealite.api.cli_args import GenerationHyperparameters, StatsLoggerConfig
-    from arealite.api.engine import InferenceEngine, TrainEngine
+    from arealite.api.protocols import InferenceEngine, Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class MismatchGuard:
                 ", gconfig.".join(name for name, is_on in cut.items() if is_on),
             )
 
-    def check(self, step: int, batch: Batch, actor: TrainEngine, rollout: InferenceEngine) -> dict[str, float]:
+    def check(self, step: int, batch: Batch, actor: Scorer, rollout: InferenceEngine) -> dict[str, float]:
         """Call between `prepare_batch` and the update. Collective; nothing ({}) when it is not due.
 
         Returns mismatch_mean and mismatch_max of |logp_train - logp_infer| (natural log), and how many tokens were

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import GenerationHyperparameters, InferenceEngineConfig
-from arealite.api.engine import InferenceEngine
 from arealite.api.errors import RequestError, RewardError
+from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Completion, GenerationRequest, Task, Trajectory
 from arealite.dataset.prompts import prompt_of, turn_end
 from arealite.reward.pool import RewardFunction, RewardPool

@@ -7,7 +7,7 @@ from arealite.api.errors import ArealiteError
 
 
 class Alone:
-    """api.engine.Collective of a single rank."""
+    """api.protocols.Collective of a single rank."""
 
     rank, world_size, num_shares = 0, 1, 1
 

@@ -1,19 +1,18 @@
-"""What a trainer and an inference engine must offer each other; everything else about them is private.
+"""What parts that do not know each other call on one another: the rollout head, the trainer's ranks, a workflow.
 
-Implemented by engine/ (TrainEngine), rollout/ (InferenceEngine, DataSource by dataset/); used by scripts, workflow/,
-evaluation/ and weights/.
+Implemented in engine/ (Collective, Scorer), dataset/ (DataSource), weights/ (WeightSender), rollout/ (InferenceEngine)
+and by users (RolloutWorkflow). Called across: everything else about these classes is their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from arealite.api.types import Batch, Completion, GenerationRequest, Group, GroupPlace, Task, WeightUpdateMeta
-    from arealite.api.workflow import RolloutWorkflow
+    from arealite.api.types import Batch, Completion, GenerationRequest, GroupPlace, Task, Trajectory, WeightUpdateMeta
 
 
 class Collective(Protocol):
@@ -40,7 +39,7 @@ class Collective(Protocol):
 
 
 class DataSource(Protocol):
-    """An endless, resumable stream of tasks (dataset/loader.py)."""
+    """An endless, resumable stream of tasks: the StatefulDataLoader, or a script's own."""
 
     def __next__(self) -> Task: ...
 
@@ -72,12 +71,7 @@ class WeightSender(Protocol):
 
 
 class InferenceEngine(Protocol):
-    """One client over the run's inference servers; the rollout head when a trainer uses it."""
-
-    def initialize(self, collective: Collective | None = None, addresses: list[str] | None = None) -> None:
-        """Find the servers (argument, AREAL_LLM_SERVER_ADDRS), wait for their health, start the executor."""
-
-    def destroy(self) -> None: ...
+    """The client over the run's inference servers, as workflows and the trainer's engine call it."""
 
     async def agenerate(self, request: GenerationRequest) -> Completion:
         """Sample one sequence; resumes through interruptions; never returns "abort" before the run ends."""
@@ -87,22 +81,6 @@ class InferenceEngine(Protocol):
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Logprobs (temperature 1) of each sequence's tokens under the servers' current weights; first is 0."""
-
-    def rollout_batch(self, tasks: list[Task], workflow: RolloutWorkflow) -> Batch:
-        """Collective and synchronous: run exactly these tasks, return this rank's share."""
-
-    def prepare_batch(
-        self,
-        dataloader: DataSource,
-        workflow: RolloutWorkflow,
-        should_accept: Callable[[Group], bool] | None = None,
-    ) -> Batch:
-        """Collective and asynchronous: keep tasks in flight under the staleness bound, return this rank's share of
-        the next `consumer_batch_size` groups. `should_accept(group)` False drops the group (dynamic sampling)."""
-
-    def submit(self, task: Task, workflow: RolloutWorkflow) -> None: ...
-
-    def wait(self, num_groups: int, timeout_s: float | None = None) -> list[Group]: ...
 
     def pause(self) -> None:
         """Stop generation on all servers and hold new requests; running ones keep their tokens."""
@@ -121,36 +99,25 @@ class InferenceEngine(Protocol):
     def set_version(self, version: int) -> None: ...
 
 
-class TrainEngine(Protocol):
-    """The SPMD trainer: the same calls on every rank, each with its share of the batch."""
+class Scorer(Protocol):
+    """The trainer's engine as the handshake of the weights calls it: on every rank, each with its share."""
 
     @property
     def collective(self) -> Collective: ...
-
-    def initialize(self) -> None: ...
-
-    def destroy(self) -> None: ...
 
     def compute_logp(self, batch: Batch, temperature: float | None = None) -> np.ndarray:
         """float32 [T] logprobs of the batch's tokens at `temperature` (the generation's if not given); 0 where
         loss_mask is False."""
 
-    def upload_weights(self, meta: WeightUpdateMeta | None = None) -> int:
-        """Send the weights to the connected inference engine and verify them; returns the new version."""
 
-    def save(self, path: str, tokenizer: Any = None) -> None:
-        """Write a Hugging Face folder (safetensors, config, tokenizer), atomically. The tokenizer is that of the
-        model's own folder if not given."""
+@runtime_checkable
+class RolloutWorkflow(Protocol):
+    """How one task becomes a group of trajectories. One instance serves many tasks at a time, so it keeps no state per
+    task."""
 
-    @property
-    def background(self) -> Collective:
-        """The same ranks, for the calls of one other thread."""
+    async def arun_episode(self, engine: InferenceEngine, task: Task) -> list[Trajectory]:
+        """All members of the task's group. An exception means the episode failed: it is retried, then counted and
+        reported; a failed reward is a trajectory of status "reward_error", not an exception."""
 
-    def stage_state(self, path: str) -> Callable[[], None]:
-        """Copy model, optimizer, schedule and RNG of all ranks; returns the call that writes them under `path` (part of
-        a recovery point), while training goes on. OSError or RuntimeError on ranks that cannot write."""
-
-    def save_state(self, path: str) -> None:
-        """`stage_state`, and write at once."""
-
-    def load_state(self, path: str) -> None: ...
+    def close(self) -> None:
+        """Release what the workflow owns (reward worker processes)."""
