@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,20 +107,6 @@ def test_unloading_waits_for_those_who_use_it(server: LocalServer, adapters: lis
     assert server.post("/generate", body("a"))[0] == 400
     assert running.result(60)[1]["meta_info"]["completion_tokens"] == 60
     assert unloading.result(60)[0] == 200
-
-
-def test_an_adapter_from_tensors_is_the_one_from_disk(server: LocalServer, adapters: list[Path]) -> None:
-    load(server, "disk", adapters[0])
-    tensors = load_file(adapters[0] / "adapter_model.safetensors")
-    settings = json.loads((adapters[0] / "adapter_config.json").read_text())
-    call = {
-        "lora_name": "sent",
-        "config_dict": settings,
-        "serialized_named_tensors": [base64.b64encode(pickle.dumps(tensors)).decode()],
-    }
-    status, answer = server.post("/load_lora_adapter_from_tensors", call)
-    assert status == 200 and set(answer["loaded_adapters"]) == {"disk", "sent"}
-    assert same(*server.generate_many([body("disk"), body("sent")]))
 
 
 @pytest.mark.parametrize(

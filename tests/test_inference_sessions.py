@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gc
 import pickle
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.inference import LocalServer, save_tiny_llama, served, wait_until
+from support.inference import WAIT_S, LocalServer, save_tiny_llama, served
 
-from arealite.inference.core import receiver, weight_updates
+from arealite.api.errors import WeightSyncError
+from arealite.inference.core import receiver
+from arealite.inference.core.engine import UpdateOptions
+from arealite.inference.core.weight_updates import Updates
 from arealite.weights.checksum import checksum
 
 
@@ -70,14 +74,19 @@ def test_a_session_whose_trainer_is_gone_is_dropped(
         found.extend(map(weakref.ref, staged.values()))
         return staged
 
+    async def abandon() -> None:
+        updates = Updates(server.engine, session_limit_s=0.05)
+        await updates.begin()
+        await updates.take(lambda: weights(folders[1]), UpdateOptions(flush_cache=False))
+        async with asyncio.timeout(WAIT_S):
+            while gc.collect() < 0 or any(ref() is not None for ref in found):
+                await asyncio.sleep(0.01)
+        with pytest.raises(WeightSyncError, match="nothing more came"):
+            await updates.end(UpdateOptions("3"))
+
     monkeypatch.setattr(receiver, "stage", stage)
-    server.post("/begin_weight_update", {})
-    monkeypatch.setattr(weight_updates, "SESSION_LIMIT_S", 0.05)
-    assert send(server, weights(folders[1]))[0] == 200
-    wait_until(lambda: gc.collect() >= 0 and all(ref() is None for ref in found))
-    status, answer = server.post("/end_weight_update", {"weight_version": "3"})
-    assert status == 400 and "nothing more came" in answer["message"]
-    assert version(server) == "0" and checksums(server) == before
+    asyncio.run(abandon())
+    assert found and version(server) == "0" and checksums(server) == before
 
 
 def test_a_whole_update_takes_the_place_of_an_unfinished_session(server: LocalServer, folders: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import pickle
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from safetensors.torch import load_file
 from support.group_trainer import GroupTrainer
 from support.inference import WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served
 
-from arealite.api.types import WeightUpdateMeta
-from arealite.weights import buckets, group
+from arealite.api.errors import WeightSyncError
+from arealite.api.types import GroupPlace, WeightUpdateMeta
+from arealite.inference.core.receiver import Groups
+from arealite.weights import buckets
 from arealite.weights.checksum import checksum
 from arealite.weights.link import WeightLink
 
@@ -249,11 +252,10 @@ def test_a_group_that_cannot_be_is_refused(server: LocalServer, wrong: dict[str,
     assert server.post("/destroy_weights_update_group", {})[0] == 400
 
 
-def test_a_group_without_its_trainer_is_given_up(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arealite.inference.core.groups.join_group", lambda *a: group.join_group(*a, limit_s=1.0))
-    body = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
-    status, answer = server.post("/init_weights_update_group", body)
-    assert status == 400 and "127.0.0.1:9" in answer["message"]
+def test_a_group_without_its_trainer_is_given_up() -> None:
+    place = GroupPlace("127.0.0.1", 9, 2, "g", "gloo")
+    with pytest.raises(WeightSyncError, match="127.0.0.1:9"):
+        asyncio.run(Groups(torch.device("cpu"), limit_s=1.0).join(place, 1))
 
 
 def test_a_member_is_left_by_name(server: LocalServer, trainer: Trainer) -> None:

@@ -12,8 +12,8 @@ from arealite.api.types import GroupPlace, TensorSlot, WeightUpdateMeta
 from arealite.inference.bodies import field, integer, of_type, read_object, shown, strings
 from arealite.inference.core import receiver
 from arealite.inference.core.engine import Engine, UpdateOptions
-from arealite.inference.core.groups import Groups, Incoming, layout
-from arealite.inference.core.weight_updates import NamedTensors, Updates
+from arealite.inference.core.receiver import Groups, NamedTensors, layout
+from arealite.inference.core.weight_updates import Updates
 from arealite.inference.pickles import load_format, tensor_reader
 from arealite.weights.receive import iterate_tensors
 
@@ -94,12 +94,9 @@ class ControlRoutes:
             [integer(f"shapes[{i}]", size, 0, self._max_bytes) for size in of_type(f"shapes[{i}]", shape, list)]
             for i, shape in enumerate(of_type("shapes", body.get("shapes"), list))
         ]
-        incoming = Incoming(
-            group=field(body, "group_name", str, DEFAULT_GROUP),
-            slots=layout(names, dtypes, shapes, self._max_bytes),
-            is_flat=load_format(body) == "flattened_bucket",
-        )
-        return await self._take(body, lambda: self._groups.receive(incoming))
+        group, is_flat = field(body, "group_name", str, DEFAULT_GROUP), load_format(body) == "flattened_bucket"
+        slots = layout(names, dtypes, shapes, self._max_bytes)
+        return await self._take(body, lambda: self._groups.receive(group, slots, is_flat))
 
     async def update_from_tensor(self, request: web.Request) -> web.Response:
         body = await read_object(request)

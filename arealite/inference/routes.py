@@ -18,10 +18,10 @@ from aiohttp.typedefs import Handler
 from arealite.api.errors import PromptError, RequestError, WaitTimeout, WeightSyncError
 from arealite.dataset.prompts import encode
 from arealite.inference import strict
+from arealite.inference.adapter_routes import AdapterRoutes
 from arealite.inference.bodies import field, read_json, read_object, shown
 from arealite.inference.chat_template import ChatTemplate
 from arealite.inference.control import ControlRoutes
-from arealite.inference.core.adapters import AdapterRoutes
 from arealite.inference.core.engine import PAUSE_MODES, Engine, EngineFailure
 from arealite.inference.core.served_model import ServedModel
 from arealite.inference.introspection import Introspection

@@ -222,6 +222,14 @@ class Engine:
         if weight_version is not None:
             self.batcher.weight_version = weight_version
 
+    def remove_adapter(self, name: str) -> bool:
+        """False while requests use it."""
+        if any(sequence.request.lora == name for sequence in self.batcher.in_flight()):
+            return False
+        self.batcher.model.adapters.remove(name)
+        self.batcher.scheduler.prefix.clear()  # the name may come back with other weights
+        return True
+
     def _run(self) -> None:
         """Consumes: the inbox (requests, calls, the stop mark).
         Produces: resolved futures.
