@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run(arguments.script, arguments.config, arguments.overrides)
         if arguments.command == "check":
-            from arealite.launcher.describe import check
+            from arealite.launcher.check import check
 
             print(check(arguments.config, arguments.overrides, arguments.explain), flush=True)
             return 0

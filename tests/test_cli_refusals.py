@@ -13,7 +13,7 @@ import yaml
 
 from arealite.api.errors import DatasetError
 from arealite.cli import main
-from arealite.launcher.failures import first_error
+from arealite.launcher.child import first_error
 from arealite.models import hub
 
 SFT_ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

@@ -1,8 +1,12 @@
 """What the launcher says about a dead process: its exit in words, and the one error that matters from its log."""
 
+import sys
+
 import pytest
 
-from arealite.launcher.failures import describe_exit, first_error, read_log
+from arealite.launcher.child import Child, describe_exit, first_error
+from arealite.launcher.plan import ProcessPlan
+from arealite.observe.run_folder import RunFolder
 
 CRASH = """hello
 Traceback (most recent call last):
@@ -71,10 +75,15 @@ def test_endless_tracebacks_are_cut_in_the_middle():
     assert len(lines) < 70 and lines[-1] == "RecursionError: too deep" and any("more lines" in line for line in lines)
 
 
-def test_only_what_this_start_wrote_counts(tmp_path):
-    path = tmp_path / "trainer-0.log"
-    path.write_text(CRASH)
-    offset = path.stat().st_size
-    with open(path, "a") as log:
-        log.write("second start\n")
-    assert read_log(path, offset) == "second start\n"
+def test_only_what_this_start_wrote_counts(tmp_path, capfd):
+    folder = RunFolder(tmp_path)
+    plan = ProcessPlan("trainer", 0, (sys.executable, "-c", "print('second start')"))
+    folder.logs_dir.mkdir()
+    (folder.logs_dir / "trainer-0.log").write_text(CRASH)
+    child = Child.start(plan, folder)
+    child.process.wait(20)
+    (folder.logs_dir / "trainer-0.log").unlink()  # it stays open
+    child.echo()
+    assert child.output() == capfd.readouterr().out == "second start\n"
+    assert "ended with exit code 0" in child.obituary() and child.obituary().endswith("says:\n  second start")
+    child.log.close()

@@ -7,7 +7,7 @@ from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_config_file, load_run_config
 from arealite.api.types import Dims
 from arealite.launcher.allocation import trainer_dims
-from arealite.launcher.describe import check
+from arealite.launcher.check import check
 from arealite.launcher.machine import Machine
 from arealite.launcher.plan import make_plan
 

@@ -27,9 +27,6 @@ DIMENSIONS = {"d": "data", "t": "tensor", "p": "pipeline", "c": "context", "e": 
 SYNONYMS = {"m": "t"}
 MAX_DIGITS = 6
 FIRST_DIMENSION = re.compile(f"[{''.join(DIMENSIONS | SYNONYMS)}][0-9]")
-WORD = re.compile("[A-Za-z_-]*")
-NAME = re.compile("[A-Za-z0-9_-]*")
-NUMBER = re.compile("[0-9]*")
 
 Role = Literal["inference", "train"]
 
@@ -126,12 +123,13 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self.text = re.sub(r"\s", " ", text)
-        self.move_to(0)
+        self.at = 0
+        self.read("")  # blanks at the beginning
 
     def mode(self) -> AllocationMode:
         labels: set[str] = set()
         groups = [self.group(labels)]
-        while self.take("+"):
+        while self.read(r"\+"):
             groups.append(self.group(labels))
         if self.at < len(self.text):
             self.fail(f"unexpected {self.peek!r}; expected a dimension, '+', '|' or the end")
@@ -139,9 +137,8 @@ class _Parser:
 
     def group(self, labels: set[str]) -> tuple[Component, ...]:
         components: list[Component] = []
-        while not components or self.take("|"):
-            start = self.at
-            component = self.component()
+        while not components or self.read(r"\|"):
+            start, component = self.at, self.component()
             if component.label in labels:
                 self.fail(
                     f"a second {component.role} component called {component.label!r}; name them apart,"
@@ -149,43 +146,41 @@ class _Parser:
                     start,
                 )
             labels.add(component.label)
-            if components and component.world_size != components[0].world_size:
+            components.append(component)
+            if component.world_size != components[0].world_size:
                 self.fail(
                     f"{component} has {component.world_size} devices and {components[0]} has"
                     f" {components[0].world_size}; components joined by '|' share their devices, so the products of"
                     " their dimensions must be equal (use '+' for separate devices)",
                     start,
                 )
-            components.append(component)
         return tuple(components)
 
     def component(self) -> Component:
-        start = self.at
-        if FIRST_DIMENSION.match(self.text, start):
-            return self.checked(Component(DEFAULT_TRAIN_BACKEND, self.dims()), start)
-        word = self.run_of(WORD)
-        if not word:
-            self.fail(f"expected a backend or a dimension, found {self.peek!r}" if self.peek else "unfinished")
-        if word not in INFERENCE_BACKENDS + TRAIN_BACKENDS:
-            near = difflib.get_close_matches(word.lower(), INFERENCE_BACKENDS + TRAIN_BACKENDS, n=1)
-            guess = f"did you mean {near[0]!r}? " if near else ""
-            self.fail(
-                f"unknown backend {word!r}; {guess}Inference: {', '.join(INFERENCE_BACKENDS)};"
-                f" training: {', '.join(TRAIN_BACKENDS)}",
-                start,
-            )
-        name = self.name()
-        if not (self.take(":") or self.take(".")):
-            self.fail(f"expected ':' and dimensions after {word!r}, such as {word}:d1")
-        if self.peek != "(":
-            return self.checked(Component(word, self.dims(), name), start)
-        if word in INFERENCE_BACKENDS:
-            self.fail(f"the form (attn:...|ffn:...) is for training; {word} serves")
-        attn, ffn = self.moe()
-        return Component(word, attn, name, ffn)
-
-    def checked(self, component: Component, start: int) -> Component:
-        dims = component.dims
+        start, known = self.at, INFERENCE_BACKENDS + TRAIN_BACKENDS
+        backend, name, ffn = DEFAULT_TRAIN_BACKEND, "", None
+        if not FIRST_DIMENSION.match(self.text, start):
+            found = f"expected a backend or a dimension, found {self.peek!r}" if self.peek else "unfinished"
+            backend = self.read("[A-Za-z_-]+", found)
+            if backend not in known:
+                near = difflib.get_close_matches(backend.lower(), known, n=1)
+                guess = f"did you mean {near[0]!r}? " if near else ""
+                self.fail(
+                    f"unknown backend {backend!r}; {guess}Inference: {', '.join(INFERENCE_BACKENDS)};"
+                    f" training: {', '.join(TRAIN_BACKENDS)}",
+                    start,
+                )
+            if self.read(r"\["):
+                name = self.read("[A-Za-z0-9_-]+", "expected a name of letters, digits, '_' or '-'")
+                self.read(r"\]", "expected ']' after the name")
+            self.read("[:.]", f"expected ':' and dimensions after {backend!r}, such as {backend}:d1")
+        if self.peek == "(":
+            if backend in INFERENCE_BACKENDS:
+                self.fail(f"the form (attn:...|ffn:...) is for training; {backend} serves")
+            dims, ffn = self.moe()
+        else:
+            dims = self.dims()
+        component = Component(backend, dims, name, ffn)
         if component.world_size // dims.p % dims.e:
             self.fail(
                 f"e{dims.e} does not divide d{dims.d} x t{dims.t} x c{dims.c}: experts are spread over these devices",
@@ -193,22 +188,11 @@ class _Parser:
             )
         return component
 
-    def name(self) -> str:
-        if not self.take("["):
-            return ""
-        name = self.run_of(NAME)
-        if not name:
-            self.fail("expected a name of letters, digits, '_' or '-'")
-        if not self.take("]"):
-            self.fail("expected ']' after the name")
-        return name
-
     def moe(self) -> tuple[Dims, Dims]:
         self.expect("(", "attn", ":")
         attn = self.dims("dtpc", "attn; experts have their layout in ffn")
         self.expect("|", "ffn", ":")
-        start = self.at
-        ffn = self.dims("dtpe", "ffn")
+        start, ffn = self.at, self.dims("dtpe", "ffn")
         attn_total, ffn_total = attn.d * attn.t * attn.p * attn.c, ffn.d * ffn.t * ffn.p * ffn.e
         if attn_total != ffn_total:
             self.fail(f"ffn has {ffn_total} devices and attn has {attn_total}; they are the same devices", start)
@@ -219,9 +203,10 @@ class _Parser:
 
     def dims(self, allowed: str = "dtpce", where: str = "") -> Dims:
         sizes: dict[str, int] = {}
-        while self.peek and self.peek not in "+|)":
-            start = self.at
-            letter = SYNONYMS.get(self.peek, self.peek)
+        while not sizes or (self.peek and self.peek not in "+|)"):
+            if not self.peek or self.peek in "+|)":
+                self.fail("expected dimensions, such as d1")
+            start, letter = self.at, SYNONYMS.get(self.peek, self.peek)
             if letter not in DIMENSIONS:
                 known = ", ".join(f"{k} {v}" for k, v in DIMENSIONS.items())
                 self.fail(f"unknown dimension {self.peek!r}; known are {known} (m is t)")
@@ -229,48 +214,33 @@ class _Parser:
                 self.fail(f"dimension {letter!r} is not allowed in {where}")
             if letter in sizes:
                 self.fail(f"dimension {letter!r} ({DIMENSIONS[letter]}) is given twice", start)
-            self.move_to(self.at + 1)
-            sizes[letter] = self.number(letter)
-        if not sizes:
-            self.fail("expected dimensions, such as d1")
+            self.read(".")
+            start, digits = self.at, self.read("[0-9]+", f"expected a number after {letter!r}")
+            if len(digits) > MAX_DIGITS:
+                self.fail(f"a size has at most {MAX_DIGITS} digits", start)
+            sizes[letter] = int(digits)
+            if not sizes[letter]:
+                self.fail(f"{letter}0: a size is at least 1", start)
         return Dims(**sizes)
-
-    def number(self, letter: str) -> int:
-        start = self.at
-        digits = self.run_of(NUMBER)
-        if not digits:
-            self.fail(f"expected a number after {letter!r}")
-        if len(digits) > MAX_DIGITS:
-            self.fail(f"a size has at most {MAX_DIGITS} digits", start)
-        if int(digits) == 0:
-            self.fail(f"{letter}0: a size is at least 1", start)
-        return int(digits)
 
     @property
     def peek(self) -> str:
         """The next character; empty at the end."""
         return self.text[self.at : self.at + 1]
 
-    def take(self, literal: str) -> bool:
-        if not self.text.startswith(literal, self.at):
-            return False
-        self.move_to(self.at + len(literal))
-        return True
+    def read(self, pattern: str, expected: str = "") -> str:
+        """What matches the pattern here, and the blanks behind it are passed; where nothing does, empty, or it fails
+        with what was `expected`."""
+        match = re.compile(f"({pattern}) *").match(self.text, self.at)
+        if match is not None:
+            self.at = match.end()
+        elif expected:
+            self.fail(expected)
+        return match[1] if match is not None else ""
 
     def expect(self, *literals: str) -> None:
         for literal in literals:
-            if not self.take(literal):
-                self.fail(f"expected {literal!r}; the form is (attn:d4p2t2c2|ffn:d2p2t4e2)")
-
-    def run_of(self, pattern: re.Pattern[str]) -> str:
-        """The characters of a kind that come next; maybe none."""
-        found = pattern.match(self.text, self.at)
-        assert found is not None, "the patterns match the empty text too"
-        self.move_to(found.end())
-        return found[0]
-
-    def move_to(self, at: int) -> None:
-        self.at = at + len(self.text[at:]) - len(self.text[at:].lstrip())
+            self.read(re.escape(literal), f"expected {literal!r}; the form is (attn:d4p2t2c2|ffn:d2p2t4e2)")
 
     def fail(self, what: str, at: int | None = None) -> NoReturn:
         caret = " " * (self.at if at is None else at) + "^"

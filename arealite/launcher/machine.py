@@ -1,5 +1,5 @@
-"""What this machine has, or one that the configuration describes: cores, GPUs, memory. Called by describe.py and
-local.py; the plan itself only sees the record.
+"""What this machine has, or one that the configuration describes: cores, GPUs, memory. Called by check.py and local.py;
+the plan itself only sees the record.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from arealite.api.cli_args import ClusterSpecConfig
 from arealite.api.errors import ConfigError
@@ -36,31 +38,27 @@ class Machine:
     def local(cls, cluster: ClusterSpecConfig) -> Machine:
         """This machine as far as this process may use it, cut to what `cluster` allows. Raises ConfigError when it has
         fewer GPUs than `cluster` says."""
-        cores, gpus = tuple(sorted(os.sched_getaffinity(0)))[: _quota_cores()], _gpus()
+        cores, gpus = _cores(), _gpus()
         if len(gpus) < (cluster.num_gpus_per_node or 0):
             raise ConfigError(
                 f"cluster.num_gpus_per_node is {cluster.num_gpus_per_node}, and this machine has {len(gpus)} GPUs:"
                 " leave it out, or run this where they are (`arealite check` plans for the cluster that is described)"
             )
-        return cls(
-            cores=cores[: cluster.num_cores_per_node],
-            gpus=gpus[: cluster.num_gpus_per_node],
-            memory_bytes=_memory_bytes(),
-            gpu_bytes=_gpu_bytes() if gpus else 0,
-            vllm_python=find_vllm(),
-        )
+        cores, gpus = cores[: cluster.num_cores_per_node], gpus[: cluster.num_gpus_per_node]
+        gpu_bytes = _gpu_bytes() if gpus else 0
+        return cls(cores, gpus, psutil.virtual_memory().available, gpu_bytes, vllm_python=find_vllm())
 
     @classmethod
     def described(cls, cluster: ClusterSpecConfig) -> Machine:
         """One node as `cluster` describes it; what it leaves open is as on this machine."""
-        here = cls.local(replace(cluster, num_gpus_per_node=None, num_cores_per_node=None))
-        num_cores = cluster.num_cores_per_node or len(here.cores)
-        num_gpus = len(here.gpus) if cluster.num_gpus_per_node is None else cluster.num_gpus_per_node
-        if num_cores <= len(here.cores) and num_gpus <= len(here.gpus):
+        cores, gpus = _cores(), _gpus()
+        num_cores = cluster.num_cores_per_node or len(cores)
+        num_gpus = len(gpus) if cluster.num_gpus_per_node is None else cluster.num_gpus_per_node
+        if num_cores <= len(cores) and num_gpus <= len(gpus):
             return cls.local(cluster)
-        cores = tuple(range(num_cores)) if num_cores > len(here.cores) else here.cores[:num_cores]
+        cores = tuple(range(num_cores)) if num_cores > len(cores) else cores[:num_cores]
         gpus = tuple(map(str, range(num_gpus)))
-        return cls(cores, gpus, name="as described", vllm_python=here.vllm_python or "python")
+        return cls(cores, gpus, name="as described", vllm_python=find_vllm() or "python")
 
 
 def find_vllm() -> str:
@@ -73,36 +71,29 @@ def find_vllm() -> str:
     return sys.executable if importlib.util.find_spec("vllm") is not None else ""
 
 
-def _quota_cores() -> int | None:
-    """Cores worth of time that the control group grants; None without a limit."""
+def _cores() -> tuple[int, ...]:
+    """Those that this process may use, as many as are worth the time that its control group grants."""
+    cores = tuple(sorted(os.sched_getaffinity(0)))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else cores[: max(1, round(int(quota) / int(period)))]
     except (OSError, ValueError):
-        return None
-    return None if quota == "max" else max(1, round(int(quota) / int(period)))
+        return cores
 
 
 def _gpus() -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return tuple(v.strip() for v in visible.split(",") if v.strip() not in ("", "-1"))
-    found = sum(1 for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name))
-    return tuple(map(str, range(found)))
+    devices = [p for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)]
+    return tuple(map(str, range(len(devices))))
 
 
 def _gpu_bytes() -> int:
     """What the driver's own program says; nothing is started on the GPUs."""
     asked = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=NVIDIA_SMI_LIMIT_S, check=False).stdout
+        ran = subprocess.run(asked, capture_output=True, text=True, timeout=NVIDIA_SMI_LIMIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    return min((int(word) << 20 for word in told.split() if word.isdigit()), default=0)
-
-
-def _memory_bytes() -> int:
-    try:
-        amount = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(amount[1]) * 1024 if amount else 0
+    return min((int(word) << 20 for word in ran.stdout.split() if word.isdigit()), default=0)

@@ -1,4 +1,4 @@
-"""How much memory each process of a run will take, estimated from the model's files. Called by describe.py.
+"""How much memory each process of a run will take, estimated from the model's files. Called by check.py and servers.py.
 
 Meant to be within 20% of what benchmarks/memory_estimate.py measures; every part carries the assumption behind it.
 """
@@ -52,7 +52,12 @@ class ModelShape:
             config = json.loads((Path(folder) / "config.json").read_text())
             config |= config.get("text_config", {})
             hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
-            tensors = {name: size for path in Path(folder).glob("*.safetensors") for name, size in _sizes(path).items()}
+            tensors: dict[str, int] = {}
+            for path in Path(folder).glob("*.safetensors"):
+                with open(path, "rb") as file:
+                    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                header.pop("__metadata__", None)
+                tensors |= {name: math.prod(tensor["shape"]) for name, tensor in header.items()}
             if not tensors:
                 return None
             head_size = config.get("head_dim") or hidden // num_heads
@@ -70,21 +75,36 @@ class ModelShape:
         except (OSError, ValueError, KeyError):
             return None
 
+    @property
+    def end(self) -> int:
+        """Parameters of the embedding, and of the head."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def kv_values(self) -> int:
+        """Keys and values of a token."""
+        return 2 * self.num_layers * self.kv_width
+
+    def num_in_adapters(self, lora: LoRAConfig) -> int:
+        """Parameters of all adapters."""
+        outer = {
+            "q_proj": self.query_width,
+            "o_proj": self.query_width,
+            "k_proj": self.kv_width,
+            "v_proj": self.kv_width,
+        }
+        outer |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self.intermediate)
+        widths = sum(self.hidden + outer[name] for name in lora.target_modules if name in outer)
+        return lora.rank * self.num_layers * widths
+
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """One share of a process's memory."""
 
     name: str
     num_bytes: float
     assumption: str
-
-
-def _sizes(path: Path) -> dict[str, int]:
-    """Parameters of each tensor of a safetensors file, from its header alone."""
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {name: math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__"}
 
 
 def kv_cache_bytes(config: GRPOConfig, shape: ModelShape) -> int:
@@ -93,137 +113,111 @@ def kv_cache_bytes(config: GRPOConfig, shape: ModelShape) -> int:
     context = server.context_length or shape.context_length
     per_sequence = min(context, KV_TOKENS_PER_SEQUENCE)
     tokens = server.kv_cache_tokens or max((server.max_running_requests or RUNNING_REQUESTS) * per_sequence, context)
-    return tokens * 2 * shape.num_layers * shape.kv_width * DTYPE_BYTES[server.dtype]
+    return tokens * shape.kv_values * DTYPE_BYTES[server.dtype]
 
 
 def server_parts(
     config: GRPOConfig, shape: ModelShape, num_shards: int, backend: str = "native", gpu_share: float = 0
-) -> list[Part]:
+) -> list[MemoryPart]:
     """One inference server of `num_shards` devices. `gpu_share`: bytes of a GPU that its KV cache may take; 0: it is on
     the CPU, or a GPU that nothing is known of."""
     server, size, kv_bytes = config.server, DTYPE_BYTES[config.server.dtype], kv_cache_bytes(config, shape)
-    per_token = 2 * shape.num_layers * shape.kv_width * size
+    per_token = shape.kv_values * size
     running = server.max_running_requests or (GPU_RUNNING_REQUESTS if gpu_share else RUNNING_REQUESTS)
     if gpu_share and backend == "native" and server.kv_cache_tokens is None:
         most = running * (server.context_length or shape.context_length) * per_token
         kv_bytes = min(most, int(gpu_share))
     program = GPU_PROGRAM_BYTES if gpu_share else VLLM_PROGRAM_BYTES if backend == "vllm" else PROGRAM_BYTES
     return [
-        Part("weights", shape.num_parameters * size / num_shards, server.dtype),
-        Part("KV cache", kv_bytes / num_shards, f"{kv_bytes // per_token} tokens of {per_token / 1024:.0f} KiB"),
-        Part("logits", 2 * 4 * running * shape.vocabulary, "two float32 copies of a decode step"),
-        Part("program", program, "Python, torch, transformers"),
+        MemoryPart("weights", shape.num_parameters * size / num_shards, server.dtype),
+        MemoryPart("KV cache", kv_bytes / num_shards, f"{kv_bytes // per_token} tokens of {per_token / 1024:.0f} KiB"),
+        MemoryPart("logits", 2 * 4 * running * shape.vocabulary, "two float32 copies of a decode step"),
+        MemoryPart("program", program, "Python, torch, transformers"),
     ]
 
 
 def trainer_parts(
     config: RunConfig, shape: ModelShape, dims: Dims, ref: ModelShape | None, on_gpu: bool = False
-) -> list[Part]:
+) -> list[MemoryPart]:
     """One trainer rank of the layout `dims`, the fullest; `ref` is the reference model's shape when there is one.
 
     Calibrated on CPUs (benchmarks/memory_estimate.py). `on_gpu`: what of it is a GPU's memory, assumed to be the same.
     """
     _, engine = config.trained
-    layout = _Layout(shape, dims, DTYPE_BYTES[engine.dtype])
-    held, lora = layout.held(shape.num_parameters), engine.lora
-    num_trained = shape.num_parameters if lora is None else _adapters(shape, lora)
-    trained, frozen = (held, 0.0) if lora is None else (layout.held(num_trained), held)
-    moments = 2 if engine.optimizer.kind == "adamw" else 2 / shape.hidden
-    masters = f"float32 masters, {dims}; what is frozen in {engine.dtype}"
-    copied = f"weights in {engine.dtype}, gathered or kept between the passes"
-    parts = [
-        Part("weights", 4 * trained + layout.size * frozen, masters),
-        Part("gradients", 4 * trained, "float32"),
-        Part("optimizer", 4 * moments * trained, engine.optimizer.kind),
-        Part("working copy", layout.working_copy(is_kept=lora is None), copied),
-        *_activations(config, shape, layout, on_gpu),
+    size, lora, kind = DTYPE_BYTES[engine.dtype], engine.lora, engine.optimizer.kind
+    held, working = _held(shape, dims, shape.num_parameters), _working_copy(shape, dims, size, lora is None)
+    num_trained = shape.num_parameters if lora is None else shape.num_in_adapters(lora)
+    trained, frozen = (held, 0.0) if lora is None else (_held(shape, dims, num_trained), held)
+    moments = 2 if kind == "adamw" else 2 / shape.hidden
+    has_critic = isinstance(config, GRPOConfig) and config.critic is not None
+    in_type = f"weights in {engine.dtype}, gathered or kept between the passes"
+    # What the CPU holds instead of the GPU, when all is offloaded.
+    resident = [
+        ("weights", 4 * trained + size * frozen, f"float32 masters, {dims}; what is frozen in {engine.dtype}"),
+        ("gradients", 4 * trained, "float32"),
+        ("optimizer", 4 * moments * trained, kind),
     ]
-    if lora is None:
-        passing = layout.working_copy(is_kept=True) or layout.size * held
-        parts.insert(4, Part("passing gradients", passing, f"{engine.dtype}, on their way to the float32 ones"))
-    if on_gpu and engine.offload == "all":
-        parts = [part for part in parts if part.name not in ("weights", "gradients", "optimizer")]
-    if isinstance(config, GRPOConfig) and not on_gpu:
-        parts.append(Part("weights to send", layout.size * num_trained, "rank 0 only"))
-    if isinstance(config, GRPOConfig) and config.critic is not None:
-        critic = 16 * held + layout.working_copy(is_kept=True)
-        parts.append(Part("critic", critic, "as large as the policy, and so trained"))
-    if ref is not None:
-        parts.append(Part("reference", layout.size * layout.held(ref.num_parameters), "in the compute type, frozen"))
-    total = sum(part.num_bytes for part in parts)
-    parts.append(Part("allocator", KEPT_FREE * total, "what lies free between blocks of other sizes"))
+    passing = (working or size * held) if lora is None else 0
+    parts = [
+        *(resident if not (on_gpu and engine.offload == "all") else []),
+        ("working copy", working, in_type),
+        ("passing gradients", passing, f"{engine.dtype}, on their way to the float32 ones"),
+        *_activations(config, shape, dims, on_gpu),
+        ("weights to send", 0 if on_gpu or config.kind != "grpo" else size * num_trained, "rank 0 only"),
+        (
+            "critic",
+            16 * held + _working_copy(shape, dims, size, True) if has_critic else 0,
+            "as large as the policy, and so trained",
+        ),
+        ("reference", size * _held(shape, dims, ref.num_parameters) if ref else 0, "in the compute type, frozen"),
+    ]
+    total = sum(num_bytes for _, num_bytes, _ in parts)
+    parts.append(("allocator", KEPT_FREE * total, "what lies free between blocks of other sizes"))
     program = (GPU_PROGRAM_BYTES, "CUDA") if on_gpu else (PROGRAM_BYTES, "Python, torch, transformers")
-    parts.append(Part("program", *program))
-    return [part for part in parts if part.num_bytes]
+    return [MemoryPart(*part) for part in [*parts, ("program", *program)] if part[1]]
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What of a model lies on one rank. `size`: bytes of a value in the compute type."""
-
-    shape: ModelShape
-    dims: Dims
-    size: int
-
-    @property
-    def ends(self) -> int:
-        """Parameters of embedding and head on one stage: with p > 1 they are on different ones."""
-        return self.shape.vocabulary * self.shape.hidden * (1 if self.shape.is_tied or self.dims.p > 1 else 2)
-
-    def held(self, num_parameters: float) -> float:
-        """Parameters that a rank of the fullest stage holds of so many."""
-        ends = self.ends if num_parameters > self.ends else 0
-        copies = 1 if self.shape.is_tied or self.dims.p == 1 else 2
-        layers = (num_parameters - ends * copies) / self.dims.p
-        return (layers + ends) / (self.dims.d * self.dims.c * self.dims.t)
-
-    def working_copy(self, is_kept: bool) -> float:
-        """Bytes of gathered weights in the compute type. `is_kept`: whether one rank alone needs a copy too (not if its
-        own weights are of that type)."""
-        dims, shape = self.dims, self.shape
-        layers = (shape.num_parameters - shape.vocabulary * shape.hidden * (1 if shape.is_tied else 2)) / dims.t
-        one_rank = dims.d * dims.c == 1
-        needed = (is_kept and self.size < 4) or not one_rank
-        gathered = layers / dims.p if one_rank else GATHERED_LAYERS * layers / shape.num_layers
-        ends = self.ends if needed or dims.t > 1 else 0
-        return self.size * ((gathered if needed else 0) + ends)
+def _held(shape: ModelShape, dims: Dims, num_parameters: float) -> float:
+    """Parameters that a rank of the fullest stage holds of so many. With p > 1 embedding and head are on different
+    stages."""
+    ends = shape.end * (1 if shape.is_tied or dims.p > 1 else 2)
+    ends = ends if num_parameters > ends else 0
+    copies = 1 if shape.is_tied or dims.p == 1 else 2
+    return ((num_parameters - ends * copies) / dims.p + ends) / (dims.d * dims.c * dims.t)
 
 
-def _adapters(shape: ModelShape, lora: LoRAConfig) -> float:
-    """Parameters of all adapters."""
-    widths = dict.fromkeys(("q_proj", "o_proj"), shape.query_width) | dict.fromkeys(
-        ("k_proj", "v_proj"), shape.kv_width
-    )
-    widths |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.intermediate)
-    ends = sum(shape.hidden + widths[name] for name in lora.target_modules if name in widths)
-    return float(lora.rank * shape.num_layers * ends)
+def _working_copy(shape: ModelShape, dims: Dims, size: int, is_kept: bool) -> float:
+    """Bytes of gathered weights in the compute type, `size` bytes a value. `is_kept`: whether one rank alone needs a
+    copy too (not if its own weights are of that type)."""
+    one_rank = dims.d * dims.c == 1
+    needed = (is_kept and size < 4) or not one_rank
+    layers = (shape.num_parameters - shape.end * (1 if shape.is_tied else 2)) / dims.t
+    gathered = layers / dims.p if one_rank else GATHERED_LAYERS * layers / shape.num_layers
+    ends = shape.end * (1 if shape.is_tied or dims.p > 1 else 2)
+    return size * (gathered * needed + ends * (needed or dims.t > 1))
 
 
-def _activations(config: RunConfig, shape: ModelShape, layout: _Layout, on_gpu: bool) -> list[Part]:
+def _activations(config: RunConfig, shape: ModelShape, dims: Dims, on_gpu: bool) -> list[tuple[str, float, str]]:
     """What a micro-batch keeps for its backward pass, and the head's working memory."""
     _, engine = config.trained
-    dims, size = layout.dims, layout.size
+    size, checkpointing = DTYPE_BYTES[engine.dtype], engine.gradient_checkpointing
     total, longest = _tokens(config, shape, engine.share_prompts)
     total = math.ceil(total / dims.d)
     num_batches = max(1, math.ceil(total / engine.max_tokens_per_mb))
     tokens = max(math.ceil(total / num_batches), min(longest, total))
     # Kept per token: queries, keys, values and what attention makes of them, gate and up; the input of two norms.
-    layer = size * (2 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + 2 * shape.intermediate)
-    if dims.t > 1:
-        layer += 2 * size * shape.hidden * (dims.t - 1)  # tokens of the other ranks, gathered for two products
-    selective = size * (3 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + 2 * shape.intermediate)
-    kept_of = {"none": layer, "full": size * shape.hidden, "selective": min(layer, selective)}
-    kept = kept_of[engine.gradient_checkpointing]
+    layer = 2 * size * (shape.hidden + shape.query_width + shape.kv_width + shape.intermediate)
+    selective = layer + size * shape.hidden
+    layer += 2 * size * shape.hidden * (dims.t - 1)  # tokens of the other ranks, gathered for two products
+    kept = {"none": layer, "full": size * shape.hidden, "selective": min(layer, selective)}[checkpointing]
     per_token = shape.num_layers / dims.p * kept * min(dims.p, num_batches) + max(layer - kept, 0)
     rows = min(engine.logprob_chunk_tokens, tokens)
     logits = max(rows * shape.vocabulary * size, GPU_LOGITS_BYTES if on_gpu else 0)
-    head = logits + 4 * shape.vocabulary * shape.hidden
-    what = (
-        f"{tokens} tokens (max_tokens_per_mb={engine.max_tokens_per_mb}), checkpointing {engine.gradient_checkpointing}"
-    )
+    what = f"{tokens} tokens (max_tokens_per_mb={engine.max_tokens_per_mb}), checkpointing {checkpointing}"
+    of_head = f"{rows} rows x {shape.vocabulary}, and the gradient of the head's weight"
     return [
-        Part("activations", tokens / (dims.c * dims.t) * per_token, what),
-        Part("logits", head, f"{rows} rows x {shape.vocabulary}, and the gradient of the head's weight"),
+        ("activations", tokens / (dims.c * dims.t) * per_token, what),
+        ("logits", logits + 4 * shape.end, of_head),
     ]
 
 
@@ -234,20 +228,13 @@ def _tokens(config: RunConfig, shape: ModelShape, share_prompts: bool) -> tuple[
         longest = source.max_length or shape.context_length
         return source.batch_size * longest * (1 + (config.kind == "rw")), longest
     g, context = config.gconfig, config.server.context_length or shape.context_length
-    prompt = min(_prompt_tokens(config), max(context - g.max_new_tokens, 1))
+    # The prompt: the longest of the first ones of a local data set, by its characters; else the limit.
+    prompt = source.max_prompt_tokens or context
+    if source.path and Path(source.path).exists():
+        tasks = (task_of(row, source, chat=True) for row in islice(read_rows(source, config.seed), ROWS_READ))
+        texts = [t.prompt or "".join(str(m["content"]) for m in t.messages or []) for t in tasks if t is not None]
+        prompt = min(prompt, TEMPLATE_TOKENS + round(max(map(len, texts), default=0) / CHARACTERS_PER_TOKEN))
+    prompt = min(prompt, max(context - g.max_new_tokens, 1))
     answer = g.max_new_tokens - 1  # nothing is predicted from the last token
     group = prompt + g.n_samples * answer if share_prompts else g.n_samples * (prompt + answer)
     return source.batch_size * group, prompt + answer
-
-
-def _prompt_tokens(config: GRPOConfig) -> int:
-    """Of the longest of the first prompts of a local data set, by its characters; else the limit."""
-    source = config.train_dataset
-    most = source.max_prompt_tokens or 1 << 30
-    if not source.path or not Path(source.path).exists():
-        return most
-    tasks = (task_of(row, source, chat=True) for row in islice(read_rows(source, config.seed), ROWS_READ))
-    texts = [
-        task.prompt or "".join(str(m["content"]) for m in task.messages or []) for task in tasks if task is not None
-    ]
-    return min(most, TEMPLATE_TOKENS + round(max(map(len, texts), default=0) / CHARACTERS_PER_TOKEN))

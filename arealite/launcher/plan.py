@@ -1,6 +1,6 @@
 """From configuration and machine to the list of processes: commands, environment, cores, devices. Pure.
 
-Called by local.py, which starts them, and by describe.py, which shows them. Ports are chosen at the start: PORT in a
+Called by local.py, which starts them, and by check.py, which shows them. Ports are chosen at the start: PORT in a
 command and MASTER_PORT in an environment stand for them until then.
 """
 
@@ -21,8 +21,17 @@ from arealite.launcher.servers import HOST, PORT, check_vllm, server_command, se
 
 # Which letters above 1 a backend can be given today.
 SUPPORTED = {"native": "", "sglang": "tpe", "vllm": "t", "fsdp": "tpce"}
-# Weight updates that a backend cannot read, whatever its layout.
-UNREAD_UPDATES: dict[str, tuple[str, ...]] = {"sglang": ("shm",), "vllm": ("tensor",)}
+COMMON_ENV = {
+    # Threads that spin while they wait take the cores of the other side.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # But for a moment: a step has thousands of parallel regions, and a sleeping thread is late for each.
+    "GOMP_SPINCOUNT": "30000",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # logs are files
+    # A server that changes its title would overwrite the environment by which its processes are found.
+    "SPT_NOENV": "1",
+}
 # On a GPU sizes change from micro-batch to micro-batch: blocks of fixed sizes would be cut up more and more.
 GPU_ALLOCATOR_ENV = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 # A training step on the CPU allocates and frees the same large tensors again and again. By default glibc maps each one
@@ -38,20 +47,27 @@ ALLOCATOR_ENV = {
 
 @dataclass(frozen=True)
 class ProcessPlan:
-    """One process. `cores` it may run on (empty: all), `devices` it computes on (empty: the CPU)."""
+    """One process: the `slot`-th of its role, on `node`. `cores` it may run on (empty: all), `devices` it computes on
+    (empty: the CPU). It is ready when it answers 200 to GET `ready_path` (empty: when it has been started); `restart`
+    says what is started again when bad luck ends it, it alone or the run."""
 
-    name: str
-    kind: Literal["server", "trainer"]
+    role: Literal["server", "trainer"]
+    slot: int
     command: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
     cores: tuple[int, ...] = ()
     devices: tuple[str, ...] = ()
-    port: int = 0  # chosen at the start
     node: str = "localhost"
+    ready_path: str = ""
+    restart: Literal["alone", "run"] = "run"
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.slot}"
 
     def on_port(self, port: int) -> ProcessPlan:
         """This process with its port filled in."""
-        return replace(self, port=port, command=tuple(str(port) if word == PORT else word for word in self.command))
+        return replace(self, command=tuple(str(port) if word == PORT else word for word in self.command))
 
 
 @dataclass(frozen=True)
@@ -64,11 +80,11 @@ class Plan:
 
     @property
     def servers(self) -> tuple[ProcessPlan, ...]:
-        return tuple(p for p in self.processes if p.kind == "server")
+        return tuple(p for p in self.processes if p.role == "server")
 
     @property
     def trainers(self) -> tuple[ProcessPlan, ...]:
-        return tuple(p for p in self.processes if p.kind == "trainer")
+        return tuple(p for p in self.processes if p.role == "trainer")
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -81,51 +97,48 @@ def make_plan(config: RunConfig, machine: Machine, model: str, trainer_command: 
     interpreter. Raises ConfigError for what this version or this machine cannot run.
     """
     mode = AllocationMode.parse(config.allocation_mode)
-    actor = mode.train
+    actor, rollout = mode.train, mode.inference
     if actor is None:
         raise ConfigError(f"allocation_mode {mode} has no trainer: add one, such as fsdp:d1")
     _check_roles(config, mode, actor)
-    _check_supported(config, mode)
+    _check_backends(config, mode)
     _check_devices(config, mode, machine)
     takes_turns = mode.colocated or (isinstance(config, GRPOConfig) and config.rollout.max_head_offpolicyness == 0)
-    num_servers = 0 if mode.inference is None else mode.inference.num_servers
-    cores = share_cores(machine.cores, num_servers, actor.world_size, takes_turns)
-    devices = _share_devices(mode, actor, machine)
+    num_servers, num_ranks = (rollout.num_servers if rollout else 0), actor.world_size
+    cores = share_cores(machine.cores, num_servers, num_ranks, takes_turns)
+    devices = _share_devices(mode, num_servers, machine)
     # As torchrun does it: all ranks see all trainer devices, LOCAL_RANK picks one.
-    of_trainers = tuple(d for own in devices[num_servers:] for d in own)
+    of_trainers = tuple(d for own_devices in devices[num_servers:] for d in own_devices)
     processes = []
     for i, (own_cores, own_devices) in enumerate(zip(cores, devices, strict=True)):
+        env = _common_env(config, mode) | {"OMP_NUM_THREADS": str(len(own_cores))}
         rank = i - num_servers
-        env = {**_common_env(config, mode), "OMP_NUM_THREADS": str(len(own_cores))}
-        kind: Literal["server", "trainer"] = "server" if rank < 0 else "trainer"
         if rank < 0:
-            assert isinstance(config, GRPOConfig) and mode.inference is not None
-            name, visible = f"server-{i}", own_devices
-            command = server_command(config, mode.inference, model, machine)
-            env |= server_env(config, mode.inference, own_cores, machine)
+            assert isinstance(config, GRPOConfig) and rollout is not None
+            command, visible = server_command(config, rollout, model, machine), own_devices
+            env |= server_env(config, rollout, own_cores, machine)
+            process = ProcessPlan("server", i, command, ready_path="/health", restart="alone")
         else:
-            name, visible = f"trainer-{rank}", of_trainers
-            command = (sys.executable, *trainer_command)
-            env |= _rank_env(rank, actor.world_size)
+            process, visible = ProcessPlan("trainer", rank, (sys.executable, *trainer_command)), of_trainers
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": HOST}  # torchrun's
+            env |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
             env |= GPU_ALLOCATOR_ENV if machine.gpus else ALLOCATOR_ENV
         env["CUDA_VISIBLE_DEVICES"] = ",".join(visible)  # without GPUs too: the machine may have some all the same
         pinned = own_cores if config.launcher.pin_cores and not machine.gpus else ()
         env |= config.launcher.env
-        processes.append(ProcessPlan(name, kind, command, env, pinned, own_devices, node=machine.name))
+        processes.append(replace(process, env=env, cores=pinned, devices=own_devices, node=machine.name))
     return Plan(str(mode), tuple(processes), mode.colocated)
 
 
 def _check_roles(config: RunConfig, mode: AllocationMode, actor: Component) -> None:
     """Refuses components that nothing would run on, and roles on ranks of their own."""
-    roles = {}
-    if isinstance(config, GRPOConfig):
-        roles = {"critic": config.critic, "ref": config.ref}
-        if mode.inference is None:
-            raise ConfigError(
-                f"allocation_mode {mode} has no inference servers: GRPO needs servers and a trainer, such as"
-                " native:d1+fsdp:d1 (separate devices) or native:d1|fsdp:d1 (shared)"
-            )
-    elif mode.inference is not None:
+    roles = {"critic": config.critic, "ref": config.ref} if isinstance(config, GRPOConfig) else {}
+    if isinstance(config, GRPOConfig) and mode.inference is None:
+        raise ConfigError(
+            f"allocation_mode {mode} has no inference servers: GRPO needs servers and a trainer, such as"
+            " native:d1+fsdp:d1 (separate devices) or native:d1|fsdp:d1 (shared)"
+        )
+    if not isinstance(config, GRPOConfig) and mode.inference is not None:
         raise ConfigError(
             f"allocation_mode {mode} has inference servers, which kind: {config.kind} does not use: allocate the"
             f" trainer alone, such as {actor}"
@@ -144,7 +157,8 @@ def _check_roles(config: RunConfig, mode: AllocationMode, actor: Component) -> N
             )
 
 
-def _check_supported(config: RunConfig, mode: AllocationMode) -> None:
+def _check_backends(config: RunConfig, mode: AllocationMode) -> None:
+    """Refuses what a backend cannot do, whatever the machine."""
     for component in mode.components:
         if component.backend not in SUPPORTED:
             same_role = [b for b in SUPPORTED if Component(b, component.dims).role == component.role]
@@ -152,19 +166,19 @@ def _check_supported(config: RunConfig, mode: AllocationMode) -> None:
                 f"allocation_mode: this version cannot run {component.backend}; for {component.role} it has"
                 f" {' and '.join(same_role)}"
             )
-        sizes = asdict(component.dims)
-        too_wide = [k for k in sizes if k != "d" and sizes[k] > 1 and k not in SUPPORTED[component.backend]]
-        if too_wide:
-            what = ", ".join(f"{DIMENSIONS[k]} parallelism ({k}{sizes[k]})" for k in too_wide)
+        wide = {
+            k: n for k, n in asdict(component.dims).items() if n > 1 and k not in "d" + SUPPORTED[component.backend]
+        }
+        if wide:
+            what = ", ".join(f"{DIMENSIONS[k]} parallelism ({k}{n})" for k, n in wide.items())
             raise ConfigError(
                 f"allocation_mode: {component.backend} has no {what} in this version; use"
                 f" {component.backend}:d{component.world_size}"
             )
-        if component.ffn is not None and component.ffn.t > 1:
-            num_others = component.ffn.d * component.ffn.t
-            wider = replace(component, ffn=replace(component.ffn, t=1, d=num_others))
+        if (ffn := component.ffn) is not None and ffn.t > 1:
+            wider = replace(component, ffn=replace(ffn, t=1, d=ffn.d * ffn.t))
             raise ConfigError(
-                f"allocation_mode: {component} cuts every expert into t{component.ffn.t}, and here experts stay whole:"
+                f"allocation_mode: {component} cuts every expert into t{ffn.t}, and here experts stay whole:"
                 f" they go to ranks by e alone, and tokens to them. Use t1 for ffn, such as {wider}, or a larger e"
             )
     if config.cluster.num_nodes > 1:
@@ -172,24 +186,21 @@ def _check_supported(config: RunConfig, mode: AllocationMode) -> None:
             f"cluster.num_nodes is {config.cluster.num_nodes}, but the local launcher starts processes on this machine"
             " only: set it to 1"
         )
-    rollout = mode.inference
-    if rollout is None or not isinstance(config, GRPOConfig):
-        return
-    unread = UNREAD_UPDATES.get(rollout.backend, ())
-    if rollout.dims.p > 1:
-        unread += ("distributed", "tensor")
-    if config.weight_update in unread:
-        raise ConfigError(
-            f"weight_update is {config.weight_update}, which {rollout} servers do not read: set weight_update=disk"
-        )
+    if (rollout := mode.inference) is not None and isinstance(config, GRPOConfig):
+        unread = {"sglang": ("shm",), "vllm": ("tensor",)}.get(rollout.backend, ())
+        if config.weight_update in unread + (("distributed", "tensor") if rollout.dims.p > 1 else ()):
+            raise ConfigError(
+                f"weight_update is {config.weight_update}, which {rollout} servers do not read: set weight_update=disk"
+            )
 
 
 def _check_devices(config: RunConfig, mode: AllocationMode, machine: Machine) -> None:
-    rollout = mode.inference
+    """Refuses what this machine cannot run."""
+    rollout, num_gpus = mode.inference, len(machine.gpus)
     if rollout is not None and rollout.backend == "vllm":
         assert isinstance(config, GRPOConfig)
         check_vllm(config, machine)
-    if not machine.gpus:
+    if not num_gpus:
         if rollout is not None and rollout.backend == "sglang":
             raise ConfigError(
                 "sglang servers need GPUs and this machine has none: use native or vllm (to plan for another machine:"
@@ -197,20 +208,14 @@ def _check_devices(config: RunConfig, mode: AllocationMode, machine: Machine) ->
             )
         if rollout is not None and rollout.backend == "vllm" and rollout.dims.t > 1:
             raise ConfigError(f"vllm:t{rollout.dims.t} needs GPUs and this machine has none: use vllm:d1")
-        return
-    if mode.num_devices > len(machine.gpus):
+    elif mode.num_devices > num_gpus:
         groups = ", ".join(f"{'|'.join(map(str, group))} {group[0].world_size}" for group in mode.groups)
+        sharing = "|".join(f"{c.backend}:d{num_gpus}" for c in (rollout, mode.train) if c is not None)
         raise ConfigError(
-            f"allocation_mode {mode} needs {mode.num_devices} GPUs ({groups}), and there are {len(machine.gpus)}"
+            f"allocation_mode {mode} needs {mode.num_devices} GPUs ({groups}), and there are {num_gpus}"
             f" (cluster.num_gpus_per_node: {config.cluster.num_gpus_per_node}): lower the dimensions, or join"
-            f" components by '|' so that they share devices: allocation_mode='{_sharing(mode, len(machine.gpus))}'"
+            f" components by '|' so that they share devices: allocation_mode='{sharing}'"
         )
-
-
-def _sharing(mode: AllocationMode, num_gpus: int) -> str:
-    """The allocation of the same backends that runs on so many GPUs, taking turns."""
-    chosen = [f"{component.backend}:d{num_gpus}" for component in (mode.inference, mode.train) if component is not None]
-    return "|".join(chosen)
 
 
 def share_cores(cores: Sequence[int], num_servers: int, num_trainers: int, takes_turns: bool) -> list[tuple[int, ...]]:
@@ -219,23 +224,22 @@ def share_cores(cores: Sequence[int], num_servers: int, num_trainers: int, takes
     Side by side: disjoint shares. Taking turns: servers share all cores among themselves, trainers too. More
     processes than cores: one core each, by turns, so that no core has two more than another.
     """
-    if takes_turns:
-        return _split(cores, num_servers) + _split(cores, num_trainers)
-    return _split(cores, num_servers + num_trainers)
+
+    def split(num_parts: int) -> list[tuple[int, ...]]:
+        if num_parts > len(cores):
+            return [(cores[i % len(cores)],) for i in range(num_parts)]
+        bounds = [i * len(cores) // num_parts for i in range(num_parts + 1)] if num_parts else []
+        return [tuple(cores[a:b]) for a, b in itertools.pairwise(bounds)]
+
+    return split(num_servers) + split(num_trainers) if takes_turns else split(num_servers + num_trainers)
 
 
-def _split(cores: Sequence[int], num_parts: int) -> list[tuple[int, ...]]:
-    if num_parts > len(cores):
-        return [(cores[i % len(cores)],) for i in range(num_parts)]
-    bounds = [i * len(cores) // num_parts for i in range(num_parts + 1)]
-    return [tuple(cores[a:b]) for a, b in itertools.pairwise(bounds)]
-
-
-def _share_devices(mode: AllocationMode, actor: Component, machine: Machine) -> list[tuple[str, ...]]:
+def _share_devices(mode: AllocationMode, num_servers: int, machine: Machine) -> list[tuple[str, ...]]:
     """The GPUs of each server, then of each trainer rank; empty tuples without GPUs."""
-    rollout = mode.inference
+    rollout, actor = mode.inference, mode.train
+    assert actor is not None, "refused before"
     if not machine.gpus:
-        return [()] * ((rollout.num_servers if rollout else 0) + actor.world_size)
+        return [()] * (num_servers + actor.world_size)
     gpus: dict[str, tuple[str, ...]] = {}
     offset = 0
     for group in mode.groups:
@@ -245,34 +249,13 @@ def _share_devices(mode: AllocationMode, actor: Component, machine: Machine) -> 
     of_trainers: list[tuple[str, ...]] = [(gpu,) for gpu in gpus[actor.label]]
     if rollout is None:
         return of_trainers
-    width = rollout.world_size // rollout.num_servers
-    starts = range(0, rollout.world_size, width)
-    return [gpus[rollout.label][at : at + width] for at in starts] + of_trainers
+    width = rollout.world_size // num_servers
+    return [gpus[rollout.label][at : at + width] for at in range(0, rollout.world_size, width)] + of_trainers
 
 
 def _common_env(config: RunConfig, mode: AllocationMode) -> dict[str, str]:
-    env = {
-        # Threads that spin while they wait take the cores of the other side.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        # But for a moment: a step has thousands of parallel regions, and a sleeping thread is late for each.
-        "GOMP_SPINCOUNT": "30000",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # logs are files
-        # A server that changes its title would overwrite the environment by which its processes are found.
-        "SPT_NOENV": "1",
+    env = COMMON_ENV | {
         "AREALITE_HEARTBEAT_S": str(config.watchdog.heartbeat_s),
         "AREALITE_STALL_S": str(config.watchdog.stall_s),
     }
     return env | ({"AREALITE_COLOCATED": "1"} if mode.colocated else {})
-
-
-def _rank_env(rank: int, world_size: int) -> dict[str, str]:
-    """torchrun's variables; MASTER_PORT is set at the start."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": HOST,
-    }

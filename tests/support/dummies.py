@@ -103,16 +103,17 @@ def config_with(overrides: dict[str, object]) -> GRPOConfig:
 
 
 def plan_of(folder: Path, trainers: list[str], servers: list[str]) -> Plan:
-    from arealite.launcher.plan import PORT, Plan, ProcessPlan
+    from arealite.launcher.plan import Plan, ProcessPlan
+    from arealite.launcher.servers import PORT
 
     me = str(Path(__file__).resolve())
     env = {"AREALITE_HEARTBEAT_S": "0.1", "AREALITE_STALL_S": "2"}
     processes = [
-        ProcessPlan(f"server-{i}", "server", (sys.executable, me, "server", PORT, behaviour), env)
+        ProcessPlan("server", i, (sys.executable, me, "server", PORT, behaviour), env, ready_path="/", restart="alone")
         for i, behaviour in enumerate(servers)
     ]
     processes += [
-        ProcessPlan(f"trainer-{i}", "trainer", (sys.executable, me, "trainer", str(folder), behaviour), env)
+        ProcessPlan("trainer", i, (sys.executable, me, "trainer", str(folder), behaviour), env)
         for i, behaviour in enumerate(trainers)
     ]
     return Plan("native:d1+fsdp:d1", tuple(processes))

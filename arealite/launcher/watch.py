@@ -1,0 +1,344 @@
+"""One start of a run: servers, their health, trainers, and the watch over all of them. Called by local.py.
+
+Convention: a process that a signal ended (crash, kill, out of memory), or a server that ended by itself after it was
+healthy, is bad luck and may be started again. A positive exit code is a Python error or a refused configuration,
+which would come again: the run ends with it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import signal
+import socket
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Literal
+
+from arealite.api.atomic import write_text
+from arealite.api.cli_args import RunConfig
+from arealite.api.errors import ArealiteError, WaitTimeout
+from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Child, kill_leftovers, say
+from arealite.launcher.plan import HOST, Plan, ProcessPlan
+from arealite.observe import waits
+from arealite.observe.run_folder import RunFolder
+from arealite.observe.watchdog import Watchdog
+
+TICK_S = 0.1
+SETTLE_S = 0.5  # in which the victims of a killed process may show that they were not the first
+PROBE_LIMIT_S = 2.0  # of one look at a server's health
+FIRST_BACKOFF_S = 0.5  # between a death and the next start; doubled each time
+MAX_BACKOFF_S = 30.0
+STEADY_S = 60.0  # a server that has been well for so long starts to count its restarts anew
+ADDRESS_IN_USE = re.compile(r"address already in use|EADDRINUSE", re.IGNORECASE)
+
+
+class RunFailed(ArealiteError):
+    """A process died or stalled; the message names it, says why, and shows its first real error."""
+
+    def __init__(self, message: str, may_restart: bool = False) -> None:
+        super().__init__(message)
+        self.may_restart = may_restart
+
+
+class StopRequested(Exception):
+    """The user or the system asked the launcher to stop, by the signal `number`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that the system says are free now; who binds one must be ready to find it taken."""
+    with ExitStack() as open_sockets:
+        probes = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def answers(port: int, path: str, limit_s: float) -> bool:
+    """Whether a server says 200 to GET `path`. Without proxies: it is on this machine."""
+    with closing(http.client.HTTPConnection(HOST, port, timeout=limit_s)) as connection:
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+
+@dataclass
+class Replica:
+    """One server through all of its processes, of which `child` is the newest: starting -> ready -> dead -> starting,
+    until it is given up."""
+
+    plan: ProcessPlan
+    child: Child
+    port: int
+    since: float  # monotonic, of the last start or of the first answer after it; when dead, of the next start
+    state: Literal["starting", "ready", "dead", "given up"] = "starting"
+    was_ready: bool = False
+    num_restarts: int = 0  # in a row
+
+    @property
+    def may_start_again(self) -> bool:
+        """A signal, a server that had been well, or a port that was free when we looked: bad luck."""
+        code = self.child.exit_code or 0
+        return code < 0 or self.was_ready or bool(ADDRESS_IN_USE.search(self.child.output()))
+
+
+class Keeper:
+    """The servers of one start of the run: started together, started again one by one when they die, their addresses in
+    the run folder's `servers` file, which the trainer's client follows."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        self._folder = folder
+        self._max_restarts = config.recover.max_restarts if config.recover.mode == "auto" else 0
+        self._probe_s = min(PROBE_LIMIT_S, config.watchdog.stall_s / 4)
+        self._startup_limit_s = config.launcher.startup_timeout_s
+        self._num_probes = 0
+        self.replicas: list[Replica] = []
+
+    def start(self, plans: tuple[ProcessPlan, ...]) -> None:
+        for plan, port in zip(plans, free_ports(len(plans)), strict=True):
+            child = Child.start(plan.on_port(port), self._folder)
+            self.replicas.append(Replica(plan, child, port, time.monotonic()))
+
+    def unready(self) -> list[Replica]:
+        """Those that do not answer yet, or are about to be started."""
+        return [r for r in self.replicas if r.state in ("starting", "dead")]
+
+    def addresses(self) -> list[str]:
+        return [f"{HOST}:{r.port}" for r in self.replicas if r.state != "given up"]
+
+    @property
+    def has_begun(self) -> bool:
+        return all(r.was_ready for r in self.replicas)
+
+    def look(self) -> bool:
+        """One tick: note deaths, start what is due, ask one that is starting whether it is ready. False when there is
+        no server that can be waited for, or one has failed before the run began."""
+        now = time.monotonic()
+        for replica in self.replicas:
+            if replica.state == "dead" and now >= replica.since:
+                self._start_again(replica)
+            elif replica.state in ("starting", "ready") and replica.child.exit_code is not None:
+                self._died(replica)
+            elif replica.state == "ready" and now - replica.since > STEADY_S:
+                replica.num_restarts = 0
+        self._probe_one()
+        num_lost = len(self.replicas) - len(self.addresses())
+        return not num_lost or (self.has_begun and num_lost < len(self.replicas))
+
+    def end(self, name: str) -> bool:
+        """End a process that hangs, and all that it has started, if it is a server that `look` then starts again."""
+        for replica in self.replicas:
+            if replica.plan.name == name and replica.num_restarts < self._max_restarts:
+                replica.child.kill(self._folder)
+                return True
+        return False
+
+    def _died(self, replica: Replica) -> None:
+        name, obituary = replica.plan.name, replica.child.obituary()
+        if replica.may_start_again and replica.num_restarts < self._max_restarts:
+            replica.state = "dead"
+            replica.since = time.monotonic() + min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**replica.num_restarts)
+            replica.num_restarts += 1
+            say(f"{obituary}\n{name} alone: restart {replica.num_restarts} of at most {self._max_restarts}")
+            return
+        replica.state = "given up"
+        replica.child.kill(self._folder)  # what it left behind may hold memory and devices
+        if self.addresses():
+            say(f"{obituary}\n{name} is not started again")
+            self._write_addresses()
+
+    def _start_again(self, replica: Replica) -> None:
+        replica.child.kill(self._folder)  # as in `_died`
+        replica.child.log.close()
+        (replica.port,) = free_ports(1)
+        replica.child = Child.start(replica.plan.on_port(replica.port), self._folder)
+        replica.state, replica.since = "starting", time.monotonic()
+
+    def _probe_one(self) -> None:
+        """One a tick, so that frozen ones cannot hold up the watchdog."""
+        starting = [r for r in self.replicas if r.state == "starting"]
+        if not starting:
+            return
+        self._num_probes += 1
+        replica = starting[self._num_probes % len(starting)]
+        if answers(replica.port, replica.plan.ready_path, self._probe_s):
+            replica.state, replica.was_ready, replica.since = "ready", True, time.monotonic()
+            self._write_addresses()
+        elif replica.was_ready and time.monotonic() - replica.since > self._startup_limit_s:
+            say(f"{replica.plan.name} is not healthy after launcher.startup_timeout_s; it is ended")
+            replica.child.kill(self._folder)
+
+    def _write_addresses(self) -> None:
+        """Replace the file at once, so that readers see a whole list. Dead servers keep their line until they are
+        replaced; those given up lose it."""
+        if self.has_begun:  # before, there are no trainers
+            write_text(self._folder.servers, "".join(f"{address}\n" for address in self.addresses()), durable=False)
+
+
+class Supervisor:
+    """Runs a plan once. Who asks a second time by signal to stop (`stops`, the signals so far) is not made to wait for
+    the processes' grace."""
+
+    def __init__(self, plan: Plan, config: RunConfig, folder: RunFolder, stops: list[int]) -> None:
+        self.plan = plan
+        self.config = config
+        self.folder = folder
+        self.stops = stops
+        self.keeper = Keeper(config, folder)
+        self.trainers: list[Child] = []
+        self.has_trainer = False  # whether the script has come so far that it reports its waits
+        self.is_told = False  # the trainers, to stop
+        self.all_alive_s = 0.0  # monotonic, when all trainers lived for the last time
+        self.watchdog = Watchdog(folder, config.watchdog.heartbeat_s, config.watchdog.stall_s)
+
+    def run(self) -> None:
+        """Start everything, return when all trainers are done. Nothing is left running, whatever happens.
+
+        A server that dies or hangs is started again alone, while the trainers go on. At the first signal the trainers
+        get SIGTERM, at which they finish their step and write a recovery point; servers serve until then.
+
+        Consumes: exit codes, heartbeats, signals. Produces: logs, the terminal's view of trainer-0. Waits for: the end
+        of all trainers, looking every TICK_S. Unblocked by: their exit, a trainer's death, the loss of all servers, a
+        stall, a signal.
+
+        Raises RunFailed or StopRequested.
+        """
+        forget_heartbeats(self.folder)
+        try:
+            self.start_servers()
+            self.start_trainers()
+            while any(c.exit_code is None for c in self.trainers):
+                self.look()
+                time.sleep(TICK_S)
+            self.look()
+            if not self.has_trainer:
+                raise RunFailed(
+                    "the script ended without having made a trainer, so nothing was trained: does it call its function,"
+                    ' under `if __name__ == "__main__":`?'
+                )
+        finally:
+            self.end()
+
+    def start_servers(self) -> None:
+        """Start all servers and wait until each is ready, at most `launcher.startup_timeout_s`.
+
+        Consumes: exit codes, answers of servers. Produces: ready servers. Waits for: all of them, looking every
+        TICK_S. Unblocked by: their answers, any death, a signal, the limit.
+        """
+        began = time.monotonic()
+        keeper, limit_s = self.keeper, self.config.launcher.startup_timeout_s
+        keeper.start(self.plan.servers)
+        with waits.waiting(
+            "health at start", "servers", limit_s, lambda: [r.plan.name for r in keeper.unready()]
+        ) as wait:
+            while keeper.unready():
+                self.look()
+                try:
+                    wait.check()
+                except WaitTimeout as error:
+                    late = [r.child.obituary() for r in keeper.unready()]
+                    raise RunFailed("\n".join([f"{error}; see launcher.startup_timeout_s", *late])) from None
+                time.sleep(TICK_S)
+        if keeper.replicas:
+            say(f"servers are up after {time.monotonic() - began:.0f} s; trainers load data and model")
+
+    def start_trainers(self) -> None:
+        port, addresses = str(free_ports(1)[0]), ",".join(self.keeper.addresses())
+        for plan in self.plan.trainers:
+            child = Child.start(plan, self.folder, MASTER_PORT=port, AREAL_LLM_SERVER_ADDRS=addresses)
+            self.trainers.append(child)
+
+    def look(self) -> None:
+        """One tick: copy the log, raise if a process died or stalled or a stop was asked for."""
+        for c in self.trainers[:1]:
+            c.echo()
+        self.has_trainer |= any((self.folder.waits_dir / f"{c.name}.json").exists() for c in self.trainers)
+        if self.stops and self.may_stop():
+            raise StopRequested(self.stops[0])
+        if self.trainers and all(c.exit_code == 0 for c in self.trainers):
+            return
+        if not self.keeper.look() or self.failed():
+            time.sleep(SETTLE_S)
+            raise self.judge()
+        if self.keeper.unready() and self.trainers:
+            self.watchdog.excuse()
+        report = self.watchdog.look({c.name: c.process.pid for c in self.children if c.exit_code is None})
+        if report is not None:
+            say(report.text)
+            if not self.keeper.end(report.culprit):
+                raise RunFailed(report.headline, may_restart=self.config.watchdog.action == "restart")
+
+    @property
+    def children(self) -> list[Child]:
+        return [*(r.child for r in self.keeper.replicas), *self.trainers]
+
+    def may_stop(self) -> bool:
+        """A stop was asked for: whether no trainer is left that could end by itself. Not waited for when asked twice,
+        nor for long where some have ended."""
+        alive = [c for c in self.trainers if c.exit_code is None]
+        if not alive or len(self.stops) > 1:
+            return True
+        if not self.is_told:
+            if self.config.recover.mode != "off":
+                say("stopping after this step, with a recovery point; asked once more, at once")
+            for c in alive:
+                os.kill(c.process.pid, signal.SIGTERM)
+            self.is_told, self.all_alive_s = True, time.monotonic()
+        if len(alive) == len(self.trainers):
+            self.all_alive_s = time.monotonic()
+        return time.monotonic() - self.all_alive_s > self.config.launcher.stop_grace_s
+
+    def failed(self) -> list[Child]:
+        return [] if self.stops else [c for c in self.trainers if c.exit_code not in (None, 0)]
+
+    def judge(self) -> RunFailed:
+        """The one that died first: whoever a signal ended, since the others only lost their partner; then servers."""
+        failed, replicas = self.failed(), self.keeper.replicas
+        # A server that was given up while others went on is not why a trainer failed later.
+        is_past = bool(failed and self.keeper.addresses())
+        servers = [r for r in replicas if r.child.exit_code is not None and not (is_past and r.state == "given up")]
+        codes = {c.name: c.exit_code or 0 for c in [*failed, *(r.child for r in servers)]}
+        dead = [c for c in self.children if c.name in codes]  # servers first
+        first = min(dead, key=lambda c: codes[c.name] > 0)
+        may_restart = next((r.may_start_again for r in servers if r.child is first), codes[first.name] < 0)
+        others = [f"{c.name} ended too (exit code {codes[c.name]})" for c in dead if c is not first]
+        echoed = first in self.trainers[:1]  # the terminal has its traceback already
+        return RunFailed("\n".join([first.obituary(brief=echoed), *others]), may_restart)
+
+    def end(self) -> None:
+        """SIGKILL to trainers, which would wait in vain for others, SIGTERM to servers, SIGKILL after their grace, then
+        whatever they have left behind. Cut short when the user asks a second time."""
+        began, grace_s = time.monotonic(), self.config.launcher.stop_grace_s
+        for c in self.trainers:
+            c.send(signal.SIGKILL)
+        for c in self.children:
+            c.send(signal.SIGTERM)
+            c.send(signal.SIGCONT)  # a frozen process acts on SIGTERM only when it goes on
+        while any(c.exit_code is None for c in self.children) and time.monotonic() - began < grace_s:
+            if len(self.stops) > 1:
+                break
+            time.sleep(POLL_S)
+        for c in self.children:
+            c.send(signal.SIGKILL)
+        kill_leftovers(self.folder)
+        for c in self.trainers[:1]:
+            c.echo(SAY_LIMIT_S)
+        for c in self.children:
+            c.process.poll()  # reaps
+            c.log.close()
+        forget_heartbeats(self.folder)
+
+
+def forget_heartbeats(folder: RunFolder) -> None:
+    """Those of processes that are gone: their numbers may be others' by now."""
+    for beat in folder.waits_dir.glob("*.json"):
+        if beat.stem != waits.LAUNCHER:
+            beat.unlink(missing_ok=True)
