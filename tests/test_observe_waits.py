@@ -133,7 +133,7 @@ def test_configure_twice_is_an_error(configured):
 
 
 def test_configured_from_the_environment_only_under_a_launcher(tmp_path):
-    code = "from arealite.observe import waits; waits.configure_from_env(); print(waits._registry.process)"
+    code = "from arealite.observe import waits; waits.configure_from_env(); print(waits._process.name)"
     bare = {k: v for k, v in os.environ.items() if not k.startswith("AREALITE_")}
     ran = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("process ")

@@ -9,8 +9,6 @@ import time
 import pytest
 from support.dummies import Launched, is_alive
 
-from arealite.observe import watchdog as watchdog_module
-from arealite.observe.processes import state_letter
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.watchdog import Watchdog
 
@@ -127,11 +125,10 @@ def test_marked_progress_anywhere_is_no_stall(processes):
     assert report.culprit == "server-0" and "server-0: token" in report.text
 
 
-def test_a_wait_past_its_own_limit_is_a_stall_whatever_goes_on(processes, monkeypatch):
-    monkeypatch.setattr(watchdog_module, "OVERDUE_GRACE_S", 0.5)
+def test_a_wait_past_its_own_limit_is_a_stall_whatever_goes_on(processes):
     processes.start("server-0", "clients", marking="marking")
     processes.start("trainer-0", "reward worker 1", limit_s=0.5)
-    report = processes.look_until_report(Watchdog(processes.folder, 0.05, stall_s=60.0))
+    report = processes.look_until_report(Watchdog(processes.folder, 0.05, stall_s=60.0, grace_s=0.5))
     assert report.culprit == "trainer-0"  # the owner is no process that we know
     assert "past its limit of 0.5 s" in report.headline
 
@@ -190,7 +187,7 @@ def test_frozen_launcher_is_named_by_the_others(tmp_path):
         os.kill(run.process.pid, signal.SIGSTOP)
         line = f"STALL: the launcher (pid {run.process.pid}) has been silent"
         run.until(lambda: line in run.text(), "line of the frozen launcher in its own terminal")
-        assert "frozen (state T" in run.text() and state_letter(run.process.pid) == "T"
+        assert "frozen (state T" in run.text()
         run.until(lambda: line in (run.folder.logs_dir / "trainer-0.log").read_text(), "line in the trainer's log")
         assert len(list(run.folder.stalls_dir.glob("launcher_*.txt"))) == 1
         os.kill(run.process.pid, signal.SIGCONT)

@@ -20,7 +20,7 @@ from typing import BinaryIO
 from arealite.api.errors import SENTENCE
 from arealite.launcher import shim
 from arealite.launcher.plan import ProcessPlan
-from arealite.observe.processes import DEAD, process_state, processes_of_run, state_letter
+from arealite.observe.processes import DEAD, process_state, process_status, processes_of_run
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
 
@@ -126,7 +126,7 @@ def kill_leftovers(folder: RunFolder, name: str = "") -> list[str]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         # A dying process loses its environment, by which it is found, before it gives back the rest.
-        living = [pid for pid in killed if state_letter(pid) not in DEAD]
+        living = [pid for pid in killed if process_status(pid) not in DEAD]
         if not (left or living) or time.monotonic() > end:
             break
         time.sleep(POLL_S)

@@ -1,6 +1,6 @@
-"""What can be known of a process of a run from outside: its heartbeat file, its state in the process table.
+"""What can be known of a process of a run from outside: its heartbeat file and its state in the process table.
 
-Heartbeats are written by observe/waits.py, read by the watchdog and, for the launcher's, by every heartbeat thread.
+Called by watchdog.py, by every heartbeat thread (waits.py) for the launcher, and by the launcher to end what is left.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from arealite.api.atomic import write_text
 
 STATES = {
-    "R": "running",
-    "S": "sleeping",
-    "D": "blocked in the kernel (state D: disk or device)",
-    "T": "frozen (state T: stopped by a signal; SIGCONT continues it)",
-    "t": "stopped by a debugger (state t)",
-    "Z": "dead, not yet reaped (state Z)",
-    "X": "dead",
+    psutil.STATUS_DISK_SLEEP: "blocked in the kernel (state D: disk or device)",
+    psutil.STATUS_STOPPED: "frozen (state T: stopped by a signal; SIGCONT continues it)",
+    psutil.STATUS_TRACING_STOP: "stopped by a debugger (state t)",
+    psutil.STATUS_ZOMBIE: "dead, not yet reaped (state Z)",
 }
-FROZEN = ("T", "t")
-DEAD = ("Z", "X")
+FROZEN = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,8 @@ class WaitRecord:
         """Who waits for whom, for what, since when."""
         clock = time.strftime("%H:%M:%S", time.localtime(self.since))
         ids = f"; pending: {', '.join(self.pending)}" if self.pending else ""
-        return (
-            f"{process} waits for {self.owner}: {self.name}, since {clock}"
-            f" ({self.age_s:.1f} s, limit {self.limit_s:g} s){ids}"
-        )
+        age = f"({self.age_s:.1f} s, limit {self.limit_s:g} s)"
+        return f"{process} waits for {self.owner}: {self.name}, since {clock} {age}{ids}"
 
 
 @dataclass(frozen=True)
@@ -71,42 +68,46 @@ class Heartbeat:
         write_text(path, json.dumps(asdict(self)), durable=False)
 
 
-class BeatAge:
-    """How long ago a process last beat, by the reader's own clock: clocks that jump or differ do not matter."""
+class Pulse:
+    """The newest heartbeat in `path` of `pid` (0: of any process), and how long ago it changed by the reader's own
+    clock: clocks that jump or differ do not matter."""
 
-    def __init__(self) -> None:
-        self._last: tuple[int, int] | None = None
-        self._seen = time.monotonic()
+    def __init__(self, path: Path, pid: int = 0) -> None:
+        self.path, self.pid = path, pid
+        self.beat: Heartbeat | None = None
+        self.restart()
 
     @property
     def age_s(self) -> float:
-        return time.monotonic() - self._seen
-
-    def update(self, beat: Heartbeat) -> float:
-        """Take a reading; returns the seconds since the beat last changed."""
-        if (beat.pid, beat.num_beats) != self._last:
-            self._last = (beat.pid, beat.num_beats)
-            self.restart()
-        return self.age_s
+        return time.monotonic() - self._changed_s
 
     def restart(self) -> None:
         """Count from now again."""
-        self._seen = time.monotonic()
+        self._changed_s = time.monotonic()
+
+    def look(self) -> Heartbeat | None:
+        """Read the file; None where it is not there now. `beat` stays the last one that was."""
+        beat = Heartbeat.read(self.path)
+        if beat is None or self.pid not in (0, beat.pid):
+            return None
+        if beat != self.beat:
+            self.beat = beat
+            self.restart()
+        return beat
 
 
-def state_letter(pid: int) -> str:
-    """The state letter of /proc/PID/stat; "X" when there is no such process."""
+def process_status(pid: int) -> str:
+    """psutil's name of a process's state, STATUS_DEAD when there is no such process."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return "X"
-    return stat.rpartition(")")[2].split()[0]
+        return str(psutil.Process(pid).status())
+    except psutil.NoSuchProcess:
+        return str(psutil.STATUS_DEAD)
 
 
 def process_state(pid: int) -> str:
     """The state of a process in words."""
-    letter = state_letter(pid)
-    return STATES.get(letter, f"in state {letter}")
+    status = process_status(pid)
+    return STATES.get(status, status)
 
 
 def processes_of_run(run_dir: Path) -> dict[int, str]:
@@ -115,16 +116,13 @@ def processes_of_run(run_dir: Path) -> dict[int, str]:
     Known by their environment, so children of a trainer are among them, under the trainer's name, even when they
     have outlived it. The launcher is not: its own environment has no AREALITE_PROCESS.
     """
-    wanted = f"AREALITE_RUN_DIR={run_dir}".encode()
-    found = {}
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) == os.getpid():
-            continue
+    names = {}
+    for process in psutil.process_iter():
         try:
-            variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
-        except OSError:  # ended meanwhile, or belongs to somebody else
+            variables = process.environ()
+        except psutil.Error:  # ended meanwhile, or belongs to somebody else
             continue
-        names = [v.partition(b"=")[2].decode() for v in variables if v.startswith(b"AREALITE_PROCESS=")]
-        if wanted in variables and names:
-            found[int(entry)] = names[0]
-    return found
+        if variables.get("AREALITE_RUN_DIR") == str(run_dir) and "AREALITE_PROCESS" in variables:
+            names[process.pid] = variables["AREALITE_PROCESS"]
+    names.pop(os.getpid(), None)
+    return names

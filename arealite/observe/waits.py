@@ -1,7 +1,7 @@
 """Named waits of this process, and the heartbeat that shows them to the launcher's watchdog.
 
-Whoever waits for another process, thread or request does it through `waiting` or `bounded`; trainer and server mains
-call `configure_from_env()` once. Works unconfigured too: limits still hold.
+Whoever waits for another process, thread or request does it through `waiting` or `bounded`; mains of trainers and
+servers call `configure_from_env` once. Works unconfigured too: limits still hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from arealite.api.errors import WaitTimeout
-from arealite.observe.processes import BeatAge, Heartbeat, WaitRecord, process_state
+from arealite.observe.processes import Heartbeat, Pulse, WaitRecord, process_state
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.timeline import span
 
@@ -43,16 +43,12 @@ class Wait:
     def __init__(self, name: str, owner: str, limit_s: float, pending: Pending = ()) -> None:
         if not (math.isfinite(limit_s) and limit_s >= 0):
             raise ValueError(f"wait {name!r} has limit_s {limit_s}; every wait needs a finite limit in seconds")
-        self.name = name
-        self.owner = owner
-        self.limit_s = limit_s
-        self._pending = pending
-        self._since = time.time()
-        self._started = time.monotonic()
+        self.name, self.owner, self.limit_s, self.pending = name, owner, limit_s, pending
+        self.restart()
 
     @property
     def age_s(self) -> float:
-        return time.monotonic() - self._started
+        return time.monotonic() - self._started_s
 
     @property
     def left_s(self) -> float:
@@ -61,26 +57,22 @@ class Wait:
 
     def restart(self) -> None:
         """What was waited for came, and the next of its kind is waited for: age and limit count from now on."""
-        self._since, self._started = time.time(), time.monotonic()
+        self._since, self._started_s = time.time(), time.monotonic()
 
     def check(self) -> None:
-        """Raise WaitTimeout if the limit has passed."""
-        if self.age_s >= self.limit_s:
+        """Raise WaitTimeout if the limit has passed; its message is the line of a stall report."""
+        if self.left_s == 0:
             raise self.expired()
 
     def expired(self) -> WaitTimeout:
-        """The error of this wait; its message is its line of a stall report."""
-        return WaitTimeout(self.record().line(_registry.process))
+        return WaitTimeout(self.record().line(_process.name))
 
     def record(self) -> WaitRecord:
-        return WaitRecord(self.name, self.owner, self._since, self.age_s, self.limit_s, self._pending_ids())
-
-    def _pending_ids(self) -> list[str]:
         try:
-            ids = list(map(str, self._pending() if callable(self._pending) else self._pending))
+            ids = shortened(list(map(str, self.pending() if callable(self.pending) else self.pending)))
         except Exception as error:  # boundary: the callable reads state that its owner may be changing right now
-            return [f"(unknown: {error!r})"]
-        return shortened(ids)
+            ids = [f"(unknown: {error!r})"]
+        return WaitRecord(self.name, self.owner, self._since, self.age_s, self.limit_s, ids)
 
 
 def shortened(ids: list[str]) -> list[str]:
@@ -89,38 +81,33 @@ def shortened(ids: list[str]) -> list[str]:
     return ids[:MAX_PENDING_SHOWN] + more
 
 
-class _Registry:
-    """The waits and marks of this process."""
+class _Process:
+    """This process as the others see it. Its dictionaries are changed by any thread, and copied to be read."""
 
     def __init__(self) -> None:
-        self.process = f"process {os.getpid()}"
-        self.lock = threading.Lock()
+        self.name = f"process {os.getpid()}"
         self.waits: dict[int, Wait] = {}
         self.marks: dict[str, float] = {}
-        self.heartbeat: _Heart | None = None
+        self.heart: _Heart | None = None
 
     def records(self) -> list[WaitRecord]:
         """Oldest first."""
-        with self.lock:
-            open_waits = list(self.waits.values())
-        return [wait.record() for wait in open_waits]
+        return [wait.record() for wait in self.waits.copy().values()]
 
 
-_registry = _Registry()
+_process = _Process()
 
 
 @contextmanager
 def waiting(name: str, owner: str, limit_s: float, pending: Pending = ()) -> Iterator[Wait]:
     """Register a wait while the block runs; the block calls `check()` as often as it looks for the end of the wait."""
     wait = Wait(name, owner, limit_s, pending)
-    with _registry.lock:
-        _registry.waits[id(wait)] = wait
+    _process.waits[id(wait)] = wait
     try:
         with span(f"wait: {name}", owner=owner):
             yield wait
     finally:
-        with _registry.lock:
-            del _registry.waits[id(wait)]
+        del _process.waits[id(wait)]
 
 
 async def bounded(awaitable: Awaitable[T], name: str, owner: str, limit_s: float, pending: Pending = ()) -> T:
@@ -159,51 +146,48 @@ async def in_thread(run: Callable[[], T], name: str, owner: str, limit_s: float)
 def mark(what: str) -> None:
     """Say that something was achieved just now ("token", "group", "step"): no stall while any process goes on doing
     so, and the stall report says how long ago it was. Cheap: call it per decode step, not per token."""
-    _registry.marks[what] = time.monotonic()
+    _process.marks[what] = time.monotonic()
 
 
 def lines() -> list[str]:
     """This process's waits as lines of a stall report, oldest first."""
-    return [record.line(_registry.process) for record in _registry.records()]
+    return [record.line(_process.name) for record in _process.records()]
 
 
-def configure(run_dir: str | Path, process_name: str, heartbeat_s: float, stall_s: float) -> None:
-    """Start the heartbeat of this process and let SIGUSR1 dump its stacks. Call once, from the main thread.
+def configure(run_dir: str | Path, name: str, heartbeat_s: float, stall_s: float) -> None:
+    """Start the heartbeat of this process and let SIGUSR1 dump its stacks. Call once.
 
-    Writes waits/<process>.json every `heartbeat_s`; names the launcher when that is silent for `stall_s`.
+    Writes waits/<name>.json every `heartbeat_s`; names the launcher when that is silent for `stall_s`.
     """
-    if _registry.heartbeat is not None:
-        raise RuntimeError(f"waits are configured already, as {_registry.process!r}; configure once per process")
+    if _process.heart is not None:
+        raise RuntimeError(f"waits are configured already, as {_process.name!r}; configure once per process")
     folder = RunFolder(Path(run_dir))
     folder.stacks_dir.mkdir(parents=True, exist_ok=True)
-    _registry.process = process_name
     # Before the first heartbeat: SIGUSR1 kills a process that has not registered for it. Never undone, so that a
     # request just before the end does not kill either; faulthandler keeps the file open.
-    stack_file = open(folder.stacks_dir / f"{process_name}.txt", "a")  # noqa: SIM115
+    stack_file = open(folder.stacks_dir / f"{name}.txt", "a")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
-    _registry.heartbeat = _Heart(folder, process_name, heartbeat_s, stall_s)
-    _registry.heartbeat.write()
-    _registry.heartbeat.start()
+    _process.name = name
+    _process.heart = _Heart(folder, heartbeat_s, stall_s)
+    _process.heart.write()
+    _process.heart.start()
 
 
 def configure_from_env() -> None:
     """`configure` from what the launcher put into the environment; does nothing in a process started by hand."""
-    run_dir, process = os.environ.get("AREALITE_RUN_DIR"), os.environ.get("AREALITE_PROCESS")
-    if not run_dir or not process or _registry.heartbeat is not None:
-        return
-    heartbeat_s = float(os.environ.get("AREALITE_HEARTBEAT_S", "1.0"))
-    stall_s = float(os.environ.get("AREALITE_STALL_S", "300.0"))
-    configure(run_dir, process, heartbeat_s, stall_s)
+    env = os.environ
+    run_dir, name = env.get("AREALITE_RUN_DIR"), env.get("AREALITE_PROCESS")
+    if run_dir and name and _process.heart is None:
+        heartbeat_s, stall_s = env.get("AREALITE_HEARTBEAT_S", "1"), env.get("AREALITE_STALL_S", "300")
+        configure(run_dir, name, float(heartbeat_s), float(stall_s))
 
 
 def shut_down() -> None:
     """End the heartbeat and remove its file: this process has nothing more to report."""
-    if _registry.heartbeat is None:
-        return
-    _registry.heartbeat.stop.set()
-    _registry.heartbeat.join(JOIN_LIMIT_S)
-    _registry.heartbeat = None
-    _registry.process = f"process {os.getpid()}"
+    if _process.heart is not None:
+        _process.heart.stop.set()
+        _process.heart.join(JOIN_LIMIT_S)
+        _process.heart, _process.name = None, f"process {os.getpid()}"
 
 
 class _Heart(threading.Thread):
@@ -213,53 +197,49 @@ class _Heart(threading.Thread):
     note in stalls/ when the launcher is silent. Waits for: the next beat, `heartbeat_s`. Unblocked by: `stop`.
     """
 
-    def __init__(self, folder: RunFolder, process: str, heartbeat_s: float, stall_s: float) -> None:
+    def __init__(self, folder: RunFolder, heartbeat_s: float, stall_s: float) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.folder = folder
-        self.process = process
-        self.heartbeat_s = heartbeat_s
-        self.stall_s = stall_s
-        self.path = folder.waits_dir / f"{process}.json"
+        self.folder, self.heartbeat_s, self.stall_s = folder, heartbeat_s, stall_s
+        self.path = folder.waits_dir / f"{_process.name}.json"
+        self.launcher = Pulse(folder.waits_dir / f"{LAUNCHER}.json")
         self.stop = threading.Event()
         self.num_beats = 0
-        self.launcher = BeatAge()
-        self.told_pid = 0
+        self.named_pid = 0  # of the silent launcher that was named
 
     def run(self) -> None:
         while not self.stop.wait(self.heartbeat_s):
             try:
                 self.write()
-                if self.process != LAUNCHER:
+                if self.path != self.launcher.path:
                     self.watch_launcher()
             except OSError as error:  # a full disk must not end the heartbeat; the next beat tries again
-                print(f"{self.process}: heartbeat not written: {error}", file=sys.stderr, flush=True)
+                print(f"{_process.name}: heartbeat not written: {error}", file=sys.stderr, flush=True)
         self.path.unlink(missing_ok=True)
 
     def write(self) -> None:
         self.num_beats += 1
-        now = time.monotonic()
-        marks = {what: now - at for what, at in _registry.marks.copy().items()}
-        Heartbeat(os.getpid(), self.process, self.num_beats, _registry.records(), marks).write(self.path)
+        marks = {what: time.monotonic() - at for what, at in _process.marks.copy().items()}
+        Heartbeat(os.getpid(), _process.name, self.num_beats, _process.records(), marks).write(self.path)
 
     def watch_launcher(self) -> None:
-        beat = Heartbeat.read(self.folder.waits_dir / f"{LAUNCHER}.json")
-        if beat is None or self.launcher.update(beat) < self.stall_s:
-            self.told_pid = 0
+        beat = self.launcher.look()
+        if beat is None or self.launcher.age_s < self.stall_s:
+            self.named_pid = 0
             return
-        if self.told_pid == beat.pid:
+        if self.named_pid == beat.pid:
             return
-        self.told_pid = beat.pid
+        self.named_pid = beat.pid
         line = (
             f"STALL: the launcher (pid {beat.pid}) has been silent for {self.launcher.age_s:.0f} s: it is"
-            f" {process_state(beat.pid)}. Noticed by {self.process}, which goes on working; nobody watches the run"
+            f" {process_state(beat.pid)}. Noticed by {_process.name}, which goes on working; nobody watches the run\n"
         )
-        print(line, file=sys.stderr, flush=True)
+        print(line, end="", file=sys.stderr, flush=True)
         self.folder.stalls_dir.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # another process was first, or the launcher's terminal is gone
             with open(self.folder.stalls_dir / f"launcher_{beat.pid}_{beat.num_beats}.txt", "x") as note:
-                note.write(line + "\n")
+                note.write(line)
             # A frozen launcher cannot echo our log, so the line goes where it would have printed; without blocking,
             # since whoever reads from there may be frozen too.
             flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
             with open(os.open(f"/proc/{beat.pid}/fd/2", flags), "w") as terminal:
-                terminal.write(line + "\n")
+                terminal.write(line)
