@@ -16,11 +16,11 @@ from arealite.api.errors import SENTENCE, ArealiteError, ConfigError
 from arealite.api.paths import expand
 
 EXIT_REFUSED = 2
-
 EXAMPLE = """  arealite run examples/arealite/quickstart.py \\
     --config examples/arealite/quickstart.yaml"""
-RUN_EXAMPLES = f"""examples:
-{EXAMPLE}
+# Of each command: what it does, and the end of its help.
+COMMANDS = {
+    "run": ("start servers and trainers, watch them, stop them", f"""{EXAMPLE}
   arealite run train.py --config run.yaml rollout.max_head_offpolicyness=0
     synchronous
   arealite run train.py --config run.yaml 'allocation_mode=native:d1|fsdp:d1'
@@ -34,74 +34,39 @@ exit codes:
   2  refused before anything started
   130, 143  stopped by Ctrl-C or SIGTERM
 After a stop or a kill the same command goes on from the last recovery point
-(recover.mode=auto)."""
-
-CHECK_EXAMPLES = """examples:
+(recover.mode=auto)."""),
+    "serve": ("serve a model over HTTP with the built-in server", """\
+  arealite serve --model smollm2-135m --port 8000
+  arealite serve --help
+    all options of the server"""),
+    "check": ("show configuration, processes and memory; start nothing", """\
   arealite check examples/arealite/quickstart.yaml
   arealite check examples/arealite/quickstart.yaml --explain
     every field with its value and what it means
   arealite check examples/arealite/quickstart.yaml \\
     allocation_mode=sglang:d4+fsdp:d4 cluster.num_gpus_per_node=8
-    the plan for another machine than this one"""
-
-SERVE_EXAMPLES = """examples:
-  arealite serve --model smollm2-135m --port 8000
-  arealite serve --help
-    all options of the server"""
-
-PROVE_EXAMPLES = """examples:
+    the plan for another machine than this one"""),
+    "prove": ("prove that a training step does not depend on how it is computed", """\
   arealite prove examples/arealite/quickstart.yaml
   arealite prove run.yaml actor.path=smollm2-135m --quick
     float32 only, fewer variants, no server
   arealite prove run.yaml allocation_mode=native:d1+fsdp:d2t2 --ranks 4
 
-exit codes: 0 nothing failed; 1 a check failed; 2 the configuration was refused"""
-
-FETCH_EXAMPLES = """examples:
-  arealite fetch smollm2-135m"""
-
-BENCH_EXAMPLES = """examples:
+exit codes: 0 nothing failed; 1 a check failed; 2 the configuration was refused"""),
+    "fetch": ("make a small pretrained model available locally", "  arealite fetch smollm2-135m"),
+    "bench": ("measure throughput and latency of running servers", """\
   arealite bench serve --address 127.0.0.1:30000 --concurrency 64 \\
     --output-tokens 16-512
   arealite bench serve --help
-    all options"""
-
-INIT_EXAMPLES = f"""examples:
-  arealite init
-{EXAMPLE}"""
+    all options"""),
+    "init": ("write the examples and their configurations here", f"  arealite init\n{EXAMPLE}"),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Errors that are meant for the user are one block on stderr, without a traceback."""
-    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == ["serve"]:  # the server has options of its own
-            return serve(words[1:])
-        if words[:2] == ["bench", "serve"]:  # so has the load generator
-            from arealite.rollout.bench import main as bench_serve
-
-            return bench_serve(words[2:])
-        arguments = parse(words)
-        if arguments.command == "run":
-            from arealite.launcher.local import run
-
-            return run(arguments.script, arguments.config, arguments.overrides)
-        if arguments.command == "check":
-            from arealite.launcher.check import check
-
-            print(check(arguments.config, arguments.overrides, arguments.explain), flush=True)
-            return 0
-        if arguments.command == "prove":
-            from arealite.prove.prove import prove
-
-            return prove(arguments.config, arguments.overrides, arguments.quick, arguments.ranks, arguments.json)
-        if arguments.command == "init":
-            print(init(Path(arguments.folder)), flush=True)
-            return 0
-        from arealite.models.fetch import fetch
-
-        print(fetch(arguments.model), flush=True)
-        return 0
+        return dispatch(list(sys.argv[1:] if argv is None else argv))
     except ArealiteError as error:
         print(f"{SENTENCE}{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_REFUSED
@@ -112,10 +77,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # a folder that cannot be written, a full disk, a file that is a folder
         place = f"{error.filename}: " if error.filename else ""
-        print(
-            f"{SENTENCE}{place}{error.strerror or error}; see cluster.fileroot, HOME, AREALITE_CACHE", file=sys.stderr
-        )
+        hint = "see cluster.fileroot, HOME, AREALITE_CACHE"
+        print(f"{SENTENCE}{place}{error.strerror or error}; {hint}", file=sys.stderr)
         return EXIT_REFUSED
+
+
+def dispatch(words: list[str]) -> int:
+    if words[:1] == ["serve"]:  # the server has options of its own
+        return serve(words[1:])
+    if words[:2] == ["bench", "serve"]:  # so has the load generator
+        from arealite.rollout.bench import main as bench_serve
+
+        return bench_serve(words[2:])
+    given = parse(words)
+    if given.command == "run":
+        from arealite.launcher.local import run
+
+        return run(given.script, given.config, given.overrides)
+    if given.command == "prove":
+        from arealite.prove.prove import prove
+
+        return prove(given.config, given.overrides, given.quick, given.ranks, given.json)
+    if given.command == "check":
+        from arealite.launcher.check import check
+
+        print(check(given.config, given.overrides, given.explain), flush=True)
+    elif given.command == "init":
+        print(init(Path(given.folder)), flush=True)
+    else:
+        from arealite.models.fetch import fetch
+
+        print(fetch(given.model), flush=True)
+    return 0
 
 
 def init(folder: Path) -> Path:
@@ -143,18 +136,6 @@ def serve(words: list[str]) -> int:
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The parsed command line; overrides may stand before and after options."""
-    top = parser()
-    arguments, rest = top.parse_known_args(words)
-    takes_overrides = arguments.command in ("run", "check", "prove")
-    wrong = [word for word in rest if not takes_overrides or word.startswith("-") or "=" not in word]
-    if wrong:
-        top.error(f"{arguments.command} does not know {' '.join(wrong)}; overrides are key=value")
-    if takes_overrides:
-        arguments.overrides += rest
-    return arguments
-
-
-def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="arealite",
         description="Reinforcement learning from verifiable rewards for language models.",
@@ -162,38 +143,34 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"arealite {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, what: str, examples: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=what, description=what, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-
-    def add_overrides(command: argparse.ArgumentParser) -> None:
-        what = "overrides, such as actor.optimizer.lr=1e-5"
-        command.add_argument("overrides", nargs="*", metavar="key=value", help=what)
-
-    command = add("run", "start servers and trainers, watch them, stop them", RUN_EXAMPLES)
-    command.add_argument("script", type=expand, help="the training script")
-    command.add_argument("--config", type=expand, required=True, metavar="YAML", help="the configuration")
-    add_overrides(command)
-    add("serve", "serve a model over HTTP with the built-in server", SERVE_EXAMPLES)
-    command = add("check", "show configuration, processes and memory; start nothing", CHECK_EXAMPLES)
-    command.add_argument("config", type=expand, metavar="YAML", help="the configuration")
-    add_overrides(command)
-    command.add_argument("--explain", action="store_true", help="document every field")
-    command = add("prove", "prove that a training step does not depend on how it is computed", PROVE_EXAMPLES)
-    command.add_argument("config", type=expand, metavar="YAML", help="the configuration")
-    add_overrides(command)
-    command.add_argument("--ranks", type=int, metavar="N", help="processes for layouts; default: the GPUs, or 2")
-    command.add_argument("--quick", action="store_true", help="float32 only, fewer variants, no server")
-    command.add_argument("--json", type=expand, metavar="FILE", help="where the findings go; default: the run folder")
-    command = add("fetch", "make a small pretrained model available locally", FETCH_EXAMPLES)
-    command.add_argument("model", help="its name, such as smollm2-135m")
-    command = add("bench", "measure throughput and latency of running servers", BENCH_EXAMPLES)
-    command.add_argument("what", choices=["serve"], help="what to measure")
-    command = add("init", "write the examples and their configurations here", INIT_EXAMPLES)
-    command.add_argument("folder", nargs="?", type=expand, default=".", help="default: the current one")
-    return top
+    style = argparse.RawDescriptionHelpFormatter
+    add = {
+        name: commands.add_parser(
+            name, help=what, description=what, epilog=f"examples:\n{end}", formatter_class=style
+        ).add_argument
+        for name, (what, end) in COMMANDS.items()
+    }
+    add["run"]("script", type=expand, help="the training script")
+    add["run"]("--config", type=expand, required=True, metavar="YAML", help="the configuration")
+    add["check"]("config", type=expand, metavar="YAML", help="the configuration")
+    add["check"]("--explain", action="store_true", help="document every field")
+    add["prove"]("config", type=expand, metavar="YAML", help="the configuration")
+    add["prove"]("--ranks", type=int, metavar="N", help="processes for layouts; default: the GPUs, or 2")
+    add["prove"]("--quick", action="store_true", help="float32 only, fewer variants, no server")
+    add["prove"]("--json", type=expand, metavar="FILE", help="where the findings go; default: the run folder")
+    for name in ("run", "check", "prove"):
+        add[name]("overrides", nargs="*", metavar="key=value", help="overrides, such as actor.optimizer.lr=1e-5")
+    add["fetch"]("model", help="its name, such as smollm2-135m")
+    add["bench"]("what", choices=["serve"], help="what to measure")
+    add["init"]("folder", nargs="?", type=expand, default=".", help="default: the current one")
+    given, rest = top.parse_known_args(words)
+    takes_overrides = given.command in ("run", "check", "prove")
+    wrong = [word for word in rest if not takes_overrides or word.startswith("-") or "=" not in word]
+    if wrong:
+        top.error(f"{given.command} does not know {' '.join(wrong)}; overrides are key=value")
+    if takes_overrides:
+        given.overrides += rest
+    return given
 
 
 if __name__ == "__main__":

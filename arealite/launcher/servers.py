@@ -23,6 +23,18 @@ HOST = "127.0.0.1"
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 VLLM_WORKER_EXTENSION = "arealite.weights.vllm_worker.WeightReceiver"
 UNKNOWN_KV_CACHE_BYTES = 2 << 30  # for a model that is not a folder on this machine
+# How each backend calls what all of them are given.
+MODULES = {
+    "native": "arealite.inference.serve",
+    "sglang": "sglang.launch_server",
+    "vllm": "vllm.entrypoints.openai.api_server",
+}
+COMMON = ("model", "seed", "context_length", "max_running_requests", "tokenizer_path")
+NAMES = {
+    "native": COMMON,
+    "sglang": ("model_path", "random_seed", *COMMON[2:]),
+    "vllm": ("model", "seed", "max_model_len", "max_num_seqs", "tokenizer"),
+}
 
 
 def check_vllm(config: GRPOConfig, machine: Machine) -> None:
@@ -44,44 +56,35 @@ def check_vllm(config: GRPOConfig, machine: Machine) -> None:
 
 def server_command(config: GRPOConfig, rollout: Component, model: str, machine: Machine) -> tuple[str, ...]:
     """The words that start one server; PORT stands for its port."""
-    server, dims = config.server, rollout.dims
+    server, dims, lora, backend = config.server, rollout.dims, config.actor.lora, rollout.backend
     running = server.max_running_requests or (None if machine.gpus else RUNNING_REQUESTS)  # on GPUs the server's own
-    python = sys.executable
+    has_tokenizer = config.tokenizer_path not in (None, config.actor.path)
+    tokenizer = resolve_model(str(config.tokenizer_path), asks_hub=False) if has_tokenizer else None
+    values = (model, config.seed, server.context_length, running, tokenizer)
     options: dict[str, Any] = {"host": HOST, "port": PORT, "dtype": server.dtype}
-    if config.tokenizer_path not in (None, config.actor.path):
-        option = "tokenizer" if rollout.backend == "vllm" else "tokenizer_path"
-        options[option] = resolve_model(config.tokenizer_path, asks_hub=False)
-    if rollout.backend == "sglang":
-        module = "sglang.launch_server"
-        options |= {"max_running_requests": running, "context_length": server.context_length}
-        options |= {"model_path": model, "random_seed": config.seed, "max_total_tokens": server.kv_cache_tokens}
-        options |= {"tp_size": dims.t, "pp_size": dims.p, "ep_size": dims.e}
-        options |= {"enable_deterministic_inference": server.deterministic}
-    elif rollout.backend == "vllm":
-        module, python = "vllm.entrypoints.openai.api_server", machine.vllm_python
-        options |= {"max_num_seqs": running, "max_model_len": server.context_length}
-        options |= {"model": model, "seed": config.seed, "tensor_parallel_size": dims.t}
-        options |= {"logprobs_mode": "processed_logprobs", "enable_scale_out": True}
-        options |= {"worker_extension_cls": VLLM_WORKER_EXTENSION}
-        options |= {"kv_cache_memory_bytes": _vllm_cache_bytes(config, model, machine)}
-        options |= {"enforce_eager": not machine.gpus}  # compiling for the CPU takes a minute at each start
-    else:
-        module = "arealite.inference.serve"
-        options |= {"max_running_requests": running, "context_length": server.context_length}
-        options |= {"model": model, "seed": config.seed, "kv_cache_tokens": server.kv_cache_tokens}
+    options |= dict(zip(NAMES[backend], values, strict=True))
+    if backend == "native":
+        options |= {"kv_cache_tokens": server.kv_cache_tokens}
         options |= {"weight_version": "0", "deterministic": server.deterministic}
-    options |= _lora_options(config, rollout.backend)
+    elif backend == "sglang":
+        options |= {"max_total_tokens": server.kv_cache_tokens, "tp_size": dims.t, "pp_size": dims.p, "ep_size": dims.e}
+        options |= {"enable_deterministic_inference": server.deterministic}
+        if lora is not None:
+            options |= {"enable_lora": True, "max_lora_rank": lora.rank, "lora_target_modules": lora.target_modules}
+    else:
+        options |= {"tensor_parallel_size": dims.t, "logprobs_mode": "processed_logprobs", "enable_scale_out": True}
+        options |= {"worker_extension_cls": VLLM_WORKER_EXTENSION}
+        options |= {"enforce_eager": not machine.gpus}  # compiling for the CPU takes a minute at each start
+        if not machine.gpus or server.kv_cache_tokens:  # else it takes what is left of gpu_memory_utilization
+            shape = ModelShape.read(model)
+            num_bytes = UNKNOWN_KV_CACHE_BYTES if shape is None else kv_cache_bytes(config, shape)
+            options |= {"kv_cache_memory_bytes": num_bytes}
+        if lora is not None:
+            max_rank = next((rank for rank in VLLM_LORA_RANKS if rank >= lora.rank), lora.rank)
+            options |= {"enable_lora": True, "max_lora_rank": max_rank}
+    python = machine.vllm_python if backend == "vllm" else sys.executable
     own = {key.lstrip("-").replace("-", "_"): value for key, value in server.args.items()}
-    return (python, "-m", module, *flags({**options, **own}))
-
-
-def _lora_options(config: GRPOConfig, backend: str) -> dict[str, Any]:
-    lora = config.actor.lora
-    if lora is None or backend == "native":
-        return {}
-    if backend == "sglang":
-        return {"enable_lora": True, "max_lora_rank": lora.rank, "lora_target_modules": lora.target_modules}
-    return {"enable_lora": True, "max_lora_rank": next((r for r in VLLM_LORA_RANKS if r >= lora.rank), lora.rank)}
+    return (python, "-m", MODULES[backend], *flags({**options, **own}))
 
 
 def server_env(config: GRPOConfig, rollout: Component, cores: tuple[int, ...], machine: Machine) -> dict[str, str]:
@@ -106,25 +109,15 @@ def server_env(config: GRPOConfig, rollout: Component, cores: tuple[int, ...], m
     return {**env, "VLLM_CPU_OMP_THREADS_BIND": pinned}
 
 
-def _vllm_cache_bytes(config: GRPOConfig, model: str, machine: Machine) -> int | None:
-    """On GPUs vLLM takes what is left of gpu_memory_utilization, unless a number of tokens is asked for."""
-    if machine.gpus and config.server.kv_cache_tokens is None:
-        return None
-    shape = ModelShape.read(model)
-    return UNKNOWN_KV_CACHE_BYTES if shape is None else kv_cache_bytes(config, shape)
-
-
 def flags(args: Mapping[str, Any]) -> list[str]:
     """A server's own flags: `{mem_fraction_static: 0.8, trust_remote_code: true}` as --key value and --key."""
     words: list[str] = []
     for key, value in args.items():
-        flag = "--" + key.lstrip("-").replace("_", "-")
         if value is None or value is False:
             continue
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, list | tuple):
-            words += [flag, *map(str, value)]
-        else:
-            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+        words.append("--" + key.lstrip("-").replace("_", "-"))
+        if isinstance(value, list | tuple):
+            words += map(str, value)
+        elif value is not True:
+            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
     return words
