@@ -136,13 +136,6 @@ def test_a_context_above_the_models_is_refused(write, refused):
     refused("server.context_length (4096) is above what ", write(), "server.context_length=4096")
 
 
-def test_types_of_servers_follow_the_trainer(write, capsys):
-    assert main(["check", write(), "actor.dtype=float32"]) == 0
-    assert "--dtype float32" in capsys.readouterr().out
-    assert main(["check", write(), "actor.dtype=float32", "server.dtype=bfloat16"]) == 2
-    assert "server.dtype is bfloat16 and actor.dtype float32" in capsys.readouterr().err
-
-
 def test_generated_tasks_are_tried(write, capsys):
     pytest.importorskip("reasoning_gym")
     words = ["train_dataset.num_rows=1000000", "train_dataset.path=reasoning_gym:"]
@@ -150,21 +143,6 @@ def test_generated_tasks_are_tried(write, capsys):
     assert "rows: 1000000" in capsys.readouterr().out
     assert main(["check", write(), words[0], words[1] + "no_such_task"]) == 2
     assert "train_dataset: " in capsys.readouterr().err
-
-
-def test_a_batch_above_the_data_is_told(write, capsys):
-    assert main(["check", write(), "train_dataset.batch_size=50"]) == 0
-    assert "train_dataset.batch_size (50) is above the number of rows (8)" in capsys.readouterr().out
-
-
-def test_check_plans_for_the_described_cluster(write, capsys, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    words = ["allocation_mode=sglang.d4p1m1 + d4", "weight_update=disk"]
-    assert main(["check", write(), *words, "cluster.num_gpus_per_node=8"]) == 0
-    out = capsys.readouterr().out
-    assert "as described: " in out and "8 GPUs" in out and "trainer-3" in out
-    assert main(["check", write(), *words]) == 2
-    assert "arealite check ... cluster.num_gpus_per_node=8" in capsys.readouterr().err
 
 
 def run_script(tmp_path, text: str, *words: str) -> subprocess.CompletedProcess[str]:
