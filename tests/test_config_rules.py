@@ -42,9 +42,9 @@ CASES = [
         "gconfig.min_new_tokens (9) is above gconfig.max_new_tokens (8)",
         ["gconfig.min_new_tokens=8"],
     ),
-    (["gconfig.top_p=0"], "gconfig.top_p is 0.0", ["gconfig.top_p=1"]),
+    (["gconfig.top_p=0"], "gconfig.top_p is 0", ["gconfig.top_p=1"]),
     (["gconfig.top_p=1.5"], "gconfig.top_p is 1.5", ["gconfig.top_p=1"]),
-    (["eval_gconfig.min_p=2"], "eval_gconfig.min_p is 2.0", ["eval_gconfig.min_p=0"]),
+    (["eval_gconfig.min_p=2"], "eval_gconfig.min_p is 2", ["eval_gconfig.min_p=0"]),
     (["gconfig.top_k=0"], "gconfig.top_k is 0", ["gconfig.top_k=-1"]),
     (["gconfig.stop=['']"], "gconfig.stop holds an empty string", ["gconfig.stop=[]"]),
     (
@@ -53,11 +53,6 @@ CASES = [
         ["gconfig.temperature=1"],
     ),
     (["eval_gconfig.n_samples=4"], "eval_gconfig.temperature is 0 and", ["eval_gconfig.temperature=1"]),
-    (
-        ["actor.temperature=0.5"],
-        "actor.temperature (0.5) is not gconfig.temperature (1.0)",
-        ["actor.temperature=null"],
-    ),
     (
         ["train_dataset.prompt_template=Solve this:"],
         "must hold {prompt}",
@@ -87,11 +82,6 @@ CASES = [
         ["server.context_length=600", "train_dataset.max_prompt_tokens=100"],
         "set train_dataset.max_prompt_tokens=88 or server.context_length=612",
         ["train_dataset.max_prompt_tokens=88"],
-    ),
-    (
-        ["rollout.consumer_batch_size=8"],
-        "rollout.consumer_batch_size (8) is not train_dataset.batch_size (16)",
-        ["rollout.consumer_batch_size=null"],
     ),
     (
         ["actor.ppo_n_minibatches=3"],
@@ -132,23 +122,18 @@ CASES = [
     ),
     (["actor.eps_clip=1.1"], "actor.eps_clip is 1.1, expected at most 1", ["actor.eps_clip=0.2"]),
     (["actor.overlong_tokens=513"], "actor.overlong_tokens (513) is above", ["actor.overlong_tokens=128"]),
-    (
-        ["actor.max_new_tokens=9"],
-        "actor.max_new_tokens (9) is not gconfig.max_new_tokens (512)",
-        ["actor.max_new_tokens=null"],
-    ),
     (["actor.reward_scaling=0"], "makes every reward 0", ["actor.reward_scaling=1"]),
     (
         ["actor.optimizer.beta2=1"],
-        "actor.optimizer.beta2 is 1.0, expected at most 0.99999",
+        "actor.optimizer.beta2 is 1, expected at most 0.99999",
         ["actor.optimizer.beta2=0.9"],
     ),
     (
         ["actor.optimizer.max_grad_norm=0"],
-        "max_grad_norm is 0.0, expected at least 1e-09",
+        "max_grad_norm is 0, expected at least 1e-09",
         ["actor.optimizer.max_grad_norm=inf"],
     ),
-    (["actor.optimizer.min_lr_ratio=2"], "min_lr_ratio is 2.0", ["actor.optimizer.min_lr_ratio=0.1"]),
+    (["actor.optimizer.min_lr_ratio=2"], "min_lr_ratio is 2", ["actor.optimizer.min_lr_ratio=0.1"]),
     (
         ["actor.optimizer.warmup_steps=10", "total_train_steps=10"],
         "leaves nothing of the run's 10 steps",
@@ -160,7 +145,7 @@ CASES = [
     (["watchdog.action=restart", "recover.mode=fresh"], "a restart needs recovery points", ["recover.mode=auto"]),
     (
         ["rollout.reward_timeout_s=0"],
-        "rollout.reward_timeout_s is 0.0, expected at least 0.1",
+        "rollout.reward_timeout_s is 0, expected at least 0.1",
         ["rollout.reward_timeout_s=5"],
     ),
     (

@@ -5,22 +5,41 @@ Seconds end in `_s`, counts start with `num_` or `max_`. A field's doc line is s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from arealite.api.setting import setting
+
+def setting(default: Any, doc: str, low: float | None = None, high: float | None = None, is_path: bool = False) -> Any:
+    """A documented field: `low` and `high` are the smallest and largest number allowed (infinity only if `high` is
+    infinite), words are allowed by a type Literal["a", "b"]; in a path ~ and $NAME are filled in (api/paths.py).
+
+    A callable default is a factory (list, dict, or a config class). The notes are pydantic's (api/load_config.py).
+    """
+    notes = {"description": doc, "ge": low, "le": high, "is_path": is_path}
+    notes |= {"allow_inf_nan": True} if high == inf else {}
+    return field(metadata=notes, **{"default_factory" if callable(default) else "default": default})
+
+
+def derived(doc: str) -> Any:
+    """A value that follows from other sections (api/config_rules.py). Files cannot give it; code that has but this
+    section can."""
+    return field(default=None, metadata={"description": doc, "is_derived": True})
+
+
+class Section:
+    """A part of the configuration: pydantic takes no value of another type, and no number that is not finite."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "allow_inf_nan": False}
 
 
 @dataclass
-class GenerationHyperparameters:
+class GenerationHyperparameters(Section):
     """How answers are sampled."""
 
     n_samples: int = setting(8, "answers per prompt: the group size", low=1)
     max_new_tokens: int = setting(512, "tokens per answer at most", low=1)
-    min_new_tokens: int = setting(
-        0, "tokens per answer before a stop token or a stop string may end it (SGLang: a stop token)", low=0
-    )
+    min_new_tokens: int = setting(0, "tokens before a stop token or string may end an answer (SGLang: a token)", low=0)
     temperature: float = setting(1.0, "sampling temperature; 0 is greedy", low=0)
     top_p: float = setting(1.0, "nucleus mass; see top_k", low=1e-6, high=1)
     top_k: int = setting(
@@ -35,7 +54,7 @@ class GenerationHyperparameters:
 
 
 @dataclass
-class DatasetConfig:
+class DatasetConfig(Section):
     """Where tasks come from."""
 
     path: str = setting("", "a JSONL / Parquet file, a folder of them, a hub id, or reasoning_gym:TASK", is_path=True)
@@ -45,94 +64,78 @@ class DatasetConfig:
     num_rows: int | None = setting(None, "use the first rows only; the number of rows for reasoning_gym", low=1)
     batch_size: int = setting(16, "prompts per step", low=1)
     shuffle: bool = setting(True, "a new order every epoch, from the seed")
-    prompt_template: str = setting(
-        "{prompt}", "how the row's question becomes the user message; {prompt} is the question"
-    )
+    prompt_template: str = setting("{prompt}", "what the user says, with the row's question in place of {prompt}")
     system_prompt: str | None = setting(None, "system message put before every chat prompt")
     chat_template_kwargs: dict[str, Any] = setting(
         dict, "variables of the chat template, such as enable_thinking: false; a row's column `tools` is one more"
     )
     max_prompt_tokens: int | None = setting(None, "rows with longer prompts are left out, counted and reported", low=1)
     max_length: int | None = setting(
-        None, "supervised training: rows of more tokens are left out, counted and reported", low=2
+        None, "supervised: longer rows, in tokens, are left out, counted and reported", low=2
     )
 
 
 @dataclass
-class InferenceEngineConfig:
+class InferenceEngineConfig(Section):
     """The rollout head: client, executor, staleness."""
 
     max_head_offpolicyness: int = setting(
-        1, "eta: how many weight versions a trained token may be behind; 0 is synchronous", low=0
+        1, "eta: weight versions that a trained token may be behind; 0 is synchronous", low=0
     )
-    consumer_batch_size: int | None = setting(
-        None, "groups per step; the training data's batch_size if not given", low=1
-    )
+    consumer_batch_size: int | None = derived("groups per step: train_dataset.batch_size")
     max_concurrent_rollouts: int | None = setting(
-        None, "groups in flight at most; (eta + 1) steps' worth if not given", low=1
+        None, "groups in flight at most; those of eta + 1 steps if not given", low=1
     )
-    stale_policy: str = setting(
-        "correct", "what happens at consumption to a group older than eta", ("correct", "requeue", "drop")
-    )
+    stale_policy: Literal["correct", "requeue", "drop"] = setting("correct", "what is done to a group older than eta")
     request_timeout_s: float = setting(600.0, "longest time one request may take before it is sent again", low=0.1)
     request_retries: int = setting(3, "times a request is sent again after a connection error", low=0)
-    setup_timeout_s: float = setting(
-        300.0, "longest wait for the servers' health at start, and for one to come back when all are out", low=0.1
-    )
+    setup_timeout_s: float = setting(300.0, "longest wait for healthy servers, at start and when all are out", low=0.1)
     server_silence_s: float = setting(
-        20.0, "a server that answers nothing for so long is taken out, and its requests go on elsewhere", low=0.1
+        20.0, "a server silent for so long is taken out; its requests go on elsewhere", low=0.1
     )
     workflow_retries: int = setting(2, "times a failed episode is run again before it is counted and dropped", low=0)
     max_failed_groups: int = setting(8, "groups that may fail in a row before the run stops with their error", low=1)
     num_reward_workers: int = setting(1, "processes that run reward functions", low=1)
     reward_timeout_s: float = setting(15.0, "hard limit of one reward call: its process is killed", low=0.1)
-    pause_mode: str = setting(
-        "retract", "what a weight update does to running requests", ("abort", "retract", "in_place")
-    )
+    pause_mode: Literal["abort", "retract", "in_place"] = setting("retract", "what updates do to running requests")
 
 
 @dataclass
-class ServerConfig:
+class ServerConfig(Section):
     """The inference servers that the launcher starts."""
 
-    dtype: str = setting("bfloat16", "compute type of the served model", ("bfloat16", "float32", "float16"))
+    dtype: Literal["bfloat16", "float32", "float16"] = setting("bfloat16", "compute type of the served model")
     context_length: int | None = setting(
-        None, "tokens of prompt and answer at most; the model's own limit if not given", low=2
+        None, "tokens of prompt and answer at most; the model's limit if not given", low=2
     )
     max_running_requests: int | None = setting(None, "sequences decoded together; 64, on GPUs 256, if not given", low=1)
     kv_cache_tokens: int | None = setting(
-        None, "tokens the native server's KV cache holds; from max_running_requests if not given", low=1
+        None, "tokens in the native KV cache; from max_running_requests if not given", low=1
     )
     deterministic: bool = setting(False, "results that do not depend on what else is in the batch (slower)")
     args: dict[str, Any] = setting(dict, "further flags of the server's own, passed through as --key value")
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """How gradients become updates, and the schedule."""
 
-    kind: str = setting(
-        "adamw",
-        "adafactor: next to no memory, and a step of its own size (no beta1, beta2, eps); lr means the same",
-        ("adamw", "adafactor"),
+    kind: Literal["adamw", "adafactor"] = setting(
+        "adamw", "adafactor: next to no memory, and a step of its own size (no beta1, beta2, eps); lr means the same"
     )
     lr: float = setting(1e-6, "peak learning rate", low=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices; norms and biases have none", low=0)
     beta1: float = setting(0.9, "decay of the gradient's running mean", low=0, high=0.99999)
     beta2: float = setting(0.95, "decay of the squared gradient's running mean", low=0, high=0.99999)
     eps: float = setting(1e-8, "added to the root of the second moment", low=0)
-    lr_scheduler: str = setting(
-        "constant", "shape of the learning rate after warm-up", ("constant", "linear", "cosine")
-    )
+    lr_scheduler: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate after warm-up")
     warmup_steps: int = setting(0, "steps of linear warm-up; each makes ppo_n_minibatches updates", low=0)
-    min_lr_ratio: float = setting(
-        0.0, "learning rate at the end of linear and cosine, after the last update, as a share of lr", low=0, high=1
-    )
+    min_lr_ratio: float = setting(0.0, "learning rate at the end of linear and cosine, as a share of lr", low=0, high=1)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; inf is off", low=1e-9, high=inf)
 
 
 @dataclass
-class LoRAConfig:
+class LoRAConfig(Section):
     """Low-rank adapters (LoRA) beside frozen weights, which are held in the compute dtype."""
 
     rank: int = setting(16, "rank of the adapters", low=1)
@@ -144,47 +147,41 @@ class LoRAConfig:
 
 
 @dataclass
-class TrainEngineConfig:
+class TrainEngineConfig(Section):
     """One model on the trainer ranks."""
 
     path: str = setting("", "a Hugging Face folder or hub id", is_path=True)
-    dtype: str = setting("bfloat16", "compute type; master weights are always float32", ("bfloat16", "float32"))
+    dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "compute type; master weights are always float32")
     seed: int = setting(1, "seed of the trainer's own random numbers", low=0, high=10**18)
-    temperature: float | None = setting(
-        None, "logits are divided by it before logprobs; gconfig.temperature if not given", low=0
-    )
+    temperature: float | None = derived("logits are divided by it before logprobs: gconfig.temperature")
     max_tokens_per_mb: int = setting(8192, "packed tokens per micro-batch", low=1)
     logprob_chunk_tokens: int = setting(1024, "tokens whose logits exist at one time", low=1)
-    share_prompts: bool = setting(
-        True, "compute what sequences of a micro-batch have in common once; off: every sequence by itself"
-    )
-    gradient_checkpointing: str = setting(
+    share_prompts: bool = setting(True, "compute what sequences of a micro-batch share once; off: each by itself")
+    gradient_checkpointing: Literal["none", "full", "selective"] = setting(
         "none",
         "what the backward pass computes again to save memory: none; full: all of a layer but its input; selective: all"
         " but the results of matrix products",
-        ("none", "full", "selective"),
     )
     lora: LoRAConfig | None = setting(None, "train adapters instead of the weights; needs peft (arealite[lora])")
-    offload: str = setting(
+    offload: Literal["none", "optimizer", "all"] = setting(
         "none",
         "what the CPU holds for the accelerator: the optimizer's moments between updates; all: weights and gradients"
         " too, and the update happens there",
-        ("none", "optimizer", "all"),
     )
     optimizer: OptimizerConfig = setting(OptimizerConfig, "optimiser and schedule")
     deterministic: bool = setting(False, "the same step gives the same bits; what cannot is refused (slower on GPUs)")
     collective_timeout_s: float = setting(600.0, "longest wait of one rank for the others", low=0.1)
     max_bad_steps: int = setting(
-        3, "steps of NaN or infinite updates in a row before the run stops; each update is skipped and counted", low=1
+        3, "NaN or infinite updates in a row, each skipped and counted, that stop the run", low=1
     )
 
 
 @dataclass
-class NormConfig:
+class NormConfig(Section):
     """y = (x - mean) / (std + eps); a set without spread gives exactly 0."""
 
-    mean: str = setting("group", "whose mean is subtracted", ("group", "batch", "none"))
-    std: str = setting("group", "whose standard deviation divides", ("group", "batch", "none"))
+    mean: Literal["group", "batch", "none"] = setting("group", "whose mean is subtracted")
+    std: Literal["group", "batch", "none"] = setting("group", "whose standard deviation divides")
     leave_one_out: bool = setting(False, "the mean leaves the sequence itself out (RLOO)")
     eps: float = setting(1e-6, "added to the standard deviation", low=0)
 
@@ -196,19 +193,19 @@ class PPOActorConfig(TrainEngineConfig):
     ppo_n_minibatches: int = setting(1, "optimiser updates per step, each on its own groups", low=1)
     eps_clip: float = setting(0.2, "the ratio is clipped below at 1 - eps_clip", low=0, high=1)
     eps_clip_higher: float | None = setting(
-        None, "the ratio is clipped above at 1 + eps_clip_higher; eps_clip if not given", low=0, high=inf
+        None, "clips the ratio above at 1 + it; eps_clip if not given", low=0, high=inf
     )
     c_clip: float | None = setting(None, "dual clip: bound of the loss at negative advantages", low=1)
-    max_new_tokens: int | None = setting(None, "tokens per answer at most; gconfig.max_new_tokens if not given", low=1)
-    loss_aggregation: str = setting(
-        "token-mean", "what the loss is a mean over", ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+    max_new_tokens: int | None = derived("tokens per answer at most: gconfig.max_new_tokens")
+    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = setting(
+        "token-mean", "what the loss is a mean over"
     )
-    importance_sampling_level: str = setting("token", "ratio per token, or per sequence (GSPO)", ("token", "sequence"))
+    importance_sampling_level: Literal["token", "sequence"] = setting("token", "ratio per token or sequence (GSPO)")
     use_decoupled_loss: bool = setting(
-        True, "trust region around the recomputed policy, importance weight to the behaviour policy"
+        True, "trust region around the recomputed policy, and a weight to the behaviour policy"
     )
-    behav_imp_correction: str = setting(
-        "truncate", "what is done to importance weights above the cap", ("none", "mask", "truncate")
+    behav_imp_correction: Literal["none", "mask", "truncate"] = setting(
+        "truncate", "what is done to weights above the cap"
     )
     behav_imp_weight_cap: float = setting(5.0, "cap of the importance weight", low=1)
     reward_norm: NormConfig = setting(NormConfig, "normalisation of rewards (GRPO: by group)")
@@ -220,10 +217,8 @@ class PPOActorConfig(TrainEngineConfig):
     overlong_penalty_factor: float = setting(1.0, "DAPO: penalty at full length", low=0)
     mask_truncated: bool = setting(False, "leave answers cut off at max_new_tokens out of the loss")
     kl_weight: float = setting(0.0, "weight of the KL to the reference; needs `ref`", low=0)
-    kl_estimator: str = setting(
-        "k2", "estimator: k1, k2, k3 (algorithms: http://joschu.net/blog/kl-approx.html)", ("k1", "k2", "k3")
-    )
-    kl_in: str = setting("loss", "KL as a term of the loss, or subtracted from the reward", ("loss", "reward"))
+    kl_estimator: Literal["k1", "k2", "k3"] = setting("k2", "as in http://joschu.net/blog/kl-approx.html")
+    kl_in: Literal["loss", "reward"] = setting("loss", "KL as a term of the loss, or subtracted from the reward")
     entropy_weight: float = setting(0.0, "weight of the entropy bonus", low=0)
     gamma: float = setting(1.0, "discount per token (of KL in the reward, and with a critic)", low=0, high=1)
     gae_lambda: float = setting(1.0, "with a critic: 1 trusts rewards alone, 0 the critic's next value", low=0, high=1)
@@ -238,7 +233,7 @@ class PPOCriticConfig(TrainEngineConfig):
 
 
 @dataclass
-class FrequencyConfig:
+class FrequencyConfig(Section):
     """When something happens; any of the three, and the end of the run."""
 
     freq_steps: int | None = setting(None, "every so many steps", low=1)
@@ -265,10 +260,8 @@ class EvaluatorConfig(FrequencyConfig):
 class RecoverConfig(FrequencyConfig):
     """Recovery points, at a frequency, at the end and when the run is stopped, and what to do with them."""
 
-    mode: str = setting(
-        "auto",
-        "auto: go on in a used folder; fresh: refuse one; off: refuse one, and write no points",
-        ("auto", "fresh", "off"),
+    mode: Literal["auto", "fresh", "off"] = setting(
+        "auto", "auto: go on in a used folder; fresh: refuse one; off: refuse one, and write no points"
     )
     freq_s: float | None = setting(300.0, "every so many seconds, at the end of a step", low=0)
     num_kept: int = setting(2, "newest recovery points kept", low=1)
@@ -276,7 +269,7 @@ class RecoverConfig(FrequencyConfig):
 
 
 @dataclass
-class StatsLoggerConfig:
+class StatsLoggerConfig(Section):
     """What is written about each step."""
 
     tensorboard: bool = setting(True, "TensorBoard events in the run folder")
@@ -288,20 +281,18 @@ class StatsLoggerConfig:
 
 
 @dataclass
-class WatchdogConfig:
+class WatchdogConfig(Section):
     """Limits of waits."""
 
     heartbeat_s: float = setting(1.0, "how often each process reports its waits", low=0.05)
     stall_s: float = setting(300.0, "a wait or a silent process older than this is a stall", low=1)
-    action: str = setting(
-        "stop",
-        "on a stall of a trainer: stop with the report, or kill it and recover; a server is started again alone",
-        ("stop", "restart"),
+    action: Literal["stop", "restart"] = setting(
+        "stop", "on a stall of a trainer: stop with the report, or kill it and recover; a server is started again alone"
     )
 
 
 @dataclass
-class ClusterSpecConfig:
+class ClusterSpecConfig(Section):
     """The machines."""
 
     fileroot: str = setting("runs", "folder that holds all runs (shared by all nodes)", is_path=True)
@@ -311,31 +302,27 @@ class ClusterSpecConfig:
 
 
 @dataclass
-class LauncherConfig:
+class LauncherConfig(Section):
     """How processes are started."""
 
     pin_cores: bool = setting(True, "give each process its own cores on CPU-only machines")
     env: dict[str, str] = setting(dict, "further environment variables of all processes")
     stop_grace_s: float = setting(
-        10.0, "time between SIGTERM and SIGKILL at the end; trainers that are stopped first end their step", low=0
+        10.0, "time from SIGTERM to SIGKILL; trainers that are stopped end their step first", low=0
     )
     startup_timeout_s: float = setting(600.0, "longest wait for servers to come up", low=1)
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Section):
     """What every run has, whatever it trains."""
 
-    kind: str = setting("grpo", "learns from rewards (grpo), answers (sft), preferences (rw)", ("grpo", "sft", "rw"))
+    kind: Literal["grpo", "sft", "rw"] = setting("grpo", "learns from rewards (grpo), answers (sft), preferences (rw)")
     experiment_name: str = setting("experiment", "first folder under cluster.fileroot")
     trial_name: str = setting("trial", "second folder: one run")
-    allocation_mode: str = setting(
-        "native:d1+fsdp:d1", "who runs where, fsdp:d1 alone where no servers are needed; see docs/allocation.md"
-    )
+    allocation_mode: str = setting("native:d1+fsdp:d1", "who runs where (docs/allocation.md); without servers fsdp:d1")
     seed: int = setting(1, "seed of data order and sampling", low=0, high=10**18)
-    total_train_steps: int | None = setting(
-        None, "steps, a batch of prompts each; from total_train_epochs if not given", low=1
-    )
+    total_train_steps: int | None = setting(None, "steps, a batch of prompts each; if not given, of the epochs", low=1)
     total_train_epochs: int = setting(1, "passes over the training data", low=1)
     tokenizer_path: str | None = setting(None, "tokenizer; that of the trained model if not given", is_path=True)
     train_dataset: DatasetConfig = setting(DatasetConfig, "training tasks")
@@ -358,11 +345,10 @@ class RunConfig:
 class GRPOConfig(RunConfig):
     """One run of reinforcement learning: GRPO, or PPO where there is a critic."""
 
-    weight_update: str = setting(
+    weight_update: Literal["shm", "disk", "distributed"] = setting(
         "shm",
-        "how weights reach the servers: memory of this host, a shared folder, broadcast, bodies of HTTP calls;"
+        "how weights reach the servers: memory of this host, a shared folder, broadcast;"
         " SGLang servers cannot read shm, and have distributed if not given",
-        ("shm", "disk", "distributed", "tensor"),
     )
     gconfig: GenerationHyperparameters = setting(GenerationHyperparameters, "sampling of training answers")
     eval_gconfig: GenerationHyperparameters = setting(

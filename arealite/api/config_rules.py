@@ -1,16 +1,16 @@
 """What cannot be true of a configuration at the same time, each with its fix; and the values that follow from others.
 
-Called by api/load_config.py after the single values have been checked.
+Called by api/load_config.py after the single values have been checked. `lengths` and `warm_up` are called again where
+more is known: by launcher/ and dataset/loader.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from copy import copy
 from typing import Any
 
 from arealite.api.cli_args import (
-    DatasetConfig,
     FrequencyConfig,
     GenerationHyperparameters,
     GRPOConfig,
@@ -20,82 +20,60 @@ from arealite.api.cli_args import (
 
 REASONING_GYM = "reasoning_gym:"
 FALSE_WORDS = ("false", "no", "off")
-PROMPT_FIELDS = ("prompt_template", "system_prompt", "chat_template_kwargs")
 
 
-def contradictions(config: RunConfig) -> list[str]:
-    """Every contradiction found; empty when the configuration can run."""
-    problems = [problem for check in (paths, datasets, schedule) for problem in check(config)]
-    if isinstance(config, GRPOConfig):
-        checks = (models, generation, lengths, batches, normalisation, loss, types, adapters)
-        problems += [problem for check in checks for problem in check(config)]
-    return problems
+def resolve(config: RunConfig, given: Collection[str]) -> None:
+    """Set every value that follows from others, but for the keys that are `given` by the user."""
+    for key, value in derived_values(config):
+        *sections, name = key.split(".")
+        section: Any = config
+        for part in sections:
+            section = section and vars(section)[part]
+        if section is not None and key not in given and not any(k.startswith(f"{key}.") for k in given):
+            setattr(section, name, copy(value))
 
 
-def follow_training(config: RunConfig, given: set[str]) -> None:
-    """Held-out tasks are asked as training tasks are, where nothing else is `given`: in the same prompts, and sampled
-    alike but for their number and temperature."""
-    pairs: list[tuple[str, Any, Any, tuple[str, ...]]] = []
-    if config.valid_dataset is not None:
-        pairs.append(("valid_dataset", config.valid_dataset, config.train_dataset, PROMPT_FIELDS))
-    if isinstance(config, GRPOConfig):
-        sampled = tuple(name for name in vars(config.gconfig) if name not in ("n_samples", "temperature"))
-        pairs.append(("eval_gconfig", config.eval_gconfig, config.gconfig, sampled))
-    for key, section, followed, names in pairs:
-        for name in names:
-            if not any(f"{word}.".startswith(f"{key}.{name}.") for word in given):
-                setattr(section, name, copy(getattr(followed, name)))
-
-
-def choose_defaults(config: GRPOConfig, given: set[str]) -> None:
-    """Defaults that others would contradict. `given` holds the keys that the user wrote.
-
-    A critic takes the place of the group's mean, and advantages are normalised over the batch instead. Adapters travel
-    as small folders, and SGLang and vLLM replace them only while no request uses them. Servers, reference
-    and critic compute in the type of the policy.
-    """
-    for name, other in (("server", config.server), ("ref", config.ref), ("critic", config.critic)):
-        if other is not None and f"{name}.dtype" not in given:
-            other.dtype = config.actor.dtype
-    if config.critic is not None:
-        if not any(key.startswith("actor.reward_norm") for key in given):
-            config.actor.reward_norm = NormConfig(mean="none", std="none")
-        if not any(key.startswith("actor.adv_norm") for key in given):
-            config.actor.adv_norm = NormConfig(mean="batch", std="batch")
-    if config.actor.lora is not None:
-        if "weight_update" not in given:
-            config.weight_update = "disk"
-        if "rollout.pause_mode" not in given and replaces_adapters_only_when_unused(config):
-            config.rollout.pause_mode = "abort"
-
-
-def fill_derived(config: RunConfig, given: set[str]) -> None:
-    """Set what was left open and follows from other fields. `given` holds the keys that the user wrote."""
-    key, trained = config.trained
-    if config.tokenizer_path is None:
-        config.tokenizer_path = trained.path
-    if f"{key}.seed" not in given:
-        trained.seed = config.seed
+def derived_values(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """(key, value) of all that follows from other fields where the user says nothing else; later rows see what earlier
+    ones have set. docs/configuration.md has them as a table."""
+    role, trained = config.trained
+    yield "tokenizer_path", trained.path
+    yield f"{role}.seed", config.seed
+    for name in ("prompt_template", "system_prompt", "chat_template_kwargs"):
+        yield f"valid_dataset.{name}", vars(config.train_dataset)[name]
     if not isinstance(config, GRPOConfig):
-        if "allocation_mode" not in given:
-            config.allocation_mode = "fsdp:d1"
+        yield "allocation_mode", "fsdp:d1"
         return
-    rollout = config.rollout
-    if rollout.consumer_batch_size is None:
-        rollout.consumer_batch_size = config.train_dataset.batch_size
-    if rollout.max_concurrent_rollouts is None:
-        rollout.max_concurrent_rollouts = (rollout.max_head_offpolicyness + 1) * rollout.consumer_batch_size
-    if config.actor.temperature is None:
-        config.actor.temperature = config.gconfig.temperature
-    if config.actor.max_new_tokens is None:
-        config.actor.max_new_tokens = config.gconfig.max_new_tokens
-    if "weight_update" not in given and "sglang" in config.allocation_mode and config.actor.lora is None:
-        config.weight_update = "distributed"
-    if config.ref is not None and config.ref.temperature is None:
-        config.ref.temperature = config.actor.temperature
-    for name, other in (("ref", config.ref), ("critic", config.critic)):
-        if other is not None and f"{name}.seed" not in given:
-            other.seed = config.seed
+    actor, rollout = config.actor, config.rollout
+    for name in ("ref", "critic"):
+        yield f"{name}.seed", config.seed
+    for name in ("server", "ref", "critic"):
+        yield f"{name}.dtype", actor.dtype
+    for name in ("actor", "ref"):  # the distribution that was sampled from
+        yield f"{name}.temperature", config.gconfig.temperature
+    yield "actor.max_new_tokens", config.gconfig.max_new_tokens
+    for name, value in vars(config.gconfig).items():
+        yield f"eval_gconfig.{name}", {"n_samples": 1, "temperature": 0.0}.get(name, value)
+    yield "rollout.consumer_batch_size", config.train_dataset.batch_size
+    yield "rollout.max_concurrent_rollouts", (rollout.max_head_offpolicyness + 1) * config.train_dataset.batch_size
+    if config.critic is not None:  # it takes the place of the group's mean
+        yield "actor.reward_norm", NormConfig(mean="none", std="none")
+        yield "actor.adv_norm", NormConfig(mean="batch", std="batch")
+    if actor.lora is not None:  # adapters travel as small folders
+        yield "weight_update", "disk"
+        if replaces_adapters_only_when_unused(config):
+            yield "rollout.pause_mode", "abort"
+    elif "sglang" in config.allocation_mode:  # it cannot read shm
+        yield "weight_update", "distributed"
+
+
+def contradictions(config: RunConfig) -> Iterator[str]:
+    """Every contradiction found; none when the configuration can run."""
+    for check in (paths, datasets, schedule):
+        yield from check(config)
+    if isinstance(config, GRPOConfig):
+        for rule in (generation, lengths, batches, normalisation, loss, servers):
+            yield from rule(config)
 
 
 def paths(config: RunConfig) -> Iterator[str]:
@@ -112,13 +90,11 @@ def paths(config: RunConfig) -> Iterator[str]:
                 f"{key} is {name!r:.100}: it names a folder, so it needs at least one letter and 99 at most, no '/', no"
                 " line break, and no blank at its ends"
             )
-
-
-def models(config: GRPOConfig) -> Iterator[str]:
-    if config.ref is not None and not config.ref.path:
-        yield "ref.path is missing: the reference is usually the start model, ref.path=${actor.path}"
-    if config.critic is not None and not config.critic.path:
-        yield "critic.path is missing: usually a reward model's folder or the start model, critic.path=${actor.path}"
+    if isinstance(config, GRPOConfig):
+        if config.ref is not None and not config.ref.path:
+            yield "ref.path is missing: the reference is usually the start model, ref.path=${actor.path}"
+        if config.critic is not None and not config.critic.path:
+            yield "critic.path is missing: usually a reward model or the start model, critic.path=${actor.path}"
 
 
 def generation(config: GRPOConfig) -> Iterator[str]:
@@ -130,12 +106,6 @@ def generation(config: GRPOConfig) -> Iterator[str]:
                 yield problem
     if config.gconfig.temperature == 0:
         yield "gconfig.temperature is 0: greedy answers explore nothing and have no usable logprobs; set it above 0"
-    trained = config.actor.temperature
-    if trained is not None and trained != config.gconfig.temperature:
-        yield (
-            f"actor.temperature ({trained}) is not gconfig.temperature ({config.gconfig.temperature}): the trainer"
-            " would score another distribution than the one sampled from; leave actor.temperature out"
-        )
 
 
 def sampling(key: str, g: GenerationHyperparameters) -> Iterator[str]:
@@ -172,17 +142,13 @@ def datasets(config: RunConfig) -> Iterator[str]:
             yield f"{key}.num_rows is missing: {d.path} makes as many tasks as asked for, such as {key}.num_rows=1000"
         if d.params and not d.path.startswith(REASONING_GYM):
             yield f"{key}.params are for reasoning_gym tasks, but {key}.path is {d.path!r}: remove them"
-    if config.valid_dataset is not None and same_generated_tasks(config.train_dataset, config.valid_dataset):
+    # Generated tasks follow from `params.seed`, or else from the split (dataset/sources.py).
+    streams = {(d.path, d.params.get("seed", d.split)) for _, d in named}
+    if len(streams) < len(named) and config.train_dataset.path.startswith(REASONING_GYM):
         yield (
             f"train_dataset and valid_dataset are both {config.train_dataset.path} from the same seed, so the held-out"
             " tasks would be training tasks: set valid_dataset.split=test and no params.seed, or another params.seed"
         )
-
-
-def same_generated_tasks(train: DatasetConfig, valid: DatasetConfig) -> bool:
-    """Generated tasks follow from `params.seed`, or else from the split (dataset/reasoning_gym_source.py)."""
-    stream = [(d.path, d.params.get("seed", d.split)) for d in (train, valid)]
-    return train.path.startswith(REASONING_GYM) and stream[0] == stream[1]
 
 
 def lengths(config: GRPOConfig, limit: int | None = None) -> Iterator[str]:
@@ -211,18 +177,13 @@ def lengths(config: GRPOConfig, limit: int | None = None) -> Iterator[str]:
 
 
 def batches(config: GRPOConfig) -> Iterator[str]:
-    dataset_size, consumer_size = config.train_dataset.batch_size, config.rollout.consumer_batch_size
-    if consumer_size is not None and consumer_size != dataset_size:
-        yield (
-            f"rollout.consumer_batch_size ({consumer_size}) is not train_dataset.batch_size ({dataset_size}): both are"
-            " the prompts per step; leave rollout.consumer_batch_size out"
-        )
+    num_prompts = config.train_dataset.batch_size
     for key, role in (("actor", config.actor), ("critic", config.critic)):
         parts = 1 if role is None else role.ppo_n_minibatches
-        if dataset_size % parts:
+        if num_prompts % parts:
             yield (
-                f"train_dataset.batch_size ({dataset_size}) is not divisible by {key}.ppo_n_minibatches ({parts}): set"
-                f" train_dataset.batch_size={-(-dataset_size // parts) * parts} or another number of mini-batches"
+                f"train_dataset.batch_size ({num_prompts}) is not divisible by {key}.ppo_n_minibatches ({parts}): set"
+                f" train_dataset.batch_size={-(-num_prompts // parts) * parts} or another number of mini-batches"
             )
 
 
@@ -264,11 +225,6 @@ def loss(config: GRPOConfig) -> Iterator[str]:
                     f"actor.{field} is {vars(actor)[field]!r} but actor.use_decoupled_loss is false, so nothing uses"
                     f" it: set actor.use_decoupled_loss=true or leave actor.{field} out"
                 )
-    if actor.max_new_tokens not in (None, config.gconfig.max_new_tokens):
-        yield (
-            f"actor.max_new_tokens ({actor.max_new_tokens}) is not gconfig.max_new_tokens"
-            f" ({config.gconfig.max_new_tokens}): leave actor.max_new_tokens out"
-        )
     if actor.overlong_tokens > config.gconfig.max_new_tokens:
         yield (
             f"actor.overlong_tokens ({actor.overlong_tokens}) is above gconfig.max_new_tokens"
@@ -278,31 +234,31 @@ def loss(config: GRPOConfig) -> Iterator[str]:
         yield "actor.reward_clip or actor.reward_scaling is 0, which makes every reward 0: leave it out"
 
 
-def types(config: GRPOConfig) -> Iterator[str]:
-    if config.server.dtype != config.actor.dtype and config.actor.lora is None:
+def servers(config: GRPOConfig) -> Iterator[str]:
+    lora = config.actor.lora
+    if config.weight_update == "shm" and config.cluster.num_nodes > 1:
+        yield (
+            f"weight_update is shm, which works within one machine, but cluster.num_nodes is"
+            f" {config.cluster.num_nodes}: set weight_update=disk or distributed"
+        )
+    if config.server.dtype != config.actor.dtype and lora is None:
         yield (
             f"server.dtype is {config.server.dtype} and actor.dtype {config.actor.dtype}: after each update the servers"
             " must hold exactly the trainer's weights, so leave server.dtype out, or set both to the same"
         )
-
-
-def adapters(config: GRPOConfig) -> Iterator[str]:
     if config.ref is not None and config.ref.lora is not None:
         yield "ref.lora is given, but the reference is not trained: remove it"
-    lora = config.actor.lora
-    if lora is None:
-        return
-    if config.weight_update != "disk":
+    if lora is not None and config.weight_update != "disk":
         yield (
             f"weight_update is {config.weight_update}, but the adapters of actor.lora reach the servers as small"
             " folders: leave weight_update out, or set weight_update=disk"
         )
-    if config.rollout.pause_mode != "abort" and replaces_adapters_only_when_unused(config):
+    if lora is not None and config.rollout.pause_mode != "abort" and replaces_adapters_only_when_unused(config):
         yield (
             f"rollout.pause_mode is {config.rollout.pause_mode}, but SGLang and vLLM replace an adapter only while no"
             " request uses it: set rollout.pause_mode=abort, with which requests go on from the tokens they have"
         )
-    if not lora.target_modules:
+    if lora is not None and not lora.target_modules:
         yield "actor.lora.target_modules is empty: name the linear layers that get an adapter, such as [q_proj, v_proj]"
 
 
@@ -330,11 +286,6 @@ def schedule(config: RunConfig) -> Iterator[str]:
         yield (
             f"watchdog.heartbeat_s ({watchdog.heartbeat_s}) is not below watchdog.stall_s ({watchdog.stall_s}): every"
             " process would look stalled; lower the first"
-        )
-    if isinstance(config, GRPOConfig) and config.weight_update == "shm" and config.cluster.num_nodes > 1:
-        yield (
-            f"weight_update is shm, which works within one machine, but cluster.num_nodes is"
-            f" {config.cluster.num_nodes}: set weight_update=disk or distributed"
         )
 
 

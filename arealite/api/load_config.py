@@ -1,30 +1,44 @@
 """From YAML and command line to a checked configuration; every problem is reported at once, each with its fix.
 
-Called by training scripts (`load_config`), by the launcher and by `arealite check`.
+Called by training scripts (`load_config`), by the launcher and by `arealite check`. What is written is read as words,
+with the place of each; the fields say what the words mean; pydantic checks types and ranges, config_rules.py the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
+import re
 import sys
-from collections.abc import Iterator
+import typing
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
 
 from arealite.api.cli_args import GRPOConfig, RunConfig, RWConfig, SFTConfig
-from arealite.api.config_rules import choose_defaults, contradictions, fill_derived, follow_training
-from arealite.api.config_source import NUMBER, Given, Reader, is_config_class, type_at, type_name
+from arealite.api.config_keys import all_keys, field_types, is_section, meant_by, ours, type_at, type_name, walk
+from arealite.api.config_rules import contradictions, resolve
 from arealite.api.errors import SENTENCE, ConfigError, DatasetError
 from arealite.api.paths import expand
 
 T = TypeVar("T")
 KINDS: dict[str, type[RunConfig]] = {"grpo": GRPOConfig, "sft": SFTConfig, "rw": RWConfig}
+
+NULLS = ("", "~", "null", "Null", "NULL")
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+DIGITS = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")  # as an integer may be written where one is expected
+NUMBER = re.compile(
+    r"([-+]?([0-9]+[.][0-9]*|[.][0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?[.](inf|Inf|INF)|[.](nan|NaN|NAN))$"
+)
+REFERENCE = re.compile(r"(?<!\\)\$\{([^{}]*)\}")  # to another key, or to a variable of the environment:
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")  # no key is written so
 
 
 def load_config(argv: list[str], cls: type[T]) -> T:
@@ -62,139 +76,298 @@ def tell(kind: type[BaseException], error: BaseException, trace: TracebackType |
 
 def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
     """As `load_config_file`, of the class that the file's or an override's `kind` names. For the launcher."""
-    reader = Reader(RunConfig)
-    reader.read_file(Path(path))
-    for override in overrides:
-        reader.read_override(override)
-    kinds = [given.value for given in reader.givens if given.key == "kind" and given.value in KINDS]
-    return load_config_file(path, overrides, KINDS[kinds[-1]] if kinds else GRPOConfig)
+    reader = Reader(RunConfig, Path(path), overrides)
+    return load_config_file(path, overrides, KINDS.get(str(reader.tree.get("kind")), GRPOConfig))
 
 
 def load_config_file(path: str | Path, overrides: list[str], cls: type[T]) -> T:
     """The configuration of a YAML file with `dotted.key=value` overrides. Raises ConfigError naming every problem."""
-    reader = Reader(cls)
-    reader.read_file(Path(path))
-    for override in overrides:
-        reader.read_override(override)
-    problems = list(reader.problems)
-    config = apply_givens(reader.givens, cls, problems)
-    where = {given.key: given.where for given in reader.givens}
-    out_of_range = [f"{where.get(key, 'default')}: {key} {said}" for key, said in check_ranges(config)]
-    problems += [*out_of_range, *expand_paths(config, where)]
-    if isinstance(config, RunConfig) and not out_of_range:
+    reader = Reader(cls, Path(path), overrides)
+    config = reader.config()
+    problems = [text for _, text in sorted(reader.problems, key=lambda problem: problem[0])]
+    if isinstance(config, RunConfig):
         kind = next(name for c in type(config).__mro__ for name, known in KINDS.items() if c is known)
         if config.kind != kind:
-            found = f"{where.get('kind', 'default')}: kind is {config.kind}"
-            problems.append(f"{found}, but the script loads {cls.__name__}: write kind: {kind}, or use another script")
-        follow_training(config, set(where))
-        if isinstance(config, GRPOConfig):
-            choose_defaults(config, set(where))
+            said = f"{reader.place('kind')[1]}: kind is {config.kind}"
+            problems.append(f"{said}, but the script loads {cls.__name__}: write kind: {kind}, or use another script")
+        resolve(config, reader.places.keys())
         problems += contradictions(config)
     if problems:
         num = len(problems)
         raise ConfigError(f"{num} problem{'s' * (num != 1)} in the configuration:\n  " + "\n  ".join(problems))
-    if isinstance(config, RunConfig):
-        fill_derived(config, set(where))
     return config
 
 
-def apply_givens(givens: list[Given], cls: type[T], problems: list[str]) -> T:
-    """An instance of `cls` with the values set in order. What cannot be set is added to `problems` and left out."""
-    tree = OmegaConf.structured(cls)
-    kept = []
-    for given in givens:
+class Word(str):
+    """Text without quotes: what it means depends on what is expected where it stands."""
+
+
+class Reader:
+    """What a user wrote for a configuration of class `cls`: a tree of words, the place of each key, and what is wrong.
+
+    Raises ConfigError where the file is missing or is not YAML: nothing else can be checked then.
+    """
+
+    def __init__(self, cls: type, path: Path, overrides: list[str]) -> None:
+        self.cls = cls
+        self.tree: dict[str, Any] = {}
+        self.places: dict[str, tuple[int, str]] = {}  # dotted key -> how many were read before, "file:line"
+        self.problems: list[tuple[int, str]] = []  # in the order of reading
+        self._read_file(path)
+        for override in overrides:
+            self._read_override(override)
+
+    def place(self, key: str) -> tuple[int, str]:
+        """Where `key` is written, or the nearest section around it."""
+        while key and key not in self.places:
+            key = key.rpartition(".")[0]
+        return self.places.get(key, (sys.maxsize, "default"))
+
+    def config(self) -> Any:
+        """An instance of the class, of all that is right; what is wrong goes to `problems`, and is left out."""
+        tree = self._meant(self.tree, self.cls, "")
+        adapter: TypeAdapter = TypeAdapter(self.cls)
+        while True:
+            try:  # of JSON pydantic takes mappings for sections although it is strict
+                config = adapter.validate_json(json.dumps(tree))
+                break
+            except ValidationError as errors:
+                for error in errors.errors(include_url=False):
+                    self._wrong(error["loc"], error["type"], error["input"], error.get("ctx", {}))
+                    parent, path = tree, list(error["loc"])
+                    while path[1:] and isinstance(parent[path[0]], dict):
+                        parent = parent[path.pop(0)]
+                    parent.pop(path[0], None)
+        for key, value, f in walk(config):
+            if value and f.metadata.get("is_path"):
+                *sections, name = key.split(".")
+                section = config
+                for part in sections:
+                    section = vars(section)[part]
+                try:
+                    setattr(section, name, expand(value))
+                except ConfigError as error:
+                    self._problem(key, f"{key}: {error}")
+        return config
+
+    def _problem(self, key: str, text: str) -> None:
+        order, where = self.place(key)
+        self.problems.append((order, f"{where}: {text}"))
+
+    def _wrong(self, path: tuple[str | int, ...], kind: str, value: Any, limits: dict[str, Any]) -> None:
+        """What pydantic complains of, in our words: what was found, and what is expected."""
+        key = ".".join(map(str, path))
+        hint = type_at(self.cls, path)
+        found = "nothing (null)" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+        expected = type_name(hint)
+        if isinstance(value, float) and math.isnan(value):
+            found = "not a number (nan)"
+        elif kind == "finite_number":
+            expected = "a finite number"
+        elif kind in ("greater_than_equal", "less_than_equal"):
+            expected = f"at least {limits['ge']:g}" if "ge" in limits else f"at most {limits['le']:g}"
+        elif value is None and hint is str:
+            expected += ", in quotes if the word itself is meant"
+        self._problem(key, f"{key} is {found}, expected {expected}")
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def _read_file(self, path: Path) -> None:
         try:
-            if not is_config_class(given.value):
-                OmegaConf.update(tree, given.key, given.value, merge=False)
-            elif OmegaConf.select(tree, given.key) is None:
-                OmegaConf.update(tree, given.key, OmegaConf.structured(given.value))
-            kept.append(given)
-        except (OmegaConfBaseException, GrammarParseError) as error:
-            problems.append(wrong_type(given, cls, error))
-    complaints = {given.key: said for given in kept if (said := unresolvable(tree, given))}
-    if complaints:
-        problems += complaints.values()
-        return apply_givens([given for given in kept if given.key not in complaints], cls, problems)
-    config = OmegaConf.to_object(tree)
-    assert isinstance(config, cls)
-    return config
+            node = yaml.compose(Path(expand(str(path))).read_text(), Loader=yaml.SafeLoader)
+            tree = self._words(node, "", str(path)) if node else {}
+        except FileNotFoundError:
+            raise ConfigError(f"configuration file {path} does not exist: check --config") from None
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from None
+        except RecursionError:
+            raise ConfigError(
+                f"{path}: nested without end: does an alias (*name) stand inside its own anchor?"
+            ) from None
+        if not isinstance(tree, dict):
+            kind = "list" if isinstance(tree, list) else "text"
+            raise ConfigError(f"{path}:1: expected `key: value` lines, found {kind}")
+        self.tree = tree
 
-
-def wrong_type(given: Given, cls: type, error: Exception) -> str:
-    found = "nothing (null)" if given.value is None else f"{given.value!r} ({type(given.value).__name__})"
-    if "interpolation" in type(error).__name__.lower():
-        return f"{given.where}: {given.key} is {given.value!r}: {str(error).splitlines()[0]}"
-    expected = type_name(type_at(cls, given.key))
-    quoted = ", in quotes if the word itself is meant" if given.value is None and expected == "text" else ""
-    return f"{given.where}: {given.key} is {found}, expected {expected}{quoted}"
-
-
-def unresolvable(tree: DictConfig, given: Given) -> str | None:
-    """What is wrong with the interpolation in `given`; None when there is none or it resolves."""
-    if not (isinstance(given.value, str) and "${" in given.value):
-        return None
-    try:
-        OmegaConf.select(tree, given.key, throw_on_missing=True)
-    except (OmegaConfBaseException, GrammarParseError) as error:
-        said = str(error).splitlines()[0]
-        return f"{given.where}: {given.key} is {given.value!r}: {said}; write \\${{ for the text ${{"
-    return None
-
-
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """(dotted key, value, field) of every value; sections are entered, an absent section is one value None."""
-    for f in dataclasses.fields(config):
-        value = vars(config)[f.name]
-        if dataclasses.is_dataclass(value):
-            yield from walk(value, f"{prefix}{f.name}.")
-        else:
-            yield f"{prefix}{f.name}", value, f
-
-
-def expand_paths(config: Any, where: dict[str, str], prefix: str = "") -> list[str]:
-    """Fill in what stands for something else in all paths; returns what is wrong with them."""
-    problems = []
-    for f in dataclasses.fields(config):
-        key, value = f"{prefix}{f.name}", vars(config)[f.name]
-        if dataclasses.is_dataclass(value):
-            problems += expand_paths(value, where, f"{key}.")
-        elif value and f.metadata.get("is_path"):
+    def _read_override(self, override: str) -> None:
+        """One `dotted.key=value`; the value is YAML, but text fields take it as it stands. A mapping adds to what is
+        there."""
+        where = "command line"
+        key, equals, text = override.partition("=")
+        key = key.strip().removeprefix("--").removeprefix("+")
+        path = key.split(".")
+        self.places[key] = (len(self.places), where)
+        if not equals or not all(path):
+            self._problem(key, f"{override!r} is not an override: write key=value")
+            return
+        try:
+            hint = type_at(self.cls, path)
+        except KeyError:
+            self._problem(key, f"unknown key {key!r}: {meant_by(key, self.cls)}")
+            return
+        value: Any = None if text == "null" else text
+        if value is not None and (hint is not str or text.startswith(("'", '"'))):
             try:
-                setattr(config, f.name, expand(value))
-            except ConfigError as error:
-                problems.append(f"{where.get(key, 'default')}: {key}: {error}")
-    return problems
+                node = yaml.compose(f"value: {text}", Loader=yaml.SafeLoader)
+                value = self._words(node.value[0][1], key, where) if isinstance(node, yaml.MappingNode) else None
+            except yaml.YAMLError as error:
+                self._problem(key, f"the value of {key}={text} is not YAML: {str(error).splitlines()[0]}")
+                return
+        section = self.tree
+        for at, name in enumerate(path[:-1], start=1):
+            self.places.setdefault(".".join(path[:at]), (len(self.places), where))
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
+            section = section[name]
+        section[path[-1]] = merged(section.get(path[-1]), value)
+
+    def _words(self, node: yaml.Node, key: str, where: str) -> Any:
+        """Mappings, lists and words of a YAML node, null where nothing stands; notes the place of every key below
+        `key`. Raises yaml.MarkedYAMLError."""
+        if not node.tag.startswith("tag:yaml.org,2002:"):
+            raise yaml.MarkedYAMLError(problem=f"found the tag {node.tag}, expected none", problem_mark=node.start_mark)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._words(entry, key, where) for entry in node.value]
+        if isinstance(node, yaml.ScalarNode):
+            return node.value if node.style else None if node.value in NULLS else Word(node.value)
+        tree = {}
+        for name, (line, value) in entries(node).items():
+            inner = f"{key}.{name}" if key else name
+            self.places[inner] = (len(self.places), where if where == "command line" else f"{where}:{line}")
+            tree[name] = self._words(value, inner, where)
+        return tree
+
+    # -- what the words mean ----------------------------------------------------------------------------------------
+
+    def _meant(self, value: Any, hint: Any, key: str) -> Any:
+        """The value of a word, or of the words in a tree, where one of type `hint` is expected. Unknown keys are told
+        and left out. Raises ConfigError where a reference leads nowhere."""
+        args = typing.get_args(hint)
+        if isinstance(value, dict) and is_section(hint):
+            fields, known = field_types(hint), {}
+            for name, entry in value.items():
+                inner = f"{key}.{name}" if key else name
+                if name not in fields:
+                    self._unknown(inner, entry)
+                    continue
+                try:
+                    known[name] = self._meant(entry, fields[name], inner)
+                except ConfigError as error:
+                    self._problem(inner, f"{inner} is {entry!r}: {error}; write \\${{ for the text ${{")
+            return known
+        if isinstance(value, dict):
+            of_entry = args[1] if typing.get_origin(hint) is dict else Any
+            return {name: self._meant(entry, of_entry, f"{key}.{name}") for name, entry in value.items()}
+        if isinstance(value, list):
+            return [self._meant(entry, args[0] if typing.get_origin(hint) is list else Any, key) for entry in value]
+        if isinstance(value, str) and "${" in value:
+            value = self._followed(value)
+            if not isinstance(value, str):
+                return str(value) if hint is str and value is not None else self._meant(value, hint, key)
+        if isinstance(value, Word) or (isinstance(value, str) and hint in (int, float, bool)):
+            return scalar(value, hint)
+        return value
+
+    def _unknown(self, key: str, value: Any) -> None:
+        """A section that only others have is told by its entries, where those have a name here."""
+        keys = all_keys(self.cls)
+        if isinstance(value, dict) and not ours(key, keys):
+            inside = {f"{key}.{name}": entry for name, entry in value.items()}
+            known = {k: entry for k, entry in inside.items() if ours(k, keys) or isinstance(entry, dict)}
+            for inner, entry in known.items():
+                self._unknown(inner, entry)
+            if known:
+                return
+        self._problem(key, f"unknown key {key!r}: {meant_by(key, self.cls)}")
+
+    def _followed(self, text: str, trail: tuple[str, ...] = ()) -> Any:
+        """`text` with ${key} and ${VARIABLE} filled in; what a key holds, where that is all of the text."""
+        if whole := REFERENCE.fullmatch(text):
+            return self._named(whole[1], trail)
+        text = Word(REFERENCE.sub(lambda reference: str(self._named(reference[1], trail)), text))
+        return Word(text.replace(r"\${", "${"))
+
+    def _named(self, name: str, trail: tuple[str, ...]) -> Any:
+        """What the key or the variable `name` holds; `trail` has the keys that led to it."""
+        if VARIABLE.fullmatch(name):
+            if name not in os.environ:
+                raise ConfigError(f"the environment variable {name} is not set")
+            return Word(os.environ[name])
+        if name in trail:
+            raise ConfigError(f"{name} leads back to itself")
+        value: Any = self.tree
+        default = self.cls()
+        for part in name.split("."):
+            try:
+                default = vars(default)[part] if dataclasses.is_dataclass(default) else None
+                value = value[part] if isinstance(value, dict) and part in value else default
+            except KeyError:
+                raise ConfigError(f"there is no key {name!r}") from None
+        return self._followed(value, (*trail, name)) if isinstance(value, str) and "${" in value else value
 
 
-def check_ranges(config: Any) -> Iterator[tuple[str, str]]:
-    """(key, complaint) of values outside a field's `choices` or beyond its `low` and `high`."""
-    for key, value, f in walk(config):
-        choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
-        if value is None:
-            continue
-        if choices and value not in choices:
-            yield key, f"is {value!r}, expected one of {', '.join(choices)}"
-        elif isinstance(value, float) and math.isnan(value):
-            yield key, "is not a number (nan)"
-        elif isinstance(value, float) and math.isinf(value) and high != math.inf:
-            yield key, f"is {value}, expected a finite number"
-        elif low is not None and value < low:
-            yield key, f"is {value}, expected at least {low:g}"
-        elif high is not None and value > high:
-            yield key, f"is {value}, expected at most {high:g}"
+def merged(earlier: Any, later: Any) -> Any:
+    """`later`, with the entries of `earlier` that it does not have where both are mappings and it is not empty."""
+    if not (isinstance(earlier, dict) and isinstance(later, dict) and later):
+        return later
+    return earlier | {name: merged(earlier.get(name), entry) for name, entry in later.items()}
+
+
+def entries(node: yaml.Node) -> dict[str, tuple[int, yaml.Node]]:
+    """Name -> line (from 1) and value of a mapping, as written; its own ones win over those that `<<` brings in."""
+    inherited: dict[str, tuple[int, yaml.Node]] = {}
+    written: dict[str, tuple[int, yaml.Node]] = {}
+    for key, value in node.value:
+        if key.tag == "tag:yaml.org,2002:merge":
+            for source in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.MarkedYAMLError(problem="expected a mapping after <<", problem_mark=key.start_mark)
+                inherited |= entries(source)
+        elif not isinstance(key, yaml.ScalarNode) or key.value in written:
+            what = f"duplicate key {key.value}" if isinstance(key, yaml.ScalarNode) else "a key that is no word"
+            raise yaml.MarkedYAMLError(problem=f"found {what}", problem_mark=key.start_mark)
+        else:
+            written[key.value] = (key.start_mark.line + 1, value)
+    return inherited | written
+
+
+def scalar(text: str, hint: Any) -> Any:
+    """What a word means. Where text is expected it is what is written, be it 1.10, 0123 or off; elsewhere YAML 1.2's
+    words and decimal numbers, and yes, no, on, off where true or false is expected."""
+    if hint in (str, Path) or typing.get_origin(hint) is Literal:
+        return text
+    if text.lower() in (WORDS if hint is bool else ("true", "false")):
+        return WORDS[text.lower()]
+    if INTEGER.fullmatch(text) or (hint in (int, float) and DIGITS.fullmatch(text)):
+        return int(text)
+    if hint is float or NUMBER.fullmatch(text):
+        with suppress(ValueError):
+            return float(re.sub("[.](?=[a-zA-Z])", "", text))
+    return text
+
+
+# -- showing ------------------------------------------------------------------------------------------------------
 
 
 def explain(config: Any) -> list[tuple[str, Any, str]]:
     """(dotted key, value, documentation with what is allowed) of every value, in declaration order."""
-    return [(key, value, f.metadata.get("doc", "") + allowed(f)) for key, value, f in walk(config)]
+    return [
+        (key, value, f.metadata.get("description", "") + allowed(type(config), key, f))
+        for key, value, f in walk(config)
+    ]
 
 
-def allowed(f: dataclasses.Field) -> str:
-    """The choices of a field, or its smallest and largest number, in words."""
-    choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
-    if choices:
-        return f"; one of {', '.join(choices)}"
-    bounds = [f"at {word} {bound:g}" for word, bound in (("least", low), ("most", high)) if bound is not None]
+def allowed(cls: type, key: str, f: dataclasses.Field) -> str:
+    """The words that a field may hold, or its smallest and largest number."""
+    hint = type_at(cls, key.split("."))
+    if typing.get_origin(hint) is Literal:
+        return f"; {type_name(hint)}"
+    limits = {word: f.metadata.get(name) for word, name in (("least", "ge"), ("most", "le"))}
+    bounds = [f"at {word} {limit:g}" for word, limit in limits.items() if limit is not None]
     return f"; {', '.join(bounds)}" if bounds else ""
 
 
@@ -207,14 +380,15 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.012345
 
 def to_yaml(config: Any, width: int = 120) -> str:
     """The configuration as YAML that `load_config_file` reads back to an equal one, in about `width` columns."""
-    values = escaped(dataclasses.asdict(config))
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
+    return yaml.dump(as_written(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
 
 
-def escaped(value: Any) -> Any:
-    """`value` with every "${" marked as text, so that reading does not take it for an interpolation."""
+def as_written(value: Any) -> Any:
+    """`value` as a file gives it: sections as mappings without what is derived, "${" marked as text."""
+    if dataclasses.is_dataclass(value):
+        return {name: as_written(vars(value)[name]) for name in field_types(type(value))}
     if isinstance(value, dict):
-        return {key: escaped(entry) for key, entry in value.items()}
+        return {key: as_written(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [escaped(entry) for entry in value]
+        return [as_written(entry) for entry in value]
     return value.replace("${", r"\${") if isinstance(value, str) else value

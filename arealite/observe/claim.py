@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from arealite.api.atomic import finite_json, write_json
+from arealite.api.config_keys import walk
 from arealite.api.errors import RecoveryError
-from arealite.api.load_config import walk
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class Step:
     largest: float = 0.0  # of the differences
 
 
-def proof_config(config: PPOActorConfig, dtype: str) -> PPOActorConfig:
+def proof_config(config: PPOActorConfig, dtype: Literal["bfloat16", "float32"]) -> PPOActorConfig:
     """The user's policy in `dtype`, one update per step, at learning rate 0: every step then starts from the same
     weights, and what it would do to them is in the gradients."""
     optimizer = replace(config.optimizer, lr=0.0, lr_scheduler="constant", warmup_steps=0)
