@@ -23,13 +23,13 @@ from arealite.engine.recover import RecoverHandler
 from arealite.engine.rw.reward_engine import FSDPRWEngine
 from arealite.engine.sft.lm_engine import FSDPLMEngine
 from arealite.launcher.allocation import trainer_dims
-from arealite.observe import timeline, waits
+from arealite.observe import waits
 from arealite.observe.frequency import Frequency
 from arealite.observe.progress import show
 from arealite.observe.run_folder import RunFolder
-from arealite.observe.stats import StatsTracker
 from arealite.observe.stats_logger import StatsLogger
-from arealite.observe.summary import MEASURES, report_supervised
+from arealite.observe.summary import MEASURES, report
+from arealite.observe.timeline import StatsTracker, timeline
 
 # What an engine makes of this rank's share of a batch: statistics over all ranks.
 Pass = Callable[[Batch], dict[str, float]]
@@ -57,7 +57,7 @@ class SupervisedTrainer:
         self.engine.initialize()
         self.collective = self.engine.collective
         self.is_head = self.collective.rank == 0
-        timeline.open_timeline(self.folder, config.stats_logger.timeline, self.collective.rank)
+        timeline.open(self.folder, config.stats_logger.timeline, self.collective.rank)
 
         self.dataloader: StatefulDataLoader[Example] = StatefulDataLoader(self.load_rows(config.train_dataset), config)
         self.held_out = [] if config.valid_dataset is None else self.load_rows(config.valid_dataset)
@@ -93,7 +93,7 @@ class SupervisedTrainer:
                     self.after_step(step)
             if self.is_head:
                 self.logger.close()
-                report_supervised(self.folder)
+                report(self.folder)
         finally:
             self.engine.destroy()
 

@@ -24,11 +24,11 @@ from arealite.engine.recover import RecoverHandler
 from arealite.engine.roles import OtherShares, TrainedTogether, Turns
 from arealite.evaluation.evaluator import Evaluator
 from arealite.launcher.allocation import AllocationMode, trainer_dims
-from arealite.observe import timeline, waits
+from arealite.observe import waits
 from arealite.observe.run_folder import RunFolder
-from arealite.observe.stats import StatsTracker
 from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report
+from arealite.observe.timeline import StatsTracker, timeline
 from arealite.reward.pool import RewardFunction
 from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine, RemotevLLMEngine
 from arealite.weights.handshake import MismatchGuard
@@ -86,7 +86,7 @@ class PPOTrainer:
         self.actor.initialize()
         self.collective = self.actor.collective
         self.is_head = self.collective.rank == 0
-        timeline.open_timeline(self.folder, config.stats_logger.timeline, self.collective.rank)
+        timeline.open(self.folder, config.stats_logger.timeline, self.collective.rank)
         self.ref: FSDPEngine | None = None
         if config.ref is not None:
             self.ref = FSDPEngine(config.ref, trainable=False, dims=trainer_dims(config, "ref"))

@@ -3,21 +3,23 @@
 import io
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 from rich.console import Console
 from support.ranks import Alone, Meeting, on_ranks
 
+from arealite.api.atomic import read_jsonl
 from arealite.api.cli_args import EvaluatorConfig, StatsLoggerConfig
 from arealite.api.errors import RewardError
 from arealite.api.types import Group, Task, Trajectory
 from arealite.evaluation.evaluator import Evaluator
-from arealite.observe.evaluation_log import read_answers, read_evaluations
 from arealite.observe.progress import Progress
 from arealite.observe.reasons import reasons
+from arealite.observe.records import read_evaluations
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats_logger import StatsLogger
-from arealite.observe.summary import report, summarise
+from arealite.observe.summary import report
 from arealite.rollout import share
 
 TASKS = [Task(id=f"e0-r{i}", messages=[{"role": "user", "content": f"{i}+1="}], answer=str(i + 1)) for i in range(4)]
@@ -57,10 +59,10 @@ def test_errors_are_not_zeros(tmp_path):
     assert result.accuracy == 0.5 and result.stderr == pytest.approx(0.5)
     assert (result.num_tasks, result.num_tasks_scored, result.num_samples) == (4, 2, 2)
     assert (result.num_reward_errors, result.num_failed) == (1, 1)
-    rows = read_answers(RunFolder(tmp_path), 0)
+    rows = read_jsonl(RunFolder(tmp_path).evaluation(0))
     assert [row["reward"] for row in rows] == [1.0, None, 0.0]
     assert rows[0]["question"] == "0+1=" and rows[1]["error"].startswith("ValueError")
-    assert read_evaluations(RunFolder(tmp_path)) == [result]
+    assert read_evaluations(RunFolder(tmp_path)) == [asdict(result)]
 
 
 def test_tasks_weigh_the_same_whatever_their_samples(tmp_path):
@@ -178,7 +180,7 @@ def test_summary_and_report(tmp_path):
 
 
 def test_summary_of_a_run_that_did_nothing(tmp_path):
-    summary = summarise(RunFolder(tmp_path))
+    summary = report(RunFolder(tmp_path), Console(file=io.StringIO()))
     assert summary["accuracy_before"] is None and summary["steps"] == 0 and summary["train_s"] == 0
 
 

@@ -16,9 +16,15 @@ from arealite.api.errors import ArealiteError
 from arealite.api.types import Group, Task, Trajectory
 from arealite.observe.progress import Progress, format_span, time_shares
 from arealite.observe.reasons import MAX_KINDS, by_kind
-from arealite.observe.rollout_log import rollout_rows, rollout_stats, version_spans
+from arealite.observe.records import (
+    MetricsFile,
+    num_restarts,
+    read_metrics,
+    rollout_rows,
+    rollout_stats,
+    version_spans,
+)
 from arealite.observe.run_folder import RunFolder
-from arealite.observe.sinks import MetricsFile, num_restarts, read_metrics
 from arealite.observe.stats_logger import StatsLogger
 
 QUIET = StatsLoggerConfig(tensorboard=False)
@@ -142,7 +148,7 @@ def test_full_disk_drops_rollouts_visibly_and_goes_on(tmp_path, monkeypatch):
     def full(path, rows):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("arealite.observe.stats_logger.write_rows", full)
+    monkeypatch.setattr("arealite.observe.stats_logger.write_jsonl", full)
     log.commit(0, 0, {}, [group(trajectory())])
     log.commit(1, 0, {}, [group(trajectory())])
     assert [r["num_logs_dropped"] for r in read_metrics(folder.metrics)] == [1, 2]
@@ -280,7 +286,7 @@ def test_missing_tensorboard_is_one_note(tmp_path, monkeypatch):
 def test_observe_does_not_load_torch():
     import subprocess
 
-    modules = ["stats", "stats_logger", "sinks", "progress", "plot", "summary", "evaluation_log", "run_folder"]
+    modules = ["stats_logger", "summary", "watchdog", "claim"]  # which import the others
     code = "import sys\n" + "".join(f"import arealite.observe.{m}\n" for m in modules)
     code += "assert not {'torch', 'matplotlib', 'tensorboard'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
-from arealite.observe import timeline
 from arealite.observe.run_folder import RunFolder
-from arealite.observe.stats import StatsTracker
+from arealite.observe.timeline import StatsTracker, Timeline, timeline
 from arealite.observe.waits import waiting
 
 
@@ -37,11 +37,11 @@ def spans(path):
 @pytest.fixture
 def folder(tmp_path):
     yield RunFolder(tmp_path)
-    timeline.open_timeline(RunFolder(tmp_path), 0, 0)
+    timeline.open(RunFolder(tmp_path), 0, 0)
 
 
 def test_steps_asked_for_are_recorded(folder):
-    timeline.open_timeline(folder, 3, rank=1)
+    timeline.open(folder, 3, rank=1)
     stats = StatsTracker()
     for step in range(4, 8):
         timeline.begin_step(step)
@@ -55,7 +55,7 @@ def test_steps_asked_for_are_recorded(folder):
 
 
 def test_requests_overlap_and_threads_are_apart(folder):
-    timeline.open_timeline(folder, 1, rank=0)
+    timeline.open(folder, 1, rank=0)
     timeline.begin_step(0)
     gates = [asyncio.Event(), asyncio.Event()]
 
@@ -79,28 +79,28 @@ def test_requests_overlap_and_threads_are_apart(folder):
     assert "head" in [e["args"]["name"] for e in events(path) if e["name"] == "thread_name"]
 
 
-def test_a_timeline_is_bounded(folder, monkeypatch):
-    monkeypatch.setattr(timeline, "MAX_STEP_EVENTS", 6)
-    timeline.open_timeline(folder, 1, rank=0)
-    timeline.begin_step(0)
-    for _ in range(20):
-        with timeline.span("s"):
-            pass
+def test_a_timeline_is_bounded(folder):
+    def record(step, **limits):
+        bounded = Timeline(**limits)
+        bounded.open(folder, 1, rank=0)
+        bounded.begin_step(step)
+        for _ in range(20):
+            with bounded.span(f"s{step}"):
+                pass
+
     path = folder.timeline_dir / "rank-0.json"
+    record(0, max_step_events=6)
     assert 2 <= len(spans(path)) <= 3
-    monkeypatch.setattr(timeline, "MAX_BYTES", path.stat().st_size)
-    timeline.begin_step(1)
-    with timeline.span("too much"):
-        pass
-    assert "too much" not in spans(path)
+    record(1, max_bytes=path.stat().st_size)
+    assert "s1" not in spans(path)
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from arealite.observe import timeline
 from arealite.observe.run_folder import RunFolder
-timeline.open_timeline(RunFolder(Path(sys.argv[1])), 1, 0)
+from arealite.observe.timeline import StatsTracker, Timeline, timeline
+timeline.open(RunFolder(Path(sys.argv[1])), 1, 0)
 timeline.begin_step(0)
 with timeline.span("done"):
     pass
@@ -114,8 +114,23 @@ def test_a_killed_rank_leaves_a_readable_file_and_the_next_start_appends(folder)
     assert ran.returncode == -signal.SIGKILL
     path = folder.timeline_dir / "rank-0.json"
     assert spans(path) == ["done"] and "killed in" in [e["name"] for e in events(path)]
-    timeline.open_timeline(folder, 1, rank=0)
+    timeline.open(folder, 1, rank=0)
     timeline.begin_step(5)
     with timeline.span("after"):
         pass
     assert spans(path) == ["done", "after"]
+
+
+def test_scalars_and_timers_of_a_step():
+    """The last scalar counts, timers add up, also through errors, and an export starts anew."""
+    stats = StatsTracker()
+    stats.scalar("lr", 1.0)
+    stats.update({"lr": 2, "loss": 0.5})
+    with stats.timer("sync"):
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError), stats.timer("sync"):
+        time.sleep(0.01)
+        raise RuntimeError
+    found = stats.export()
+    assert 0.02 <= found.pop("sync_s") < 10 and found == {"lr": 2.0, "loss": 0.5}
+    assert stats.export() == {}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError, WeightSyncError
 from arealite.api.types import Task
-from arealite.observe.rollout_log import version_spans
+from arealite.observe.records import version_spans
 from arealite.rollout.client import RemoteNativeEngine, RemoteSGLangEngine
 from arealite.weights.handshake import verify
 from arealite.weights.link import WeightLink

@@ -16,7 +16,7 @@ from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Group, Task
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.observe.rollout_log import rollout_rows, rollout_stats
+from arealite.observe.records import rollout_rows, rollout_stats
 from arealite.trainer import PPOTrainer
 
 

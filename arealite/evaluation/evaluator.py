@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from arealite.api.errors import ArealiteError, RewardError
-from arealite.observe.evaluation_log import EvaluationResult, write_evaluation
 from arealite.observe.frequency import Frequency
 from arealite.observe.progress import show
 from arealite.observe.reasons import by_kind, last_line
-from arealite.observe.rollout_log import rollout_rows
+from arealite.observe.records import EvaluationResult, rollout_rows, write_evaluation
 from arealite.rollout.share import Beat, from_head
 
 if TYPE_CHECKING:

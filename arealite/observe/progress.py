@@ -16,6 +16,27 @@ from rich.text import Text
 
 MAX_REASON = 60  # characters of the most frequent reason
 
+# Of a step's line: metric, label, format, style. What two blanks part may be broken over lines.
+FIELDS = (
+    ("reward_mean", "  reward", "{:.3f}", "bold green"),
+    ("tokens_per_s", "  tokens/s", "{:.0f}", ""),
+    ("train_tokens_per_s", "  trained tokens/s", "{:.0f}", ""),
+    ("mfu", "  mfu", "{:.0%}", ""),
+    ("staleness_mean", "  stale", "{:.1f}", ""),
+    ("staleness_max", " max", "{:.0f}", ""),
+)
+SUPERVISED = (
+    ("loss", "  loss", "{:.4f}", "bold green"),
+    ("accuracy", "  accuracy", "{:.3f}", ""),
+    ("eval_loss", "  held-out loss", "{:.4f}", ""),
+)
+ALARMS = {
+    "skipped": "STEP SKIPPED",
+    "num_reward_errors": "reward errors",
+    "num_failed": "failed",
+    "num_untrained": "not trained",
+}
+
 
 def terminal_width() -> int | None:
     """Columns of the terminal that will show the output: COLUMNS, which the launcher sets for its trainers, or those of
@@ -98,29 +119,19 @@ class Progress:
         """The line of the step, styled."""
         width = len(str(self._total_steps))
         text = Text.assemble(("step ", "dim"), (f"{step + 1:>{width}}/{self._total_steps}", "bold"))
-        _put(text, "reward", stats.get("reward_mean"), "{:.3f}", "bold green")
-        if "reward_mean" not in stats:
-            _put(text, "loss", stats.get("loss"), "{:.4f}", "bold green")
-            _put(text, "accuracy", stats.get("accuracy"), "{:.3f}")
-            _put(text, "held-out loss", stats.get("eval_loss"), "{:.4f}")
-        _put(text, "tokens/s", stats.get("tokens_per_s"), "{:.0f}")
-        _put(text, "trained tokens/s", stats.get("train_tokens_per_s"), "{:.0f}")
-        _put(text, "mfu", stats.get("mfu"), "{:.0%}")
-        _put(text, "stale", stats.get("staleness_mean"), "{:.1f}")
-        _put(text, "max", stats.get("staleness_max"), "{:.0f}", separator=" ")
+        fields = FIELDS if "reward_mean" in stats else SUPERVISED + FIELDS
+        for key, label, spec, style in fields:
+            _put(text, label, stats.get(key), spec, style)
         shares = time_shares(stats)
-        if shares:
-            _put(text, "step", stats["step_s"], "{:.1f}s")
-            for phase, share in shares.items():
-                if phase != "other" or share >= 0.05:
-                    _put(text, phase, 100 * share, "{:.0f}%", "cyan", separator=": " if phase == "generate" else " ")
+        _put(text, "  step", stats["step_s"] if shares else None, "{:.1f}s")
+        for phase, share in shares.items():
+            if phase != "other" or share >= 0.05:
+                _put(text, f"{': ' if phase == 'generate' else ' '}{phase}", 100 * share, "{:.0f}%", "cyan")
         left = self._total_steps - step - 1
         if left > 0 and len(self._ends) > 1:
             per_step_s = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
             text.append("  left ", "dim").append(format_span(per_step_s * left))
-        alarms = {"skipped": "STEP SKIPPED", "num_reward_errors": "reward errors", "num_failed": "failed"}
-        alarms["num_untrained"] = "not trained"
-        for name, label in alarms.items():
+        for name, label in ALARMS.items():
             if stats.get(name, 0) > 0:
                 text.append(f"  {label} {stats[name]:.0f}", "bold red")
                 for reason, number in list(why.get(label, {}).items())[:1]:
@@ -128,8 +139,7 @@ class Progress:
         return text
 
 
-def _put(text: Text, name: str, value: float | None, spec: str, style: str = "", separator: str = "  ") -> None:
-    if value is None:
-        return
-    shown = spec.format(value) if math.isfinite(value) else str(value)
-    text.append(f"{separator}{name} ", "dim").append(shown, style if math.isfinite(value) else "bold red")
+def _put(text: Text, label: str, value: float | None, spec: str, style: str = "") -> None:
+    if value is not None:
+        shown = (spec.format(value), style) if math.isfinite(value) else (str(value), "bold red")
+        text.append(f"{label} ", "dim").append(*shown)

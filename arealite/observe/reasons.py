@@ -23,16 +23,18 @@ def last_line(text: str) -> str:
     return " ".join((text.strip() or "no reason given").splitlines()[-1].split())[:MAX_SHOWN]
 
 
+def _kind(text: str) -> str:
+    """Texts that differ only in their numbers are of one kind."""
+    return re.sub(r"\d+", "#", text)
+
+
 def by_kind(texts: Iterable[str]) -> dict[str, int]:
-    """How many of each kind, the most frequent first, under the first text of the kind. Texts that differ only in
-    their numbers are of one kind."""
+    """How many of each kind, the most frequent first, under the first text of the kind."""
     example: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for text in texts:
-        kind = re.sub(r"\d+", "#", text)
-        if kind not in example and len(example) >= MAX_KINDS:
-            kind, text = "", "other reasons"
-        counts[example.setdefault(kind, text)] += 1
+        is_named = _kind(text) in example or len(example) < MAX_KINDS
+        counts[example.setdefault(_kind(text), text) if is_named else "other reasons"] += 1
     return dict(counts.most_common())
 
 
@@ -46,12 +48,11 @@ class Reasons:
 
     def tell(self, event: str, text: str) -> None:
         """Warn of the first reason of its kind."""
-        kind = re.sub(r"\d+", "#", text)
         with self._lock:
             told = self._told[event]
-            is_new = kind not in told and len(told) < MAX_KINDS
+            is_new = _kind(text) not in told and len(told) < MAX_KINDS
             if is_new:
-                told.add(kind)
+                told.add(_kind(text))
         if is_new:
             logger.warning("%s: %s (told once, then counted)", event, text)
 

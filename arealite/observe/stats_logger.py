@@ -1,6 +1,6 @@
 """Writes what happened in each step: metrics.jsonl, rollouts/, TensorBoard events, the progress line.
 
-Called by the training script on rank 0.
+Called around the training loop on rank 0.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from arealite.api.atomic import write_jsonl
 from arealite.observe.progress import Progress
 from arealite.observe.reasons import reasons
-from arealite.observe.rollout_log import Decoder, rollout_rows, rollout_stats
-from arealite.observe.sinks import MetricsFile, open_tensorboard
+from arealite.observe.records import Decoder, MetricsFile, rollout_rows, rollout_stats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,8 +35,7 @@ class StatsLogger:
     def __init__(
         self, folder: RunFolder, config: StatsLoggerConfig, total_steps: int, progress: Progress | None = None
     ) -> None:
-        self._folder = folder
-        self._config = config
+        self._folder, self._config = folder, config
         self._num_dropped = 0
         self._last_commit_s = time.monotonic()
         self._progress = progress or Progress(total_steps)
@@ -64,13 +62,14 @@ class StatsLogger:
         be written.
         """
         metrics = self._metrics or self._open(step)
-        merged = {name: float(value) for name, value in stats.items()}
-        if groups is not None:
-            merged = rollout_stats(groups) | merged
-            if self._config.save_rollouts:
-                self._write_rollouts(step, groups, tokenizer)
         since_s, self._last_commit_s = time.monotonic() - self._last_commit_s, time.monotonic()
-        merged.setdefault("step_s", since_s)
+        merged = {"step_s": since_s} | ({} if groups is None else rollout_stats(groups))
+        merged |= {name: float(value) for name, value in stats.items()}
+        if groups is not None and self._config.save_rollouts:
+            try:
+                write_jsonl(self._folder.rollouts(step), rollout_rows(groups, tokenizer))
+            except OSError as error:
+                self._drop(f"{self._folder.rollouts(step)}: {error.strerror}")
         for count, rate in (("num_completion_tokens", "tokens_per_s"), ("num_samples", "samples_per_s")):
             if merged["step_s"] > 0 and count in merged:
                 merged.setdefault(rate, merged[count] / merged["step_s"])
@@ -91,19 +90,15 @@ class StatsLogger:
         self._metrics = MetricsFile(self._folder.metrics, first_step)
         if self._config.tensorboard:
             try:
-                self._tensorboard = open_tensorboard(self._folder.tensorboard_dir, first_step)
+                from torch.utils.tensorboard import SummaryWriter  # slow to load
+
+                self._tensorboard = SummaryWriter(str(self._folder.tensorboard_dir), purge_step=first_step)
             except ImportError as error:
                 remedy = "pip install tensorboard, or set stats_logger.tensorboard=false"
                 self._progress.note(f"no TensorBoard events: {error}; {remedy}")
             except OSError as error:
                 self._progress.note(f"no TensorBoard events: {error}")
         return self._metrics
-
-    def _write_rollouts(self, step: int, groups: Sequence[Group], tokenizer: Decoder | None) -> None:
-        try:
-            write_jsonl(self._folder.rollouts(step), rollout_rows(groups, tokenizer))
-        except OSError as error:
-            self._drop(f"{self._folder.rollouts(step)}: {error.strerror}")
 
     def _write_events(self, step: int, stats: dict[str, float]) -> None:
         if self._tensorboard is None:

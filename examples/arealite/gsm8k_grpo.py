@@ -15,10 +15,11 @@ from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.recover import RecoverHandler
 from arealite.engine.roles import Turns
 from arealite.evaluation.evaluator import Evaluator
-from arealite.observe import timeline, waits
+from arealite.observe import waits
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.stats_logger import StatsLogger
 from arealite.observe.summary import report
+from arealite.observe.timeline import timeline
 from arealite.reward.math import gsm8k_reward
 from arealite.trainer import remote_engine, trainer_dims
 from arealite.weights.handshake import MismatchGuard
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
     recover = RecoverHandler(config.recover, folder, config)
     num_steps = dataloader.total_steps
     actor.plan_steps(num_steps)
-    timeline.open_timeline(folder, config.stats_logger.timeline, actor.collective.rank)
+    timeline.open(folder, config.stats_logger.timeline, actor.collective.rank)
     logger = StatsLogger(folder, config.stats_logger, num_steps)
 
     try:

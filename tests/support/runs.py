@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from arealite.observe.sinks import read_metrics
+from arealite.observe.records import read_metrics
 from arealite.rollout.ledger import audit
 
 ROOT = Path(__file__).resolve().parents[2]

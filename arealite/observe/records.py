@@ -1,0 +1,216 @@
+"""The records of a run and their readers: metrics.jsonl, the rollouts of each step, the held-out answers and results.
+
+Written by stats_logger.py and evaluation/evaluator.py; read by summary.py and by people.
+
+metrics.jsonl is append-only. A run that goes on at step k after a restart first appends
+{"event": "resumed", "step": k}, which voids the earlier lines of steps k and later; readers take `read_metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from rich.text import Text
+
+from arealite.api.atomic import finite_json, write_json, write_jsonl
+from arealite.api.errors import ArealiteError
+
+if TYPE_CHECKING:
+    from arealite.api.types import Group, Trajectory
+    from arealite.observe.run_folder import RunFolder
+
+
+class MetricsFile:
+    """The append-only metrics.jsonl of a run folder, opened when its first line (of `first_step`) is at hand. Raises
+    ArealiteError when it cannot be written."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            earlier = path.read_bytes() if path.is_file() else b""
+        except OSError as error:
+            raise self._refusal(error) from error
+        if earlier:
+            after_torn = "" if earlier.endswith(b"\n") else "\n"
+            self._append({"event": "resumed", "step": first_step, "at": time.time()}, after_torn)
+
+    def write(
+        self, step: int, epoch: int, stats: dict[str, float], why: dict[str, dict[str, int]] | None = None
+    ) -> None:
+        """One line, handed to the system before this returns; `why`: the reasons behind its counts of failures."""
+        record: dict[str, Any] = {"step": step, "epoch": epoch, "at": time.time(), **stats}
+        if why:
+            record["why"] = why
+        if nonfinite := sorted(name for name, value in stats.items() if not math.isfinite(value)):
+            record["nonfinite"] = nonfinite
+        self._append(record)
+
+    def _append(self, record: dict[str, Any], before: str = "") -> None:
+        try:
+            with open(self._path, "a", encoding="utf-8") as out:
+                out.write(before + json.dumps(finite_json(record), allow_nan=False) + "\n")
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> ArealiteError:
+        return ArealiteError(
+            f"cannot write {self._path}: {error.strerror}. The metrics are the record of the run, so it stops here; "
+            "make room or set cluster.fileroot to another disk, and start the same command again to go on"
+        )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # empty, or cut off by a kill
+            continue
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines that count, one per step, in order of steps; none when there is no file.
+
+    The last line of a step wins, and lines of steps that a resumed run did again are left out. A value that was NaN
+    or infinite is None, and its name is in "nonfinite".
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in _lines(path):
+        if line.get("event") == "resumed":
+            by_step = {step: kept for step, kept in by_step.items() if step < line["step"]}
+        elif "step" in line:
+            by_step[line["step"]] = line
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def num_restarts(path: Path) -> int:
+    """How often the run of this metrics.jsonl was started again."""
+    return sum(line.get("event") == "resumed" for line in _lines(path))
+
+
+class Decoder(Protocol):
+    """The one call of a tokenizer that is needed here."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
+def version_spans(trajectory: Trajectory) -> list[list[int]]:
+    """[[version, number of tokens], ...] of the generated tokens, in order."""
+    generated = [v for v, m in zip(trajectory.versions, trajectory.loss_mask, strict=True) if m]
+    return [[version, len(list(run))] for version, run in groupby(generated)]
+
+
+def rollout_rows(groups: Iterable[Group], tokenizer: Decoder | None = None) -> list[dict[str, Any]]:
+    """One JSON-ready row per trajectory. Texts the workflow did not keep are decoded when a tokenizer is given."""
+    return [_row(group, t, tokenizer) for group in groups for t in group.trajectories]
+
+
+def _row(group: Group, trajectory: Trajectory, tokenizer: Decoder | None) -> dict[str, Any]:
+    prompt, completion = trajectory.prompt_text, trajectory.completion_text
+    if tokenizer is not None:
+        first = trajectory.loss_mask.index(True) if True in trajectory.loss_mask else len(trajectory.tokens)
+        prompt = prompt or tokenizer.decode(trajectory.tokens[:first])
+        completion = completion or tokenizer.decode(trajectory.tokens[first:])
+    return {
+        "task": group.task.id,
+        "ordinal": group.ordinal,
+        "member": trajectory.member,
+        "status": trajectory.status,
+        "prompt": prompt,
+        "completion": completion,
+        "answer": group.task.answer,
+        "reward": trajectory.reward,
+        "reward_parts": trajectory.reward_parts,
+        "statistics": trajectory.statistics,
+        "finish_reason": trajectory.finish_reason,
+        "num_tokens": sum(trajectory.loss_mask),
+        "versions": version_spans(trajectory),
+        "error": trajectory.error,
+    }
+
+
+def rollout_stats(groups: Sequence[Group]) -> dict[str, float]:
+    """What the rollouts of one step say: counts, and means over the trajectories that have a reward.
+
+    A trajectory without a reward is counted by its status and takes no part in any mean.
+    """
+    trajectories = [t for group in groups for t in group.trajectories]
+    scored = [t for t in trajectories if t.reward is not None]
+    num_tokens = [sum(t.loss_mask) for t in scored]
+    stats: dict[str, float] = {
+        "num_groups": len(groups),
+        "num_samples": len(scored),
+        "num_samples_reward_error": sum(t.status == "reward_error" for t in trajectories),
+        "num_samples_failed": sum(t.status in ("failed", "aborted") for t in trajectories),
+        "num_completion_tokens": sum(num_tokens),
+    }
+    if not scored:
+        return stats
+    rewards = [{t.reward for t in group.trajectories if t.reward is not None} for group in groups]
+    stats["num_groups_equal_rewards"] = sum(len(distinct) == 1 for distinct in rewards)
+    stats["reward_std"] = float(np.std([t.reward or 0.0 for t in scored]))
+    means: dict[str, list[Any]] = {
+        "reward_mean": [t.reward for t in scored],
+        "completion_tokens_mean": num_tokens,
+        "truncated_share": [t.finish_reason == "length" for t in scored],
+    }
+    for t in scored:
+        named = [("reward_part", t.reward_parts), ("workflow", t.statistics)]
+        for name, value in ((f"{kind}_{name}", value) for kind, values in named for name, value in values.items()):
+            means.setdefault(name, []).append(value)
+    return stats | {name: float(np.mean(values)) for name, values in means.items()}
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Held-out accuracy after `step` steps.
+
+    `accuracy` is the mean over scored tasks of the task's mean reward, `stderr` its standard error over tasks (0 for
+    one task). Answers whose reward failed are in `num_reward_errors`, never a reward of 0; a task without any scored
+    answer is in `num_tasks` but not in `num_tasks_scored`. `pass_at[k]` is there for several samples per task. `why`:
+    how many answers have no reward, by reason.
+    """
+
+    step: int
+    accuracy: float
+    stderr: float
+    num_tasks: int
+    num_tasks_scored: int
+    num_samples: int
+    num_reward_errors: int
+    num_failed: int
+    evaluate_s: float
+    pass_at: dict[int, float] = field(default_factory=dict)
+    why: dict[str, int] = field(default_factory=dict)
+
+    def line(self) -> Text:
+        """What it found, for the person who watches the run."""
+        scored = "" if self.num_tasks_scored == self.num_tasks else f"{self.num_tasks_scored} of "
+        chances = "".join(f"  pass@{k} {value:.3f}" for k, value in self.pass_at.items())
+        return Text(
+            f"held-out accuracy after {self.step} steps: {self.accuracy:.3f} ± {self.stderr:.3f} on"
+            f" {scored}{self.num_tasks} tasks{chances}  {self.evaluate_s:.0f} s"
+        )
+
+
+def write_evaluation(folder: RunFolder, result: EvaluationResult, rows: list[dict[str, Any]]) -> None:
+    """Answers first, the result last: a result on disk has its answers beside it. Raises OSError."""
+    write_jsonl(folder.evaluation(result.step), rows)
+    write_json(folder.evaluation(result.step).with_suffix(".json"), asdict(result))
+
+
+def read_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+    """All held-out results in order of steps, as they were written: EvaluationResult's fields (with keys of `pass_at`
+    as text), or the measures of a supervised run."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in folder.evaluation_dir.glob("step_*.json")]
+    return sorted(results, key=lambda result: result["step"])
