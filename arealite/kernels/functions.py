@@ -11,8 +11,9 @@ import logging
 import os
 import subprocess
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from arealite.kernels.gpu import GpuKernels
 
 AnyKernels: TypeAlias = "Kernels | GpuKernels"
+_Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_Gradients = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 OLDEST_GPU = (8, 0)  # compute capability: the first one with bf16
 
 logger = logging.getLogger(__name__)
@@ -120,43 +123,19 @@ def fits(*tensors: torch.Tensor, on: str = "cpu") -> bool:
     return all(x.dtype == torch.bfloat16 and x.device.type == on for x in tensors)
 
 
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernels: AnyKernels, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.setting, ctx.again = (kernels, eps, plus_one), None
-        return kernels.rms_norm(x, weight, eps, plus_one)
+class _Remade(torch.autograd.Function):
+    """A function of two tensors, `compute`, whose result may be computed again, by the node that made it."""
 
     @staticmethod
-    def remake(ctx: Any) -> torch.Tensor:
-        kernels, eps, plus_one = ctx.setting
-        remade: torch.Tensor = kernels.rms_norm(*ctx.saved_tensors, eps, plus_one)
-        return remade
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (kernels, eps, plus_one), ctx.again = ctx.setting, None
-        return None, *kernels.rms_norm_grad(*ctx.saved_tensors, grad, eps, plus_one), None, None
-
-
-class _SiluTimes(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, kernels: AnyKernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.kernels, ctx.again = kernels, None
-        return kernels.silu_times(gate, up)
-
-    @staticmethod
-    def remake(ctx: Any) -> torch.Tensor:
-        remade: torch.Tensor = ctx.kernels.silu_times(*ctx.saved_tensors)
-        return remade
+    def forward(ctx: Any, compute: _Compute, gradients: _Gradients, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.compute, ctx.gradients, ctx.again = compute, gradients, None
+        return compute(a, b)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.again = None
-        return None, *ctx.kernels.silu_times_grad(*ctx.saved_tensors, grad)
+        return None, None, *ctx.gradients(*ctx.saved_tensors, grad)
 
 
 class _Rotate(torch.autograd.Function):
@@ -184,7 +163,15 @@ def rms_norm(kernels: AnyKernels, x: torch.Tensor, weight: torch.Tensor, eps: fl
     """As Kernels.rms_norm."""
     if not torch.is_grad_enabled():
         return kernels.rms_norm(x, weight, eps, plus_one)
-    return _remember(_Norm, _Norm.apply(kernels, x, weight, eps, plus_one))
+    setting: dict[str, Any] = {"eps": eps, "plus_one": plus_one}
+    return _remade(partial(kernels.rms_norm, **setting), partial(kernels.rms_norm_grad, **setting), x, weight)
+
+
+def silu_times(kernels: AnyKernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """As Kernels.silu_times."""
+    if not torch.is_grad_enabled():
+        return kernels.silu_times(gate, up)
+    return _remade(kernels.silu_times, kernels.silu_times_grad, gate, up)
 
 
 def rotate(kernels: AnyKernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -196,36 +183,30 @@ def rotate(kernels: AnyKernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.T
     return x
 
 
-def silu_times(kernels: AnyKernels, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """As Kernels.silu_times."""
-    if not torch.is_grad_enabled():
-        return kernels.silu_times(gate, up)
-    return _remember(_SiluTimes, _SiluTimes.apply(kernels, gate, up))
-
-
-_made: dict[int, tuple[Any, Any, Any]] = {}  # by address: a result, still alive or not; its function and its node
+_made: dict[int, tuple[Any, Any]] = {}  # by address: a result, still alive or not, and its node
 _is_recomputing = False
 
 
-def _remember(function: Any, result: torch.Tensor) -> torch.Tensor:
+def _remade(compute: _Compute, gradients: _Gradients, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = _Remade.apply(compute, gradients, a, b)
     if _is_recomputing and result.grad_fn is not None:
-        _made[result.data_ptr()] = weakref.ref(result), function, result.grad_fn
+        _made[result.data_ptr()] = weakref.ref(result), result.grad_fn
     return result
 
 
 def _keep(kept: torch.Tensor) -> Any:
-    result, function, node = _made.get(kept.data_ptr(), (lambda: None, None, None))
+    result, node = _made.get(kept.data_ptr(), (lambda: None, None))
     whole = result()  # while it lives, nothing else is at its address
     is_same = whole is not None and whole.numel() == kept.numel() and kept.is_contiguous() and not kept._version
-    return (function, node, kept.shape) if is_same else kept
+    return (node, kept.shape) if is_same else kept
 
 
 def _bring_back(kept: Any) -> torch.Tensor:
     if isinstance(kept, torch.Tensor):
         return kept
-    function, node, shape = kept
+    node, shape = kept
     if node.again is None:  # until the node's own gradient has been computed: several layers may ask
-        node.again = function.remake(node)
+        node.again = node.compute(*node.saved_tensors)
     brought: torch.Tensor = node.again.view(shape)
     return brought
 

@@ -10,27 +10,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from arealite.kernels import build, cpu
+from arealite.kernels.cpu import Kernels
 
 
-class _Products(Protocol):
-    """Packed weights [n, K] below each other, and x [..., K] times their transpose plus bias."""
+class Joined:
+    """Plain products of weights [n, K] below each other, of which the layers' own parameters become parts."""
 
-    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None) -> torch.Tensor: ...
+    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None) -> torch.Tensor:
+        """The weights as `product` reads them, maybe in the memory of what was packed before."""
+        if packed is not None or len(weights) == 1:
+            return weights[0] if packed is None else packed
+        return torch.cat(weights)
 
-    def product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor: ...
+    def product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor:
+        """x [..., K] times the transpose of n packed rows, plus bias [n]; [..., n]."""
+        return functional.linear(x, packed, bias)
 
 
 class _OneDnn:
     """PyTorch's own packed products, where there is no compiler and bf16 has instructions."""
 
-    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None = None) -> torch.Tensor:
+    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), 64)
 
     def product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor:
@@ -40,28 +46,12 @@ class _OneDnn:
 class _Float32:
     """Products of float32 copies, rounded, where PyTorch would multiply bf16 element by element."""
 
-    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None = None) -> torch.Tensor:
+    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None) -> torch.Tensor:
         return torch.cat(weights).float()
 
     def product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor:
         out = (x.float() @ packed.t()).to(x.dtype)
         return out if bias is None else out + bias
-
-
-class Joined:
-    """Plain products; weights below each other are what the layers' own parameters are parts of."""
-
-    def pack(self, weights: list[torch.Tensor], packed: torch.Tensor | None = None) -> torch.Tensor:
-        if packed is not None or len(weights) == 1:
-            return weights[0] if packed is None else packed
-        return torch.cat(weights)
-
-    def product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, n: int) -> torch.Tensor:
-        return functional.linear(x, packed, bias)
-
-
-def _products() -> _Products:
-    return cpu.load() or (_OneDnn() if build.has_bf16_products() else _Float32())
 
 
 class PackedLinears:
@@ -70,7 +60,7 @@ class PackedLinears:
     def __init__(self, module: nn.Module, run: Callable[[], object], products: Joined | None = None) -> None:
         """`run` calls the module once, on anything: layers that are called one after the other with the same input, and
         have the same parent, are a group. `products`: other ones than those of bf16 on this CPU."""
-        chosen = products or _products()
+        chosen = products or cpu.load() or (_OneDnn() if build.has_bf16_products() else _Float32())
         groups = _groups(module, run, None if products else torch.bfloat16)
         self._groups = [_Group(linears, chosen) for linears in groups]
 
@@ -92,12 +82,13 @@ class _Group:
     """Linear layers with one input. The first call computes all; the others, which follow with the very same tensor,
     take their part, and the last one lets go of it."""
 
-    def __init__(self, linears: list[nn.Linear], products: _Products) -> None:
+    def __init__(self, linears: list[nn.Linear], products: Joined | Kernels | _OneDnn | _Float32) -> None:
         self.linears = linears
         self._products = products
         self._sizes = [linear.out_features for linear in linears]
-        self._packed = products.pack(self._weights(), None)
-        self._bias = self._joined_bias()
+        self._packed: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+        self._pack()
         if isinstance(products, Joined):
             self._take_parts()
         self._input: torch.Tensor | None = None
@@ -105,9 +96,18 @@ class _Group:
         for place, linear in enumerate(linears):
             linear.forward = functools.partial(self._part, place)  # type: ignore[method-assign]
 
+    def _pack(self) -> None:
+        self._packed = self._products.pack([linear.weight.detach() for linear in self.linears], self._packed)
+        biases = [linear.bias for linear in self.linears]
+        if any(bias is not None for bias in biases):
+            zeros = self.linears[0].weight.new_zeros(sum(self._sizes)).split(self._sizes)
+            parts = zip(biases, zeros, strict=True)
+            self._bias = torch.cat([zero if bias is None else bias.detach() for bias, zero in parts])
+
     @torch.no_grad()
     def _take_parts(self) -> None:
         """Let the parameters be parts of what is joined."""
+        assert self._packed is not None
         biases = [None] * len(self.linears) if self._bias is None else self._bias.split(self._sizes)
         for linear, weight, bias in zip(self.linears, self._packed.split(self._sizes), biases, strict=True):
             linear.weight.set_(weight)
@@ -115,31 +115,18 @@ class _Group:
                 linear.bias.set_(bias)
 
     def refresh(self) -> None:
-        if isinstance(self._products, Joined):
-            return
-        self._packed = self._products.pack(self._weights(), self._packed)
-        self._bias = self._joined_bias()
-
-    def _weights(self) -> list[torch.Tensor]:
-        return [linear.weight.detach() for linear in self.linears]
-
-    def _joined_bias(self) -> torch.Tensor | None:
-        if all(linear.bias is None for linear in self.linears):
-            return None
-        zeros = self.linears[0].weight.new_zeros(sum(self._sizes)).split(self._sizes)
-        biases = [linear.bias for linear in self.linears]
-        return torch.cat([zero if bias is None else bias.detach() for bias, zero in zip(biases, zeros, strict=True)])
+        if not isinstance(self._products, Joined):
+            self._pack()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return self._products.product(x, self._packed, self._bias, sum(self._sizes))
+        return self._products.product(x, self._packed, self._bias, sum(self._sizes))  # type: ignore[arg-type]
 
     def _part(self, place: int, x: torch.Tensor) -> torch.Tensor:
         if len(self.linears) == 1:
             return self.product(x)
         if self._input is not x or place not in self._parts:
             self._input = x
-            both = self.product(x)
-            self._parts = dict(enumerate(both.split(self._sizes, -1)))
+            self._parts = dict(enumerate(self.product(x).split(self._sizes, -1)))
         part = self._parts.pop(place)
         if not self._parts:
             self._input = None
