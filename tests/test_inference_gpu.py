@@ -12,7 +12,7 @@ from support.gpu import PlainKernels, plain_varlen
 from support.inference import LocalServer, output_logprobs, save_tiny_llama, wait_until
 from test_inference_spans import ARCHITECTURES, LENGTH, MIXTURE, in_passes, plain_logits, save, tokens_of
 
-from arealite.inference.core import gpu_layout, receiver, sampler, served_model
+from arealite.inference.core import layout, receiver, sampler, served_model
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.engine import Engine, UpdateOptions
 from arealite.inference.core.layout import Transfer
@@ -46,8 +46,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> ServedModel:
 def test_any_mix_of_spans_gives_the_plain_result(
     name: str, has_varlen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_layout, "_has_varlen", lambda _: has_varlen)
-    monkeypatch.setattr(gpu_layout, "varlen_attention", plain_varlen)
+    monkeypatch.setattr(layout, "_has_varlen", lambda _: has_varlen)
+    monkeypatch.setattr(layout, "varlen_attention", plain_varlen)
     folder = save(ARCHITECTURES[name](), tmp_path)
     rows = [tokens_of(0), tokens_of(1, LENGTH + 7), tokens_of(2, 5)]
     model = load(folder)

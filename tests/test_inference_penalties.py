@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.inference import EOS, LocalServer, output_logprobs, save_tiny_llama, served
 from transformers import AutoModelForCausalLM
 
-from arealite.inference.core.penalties import adjust
+from arealite.inference.core.logits import adjust
 from arealite.inference.core.sequence import Sequence
 from arealite.inference.requests import GenerateRequest, SamplingParams
 

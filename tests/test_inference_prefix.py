@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inference import LocalServer, output_logprobs, save_tiny_llama, served, wait_until
 
-from arealite.inference.core.cache import PagePool, pages_for
-from arealite.inference.core.prefix import PrefixCache
+from arealite.inference.core.cache import PagePool, PrefixCache, pages_for
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def test_what_is_found_is_a_true_prefix_and_misses_at_most_a_page(seed: int) -> 
     where: dict[int, list[int]] = {}  # a page, and the tokens up to its end as it was first remembered
     for tokens in sayings:
         for i, page in enumerate(remember(cache, pool, tokens)):
-            if not pool.is_free(page):
+            if page not in pool._free:
                 where.setdefault(page, tokens[: 16 * (i + 1)])
     for _ in range(20):
         asked = (rng.choice(sayings) + [rng.randrange(2) for _ in range(20)])[: rng.randint(1, 90)]

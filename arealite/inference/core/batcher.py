@@ -17,10 +17,9 @@ import torch
 from arealite.inference.core.cache import PAGE_TOKENS
 from arealite.inference.core.graphs import Started, decode_graphs
 from arealite.inference.core.layout import to_device
-from arealite.inference.core.penalties import adjust
+from arealite.inference.core.logits import adjust, note_choices, score_prompt
 from arealite.inference.core.sampler import Sampled, sample, uniform_numbers
 from arealite.inference.core.scheduler import REPLAY_TOKENS, Scheduler
-from arealite.inference.core.scores import note_choices, score_prompt
 from arealite.inference.core.sequence import Sequence, Span
 from arealite.inference.core.served_model import ServedModel
 from arealite.inference.responses import find_stop_string

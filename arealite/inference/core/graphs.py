@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from arealite.inference.core.cache import PAGE_TOKENS, PagePool
-from arealite.inference.core.gpu_layout import DecodeRows, GpuLayout, table_width
-from arealite.inference.core.layout import Transfer
+from arealite.inference.core.layout import DecodeRows, GpuLayout, Transfer, table_width
 from arealite.inference.core.sampler import Sampled, pack_drawn, read_drawn, uniforms_of
 from arealite.inference.core.sequence import Sequence
 from arealite.inference.core.served_model import ServedModel

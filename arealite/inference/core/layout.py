@@ -1,16 +1,16 @@
 """Where the tokens of one forward pass lie, and the attention that reads it: one packed row, no padding.
 
-Built by served_model.py for each pass and handed through the Hugging Face modelling code as the keyword `kv_layout`.
+Built by served_model.py for each pass (by graphs.py for those that are replayed on a GPU), and handed through the
+Hugging Face modelling code as the keyword `kv_layout`.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,13 @@ from arealite.inference.core.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, p
 from arealite.inference.core.sequence import Span
 from arealite.kernels.cpu import Kernels, PagedSpans
 from arealite.kernels.functions import matmul
+from arealite.kernels.varlen import PackedRows, varlen_attention
+
+if TYPE_CHECKING:
+    from arealite.kernels.gpu import GpuKernels
 
 ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attention`
+WIDTH_STEP = 16  # page numbers of a row of decode are filled up to a multiple: the kernel reads aligned rows faster
 QUERIES_PER_CALL = 512  # queries of long spans whose scores exist at one time
 QUERIES_PER_PIECE = 64  # of one span that a core computes at a time in the kernels
 KEYS_PER_CALL = 4096  # keys of short spans gathered at one time: stays in a core's cache
@@ -43,11 +48,6 @@ class Block:
     table: torch.Tensor
     queries: torch.Tensor
     keys: torch.Tensor
-
-    def hidden(self, window: int | None) -> torch.Tensor:
-        """[n, 1, L, keys], True where a query does not see a key: it comes later, or too long before."""
-        later = self.keys > self.queries
-        return later if window is None else later.logical_or_(self.keys <= self.queries - window)
 
 
 class KVLayout:
@@ -110,33 +110,26 @@ class KVLayout:
 
     def blocks(self, window: int | None) -> list[Block]:
         """What layers of this window compute, in pieces of bounded size; planned when first asked for."""
-        if window not in self._blocks:
-            plans = list(self._plan(window))
-            tensors = iter(to_device([array for plan in plans for array in plan[2:]], self._device))
-            self._blocks[window] = [
-                Block(first, last, table, queries, keys)
-                for (first, last, *_), table, queries, keys in zip(plans, tensors, tensors, tensors, strict=True)
-            ]
-        return self._blocks[window]
-
-    def _plan(self, window: int | None) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
-        """The fields of each Block."""
+        if window in self._blocks:
+            return self._blocks[window]
         keys_per_call = KEYS_PER_CALL if self._device.type == "cpu" else KEYS_PER_CALL_CUDA
         pieces = [
             Span(span.sequence, start, min(QUERIES_PER_CALL, span.end - start))
             for span in self.spans
             for start in range(span.start, span.end, QUERIES_PER_CALL)
         ]
-        first = 0
+        arrays: list[np.ndarray] = []
         for (count, num_pages), run in groupby(pieces, lambda piece: span_order(piece, window)):
             same = list(run)
             num_at_once = min(QUERIES_PER_CALL // count, keys_per_call // (num_pages * PAGE_TOKENS))
             num_at_once = 1 if self._one_by_one else max(1, num_at_once)
             for start in range(0, len(same), num_at_once):
-                arrays = _table(same[start : start + num_at_once], num_pages)
-                last = first + arrays[1].size
-                yield first, last, *arrays
-                first = last
+                arrays += _table(same[start : start + num_at_once], num_pages)
+        tensors = iter(to_device(arrays, self._device))
+        ends = np.cumsum([0, *(queries.size for queries in arrays[1::3])]).tolist()
+        parts = zip(ends, ends[1:], tensors, tensors, tensors, strict=False)
+        self._blocks[window] = [Block(*fields) for fields in parts]
+        return self._blocks[window]
 
     @property
     def _device(self) -> torch.device:
@@ -229,11 +222,114 @@ def paged_attention(
         scores = matmul(grouped.reshape(batch, -1, head_dim), k.transpose(1, 2)).float().mul_(scale)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        scores.view(kv_heads, n, -1, num_queries, k.shape[1]).masked_fill_(block.hidden(window), -torch.inf)
+        hidden = block.keys > block.queries  # what comes later, or too long before
+        if window is not None:
+            hidden.logical_or_(block.keys <= block.queries - window)
+        scores.view(kv_heads, n, -1, num_queries, k.shape[1]).masked_fill_(hidden, -torch.inf)
         result = matmul(torch.softmax(scores, -1).to(v.dtype), v)
         result = result.view(kv_heads, n, -1, num_queries, head_dim).permute(1, 3, 0, 2, 4)
         out[block.first : block.last] = result.reshape(-1, heads, head_dim)
     return out
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """One token of each of B sequences. `tables` int32 [B, n]: their pages; `lens` int32 [B]: keys that each sees, its
+    own included, 0 for padding; `max_keys`: at least the largest of `lens`."""
+
+    tables: torch.Tensor
+    lens: torch.Tensor
+    max_keys: int
+
+
+class GpuLayout(KVLayout):
+    """Any spans. The first ones, up to one of several tokens, are decoded; the others are pieces."""
+
+    def __init__(self, pool: PagePool, kernels: GpuKernels, spans: list[Span], num_rows: int = 0) -> None:
+        super().__init__(pool, spans, num_rows)
+        self._kernels = kernels
+        self._num_singles = next((i for i, span in enumerate(spans) if span.count > 1), len(spans))
+        singles, pieces = spans[: self._num_singles], spans[self._num_singles :]
+        self._pieces = KVLayout(pool, pieces)
+        arrays = [*(_tables(singles) if singles else []), *(_places(pieces) if pieces else [])]
+        places = to_device(arrays, pool.tensor.device)
+        if singles:
+            self._rows = DecodeRows(places[0], places[1], max(span.end for span in singles))
+        if pieces:
+            self._pieces.slots, self._seen, queries, keys = places[-4:]
+            self._packed = PackedRows(queries, keys, max(s.count for s in pieces), max(s.end for s in pieces))
+
+    @classmethod
+    def of_rows(cls, pool: PagePool, kernels: GpuKernels, rows: DecodeRows) -> GpuLayout:
+        """A pass over one token of each row, whose places are only known on the GPU."""
+        layout = cls(pool, kernels, [])
+        layout._rows, layout._num_singles = rows, len(rows.lens)
+        return layout
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """As KVLayout.attend."""
+        n, parts = self._num_singles, []
+        last = q.shape[1] - self._num_padding
+        if n:
+            single, key, value = (x[:, :n].transpose(0, 1) for x in (q, k, v))
+            rows = self._rows
+            where = self.pool.tensor[layer], rows.tables, rows.lens
+            parts.append(self._kernels.decode(single, key, value, *where, window or 0, scale, rows.max_keys))
+        if self._pieces.spans:
+            parts.append(self._attend_pieces(q[:, n:last], k[:, n:last], v[:, n:last], layer, scale, window))
+        if self._num_padding:
+            parts.append(q.new_zeros(self._num_padding, len(q), q.shape[2]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_pieces(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """What they see is gathered from the pages, unless it is themselves alone."""
+        self._pieces.store(k, v, layer)
+        if not _has_varlen(q):
+            return paged_attention(q, self._pieces, layer, scale, window, None)
+        if any(span.start for span in self._pieces.spans):
+            k, v = (x[layer].index_select(1, self._seen) for x in (self.pool.keys, self.pool.values))
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return varlen_attention(q, k, v, self._packed, scale, window)
+
+
+def _has_varlen(q: torch.Tensor) -> bool:
+    """Whether the trainer's kernel knows such queries."""
+    return q.is_cuda and q.dtype != torch.float32
+
+
+def _tables(spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:
+    """Pages int32 [B, n] and keys int32 [B] of single tokens."""
+    lens = np.array([span.end for span in spans], np.int32)
+    tables = np.zeros((len(spans), table_width(int(lens.max()))), np.int32)
+    for row, span in zip(tables, spans, strict=True):
+        num = pages_for(span.end)
+        row[:num] = span.sequence.pages[:num]
+    return tables, lens
+
+
+def table_width(num_keys: int) -> int:
+    """Page numbers in a row of a table for so many keys."""
+    return -(-pages_for(num_keys) // WIDTH_STEP) * WIDTH_STEP
+
+
+def _places(spans: list[Span]) -> list[np.ndarray]:
+    """Of pieces: the pool's token places of their tokens and of all that they see, int64; where each one's queries and
+    keys begin, int32 [n + 1]."""
+    own = np.concatenate([token_slots(span) for span in spans])
+    seen = np.concatenate([token_slots(Span(span.sequence, 0, span.end)) for span in spans])
+    counts, ends = [0, *(span.count for span in spans)], [0, *(span.end for span in spans)]
+    return [own, seen, np.cumsum(counts, dtype=np.int32), np.cumsum(ends, dtype=np.int32)]
 
 
 class Transfer:

@@ -9,9 +9,8 @@ import time
 from array import array
 from collections import deque
 
-from arealite.inference.core.cache import PAGE_TOKENS, PagePool, pages_for
+from arealite.inference.core.cache import PAGE_BYTES, PAGE_TOKENS, TOKEN_BYTES, PagePool, PrefixCache, pages_for
 from arealite.inference.core.layout import span_order
-from arealite.inference.core.prefix import PAGE_BYTES, TOKEN_BYTES, PrefixCache
 from arealite.inference.core.sequence import Sequence, Span
 
 REPLAY_TOKENS = 64  # where results are exact, prompts are computed in pieces that begin at multiples of this

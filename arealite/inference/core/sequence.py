@@ -47,9 +47,9 @@ class Sequence:
     submitted_at: float = field(default_factory=time.perf_counter)
     finished_at: float = 0.0
     stop_ids: frozenset[int] = frozenset()  # tokens that end it; set by the batcher, which knows the model's
-    epoch: int = 0  # of the weights that its keys and values were computed with; see prefix.py
+    epoch: int = 0  # of the weights that its keys and values were computed with; see cache.PrefixCache
     num_forced: int = field(init=False)  # so many generated tokens do not end it
-    adjusts_logits: bool = field(init=False)  # see penalties.py
+    adjusts_logits: bool = field(init=False)  # see logits.py
     num_prompt: int = field(init=False)
     is_plain: bool = field(init=False)  # of its logits, nothing but a draw from all of them is wanted
     _prompt_key: bytes = field(init=False)

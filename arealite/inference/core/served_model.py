@@ -6,7 +6,6 @@ listens (models/fidelity.py).
 
 from __future__ import annotations
 
-import copy
 import logging
 from array import array
 from itertools import pairwise, zip_longest
@@ -16,19 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError
 from arealite.inference.core.adapters import Adapters
 from arealite.inference.core.cache import PAGE_TOKENS, PagePool, pages_for
-from arealite.inference.core.gpu_layout import GpuLayout
 from arealite.inference.core.layers import DirectLayers
-from arealite.inference.core.layout import ATTENTION_NAME, KVLayout, ShapeProbe, packed_attention, to_device
+from arealite.inference.core.layout import ATTENTION_NAME, GpuLayout, KVLayout, ShapeProbe, packed_attention, to_device
 from arealite.inference.core.sequence import Sequence, Span
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.kernels import cpu
-from arealite.kernels.cpu import Kernels
+from arealite.kernels.cpu import DIM_STEP, Kernels
 from arealite.kernels.functions import AnyKernels, for_device, head_product
 from arealite.kernels.linears import Joined, PackedLinears
 from arealite.kernels.modules import fuse
@@ -55,10 +51,8 @@ class ServedModel:
         path: str,
         context_length: int | None = None,
         deterministic: bool = False,
-        shared: bool = False,
     ) -> None:
-        """Check a module of this package's attention, and serve it from where its parameters lie. `shared`: somebody
-        else changes them, so nothing is derived from them.
+        """Check a module of this package's attention, and serve it from where its parameters lie.
 
         Raises:
             ConfigError: the architecture is one that the packed pass cannot serve.
@@ -83,7 +77,7 @@ class ServedModel:
         self.eos_token_ids = _eos_ids(self.module, self.tokenizer)
         with torch.inference_mode():
             self.kv_shape = self._discover_kv_shape()  # layers, key heads, head dim
-            self._linears, self._paging = self._accelerate(shared)
+            self._linears, self._paging = self._accelerate()
         # Parameters and persistent buffers, by transformers' names and by those of the hub, where every expert has
         # tensors of its own: views. A tied tensor has two names, of which the first one counts.
         own: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
@@ -114,33 +108,6 @@ class ServedModel:
         tokenizer = _load_tokenizer(tokenizer_path or path)
         module = _load_module(path, dtype).to(device).requires_grad_(False)
         return cls(module, tokenizer, path, context_length, deterministic)
-
-    @classmethod
-    def from_module(
-        cls, module: Any, tokenizer: Any, context_length: int | None = None, deterministic: bool = False
-    ) -> ServedModel:
-        """Serve the parameters of a model in this process, in their dtype and without a copy: what changes them in
-        place changes what is served. Computed keys and values are then old: retract and clear, as an update does.
-
-        Raises:
-            ConfigError: it cannot be served, or this process holds only a part of a parameter.
-        """
-        kind = module.dtype, module.device
-        check_architecture(module.config, module.name_or_path, context_length, deterministic, *kind)
-        with torch.device("meta"):  # the code alone; the trainer's module keeps its attention and its hooks
-            config = copy.deepcopy(module.config)
-            twin: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
-        twin.generation_config = module.generation_config
-        shared: dict[int, torch.Tensor] = {}  # by identity, so that tied tensors stay tied
-        for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
-            local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-            if local.shape != tensor.shape:
-                raise ConfigError(f"{name} is sharded: only a trainer of one rank can share its parameters")
-            if isinstance(tensor, torch.nn.Parameter):
-                local = torch.nn.Parameter(local, requires_grad=False)
-            owner, _, own_name = name.rpartition(".")
-            setattr(twin.get_submodule(owner), own_name, shared.setdefault(id(tensor), local))
-        return cls(twin, tokenizer, module.name_or_path, context_length, deterministic, shared=True)
 
     def forward(self, pool: PagePool, spans: list[Span], num_rows: int = 0) -> torch.Tensor:
         """One packed pass over the spans' tokens, whose keys and values go to the sequences' pages; each token sees its
@@ -206,7 +173,8 @@ class ServedModel:
         uneven = len(shapes) != 1 or any(key != value for key, value in shapes)
         if uneven or sorted(probe.seen) != list(range(num_layers)):
             raise ConfigError(
-                f"{self._name}: layers {sorted(probe.seen)} of {num_layers} use standard attention, with key and value"
+                f"{self.path} ({type(self.module).__name__}): layers"
+                f" {sorted(probe.seen)} of {num_layers} use standard attention, with key and value"
                 f" shapes {sorted(map(str, shapes))}; the native server needs one shape, in every layer"
             )
         [(key, _)] = shapes
@@ -217,26 +185,23 @@ class ServedModel:
         if self._linears is not None:
             self._linears.refresh()
 
-    def _accelerate(self, shared: bool) -> tuple[PackedLinears | None, AnyKernels | None]:
+    def _accelerate(self) -> tuple[PackedLinears | None, AnyKernels | None]:
         """Packed weights, fused modules and, where it fits, attention by the kernels of the device; on a CPU in bf16
         only."""
         kernels = for_device(self.device)
         is_cpu = isinstance(kernels, Kernels) or (kernels is None and self.device.type == "cpu")
         if is_cpu and self.dtype != torch.bfloat16:
             return None, None
-        linears = None
-        if not shared:
-            linears = PackedLinears(self.module, self._run_probe, None if is_cpu else Joined())
+        linears = PackedLinears(self.module, self._run_probe, None if is_cpu else Joined())
         if kernels is None:
             return linears, None
         fuse(self.module, kernels)
         softcap = self.config.get_text_config().to_dict().get("attn_logit_softcapping")
-        if softcap is not None or (is_cpu and self.kv_shape[2] % cpu.DIM_STEP):
+        if softcap is not None or (is_cpu and self.kv_shape[2] % DIM_STEP):
             return linears, None
-        if linears is not None:
-            self._paging = kernels
-            layers = DirectLayers(self.module, kernels, linears, self.adapters, self._run_probe())
-            layers.keep_if_equal(self._probe_states)
+        self._paging = kernels
+        layers = DirectLayers(self.module, kernels, linears, self.adapters, self._run_probe())
+        layers.keep_if_equal(self._probe_states)
         return linears, kernels
 
     def _probe_states(self) -> torch.Tensor:
@@ -251,25 +216,21 @@ class ServedModel:
     def _score(self, rows: Rows) -> Rows:
         """models/fidelity.py's Pass: the first half of each row in one pass, three more tokens in another, the others
         one by one."""
-        sequences = [Sequence(GenerateRequest("probe", row.tolist(), SamplingParams(1))) for row in rows]
         pool = self.make_pool(PAGE_TOKENS * sum(pages_for(len(row)) for row in rows))
-        hidden: list[list[torch.Tensor]] = [[] for _ in rows]
-        spans = []
-        for sequence, row in zip(sequences, rows, strict=True):
+        spans: list[list[Span]] = []
+        for row in rows:
+            sequence = Sequence(GenerateRequest("probe", row.tolist(), SamplingParams(1)))
             sequence.pages.extend(pool.take(pages_for(len(row))))
-            ends = [len(row) // 2, *range(len(row) // 2 + 3, len(row) + 1)]
-            spans.append([Span(sequence, start, end - start) for start, end in pairwise([0, *ends])])
+            ends = [0, len(row) // 2, *range(len(row) // 2 + 3, len(row) + 1)]
+            spans.append([Span(sequence, start, end - start) for start, end in pairwise(ends)])
+        hidden: list[list[torch.Tensor]] = [[] for _ in rows]
         for together in zip_longest(*spans):
-            chosen = [i for i, span in enumerate(together) if span is not None]
-            states = self.forward(pool, [together[i] for i in chosen])
-            for i, own in zip(chosen, states.split([together[i].count for i in chosen]), strict=True):
-                hidden[i].append(own)
+            chosen = {i: span for i, span in enumerate(together) if span is not None}
+            states = self.forward(pool, list(chosen.values())).split([span.count for span in chosen.values()])
+            for i, part in zip(chosen, states, strict=True):
+                hidden[i].append(part)
         logits = [self.logits(torch.cat(states)[: len(row) - 1]) for states, row in zip(hidden, rows, strict=True)]
-        return [token_scores(own, row[1:]) for own, row in zip(logits, rows, strict=True)]
-
-    @property
-    def _name(self) -> str:
-        return f"{self.path} ({type(self.module).__name__})"
+        return [token_scores(scores, row[1:]) for scores, row in zip(logits, rows, strict=True)]
 
 
 def check_architecture(
