@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,99 +246,12 @@ def test_a_wrong_description_is_refused_before_anything_is_received(
 def test_a_group_that_cannot_be_is_refused(server: LocalServer, wrong: dict[str, Any]) -> None:
     body = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
     assert server.post("/init_weights_update_group", {**body, **wrong})[0] == 400
-    assert server.post("/destroy_weights_update_group", {})[0] == 400
 
 
 def test_a_group_without_its_trainer_is_given_up() -> None:
     place = GroupPlace("127.0.0.1", 9, 2, "g", "gloo")
     with pytest.raises(WeightSyncError, match="127.0.0.1:9"):
         asyncio.run(Groups(torch.device("cpu"), limit_s=1.0).join(place, 1))
-
-
-def test_a_member_is_left_by_name(server: LocalServer, trainer: Trainer) -> None:
-    assert server.post("/destroy_weights_update_group", {"group_name": trainer.name})[0] == 200
-    assert server.post("/destroy_weights_update_group", {"group_name": trainer.name})[0] == 400
-
-
-def pickled(payload: Any) -> str:
-    return base64.b64encode(pickle.dumps(payload)).decode()
-
-
-def test_tensors_in_a_body(server: LocalServer, folders: list[Path], after: Any) -> None:
-    tensors = list(weights(folders[1]).items())
-    body = {"serialized_named_tensors": [pickled(tensors[:5])], "flush_cache": False}
-    assert server.post("/update_weights_from_tensor", body)[0] == 200
-    link = WeightLink("tensor", folders[0])
-    meta = link.publish(tensors[5:], 8)
-    assert meta is not None and meta.kind == "tensor" and len(meta.buckets) == 1
-    body = {
-        "serialized_named_tensors": [link.send(0)],
-        "load_format": "flattened_bucket",
-        "weight_version": "8",
-        "checksum_names": list(meta.checksums),
-    }
-    status, answer = server.post("/update_weights_from_tensor", body)
-    assert status == 200 and answer["checksums"] == meta.checksums and meta.checksums
-    assert version(server) == "8" and greedy(server) == after
-
-
-@pytest.mark.parametrize(
-    "payload",
-    [
-        "not base64!",
-        "",
-        3,
-        pickled(3),
-        pickled([("model.norm.weight", 3)]),
-        pickled({"flattened_tensor": torch.zeros(8)}),
-        pickled([("model.norm.weight", torch.ones(3))]),
-        pickled([("nope", torch.ones(3))]),
-        pickled([("model.norm.weight", torch.ones(64, dtype=torch.int64))]),
-    ],
-)
-def test_a_wrong_payload_is_refused(server: LocalServer, payload: Any) -> None:
-    for load_format in (None, "flattened_bucket"):
-        body = {"serialized_named_tensors": [payload], "load_format": load_format, "weight_version": "9"}
-        status, answer = server.post("/update_weights_from_tensor", body)
-        assert status == 400 and answer["success"] is False
-    assert server.post("/update_weights_from_tensor", {"serialized_named_tensors": [payload] * 2})[0] == 400
-    assert version(server) == "0" and server.get("/health_generate")[0] == 200
-
-
-def test_a_bucket_whose_layout_does_not_fit_its_bytes_is_refused(server: LocalServer) -> None:
-    good = {
-        "name": "model.norm.weight",
-        "shape": torch.Size([64]),
-        "dtype": torch.float32,
-        "start_idx": 0,
-        "end_idx": 256,
-        "numel": 256,
-    }
-    changes: list[dict[str, Any]] = [
-        {"start_idx": 1, "end_idx": 257},  # unaligned
-        {"end_idx": 512},
-        {"end_idx": 255},
-        {"shape": torch.Size([65])},
-        {"start_idx": -256, "end_idx": 0},
-        {"dtype": "float32"},
-        {"name": None},
-    ]
-    for change in changes:
-        layout = [SimpleNamespace(**{**good, **change})]
-        payload = pickled({"flattened_tensor": torch.zeros(400, dtype=torch.uint8), "metadata": layout})
-        body = {"serialized_named_tensors": [payload], "load_format": "flattened_bucket"}
-        assert server.post("/update_weights_from_tensor", body)[0] == 400, change
-
-
-def test_weights_are_shown_by_name(server: LocalServer) -> None:
-    norm = server.batcher.model.tensors["model.norm.weight"]
-    assert server.post("/get_weights_by_name", {"name": "model.norm.weight", "truncate_size": 3}) == (
-        200,
-        norm[:3].tolist(),
-    )
-    assert server.post("/get_weights_by_name", {"name": "nope"})[0] == 400
-    server.batcher.model.tensors["scalar"] = torch.tensor(3.0)
-    assert server.post("/get_weights_by_name", {"name": "scalar"}) == (200, 3.0)
 
 
 def test_buckets_hold_one_dtype_and_stay_within_their_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -173,9 +173,9 @@ class ServedModel:
         uneven = len(shapes) != 1 or any(key != value for key, value in shapes)
         if uneven or sorted(probe.seen) != list(range(num_layers)):
             raise ConfigError(
-                f"{self.path} ({type(self.module).__name__}): layers"
-                f" {sorted(probe.seen)} of {num_layers} use standard attention, with key and value"
-                f" shapes {sorted(map(str, shapes))}; the native server needs one shape, in every layer"
+                f"{self.path} ({type(self.module).__name__}): layers {sorted(probe.seen)} of {num_layers} use standard"
+                f" attention, with key and value shapes {sorted(map(str, shapes))}; the native server needs one shape,"
+                " in every layer"
             )
         [(key, _)] = shapes
         return num_layers, key[0], key[2]
