@@ -49,7 +49,7 @@ class Started:
         return read_drawn(self.packed, [])
 
 
-class _Rows:
+class _DecodedRows:
     """What the host knows of the sequences that are decoded together, row by row, as arrays."""
 
     def __init__(self, sequences: list[Sequence], size: int, width: int) -> None:
@@ -99,7 +99,7 @@ class DecodeGraphs:
         self.max_rows = max_rows
         self._sizes = [size for size in ROW_SIZES if size < max_rows] + [max_rows]
         self._drawn = torch.zeros(max_rows, dtype=torch.int64, device=model.device)
-        self._rows = _Rows([], max_rows, table_width(model.context_length))
+        self._rows = _DecodedRows([], max_rows, table_width(model.context_length))
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._is_cuda = model.device.type == "cuda"
         if self._is_cuda:
@@ -112,7 +112,7 @@ class DecodeGraphs:
 
     def start(self, sequences: list[Sequence]) -> Started | None:
         """Begin a pass that draws the next token of each; None if it has to be made without a graph."""
-        self._rows = _Rows(sequences, self.max_rows, self._rows.tables.shape[1])
+        self._rows = _DecodedRows(sequences, self.max_rows, self._rows.tables.shape[1])
         return self._start()
 
     def start_next(self, goes_on: list[bool]) -> Started | None:
@@ -122,7 +122,7 @@ class DecodeGraphs:
 
     def hidden(self, sequences: list[Sequence]) -> torch.Tensor | None:
         """Last hidden states [B, H] of a pass that draws nothing, to be used before the next one; None as above."""
-        self._rows = _Rows(sequences, self.max_rows, self._rows.tables.shape[1])
+        self._rows = _DecodedRows(sequences, self.max_rows, self._rows.tables.shape[1])
         states = self._run(draws=False)
         return None if states is None else states[: len(sequences)]
 

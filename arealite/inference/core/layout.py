@@ -36,7 +36,7 @@ _UNSUPPORTED = {"s_aux", "position_bias"}
 
 
 @dataclass(frozen=True)
-class Block:
+class PagedRuns:
     """Tokens [first, last) of a pass: n runs of L queries, each of which reads equally many pages of its sequence.
 
     `table` [n * pages]: page numbers, run by run. `queries` [n, 1, L, 1] and `keys` [n, 1, 1, pages * PAGE_TOKENS]:
@@ -62,7 +62,7 @@ class KVLayout:
         self.spans = spans
         self._one_by_one = one_by_one
         self._num_padding = max(0, num_rows - sum(span.count for span in spans))
-        self._blocks: dict[int | None, list[Block]] = {}
+        self._blocks: dict[int | None, list[PagedRuns]] = {}
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -108,7 +108,7 @@ class KVLayout:
         self.pool.keys[layer].index_copy_(1, self.slots, k)
         self.pool.values[layer].index_copy_(1, self.slots, v)
 
-    def blocks(self, window: int | None) -> list[Block]:
+    def blocks(self, window: int | None) -> list[PagedRuns]:
         """What layers of this window compute, in pieces of bounded size; planned when first asked for."""
         if window in self._blocks:
             return self._blocks[window]
@@ -128,7 +128,7 @@ class KVLayout:
         tensors = iter(to_device(arrays, self._device))
         ends = np.cumsum([0, *(queries.size for queries in arrays[1::3])]).tolist()
         parts = zip(ends, ends[1:], tensors, tensors, tensors, strict=False)
-        self._blocks[window] = [Block(*fields) for fields in parts]
+        self._blocks[window] = [PagedRuns(*fields) for fields in parts]
         return self._blocks[window]
 
     @property
@@ -137,7 +137,7 @@ class KVLayout:
 
 
 def _table(pieces: list[Span], num_pages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Table, queries and keys of a Block: each piece reads the `num_pages` pages up to its last token, or the
+    """Table, queries and keys of a PagedRuns: each piece reads the `num_pages` pages up to its last token, or the
     first ones if it has not so many."""
     count = pieces[0].count
     table = np.full((len(pieces), num_pages), SCRATCH_PAGE)

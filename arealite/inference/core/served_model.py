@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from arealite.api.errors import ConfigError
 from arealite.inference.core.adapters import Adapters
 from arealite.inference.core.cache import PAGE_TOKENS, PagePool, pages_for
-from arealite.inference.core.layers import DirectLayers
+from arealite.inference.core.layers import call_kernels
 from arealite.inference.core.layout import ATTENTION_NAME, GpuLayout, KVLayout, ShapeProbe, packed_attention, to_device
 from arealite.inference.core.sequence import Sequence, Span
 from arealite.inference.requests import GenerateRequest, SamplingParams
@@ -200,8 +200,7 @@ class ServedModel:
         if softcap is not None or (is_cpu and self.kv_shape[2] % DIM_STEP):
             return linears, None
         self._paging = kernels
-        layers = DirectLayers(self.module, kernels, linears, self.adapters, self._run_probe())
-        layers.keep_if_equal(self._probe_states)
+        call_kernels(self.module, kernels, linears, self.adapters, self._run_probe(), self._probe_states)
         return linears, kernels
 
     def _probe_states(self) -> torch.Tensor:
