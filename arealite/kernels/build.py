@@ -98,8 +98,8 @@ def library() -> tuple[str, Path | None, str]:
 def description() -> str:
     """What computes bf16 on this machine's CPU, in a line. Compiles the kernels if nobody has."""
     name, path, reason = library()
-    said = f"compiled kernels, {name}" if path is not None else "PyTorch, without compiled kernels"
-    return said + (f" ({reason})" if reason else "")
+    kind = f"compiled kernels, {name}" if path is not None else "PyTorch, without compiled kernels"
+    return kind + (f" ({reason})" if reason else "")
 
 
 def expectation() -> str:

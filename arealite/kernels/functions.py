@@ -48,13 +48,13 @@ def _of_gpus(kind: str) -> GpuKernels | None:
             raise OSError(f"they are for NVIDIA GPUs of compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]} or more")
         from arealite.kernels.gpu import GpuKernels
 
-        found = GpuKernels(torch.device(kind))
-        found.silu_times(*torch.ones(2, 1, 8, dtype=torch.bfloat16, device=kind))
+        kernels = GpuKernels(torch.device(kind))
+        kernels.silu_times(*torch.ones(2, 1, 8, dtype=torch.bfloat16, device=kind))
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:  # triton needs a C compiler, too
         logger.warning("GPU kernels: none, PyTorch computes (%s)", error)
         return None
     logger.info("GPU kernels: by Triton")
-    return found
+    return kernels
 
 
 def use_gpu(device: torch.device) -> None:

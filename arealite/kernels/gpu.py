@@ -172,10 +172,10 @@ class GpuKernels:
         bests = torch.empty(num_rows, blocks, dtype=torch.int32, device=logits.device)
         kinds = torch.int64, torch.float32, torch.bool
         token, logprob, ok = (torch.empty(num_rows, dtype=kind, device=logits.device) for kind in kinds)
-        found = peaks, sums, bests
-        programs.sample_blocks[(num_rows, blocks)](logits, temperature, *found, vocab, blocks, BLOCK=SAMPLE_BLOCK)
+        blockwise = peaks, sums, bests
+        programs.sample_blocks[(num_rows, blocks)](logits, temperature, *blockwise, vocab, blocks, BLOCK=SAMPLE_BLOCK)
         programs.sample_rows[(num_rows,)](
-            logits, temperature, uniform, *found, token, logprob, ok, vocab, blocks,
+            logits, temperature, uniform, *blockwise, token, logprob, ok, vocab, blocks,
             BLOCK=SAMPLE_BLOCK, BLOCKS=triton.next_power_of_2(blocks), num_warps=8,
         )  # fmt: skip
         return token, logprob, ok

@@ -143,7 +143,7 @@ def _groups(module: nn.Module, run: Callable[[], object], dtype: torch.dtype | N
     }
     calls: list[tuple[nn.Linear, torch.Tensor]] = []
     hooks = [
-        linear.register_forward_pre_hook(lambda linear, given: calls.append((linear, given[0]))) for linear in parents
+        linear.register_forward_pre_hook(lambda linear, inputs: calls.append((linear, inputs[0]))) for linear in parents
     ]
     run()
     for hook in hooks:

@@ -170,14 +170,14 @@ class Batcher:
         """Go on with half of what runs together, which begins anew. Raises MemoryError: there was but one."""
         scheduler = self.scheduler
         num_running, num_prompt = len(scheduler.running), scheduler.step_tokens
-        said = (
+        advice = (
             f"no memory for a step of {num_running} requests and up to {num_prompt} tokens of prompts: {error}. Lower"
             " --kv-cache-tokens first, then --chunked-prefill-tokens and --max-running-requests"
         )
         if num_running == 1 and num_prompt <= PAGE_TOKENS:
-            raise MemoryError(said) from error
+            raise MemoryError(advice) from error
         scheduler.max_running, scheduler.step_tokens = max(1, num_running // 2), max(PAGE_TOKENS, num_prompt // 2)
-        logger.warning("%s. Going on with at most %d and %d", said, scheduler.max_running, scheduler.step_tokens)
+        logger.warning("%s. Going on with at most %d and %d", advice, scheduler.max_running, scheduler.step_tokens)
         scheduler.retract_all()
         torch.cuda.empty_cache()
 
@@ -230,9 +230,7 @@ class Batcher:
         if logits is not None:
             note_choices(sequences, logits)
         for i, sequence in enumerate(sequences):
-            if (
-                sequence.finish_reason is not None
-            ):  # its prompt was not sound, or this pass began before its end was known
+            if sequence.finish_reason is not None:  # by its prompt, or after this pass had begun
                 continue
             if not drawn.ok[i]:
                 self._finish_nan(sequence)
@@ -274,6 +272,6 @@ class Batcher:
     def _measure(self) -> None:
         now = time.perf_counter()
         if now - self._rate_since >= RATE_WINDOW_S:
-            made = self.counters.num_generated_tokens - self._rate_tokens
-            self.counters.tokens_per_s = made / (now - self._rate_since)
+            num_tokens = self.counters.num_generated_tokens - self._rate_tokens
+            self.counters.tokens_per_s = num_tokens / (now - self._rate_since)
             self._rate_since, self._rate_tokens = now, self.counters.num_generated_tokens

@@ -110,8 +110,8 @@ def _direct(
         q, k, v = (y.transpose(0, 1) for y in (q, k, v))
         seen = layout.attend(q, k, v, number, scale, window)
         x, normed = kernels.add_rms_norm(x, out(seen.view(len(x), -1)), *inner_norm)
-        both = gates(normed)
-        added = down(kernels.silu_times(both[:, :half], both[:, half:]))
+        gates_and_ups = gates(normed)
+        added = down(kernels.silu_times(gates_and_ups[:, :half], gates_and_ups[:, half:]))
         if following is None:
             return (x + added)[None]
         x, normed = kernels.add_rms_norm(x, added, *following)

@@ -120,11 +120,11 @@ class KVLayout:
         ]
         arrays: list[np.ndarray] = []
         for (count, num_pages), run in groupby(pieces, lambda piece: span_order(piece, window)):
-            same = list(run)
+            alike = list(run)
             num_at_once = min(QUERIES_PER_CALL // count, keys_per_call // (num_pages * PAGE_TOKENS))
             num_at_once = 1 if self._one_by_one else max(1, num_at_once)
-            for start in range(0, len(same), num_at_once):
-                arrays += _table(same[start : start + num_at_once], num_pages)
+            for start in range(0, len(alike), num_at_once):
+                arrays += _table(alike[start : start + num_at_once], num_pages)
         tensors = iter(to_device(arrays, self._device))
         ends = np.cumsum([0, *(queries.size for queries in arrays[1::3])]).tolist()
         parts = zip(ends, ends[1:], tensors, tensors, tensors, strict=False)
@@ -326,10 +326,10 @@ def table_width(num_keys: int) -> int:
 def _places(spans: list[Span]) -> list[np.ndarray]:
     """Of pieces: the pool's token places of their tokens and of all that they see, int64; where each one's queries and
     keys begin, int32 [n + 1]."""
-    own = np.concatenate([token_slots(span) for span in spans])
+    slots = np.concatenate([token_slots(span) for span in spans])
     seen = np.concatenate([token_slots(Span(span.sequence, 0, span.end)) for span in spans])
     counts, ends = [0, *(span.count for span in spans)], [0, *(span.end for span in spans)]
-    return [own, seen, np.cumsum(counts, dtype=np.int32), np.cumsum(ends, dtype=np.int32)]
+    return [slots, seen, np.cumsum(counts, dtype=np.int32), np.cumsum(ends, dtype=np.int32)]
 
 
 class Transfer:
@@ -346,8 +346,8 @@ class Transfer:
     def fill(self, arrays: list[np.ndarray]) -> None:
         """With arrays of the same shapes and types."""
         host = torch.empty(len(self._whole), dtype=torch.uint8, pin_memory=self._whole.is_cuda)
-        for part, given in zip(self._parts(host), arrays, strict=True):
-            part.copy_(torch.from_numpy(given))
+        for part, numbers in zip(self._parts(host), arrays, strict=True):
+            part.copy_(torch.from_numpy(numbers))
         self._whole.copy_(host, non_blocking=True)
 
     def _parts(self, whole: torch.Tensor) -> list[torch.Tensor]:

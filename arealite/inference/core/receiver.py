@@ -207,10 +207,13 @@ def load(model: ServedModel, staged: dict[str, torch.Tensor]) -> None:
 
 def confirmed(model: ServedModel, staged: dict[str, torch.Tensor], names: list[str]) -> set[str]:
     """Those of `names` whose live tensors are byte for byte what was staged; on a GPU without a copy to the host."""
-    here = [name for name in names if name in staged and staged[name].device == model.device]
-    pairs = ((_bytes(model.tensors[name]), _bytes(staged[name])) for name in here)
-    same = [torch.eq(live, new).all() for live, new in pairs]
-    return {name for name, is_same in zip(here, torch.stack(same).tolist() if same else [], strict=True) if is_same}
+    equal = {
+        name: torch.eq(_bytes(model.tensors[name]), _bytes(staged[name])).all()
+        for name in names
+        if name in staged and staged[name].device == model.device
+    }
+    is_equal = torch.stack(list(equal.values())).tolist() if equal else []  # a GPU is waited for once
+    return {name for name, is_same in zip(equal, is_equal, strict=True) if is_same}
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -114,23 +114,22 @@ class Scheduler:
         shared, partial = known[: num // PAGE_TOKENS], known[num // PAGE_TOKENS : pages_for(num)]
         num_own = pages_for(len(sequence.tokens)) - len(shared)
         pool.hold(known)  # so that making room cannot evict them
-        found = self.prefix.make_room(num_own + len(self.running))
-        if not found:  # what is shared costs nothing; the page that would be copied may be the one that is missing
+        fits = self.prefix.make_room(num_own + len(self.running))
+        if not fits:  # what is shared costs nothing; the page that would be copied may be the one that is missing
             pool.drop(known[len(shared) :])
             known, partial, num = shared, [], len(shared) * PAGE_TOKENS
-            found = self.prefix.make_room(num_own + len(self.running))
-        if found:
-            own = pool.take(num_own)
+            fits = self.prefix.make_room(num_own + len(self.running))
+        if fits:
+            new_pages = pool.take(num_own)
             for source in partial:
-                pool.copy_page(source, own[0])
+                pool.copy_page(source, new_pages[0])
             pool.hold(shared)
-            sequence.pages = array("i", shared + own)
-            sequence.num_computed = num
-            sequence.epoch = self.prefix.epoch
+            sequence.pages = array("i", shared + new_pages)
+            sequence.num_computed, sequence.epoch = num, self.prefix.epoch
             if not sequence.num_retractions:
                 sequence.num_cached = num
         pool.drop(known)
-        return found
+        return fits
 
     def plan(self) -> list[list[Span]]:
         """What to compute now, pass by pass: the next token of every sequence that lacks but one, then, in the order of

@@ -80,13 +80,13 @@ class ServedModel:
             self._linears, self._paging = self._accelerate()
         # Parameters and persistent buffers, by transformers' names and by those of the hub, where every expert has
         # tensors of its own: views. A tied tensor has two names, of which the first one counts.
-        own: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
-        first_names = {id(tensor): name for name, tensor in reversed(own.items())}
+        tensors: dict[str, torch.Tensor] = self.module.state_dict(keep_vars=True)
+        first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
         self.hub_parts = hub_parts(self.module)
-        names = [name for name, tensor in own.items() if first_names[id(tensor)] == name]
+        names = [name for name, tensor in tensors.items() if first_names[id(tensor)] == name]
         self.tensor_names = [part.name for name in names for part in self.hub_parts[name]]
-        views = {part.name: own[name][part.index] for name, parts in self.hub_parts.items() for part in parts}
-        self.tensors = views | own
+        views = {part.name: tensors[name][part.index] for name, parts in self.hub_parts.items() for part in parts}
+        self.tensors = views | tensors
 
     @classmethod
     def load(
@@ -265,8 +265,8 @@ def _load_module(path: str, dtype: torch.dtype) -> Any:
     try:
         module, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        told = " ".join(str(error).split())
-        raise ConfigError(f"{path} cannot be loaded as a causal language model: {told}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be loaded as a causal language model: {reason}") from error
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"{path} is no whole checkpoint of a {type(module).__name__}: {len(missing)} tensors are missing, such as"
@@ -289,8 +289,7 @@ def _load_tokenizer(path: str) -> Any:
 
 def _eos_ids(module: Any, tokenizer: Any) -> frozenset[int]:
     """Every id that the generation config, the model config or the tokenizer names as end of sequence."""
-    ids: set[int] = set()
-    given = [module.generation_config.eos_token_id, module.config.get_text_config().eos_token_id]
-    for value in [*given, None if tokenizer is None else tokenizer.eos_token_id]:
-        ids |= set(value) if isinstance(value, list) else set() if value is None else {value}
-    return frozenset(ids)
+    configs = module.generation_config, module.config.get_text_config(), *([] if tokenizer is None else [tokenizer])
+    values = [config.eos_token_id for config in configs]
+    ids = (token for value in values for token in (value if isinstance(value, list) else [value]))
+    return frozenset(token for token in ids if token is not None)

@@ -147,9 +147,9 @@ class Updates:
     async def _swap(self, staged: dict[str, torch.Tensor], options: UpdateOptions, is_whole: bool = True) -> Checksums:
         changed = await self._engine.ask("weight update", lambda: self._engine.update_weights(staged, options))
         self._num_loose = 0 if is_whole else self._num_loose + len(staged)
-        same = {name: staged[name] for name in options.checksum_names if name not in changed}
-        if not same:
+        unchanged = {name: staged[name] for name in options.checksum_names if name not in changed}
+        if not unchanged:
             return changed
         return changed | await waits.in_thread(  # generation goes on meanwhile
-            lambda: {name: checksum(tensor) for name, tensor in same.items()}, "checksums", "model", READ_LIMIT_S
+            lambda: {name: checksum(tensor) for name, tensor in unchanged.items()}, "checksums", "model", READ_LIMIT_S
         )
