@@ -34,7 +34,7 @@ def config_file(tmp_path, tiny_llama):
 def test_help_needs_nothing_heavy_and_check_no_torch(config_file):
     code = "import sys; from arealite.cli import main\ntry: main(sys.argv[2:])\nexcept SystemExit: pass\n"
     code += "heavy = {*sys.argv[1].split()} & {*sys.modules}; assert not heavy, heavy"
-    heavy = "torch transformers omegaconf aiohttp datasets numpy pydantic rich psutil"
+    heavy = "torch transformers yaml aiohttp datasets numpy pydantic rich psutil"
     for unwanted, words, said in ((heavy, ["--help"], "prove "), ("torch", ["check", str(config_file)], "PROCESSES")):
         ran = subprocess.run([sys.executable, "-c", code, unwanted, *words], capture_output=True, text=True)
         assert ran.returncode == 0 and said in ran.stdout, ran.stderr

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class Prover:
         """The last tokens of a task's prompt."""
         return prompt_of(self.tokenizer, task)[1][-MAX_PROMPT_TOKENS:]
 
-    def _check_type(self, dtype: str) -> Iterator[Finding]:
+    def _check_type(self, dtype: Literal["bfloat16", "float32"]) -> Iterator[Finding]:
         """All that one step can show in `dtype`."""
         config = proof.proof_config(self.config.actor, dtype)
         with engine(config) as actor:
