@@ -1,51 +1,87 @@
-"""The body of POST /generate, checked in full before the engine sees it (types as strict as SGLang 0.5.22 and later).
+"""What clients ask of the engine: records that check their fields wherever they are made.
 
-Called by routes.py. Whatever is wrong is a RequestError, which the route answers with status 400.
+Made by http/ and openai/ from bodies, by tests and benchmarks directly; obeyed by core/.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-import uuid
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from arealite.api.errors import RequestError
-from arealite.inference.bodies import WrongType, field, integer, number, of_type, shown, strings
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 GREEDY_BELOW = 1e-6  # a temperature under this is greedy, and its logprobs are those of temperature 1
 MAX_TEMPERATURE = 1e30  # all tokens are equally likely long before; finite in float32
 DEFAULT_MAX_NEW_TOKENS = 128
-MAX_SAMPLES = 1024  # `n` of one prompt
-MAX_REQUESTS = 65_536  # of one body
-MAX_TOP_LOGPROBS = 1024
-MAX_TOKEN_DIGITS = 10
+MAX_SAMPLES = 1024  # of one prompt
+
+Temperature = Annotated[
+    FiniteFloat, Field(ge=0), AfterValidator(lambda value: 0.0 if value < GREEDY_BELOW else min(value, MAX_TEMPERATURE))
+]
+# JSON has lists only, and one stop string may come without one.
+StopStrings = Annotated[
+    tuple[str, ...],
+    Field(strict=False),
+    FailFast(),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    AfterValidator(lambda value: tuple(filter(None, value))),
+]
+# On the wire an object whose keys are token ids.
+LogitBias = Annotated[
+    tuple[tuple[Annotated[NonNegativeInt, Field(strict=False)], FiniteFloat], ...],
+    FailFast(),
+    BeforeValidator(lambda value: tuple(value.items()) if isinstance(value, dict) else value),
+]
 
 
-@dataclass(frozen=True)
+class Body(BaseModel):
+    """A JSON object of the wire. Types are not converted, null counts as absent, and keys that are not its own are
+    left alone: clients of SGLang and OpenAI send many that mean nothing here."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return {key: value for key, value in fields.items() if value is not None} if type(fields) is dict else fields
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class SamplingParams:
-    """How one request is sampled, after validation. `temperature` 0 is greedy, `top_k` 0 is all."""
+    """How one request is sampled; the names are SGLang's. `temperature` 0 is greedy, `top_k` 0 is all, which the wire
+    writes as -1."""
 
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: frozenset[int] = frozenset()
+    max_new_tokens: NonNegativeInt = DEFAULT_MAX_NEW_TOKENS  # 0 only scores the prompt
+    min_new_tokens: NonNegativeInt = 0
+    temperature: Temperature = 1.0
+    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1), AfterValidator(lambda value: max(0, value))] = 0
+    min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
+    stop: StopStrings = ()
+    stop_token_ids: Annotated[frozenset[NonNegativeInt], Field(strict=False), FailFast()] = frozenset()
     ignore_eos: bool = False
-    sampling_seed: int | None = None
+    sampling_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
-    stream_interval: int = 1  # tokens between two events of a stream
+    frequency_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[FiniteFloat, Field(gt=0, le=2)] = 1.0
+    logit_bias: LogitBias = ()
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1  # answers of the prompt; each is a request of its own
+    stream_interval: Annotated[int, Field(ge=1)] = 1  # tokens between two events of a stream
+    spaces_between_special_tokens: bool = True  # of the protocol; it changes nothing here
 
     @property
     def is_restricted(self) -> bool:
@@ -73,13 +109,13 @@ class GenerateRequest:
     num_given: int = 0
 
 
-@dataclass(frozen=True)
-class GenerateCall:
-    """What one body asks for, prompt by prompt, the samples of a prompt together; `batched`: its answer is a list."""
+class UpdateOptions(Body):
+    """How new weights are taken."""
 
-    requests: list[GenerateRequest]
-    batched: bool
-    stream: bool
+    weight_version: str | None = None  # None: it stays
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+    checksum_names: list[str] = []  # live tensors whose checksums are asked for
 
 
 @dataclass(frozen=True)
@@ -97,249 +133,3 @@ class ServedLimits:
     def max_tokens(self) -> int:
         """Prompt and answer together, in tokens."""
         return min(self.context_length, self.kv_cache_tokens)
-
-
-def _stop_strings(name: str, value: Any) -> tuple[str, ...]:
-    return tuple(s for s in ([value] if isinstance(value, str) else strings(name, value)) if s)
-
-
-def _token_set(name: str, value: Any) -> frozenset[int]:
-    return frozenset(integer(name, token, 0) for token in of_type(name, value, list))
-
-
-def _top_k(name: str, value: Any) -> int:
-    """0 for "all", which the wire writes as -1 or as a number beyond any vocabulary."""
-    if value == 0:
-        raise RequestError(f"{name}: expected -1 (all tokens) or at least 1, found {shown(value)}")
-    return max(0, integer(name, value, -1))
-
-
-def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    """Token ids are the object's keys, decimal strings; whether the vocabulary has them is checked with the limits."""
-    biases = []
-    for key, bias in of_type(name, value, dict).items():
-        if not (key.isascii() and key.isdigit() and len(key) <= MAX_TOKEN_DIGITS):
-            raise RequestError(f"{name}: expected token ids as keys, found {shown(key)}")
-        biases.append((int(key), number(f"{name}.{key}", bias, low=-math.inf)))
-    return tuple(biases)
-
-
-_boolean = partial(of_type, kind=bool)
-
-_PARSERS: dict[str, Callable[[str, Any], Any]] = {
-    "max_new_tokens": partial(integer, low=0),
-    "min_new_tokens": partial(integer, low=0),
-    "temperature": partial(number, low=0.0),
-    "top_p": partial(number, low=0.0, high=1.0, open_low=True),
-    "top_k": _top_k,
-    "min_p": partial(number, low=0.0, high=1.0),
-    "stop": _stop_strings,
-    "stop_token_ids": _token_set,
-    "ignore_eos": _boolean,
-    "sampling_seed": partial(integer, low=-(2**63), high=2**63 - 1),
-    "skip_special_tokens": _boolean,
-    "no_stop_trim": _boolean,
-    "frequency_penalty": partial(number, low=-2.0, high=2.0),
-    "presence_penalty": partial(number, low=-2.0, high=2.0),
-    "repetition_penalty": partial(number, low=0.0, high=2.0, open_low=True),
-    "logit_bias": _logit_bias,
-    "stream_interval": partial(integer, low=1),
-}
-
-# Keys of the protocol that change nothing here; `n` is read by parse_generate.
-_IGNORED = ("spaces_between_special_tokens", "n")
-
-# Keys that this server does not do: 1 asks for nothing in the first, empty, 0 and false in the others. Expressions can
-# take any time to match, and nothing can interrupt the engine's thread, which makes everyone's tokens.
-_OFF_AT_ONE = ("beam_width",)
-_OFF_WHEN_EMPTY = ["stop_regex", "custom_params", "json_schema", "regex", "ebnf", "structural_tag", "watermark"]
-_TOP_OFF_WHEN_EMPTY = [
-    "input_embeds", "image_data", "video_data", "audio_data", "return_hidden_states", "return_routed_experts",
-    "return_sampling_mask", "return_entropy", "custom_logit_processor", "session_params",
-]  # fmt: skip
-
-# Top-level keys of which each prompt of a batch may have its own value.
-_OWN = (
-    "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob", "lora_path",
-    "return_text_in_logprobs", "num_prompt_tokens",
-)  # fmt: skip
-
-
-def _refuse_unless_off(name: str, value: Any, is_off: bool) -> None:
-    if value is not None and not is_off:
-        raise RequestError(f"{name}: {shown(value)} is not supported by this server; leave it out or send null")
-
-
-def parse_sampling_params(
-    value: Any, num_prompt_tokens: int, limits: ServedLimits, num_given: int = 0
-) -> SamplingParams:
-    """One `sampling_params` object of the wire (null for all defaults), without its `n`."""
-    fields = {} if value is None else of_type("sampling_params", value, dict)
-    parsed: dict[str, Any] = {}
-    for key, entry in fields.items():
-        name = f"sampling_params.{key}"
-        if key in _OFF_AT_ONE:
-            _refuse_unless_off(name, entry, entry == 1 and entry is not True)
-        elif key in _OFF_WHEN_EMPTY:
-            _refuse_unless_off(name, entry, not entry)
-        elif key in _PARSERS:
-            if entry is not None:
-                parsed[key] = _PARSERS[key](name, entry)
-        elif key not in _IGNORED:
-            near = difflib.get_close_matches(key[:64], [*_PARSERS, *_OFF_AT_ONE, *_OFF_WHEN_EMPTY], n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else f"known keys are {', '.join(sorted(_PARSERS))}"
-            raise WrongType(f"sampling_params: unknown key {shown(key)}; {hint}")
-    temperature = parsed.get("temperature", 1.0)
-    parsed["temperature"] = 0.0 if temperature < GREEDY_BELOW else min(temperature, MAX_TEMPERATURE)
-    if parsed.get("stop") and limits.encode is None:
-        raise RequestError("sampling_params.stop: the served model folder has no tokenizer; use stop_token_ids")
-    for token, _ in parsed.get("logit_bias", ()):
-        integer("sampling_params.logit_bias", token, 0, limits.vocab_size - 1)
-    parsed["max_new_tokens"] = _max_new_tokens(fields, parsed.get("max_new_tokens"), num_prompt_tokens, limits)
-    params = SamplingParams(**parsed)
-    if params.min_new_tokens > params.max_new_tokens + num_given:
-        raise RequestError(
-            f"sampling_params.min_new_tokens: {params.min_new_tokens} is more than max_new_tokens"
-            f" {params.max_new_tokens}"
-        )
-    return params
-
-
-def _max_new_tokens(fields: dict[str, Any], asked: int | None, num_prompt: int, limits: ServedLimits) -> int:
-    """The asked number where it fits (0 only scores the prompt); null is all that fits, a missing key the protocol's
-    default at most."""
-    room = limits.max_tokens - num_prompt
-    least = 1 if asked is None else asked
-    if least > room:
-        raise RequestError(
-            f"a prompt of {num_prompt} tokens and max_new_tokens {least} pass what is served: context length"
-            f" {limits.context_length}, KV cache {limits.kv_cache_tokens} tokens; ask for at most {max(0, room)}"
-        )
-    if asked is not None:
-        return asked
-    return room if "max_new_tokens" in fields else min(DEFAULT_MAX_NEW_TOKENS, room)
-
-
-def parse_generate(body: Any, limits: ServedLimits) -> GenerateCall:
-    """One /generate body. Beside the protocol's keys it may have `num_prompt_tokens`: so many leading tokens are the
-    prompt, what follows was generated before the request was interrupted.
-
-    Raises:
-        RequestError: anything missing, contradictory, of the wrong type, out of range or not supported.
-    """
-    body = of_type("the body", body, dict)
-    for key in _TOP_OFF_WHEN_EMPTY:
-        _refuse_unless_off(key, body.get(key), not body.get(key))
-    prompts, batched = _prompts(body, limits)
-    per_prompt = []
-    for i, prompt in enumerate(prompts):
-        own = {key: _own(key, body.get(key), i, len(prompts), batched) for key in _OWN}
-        per_prompt.append((_request(own, prompt, limits), _num_samples(own["sampling_params"])))
-    counts = [num for _, num in per_prompt]
-    if sum(counts) > MAX_REQUESTS:
-        raise RequestError(f"{sum(counts)} sequences in one body (prompts times n); at most {MAX_REQUESTS} are taken")
-    rids = _rids(body.get("rid"), len(prompts), batched)
-    requests = [
-        _sample_of(request, rid if num == 1 else f"{rid}_{k}", k)
-        for (request, num), rid in zip(per_prompt, rids, strict=True)
-        for k in range(num)
-    ]
-    return GenerateCall(requests, batched or max(counts) > 1, field(body, "stream", bool, False))
-
-
-def _request(own: dict[str, Any], prompt: list[int], limits: ServedLimits) -> GenerateRequest:
-    """The request of one prompt, still without an id."""
-    num_prompt = integer("num_prompt_tokens", field(own, "num_prompt_tokens", int, len(prompt)), 1, len(prompt))
-    num_given = len(prompt) - num_prompt
-    params = parse_sampling_params(own["sampling_params"], len(prompt), limits, num_given)
-    scored = field(own, "return_logprob", bool, False)
-    first = integer("logprob_start_len", field(own, "logprob_start_len", int, -1), -1, len(prompt))
-    num_top = integer("top_logprobs_num", field(own, "top_logprobs_num", int, 0), 0, MAX_TOP_LOGPROBS)
-    ids = [
-        integer("token_ids_logprob", token, 0, limits.vocab_size - 1)
-        for token in field(own, "token_ids_logprob", list, [])
-    ]
-    lora = field(own, "lora_path", str, None) or None
-    if lora is not None and lora not in limits.adapters:
-        known = ", ".join(sorted(limits.adapters)) or "none"
-        raise RequestError(f"lora_path: no adapter named {shown(lora)} is loaded (loaded: {known})")
-    return GenerateRequest(
-        rid="",
-        prompt_ids=prompt,
-        params=params,
-        return_logprob=scored,
-        logprob_start=first if scored and 0 <= first < len(prompt) else None,
-        top_logprobs_num=min(num_top, limits.vocab_size) if scored else 0,
-        token_ids_logprob=tuple(ids) if scored else (),
-        return_text_in_logprobs=field(own, "return_text_in_logprobs", bool, False),
-        lora=lora,
-        num_given=num_given,
-    )
-
-
-def _num_samples(params: dict[str, Any] | None) -> int:
-    return integer("sampling_params.n", field(params or {}, "n", int, 1), 1, MAX_SAMPLES)
-
-
-def _sample_of(request: GenerateRequest, rid: str, k: int) -> GenerateRequest:
-    """Sample number k of a prompt; a seed given for all would make them equal, so each adds its number."""
-    seed = request.params.sampling_seed
-    params = request.params if seed is None or not k else replace(request.params, sampling_seed=seed + k)
-    return replace(request, rid=rid, params=params)
-
-
-def _own(name: str, value: Any, i: int, num: int, batched: bool) -> Any:
-    """Request i's own value: of a list in a batch, else the one of all."""
-    if not isinstance(value, list) or (name == "token_ids_logprob" and not any(isinstance(v, list) for v in value)):
-        return value
-    if not batched or len(value) != num:
-        raise RequestError(f"{name}: expected one value or a list of {num} for a batch, found {len(value)} values")
-    return value[i]
-
-
-def _prompts(body: dict[str, Any], limits: ServedLimits) -> tuple[list[list[int]], bool]:
-    given = [key for key in ("text", "input_ids") if body.get(key) is not None]
-    if len(given) != 1:
-        raise RequestError(f"exactly one of text and input_ids is needed, found {' and '.join(given) or 'neither'}")
-    [name] = given
-    value = body[name]
-    if name == "text":
-        batched = isinstance(value, list)
-        prompts = [_encoded(text, limits) for text in (value if batched else [value])]
-    else:
-        batched = bool(value) and isinstance(of_type(name, value, list)[0], list)
-        prompts = value if batched else [value]
-    for i, prompt in enumerate(prompts):
-        _check_prompt(f"{name}[{i}]" if batched else name, prompt, limits)
-    if not prompts:
-        raise RequestError(f"{name}: the list of prompts is empty")
-    return prompts, batched
-
-
-def _encoded(text: Any, limits: ServedLimits) -> list[int]:
-    if limits.encode is None:
-        raise RequestError("text: the served model folder has no tokenizer; send input_ids")
-    return limits.encode(of_type("text", text, str))
-
-
-def _check_prompt(name: str, prompt: Any, limits: ServedLimits) -> None:
-    if not of_type(name, prompt, list):
-        raise RequestError(f"{name}: the prompt is empty; at least one token is needed")
-    for token in prompt:
-        if type(token) is int and token >= limits.vocab_size:
-            raise RequestError(
-                f"{name}: the model has no embedding of token {token}, only of those below {limits.vocab_size}: the"
-                " tokenizer has more tokens than the model"
-            )
-        integer(name, token, 0, limits.vocab_size - 1)
-
-
-def _rids(value: Any, num: int, batched: bool) -> list[str]:
-    if value is None:
-        return [uuid.uuid4().hex for _ in range(num)]
-    if isinstance(value, str) and value:
-        return [f"{value}_{i}" for i in range(num)] if batched else [value]
-    rids = strings("rid", value) if batched else []
-    if not all(rids) or len(set(rids)) != num or len(rids) != num:
-        raise RequestError(f"rid: expected a string, or for a batch {num} different strings, found {shown(value)}")
-    return rids

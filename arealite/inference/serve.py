@@ -18,9 +18,9 @@ from arealite.api.errors import ConfigError
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.engine import MAX_QUEUED, Engine
 from arealite.inference.core.served_model import ServedModel
-from arealite.inference.routes import build_app
+from arealite.inference.http.routes import build_app
 from arealite.inference.settings import ServerSettings
-from arealite.inference.tool_calls import PARSERS
+from arealite.inference.openai.tools import PARSERS
 from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
 
@@ -69,7 +69,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--tool-call-parser", default="auto", choices=PARSERS, help="how the model writes tool calls")
     add("--incremental-streaming-output", action="store_true", help="/generate streams what is new")
-    add("--strict-sglang", action="store_true", help="refuse and answer exactly as SGLang 0.5.23 does")
     add("--device", help="cpu or cuda; default: cuda where there is one")
     args = parser.parse_args(argv)
     sizes = ("context_length", "max_running_requests", "kv_cache_tokens", "chunked_prefill_tokens")
@@ -182,7 +181,6 @@ def main(argv: list[str] | None = None) -> int:
             incremental_streaming=args.incremental_streaming_output,
             tool_call_parser=args.tool_call_parser,
             model_defaults=args.sampling_defaults == "model",
-            strict_sglang=args.strict_sglang,
         )
         return asyncio.run(serve(engine, settings, args.host, args.port))
     except ConfigError as error:

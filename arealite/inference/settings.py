@@ -16,8 +16,6 @@ class ServerSettings:
     flags: dict[str, Any]
     hold_limit_s: float = 600.0  # longest time a new request is held while paused
     request_limit_s: float = 3600.0  # longest time a request may take, and a stream may be silent
-    health_limit_s: float = 20.0  # longest time a health check waits
     incremental_streaming: bool = False  # /generate streams what is new, not all so far
     tool_call_parser: str = "auto"
     model_defaults: bool = True  # OpenAI calls take sampling defaults from generation_config.json
-    strict_sglang: bool = False  # see strict.py

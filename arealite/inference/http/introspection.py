@@ -1,5 +1,5 @@
-"""Routes that tell what is served and how busy the server is: SGLang's model, server and load accounts, Prometheus
-metrics, and the tokenizer. Added by routes.py.
+"""Routes that tell what is served and how busy the server is: SGLang's model and server accounts, OpenAI's models, and
+Prometheus metrics. Added by routes.py.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from typing import Any
 
 from aiohttp import web
 
-from arealite.api.errors import RequestError
-from arealite.inference import strict
-from arealite.inference.bodies import field, integer, of_type, read_object, shown
+from arealite.inference.http.bodies import shown
+from arealite.inference.http.streaming import Submissions
 from arealite.inference.core.engine import Engine
 from arealite.inference.requests import ServedLimits
 from arealite.inference.settings import SERVER_VERSION, ServerSettings
-from arealite.inference.streaming import Submissions
 
 
 def resident_bytes() -> int:
@@ -40,22 +38,14 @@ class Introspection:
         self._limits = limits
         self._submissions = submissions
         self._started_at = time.time()
-        self._version = strict.VERSION if settings.strict_sglang else SERVER_VERSION
 
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/model_info", self.model_info),
-            web.get("/get_model_info", self.model_info),
             web.get("/server_info", self.server_info),
-            web.get("/get_server_info", self.server_info),
             web.get("/v1/models", self.models),
             web.get("/v1/models/{name:.+}", self.model),
-            web.get("/v1/loads", self.loads),
             web.get("/metrics", self.metrics),
-            web.post("/tokenize", self.tokenize),
-            web.post("/v1/tokenize", self.tokenize),
-            web.post("/detokenize", self.detokenize),
-            web.post("/v1/detokenize", self.detokenize),
         ]
 
     async def model_info(self, request: web.Request) -> web.Response:
@@ -81,7 +71,7 @@ class Introspection:
         return web.json_response(
             {
                 **self._settings.flags,
-                "version": self._version,
+                "version": SERVER_VERSION,
                 "tp_size": 1,
                 "pp_size": 1,
                 "dp_size": 1,
@@ -105,7 +95,7 @@ class Introspection:
             "id": name,
             "object": "model",
             "created": int(self._started_at),
-            "owned_by": "sglang" if self._settings.strict_sglang else "arealite",
+            "owned_by": "arealite",
             "root": self._engine.batcher.model.path,
             "parent": None,
             "max_model_len": self._limits.context_length,
@@ -122,44 +112,26 @@ class Introspection:
             raise web.HTTPNotFound(reason=f"no model {shown(name)} here; served are {', '.join(cards)}")
         return web.json_response(cards[name])
 
-    def _load(self) -> dict[str, Any]:
-        scheduler, counters = self._engine.batcher.scheduler, self._engine.batcher.counters
-        used, total = scheduler.num_used_tokens, self._limits.kv_cache_tokens
-        seen = counters.num_cached_tokens + counters.num_prefill_tokens
-        return {
-            "dp_rank": 0,
-            "num_running_reqs": len(scheduler.running),
-            "num_waiting_reqs": len(scheduler.waiting),
-            "num_used_tokens": used,
-            "num_total_tokens": used + sum(len(s.tokens) for s in list(scheduler.waiting)),
-            "max_total_num_tokens": total,
-            "max_running_requests": scheduler.max_running,
-            "token_usage": used / total,
-            "gen_throughput": counters.tokens_per_s if scheduler.running else 0.0,
-            "cache_hit_rate": counters.num_cached_tokens / seen if seen else 0.0,
-            "utilization": len(scheduler.running) / scheduler.max_running,
-            "num_nan_reqs": counters.num_nan_requests,
-        }
-
-    async def loads(self, request: web.Request) -> web.Response:
-        return web.json_response({"timestamp": time.time(), "version": self._version, "loads": [self._load()]})
-
     async def metrics(self, request: web.Request) -> web.Response:
         """Gauges in Prometheus' text format."""
-        load, scheduler = self._load(), self._engine.batcher.scheduler
-        in_flight = load["num_running_reqs"] + load["num_waiting_reqs"]
+        batcher = self._engine.batcher
+        scheduler, counters = batcher.scheduler, batcher.counters
+        num_running, num_waiting, num_used = len(scheduler.running), len(scheduler.waiting), scheduler.num_used_tokens
+        num_prompt_tokens = counters.num_cached_tokens + counters.num_prefill_tokens
+        num_paused = self._submissions.num_held + (num_running + num_waiting if self._engine.paused else 0)
         gauges = {
-            "sglang:num_running_reqs": (load["num_running_reqs"], "Requests being decoded."),
-            "sglang:num_queue_reqs": (load["num_waiting_reqs"], "Requests waiting for a place."),
-            "sglang:num_used_tokens": (load["num_used_tokens"], "Tokens of the KV cache that are held."),
-            "sglang:token_usage": (load["token_usage"], "Share of the KV cache that is held."),
-            "sglang:gen_throughput": (load["gen_throughput"], "Generated tokens per second."),
-            "sglang:cache_hit_rate": (load["cache_hit_rate"], "Share of prompt tokens found computed."),
-            "sglang:num_paused_reqs": (
-                self._submissions.num_held + (in_flight if self._engine.paused else 0),
-                "Requests held or stopped by a pause.",
+            "sglang:num_running_reqs": (num_running, "Requests being decoded."),
+            "sglang:num_queue_reqs": (num_waiting, "Requests waiting for a place."),
+            "sglang:num_used_tokens": (num_used, "Tokens of the KV cache that are held."),
+            "sglang:token_usage": (num_used / self._limits.kv_cache_tokens, "Share of the KV cache that is held."),
+            "sglang:gen_throughput": (counters.tokens_per_s if num_running else 0.0, "Generated tokens per second."),
+            "sglang:cache_hit_rate": (
+                counters.num_cached_tokens / max(1, num_prompt_tokens),
+                "Share of prompt tokens found computed.",
             ),
+            "sglang:num_paused_reqs": (num_paused, "Requests held or stopped by a pause."),
             "sglang:num_retracted_reqs": (scheduler.num_retractions, "Retractions since the start."),
+            "arealite:num_nan_reqs": (counters.num_nan_requests, "Requests ended by logits that were not finite."),
             "arealite:kv_cache_bytes": (scheduler.pool.tensor.nbytes, "Size of the KV cache."),
             "process_resident_memory_bytes": (resident_bytes(), "Resident memory."),
         }
@@ -169,36 +141,3 @@ class Introspection:
             for name, (value, text) in gauges.items()
         ]
         return web.Response(text="".join(lines), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-    async def tokenize(self, request: web.Request) -> web.Response:
-        body = await read_object(request)
-        if self._limits.encode is None:
-            raise RequestError("prompt: the served model folder has no tokenizer")
-        prompt = body.get("prompt")
-        texts = prompt if isinstance(prompt, list) else [prompt]
-        encode, special = self._limits.encode, field(body, "add_special_tokens", bool, True)
-        tokens = [encode(of_type("prompt", text, str), special) for text in texts]
-        counts = [len(ids) for ids in tokens]
-        batched = isinstance(prompt, list)
-        return web.json_response(
-            {
-                "tokens": tokens if batched else tokens[0],
-                "count": counts if batched else counts[0],
-                "max_model_len": self._limits.context_length,
-            }
-        )
-
-    async def detokenize(self, request: web.Request) -> web.Response:
-        body = await read_object(request)
-        tokenizer = self._engine.batcher.model.tokenizer
-        if tokenizer is None:
-            raise RequestError("tokens: the served model folder has no tokenizer")
-        tokens = field(body, "tokens", list, [])
-        batched = bool(tokens) and isinstance(tokens[0], list)
-        skip = field(body, "skip_special_tokens", bool, True)
-        texts = []
-        for ids in tokens if batched else [tokens]:
-            for token in of_type("tokens", ids, list):
-                integer("tokens", token, 0, self._limits.vocab_size - 1)
-            texts.append(str(tokenizer.decode(ids, skip_special_tokens=skip)))
-        return web.json_response({"text": texts if batched else texts[0]})

@@ -1,7 +1,7 @@
 """Calls of functions in the text that a model writes, and how a model is brought to write one.
 
 Two ways of writing: Hermes / Qwen (`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`) and plain JSON as Llama
-3 has it (`{"name": ..., "parameters": {...}}`, several divided by ";"). Used by chat_template.py, openai_responses.py.
+3 has it (`{"name": ..., "parameters": {...}}`, several divided by ";"). Used by chat.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from arealite.inference.answers import held_back
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 PYTHON_TAG = "<|python_tag|>"  # Llama 3 writes it before a call
@@ -61,17 +63,6 @@ def instructions(tools: list[dict[str, Any]], way: str) -> str:
 def as_text(calls: Iterable[dict[str, Any]]) -> str:
     """Earlier calls of an assistant message, for such a model."""
     return "".join(f"\n{OPEN}\n{json.dumps(call['function'], ensure_ascii=False)}\n{CLOSE}" for call in calls)
-
-
-def held_back(text: str, markers: Iterable[str]) -> str:
-    """The text without an end that may be the beginning of one of the markers."""
-    longest = 0
-    for marker in markers:
-        for size in range(min(len(marker) - 1, len(text)), longest, -1):
-            if text.endswith(marker[:size]):
-                longest = size
-                break
-    return text[: len(text) - longest]
 
 
 def read_calls(text: str, use: ToolUse, complete: bool) -> tuple[str, list[ToolCall]]:

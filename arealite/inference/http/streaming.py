@@ -8,7 +8,7 @@ import asyncio
 import json
 import logging
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -19,11 +19,12 @@ from arealite.api.errors import WaitTimeout
 from arealite.inference.core.engine import Engine, EngineFailure
 from arealite.inference.core.sequence import Sequence
 from arealite.inference.requests import GenerateRequest
-from arealite.inference.responses import Answer
+from arealite.inference.answers import ShownAnswer
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)
 
+_KINDS = {400: "BadRequestError", 404: "NotFoundError", 503: "ServiceUnavailableError"}
 LONG_WRITE_BYTES = 1 << 15  # well below what asyncio buffers before it makes writers wait
 
 
@@ -58,17 +59,17 @@ class Submissions:
                 with suppress(EngineFailure):  # then they have ended with the engine
                     self._engine.call(lambda: self._engine.abort(set(sequences).__contains__))
 
-    async def finished(self, requests: list[GenerateRequest]) -> list[Answer]:
+    async def finished(self, requests: list[GenerateRequest]) -> list[ShownAnswer]:
         """The whole answers, in order."""
         async with self._running(requests) as sequences:
             ended = asyncio.gather(*(asyncio.wrap_future(s.future) for s in sequences))
             await waits.bounded(ended, "generation", "engine", self._request_limit_s, [r.rid for r in requests])
-        answers = [Answer(self._tokenizer, s) for s in sequences]
+        answers = [ShownAnswer(self._tokenizer, s) for s in sequences]
         for answer in answers:
             answer.advance()
         return answers
 
-    async def growing(self, requests: list[GenerateRequest]) -> AsyncGenerator[tuple[int, Answer], None]:
+    async def growing(self, requests: list[GenerateRequest]) -> AsyncGenerator[tuple[int, ShownAnswer], None]:
         """(index, answer) whenever there is more of that answer to show, until all have ended.
 
         A slow reader gets several tokens at once: what waits for it is one mark per answer.
@@ -77,7 +78,7 @@ class Submissions:
             grown: asyncio.Queue[int] = asyncio.Queue()
             marked: set[int] = set()
             loop = asyncio.get_running_loop()
-            answers = [Answer(self._tokenizer, s) for s in sequences]
+            answers = [ShownAnswer(self._tokenizer, s) for s in sequences]
 
             def mark(i: int, _: object = None) -> None:
                 """On any thread: wake the reader, unless it has yet to take the last mark."""
@@ -106,14 +107,18 @@ class Submissions:
                     yield i, answers[i]
 
 
-ErrorBody = Callable[[int, str], dict[str, Any]]
+def error_body(status: int, message: str) -> dict[str, Any]:
+    """All forms that clients look for: OpenAI's, a refused request's, and a refused control call's."""
+    kind = _KINDS.get(status, "Error")
+    facts = {"message": message, "type": kind, "param": None, "code": status}
+    return {"object": "error", "success": False, "error_message": message, **facts, "error": facts}
 
 
 async def send_events(
-    request: web.Request, events: AsyncGenerator[dict[str, Any], None], error_body: ErrorBody, limit_s: float
+    request: web.Request, events: AsyncGenerator[dict[str, Any], None], limit_s: float
 ) -> web.StreamResponse:
     """Answer with server-sent events and `[DONE]`. What fails before the first one is raised, and answered as for any
-    other call; what fails later is the last event, made by `error_body(status, message)`. A client that has read
+    other call; what fails later is the last event, an `error_body`. A client that has read
     nothing for `limit_s` is cut off."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
 

@@ -1,25 +1,21 @@
-"""What a client is shown of an answer: its text without what stopped it, and the entries of /generate.
+"""The text of an answer: where a stop string ends it, and how much of it a client may be shown already.
 
-`Answer` is read by routes.py and openai_responses.py, find_stop_string by batcher.py.
+find_stop_string is called by core/batcher.py; ShownAnswer is read by http/generation.py and openai/.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from itertools import groupby
+from collections.abc import Iterable
 from typing import Any
 
-from arealite.inference.core.sequence import Scored, Sequence
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from arealite.inference.core.sequence import Sequence
 from arealite.inference.requests import GenerateRequest
-from arealite.inference.tool_calls import held_back
 
 BYTES_PER_CHARACTER = 4  # UTF-8 at most; a token is at least one byte
 UNFINISHED_CHARACTER = "\ufffd"  # what the first bytes of a character decode to
-# GPT-2's alphabet: a printable byte is its own character, the others are those from 256 on, in order.
-_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
-_BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)}
+_BYTE_OF = {symbol: byte for byte, symbol in bytes_to_unicode().items()}  # GPT-2's alphabet
 
 
 def find_stop_string(tokenizer: Any, sequence: Sequence) -> str | None:
@@ -62,7 +58,18 @@ def answer_text(tokenizer: Any, sequence: Sequence) -> str:
     return text if matched is None else text[: _find(tokenizer, sequence, text, matched)]
 
 
-class Answer:
+def held_back(text: str, markers: Iterable[str]) -> str:
+    """The text without an end that may be the beginning of one of the markers."""
+    longest = 0
+    for marker in markers:
+        for size in range(min(len(marker) - 1, len(text)), longest, -1):
+            if text.endswith(marker[:size]):
+                longest = size
+                break
+    return text[: len(text) - longest]
+
+
+class ShownAnswer:
     """One sequence as far as its client has been shown it; while it runs, the engine thread adds to it.
 
     `num_known` tokens are known not to be the last. `text` and the first `num_tokens` tokens are shown; `new_text` and
@@ -139,83 +146,3 @@ class Answer:
         if piece and all(symbol in _BYTE_OF for symbol in piece):
             return [_BYTE_OF[symbol] for symbol in piece]
         return list(text.encode())
-
-
-def version_spans(versions: list[str]) -> list[dict[str, Any]]:
-    """Runs of equal versions: {"version", "start", "end"} in generated-token positions."""
-    spans = []
-    end = 0
-    for version, run in groupby(versions):
-        start, end = end, end + len(list(run))
-        spans.append({"version": version, "start": start, "end": end})
-    return spans
-
-
-def json_number(value: float | None) -> float | None:
-    """JSON has no NaN: a prompt scored by broken weights reads null, and its request ends as aborted."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _entry(answer: Answer, logprob: float | None, token: int) -> list[Any]:
-    text = answer.token_text(token) if answer.request.return_text_in_logprobs else None
-    return [json_number(logprob), token, text]
-
-
-def _entries(answer: Answer, positions: list[Scored | None]) -> list[list[list[Any]] | None]:
-    return [None if scored is None else [_entry(answer, *pair) for pair in scored] for scored in positions]
-
-
-def _logprobs(answer: Answer, first: int) -> dict[str, list[Any]]:
-    """The lists of logprobs: of the prompt, and of the answer's tokens from `first` on."""
-    sequence, request, shown = answer.sequence, answer.request, slice(first, answer.num_tokens)
-    start = request.logprob_start
-    scored = [] if start is None else zip(sequence.input_logprobs, request.prompt_ids[start:], strict=False)
-    lists: dict[str, list[Any]] = {
-        "input_token_logprobs": [_entry(answer, *pair) for pair in scored],
-        "output_token_logprobs": [
-            _entry(answer, *pair) for pair in zip(sequence.logprobs[shown], sequence.output_ids[shown], strict=True)
-        ],
-    }
-    if request.top_logprobs_num:
-        lists["input_top_logprobs"] = _entries(answer, sequence.input_top_logprobs)
-        lists["output_top_logprobs"] = _entries(answer, sequence.top_logprobs[shown])
-    if request.token_ids_logprob:
-        lists["input_token_ids_logprobs"] = _entries(answer, sequence.input_token_ids_logprobs)
-        lists["output_token_ids_logprobs"] = _entries(answer, sequence.token_ids_logprobs[shown])
-    return lists
-
-
-def meta_info(answer: Answer, first: int = 0) -> dict[str, Any]:
-    """The protocol's account of one answer, with the logprobs of its tokens from `first` on."""
-    sequence = answer.sequence
-    versions = sequence.versions[: answer.num_tokens]
-    account: dict[str, Any] = {
-        "id": answer.request.rid,
-        "finish_reason": answer.finish_reason,
-        "prompt_tokens": sequence.num_prompt,
-        "completion_tokens": answer.num_tokens,
-        "cached_tokens": sequence.num_cached,
-        "weight_version": sequence.weight_version if answer.finished else "".join(versions[-1:]),
-        "weight_versions": version_spans(versions),
-        "num_retractions": sequence.num_retractions,
-        "e2e_latency": (sequence.finished_at if answer.finished else time.perf_counter()) - sequence.submitted_at,
-    }
-    if sequence.cut_mass:  # ours
-        account["cut_mass"] = sequence.cut_mass
-    if answer.request.return_logprob:
-        account |= _logprobs(answer, first)
-        account["output_token_logprobs_length"] = answer.num_tokens
-    return account
-
-
-def render(answer: Answer, only_new: bool = False, with_prompt: bool = False) -> dict[str, Any]:
-    """One entry of the /generate answer; `only_new` has just what the last `advance` added."""
-    first = answer.first_new if only_new else 0
-    entry: dict[str, Any] = {
-        "text": answer.new_text if only_new else answer.text,
-        "output_ids": answer.output_ids[first:],
-        "meta_info": meta_info(answer, first),
-    }
-    if with_prompt:
-        entry["prompt_token_ids"] = answer.request.prompt_ids
-    return entry

@@ -1,0 +1,194 @@
+"""The HTTP surface of the built-in server: generation in SGLang's and OpenAI's protocols, pausing, health, and how
+errors are answered. The other routes are in control.py and introspection.py.
+
+`build_app` is called by serve.py and by tests. Routes check, wait and render; the engine thread does the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from arealite.api.errors import PromptError, RequestError, WaitTimeout, WeightSyncError
+from arealite.dataset.prompts import encode
+from arealite.inference.core.engine import Engine, EngineFailure, PauseMode
+from arealite.inference.core.served_model import ServedModel
+from arealite.inference.http.bodies import read_body, read_json
+from arealite.inference.http.control import ControlRoutes
+from arealite.inference.http.generation import GenerateCall, entry_of, parse_generate
+from arealite.inference.http.introspection import Introspection
+from arealite.inference.http.streaming import Submissions, error_body, send_events
+from arealite.inference.openai.calls import Choice, OpenAICall, Served, chunks, model_defaults, whole_answer
+from arealite.inference.openai.chat import ChatChoice, ChatTemplate, parse_chat
+from arealite.inference.openai.completions import CompletionChoice, parse_completion
+from arealite.inference.requests import Body, ServedLimits
+from arealite.inference.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 256 << 20
+
+
+class AbortBody(Body):
+    """`rid` is the beginning of those that are meant."""
+
+    rid: str = ""
+    abort_all: bool = False
+
+
+class PauseBody(Body):
+    mode: PauseMode = "abort"
+
+
+class ServerRoutes:
+    """Routes over one engine."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings, served: Served, submissions: Submissions) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._served = served
+        self._submissions = submissions
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/generate", self.generate),
+            web.post("/v1/chat/completions", self.chat),
+            web.post("/v1/completions", self.completion),
+            web.post("/abort_request", self.abort),
+            web.post("/pause_generation", self.pause),
+            web.post("/continue_generation", self.resume),
+            web.get("/health", self.health),
+        ]
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        """Check, be held while paused, sample. A client that goes away aborts its requests."""
+        call = parse_generate(await read_json(request), self._served.limits)
+        if call.stream:
+            return await send_events(request, self._events(call), self._settings.request_limit_s)
+        entries = [entry_of(answer, call) for answer in await self._submissions.finished(call.requests)]
+        return web.json_response(entries if call.batched else entries[0])
+
+    async def _events(self, call: GenerateCall) -> AsyncGenerator[dict[str, Any], None]:
+        async with aclosing(self._submissions.growing(call.requests)) as growing:
+            async for i, answer in growing:
+                entry = entry_of(answer, call, self._settings.incremental_streaming)
+                yield {**entry, "index": i} if call.batched else entry
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._openai(request, parse_chat, ChatChoice)
+
+    async def completion(self, request: web.Request) -> web.StreamResponse:
+        return await self._openai(request, parse_completion, CompletionChoice)
+
+    async def _openai(
+        self,
+        request: web.Request,
+        parse: Callable[[dict[str, Any], Served], OpenAICall],
+        choice_of: Callable[[OpenAICall, int], Choice],
+    ) -> web.StreamResponse:
+        call = parse(await read_json(request), self._served)
+        choices = [choice_of(call, i) for i in range(len(call.generate.requests))]
+        if call.generate.stream:
+            events = chunks(call, choices, self._submissions.growing(call.generate.requests))
+            return await send_events(request, events, self._settings.request_limit_s)
+        return web.json_response(whole_answer(call, choices, await self._submissions.finished(call.generate.requests)))
+
+    async def abort(self, request: web.Request) -> web.Response:
+        """Answers at once; the requests end after the current step."""
+        body = await read_body(request, AbortBody)
+        if body.abort_all or body.rid:
+            self._engine.call(
+                lambda: self._engine.abort(lambda s: body.abort_all or s.request.rid.startswith(body.rid))
+            )
+        return web.Response()
+
+    async def pause(self, request: web.Request) -> web.Response:
+        """No request submitted after this call was made is served before `resume` is called."""
+        mode = (await read_body(request, PauseBody)).mode
+        self._submissions.resumed.clear()
+        await self._engine.ask("pause_generation", lambda: self._engine.pause(mode))
+        return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
+
+    async def resume(self, request: web.Request) -> web.Response:
+        await read_json(request)
+        self._submissions.resumed.set()  # those who are held run after the call is in the engine's inbox
+        await self._engine.ask("continue_generation", self._engine.resume)
+        return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
+
+    async def health(self, request: web.Request) -> web.Response:
+        """200 while the engine thread lives, paused or not. SGLang generates a token for it, and fails while paused."""
+        if self._engine.stopped.is_set():
+            raise EngineFailure(self._engine.failure or "the engine has stopped")
+        return web.Response()
+
+
+class Encoder:
+    """Text to token ids. Text that cannot fit the context is refused before it is encoded, which may take long."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._tokenizer = model.tokenizer
+        longest = max(map(len, self._tokenizer.get_vocab()), default=1)
+        self._max_characters = 2 * longest * model.context_length
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if len(text) > self._max_characters:
+            raise RequestError(f"a text of {len(text)} characters passes the context length")
+        try:
+            return encode(self._tokenizer, text, is_raw=add_special_tokens)
+        except PromptError as error:
+            raise RequestError(str(error)) from error
+
+
+@web.middleware
+async def answer_errors(request: web.Request, **called: Handler) -> web.StreamResponse:
+    """Whatever a route raises becomes a JSON answer; the server keeps serving."""
+    asked = f"{request.method} {request.path}"
+    headers = None
+    try:
+        return await called["handler"](request)  # the keyword by which aiohttp hands it over
+    except (RequestError, WeightSyncError) as error:
+        status, message = 400, str(error)
+    except (WaitTimeout, EngineFailure) as error:
+        status, message = 503, str(error)
+    except web.RequestPayloadError as error:
+        status, message = 400, f"the body cannot be read: {' '.join(str(error).split())}"
+    except web.HTTPRequestEntityTooLarge:
+        status, message = 413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB"
+    except web.HTTPMethodNotAllowed as error:
+        headers = {"Allow": ", ".join(sorted(error.allowed_methods))}
+        status, message = 405, f"{asked}: Method Not Allowed; use {headers['Allow']}"
+    except web.HTTPException as error:
+        status, message = error.status, f"{asked}: {error.reason}"
+    except ConnectionResetError:  # the client is gone in the middle of its stream
+        return web.Response(status=499)
+    except Exception:  # HTTP boundary: an error in one request must not end the server
+        logger.exception("%s failed", asked)
+        status, message = 500, traceback.format_exc()
+    return web.json_response(error_body(status, message), status=status, headers=headers)
+
+
+def build_app(engine: Engine, settings: ServerSettings) -> web.Application:
+    """The application; its runner needs handler_cancellation=True so that a client's disconnect aborts."""
+    model = engine.batcher.model
+    limits = ServedLimits(
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+        kv_cache_tokens=engine.batcher.scheduler.pool.num_tokens,
+        encode=None if model.tokenizer is None else Encoder(model),
+        adapters=model.adapters.names.keys(),
+    )
+    submissions = Submissions(engine, settings.hold_limit_s, settings.request_limit_s)
+    defaults = model_defaults(model.module.generation_config.to_dict()) if settings.model_defaults else {}
+    template = ChatTemplate(model.tokenizer, limits.encode, settings.tool_call_parser)
+    served = Served(limits, template, settings.served_model_name, defaults)
+    app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)  # type: ignore[list-item]
+    app.add_routes(ServerRoutes(engine, settings, served, submissions).routes())
+    app.add_routes(Introspection(engine, settings, limits, submissions).routes())
+    app.add_routes(ControlRoutes(engine).routes())
+    return app
