@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import http.client
 import json
-import pickle
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,16 +17,6 @@ from support.inference import WAIT_S, LocalServer, save_tiny_llama, served
 SAMPLED = ("/generate", "/v1/chat/completions", "/v1/completions")
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-
-
-class Payload:
-    """Would leave a file behind if it were executed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return open, (str(self.path), "w")
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +98,11 @@ GENERATE = {
 ONE = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 SLOT = {"name": "model.norm.weight", "dtype": "float32", "shape": [64], "offset": 0, "nbytes": 256}
 GROUP = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[64]], "group_name": "nobody"}
-base64s = st.binary(max_size=30).map(lambda content: base64.b64encode(content).decode())
-TENSORS = {
-    "serialized_named_tensors": st.lists(odd_texts | base64s, max_size=2), "weight_version": odd_texts,
-    "load_format": st.sampled_from([None, "direct", "flattened_bucket", "x.y"]),
-}  # fmt: skip
 BODIES: dict[str, st.SearchStrategy[Any]] = {
     "/generate": near({"input_ids": [1, 2]}, GENERATE, "lora_path image_data session_params input_embeds"),
     "/v1/chat/completions": near(ONE, CHAT, "lora_path response_format functions"),
     "/v1/completions": near({"prompt": "a", "max_tokens": 3}, {**COMMON, "prompt": prompts, "logprobs": few,
                             "echo": booleans}, "lora_path best_of suffix"),
-    "/tokenize": near({"prompt": "a"}, {"prompt": odd_texts | st.lists(odd_texts), "add_special_tokens": booleans}),
-    "/detokenize": near({"tokens": [5]}, {"tokens": tokens | st.lists(tokens), "skip_special_tokens": booleans}),
     "/abort_request": near({}, {"rid": odd_texts, "abort_all": booleans}),
     "/pause_generation": near({}, {"mode": st.sampled_from(["abort", "retract", "in_place"])}),
     "/continue_generation": near({}, {"torch_empty_cache": booleans}),
@@ -131,16 +111,11 @@ BODIES: dict[str, st.SearchStrategy[Any]] = {
                                      "slots": st.lists(near(SLOT, {"offset": few, "nbytes": few, "shape": tokens}))}),
     "/update_weights_from_distributed": near(GROUP, {"names": st.lists(odd_texts), "dtypes": st.lists(odd_texts),
                                                      "shapes": st.lists(tokens)}, "load_format flush_cache"),
-    "/update_weights_from_tensor": near({"serialized_named_tensors": ["gAR9lC4="]}, TENSORS),
     "/init_weights_update_group": near({"master_address": 5}, {"rank_offset": few, "group_name": odd_texts}),
-    "/destroy_weights_update_group": near({}, {"group_name": odd_texts}),
     "/begin_weight_update": near({}, {"selector": odd_texts}),
     "/end_weight_update": near({}, {"weight_version": odd_texts}),
     "/update_weight_version": near({"new_version": "0"}, {"new_version": odd_texts, "abort_all_requests": booleans}),
-    "/weights_checker": near({"action": "checksum"}, {"names": st.lists(st.sampled_from(["model.norm.weight", "x"]))}),
-    "/get_weights_by_name": near({"name": "model.norm.weight"}, {"name": odd_texts, "truncate_size": few}),
     "/load_lora_adapter": near({"lora_name": "a", "lora_path": "nowhere"}, {"lora_path": odd_texts}),
-    "/load_lora_adapter_from_tensors": near({"lora_name": "a", "config_dict": {"r": 1}}, TENSORS),
     "/unload_lora_adapter": near({"lora_name": "a"}, {"lora_name": odd_texts}),
     "/flush_cache": anything,
     "/release_memory_occupation": near({}, {"tags": st.lists(odd_texts)}),
@@ -235,21 +210,11 @@ def test_texts_that_cannot_fit_are_refused_before_they_are_encoded(connection: h
     long = "z" * 20_000_000
     for path, body in (
         ("/generate", {"text": long}),
-        ("/tokenize", {"prompt": long}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}),
         ("/generate", {"input_ids": [5] * 1_000_000}),
     ):
         status, text = send(connection, "POST", path, json.dumps(body).encode())
         assert status == 400 and len(text) < 2000, text[:2000]
-
-
-@pytest.mark.parametrize("path", ["/update_weights_from_tensor", "/load_lora_adapter_from_tensors"])
-def test_a_pickle_is_never_executed(path: str, connection: http.client.HTTPConnection, tmp_path: Path) -> None:
-    payload = base64.b64encode(pickle.dumps([("w", Payload(tmp_path / "executed"))])).decode()
-    body = {"serialized_named_tensors": [payload], "lora_name": "x", "config_dict": {"r": 1, "lora_alpha": 1}}
-    status, text = send(connection, "POST", path, json.dumps(body).encode())
-    assert 400 <= status < 500 and "essage" in text
-    assert not (tmp_path / "executed").exists()
 
 
 def test_compressed_and_broken_connections_do_no_harm(server: LocalServer) -> None:

@@ -15,8 +15,9 @@ from support.inference import WAIT_S, fetch, wait_until
 from transformers import AutoTokenizer
 
 from arealite.api.errors import RequestError
-from arealite.inference.chat_template import ChatTemplate
-from arealite.inference.openai_requests import OpenAICall, Served, model_defaults, parse_completion
+from arealite.inference.openai.calls import OpenAICall, Served, model_defaults
+from arealite.inference.openai.chat import ChatTemplate
+from arealite.inference.openai.completions import parse_completion
 from arealite.inference.requests import ServedLimits
 
 MODEL = "smol"
@@ -169,13 +170,13 @@ def test_a_message_can_be_continued(client: openai.OpenAI) -> None:
     assert "Paris" in (choice.message.content or "")
 
 
-def test_completions_take_text_tokens_and_lists(client: openai.OpenAI) -> None:
+def test_completions_take_text_tokens_and_lists(client: openai.OpenAI, smollm2: str) -> None:
     prompts: list[Any] = ["The capital of France is", "One, two, three,"]
     options: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 5}
     many = client.completions.create(prompt=prompts, n=2, **options)
     assert [choice.index for choice in many.choices] == [0, 1, 2, 3]
     assert many.choices[0].text == many.choices[1].text != many.choices[2].text
-    ids = fetch(client.base_url.join("/tokenize").__str__(), {"prompt": prompts[0]})[1]["tokens"]
+    ids = AutoTokenizer.from_pretrained(smollm2)(prompts[0]).input_ids
     [single] = client.completions.create(prompt=ids, **options, extra_body={"return_token_ids": True}).choices
     assert single.text == many.choices[0].text and "Paris" in single.text
     extra = single.model_extra or {}
@@ -234,7 +235,7 @@ def test_closing_a_stream_ends_its_request(client: openai.OpenAI, url: str) -> N
     options = greedy(max_tokens=1800, extra_body={"ignore_eos": True})
     with client.chat.completions.create(**options, stream=True) as stream:
         next(iter(stream))
-    wait_until(lambda: not fetch(url + "/v1/loads", None)[1]["loads"][0]["num_running_reqs"])
+    wait_until(lambda: f'num_running_reqs{{model_name="{MODEL}"}} 0' in fetch(url + "/metrics", None)[1])
     made = fetch(url + "/server_info", None)[1]["internal_states"][0]["num_generated_tokens"] - before
     assert made < 1800
 

@@ -71,7 +71,7 @@ def test_it_serves_says_how_it_waits_and_answers_what_is_running_on_sigterm(fold
         with ThreadPoolExecutor() as pool:
             body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 8000, "ignore_eos": True}}
             future = pool.submit(fetch, url + "/generate", body)
-            while fetch(url + "/v1/loads", None)[1]["loads"][0]["num_running_reqs"] == 0:
+            while fetch(url + "/server_info", None)[1]["internal_states"][0]["num_generated_tokens"] <= 3:
                 assert time.monotonic() < end and not future.done()
             process.send_signal(signal.SIGTERM)
             status, answer = future.result(WAIT_S)

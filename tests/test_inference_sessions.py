@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import gc
-import pickle
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.inference import WAIT_S, LocalServer, save_tiny_llama, served
 
 from arealite.api.errors import WeightSyncError
 from arealite.inference.core import receiver
-from arealite.inference.core.engine import UpdateOptions
 from arealite.inference.core.weight_updates import Updates
+from arealite.inference.requests import UpdateOptions
 from arealite.weights.checksum import checksum
 
 
@@ -38,27 +36,32 @@ def weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
     return list(load_file(folder / "model.safetensors").items())
 
 
-def send(server: LocalServer, tensors: list[tuple[str, torch.Tensor]]) -> tuple[int, Any]:
+@pytest.fixture
+def send(server: LocalServer, tmp_path: Path) -> Callable[..., tuple[int, Any]]:
     """A call that makes nothing live inside a session."""
-    payload = base64.b64encode(pickle.dumps(tensors)).decode()
-    body = {"serialized_named_tensors": [payload], "flush_cache": False}
-    return server.post("/update_weights_from_tensor", body)
+
+    def sent(tensors: list[tuple[str, torch.Tensor]]) -> tuple[int, Any]:
+        save_file(dict(tensors), tmp_path / "model.safetensors")
+        body = {"model_path": str(tmp_path), "partial": True, "flush_cache": False}
+        return server.post("/update_weights_from_disk", body)
+
+    return sent
 
 
 def checksums(server: LocalServer) -> dict[str, int]:
-    found: dict[str, int] = server.post("/weights_checker", {"action": "checksum"})[1]["checksums"]
-    return found
+    model = server.batcher.model
+    return receiver.checksums(model, model.tensor_names)
 
 
 def version(server: LocalServer) -> str:
     return str(server.get("/model_info")[1]["weight_version"])
 
 
-def test_a_whole_session_leaves_nothing_partial(server: LocalServer, folders: list[Path]) -> None:
+def test_a_whole_session_leaves_nothing_partial(server: LocalServer, folders: list[Path], send: Any) -> None:
     server.post("/begin_weight_update", {})
-    assert send(server, weights(folders[1]))[0] == 200
+    assert send(weights(folders[1]))[0] == 200
     assert server.post("/end_weight_update", {})[0] == 200
-    assert "partially" not in send(server, [("nope", torch.ones(1))])[1]["message"]
+    assert "partially" not in send([("nope", torch.ones(1))])[1]["message"]
 
 
 def test_a_session_whose_trainer_is_gone_is_dropped(
@@ -82,17 +85,19 @@ def test_a_session_whose_trainer_is_gone_is_dropped(
             while gc.collect() < 0 or any(ref() is not None for ref in found):
                 await asyncio.sleep(0.01)
         with pytest.raises(WeightSyncError, match="nothing more came"):
-            await updates.end(UpdateOptions("3"))
+            await updates.end(UpdateOptions(weight_version="3"))
 
     monkeypatch.setattr(receiver, "stage", stage)
     asyncio.run(abandon())
     assert found and version(server) == "0" and checksums(server) == before
 
 
-def test_a_whole_update_takes_the_place_of_an_unfinished_session(server: LocalServer, folders: list[Path]) -> None:
+def test_a_whole_update_takes_the_place_of_an_unfinished_session(
+    server: LocalServer, folders: list[Path], send: Any
+) -> None:
     server.post("/begin_weight_update", {})
-    assert send(server, [("model.norm.weight", torch.zeros(64))])[0] == 200
-    assert send(server, [("nope", torch.zeros(64))])[0] == 400
+    assert send([("model.norm.weight", torch.zeros(64))])[0] == 200
+    assert send([("nope", torch.zeros(64))])[0] == 400
     assert server.post("/update_weights_from_disk", {"model_path": str(folders[1]), "weight_version": "1"})[0] == 200
     assert server.post("/end_weight_update", {})[0] == 200
     assert version(server) == "1" and checksums(server) == {name: checksum(t) for name, t in weights(folders[1])}
@@ -104,7 +109,7 @@ def test_the_end_of_no_session_claims_no_success(server: LocalServer) -> None:
 
 
 def test_a_read_that_fails_in_any_way_fails_its_session(
-    server: LocalServer, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+    server: LocalServer, folders: list[Path], send: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = weights(folders[1])
 
@@ -113,8 +118,8 @@ def test_a_read_that_fails_in_any_way_fails_its_session(
 
     server.post("/begin_weight_update", {})
     with monkeypatch.context() as patch:
-        patch.setattr("arealite.inference.pickles.named_tensors", no_memory)
-        assert send(server, tensors[:5])[0] == 400
-    assert send(server, tensors[5:])[0] == 400
+        patch.setattr("arealite.inference.http.control.iterate_tensors", no_memory)
+        assert send(tensors[:5])[0] == 400
+    assert send(tensors[5:])[0] == 400
     assert server.post("/end_weight_update", {"weight_version": "3"})[0] == 400
     assert version(server) == "0"

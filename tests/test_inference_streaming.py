@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 import pytest
 from support.inference import WAIT_S, LocalServer, fetch, output_logprobs, save_tiny_llama, served, wait_until
 
+from arealite.inference.answers import ShownAnswer
 from arealite.inference.core.sequence import Sequence
 from arealite.inference.core.served_model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
-from arealite.inference.responses import Answer
 from arealite.observe import waits
 
 
@@ -96,7 +96,7 @@ def test_a_stop_string_is_never_shown(server: LocalServer) -> None:
 def test_a_character_is_shown_when_it_is_whole(model: ServedModel) -> None:
     ids = model.tokenizer("h\u00e9\U0001f600!").input_ids
     sequence = Sequence(GenerateRequest("r", [1], SamplingParams(20)))
-    answer = Answer(model.tokenizer, sequence)
+    answer = ShownAnswer(model.tokenizer, sequence)
     texts = []
     for token in ids:
         sequence.tokens.append(token)
@@ -186,15 +186,6 @@ def test_metrics_tell_the_load_in_prometheus_form(model: ServedModel) -> None:
         assert info["resident_bytes"] > info["kv_cache_bytes"] > 0
 
 
-def test_texts_become_tokens_and_back(server: LocalServer) -> None:
-    one = server.post("/tokenize", {"prompt": "abc"})[1]
-    assert one["count"] == 3 and one["max_model_len"] == 512
-    many = server.post("/tokenize", {"prompt": ["abc", "x"]})[1]
-    assert many["tokens"][0] == one["tokens"] and many["count"] == [3, 1]
-    assert server.post("/detokenize", {"tokens": one["tokens"]})[1]["text"] == "abc"
-    assert server.post("/detokenize", {"tokens": many["tokens"]})[1]["text"] == ["abc", "x"]
-
-
 def test_a_chat_is_held_while_paused_and_aborted_by_its_id(model: ServedModel) -> None:
     model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     body = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "max_tokens": 400, "rid": "chat"}
@@ -222,7 +213,7 @@ def test_a_chat_stream_that_finds_no_place_is_refused_by_its_status(model: Serve
 def test_the_bytes_of_tokens_are_those_of_the_text(server: LocalServer) -> None:
     """Also of characters that several tokens make up."""
     text = "h\u00e9\U0001f600 "
-    tokens = server.post("/tokenize", {"prompt": text})[1]["tokens"]
+    tokens = server.batcher.model.tokenizer(text).input_ids
     bias = {"logprobs": True, "max_tokens": 1, "temperature": 0}
     named = []
     for token in tokens:
@@ -241,7 +232,7 @@ def test_a_streamed_tokens_offset_is_that_of_the_whole(server: LocalServer) -> N
 
 
 def test_an_echo_has_no_special_tokens_that_the_answer_has_not(server: LocalServer) -> None:
-    prompt = [257, *server.post("/tokenize", {"prompt": "abc"})[1]["tokens"]]
+    prompt = [257, *server.batcher.model.tokenizer("abc").input_ids]
     for skip, text in ((True, "abc"), (False, "<bos>abc")):
         body = {"prompt": prompt, "max_tokens": 0, "echo": True, "skip_special_tokens": skip}
         assert server.post("/v1/completions", body)[1]["choices"][0]["text"] == text

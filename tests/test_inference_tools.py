@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from support.inference import byte_tokenizer
 
 from arealite.api.errors import RequestError
-from arealite.inference.chat_template import ChatTemplate
-from arealite.inference.tool_calls import ToolCall, ToolUse, forced_start, held_back, read_calls
+from arealite.inference.answers import held_back
+from arealite.inference.http.bodies import checked
+from arealite.inference.openai.chat import ChatBody, ChatTemplate
+from arealite.inference.openai.tools import ToolCall, ToolUse, forced_start, read_calls
 
 AUTO = ToolUse(("add", "get_weather"), "auto")
 PARIS = ToolCall("get_weather", '{"city": "Paris"}')
@@ -109,9 +111,13 @@ def template(source: str = CHATML, parser: str = "auto") -> tuple[ChatTemplate, 
     return ChatTemplate(tokenizer, encode, parser), texts
 
 
+def chat(**fields: Any) -> ChatBody:
+    return checked(ChatBody, {"messages": [{"role": "user", "content": "u"}], **fields})
+
+
 def prompt_of(body: dict[str, Any], source: str = CHATML, parser: str = "auto") -> str:
     made, texts = template(source, parser)
-    made.encode({"messages": [{"role": "user", "content": "u"}], **body})
+    made.encode(chat(**body))
     return texts[0]
 
 
@@ -186,7 +192,7 @@ def test_wrong_chats_are_refused_by_name(body: dict[str, Any], named: str) -> No
         return [1]
 
     with pytest.raises(RequestError) as caught:
-        ChatTemplate(tokenizer, encode, "auto").encode({"messages": [{"role": "user", "content": "u"}], **body})
+        ChatTemplate(tokenizer, encode, "auto").encode(chat(**body))
     assert named in str(caught.value)
 
 
@@ -194,7 +200,7 @@ def test_a_template_that_fails_or_is_missing_is_the_clients_error() -> None:
     with pytest.raises(RequestError, match="roles must alternate"):
         prompt_of({}, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RequestError, match="no chat template"):
-        ChatTemplate(None, None, "auto").encode({"messages": [{"role": "user", "content": "u"}]})
+        ChatTemplate(None, None, "auto").encode(chat())
 
 
 def test_the_real_models_template_works(smollm2: Path) -> None:
@@ -202,6 +208,6 @@ def test_the_real_models_template_works(smollm2: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     made = ChatTemplate(tokenizer, lambda text, special: tokenizer(text, add_special_tokens=special).input_ids, "auto")
-    ids, use = made.encode({"messages": [{"role": "user", "content": "hi"}], "tools": [ADD]})
+    ids, use = made.encode(chat(messages=[{"role": "user", "content": "hi"}], tools=[ADD]))
     assert use == ToolUse(("add",), "auto")
     assert tokenizer.decode(ids).endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")

@@ -1,4 +1,4 @@
-"""Weights by process group and in bodies: what the server takes whole, and what it refuses with nothing changed."""
+"""Weights by process group: what the server takes whole, and what it refuses with nothing changed."""
 
 from __future__ import annotations
 

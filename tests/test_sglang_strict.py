@@ -1,6 +1,5 @@
-"""RemoteSGLangEngine against a server that refuses what SGLang 0.5.23 refuses: the built-in one with --strict-sglang.
-
-SGLang itself needs CUDA; what it answers is described in arealite/inference/strict.py.
+"""RemoteSGLangEngine against a server that refuses what SGLang 0.5.23 refuses: see support/strict_sglang.py. SGLang
+itself needs CUDA.
 """
 
 import numpy as np
@@ -42,7 +41,7 @@ class OldSGLang(SGLangBackend):
 
 @pytest.mark.parametrize(
     ("pause_mode", "kind"),
-    [("retract", "distributed"), ("abort", "tensor"), ("retract", "disk"), ("in_place", "tensor")],
+    [("retract", "distributed"), ("abort", "disk"), ("in_place", "distributed")],
 )
 def test_updates_reach_requests_in_flight(address, models, tmp_path, pause_mode, kind):
     config = quick_config(pause_mode=pause_mode, max_head_offpolicyness=8, consumer_batch_size=8)
@@ -86,7 +85,7 @@ def test_what_the_server_says_of_itself_is_understood(address):
 
 def test_the_server_is_as_strict_as_sglang(address, models, tmp_path):
     """The same calls without what a new SGLang wants fail: the tests above would notice. Leaves the server paused."""
-    link = WeightLink("tensor", tmp_path)
+    link = WeightLink("distributed", tmp_path)
     engine = RemoteInferenceEngine(quick_config(pause_mode="abort"), OldSGLang())
     engine.initialize(addresses=[address])
     try:

@@ -14,7 +14,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     FiniteFloat,
     NonNegativeInt,
@@ -33,15 +32,14 @@ Temperature = Annotated[
 # JSON has lists only, and one stop string may come without one.
 StopStrings = Annotated[
     tuple[str, ...],
-    Field(strict=False),
-    FailFast(),
+    Field(strict=False, fail_fast=True),
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
     AfterValidator(lambda value: tuple(filter(None, value))),
 ]
 # On the wire an object whose keys are token ids.
 LogitBias = Annotated[
     tuple[tuple[Annotated[NonNegativeInt, Field(strict=False)], FiniteFloat], ...],
-    FailFast(),
+    Field(fail_fast=True),
     BeforeValidator(lambda value: tuple(value.items()) if isinstance(value, dict) else value),
 ]
 
@@ -70,7 +68,7 @@ class SamplingParams:
     top_k: Annotated[int, Field(ge=-1), AfterValidator(lambda value: max(0, value))] = 0
     min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
     stop: StopStrings = ()
-    stop_token_ids: Annotated[frozenset[NonNegativeInt], Field(strict=False), FailFast()] = frozenset()
+    stop_token_ids: Annotated[frozenset[NonNegativeInt], Field(strict=False, fail_fast=True)] = frozenset()
     ignore_eos: bool = False
     sampling_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     skip_special_tokens: bool = True
@@ -115,7 +113,7 @@ class UpdateOptions(Body):
     weight_version: str | None = None  # None: it stays
     flush_cache: bool = True
     abort_all_requests: bool = False
-    checksum_names: list[str] = []  # live tensors whose checksums are asked for
+    checksum_names: list[str] = Field(default_factory=list)  # live tensors whose checksums are asked for
 
 
 @dataclass(frozen=True)

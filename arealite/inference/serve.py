@@ -19,8 +19,8 @@ from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.engine import MAX_QUEUED, Engine
 from arealite.inference.core.served_model import ServedModel
 from arealite.inference.http.routes import build_app
-from arealite.inference.settings import ServerSettings
 from arealite.inference.openai.tools import PARSERS
+from arealite.inference.settings import ServerSettings
 from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
 

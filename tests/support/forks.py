@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+STRICT_SGLANG = "--strict-sglang"  # a flag of these servers only: see strict_sglang.py
 LIMIT_S = 600.0  # for all that one call does, on a busy machine
 
 
@@ -76,7 +77,12 @@ class _Told:
 
 
 def _serve(send: Connection, words: list[str]) -> None:
-    from arealite.inference.serve import main
+    from arealite.inference import serve
 
+    if STRICT_SGLANG in words:
+        from support import strict_sglang
+
+        words.remove(STRICT_SGLANG)
+        serve.build_app = strict_sglang.build_app
     sys.stdout = _Told(send)  # type: ignore[assignment]
-    os._exit(main(words))
+    os._exit(serve.main(words))

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.engine import Engine
 from arealite.inference.core.served_model import ServedModel
-from arealite.inference.routes import build_app
+from arealite.inference.http.routes import build_app
 from arealite.inference.settings import ServerSettings
 
 VOCAB = 260  # 256 bytes, then pad, bos, eos and one unused

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from arealite.inference.answers import find_stop_string
 from arealite.inference.core.cache import PAGE_TOKENS
 from arealite.inference.core.graphs import Started, decode_graphs
 from arealite.inference.core.layout import to_device
@@ -22,7 +23,6 @@ from arealite.inference.core.sampler import Sampled, sample, uniform_numbers
 from arealite.inference.core.scheduler import REPLAY_TOKENS, Scheduler
 from arealite.inference.core.sequence import Sequence, Span
 from arealite.inference.core.served_model import ServedModel
-from arealite.inference.responses import find_stop_string
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The engine thread: it alone touches the model, the KV cache and the queue; everyone else sends it requests and calls.
 
-Made by serve.py, fed by routes.py. Between two steps it takes what came in; paused or idle it sleeps on its inbox.
+Made by serve.py, fed by http/. Between two steps it takes what came in; paused or idle it sleeps on its inbox.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -24,7 +23,7 @@ from arealite.inference.core import receiver
 from arealite.inference.core.adapters import Adapter
 from arealite.inference.core.batcher import Batcher, abort_reason
 from arealite.inference.core.sequence import Sequence
-from arealite.inference.requests import GenerateRequest
+from arealite.inference.requests import GenerateRequest, UpdateOptions
 from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
 
@@ -49,16 +48,6 @@ class EngineFailure(Exception):
 
 class QueueFull(EngineFailure):
     """More requests than are let wait; later, or another server, may take them."""
-
-
-@dataclass(frozen=True)
-class UpdateOptions:
-    """How a weight update is taken; the names are the wire's."""
-
-    weight_version: str | None = None  # None: it stays
-    flush_cache: bool = True
-    abort_all_requests: bool = False
-    checksum_names: list[str] = field(default_factory=list)
 
 
 class Engine:

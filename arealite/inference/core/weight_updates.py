@@ -14,8 +14,9 @@ import torch
 
 from arealite.api.errors import ArealiteError, WeightSyncError
 from arealite.inference.core import receiver
-from arealite.inference.core.engine import CALL_LIMIT_S, Engine, UpdateOptions
+from arealite.inference.core.engine import CALL_LIMIT_S, Engine
 from arealite.inference.core.receiver import NamedTensors
+from arealite.inference.requests import UpdateOptions
 from arealite.observe import waits
 from arealite.weights.checksum import checksum
 
@@ -55,10 +56,6 @@ class Updates:
         self._session: _Session | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._num_loose = 0  # tensors made live outside of sessions since the last flush or version
-
-    @property
-    def in_session(self) -> bool:
-        return self._session is not None
 
     async def begin(self) -> None:
         """Open a session. What an unfinished one has staged is dropped: its trainer is gone, or starts again."""

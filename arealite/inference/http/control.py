@@ -1,6 +1,5 @@
-"""Routes that change what is served: weights, versions, caches, adapters (SGLang's control endpoints). Added by routes.py.
-
-Every change is made by the engine thread between two steps.
+"""Routes that change what is served: weights, versions, caches, adapters (SGLang's control endpoints), each change made
+by the engine thread between two steps. Added by routes.py.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from pydantic import Field, NonNegativeInt
 from arealite.api.errors import RequestError
 from arealite.api.types import GroupPlace, TensorSlot, WeightUpdateMeta
 from arealite.inference.core import receiver
-from arealite.inference.core.adapters import Adapter, parse_adapter, read_folder
+from arealite.inference.core.adapters import Adapter, read_adapter
 from arealite.inference.core.engine import Engine
-from arealite.inference.core.groups import Groups, Incoming, layout
-from arealite.inference.core.weight_updates import NamedTensors, Updates
+from arealite.inference.core.receiver import Groups, NamedTensors, layout
+from arealite.inference.core.weight_updates import Updates
 from arealite.inference.http.bodies import read_body
 from arealite.inference.requests import Body, UpdateOptions
 from arealite.observe import waits
@@ -88,7 +87,7 @@ class GroupBody(Body):
 
 
 class MemoryBody(Body):
-    tags: list[str] = ["kv_cache"]
+    tags: list[str] = Field(default=["kv_cache"])
 
 
 class UnloadBody(Body):
@@ -150,8 +149,8 @@ class ControlRoutes:
 
     async def update_from_group(self, body: BroadcastBody) -> dict[str, Any]:
         slots = layout(body.names, body.dtypes, body.shapes, self._max_bytes)
-        incoming = Incoming(body.group_name, slots, is_flat=body.load_format == "flattened_bucket")
-        return await self._take(lambda: self._groups.receive(incoming), body)
+        is_flat = body.load_format == "flattened_bucket"
+        return await self._take(lambda: self._groups.receive(body.group_name, slots, is_flat), body)
 
     async def _take(self, read: Callable[[], NamedTensors], body: UpdateOptions, **how: bool) -> dict[str, Any]:
         return {"success": True, "message": "", "checksums": await self._updates.take(read, body, **how)}
@@ -188,8 +187,7 @@ class ControlRoutes:
         adapters, name = self._model.adapters, body.lora_name
 
         def prepare() -> tuple[Adapter, dict[str, int]]:
-            settings, tensors = read_folder(body.lora_path)
-            adapter = parse_adapter(adapters.module, settings, tensors, body.lora_path)
+            adapter = read_adapter(adapters.module, body.lora_path)
             return adapter, adapter.checksums() if body.load_inplace else {}
 
         adapter, checksums = await waits.in_thread(prepare, f"adapter {name}", "client", LOAD_LIMIT_S)
@@ -207,16 +205,8 @@ class ControlRoutes:
         if adapters.names.pop(name, None) is None and adapters.lacks(name):
             raise RequestError(f"lora_name: no adapter named {name!r} is loaded")
 
-        def remove() -> bool:
-            batcher = self._engine.batcher
-            if any(sequence.request.lora == name for sequence in batcher.in_flight()):
-                return False
-            adapters.remove(name)
-            batcher.scheduler.prefix.clear()  # the name may come back with other weights
-            return True
-
         deadline = time.monotonic() + UNLOAD_LIMIT_S
-        while not await self._engine.ask("unload adapter", remove):
+        while not await self._engine.ask("unload adapter", lambda: self._engine.remove_adapter(name)):
             if time.monotonic() > deadline:
                 raise RequestError(f"requests still use {name!r} after {UNLOAD_LIMIT_S:g} s")
             await asyncio.sleep(POLL_S)

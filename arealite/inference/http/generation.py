@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Annotated, Any
 
-from pydantic import FailFast, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from arealite.api.errors import RequestError
 from arealite.inference.answers import ShownAnswer
@@ -40,7 +40,7 @@ _PER_PROMPT = (
     "lora_path", "return_text_in_logprobs", "num_prompt_tokens",
 )  # fmt: skip
 
-TokenIds = Annotated[list[NonNegativeInt], FailFast()]
+TokenIds = Annotated[list[NonNegativeInt], Field(fail_fast=True)]
 
 
 class GenerateBody(Body):
@@ -50,11 +50,11 @@ class GenerateBody(Body):
     text: str | None = None
     input_ids: TokenIds | None = None
     rid: Annotated[str, Field(min_length=1)] | None = None
-    sampling_params: dict[str, Any] = {}
+    sampling_params: dict[str, Any] = Field(default_factory=dict)
     return_logprob: bool = False
     logprob_start_len: Annotated[int, Field(ge=-1)] = -1
     top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    token_ids_logprob: TokenIds = []
+    token_ids_logprob: TokenIds = Field(default_factory=list)
     return_text_in_logprobs: bool = False
     lora_path: str | None = None
     num_prompt_tokens: PositiveInt | None = None
@@ -99,7 +99,7 @@ def _rows(body: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str], bool]:
     """A body per prompt, the keys of which each has its own, and whether it is a batch."""
     prompt_keys = [key for key in ("text", "input_ids") if body.get(key) is not None]
     if len(prompt_keys) != 1:
-        raise RequestError(f"exactly one of text and input_ids is needed, found {' and '.join(prompt_keys) or 'none'}")
+        raise RequestError(f"exactly one of text and input_ids is needed, found {' and '.join(prompt_keys) or 'neither'}")
     [name] = prompt_keys
     prompts = body[name]
     if not isinstance(prompts, list) or (name == "input_ids" and not (prompts and isinstance(prompts[0], list))):

@@ -12,9 +12,9 @@ from typing import Any
 
 from aiohttp import web
 
+from arealite.inference.core.engine import Engine
 from arealite.inference.http.bodies import shown
 from arealite.inference.http.streaming import Submissions
-from arealite.inference.core.engine import Engine
 from arealite.inference.requests import ServedLimits
 from arealite.inference.settings import SERVER_VERSION, ServerSettings
 

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from arealite.api.errors import PromptError, RequestError
 from arealite.dataset.prompts import chat_messages, check_variables, render
@@ -55,9 +55,9 @@ class ChatBody(OpenAIBody):
 
     messages: Any = None
     input_ids: TokenIds | None = None
-    tools: list[Any] = []
+    tools: list[Any] = Field(default_factory=list)
     tool_choice: Any = None
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     continue_final_message: bool = False
     add_generation_prompt: bool = True
     logprobs: bool = False
