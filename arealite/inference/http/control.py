@@ -31,6 +31,7 @@ UNLOAD_LIMIT_S = 600.0  # for the requests that use an adapter to end
 POLL_S = 0.05
 
 B = TypeVar("B", bound=Body)
+Size = Annotated[int, Field(ge=0, le=1 << 40)]  # what torch can take, whatever the others are
 Port = Annotated[int, Field(strict=False, ge=0, le=65535)]  # which clients also send as a string
 
 
@@ -63,7 +64,7 @@ class BroadcastBody(UpdateOptions):
 
     names: list[str]
     dtypes: list[str]
-    shapes: list[list[NonNegativeInt]]
+    shapes: list[list[Size]]
     group_name: str = DEFAULT_GROUP
     load_format: Literal["direct", "flattened_bucket"] = "direct"
 
