@@ -44,9 +44,7 @@ KNOWN_NAMES = {
     "meta_info",  # field of SGLang's wire format
     "return_meta_info",
     "model_info",  # route of SGLang's wire format
-    "get_model_info",
     "server_info",
-    "get_server_info",
     "n_samples",  # configuration names of the field
     "ppo_n_minibatches",
 }

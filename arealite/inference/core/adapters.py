@@ -1,6 +1,6 @@
 """LoRA adapters in PEFT's format beside the served weights: loaded by name, chosen by each request, mixed in a batch.
 
-Loaded by adapter_routes.py; served_model.py tells each pass which rows want which. With none, nothing is different.
+Loaded by http/control.py; served_model.py tells each pass which rows want which. With none, nothing is different.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One request while it is served: its tokens so far, where its keys and values lie, and how it ended.
 
-Made by routes.py's submission, owned by the engine thread until `future` is resolved, read by responses.py after that.
+Made by Engine.submit_all, owned by the engine thread until `future` is resolved, read by answers.py after that.
 """
 
 from __future__ import annotations

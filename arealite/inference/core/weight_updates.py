@@ -1,6 +1,6 @@
 """Weight updates as they come in: read beside the live weights in a thread, swapped in by the engine between two steps.
 
-Called by control.py. Reading may take as long as a broadcast does; generation goes on meanwhile.
+Called by http/control.py. Reading may take as long as a broadcast does; generation goes on meanwhile.
 """
 
 from __future__ import annotations
