@@ -99,7 +99,8 @@ def _rows(body: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str], bool]:
     """A body per prompt, the keys of which each has its own, and whether it is a batch."""
     prompt_keys = [key for key in ("text", "input_ids") if body.get(key) is not None]
     if len(prompt_keys) != 1:
-        raise RequestError(f"exactly one of text and input_ids is needed, found {' and '.join(prompt_keys) or 'neither'}")
+        present = " and ".join(prompt_keys) or "neither"
+        raise RequestError(f"exactly one of text and input_ids is needed, found {present}")
     [name] = prompt_keys
     prompts = body[name]
     if not isinstance(prompts, list) or (name == "input_ids" and not (prompts and isinstance(prompts[0], list))):
