@@ -14,7 +14,7 @@ from arealite.api.cli_args import DatasetConfig, GRPOConfig, OptimizerConfig, PP
 from arealite.api.errors import ConfigError, DatasetError, RecoveryError
 from arealite.api.types import Task
 from arealite.dataset.loader import StatefulDataLoader, load_tasks
-from arealite.dataset.reasoning_gym_source import reasoning_gym_reward
+from arealite.dataset.sources import reasoning_gym_reward
 
 
 def config_of(seed=1, batch_size=4, shuffle=True) -> GRPOConfig:

@@ -22,10 +22,9 @@ from arealite.dataset.rows import (
     is_empty,
     kept_rows,
     refuse_template,
-    said_messages,
     template_variables,
     text_of,
-    unpacked,
+    turns,
     with_system_message,
 )
 from arealite.dataset.sources import Row
@@ -144,10 +143,10 @@ def _side(row: Row, column: str, config: DatasetConfig) -> list[Message] | None:
 def _dialogue(row: Row, column: str, value: Any, config: DatasetConfig) -> list[Message] | None:
     """A whole dialogue, with the configured system message and the assistant's turn at its end: what a cell holds, and
     if that is only what the assistant says, the row's question before it. None if that is empty."""
-    turns = _turns(row, column, value, "assistant", config)
-    if not turns or turns[-1]["role"] != "assistant":
+    said, _ = turns(row, column, value, "assistant", config)
+    if not said or said[-1]["role"] != "assistant":
         raise DatasetError(f"{row.where}: {column} does not end with an assistant's turn, so there is nothing to learn")
-    if column == "messages" or any(turn["role"] != "assistant" for turn in turns):
+    if column == "messages" or any(turn["role"] != "assistant" for turn in said):
         refuse_template(row, column, config)
     else:
         asking, question = find_column(row, PROMPT_COLUMNS, "a question", is_needed=isinstance(value, str))
@@ -155,21 +154,10 @@ def _dialogue(row: Row, column: str, value: Any, config: DatasetConfig) -> list[
             return None
         if asking == "instruction" and not is_empty(row.values.get("input")):  # what the instruction is about
             question = f"{question}\n\n{text_of(row, 'input', row.values['input'])}"
-        turns = turns if question is None else _turns(row, asking, question, "user", config) + turns
-    if config.system_prompt is None or turns[0]["role"] == "system":
-        return turns
-    return [{"role": "system", "content": config.system_prompt}, *turns]
-
-
-def _turns(row: Row, column: str, value: Any, role: str, config: DatasetConfig) -> list[Message]:
-    """The messages of a cell: a list of them, its JSON, or what `role` says."""
-    value = unpacked(row, column, value)
-    if isinstance(value, list) or column == "messages":
-        if role == "user":
-            refuse_template(row, column, config)
-        return said_messages(row, column, value)
-    text = text_of(row, column, value)
-    return [{"role": role, "content": config.prompt_template.replace("{prompt}", text) if role == "user" else text}]
+        said = said if question is None else turns(row, asking, question, "user", config)[0] + said
+    if config.system_prompt is None or said[0]["role"] == "system":
+        return said
+    return [{"role": "system", "content": config.system_prompt}, *said]
 
 
 def _ended(row: Row, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -95,11 +95,18 @@ def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = Fa
     if column == "text":
         refuse_template(row, column, config)
         prompt = text_of(row, column, value)
-    elif isinstance(value := unpacked(row, column, value), list) or column == "messages":
-        messages = _prompt_messages(row, column, value, config, chat)
     else:
-        text = config.prompt_template.replace("{prompt}", text_of(row, column, value))
-        messages, prompt = ([{"role": "user", "content": text}], None) if chat else (None, text)
+        messages, is_text = turns(row, column, value, "user", config)
+        if not messages or messages[-1]["role"] == "assistant":
+            raise DatasetError(
+                f"{row.where}: {column} is empty or ends with an assistant's turn: nothing is left to answer"
+            )
+        if not chat and not is_text:
+            raise DatasetError(
+                f"{row.where}: {column} needs a chat template, which the tokenizer lacks: use a column `text`"
+            )
+        if not chat:
+            messages, prompt = None, messages[0]["content"]
     if config.system_prompt is not None:
         messages = with_system_message(row, messages, config.system_prompt)
     options = {} if messages is None else template_variables(row, config)
@@ -164,6 +171,21 @@ def said_messages(row: Row, column: str, value: Any) -> list[Message]:
     return [m for m in messages if m["role"] != "system" or m["content"].strip()]
 
 
+def turns(row: Row, column: str, value: Any, role: str, config: DatasetConfig) -> tuple[list[Message], bool]:
+    """The messages of a cell: a list of them, its JSON, or a text that `role` says; and whether it was a text. What the
+    user says is put into the prompt template, which nothing else takes."""
+    value = unpacked(row, column, value)
+    if isinstance(value, list) or column == "messages":
+        messages = said_messages(row, column, value)
+        if role == "user":
+            refuse_template(row, column, config)
+        return messages, False
+    text = text_of(row, column, value)
+    return [
+        {"role": role, "content": config.prompt_template.replace("{prompt}", text) if role == "user" else text}
+    ], True
+
+
 def template_variables(row: Row, config: DatasetConfig) -> dict[str, Any]:
     """What the chat template is given beside the messages: `chat_template_kwargs`, and the row's tools."""
     tools = row.values.get("tools")
@@ -186,22 +208,6 @@ def filled(value: Any, drops: bool = False) -> Any:
     if isinstance(value, date | time | Decimal) or (isinstance(value, float) and math.isinf(value)):
         return str(value)
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _prompt_messages(row: Row, column: str, value: Any, config: DatasetConfig, chat: bool) -> list[Message]:
-    """The messages of a chat prompt, checked."""
-    messages = said_messages(row, column, value)
-    reasons = {
-        f"{column} is empty or ends with an assistant's turn: nothing is left to answer": (
-            not messages or messages[-1]["role"] == "assistant"
-        ),
-        f"{column} needs a chat template, which the tokenizer lacks: use a column `text`": not chat,
-    }
-    for reason, is_there in reasons.items():
-        if is_there:
-            raise DatasetError(f"{row.where}: {reason}")
-    refuse_template(row, column, config)
-    return messages
 
 
 def refuse_template(row: Row, column: str, config: DatasetConfig) -> None:

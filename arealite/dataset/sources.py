@@ -1,13 +1,16 @@
-"""Reads rows, as they stand, from local JSONL / Parquet files or saved data sets, the hub, or reasoning_gym.
+"""Reads rows, as they stand, from local JSONL / Parquet files or saved data sets, the hub, or reasoning_gym, whose own
+verifier gives the reward of its tasks.
 
-Called by dataset/loader.py. Every row comes with the words that an error message needs to find it again.
+Called by dataset/rows.py. Every row comes with the words that an error message needs to find it again.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,6 @@ from arealite.api.cli_args import DatasetConfig
 from arealite.api.config_rules import REASONING_GYM
 from arealite.api.errors import DatasetError
 from arealite.api.paths import is_local
-from arealite.dataset.reasoning_gym_source import generated_rows
 from arealite.models.hub import find_on_hub
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -81,13 +83,14 @@ def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield where, json.loads(line.decode("utf-8-sig"))
             except json.JSONDecodeError as error:
-                raise DatasetError(f"{where}: not JSON ({error.msg}, column {error.colno}): mend the line") from None
+                fault = f"not JSON ({error.msg}, column {error.colno}): mend the line"
             except UnicodeDecodeError as error:
-                raise DatasetError(
-                    f"{where}: not UTF-8 ({error.reason}, byte {error.start}): convert the file"
-                ) from None
+                fault = f"not UTF-8 ({error.reason}, byte {error.start}): convert the file"
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-                raise DatasetError(f"{where}: cannot be read ({str(error)[:80]}): mend the line") from None
+                fault = f"cannot be read ({str(error)[:80]}): mend the line"
+            else:
+                continue
+            raise DatasetError(f"{where}: {fault}")
 
 
 def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -96,11 +99,8 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            number = 0
-            for batch in table.iter_batches():
-                for values in batch.to_pylist():
-                    yield f"{file} row {number}", values
-                    number += 1
+            rows = (values for batch in table.iter_batches() for values in batch.to_pylist())
+            yield from ((f"{file} row {number}", values) for number, values in enumerate(rows))
     except (pyarrow.ArrowException, OSError) as error:  # damaged pages come as OSError
         raise DatasetError(f"{file} is not a readable Parquet file: {error}") from None
 
@@ -116,8 +116,7 @@ def saved_rows(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
         if split not in rows:
             raise DatasetError(f"{folder} has no split {split!r}: set split to one of {', '.join(rows)}")
         rows = rows[split]
-    for number, values in enumerate(rows):
-        yield f"{folder} row {number}", values
+    yield from ((f"{folder} row {number}", values) for number, values in enumerate(rows))
 
 
 def hub_rows(config: DatasetConfig) -> Iterator[tuple[str, Any]]:
@@ -132,5 +131,58 @@ def hub_rows(config: DatasetConfig) -> Iterator[tuple[str, Any]]:
             f"data set {named} is neither a local file or folder nor found on the hub: {str(error).strip()[:500]}."
             " Check path, subset and split, and the network"
         ) from None
-    for number, values in enumerate(rows):
-        yield f"{named} row {number}", values
+    yield from ((f"{named} row {number}", values) for number, values in enumerate(rows))
+
+
+def generated_rows(config: DatasetConfig, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`num_rows` generated tasks. `params` are the task's own parameters; its seed follows from `seed` and the split,
+    so that train and test draw different problems. Raises DatasetError: unknown task, parameters it does not take."""
+    size = config.num_rows
+    if size is None:
+        raise DatasetError(f"{config.path} makes as many tasks as asked for: set num_rows")
+    # Task i is drawn from seed + i, so neighbouring seeds would share all tasks but one: spread them out.
+    spread = zlib.crc32(f"{seed}/{config.split}".encode())
+    recipe = {"name": config.path.removeprefix(REASONING_GYM), "size": size, "seed": spread} | config.params
+    tasks = generator(json.dumps(recipe, sort_keys=True))
+    for index in range(size):
+        entry = tasks[index]
+        answer = entry.get("answer")
+        values = {"question": entry["question"], "answer": "" if answer is None else str(answer)}
+        yield f"{config.path} task {index}", values | {"reasoning_gym": recipe | {"index": index}}
+
+
+@lru_cache(maxsize=8)
+def generator(recipe: str) -> Any:
+    """The task generator of a JSON recipe {name, size, seed, parameters}; one per process and recipe."""
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise DatasetError(f"{REASONING_GYM} tasks need the package: pip install 'arealite[quickstart]'") from None
+    parameters = json.loads(recipe)
+    name = parameters.pop("name")
+    try:
+        return reasoning_gym.create_dataset(name, **parameters)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise DatasetError(f"reasoning_gym cannot make task {name!r} with {parameters}: {error}") from None
+
+
+def reasoning_gym_reward(
+    prompt: str,
+    completion: str,
+    prompt_ids: list[int],
+    completion_ids: list[int],
+    *,
+    reasoning_gym: dict[str, Any],
+    answer: str = "",
+) -> float:
+    """The verifier's score, 0 .. 1, of the text in <answer> tags, or of the whole completion without tags.
+
+    `reasoning_gym` is the task's extra of that name: it regenerates the very entry, since entries hold values that
+    do not survive JSON.
+    """
+    from reasoning_gym.utils import extract_answer
+
+    recipe = {key: value for key, value in reasoning_gym.items() if key != "index"}
+    tasks = generator(json.dumps(recipe, sort_keys=True))
+    given = extract_answer(completion)
+    return float(tasks.score_answer(completion.strip() if given is None else given, tasks[reasoning_gym["index"]]))
