@@ -15,6 +15,7 @@ from arealite.api.cli_args import GRPOConfig, LoRAConfig, RunConfig
 from arealite.api.types import Dims
 from arealite.dataset.rows import task_of
 from arealite.dataset.sources import read_rows
+from arealite.models.folder import read_config
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 PROGRAM_BYTES = 350 << 20  # Python with torch and transformers loaded
@@ -48,10 +49,9 @@ class ModelShape:
     @classmethod
     def read(cls, folder: str | Path) -> ModelShape | None:
         """The shape of a Hugging Face folder with safetensors; None when it is no such folder, or no plain decoder."""
+        config = read_config(Path(folder))
+        config |= config.get("text_config", {})
         try:
-            config = json.loads((Path(folder) / "config.json").read_text())
-            config |= config.get("text_config", {})
-            hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
             tensors: dict[str, int] = {}
             for path in Path(folder).glob("*.safetensors"):
                 with open(path, "rb") as file:
@@ -60,6 +60,7 @@ class ModelShape:
                 tensors |= {name: math.prod(tensor["shape"]) for name, tensor in header.items()}
             if not tensors:
                 return None
+            hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
             head_size = config.get("head_dim") or hidden // num_heads
             return cls(
                 num_parameters=sum(tensors.values()),
@@ -87,13 +88,9 @@ class ModelShape:
 
     def num_in_adapters(self, lora: LoRAConfig) -> int:
         """Parameters of all adapters."""
-        outer = {
-            "q_proj": self.query_width,
-            "o_proj": self.query_width,
-            "k_proj": self.kv_width,
-            "v_proj": self.kv_width,
-        }
-        outer |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self.intermediate)
+        query, kv, inner = self.query_width, self.kv_width, self.intermediate
+        outer = {"q_proj": query, "o_proj": query, "k_proj": kv, "v_proj": kv}
+        outer |= {"gate_proj": inner, "up_proj": inner, "down_proj": inner}
         widths = sum(self.hidden + outer[name] for name in lora.target_modules if name in outer)
         return lora.rank * self.num_layers * widths
 

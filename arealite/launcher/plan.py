@@ -97,7 +97,7 @@ def make_plan(config: RunConfig, machine: Machine, model: str, trainer_command: 
     interpreter. Raises ConfigError for what this version or this machine cannot run.
     """
     mode = AllocationMode.parse(config.allocation_mode)
-    actor, rollout = mode.train, mode.inference
+    actor, rollout, watchdog = mode.train, mode.inference, config.watchdog
     if actor is None:
         raise ConfigError(f"allocation_mode {mode} has no trainer: add one, such as fsdp:d1")
     _check_roles(config, mode, actor)
@@ -109,9 +109,11 @@ def make_plan(config: RunConfig, machine: Machine, model: str, trainer_command: 
     devices = _share_devices(mode, num_servers, machine)
     # As torchrun does it: all ranks see all trainer devices, LOCAL_RANK picks one.
     of_trainers = tuple(d for own_devices in devices[num_servers:] for d in own_devices)
+    common = {"AREALITE_HEARTBEAT_S": str(watchdog.heartbeat_s), "AREALITE_STALL_S": str(watchdog.stall_s)}
+    common |= COMMON_ENV | ({"AREALITE_COLOCATED": "1"} if mode.colocated else {})
     processes = []
     for i, (own_cores, own_devices) in enumerate(zip(cores, devices, strict=True)):
-        env = _common_env(config, mode) | {"OMP_NUM_THREADS": str(len(own_cores))}
+        env = common | {"OMP_NUM_THREADS": str(len(own_cores))}
         rank = i - num_servers
         if rank < 0:
             assert isinstance(config, GRPOConfig) and rollout is not None
@@ -240,22 +242,13 @@ def _share_devices(mode: AllocationMode, num_servers: int, machine: Machine) -> 
     assert actor is not None, "refused before"
     if not machine.gpus:
         return [()] * (num_servers + actor.world_size)
-    gpus: dict[str, tuple[str, ...]] = {}
-    offset = 0
+    gpus = iter(machine.gpus)
+    of_label: dict[str, tuple[str, ...]] = {}
     for group in mode.groups:
-        size = group[0].world_size
-        gpus |= {component.label: machine.gpus[offset : offset + size] for component in group}
-        offset += size
-    of_trainers: list[tuple[str, ...]] = [(gpu,) for gpu in gpus[actor.label]]
+        shared = tuple(itertools.islice(gpus, group[0].world_size))
+        of_label |= {component.label: shared for component in group}
+    of_trainers: list[tuple[str, ...]] = [(gpu,) for gpu in of_label[actor.label]]
     if rollout is None:
         return of_trainers
     width = rollout.world_size // num_servers
-    return [gpus[rollout.label][at : at + width] for at in range(0, rollout.world_size, width)] + of_trainers
-
-
-def _common_env(config: RunConfig, mode: AllocationMode) -> dict[str, str]:
-    env = COMMON_ENV | {
-        "AREALITE_HEARTBEAT_S": str(config.watchdog.heartbeat_s),
-        "AREALITE_STALL_S": str(config.watchdog.stall_s),
-    }
-    return env | ({"AREALITE_COLOCATED": "1"} if mode.colocated else {})
+    return [of_label[rollout.label][at : at + width] for at in range(0, rollout.world_size, width)] + of_trainers

@@ -87,7 +87,8 @@ class Replica:
     def may_start_again(self) -> bool:
         """A signal, a server that had been well, or a port that was free when we looked: bad luck."""
         code = self.child.exit_code or 0
-        return code < 0 or self.was_ready or bool(ADDRESS_IN_USE.search(self.child.output()))
+        is_luck = code < 0 or self.was_ready or bool(ADDRESS_IN_USE.search(self.child.output()))
+        return is_luck and self.plan.restart == "alone"
 
 
 class Keeper:
