@@ -1,6 +1,5 @@
 """The command line: fast, helpful, and errors as one block; `check` tells the whole plan and starts nothing."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,20 +13,12 @@ from arealite.cli import main, parse
 
 @pytest.fixture
 def config_file(tmp_path, tiny_llama):
-    (tmp_path / "train.jsonl").write_text(
-        "".join(json.dumps({"question": str(i), "answer": "1"}) + "\n" for i in range(10))
-    )
+    (tmp_path / "train.jsonl").write_text('{"question": "1", "answer": "1"}\n' * 10)
     path = tmp_path / "run.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "actor": {"path": tiny_llama},
-                "cluster": {"fileroot": str(tmp_path / "runs"), "num_gpus_per_node": 0},
-                "train_dataset": {"path": str(tmp_path / "train.jsonl"), "batch_size": 4},
-                "total_train_epochs": 2,
-            }
-        )
-    )
+    dataset = {"path": str(tmp_path / "train.jsonl"), "batch_size": 4}
+    config = {"actor": {"path": tiny_llama}, "train_dataset": dataset, "total_train_epochs": 2}
+    config["cluster"] = {"fileroot": str(tmp_path / "runs"), "num_gpus_per_node": 0}
+    path.write_text(yaml.safe_dump(config))
     return path
 
 
@@ -60,10 +51,10 @@ def test_version(capsys, repository):
 @pytest.mark.parametrize(
     "words",
     [
-        [],
-        ["--explain"],
-        ["cluster.num_gpus_per_node=8", "allocation_mode=native:d4+fsdp:d4"],
-        ["cluster.num_cores_per_node=128"],
+        "",
+        "--explain",
+        "cluster.num_gpus_per_node=8 allocation_mode=native:d4+fsdp:d4",
+        "cluster.num_cores_per_node=128",
     ],
 )
 def test_check_fits_a_terminal(words, columns, tiny_llama, tmp_path, capsys, monkeypatch):
@@ -72,10 +63,10 @@ def test_check_fits_a_terminal(words, columns, tiny_llama, tmp_path, capsys, mon
     os.symlink(tiny_llama, "m")
     (tmp_path / "rows.jsonl").write_text('{"question": "1", "answer": "1"}\n')
     (tmp_path / "run.yaml").write_text("actor: {path: m}\ntrain_dataset: {path: rows.jsonl, batch_size: 1}\n")
-    assert main(["check", "run.yaml", "cluster.fileroot=/r", *words]) == 0
+    assert main(["check", "run.yaml", "cluster.fileroot=/r", *words.split()]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= columns, max(lines, key=len)
-    assert any("peak learning rate" in line for line in lines) == (words == ["--explain"])
+    assert any("peak learning rate" in line for line in lines) == (words == "--explain")
 
 
 def test_init_writes_what_the_documents_name(tmp_path, capsys, repository, monkeypatch):
@@ -105,58 +96,40 @@ def test_the_wheel_has_the_examples(repository, tmp_path):
     assert (tmp_path / "there" / "examples" / "arealite" / "addition" / "train.jsonl").is_file()
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (
-            ["seed=5"],
-            [
-                "seed: 5",
-                "native:d1+fsdp:d1: servers generate while trainers train",
-                "6 (2 x 3); each 4 prompts x 8 answers; rows: 10",
-                "(eta + 1) x B = 2 x 4 = 8 groups",
-                "server-0",
-                "trainer-0",
-                "arealite.inference.serve",
-                "M parameters",
-                "each trainer (1)",
-            ],
-        ),
-        (
-            ["rollout.max_head_offpolicyness=0", "total_train_steps=5"],
-            [
-                "synchronous; servers and trainers take turns",
-                "0: every token is trained by the weights",
-                "5 (total_train_steps), 2.0 passes",
-            ],
-        ),
-        (["allocation_mode=native:d1|fsdp:d1", "train_dataset.num_rows=5"], ["colocated", "rows: 5"]),
-        (["actor.dtype=float32"], ["--dtype float32"]),
-        (["train_dataset.batch_size=50"], ["train_dataset.batch_size (50) is above the number of rows (10)"]),
-        (
-            ["allocation_mode=sglang.d4p1m1 + d4", "weight_update=disk", "cluster.num_gpus_per_node=8"],
-            ["as described: ", "8 GPUs", "trainer-3"],
-        ),
-        (
-            ["actor.path=smollm2-135m", "train_dataset.path=openai/gsm8k", "train_dataset.subset=main"],
-            [
-                "arealite fetch smollm2-135m",
-                "unknown: 2 passes over the data",
-                "unknown: no model folder with safetensors on this machine",
-            ],
-        ),
-        (
-            ["actor.kl_weight=0.1", "ref.path=smollm2-135m"],
-            ["unknown: no model folder with safetensors on this machine"],
-        ),
-    ],
-)
-def test_check_tells_the_plan(words, told, config_file, capsys, monkeypatch, tmp_path):
+NO_FOLDER = "unknown: no model folder with safetensors on this machine"
+TOLD = {  # by overrides
+    "seed=5": """seed: 5
+        native:d1+fsdp:d1: servers generate while trainers train
+        6 (2 x 3); each 4 prompts x 8 answers; rows: 10
+        (eta + 1) x B = 2 x 4 = 8 groups
+        server-0
+        trainer-0
+        arealite.inference.serve
+        M parameters
+        each trainer (1)""",
+    "rollout.max_head_offpolicyness=0 total_train_steps=5": """synchronous; servers and trainers take turns
+        0: every token is trained by the weights
+        5 (total_train_steps), 2.0 passes""",
+    "allocation_mode=native:d1|fsdp:d1 train_dataset.num_rows=5": "colocated\nrows: 5",
+    "actor.dtype=float32": "--dtype float32",
+    "train_dataset.batch_size=50": "train_dataset.batch_size (50) is above the number of rows (10)",
+    "allocation_mode=sglang.d4p1m1+d4 weight_update=disk cluster.num_gpus_per_node=8": """as described:
+        8 GPUs
+        trainer-3""",
+    "actor.path=smollm2-135m train_dataset.path=openai/gsm8k train_dataset.subset=main": f"""{NO_FOLDER}
+        arealite fetch smollm2-135m
+        unknown: 2 passes over the data""",
+    "actor.kl_weight=0.1 ref.path=smollm2-135m": NO_FOLDER,
+}
+
+
+@pytest.mark.parametrize("overrides", TOLD)
+def test_check_tells_the_plan(overrides, config_file, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("AREALITE_CACHE", str(tmp_path / "empty"))
-    assert main(["check", str(config_file), *words]) == 0
+    assert main(["check", str(config_file), *overrides.split()]) == 0
     out = capsys.readouterr().out
-    assert not [text for text in told if text not in out]
+    assert not [text for text in TOLD[overrides].split("\n") if text.strip() not in out]
     assert not (config_file.parent / "runs").exists()
 
 
