@@ -91,13 +91,14 @@ def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = Fa
         answer = (answer.replace(",", "") if GROUPED.fullmatch(answer) else answer) or None
     if value is None or (answer is None and needs_answer):
         return None
-    messages, prompt = None, None
+    messages: list[Message] | None = None
+    prompt: str | None = None
     if column == "text":
         refuse_template(row, column, config)
         prompt = text_of(row, column, value)
     else:
-        messages, is_text = turns(row, column, value, "user", config)
-        if not messages or messages[-1]["role"] == "assistant":
+        said, is_text = turns(row, column, value, "user", config)
+        if not said or said[-1]["role"] == "assistant":
             raise DatasetError(
                 f"{row.where}: {column} is empty or ends with an assistant's turn: nothing is left to answer"
             )
@@ -105,8 +106,7 @@ def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = Fa
             raise DatasetError(
                 f"{row.where}: {column} needs a chat template, which the tokenizer lacks: use a column `text`"
             )
-        if not chat:
-            messages, prompt = None, messages[0]["content"]
+        messages, prompt = (said, None) if chat else (None, said[0]["content"])
     if config.system_prompt is not None:
         messages = with_system_message(row, messages, config.system_prompt)
     options = {} if messages is None else template_variables(row, config)
