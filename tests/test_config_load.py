@@ -7,16 +7,16 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
 
 from arealite.api import cli_args
 from arealite.api.cli_args import GRPOConfig, SFTConfig, TrainEngineConfig, setting
-from arealite.api.config_keys import OURS, all_keys, is_section, ours, walk
+from arealite.api.config_keys import OURS, all_keys, explain, is_section, ours, walk
 from arealite.api.errors import ConfigError
-from arealite.api.load_config import explain, load_config, load_config_file, to_yaml
+from arealite.api.load_config import load_config, load_config_file, to_yaml
 
 MINIMAL = "actor:\n  path: model\ntrain_dataset:\n  path: rows.jsonl\n"
 
@@ -136,6 +136,8 @@ def test_interpolation_and_yaml_anchors(tmp_path):
     text = "ref: {path: '${actor.path}'}\nvalid_dataset: {path: x}\n"
     config = load(tmp_path, text, "rollout.max_concurrent_rollouts=${train_dataset.batch_size}")
     assert config.ref is not None and config.ref.path == "model"
+    assert load(tmp_path, text, "actor.max_tokens_per_mb=${ref.logprob_chunk_tokens}").actor.max_tokens_per_mb == 1024
+    assert load(tmp_path, text, "actor.seed=${seed}${seed}").actor.seed == 11
     assert config.rollout.max_concurrent_rollouts == 16
     text = "gconfig: &g {max_new_tokens: 9, temperature: 0.7}\neval_gconfig: {<<: *g, temperature: 0.5}\n"
     found = load(tmp_path, text).eval_gconfig
@@ -266,6 +268,7 @@ WRONG = [
     ("ref: model", "ref is 'model', expected a mapping of path,"),
     ("server: {args: 3}", "server.args is 3, expected a mapping"),
     ("seed: ${nowhere}", "seed is '${nowhere}': there is no key 'nowhere'; write \\${ for the text ${"),
+    ("seed: ${ref.seed}", "seed is '${ref.seed}': there is no key 'ref.seed'"),
     ("seed: ${trial_name}", "seed is 'trial', expected an integer"),
     ("trial_name: ${trial_name}", "trial_name is '${trial_name}': trial_name leads back to itself"),
     ("weight_update: nccl", "weight_update is 'nccl', expected one of shm, disk, distributed"),
@@ -358,14 +361,21 @@ class MyConfig(GRPOConfig):
 
     num_hints: int = setting(2, "hints per prompt", low=0)
     plain: float = 0.5
+    either: int | list[str] = 1
+    name: str = field(kw_only=True)
 
 
 def test_a_script_may_extend_the_configuration(tmp_path):
     path = write(tmp_path, MINIMAL + "num_hints: 3\n")
-    config = load_config_file(path, ["plain=0.25"], MyConfig)
-    assert (config.num_hints, config.plain, config.tokenizer_path) == (3, 0.25, "model")
-    with pytest.raises(ConfigError, match="num_hints is -1, expected at least 0"):
-        load_config_file(path, ["num_hints=-1"], MyConfig)
+    with pytest.raises(ConfigError, match="default: name is missing, expected text"):
+        load_config_file(path, [], MyConfig)
+    path.write_text(path.read_text() + "name: mine\n")
+    config = load_config_file(path, ["plain=0.25", "either=[a]", "actor.seed=${num_hints}"], MyConfig)
+    assert (config.num_hints, config.plain, config.either, config.tokenizer_path) == (3, 0.25, ["a"], "model")
+    with pytest.raises(
+        ConfigError, match="2 problems .*\n.*num_hints is -1, expected at least 0\n.*either is 0.5, exp"
+    ):
+        load_config_file(path, ["num_hints=-1", "either=0.5"], MyConfig)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "gsm8k_grpo"])

@@ -157,6 +157,24 @@ def type_name(hint: Any) -> str:
     return "a mapping" if origin is dict else TYPE_NAMES.get(hint, str(hint))
 
 
+def explain(config: Any) -> list[tuple[str, Any, str]]:
+    """(dotted key, value, documentation with what is allowed) of every value, in declaration order."""
+    return [
+        (key, value, f.metadata.get("description", "") + allowed(type(config), key, f))
+        for key, value, f in walk(config)
+    ]
+
+
+def allowed(cls: type, key: str, f: dataclasses.Field) -> str:
+    """The words that a field may hold, or its smallest and largest number."""
+    hint = type_at(cls, key.split("."))
+    if typing.get_origin(hint) is Literal:
+        return f"; {type_name(hint)}"
+    limits = {word: f.metadata.get(name) for word, name in (("least", "ge"), ("most", "le"))}
+    bounds = [f"at {word} {limit:g}" for word, limit in limits.items() if limit is not None]
+    return f"; {', '.join(bounds)}" if bounds else ""
+
+
 def all_keys(cls: type, prefix: str = "") -> list[str]:
     """Every dotted key that leads to a value or a section."""
     keys = []

@@ -39,6 +39,7 @@ NUMBER = re.compile(
 )
 REFERENCE = re.compile(r"(?<!\\)\$\{([^{}]*)\}")  # to another key, or to a variable of the environment:
 VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")  # no key is written so
+ABSENT = dataclasses.MISSING
 
 
 def load_config(argv: list[str], cls: type[T]) -> T:
@@ -84,7 +85,7 @@ def load_config_file(path: str | Path, overrides: list[str], cls: type[T]) -> T:
     """The configuration of a YAML file with `dotted.key=value` overrides. Raises ConfigError naming every problem."""
     reader = Reader(cls, Path(path), overrides)
     config = reader.config()
-    problems = [text for _, text in sorted(reader.problems, key=lambda problem: problem[0])]
+    problems = [text for _, text in sorted(dict.fromkeys(reader.problems), key=lambda problem: problem[0])]
     if isinstance(config, RunConfig):
         kind = next(name for c in type(config).__mro__ for name, known in KINDS.items() if c is known)
         if config.kind != kind:
@@ -132,12 +133,11 @@ class Reader:
                 config = adapter.validate_json(json.dumps(tree))
                 break
             except ValidationError as errors:
-                for error in errors.errors(include_url=False):
-                    self._wrong(error["loc"], error["type"], error["input"], error.get("ctx", {}))
-                    parent, path = tree, list(error["loc"])
-                    while path[1:] and isinstance(parent[path[0]], dict):
-                        parent = parent[path.pop(0)]
-                    parent.pop(path[0], None)
+                faults = errors.errors(include_url=False)
+            for fault in faults:
+                self._wrong(fault["loc"], fault["type"], fault["input"], fault.get("ctx", {}))
+            if not sum(taken_out(tree, fault["loc"]) for fault in faults):
+                raise ConfigError("\n  ".join(text for _, text in self.problems))
         for key, value, f in walk(config):
             if value and f.metadata.get("is_path"):
                 *sections, name = key.split(".")
@@ -156,12 +156,18 @@ class Reader:
 
     def _wrong(self, path: tuple[str | int, ...], kind: str, value: Any, limits: dict[str, Any]) -> None:
         """What pydantic complains of, in our words: what was found, and what is expected."""
+        try:
+            hint = type_at(self.cls, path)
+        except KeyError:  # of a union pydantic names the member too
+            path = path[:-1]
+            hint = type_at(self.cls, path)
         key = ".".join(map(str, path))
-        hint = type_at(self.cls, path)
         found = "nothing (null)" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
         expected = type_name(hint)
         if isinstance(value, float) and math.isnan(value):
             found = "not a number (nan)"
+        elif kind == "missing":
+            found = "missing"
         elif kind == "finite_number":
             expected = "a finite number"
         elif kind in ("greater_than_equal", "less_than_equal"):
@@ -300,14 +306,27 @@ class Reader:
         if name in trail:
             raise ConfigError(f"{name} leads back to itself")
         value: Any = self.tree
-        default = self.cls()
-        for part in name.split("."):
-            try:
-                default = vars(default)[part] if dataclasses.is_dataclass(default) else None
-                value = value[part] if isinstance(value, dict) and part in value else default
-            except KeyError:
-                raise ConfigError(f"there is no key {name!r}") from None
+        default: Any = {
+            f.name: made() if callable(made := f.default_factory) else f.default for f in dataclasses.fields(self.cls)
+        }
+        path = name.split(".")
+        for at, part in enumerate(path, start=1):
+            default = default.get(part, ABSENT) if isinstance(default, dict) else ABSENT
+            value = value[part] if isinstance(value, dict) and part in value else default
+            if value is ABSENT:
+                raise ConfigError(f"there is no key {name!r}")
+            section = type_at(self.cls, path[:at])
+            if is_section(section) and value is not None:
+                default = vars(section() if default is None else default)
         return self._followed(value, (*trail, name)) if isinstance(value, str) and "${" in value else value
+
+
+def taken_out(tree: dict[str, Any], path: tuple[str | int, ...]) -> bool:
+    """Remove what stands at `path`, or the list around it, from a tree of mappings; False where nothing does."""
+    name, *rest = path
+    if rest and isinstance(tree.get(str(name)), dict):
+        return taken_out(tree[str(name)], tuple(rest))
+    return tree.pop(str(name), ABSENT) is not ABSENT
 
 
 def merged(earlier: Any, later: Any) -> Any:
@@ -348,27 +367,6 @@ def scalar(text: str, hint: Any) -> Any:
         with suppress(ValueError):
             return float(re.sub("[.](?=[a-zA-Z])", "", text))
     return text
-
-
-# -- showing ------------------------------------------------------------------------------------------------------
-
-
-def explain(config: Any) -> list[tuple[str, Any, str]]:
-    """(dotted key, value, documentation with what is allowed) of every value, in declaration order."""
-    return [
-        (key, value, f.metadata.get("description", "") + allowed(type(config), key, f))
-        for key, value, f in walk(config)
-    ]
-
-
-def allowed(cls: type, key: str, f: dataclasses.Field) -> str:
-    """The words that a field may hold, or its smallest and largest number."""
-    hint = type_at(cls, key.split("."))
-    if typing.get_origin(hint) is Literal:
-        return f"; {type_name(hint)}"
-    limits = {word: f.metadata.get(name) for word, name in (("least", "ge"), ("most", "le"))}
-    bounds = [f"at {word} {limit:g}" for word, limit in limits.items() if limit is not None]
-    return f"; {', '.join(bounds)}" if bounds else ""
 
 
 class _Dumper(yaml.SafeDumper):

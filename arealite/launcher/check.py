@@ -15,9 +15,10 @@ from itertools import groupby
 from pathlib import Path
 
 from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig
+from arealite.api.config_keys import explain
 from arealite.api.config_rules import REASONING_GYM, lengths
 from arealite.api.errors import ConfigError, DatasetError
-from arealite.api.load_config import explain, load_run_config, to_yaml
+from arealite.api.load_config import load_run_config, to_yaml
 from arealite.api.paths import is_local
 from arealite.dataset.examples import check_row
 from arealite.dataset.rows import task_of
