@@ -18,11 +18,10 @@ from typing import Any
 
 from arealite.api.errors import ArealiteError, ConfigError, ServerUnreachable
 from arealite.api.types import GenerationRequest
-from arealite.rollout.backend import Backend
-from arealite.rollout.native import NativeBackend
-from arealite.rollout.sglang import SGLangBackend
-from arealite.rollout.transport import Server, Transport, servers_at
-from arealite.rollout.vllm import VLLMBackend
+from arealite.rollout.backends.protocol import Backend
+from arealite.rollout.backends.sglang import NativeBackend, SGLangBackend
+from arealite.rollout.backends.vllm import VLLMBackend
+from arealite.rollout.transport import Address, Transport, addresses_of
 
 BACKENDS: dict[str, type[Backend]] = {"native": NativeBackend, "sglang": SGLangBackend, "vllm": VLLMBackend}
 FIRST_TOKEN_ID = 100  # below are special tokens in most vocabularies
@@ -30,7 +29,7 @@ PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Timing:
     """One finished request: its place in time (seconds since the start) and its size in tokens."""
 
     began_s: float
@@ -130,17 +129,17 @@ class ClosedLoop:
     Unblocked by: the server, or the limit.
     """
 
-    def __init__(self, servers: list[Server], backend: Backend, limit_s: float) -> None:
+    def __init__(self, servers: list[Address], backend: Backend, limit_s: float) -> None:
         self._backend = backend
         self._transport = Transport()
         self._limit_s = limit_s
         self._num_busy = dict.fromkeys(servers, 0)
-        self._home: dict[str, Server] = {}
+        self._home: dict[str, Address] = {}
         self.errors: list[str] = []
 
-    async def run(self, requests: list[GenerationRequest], concurrency: int) -> tuple[list[Answer], float]:
+    async def run(self, requests: list[GenerationRequest], concurrency: int) -> tuple[list[Timing], float]:
         """The answers, and the seconds from the first sending to the last answer. Failures are in `errors`."""
-        answers: list[Answer] = []
+        answers: list[Timing] = []
         rest = iter(requests)
         began = time.perf_counter()
 
@@ -152,7 +151,7 @@ class ClosedLoop:
                 self._num_busy[server] += 1
                 try:
                     num = await self._one(request, server)
-                    answers.append(Answer(sent_s, time.perf_counter() - began, len(request.input_ids), num))
+                    answers.append(Timing(sent_s, time.perf_counter() - began, len(request.input_ids), num))
                 except ArealiteError as error:
                     self.errors.append(str(error))
                 finally:
@@ -161,7 +160,7 @@ class ClosedLoop:
         await asyncio.gather(*(client() for _ in range(concurrency)))
         return answers, time.perf_counter() - began
 
-    async def _one(self, request: GenerationRequest, server: Server) -> int:
+    async def _one(self, request: GenerationRequest, server: Address) -> int:
         call = self._backend.generate_call(request, request.rid, [])
         try:
             async with asyncio.timeout(self._limit_s):
@@ -174,7 +173,7 @@ class ClosedLoop:
         await self._transport.close()
 
 
-def figures(answers: list[Answer], wall_s: float, num_failed: int) -> dict[str, Any]:
+def figures(answers: list[Timing], wall_s: float, num_failed: int) -> dict[str, Any]:
     """Totals, rates per second, and percentiles of latency (seconds) and of seconds per output token."""
     num_output, num_prompt = (
         sum(a.num_output_tokens for a in answers),
@@ -202,7 +201,7 @@ async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The figures of one run, and the failures' messages."""
     num = args.num_requests or 4 * args.concurrency
     num_warmup = args.concurrency if args.num_warmup is None else args.num_warmup
-    loop = ClosedLoop(servers_at(args.address), BACKENDS[args.backend](), args.limit_s)
+    loop = ClosedLoop(addresses_of(args.address), BACKENDS[args.backend](), args.limit_s)
     try:
         await loop.run(workload(args, num_warmup, args.seed + 1), args.concurrency)
         loop.errors.clear()  # whatever is wrong shows again in what is measured

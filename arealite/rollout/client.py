@@ -11,29 +11,25 @@ import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import ConfigError, WorkflowError
-from arealite.api.protocols import Collective, DataSource, RolloutWorkflow
-from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
+from arealite.api.protocols import Collective, DataSource, RolloutWorkflow, WeightSender
+from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, Trajectory, WeightUpdateMeta
 from arealite.observe import stop, waits
 from arealite.observe.reasons import reasons
 from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
-from arealite.rollout.backend import Backend
+from arealite.rollout.backends.protocol import Backend
+from arealite.rollout.backends.sglang import NativeBackend, SGLangBackend
+from arealite.rollout.backends.vllm import VLLMBackend
 from arealite.rollout.connection import Connection
-from arealite.rollout.episodes import EpisodeFailed, failed_group, run_episode
-from arealite.rollout.executor import RolloutExecutor
-from arealite.rollout.native import NativeBackend
-from arealite.rollout.sglang import SGLangBackend
-from arealite.rollout.share import Beat, take_and_share
-from arealite.rollout.transport import servers_at
-from arealite.rollout.vllm import VLLMBackend
-
-if TYPE_CHECKING:
-    from arealite.api.protocols import WeightSender
+from arealite.rollout.episodes import EpisodeFailed, run_episode
+from arealite.rollout.executor import Filter, RolloutExecutor
+from arealite.rollout.router import Limits
+from arealite.rollout.share import Beat, from_head, split_batch
+from arealite.rollout.transport import addresses_of
 
 ADDRESSES_VARIABLE = "AREAL_LLM_SERVER_ADDRS"
 
@@ -46,23 +42,29 @@ class RemoteInferenceEngine:
 
     Args:
         config: rollout settings.
-        backend: the servers' wire format.
         seed: of sampling; each request's seed depends on it and on the request's name only.
         ledger_path: file of the ledger; the run folder's when the launcher set one, else none is kept.
+        limits: times that no run needs to change.
     """
 
+    backend: ClassVar[type[Backend]]  # the servers' wire format
+
     def __init__(
-        self, config: InferenceEngineConfig, backend: Backend, seed: int = 1, ledger_path: Path | None = None
+        self,
+        config: InferenceEngineConfig,
+        seed: int = 1,
+        ledger_path: Path | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        if ledger_path is None and (run_dir := os.environ.get(RUN_DIR_VARIABLE)):
-            ledger_path = RunFolder(Path(run_dir)).ledger
+        run_dir = os.environ.get(RUN_DIR_VARIABLE)
+        self._folder = RunFolder(Path(run_dir)) if run_dir else None
         self.config = config
-        self.backend = backend
         self.seed = seed
         self.last_groups: list[Group] = []
+        self._limits = limits or Limits()
         self._collective: Collective | None = None
         self._version = 0
-        self._ledger_path = ledger_path
+        self._ledger_path = ledger_path or (self._folder and self._folder.ledger)
         self._connection: Connection | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -78,24 +80,24 @@ class RemoteInferenceEngine:
         self._collective = collective
         if not self.is_head:
             return
-        servers = servers_at(addresses or os.environ.get(ADDRESSES_VARIABLE, "").split(","))
+        servers = addresses_of(addresses or os.environ.get(ADDRESSES_VARIABLE, "").split(","))
         if not servers:
             raise ConfigError(
                 f"no inference server is known: start the script with `arealite run`, or set {ADDRESSES_VARIABLE} to"
                 " host:port,host:port"
             )
-        run_dir = os.environ.get(RUN_DIR_VARIABLE)
-        servers_file = RunFolder(Path(run_dir)).servers if run_dir else None
+        servers_file = self._folder and self._folder.servers
         self._connection = Connection(
-            self, servers, self.backend, self.config, self.seed, self._ledger_path, servers_file
+            self, servers, self.backend(), self.config, self.seed, self._ledger_path, servers_file, self._limits
         )
 
     def add_server(self, address: str) -> None:
         """One more server (host:port), used as soon as it is healthy and holds the current weights. Rank 0 only."""
-        self._live.call(lambda: self._live.watch.add(*servers_at([address])), "rollout.add_server")
+        self._live.call(lambda: self._live.watch.add(*addresses_of([address])), "rollout.add_server")
 
     def destroy(self) -> None:
-        """Cancel what runs, note in the ledger what was not trained, and close all connections. May be called again."""
+        """Cancel what runs, note in the ledger what was not trained, resume what is paused, and close all connections.
+        May be called again."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -147,7 +149,7 @@ class RemoteInferenceEngine:
         self,
         dataloader: DataSource,
         workflow: RolloutWorkflow,
-        should_accept: Callable[[Group], bool] | None = None,
+        should_accept: Filter | None = None,
     ) -> Batch:
         """Collective: the next `consumer_batch_size` groups under the staleness bound; this rank's share of them.
 
@@ -168,20 +170,19 @@ class RemoteInferenceEngine:
     def run_groups(self, tasks: list[Task], workflow: RolloutWorkflow, beat: Beat = lambda: None) -> list[Group]:
         """One group per task, in order, outside staleness and ledger (evaluation). A task that failed has one
         trajectory of status "failed" with the error. Rank 0 only; `beat` is called again and again meanwhile."""
-
         live = self._live
-        slots = asyncio.Semaphore(live.executor.staleness.max_concurrent)
+        slots = asyncio.Semaphore(live.executor.bound.max_concurrent)
 
         async def one(ordinal: int, task: Task) -> Group:
             async with slots:
                 try:
-                    found = await run_episode(self, task, workflow, self.config.workflow_retries)
+                    trajectories = await run_episode(self, task, workflow, self.config.workflow_retries)
                 except EpisodeFailed as failure:
                     reasons.tell("failed", failure.reason)
-                    return failed_group(task, ordinal, failure)
-                finally:
-                    live.counters.num_events += 1
-                return Group(task, ordinal, found)
+                    error = {"status": "failed", "error": failure.detail}
+                    trajectories = [Trajectory(task.id, 0, [], [], [], [], None, "abort", **error)]
+                live.counters.num_events += 1
+                return Group(task, ordinal, trajectories)
 
         async def all_groups() -> list[Group]:
             return await asyncio.gather(*(one(i, task) for i, task in enumerate(tasks)))
@@ -198,41 +199,25 @@ class RemoteInferenceEngine:
         Raises:
             WaitTimeout: fewer were finished after `timeout_s`; none is lost by that.
         """
-        return self._live.run(self._executor.collect(num_groups), "rollout.wait", timeout_s) or []
+        return self._live.run(self._executor.next_step(num_groups), "rollout.wait", timeout_s) or []
 
     def mark_trained(self, step: int, untrained: Mapping[str, str] | None = None) -> None:
         """Note in the ledger that the batch taken last was trained on in `step` (from 0), but for `untrained` tasks,
         {id: reason}: the actor's `untrained` after its update."""
         if self.is_head:
-            self._live.call(lambda: self._executor.mark_trained(step, untrained or {}), "rollout.mark_trained")
+            self._live.call(lambda: self._executor.mark_trained(step, untrained), "rollout.mark_trained")
 
     # -- weights -------------------------------------------------------------------------------------------------
 
     def pause(self) -> None:
         """Stop generation on all servers and hold new requests; running ones keep their tokens. Twice is once."""
-        if not self.is_head:
-            return
-        live = self._live
-
-        async def pause() -> None:
-            live.generator.gate.close()
-            live.executor.hold()
-            await live.fleet.pause()
-
-        live.run(pause(), "rollout.pause")
+        if self.is_head:
+            self._live.run(self._live.fleet.pause(), "rollout.pause")
 
     def resume(self) -> None:
         """Go on where `pause` stopped."""
-        if not self.is_head:
-            return
-        live = self._live
-
-        async def resume() -> None:
-            await live.fleet.resume()
-            live.generator.gate.open()
-            live.executor.release()
-
-        live.run(resume(), "rollout.resume")
+        if self.is_head:
+            self._live.run(self._live.resume(), "rollout.resume")
 
     def prepare_update(self) -> None:
         """The trainer is about to write new weights where the last ones are: no server is sent those any more, until
@@ -252,20 +237,20 @@ class RemoteInferenceEngine:
             self.set_version(meta.version)
             return {}
         live = self._live
-        was_paused = live.fleet.is_paused
-
-        def hold() -> None:
-            live.generator.gate.close()
-            live.executor.hold()
 
         async def update() -> dict[str, dict[str, int]]:
+            was_open = live.gate.is_open
             live.generator.announced_version = max(live.generator.announced_version, meta.version)
-            return await live.fleet.update_weights(meta, send, hold)
+            try:
+                receipts = await live.fleet.update_weights(meta, send)
+                self._apply_version(live, meta.version)
+                return receipts
+            finally:
+                if was_open and not live.gate.is_open:
+                    await live.resume()
 
         receipts = live.run(update(), "rollout.update_weights")
-        self.set_version(meta.version)
-        if live.fleet.is_paused and not was_paused:
-            self.resume()
+        self._version = meta.version
         return receipts
 
     def get_version(self) -> int:
@@ -274,16 +259,8 @@ class RemoteInferenceEngine:
     def set_version(self, version: int) -> None:
         """The servers hold the weights of `version` now; makes room for new groups."""
         self._version = version
-        live = self._connection
-        if live is None:
-            return
-
-        def apply() -> None:
-            live.generator.version = version
-            live.generator.announced_version = max(live.generator.announced_version, version)
-            live.executor.set_version(version)
-
-        live.call(apply, "rollout.set_version")
+        if live := self._connection:
+            live.call(lambda: self._apply_version(live, version), "rollout.set_version")
 
     # -- records -------------------------------------------------------------------------------------------------
 
@@ -292,8 +269,12 @@ class RemoteInferenceEngine:
         if not self.is_head:
             return {}
         live = self._live
-        alive = {"num_servers_alive": float(sum(m.is_alive for m in live.router.members))}
-        return live.call(live.counters.drain, "rollout.stats") | alive
+
+        def drain() -> dict[str, float]:
+            num_alive = sum(server.state in ("serving", "draining") for server in live.router.servers)
+            return live.counters.drain() | {"num_servers_alive": float(num_alive)}
+
+        return live.call(drain, "rollout.stats")
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state for a recovery point: what is in flight, and finished groups that were not trained on."""
@@ -308,35 +289,39 @@ class RemoteInferenceEngine:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _next_groups(
-        self,
-        source: DataSource,
-        workflow: RolloutWorkflow,
-        should_accept: Callable[[Group], bool] | None,
-        beat: Beat,
+        self, source: DataSource, workflow: RolloutWorkflow, should_accept: Filter | None, beat: Beat
     ) -> list[Group]:
         def look() -> None:
             beat()
             stop.look()
 
         live, executor = self._live, self._executor
-        executor.should_accept = should_accept
+
+        async def step(tasks: list[Task], may_draw: bool) -> list[Group] | None:
+            executor.submit(tasks, workflow, should_accept)
+            return await executor.next_step(executor.bound.batch_size, may_draw)
+
         may_draw = True
         while True:
             num_wanted = live.call(executor.num_wanted, "rollout.num_wanted") if may_draw else 0
             tasks = list(itertools.islice(source, num_wanted))
             may_draw = may_draw and len(tasks) == num_wanted  # fewer: a finite source has ended
-            live.call(partial(executor.submit, tasks, workflow), "rollout.submit")
-            collecting = executor.collect(executor.staleness.consumer_batch_size, may_draw)
-            groups = live.run(collecting, "rollout.batch", beat=look)
+            groups = live.run(step(tasks, may_draw), "rollout.batch", beat=look)
             if groups is not None:
                 return groups
 
     def _share(self, take: Callable[[Beat], list[Group]]) -> Batch:
-        def remembered(beat: Beat) -> list[Group]:
+        def shares(beat: Beat) -> list[Batch]:
             self.last_groups = take(beat)
-            return self.last_groups
+            return split_batch(self.last_groups, 1 if self._collective is None else self._collective.num_shares)
 
-        return take_and_share(remembered, self._collective)
+        batch: Batch = from_head(shares, self._collective)
+        return batch
+
+    def _apply_version(self, live: Connection, version: int) -> None:
+        live.generator.version = version
+        live.generator.announced_version = max(live.generator.announced_version, version)
+        live.executor.set_version(version)
 
     @property
     def _executor(self) -> RolloutExecutor:
@@ -354,19 +339,16 @@ class RemoteInferenceEngine:
 class RemoteNativeEngine(RemoteInferenceEngine):
     """Client of built-in servers (`arealite serve`)."""
 
-    def __init__(self, config: InferenceEngineConfig, seed: int = 1, ledger_path: Path | None = None) -> None:
-        super().__init__(config, NativeBackend(), seed, ledger_path)
+    backend = NativeBackend
 
 
 class RemoteSGLangEngine(RemoteInferenceEngine):
     """Client of SGLang servers."""
 
-    def __init__(self, config: InferenceEngineConfig, seed: int = 1, ledger_path: Path | None = None) -> None:
-        super().__init__(config, SGLangBackend(), seed, ledger_path)
+    backend = SGLangBackend
 
 
 class RemotevLLMEngine(RemoteInferenceEngine):
     """Client of vLLM servers."""
 
-    def __init__(self, config: InferenceEngineConfig, seed: int = 1, ledger_path: Path | None = None) -> None:
-        super().__init__(config, VLLMBackend(), seed, ledger_path)
+    backend = VLLMBackend

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,16 +16,15 @@ from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import ArealiteError, WaitTimeout, WorkflowError
 from arealite.api.protocols import InferenceEngine
 from arealite.observe.waits import waiting
-from arealite.rollout.backend import Backend
+from arealite.rollout.backends.protocol import Backend
 from arealite.rollout.counters import Counters
 from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.fleet import Fleet
-from arealite.rollout.generate import ABORT_GRACE_S, Generator
-from arealite.rollout.health import Member
+from arealite.rollout.generate import Generator
 from arealite.rollout.ledger import Ledger
-from arealite.rollout.router import Router
-from arealite.rollout.staleness import StalenessManager
-from arealite.rollout.transport import Server, Transport
+from arealite.rollout.router import Limits, Router
+from arealite.rollout.staleness import StalenessBound
+from arealite.rollout.transport import Address, Transport
 from arealite.rollout.watch import Watch
 
 DEFAULT_BATCH_SIZE = 64  # groups; of a client that only evaluates, where it limits how many run at a time
@@ -48,33 +48,35 @@ class Connection:
     def __init__(
         self,
         engine: InferenceEngine,
-        servers: list[Server],
+        addresses: list[Address],
         backend: Backend,
         config: InferenceEngineConfig,
         seed: int,
         ledger_path: Path | None,
-        servers_file: Path | None = None,
+        servers_file: Path | None,
+        limits: Limits,
     ) -> None:
         size, eta = config.consumer_batch_size or DEFAULT_BATCH_SIZE, config.max_head_offpolicyness
-        staleness = StalenessManager(eta, size, config.max_concurrent_rollouts or (eta + 1) * size)
-        self.counters = Counters()
-        self.transport = Transport()
-        self.router = Router([Member(s, backend) for s in servers], self.counters, config.setup_timeout_s)
+        bound = StalenessBound(eta, size, config.max_concurrent_rollouts or (eta + 1) * size)
+        self.counters, self.transport = Counters(), Transport()
+        self.router = Router(self.counters, config.setup_timeout_s, limits)
+        self.gate = self.router.gate
         self.fleet = Fleet(self.router, self.transport, config)
-        self.watch = Watch(self.fleet, backend, config.server_silence_s, servers_file)
-        self.generator = Generator(self.transport, self.router, config, self.counters, seed)
-        self.executor = RolloutExecutor(engine, staleness, Ledger(ledger_path), config, self.counters)
-        # A request, its abort, and then rewards: the longest time without any event while nothing is wrong.
-        self._silence_s = max(config.request_timeout_s, config.setup_timeout_s) + 2 * (
-            ABORT_GRACE_S + config.reward_timeout_s
+        self.watch = Watch(self.fleet, backend, limits, servers_file)
+        self.generator = Generator(self.transport, self.router, config, self.counters, limits, seed)
+        self.executor = RolloutExecutor(
+            engine, bound, Ledger(ledger_path), config, self.counters, lambda: not self.gate.is_open
         )
+        # A request, its abort, and then rewards: the longest time without any event while nothing is wrong.
+        grace_s = limits.abort_grace_s + config.reward_timeout_s
+        self._silence_s = max(config.request_timeout_s, config.setup_timeout_s) + 2 * grace_s
+        self._owner, self._pending = "servers", [""]  # as of the last look, for other threads
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
         try:
-            self.call(self.watch.follow, "rollout.servers_file")  # a server may be replaced before it was reached
-            self.run(self.fleet.wait_healthy(), "rollout.servers_healthy", config.setup_timeout_s + CALL_LIMIT_S)
-            self.call(self.watch.start, "rollout.watch")
+            setup_limit_s = config.setup_timeout_s + CALL_LIMIT_S
+            self.run(self.watch.start(addresses), "rollout.servers_healthy", setup_limit_s)
         except BaseException:  # also on Ctrl-C: the thread and its sockets must not outlive a failed start
             self.close()
             raise
@@ -122,16 +124,14 @@ class Connection:
 
         return self.run(work(), name, CALL_LIMIT_S)
 
-    def pending(self) -> list[str]:
-        """What is being waited for: servers, groups, then requests without an answer for longest. Any thread."""
-        return [*self.fleet.pending(), *self.executor.pending(), *self.generator.pending()]
-
-    def owner(self) -> str:
-        """Who has to act next. Any thread may call."""
-        return self.fleet.owner() or self.generator.owner()
+    async def resume(self) -> None:
+        """Let servers and episodes go on, after a pause by whomever."""
+        await self.fleet.resume()
+        self.executor.pump()
 
     def close(self) -> None:
-        """Cancel what runs, note in the ledger what was not trained, and close all connections."""
+        """Cancel what runs, note in the ledger what was not trained, let no server stay paused, and close all
+        connections."""
 
         async def end() -> None:
             await self.executor.close("the run ended")
@@ -139,6 +139,9 @@ class Connection:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+            if not self.gate.is_open:
+                with suppress(ArealiteError, TimeoutError):  # who cannot be reached now is started anew, or is gone
+                    await asyncio.wait_for(self.fleet.resume(), STOP_LIMIT_S)
             await self.generator.close()
             await self.transport.close()
 
@@ -149,15 +152,23 @@ class Connection:
             self._thread.join(STOP_LIMIT_S)
         self._loop.close()
 
+    def _look(self) -> None:
+        """In the loop: who has to act next, and what is waited for: servers, groups, then requests without an answer
+        for longest."""
+        self._owner = self.fleet.owner() or self.generator.owner()
+        self._pending = [*self.fleet.pending(), *self.executor.pending(), *self.generator.pending()]
+
     def _wait(self, ended: threading.Event, name: str, limit_s: float | None, beat: Callable[[], None]) -> None:
         while True:
             before = self.counters.num_events
-            with waiting(name, self.owner(), self._silence_s if limit_s is None else limit_s, self.pending) as wait:
+            silence_s = self._silence_s if limit_s is None else limit_s
+            with waiting(name, self._owner, silence_s, lambda: self._pending) as wait:
                 while limit_s is not None or self.counters.num_events == before:
+                    self._loop.call_soon_threadsafe(self._look)
                     if ended.wait(CHECK_S):
                         return
                     if not self._thread.is_alive():
                         raise ArealiteError(f"the loop thread has ended while {name} was waited for")
-                    wait.owner = self.owner()
+                    wait.owner = self._owner
                     beat()
                     wait.check()

@@ -1,34 +1,23 @@
-"""What happened since the last step: counts and means, drained by the trainer after each step.
+"""What happened since the last step: counts and means, which the trainer drains after each step.
 
-Written and drained in the client's asyncio loop; other threads only look at `num_events`.
+Written by executor.py, generate.py and router.py, in the client's asyncio loop.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 
+# Reported also when they are 0.
 COUNTS = (
-    "num_issued",
-    "num_accepted",
-    "num_rejected",
-    "num_failed",
-    "num_untrained",
-    "num_retries",
-    "num_reward_errors",
-    "num_stale",
-    "num_generated_tokens",
-    "num_interruptions",
-    "num_request_failures",
-    "num_request_timeouts",
-    "num_requests_moved",
-    "num_server_failures",
-    "num_unexpected_versions",
-)
+    "num_issued", "num_accepted", "num_rejected", "num_failed", "num_untrained", "num_retries", "num_reward_errors",
+    "num_stale", "num_generated_tokens", "num_interruptions", "num_request_failures", "num_request_timeouts",
+    "num_requests_moved", "num_server_failures", "num_unexpected_versions",
+)  # fmt: skip
 
 
 class Counters:
-    """Counts (reported even when 0) and observations. `num_events`: answers, failures and ended groups since the
-    start; it shows a waiting caller that something happens."""
+    """Counts and observations. `num_events`: answers, failures and ended groups since the start; it shows a waiting
+    caller that something happens."""
 
     def __init__(self) -> None:
         self.num_events = 0

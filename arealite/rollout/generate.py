@@ -18,48 +18,14 @@ from arealite.api.errors import RequestError, ServerUnreachable
 from arealite.api.types import Completion, FinishReason, GenerationRequest
 from arealite.observe.timeline import span
 from arealite.observe.waits import mark
-from arealite.rollout.backend import Part
+from arealite.rollout.backends.protocol import Segment
 from arealite.rollout.counters import Counters
-from arealite.rollout.health import Member, backoff_s
-from arealite.rollout.router import Router
+from arealite.rollout.router import Limits, Router, Server
 from arealite.rollout.transport import Transport
 
 CLOSE_GRACE_S = 1.0  # how long destroy waits for servers to hear that requests were given up
-ABORT_GRACE_S = 10.0  # how long an aborted request may take to hand over the tokens it has
 MIN_WAIT_S = 0.1  # while the gate is closed, time does not get shorter: look again only so often
 MAX_EMPTY_ABORTS = 20  # interruptions in a row that brought no token, before the server counts as broken
-
-
-class Gate:
-    """Open or closed, and a clock that stands still while it is closed."""
-
-    def __init__(self) -> None:
-        self._open = asyncio.Event()
-        self._open.set()
-        self._closed_s = 0.0
-        self._closed_at = 0.0
-
-    @property
-    def is_open(self) -> bool:
-        return self._open.is_set()
-
-    def close(self) -> None:
-        if self._open.is_set():
-            self._open.clear()
-            self._closed_at = time.monotonic()
-
-    def open(self) -> None:
-        if not self._open.is_set():
-            self._closed_s += time.monotonic() - self._closed_at
-            self._open.set()
-
-    async def passed(self) -> None:
-        """Waits until the gate is open. Unblocked by `open` (resume), or cancelled by destroy."""
-        await self._open.wait()
-
-    def clock_s(self) -> float:
-        """Seconds on a clock that only runs while the gate is open."""
-        return (time.monotonic() if self._open.is_set() else self._closed_at) - self._closed_s
 
 
 @dataclass(eq=False)
@@ -68,19 +34,19 @@ class Flight:
 
     request: GenerationRequest
     server_id: str = ""  # empty while it waits for a server
-    last_server: Member | None = None
+    last_server: Server | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     text: str = ""
-    cut_mass: float = 0.0  # see Part
+    cut_mass: float = 0.0  # see Segment
     cuts: set[int] = field(default_factory=set)  # numbers of tokens after which it was stopped, and went on
     num_failures: int = 0  # in a row
     num_empty_aborts: int = 0  # in a row
     started: float = field(default_factory=time.monotonic)
     last_answer: float = field(default_factory=time.monotonic)
 
-    def add(self, part: Part) -> None:
+    def add(self, part: Segment) -> None:
         self.token_ids += part.token_ids
         self.logprobs += part.logprobs
         self.versions += part.versions
@@ -101,32 +67,33 @@ class Generator:
     `announced_version` the newest that any of them may hold already."""
 
     def __init__(
-        self, transport: Transport, router: Router, config: InferenceEngineConfig, counters: Counters, seed: int
+        self,
+        transport: Transport,
+        router: Router,
+        config: InferenceEngineConfig,
+        counters: Counters,
+        limits: Limits,
+        seed: int,
     ) -> None:
-        self.transport = transport
-        self.router = router
-        self.config = config
-        self.counters = counters
-        self.seed = seed
-        self.gate = Gate()
-        self.version = 0
-        self.announced_version = 0
+        self.transport, self.router, self.gate = transport, router, router.gate
+        self.config, self.counters, self.limits, self.seed = config, counters, limits, seed
+        self.version = self.announced_version = 0
         self._flights: set[Flight] = set()
         self.aborts: set[asyncio.Task[None]] = set()  # of requests that were cancelled
 
     def pending(self) -> list[str]:
-        """Lines about the requests on their way, those without an answer for longest first. Any thread may call."""
+        """Lines about the requests on their way, those without an answer for longest first."""
         now = time.monotonic()
-        return [flight.line(now) for flight in self._by_silence()]
+        return [flight.line(now) for flight in sorted(self._flights, key=lambda f: f.last_answer)]
 
     def owner(self) -> str:
-        """Who has to act next: the server with the oldest silent request. Any thread may call."""
-        flights = self._by_silence()
-        if not flights:
+        """Who has to act next: the server with the oldest silent request."""
+        if not self._flights:
             return "workflow and reward workers"
         if not self.gate.is_open:
             return "resume()"
-        return flights[0].server_id or next((m.id for m in list(self.router.members) if m.line()), "no server")
+        silent = min(self._flights, key=lambda f: f.last_answer)
+        return silent.server_id or next((s.id for s in self.router.servers if s.line()), "no server")
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Sample one sequence.
@@ -166,99 +133,92 @@ class Generator:
         if self.aborts:
             await asyncio.wait(self.aborts, timeout=CLOSE_GRACE_S)
 
-    def _by_silence(self) -> list[Flight]:
-        return sorted(self._flights, key=lambda f: f.last_answer)  # copies first: other threads call this
-
-    async def _send(self, flight: Flight) -> Part | None:
+    async def _send(self, flight: Flight) -> Segment | None:
         """One sending; None when it failed and the request may be sent again."""
         await self.gate.passed()
         request = flight.request
-        num_queued = len(request.input_ids) + request.max_new_tokens
         flight.server_id = ""
-        member = await self.router.acquire(request.group_id or request.rid, num_queued)
-        self.counters.add("num_requests_moved", flight.last_server not in (None, member))
-        flight.server_id, flight.last_server = member.id, member
-        oldest_version = self.version
-        failure: ServerUnreachable | None = None
-        try:
-            part = await self._answer(flight, member)
-        except ServerUnreachable as error:
-            failure = error
-        finally:
-            self.counters.num_events += 1
-            self.router.release(member, num_queued)
-        if failure is not None:
-            flight.num_failures += 1
-            if flight.num_failures > self.config.request_retries:
-                raise ServerUnreachable(
-                    f"request {request.rid} got no token in {flight.num_failures} sendings; the last: {failure}"
-                ) from failure
-            return None
-        if part.token_ids:
-            flight.num_failures = 0
-        strange = sum(not oldest_version <= v <= self.announced_version for v in part.versions)
-        self.counters.add("num_unexpected_versions", strange)
-        if self.version and any(v < oldest_version for v in part.versions):
-            self.router.fail(member, f"it sampled with older weights than version {oldest_version}")
-        return part
+        num_tokens = len(request.input_ids) + request.max_new_tokens
+        async with self.router.server_for(request.group_id or request.rid, num_tokens) as server:
+            self.counters.add("num_requests_moved", flight.last_server not in (None, server))
+            flight.server_id, flight.last_server = server.id, server
+            oldest_version = self.version
+            try:
+                part = await self._answer(flight, server)
+            except ServerUnreachable as error:
+                flight.num_failures += 1
+                if flight.num_failures > self.config.request_retries:
+                    raise ServerUnreachable(
+                        f"request {request.rid} got no token in {flight.num_failures} sendings; the last: {error}"
+                    ) from error
+                return None
+            finally:
+                self.counters.num_events += 1
+            if part.token_ids:
+                flight.num_failures = 0
+            strange = sum(not oldest_version <= v <= self.announced_version for v in part.versions)
+            self.counters.add("num_unexpected_versions", strange)
+            if self.version and any(v < oldest_version for v in part.versions):
+                self.router.fail(server, f"it sampled with older weights than version {oldest_version}")
+            return part
 
-    async def _answer(self, flight: Flight, member: Member) -> Part:
+    async def _answer(self, flight: Flight, server: Server) -> Segment:
         """The server's answer within `request_timeout_s` of unpaused time; after that it is asked for what it has.
         From a server that is lost meanwhile: the tokens that it has streamed."""
         # A new id for each sending, lest a late abort of the one before hits it; uuid first: servers abort by prefix.
         wire_id = f"{uuid.uuid4().hex}-{flight.request.rid}"
-        sending = member.backend.generate_call(flight.request, wire_id, flight.token_ids)
+        sending = server.backend.generate_call(flight.request, wire_id, flight.token_ids)
         newest = b""
 
         def keep(event: bytes) -> None:
             nonlocal newest
             newest = event
-            self._progress(flight, member)
+            self._progress(flight, server)
 
-        call = member.start(self.transport.stream(member.server, sending, keep))
+        call = server.start(self.transport.stream(server, sending, keep))
         deadline = self.gate.clock_s() + self.config.request_timeout_s
-        told = f"{member.id} ({member.server.url}) {{}} {flight.request.rid} within {self.config.request_timeout_s} s"
+        told = f"{server.id} ({server.url}) {{}} {flight.request.rid} within {self.config.request_timeout_s} s"
         try:
             while not call.done() and (left_s := deadline - self.gate.clock_s()) > 0:
                 await asyncio.wait({call}, timeout=max(left_s, MIN_WAIT_S))
             if not call.done():
                 self.counters.add("num_request_timeouts")
-                await self._abort(member, wire_id)
-                await asyncio.wait({call}, timeout=ABORT_GRACE_S)
+                await self._abort(server, wire_id)
+                await asyncio.wait({call}, timeout=self.limits.abort_grace_s)
             if not call.done():
                 raise ServerUnreachable(f"{told.format('gave no answer to')}, nor when asked to abort it")
-            part = member.backend.parse_part(member.result(call), member.id)
+            part = server.backend.parse_part(server.result(call), server.id)
             if part.finish_reason == "abort" and not part.token_ids and self.gate.clock_s() >= deadline:
                 raise ServerUnreachable(told.format("sampled no token of"))
-            self._progress(flight, member)
+            self._progress(flight, server)
             return part
         except ServerUnreachable as error:
             self.counters.add("num_request_failures")
-            self.router.fail(member, str(error))
+            self.router.fail(server, str(error))
             if not newest or flight.request.stop:  # a stream holds back text that may be cut off yet
                 raise
-            return member.backend.parse_part(json.loads(newest), member.id)
+            return server.backend.parse_part(json.loads(newest), server.id)
         except asyncio.CancelledError:
-            abort = asyncio.ensure_future(self._abort(member, wire_id))
+            abort = asyncio.ensure_future(self._abort(server, wire_id))
             self.aborts.add(abort)
             abort.add_done_callback(self.aborts.discard)
             raise
         finally:
             call.cancel()
 
-    def _progress(self, flight: Flight, member: Member) -> None:
+    def _progress(self, flight: Flight, server: Server) -> None:
         flight.last_answer = time.monotonic()
-        self.router.succeeded(member)
+        self.router.heard(server)
         self.counters.num_events += 1
         mark("token")
 
-    async def _abort(self, member: Member, wire_id: str) -> None:
+    async def _abort(self, server: Server, wire_id: str) -> None:
         try:
-            await self.transport.send(member.server, member.backend.abort_call(wire_id), ABORT_GRACE_S)
+            await self.transport.send(server, server.backend.abort_call(wire_id), self.limits.abort_grace_s)
         except (ServerUnreachable, RequestError):
             self.counters.add("num_request_failures")  # the sending itself reports what is wrong
 
-    async def _interrupted(self, flight: Flight, part: Part) -> None:
+    async def _interrupted(self, flight: Flight, part: Segment) -> None:
         flight.cuts.add(len(flight.token_ids))
         flight.num_empty_aborts = 0 if part.token_ids else flight.num_empty_aborts + 1
         if flight.num_empty_aborts > MAX_EMPTY_ABORTS:
@@ -267,7 +227,7 @@ class Generator:
                 " sampling a token; expected it to hold requests while it is paused"
             )
         if flight.num_empty_aborts > 1:
-            await asyncio.sleep(backoff_s(flight.num_empty_aborts - 1))
+            await asyncio.sleep(self.limits.backoff_s(flight.num_empty_aborts - 1))
 
     def _completion(self, flight: Flight, reason: FinishReason, matched: int | str | None) -> Completion:
         latency_s = time.monotonic() - flight.started
@@ -292,7 +252,7 @@ class Generator:
         )
 
 
-def _may_hide_stop(flight: Flight, part: Part) -> bool:
+def _may_hide_stop(flight: Flight, part: Segment) -> bool:
     """Whether the text ends in what may be the beginning of a stop string: no server would find the rest of it in the
     tokens to come, so the part has to be sampled again."""
     return any(part.text.endswith(stop[:n]) for stop in flight.request.stop for n in range(1, len(stop)))

@@ -1,6 +1,7 @@
-"""Which server gets a request: a group's members together, groups where the fewest tokens are queued.
+"""The run's servers: the state of each, and which of them gets a request.
 
-Called by generate.py and fleet.py, in the client's asyncio loop only.
+Made by connection.py, used by fleet.py and generate.py, in the client's asyncio loop only. A group's members go to one
+server, so that they share the prompt's cache; groups go where the fewest tokens are queued.
 """
 
 from __future__ import annotations
@@ -9,30 +10,185 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
-from arealite.api.errors import ServerUnreachable
+from arealite.api.errors import ConfigError, ServerUnreachable
+from arealite.api.types import WeightUpdateMeta
+from arealite.rollout.backends.protocol import Backend
 from arealite.rollout.counters import Counters
-from arealite.rollout.health import Member
+from arealite.rollout.transport import Address, ConnectionLost
 
 MAX_REMEMBERED_GROUPS = 8192
 
+# joining: not reached yet. updating: it answers, and is being given the weights, pause and adapters that the others
+# have, or waits for the next update. serving: it takes requests. draining: it serves those that it has, and no new
+# ones. out: it failed; nothing but a probe goes there, and not before a back-off.
+State = Literal["joining", "updating", "serving", "draining", "out"]
+
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Times of the client that no run needs to change, in seconds."""
+
+    abort_grace_s: float = 10.0  # how long an aborted request may take to hand over the tokens it has
+    first_backoff_s: float = 0.1  # of a server or request that failed; doubled after each failure in a row
+    max_backoff_s: float = 5.0
+    probe_s: float = 1.0  # a server that has said nothing for so long is asked whether it is there
+    file_s: float = 1.0  # how often the servers file is looked at
+
+    def backoff_s(self, num_failures: int) -> float:
+        """Seconds to wait after so many failures in a row, from 1."""
+        return float(min(self.max_backoff_s, self.first_backoff_s * 2.0 ** min(num_failures - 1, 60)))
+
+
+class Gate:
+    """Open or closed, and a clock that stands still while it is closed."""
+
+    def __init__(self) -> None:
+        self._open = asyncio.Event()
+        self._open.set()
+        self._closed_s = 0.0
+        self._closed_at = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return self._open.is_set()
+
+    def close(self) -> None:
+        if self.is_open:
+            self._open.clear()
+            self._closed_at = time.monotonic()
+
+    def open(self) -> None:
+        if not self.is_open:
+            self._closed_s += time.monotonic() - self._closed_at
+            self._open.set()
+
+    async def passed(self) -> None:
+        """Waits until the gate is open. Unblocked by `open` (resume), or cancelled by destroy."""
+        await self._open.wait()
+
+    def clock_s(self) -> float:
+        """Seconds on a clock that only runs while the gate is open."""
+        return (time.monotonic() if self.is_open else self._closed_at) - self._closed_s
+
+
+@dataclass(eq=False)
+class Server(Address):
+    """One server and what the client knows of it. `num_failures` in a row: a serving one that has any is on trial."""
+
+    backend: Backend
+    state: State = "joining"
+    why: str = "not asked yet"  # it is in that state
+    is_detected: bool = False
+    refusal: ConfigError | None = None  # it cannot be used as it was started
+    update: WeightUpdateMeta | None = None  # the last that it took
+    num_failures: int = 0
+    retry_at: float = 0.0
+    num_running: int = 0
+    num_queued_tokens: int = 0
+    heard_at: float = field(default_factory=time.monotonic)
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    calls: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until the server may be probed; 0 unless it is out or cannot be reached yet."""
+        return max(0.0, self.retry_at - time.monotonic()) if self.state in ("out", "joining") else 0.0
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether what all servers are told is for it too."""
+        return self.state in ("updating", "serving") or (self.state == "draining" and not self.num_failures)
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A call to the server, which ends when the server is taken out for dead."""
+        call = asyncio.ensure_future(work)
+        self.calls.add(call)
+        call.add_done_callback(self.calls.discard)
+        return call
+
+    def result(self, call: asyncio.Task[T]) -> T:
+        """Of a call that is done. Raises ConnectionLost when it was ended because the server was taken out."""
+        if call.cancelled():
+            raise ConnectionLost(f"{self.id} ({self.url}) was taken out: {self.why}")
+        answer = call.result()
+        self.heard_at = time.monotonic()
+        return answer
+
+    async def ask(self, work: Coroutine[Any, Any, T]) -> T:
+        """Start, wait, result. Waits for: the answer, as `work` bounds it. Unblocked by: the answer, or its end."""
+        call = self.start(work)
+        try:
+            await asyncio.wait({call})
+            return self.result(call)
+        finally:
+            call.cancel()
+
+    def line(self) -> str:
+        """Why it gets no requests, for errors and stall reports; empty when it does."""
+        if self.state == "serving":
+            return ""
+        lacks = "answers, but does not hold the current weights yet; last: " if self.state == "updating" else ""
+        return f"{self.id} ({self.url}): {lacks}{self.why}"
 
 
 class Router:
-    """Sticky by group, so that members share the prompt's cache and a request that was interrupted finds its prefix;
-    otherwise the least loaded server. `limit_s`: how long requests wait when there is no server to take them."""
+    """`gate`: closed while generation is paused everywhere. `limit_s`: how long requests wait when there is no server to
+    take them."""
 
-    def __init__(self, members: list[Member], counters: Counters, limit_s: float) -> None:
-        self.members = members
+    def __init__(self, counters: Counters, limit_s: float, limits: Limits) -> None:
+        self.servers: list[Server] = []
+        self.gate = Gate()
         self._counters = counters
         self._limit_s = limit_s
-        self._home: OrderedDict[str, Member] = OrderedDict()
+        self._limits = limits
+        self._home: OrderedDict[str, Server] = OrderedDict()
         self._changed = asyncio.Event()
         self._none_since: float | None = None
 
-    async def acquire(self, group: str, num_tokens: int) -> Member:
-        """The server for a request of about `num_tokens`; give it back with `release`. `group` "": any.
+    def move(self, server: Server, state: State, why: str) -> None:
+        """The one place where a server's state changes: it is logged, counted, and whoever waits looks again."""
+        before, server.state, server.why = server.state, state, why
+        if state == "out" != before:
+            self._counters.add("num_server_failures", before == "serving")
+            logger.warning("%s (%s) is taken out: %s", server.id, server.url, why)
+        elif state == "serving" != before:
+            level = logging.WARNING if server.num_failures else logging.INFO
+            logger.log(level, "%s (%s) takes requests: %s", server.id, server.url, why)
+            self._home.clear()  # groups choose again, the idle servers first, when they next send a request
+            self._none_since = None
+        server.woken.set()
+        self.notify()
+
+    def fail(self, server: Server, why: str, is_dead: bool = False) -> None:
+        """Take the server out until it answers probes again; `is_dead`: what it was asked will not be answered. What
+        fails during a back-off began before it: it counts once."""
+        if not server.wait_s:
+            is_new = server.state == "joining"  # never reached, so that it is none of its failures
+            server.num_failures += not is_new
+            server.retry_at = time.monotonic() + self._limits.backoff_s(max(1, server.num_failures))
+            self.move(server, server.state if is_new or server.state == "draining" else "out", why)
+        if is_dead:
+            for call in list(server.calls):
+                call.cancel()
+
+    def heard(self, server: Server) -> None:
+        """It answered a request, or sent a token."""
+        server.heard_at = time.monotonic()
+        if server.num_failures and server.state in ("serving", "draining"):
+            server.num_failures = 0
+            self.notify()
+
+    @asynccontextmanager
+    async def server_for(self, group: str, num_tokens: int) -> AsyncIterator[Server]:
+        """The server for a request of about `num_tokens`, which is there while the block runs. `group` "": any.
 
         Waits for: a server that takes requests, until there has been none for the limit. Unblocked by: a server that
         comes back or is added, or the limit.
@@ -40,46 +196,22 @@ class Router:
         Raises:
             ServerUnreachable: names every server and its last failure.
         """
-        while (member := self._pick(group)) is None:
+        while (server := self.choose(group)) is None:
             self._none_since = self._none_since or time.monotonic()
             if not await self.wait_change(self._none_since + self._limit_s - time.monotonic()):
                 raise ServerUnreachable(
-                    f"no server has taken requests for {self._limit_s:g} s (rollout.setup_timeout_s): {self.told()}"
+                    f"no server has taken requests for {self._limit_s:g} s (rollout.setup_timeout_s): {self.lines()}"
                 )
         self._none_since = None
-        member.num_running += 1
-        member.num_queued_tokens += num_tokens
-        return member
-
-    def release(self, member: Member, num_tokens: int) -> None:
-        """The request has left the server."""
-        member.num_running -= 1
-        member.num_queued_tokens -= num_tokens
-        if not member.is_listed:
-            member.woken.set()
-
-    def fail(self, member: Member, why: str, is_dead: bool = False) -> None:
-        """Take the server out until it answers probes again; `is_dead`: what it was asked will not be answered."""
-        if member.breaker.failed(why) and member.is_listed:
-            self._counters.add("num_server_failures")
-            logger.warning("%s (%s) is taken out: %s", member.id, member.server.url, why)
-        member.holds_weights = False  # who knows who will answer there next
-        if is_dead:
-            member.end_calls()
-        member.woken.set()
-        self.notify()
-
-    def succeeded(self, member: Member) -> None:
-        """It answered a request, or sent a token."""
-        member.heard_at = time.monotonic()
-        if member.breaker.succeeded():
-            self.notify()
-
-    def changed(self) -> None:
-        """Servers came or went: groups choose again, the idle ones first, when they next send a request."""
-        self._home.clear()
-        self._none_since = None
-        self.notify()
+        server.num_running += 1
+        server.num_queued_tokens += num_tokens
+        try:
+            yield server
+        finally:
+            server.num_running -= 1
+            server.num_queued_tokens -= num_tokens
+            if server.state == "draining":
+                server.woken.set()
 
     async def wait_change(self, limit_s: float) -> bool:
         """Whether a server came, went or answered within the limit."""
@@ -94,19 +226,19 @@ class Router:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def told(self) -> str:
+    def lines(self) -> str:
         """The servers that take no requests, and why."""
-        return "; ".join(filter(None, (m.line() for m in self.members))) or "there are no servers"
+        return "; ".join(filter(None, (s.line() for s in self.servers))) or "there are no servers"
 
-    def _pick(self, group: str) -> Member | None:
-        ready = [m for m in self.members if m.is_alive and m.is_listed]
+    def choose(self, group: str) -> Server | None:
+        ready = [s for s in self.servers if s.state == "serving"]
         if not ready:
             return None
         home = self._home.get(group)
         if home is None or home not in ready:
             # A server that failed is tried by one group; by all when there is no other.
-            ready = [m for m in ready if m.breaker.state == "closed" or not m.num_running] or ready
-            home = min(ready, key=lambda m: m.num_queued_tokens)
+            ready = [s for s in ready if not s.num_failures or not s.num_running] or ready
+            home = min(ready, key=lambda s: s.num_queued_tokens)
         if group:
             self._home[group] = home
             self._home.move_to_end(group)

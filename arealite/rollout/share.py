@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from arealite.algorithm.packing import karmarkar_karp
-from arealite.api.errors import ArealiteError, WorkflowError
 from arealite.api.protocols import Collective
+from arealite.api.errors import ArealiteError, WorkflowError
 from arealite.api.types import Batch, Group
 
 BEAT_S = 5.0  # how often rank 0 tells the waiting ranks that it goes on
@@ -21,16 +21,15 @@ BEAT_S = 5.0  # how often rank 0 tells the waiting ranks that it goes on
 Beat = Callable[[], None]
 
 
-def from_head(work: Callable[[Beat], list[Any]], collective: Collective | None) -> Any:
+def from_head(work: Callable[[Beat], list[Any]], collective: Collective | None, beat_s: float = BEAT_S) -> Any:
     """Collective: `work` runs on rank 0 only and gives one object per share; what it raises is raised on all ranks.
     While it waits it calls the function that it is given, so that the other ranks' waits do not reach their limit.
 
     Consumes: rank 0's work. Produces: this rank's object. Waits for: rank 0, each time at most the collective's limit.
-    Unblocked by: the object, a beat (None) every BEAT_S, rank 0's error, or the failure of the collective.
+    Unblocked by: the object, a beat (None) every `beat_s`, rank 0's error, or the failure of the collective.
     """
     if collective is None or collective.world_size == 1:
         return work(lambda: None)[0]
-    size = collective.num_shares
     if collective.rank != 0:
         while (share := collective.scatter(None)) is None:
             pass
@@ -41,23 +40,18 @@ def from_head(work: Callable[[Beat], list[Any]], collective: Collective | None) 
 
     def beat() -> None:
         nonlocal last
-        if time.monotonic() - last >= BEAT_S:
-            collective.scatter([None] * size)
+        if time.monotonic() - last >= beat_s:
+            collective.scatter([None] * collective.num_shares)
             last = time.monotonic()
 
     try:
         shares = work(beat)
     except Exception as error:  # user code lies below: the other ranks wait in scatter and must hear of it
-        collective.scatter([_for_other_ranks(error)] * size)
+        text = f"on rank 0: {type(error).__name__}: {error}"  # the text only: no live object can travel
+        kind = type(error) if isinstance(error, ArealiteError) else WorkflowError
+        collective.scatter([kind(text)] * collective.num_shares)
         raise
     return collective.scatter(shares)
-
-
-def take_and_share(take: Callable[[Beat], list[Group]], collective: Collective | None) -> Batch:
-    """Collective: rank 0 takes the groups of one step, every rank gets its packed share."""
-    size = 1 if collective is None else collective.num_shares
-    batch: Batch = from_head(lambda beat: split_batch(take(beat), size), collective)
-    return batch
 
 
 def split_batch(groups: list[Group], num_shares: int) -> list[Batch]:
@@ -72,9 +66,3 @@ def split_batch(groups: list[Group], num_shares: int) -> list[Batch]:
     num_tokens = np.bincount(whole.group_ids, weights=whole.lengths, minlength=len(groups))
     shares = karmarkar_karp(num_tokens.tolist(), num_shares)
     return [whole.select(np.flatnonzero(np.isin(whole.group_ids, chosen))) for chosen in shares]
-
-
-def _for_other_ranks(error: Exception) -> Exception:
-    """An error of the same class that can be sent: the text only, so that no live object travels with it."""
-    text = f"on rank 0: {type(error).__name__}: {error}"
-    return type(error)(text) if isinstance(error, ArealiteError) else WorkflowError(text)

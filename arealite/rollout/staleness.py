@@ -1,6 +1,6 @@
 """How many groups may be in flight, and which of the finished ones a step takes, so that no group is ever too old.
 
-Called by executor.py. Pure bookkeeping: no clock, no input or output.
+Called by executor.py with what its table holds. Pure rules: no state, no clock, no input or output.
 
 The rule. Weights have versions 0, 1, 2, ...; the step at version v takes B groups and makes version v + 1. A group
 started at version w holds tokens of version w or newer, so it may be trained at version D = w + eta at the latest: D
@@ -26,78 +26,63 @@ places that slow old ones need later. (A version that passes without a step brea
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 
-class StalenessManager:
-    """Counts in prompt groups. A group is identified by its ordinal.
+@dataclass(frozen=True)
+class StalenessBound:
+    """Counts in prompt groups. `running` and `ready` are {ordinal of a group: version when it was started}; `version`
+    is that of the current weights.
 
     Args:
         max_staleness: eta, how many versions a trained token may be behind.
-        consumer_batch_size: B, groups per step.
+        batch_size: B, groups per step.
         max_concurrent: groups running at one time.
     """
 
-    def __init__(self, max_staleness: int, consumer_batch_size: int, max_concurrent: int) -> None:
-        self.max_staleness = max_staleness
-        self.consumer_batch_size = consumer_batch_size
-        self.max_concurrent = max_concurrent
-        self.version = 0
-        self.num_consumed = 0
-        self.running: dict[int, int] = {}  # ordinal -> version at start
-        self.ready: dict[int, int] = {}  # likewise, of finished groups
+    max_staleness: int
+    batch_size: int
+    max_concurrent: int
 
-    def capacity(self) -> int:
+    def capacity(self, version: int, num_consumed: int, num_running: int, num_ready: int) -> int:
         """Groups that may be started now; may be negative. With `num_accepted` = consumed + ready this is
         min(max_concurrent - running, (eta + version + 1) * B - (num_accepted + running)), but versions that passed
         without a full batch give no credit."""
-        num_used = max(self.num_consumed, self.version * self.consumer_batch_size)
-        num_places = (self.max_staleness + self.version + 1) * self.consumer_batch_size - num_used
-        return min(self.max_concurrent - len(self.running), num_places - len(self.ready) - len(self.running))
+        num_used = max(num_consumed, version * self.batch_size)
+        num_places = (self.max_staleness + version + 1) * self.batch_size - num_used
+        return min(self.max_concurrent - num_running, num_places - num_ready - num_running)
 
-    def start(self, ordinal: int) -> None:
-        self.running[ordinal] = self.version
-
-    def accept(self, ordinal: int) -> None:
-        """The group finished and may be consumed."""
-        self.ready[ordinal] = self.running.pop(ordinal)
-
-    def reject(self, ordinal: int) -> None:
-        """The running group will never be consumed (filtered, failed): its place is free."""
-        del self.running[ordinal]
-
-    def select(self, num_groups: int) -> list[int] | None:
+    def select(
+        self, version: int, running: Mapping[int, int], ready: Mapping[int, int], num_groups: int
+    ) -> list[int] | None:
         """Ordinals of the ready groups for a step of `num_groups`, in ordinal order: those started at the oldest
         version first, then by ordinal. None while too few are ready, or while a running one must be waited for."""
-        if len(self.ready) < num_groups:
+        if len(ready) < num_groups:
             return None
-        chosen = sorted(self.ready, key=lambda o: (self.ready[o], o))[:num_groups]
-        taken = Counter(self.ready[o] for o in chosen)
+        chosen = sorted(ready, key=lambda o: (ready[o], o))[:num_groups]
+        taken = Counter(ready[o] for o in chosen)
         num_taken = 0
-        for version, num_due in self._due():
-            num_taken += taken[version]
+        for started, num_due in self.due(version, running, ready):
+            num_taken += taken[started]
             if num_taken < min(num_due, num_groups):
                 return None
         return sorted(chosen)
 
-    def consume(self, ordinals: list[int]) -> None:
-        for ordinal in ordinals:
-            del self.ready[ordinal]
-        self.num_consumed += len(ordinals)
-
-    def awaited(self) -> list[int]:
-        """Running groups that hold up the next step, however many others are ready. Any thread may call."""
-        for version, num_due in self._due():
-            if sum(v <= version for v in list(self.ready.values())) < num_due:
-                return sorted(o for o, v in list(self.running.items()) if v <= version)
+    def awaited(self, version: int, running: Mapping[int, int], ready: Mapping[int, int]) -> list[int]:
+        """Running groups that hold up the next step, however many others are ready."""
+        for started, num_due in self.due(version, running, ready):
+            if sum(v <= started for v in ready.values()) < num_due:
+                return sorted(o for o, v in running.items() if v <= started)
         return []
 
-    def _due(self) -> list[tuple[int, int]]:
+    def due(self, version: int, running: Mapping[int, int], ready: Mapping[int, int]) -> list[tuple[int, int]]:
         """(start version w, how many of the groups started up to w the next step must take), oldest first: those that
         do not fit into the (D - version) * B places of the steps after it, up to their deadline D."""
-        waiting = Counter(self.running.values()) + Counter(self.ready.values())
+        waiting = Counter(running.values()) + Counter(ready.values())
         due, num_up_to = [], 0
-        for version in sorted(waiting):
-            num_up_to += waiting[version]
-            num_steps_later = max(0, version + self.max_staleness - self.version)
-            due.append((version, max(0, num_up_to - num_steps_later * self.consumer_batch_size)))
+        for started in sorted(waiting):
+            num_up_to += waiting[started]
+            num_steps_later = max(0, started + self.max_staleness - version)
+            due.append((started, max(0, num_up_to - num_steps_later * self.batch_size)))
         return due

@@ -1,6 +1,6 @@
-"""HTTP to the inference servers: one session, JSON in and out, every failure as one of two errors.
+"""HTTP to the inference servers: one session, JSON in and out, every failure as one of three errors.
 
-Called by generate.py (requests) and fleet.py (control). Knows nothing about what the bodies mean.
+Called by router.py (through Server.ask), generate.py and bench.py. Knows nothing about what the bodies mean.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from arealite.api.errors import ArealiteError, ConfigError, RequestError, ServerUnreachable
-from arealite.rollout.backend import Call
+from arealite.rollout.backends.protocol import Call
 
 KEEPALIVE_S = 2.0  # below every server's own limit, so that a connection is not reused while the server closes it
 RETRYABLE_STATUS = (408, 425, 429)
@@ -28,19 +28,17 @@ class ConnectionLost(ServerUnreachable):
     """There is nobody at the address, or the connection broke: the process is likely gone."""
 
 
-@dataclass(frozen=True)
-class Server:
+@dataclass(eq=False)
+class Address:
     """One inference server: `id` is what errors, stats and receipts call it, `url` has no trailing slash."""
 
     id: str
     url: str
 
 
-def servers_at(addresses: list[str]) -> list[Server]:
-    """Servers of `host:port` or `http://host:port` addresses, named server-0, server-1, ... in that order. Raises
-    ConfigError."""
-    given = [a.strip() for a in addresses if a.strip()]
-    return [Server(f"server-{i}", _url(address)) for i, address in enumerate(given)]
+def addresses_of(texts: list[str]) -> list[Address]:
+    """Of `host:port` or `http://host:port`, named server-0, server-1, ... in that order. Raises ConfigError."""
+    return [Address(f"server-{i}", _url(text.strip())) for i, text in enumerate(filter(str.strip, texts))]
 
 
 def _url(address: str) -> str:
@@ -69,18 +67,18 @@ class Transport:
         if self._session is not None:
             await self._session.close()
 
-    async def send(self, server: Server, call: Call, limit_s: float | None = None) -> Any:
+    async def send(self, server: Address, call: Call, limit_s: float | None = None) -> Any:
         """The answer, read (None when empty). `limit_s` None: the caller bounds the wait.
 
         Raises:
             RequestError: HTTP 4xx, or an answer that is not JSON.
-            ServerUnreachable: no connection, HTTP 5xx, 408, 425 or 429, or no answer within the limit.
+            ServerUnreachable: HTTP 5xx, 408, 425 or 429, or no answer within the limit; ConnectionLost: no connection.
         """
         async with self._answer(server, call, limit_s) as answer:
             text = await answer.text()
             return _parsed(text, _where(server, call)) if call.expects_json else text
 
-    async def stream(self, server: Server, call: Call, keep: Callable[[bytes], None]) -> Any:
+    async def stream(self, server: Address, call: Call, keep: Callable[[bytes], None]) -> Any:
         """The last event, read, of an answer in server-sent events that each hold all that went before; a plain
         answer as `send`. `keep` gets the JSON of each event as it comes. Raises as `send`; the caller bounds it."""
         where = _where(server, call)
@@ -94,15 +92,22 @@ class Transport:
                     text = event.removeprefix(b"data:").strip()
                     if text == b"[DONE]":
                         return _parsed(last.decode(), where)
-                    _check_event(text, where)
+                    if text.startswith(b'{"error"'):  # after the start of a stream, with the status that came too late
+                        error = _parsed(text.decode(), where)["error"]
+                        code = error.get("code") if isinstance(error, dict) else None
+                        raise _refusal(code if isinstance(code, int) else 500, text.decode(), where)
                     keep(text)
                     last = text
         raise ConnectionLost(f"{where} ended its answer early")
 
     @asynccontextmanager
-    async def _answer(self, server: Server, call: Call, limit_s: float | None) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _answer(self, server: Address, call: Call, limit_s: float | None) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._session is None:
+            # limit=0: the default pool of 100 connections would silently queue requests in the client.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
         where = _where(server, call)
-        request = self._opened().request(call.method, server.url + call.path, json=call.body)
+        request = self._session.request(call.method, server.url + call.path, json=call.body)
         try:
             async with asyncio.timeout(limit_s), request as answer:
                 if answer.status >= 400:
@@ -111,17 +116,10 @@ class Transport:
         except TimeoutError as error:
             raise ServerUnreachable(f"{where} gave no answer within {limit_s} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionLost(f"{where} cannot be reached: {_described(error)}") from error
-
-    def _opened(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            # limit=0: the default pool of 100 connections would silently queue requests in the client.
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
-            self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
-        return self._session
+            raise ConnectionLost(f"{where} cannot be reached: {str(error) or type(error).__name__}") from error
 
 
-def _where(server: Server, call: Call) -> str:
+def _where(server: Address, call: Call) -> str:
     return f"{server.id} ({server.url}{call.path})"
 
 
@@ -131,21 +129,8 @@ def _refusal(status: int, text: str, where: str) -> ArealiteError:
     return RequestError(f"{where} refused the request with HTTP {status}: {text[:MAX_SHOWN]}")
 
 
-def _check_event(text: bytes, where: str) -> None:
-    """An error after the start of a stream is an event of its own, with the status that came too late."""
-    if text.startswith(b'{"error"'):
-        error = _parsed(text.decode(), where)["error"]
-        code = error.get("code") if isinstance(error, dict) else None
-        raise _refusal(code if isinstance(code, int) else 500, text.decode(), where)
-
-
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text) if text.strip() else None
     except ValueError as error:
         raise RequestError(f"{where} answered something that is not JSON: {text[:MAX_SHOWN]}") from error
-
-
-def _described(error: BaseException) -> str:
-    """The error's text, or its class where it has none."""
-    return str(error) or type(error).__name__

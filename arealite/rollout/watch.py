@@ -10,86 +10,94 @@ import logging
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arealite.api.errors import ArealiteError, ConfigError
-from arealite.rollout.backend import Backend, Call
+from arealite.api.errors import ArealiteError, ConfigError, ServerUnreachable
+from arealite.rollout.backends.protocol import Backend, Call
 from arealite.rollout.fleet import Fleet
-from arealite.rollout.health import Member
-from arealite.rollout.router import Router
-from arealite.rollout.transport import ConnectionLost, Server, servers_at
+from arealite.rollout.router import Limits, Server
+from arealite.rollout.transport import Address, ConnectionLost, addresses_of
 
-PROBE_S = 1.0  # a server that has said nothing for so long is asked whether it is there
-FILE_S = 1.0  # how often the servers file is looked at
+FIRST_PROBE_LIMIT_S = 30.0  # SGLang generates a token for it, and may have to compile first
 
 logger = logging.getLogger(__name__)
 
 
 class Watch:
-    """One loop per server, and one for the servers file (None: there is none). `backend` is that of servers to come."""
+    """One loop per server, and one for the servers file, which lists addresses, one a line (None: there is none).
+    `backend` is that of servers until their version is known."""
 
-    def __init__(self, fleet: Fleet, backend: Backend, silence_s: float, servers_file: Path | None) -> None:
-        self._fleet = fleet
-        self._router: Router = fleet.router
-        self._members = fleet.router.members
-        self._backend = backend
-        self._silence_s = silence_s
+    def __init__(self, fleet: Fleet, backend: Backend, limits: Limits, servers_file: Path | None) -> None:
+        self._fleet, self._router, self._backend, self._limits = fleet, fleet.router, backend, limits
+        self._silence_s = fleet.config.server_silence_s
         self._file = servers_file
-        self._listed = {member.server.url for member in self._members}
-        self._loops: set[asyncio.Task[None]] = set()
-        self._first = list(self._members)
+        self._listed: set[str] = set()  # URLs
+        self.loops: set[asyncio.Task[None]] = set()
 
-    def follow(self) -> None:
-        """Keep to the servers file from now on. Call once, in the loop; destroy cancels what this and `start` start."""
-        if self._file is not None:
+    async def start(self, addresses: list[Address]) -> None:
+        """Consumes: answers of the servers. Produces: their loops, which end when they are cancelled. Waits for: all
+        of them to serve, at most `setup_timeout_s`. Unblocked by: the servers, or the limit.
+
+        Raises:
+            ServerUnreachable: names the servers that did not come up and what was wrong last.
+            ConfigError: a server cannot be used as it was started.
+        """
+        deadline = time.monotonic() + self._fleet.config.setup_timeout_s
+        first = [self.add(address) for address in addresses]
+        self._listed = {address.url for address in addresses}
+        if self._file is not None:  # a server may be replaced before it was reached
             self._spawn(self._follow(self._file))
+        while any(s.state != "serving" and s in self._router.servers for s in first):
+            if refusal := next((s.refusal for s in first if s.refusal), None):
+                raise refusal
+            if not await self._router.wait_change(deadline - time.monotonic()):
+                raise ServerUnreachable(
+                    f"not healthy after {self._fleet.config.setup_timeout_s} s: {'; '.join(self._fleet.pending())}. Look into the"
+                    " servers' logs, or raise rollout.setup_timeout_s"
+                )
 
-    def start(self) -> None:
-        """Watch the first servers, once they have come up; those added later are watched from the beginning."""
-        for member in self._first:
-            self._spawn(self._watch(member))
-
-    def add(self, server: Server) -> Member:
+    def add(self, address: Address) -> Server:
         """A server that takes requests as soon as it answers and holds the weights. One of the same name is replaced,
         unless it is in use: then the new one gets a name of its own."""
-        same = next((m for m in self._members if m.server.url == server.url), None)
-        if same is not None:
-            same.is_listed = True
+        servers = self._router.servers
+        if same := next((s for s in servers if s.url == address.url), None):
+            if same.state == "draining":
+                self._router.move(same, "serving", "it is in the list of servers again")
             return same
-        old = next((m for m in self._members if m.id == server.id), None)
-        if old is not None and not old.is_listed:
+        names = {s.id: s for s in servers}
+        name, old = address.id, names.get(address.id)
+        if old is not None and old.state == "draining":
             self._drop(old, "replaced by another server")
         elif old is not None:
-            names = {m.id for m in self._members}
-            free = next(f"server-{i}" for i in range(len(names) + 1) if f"server-{i}" not in names)
-            server = replace(server, id=free)
-        member = Member(server, self._backend, holds_weights=False)
-        member.breaker.state = "open"
-        member.woken.set()
-        self._members.append(member)
-        self._spawn(self._watch(member))
-        return member
+            name = next(f"server-{i}" for i in range(len(names) + 1) if f"server-{i}" not in names)
+        server = Server(name, address.url, self._backend)
+        server.woken.set()
+        servers.append(server)
+        self._spawn(self._watch(server))
+        return server
 
-    def set_listed(self, addresses: list[str]) -> None:
+    def set_listed(self, texts: list[str]) -> None:
         """New addresses are added; servers that were in the list before and are no more are drained: they get no new
         requests, and are forgotten when their last one has ended."""
-        servers = servers_at(addresses)
-        urls = {server.url for server in servers}
-        for member in self._members:
-            if member.server.url in self._listed - urls:
-                member.is_listed = False
-                member.woken.set()
-        for server in servers:
-            if server.url not in self._listed:
-                self.add(server)
+        addresses = addresses_of(texts)
+        urls = {address.url for address in addresses}
+        for server in list(self._router.servers):
+            if server.url in self._listed - urls:
+                server.num_failures = int(server.state != "serving")  # only one that serves has something to end
+                self._router.move(server, "draining", "is no longer in the list of servers")
+        for address in addresses:
+            if address.url not in self._listed:
+                self.add(address)
         self._listed = urls
-        self._router.changed()
+
+    def _drop(self, server: Server, why: str) -> None:
+        self._router.servers.remove(server)
+        self._router.fail(server, why, is_dead=True)
 
     async def _follow(self, path: Path) -> None:
-        """Consumes: the servers file, one address a line. Produces: members. Waits for: the next look, FILE_S.
-        Unblocked by: time; ends when it is cancelled."""
+        """Consumes: the servers file. Produces: servers. Waits for: the next look. Unblocked by: time; ends when it is
+        cancelled."""
         seen = ""
         while True:
             try:
@@ -101,94 +109,88 @@ class Watch:
                 pass  # not written yet, or its file system is gone for a moment
             except ConfigError as error:
                 logger.error("the servers stay as they are: %s: %s", path, error)
-            await asyncio.sleep(FILE_S)
+            await asyncio.sleep(self._limits.file_s)
 
-    async def _watch(self, member: Member) -> None:
-        """One server, as long as it is a member.
+    async def _watch(self, server: Server) -> None:
+        """One server, as long as there is one.
 
-        Consumes: answers to probes. Produces: a server taken out, or back with the current weights. Waits for: PROBE_S
-        of silence, or the end of a back-off. Unblocked by: time, `woken` (a request failed); ends when it is dropped.
+        Consumes: answers to probes. Produces: a server taken out, or back with the current weights. Waits for:
+        `probe_s` of silence, or the end of a back-off. Unblocked by: time, `woken` (its state changed); ends when it is
+        dropped.
         """
         num_misses = 0
-        while member in self._members:
+        while server in self._router.servers:
             with suppress(TimeoutError):
-                async with asyncio.timeout(member.breaker.wait_s or PROBE_S):
-                    await member.woken.wait()
-            member.woken.clear()
-            if member not in self._members:
-                return
-            if not member.is_listed and (member.num_running == 0 or member.breaker.state == "open"):
-                self._drop(member, "no longer in the list of servers")
-            elif member.breaker.wait_s:
+                async with asyncio.timeout(server.wait_s or self._limits.probe_s):
+                    await server.woken.wait()
+            server.woken.clear()
+            if server not in self._router.servers or server.wait_s:
                 continue
-            elif not member.is_alive:
-                await self._bring_back(member)
-            elif self._fleet.is_paused and not member.backend.is_healthy_paused:
-                member.heard_at = time.monotonic()
-            elif time.monotonic() - member.heard_at >= PROBE_S:
-                num_misses = 0 if await self._answers(member) else num_misses + 1
-                self._judge(member, num_misses)
+            if server.state == "draining" and not (server.num_running and server.is_reachable):
+                self._drop(server, server.why)
+            elif server.state not in ("serving", "draining"):
+                await self._bring_in(server)
+            elif not self._fleet.gate.is_open and not server.backend.is_healthy_paused:
+                server.heard_at = time.monotonic()
+            elif time.monotonic() - server.heard_at >= self._limits.probe_s:
+                num_misses = 0 if await self._answers(server) else num_misses + 1
+                self._judge(server, num_misses)
 
-    async def _answers(self, member: Member) -> bool:
+    async def _answers(self, server: Server) -> bool:
         try:
-            await self._probe(member)
+            await self._probe(server)
         except ConnectionLost as error:
-            self._router.fail(member, str(error), is_dead=True)
+            self._router.fail(server, str(error), is_dead=True)
         except ArealiteError:
             return False  # it lives, or is frozen: its silence decides
         return True
 
-    def _judge(self, member: Member, num_misses: int) -> None:
+    def _judge(self, server: Server, num_misses: int) -> None:
         """Take out a server that neither sent a token nor answered two probes: one may be our own fault, when this
         process was frozen. The last one stays: it may only be slow, and nobody would do its work."""
-        silent_s = time.monotonic() - member.heard_at
-        others = any(m.is_alive and m.is_listed for m in self._members if m is not member)
+        silent_s = time.monotonic() - server.heard_at
+        others = any(s.state == "serving" for s in self._router.servers if s is not server)
         if num_misses >= 2 and silent_s >= self._silence_s and others:
-            self._router.fail(member, f"it has answered nothing for {silent_s:.1f} s", is_dead=True)
+            self._router.fail(server, f"it has answered nothing for {silent_s:.1f} s", is_dead=True)
 
-    async def _bring_back(self, member: Member) -> None:
+    async def _bring_in(self, server: Server) -> None:
+        """From joining or out to updating when it answers, and to serving when it has what the others have; a server
+        whose weights cannot be had stays updating until the next update brings them."""
         try:
-            await self._probe(member)
-            member.breaker.answers()
-            self._router.notify()
-            if not await self._joined(member):
-                return  # the next update brings the weights
+            await self._probe(server)
+            if server.state != "updating":
+                self._router.move(server, "updating", server.why)
+            await self._joined(server)
         except ArealiteError as error:
-            self._router.fail(member, str(error), is_dead=isinstance(error, ConnectionLost))
-            return
-        logger.warning("%s (%s) takes requests", member.id, member.server.url)
-        self._router.changed()
+            server.refusal = error if isinstance(error, ConfigError) else None
+            self._router.fail(server, str(error), is_dead=isinstance(error, ConnectionLost))
 
-    async def _joined(self, member: Member) -> bool:
+    async def _joined(self, server: Server) -> None:
         """Fleet.join, watched: the others wait for it, so a server that freezes in it is taken out."""
-        joining = asyncio.ensure_future(self._fleet.join(member))
+        joining = asyncio.ensure_future(self._fleet.join(server))
         num_misses = 0
         try:
-            while not (await asyncio.wait({joining}, timeout=PROBE_S))[0]:
-                num_misses = 0 if await self._answers(member) else num_misses + 1
-                self._judge(member, num_misses)
-            return joining.result() and member.is_alive
+            while not (await asyncio.wait({joining}, timeout=self._limits.probe_s))[0]:
+                num_misses = 0 if await self._answers(server) else num_misses + 1
+                self._judge(server, num_misses)
+            joining.result()
         finally:
             joining.cancel()
 
-    async def _probe(self, member: Member) -> None:
-        """Where /health samples a token, a server that is out is asked for less: it may be paused still."""
-        backend = member.backend
-        path = backend.health_path if member.is_alive or backend.is_healthy_paused else backend.version_path
-        call = Call(path, method="GET")
-        await member.ask(self._fleet.transport.send(member.server, call, self._silence_s / 2))
-
-    def _drop(self, member: Member, why: str) -> None:
-        self._members.remove(member)
-        member.is_listed = False
-        self._router.fail(member, why, is_dead=True)
+    async def _probe(self, server: Server) -> None:
+        """Where /health samples a token, a server that was out is asked for less: it may be paused still."""
+        backend, is_new = server.backend, server.state == "joining"
+        was_out = server.state in ("out", "updating") and not backend.is_healthy_paused
+        call = Call(backend.version_path if was_out else backend.health_path, method="GET")
+        limit_s = FIRST_PROBE_LIMIT_S if is_new else self._silence_s / 2
+        await server.ask(self._fleet.transport.send(server, call, limit_s))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         loop = asyncio.ensure_future(work)
-        self._loops.add(loop)
+        self.loops.add(loop)
         loop.add_done_callback(self._ended)
 
     def _ended(self, loop: asyncio.Task[None]) -> None:
-        self._loops.discard(loop)
+        self.loops.discard(loop)
         if not loop.cancelled() and (error := loop.exception()) is not None:
             logger.error("servers are no longer watched as they should be", exc_info=error)

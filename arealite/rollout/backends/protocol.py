@@ -1,6 +1,6 @@
 """What the client must know about a server's wire protocol: requests to send, answers to read. No input or output here.
 
-Implemented by sglang.py, native.py and vllm.py; called by generate.py, fleet.py and updates.py.
+Implemented by sglang.py and vllm.py; called by generate.py, fleet.py, weight_load.py and bench.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from arealite.api.errors import RequestError
-from arealite.api.types import FinishReason, GenerationRequest, WeightUpdateMeta
+from arealite.api.types import FinishReason, GenerationRequest, GroupPlace, WeightUpdateMeta
 
 UNNAMED_VERSION = "default"  # what SGLang and vLLM call their weights before the first update
 
@@ -29,7 +29,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """One answer: the tokens sampled since the request was last sent. The lists have one entry per token. `cut_mass`:
     the probability that top-k, top-p and min-p cut, summed over the tokens, where the server tells it."""
 
@@ -81,7 +81,7 @@ class Backend(Protocol):
     def generate_call(self, request: GenerationRequest, wire_id: str, so_far: list[int]) -> Call:
         """Samples the rest of `request` after `so_far`, the tokens sampled before an interruption."""
 
-    def parse_part(self, answer: Any, server_id: str) -> Part:
+    def parse_part(self, answer: Any, server_id: str) -> Segment:
         """Reads the answer to `generate_call`.
 
         Raises:
@@ -107,14 +107,12 @@ class Backend(Protocol):
 
     def unload_lora_call(self, name: str) -> Call: ...
 
-    def group_call(self, address: str, port: int, rank_offset: int, world_size: int, name: str, backend: str) -> Call:
-        """Joins the process group `name` of weights/group.py; answered once all members have joined."""
+    def group_call(self, place: GroupPlace, rank: int) -> Call:
+        """Joins the process group of weights/group.py with this and the following ranks; answered once all members
+        have joined."""
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
         """Raises ConfigError when this server cannot read updates of `meta.kind`."""
-
-    def with_bucket(self, call: Call, text: str) -> Call:
-        """The bucket call of an update of kind "tensor" with the bucket in it, as `WeightSender.send` gives it."""
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         """`answers` of the plan's calls, in order. Checksums that the server confirms; None where it cannot.

@@ -1,6 +1,5 @@
-"""SGLang's wire protocol, by the server's version. Checked against SGLang 0.5.10 to 0.5.23.
-
-Called by generate.py, fleet.py and updates.py through backend.py; the built-in server's is native.py.
+"""SGLang's wire protocol, by the server's version, checked against SGLang 0.5.10 to 0.5.23; and the built-in server's,
+which is the same with shared memory and checksums of live parameters added. Called through protocol.py.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
-from arealite.api.types import GenerationRequest, WeightUpdateMeta
-from arealite.rollout.backend import (
+from arealite.api.types import GenerationRequest, GroupPlace, WeightUpdateMeta, as_record
+from arealite.rollout.backends.protocol import (
     ADAPTER_NEEDS_ABORT,
     UNNAMED_VERSION,
     Call,
-    Part,
+    Segment,
     UpdatePlan,
     finite,
     token_versions,
@@ -24,16 +23,14 @@ from arealite.rollout.backend import (
 
 CHECKED_VERSION = (0, 5, 23)
 SPANS_SINCE = (0, 5, 20)  # answers tell which weights made which token
-SESSION_SINCE = (0, 5, 21)  # begin and end are asked for around updates by broadcast and by body
-
-
+SESSION_SINCE = (0, 5, 21)  # begin and end are asked for around updates by broadcast
 STREAM_VERSION = (0, 5, 22)  # since then, stream_interval is part of the checked schema
 NUM_EVENTS = 8  # of a stream at most: each holds all that went before
 MIN_EVENT_TOKENS = 32
 
 
 class SGLangBackend:
-    """SGLang as released (a rollout.backend.Backend). It cannot confirm single tensors: its updates have no receipt."""
+    """SGLang as released (a Backend). It cannot confirm single tensors: its updates have no receipt."""
 
     name = "sglang"
     health_path = "/health"
@@ -82,7 +79,7 @@ class SGLangBackend:
             body["lora_path"] = request.lora  # SGLang's word for the adapter's name
         return Call("/generate", body)
 
-    def parse_part(self, answer: Any, server_id: str) -> Part:
+    def parse_part(self, answer: Any, server_id: str) -> Segment:
         try:
             notes = answer["meta_info"]
             token_ids = [int(t) for t in answer["output_ids"]]
@@ -103,7 +100,7 @@ class SGLangBackend:
         if reason not in ("stop", "length", "abort"):
             raise RequestError(f"{server_id} sent the finish reason {reason!r}; expected stop, length or abort")
         matched = finish.get("matched")
-        return Part(
+        return Segment(
             token_ids=token_ids,
             logprobs=finite([entry[0] for entry in entries], server_id),
             versions=token_versions(
@@ -161,9 +158,10 @@ class SGLangBackend:
     def unload_lora_call(self, name: str) -> Call:
         return Call("/unload_lora_adapter", {"lora_name": name})
 
-    def group_call(self, address: str, port: int, rank_offset: int, world_size: int, name: str, backend: str) -> Call:
-        body = {"master_address": address, "master_port": port, "rank_offset": rank_offset, "world_size": world_size}
-        return Call("/init_weights_update_group", {**body, "group_name": name, "backend": backend})
+    def group_call(self, place: GroupPlace, rank: int) -> Call:
+        body = {"master_address": place.address, "master_port": place.port, "rank_offset": rank}
+        body |= {"world_size": place.world_size, "group_name": place.name, "backend": place.backend}
+        return Call("/init_weights_update_group", body)
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
         # In place, requests keep their KV cache, and SGLang refuses an update that would flush it.
@@ -197,21 +195,55 @@ class SGLangBackend:
 
     def _bucket_call(self, meta: WeightUpdateMeta, start: int, end: int) -> Call:
         body: dict[str, Any] = {"load_format": "flattened_bucket", "flush_cache": False}
-        if meta.kind == "tensor":
-            return Call("/update_weights_from_tensor", body)
         slots = meta.slots[start:end]
         names, dtypes, shapes = zip(*((s.name, s.dtype, list(s.shape)) for s in slots), strict=True)
         body |= {"group_name": meta.group, "names": list(names), "dtypes": list(dtypes), "shapes": list(shapes)}
         return Call("/update_weights_from_distributed", body)
-
-    def with_bucket(self, call: Call, text: str) -> Call:
-        return Call(call.path, {**(call.body or {}), "serialized_named_tensors": [text] * self.num_ranks})
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         for answer in answers:
             if not isinstance(answer, dict) or answer.get("success") is not True:
                 raise WeightSyncError(f"{server_id} did not take the weights of version {meta.version}: {answer}")
         return None
+
+
+class NativeBackend(SGLangBackend):
+    """The built-in server (`arealite serve`)."""
+
+    name = "native"
+    is_healthy_paused = True
+    facts_paths: tuple[str, ...] = ()
+
+    def detect(self, facts: Mapping[str, Any], server_id: str) -> NativeBackend:
+        return self
+
+    def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
+        """Everything is read and checked beside the live weights; the session's end swaps it in."""
+        if meta.kind == "lora":
+            swap = {"load_inplace": True, "weight_version": str(meta.version)}
+            load = {"lora_name": meta.adapter, "lora_path": meta.path, **swap}
+            return UpdatePlan(after=[Call("/load_lora_adapter", load)], is_staged=True)
+        before, buckets = [Call("/begin_weight_update", {})], []
+        if meta.kind == "disk":
+            before.append(Call("/update_weights_from_disk", {"model_path": meta.path, "flush_cache": False}))
+        elif meta.kind == "shm":
+            slots = [as_record(slot) for slot in meta.slots]
+            before.append(Call("/update_weights_from_shm", {"path": meta.path, "slots": slots, "flush_cache": False}))
+        else:
+            buckets = [self._bucket_call(meta, start, end) for start, end in meta.buckets]
+        swap = {
+            "weight_version": str(meta.version),
+            "flush_cache": pause_mode != "in_place",
+            "checksum_names": sorted(meta.checksums),
+        }
+        return UpdatePlan(before, buckets, [Call("/end_weight_update", swap)], is_staged=True)
+
+    def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
+        super().parse_receipt(answers, meta, server_id)
+        checksums = answers[-1].get("checksums")
+        if not isinstance(checksums, dict):
+            raise WeightSyncError(f"{server_id} took version {meta.version} without checksums of its parameters")
+        return {name: int(value) for name, value in checksums.items()}
 
 
 def _check_error(finish: dict[str, Any], server_id: str) -> None:

@@ -1,6 +1,6 @@
 """vLLM's wire protocol: tokens in, tokens out, with the routes of its development mode. Checked against vLLM 0.32.0.
 
-Called by generate.py, fleet.py and updates.py through backend.py. Its workers' end of weight updates is
+Called through protocol.py. Its workers' end of weight updates is
 weights/vllm_worker.py.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
-from arealite.api.types import GenerationRequest, WeightUpdateMeta, as_record
-from arealite.rollout.backend import (
+from arealite.api.types import GenerationRequest, GroupPlace, WeightUpdateMeta, as_record
+from arealite.rollout.backends.protocol import (
     ADAPTER_NEEDS_ABORT,
     UNNAMED_VERSION,
     Call,
-    Part,
+    Segment,
     UpdatePlan,
     finite,
     token_versions,
@@ -38,7 +38,7 @@ PAUSES = {
 
 
 class VLLMBackend:
-    """vLLM with --enable-scale-out (a rollout.backend.Backend).
+    """vLLM with --enable-scale-out (a Backend).
 
     `takes_seed`: on CPUs it does not, so sampling there is not reproducible: vLLM 0.32 ends with "CPU Generator does
     not use offset" once it computes the prompt of a request that has a seed in parts.
@@ -94,7 +94,7 @@ class VLLMBackend:
         body = {"request_id": wire_id, "token_ids": tokens, "sampling_params": sampling}
         return Call(GENERATE, body | ({"model": lora} if lora else {}))
 
-    def parse_part(self, answer: Any, server_id: str) -> Part:
+    def parse_part(self, answer: Any, server_id: str) -> Segment:
         try:
             choice = answer["choices"][0]
             token_ids = [int(t) for t in choice["token_ids"]]
@@ -113,7 +113,7 @@ class VLLMBackend:
         if reason == "stop" and matched is None and token_ids:
             matched = token_ids[-1]  # vLLM does not name the end-of-sequence token
         known = [math.nan if value is None or value <= LOGPROB_FLOOR else value for value in logprobs]
-        return Part(token_ids, finite(known, server_id), versions, reason, matched, choice.get("text") or "")
+        return Segment(token_ids, finite(known, server_id), versions, reason, matched, choice.get("text") or "")
 
     def parse_scores(self, answer: Any, num_tokens: int, server_id: str) -> list[float]:
         try:
@@ -152,17 +152,16 @@ class VLLMBackend:
     def unload_lora_call(self, name: str) -> Call:
         return Call("/v1/unload_lora_adapter", {"lora_name": name}, expects_json=False)
 
-    def group_call(self, address: str, port: int, rank_offset: int, world_size: int, name: str, backend: str) -> Call:
-        where = {"address": address, "port": port, "rank_offset": rank_offset, "world_size": world_size}
-        return _on_workers("arealite_join", **where, name=name, backend=backend)
+    def group_call(self, place: GroupPlace, rank: int) -> Call:
+        return _on_workers("arealite_join", rank_offset=rank, **as_record(place))
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
         if meta.kind == "lora":
             return self._adapter_plan(meta, pause_mode)
-        if meta.kind == "tensor" or (meta.kind != "disk" and not self._has_extension):
+        if meta.kind != "disk" and not self._has_extension:
             raise ConfigError(
-                f"weight_update is {meta.kind!r}, which this vLLM server cannot read: set weight_update=disk"
-                + ("" if meta.kind == "tensor" else f", or start it with --worker-extension-cls {WORKER_EXTENSION}")
+                f"weight_update is {meta.kind!r}, which this vLLM server cannot read: set weight_update=disk, or start"
+                f" it with --worker-extension-cls {WORKER_EXTENSION}"
             )
         # Requests that are kept in place keep their cache; otherwise nothing computed by the old weights may stay.
         flush = [] if pause_mode == "in_place" else [Call("/reset_prefix_cache?reset_running_requests=true")]
@@ -193,9 +192,6 @@ class VLLMBackend:
         stamp = Call("/update_weight_version", {"new_version": str(meta.version)})
         end_queued = Call("/abort_requests", {})
         return UpdatePlan(after=[unload, self.lora_call(name, meta.path), end_queued, flush, stamp])
-
-    def with_bucket(self, call: Call, text: str) -> Call:
-        raise ConfigError("vLLM takes no weights in the body of a call: set weight_update=distributed")
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         """Checksums of the tensors as they reached the loaders: the live ones are fused, sharded or repacked."""
