@@ -101,17 +101,17 @@ class Load:
 
 def watch_swaps(engine: RemoteNativeEngine, swaps: list[float]) -> None:
     """Note how long each swap takes, from the client's call to the server's answer."""
-    updates: Any = engine._live.fleet._updates
-    ask = updates._ask
+    loads: Any = engine._live.fleet.loads
+    ask = loads.ask
 
-    async def timed(member: Any, call: Any) -> Any:
+    async def timed(server: Any, call: Any) -> Any:
         start = time.perf_counter()
-        answer = await ask(member, call)
+        answer = await ask(server, call)
         if call.path == "/end_weight_update":
             swaps.append(time.perf_counter() - start)
         return answer
 
-    updates._ask = timed
+    loads.ask = timed
 
 
 def measure(

@@ -4,9 +4,16 @@ import pytest
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
 from arealite.api.types import GenerationRequest, TensorSlot, WeightUpdateMeta
-from arealite.rollout.native import NativeBackend
-from arealite.rollout.sglang import SGLangBackend
-from arealite.rollout.vllm import GENERATE, ROUTES, SETTINGS, VERSION, WEIGHTS, VLLMBackend, VLLMCompletionsBackend
+from arealite.rollout.backends.sglang import NativeBackend, SGLangBackend
+from arealite.rollout.backends.vllm import (
+    GENERATE,
+    ROUTES,
+    SETTINGS,
+    VERSION,
+    WEIGHTS,
+    VLLMBackend,
+    VLLMCompletionsBackend,
+)
 
 SLOTS = (
     TensorSlot("a", "bfloat16", (2, 3), 0, 12),
@@ -56,10 +63,9 @@ def choice(**changes):
 
 @pytest.mark.parametrize(("version", "in_session"), [("0.5.20", False), ("0.5.21", True), ("0.5.23.post1", True)])
 def test_sglang_updates_are_in_a_session_where_the_version_wants_one(version, in_session):
-    for kind in ("distributed", "tensor"):
-        before, buckets, after = paths(sglang(version).update_plan(meta(kind), "retract"))
-        assert buckets == [f"/update_weights_from_{kind}"] * 2
-        assert (before, after) == ((["/begin_weight_update"], ["/end_weight_update"]) if in_session else ([], []))
+    before, buckets, after = paths(sglang(version).update_plan(meta("distributed"), "retract"))
+    assert buckets == ["/update_weights_from_distributed"] * 2
+    assert (before, after) == ((["/begin_weight_update"], ["/end_weight_update"]) if in_session else ([], []))
     assert paths(sglang(version).update_plan(meta("disk"), "retract"))[2] == ["/update_weights_from_disk"]
 
 
@@ -74,10 +80,9 @@ def test_sglang_buckets_are_named_and_only_the_last_flushes_and_stamps():
     assert not sglang("0.5.23").update_plan(meta("disk"), "in_place").after[0].body["flush_cache"]
 
 
-def test_sglang_bodies_carry_a_bucket_for_each_rank():
+def test_sglang_says_what_its_layout_cannot_read():
     backend = sglang("0.5.23", tp_size=3)
-    call = backend.with_bucket(backend.update_plan(meta("tensor"), "retract").buckets[0], "text")
-    assert backend.num_ranks == 3 and call.body["serialized_named_tensors"] == ["text"] * 3
+    assert backend.num_ranks == 3
     with pytest.raises(ConfigError, match="pp_size 2 reads new weights only from disk"):
         sglang("0.5.23", pp_size=2).update_plan(meta("distributed"), "retract")
     with pytest.raises(ConfigError, match="SGLang cannot read"):
@@ -107,7 +112,7 @@ def test_sglang_quirks_of_answers():
 
 
 def test_native_confirms_what_came_by_every_link():
-    for kind in ("disk", "shm", "distributed", "tensor"):
+    for kind in ("disk", "shm", "distributed"):
         assert NativeBackend().update_plan(meta(kind), "retract").after[-1].body["checksum_names"] == ["b"]
     answers = [{"success": True}, {"success": True, "checksums": {"b": 3}}]
     assert NativeBackend().parse_receipt(answers, meta("distributed"), "server-0") == {"b": 3}
@@ -196,8 +201,6 @@ def test_vllm_is_refused_when_it_was_started_in_a_way_that_cannot_work():
         with pytest.raises(ConfigError, match="--worker-extension-cls arealite"):
             plain.update_plan(meta(kind), "retract")
         assert vllm().update_plan(meta(kind), "retract").after
-    with pytest.raises(ConfigError, match="set weight_update=disk"):
-        vllm().update_plan(meta("tensor"), "retract")
 
 
 def test_vllm_without_the_scale_out_route_aborts_and_counts_versions_itself():

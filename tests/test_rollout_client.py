@@ -8,7 +8,7 @@ import time
 import pytest
 from aiohttp import web
 from support.inference import wait_until
-from support.rollout import FakeServer, MembersWorkflow, expected_token, quick_config
+from support.rollout import FakeServer, MembersWorkflow, clients, disk, expected_token, one, quick_config
 
 from arealite.api.errors import (
     ConfigError,
@@ -17,41 +17,11 @@ from arealite.api.errors import (
     WaitTimeout,
     WorkflowError,
 )
-from arealite.api.types import GenerationRequest, Task, WeightUpdateMeta
+from arealite.api.types import Task, WeightUpdateMeta
 from arealite.observe import waits
-from arealite.rollout import generate as generate_module
-from arealite.rollout import health
 from arealite.rollout.client import RemoteNativeEngine, RemoteSGLangEngine
-from arealite.rollout.generate import Flight, seed_of
-from arealite.rollout.transport import servers_at
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(generate_module, "ABORT_GRACE_S", 0.3)
-    monkeypatch.setattr(health, "FIRST_BACKOFF_S", 0.01)
-
-
-@pytest.fixture
-def connect(request):
-    """connect(servers, **config) -> a connected client; all are destroyed at the end."""
-    engines = []
-
-    def connect(servers, kind=RemoteNativeEngine, ledger_path=None, **changes):
-        engine = kind(quick_config(**changes), ledger_path=ledger_path)
-        engines.append(engine)
-        engine.initialize(addresses=[s.address for s in servers])
-        return engine
-
-    yield connect
-    for engine in engines:
-        engine.destroy()
-
-
-def one(engine, **changes):
-    """One request, waited for as a workflow would."""
-    fields = {"rid": "t.0", "input_ids": [1, 2, 3], "max_new_tokens": 20, "group_id": "t", **changes}
-    return engine._live.run(engine.agenerate(GenerationRequest(**fields)), "test")
+from arealite.rollout.generate import seed_of
+from arealite.rollout.transport import addresses_of
 
 
 def expected(engine, rid, num_prompt, num_tokens):
@@ -59,8 +29,10 @@ def expected(engine, rid, num_prompt, num_tokens):
     return [expected_token(seed, num_prompt + i) for i in range(num_tokens)]
 
 
-def disk(version, path="/weights"):
-    return WeightUpdateMeta("disk", version, path, checksums={"w": 7})
+@pytest.fixture
+def connect():
+    with clients() as connect:
+        yield connect
 
 
 @pytest.mark.parametrize("pause_mode", ["abort", "retract"])
@@ -302,7 +274,7 @@ def test_an_address_that_cannot_be_used_is_refused_at_once(address):
 def test_addresses_as_servers_print_them():
     given = ["host:1", "http://[::1]:2/", " [::1]:3 ", "https://user:word@proxy/base"]
     urls = ["http://host:1", "http://[::1]:2", "http://[::1]:3", "https://user:word@proxy/base"]
-    assert [server.url for server in servers_at(given)] == urls
+    assert [server.url for server in addresses_of(given)] == urls
 
 
 def test_a_frozen_server_is_named_while_weights_are_sent(connect):
@@ -321,29 +293,6 @@ def test_a_frozen_server_is_named_while_weights_are_sent(connect):
         finally:
             b.is_frozen = False
             thread.join(20)
-
-
-def test_who_is_waited_for_can_be_asked_while_requests_come_and_go(connect):
-    """The waiting thread asks while the loop's thread adds and removes requests."""
-    with FakeServer() as server:
-        generator = connect([server])._live.generator
-
-        class Untimely(Flight):
-            """Another request begins while this one is looked at."""
-
-            @property
-            def last_answer(self):
-                generator._flights.add(Flight(self.request))
-                return 0.0
-
-            @last_answer.setter
-            def last_answer(self, _):
-                pass
-
-        generator._flights.add(Untimely(GenerationRequest("0.0", [1], 1), server_id="server-0"))
-        assert generator.owner() == "server-0"
-        assert len(generator.pending()) == 2
-        generator._flights.clear()
 
 
 def test_a_result_that_comes_at_the_last_moment_is_not_lost(connect):

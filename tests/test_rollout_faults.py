@@ -2,65 +2,36 @@
 
 import asyncio
 import threading
-import time
+from contextlib import AsyncExitStack
 
 import pytest
 from aiohttp import web
-from support.rollout import FakeServer, MembersWorkflow, expected_token, quick_config
+from support.inference import wait_until
+from support.rollout import FakeServer, MembersWorkflow, clients, disk, expected_token, one
 
 from arealite.api.errors import RequestError, ServerUnreachable, WeightSyncError
-from arealite.api.types import GenerationRequest, Task, WeightUpdateMeta
-from arealite.rollout import generate as generate_module
-from arealite.rollout import health, watch
-from arealite.rollout.client import RemoteNativeEngine, RemoteSGLangEngine
+from arealite.api.types import Task
+from arealite.rollout.backends.sglang import NativeBackend
+from arealite.rollout.client import RemoteSGLangEngine
+from arealite.rollout.counters import Counters
 from arealite.rollout.generate import seed_of
-from arealite.rollout.health import Breaker
+from arealite.rollout.router import Limits, Router, Server
 
 LIMIT_S = 30
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(generate_module, "ABORT_GRACE_S", 0.3)
-    monkeypatch.setattr(health, "FIRST_BACKOFF_S", 0.01)
-    monkeypatch.setattr(health, "MAX_BACKOFF_S", 0.05)
-    monkeypatch.setattr(watch, "PROBE_S", 0.05)
-    monkeypatch.setattr(watch, "FILE_S", 0.02)
-
-
 @pytest.fixture
 def connect():
-    engines = []
-
-    def connect(servers, kind=RemoteNativeEngine, **changes):
-        engine = kind(quick_config(**{"server_silence_s": 0.5, **changes}))
-        engines.append(engine)
-        engine.initialize(addresses=[s.address for s in servers])
-        return engine
-
-    yield connect
-    for engine in engines:
-        engine.destroy()
-
-
-def until(condition):
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end, "the awaited state did not come"
-        time.sleep(0.005)
+    with clients(server_silence_s=0.5) as connect:
+        yield connect
 
 
 def alive(engine):
-    return {m.id for m in list(engine._live.router.members) if m.is_alive}
+    return engine._live.call(lambda: {s.id for s in engine._live.router.servers if s.state == "serving"}, "test")
 
 
-def disk(version):
-    return WeightUpdateMeta("disk", version, "/weights", checksums={"w": 7})
-
-
-def one(engine, rid="t.0", num_tokens=20, **changes):
-    request = GenerationRequest(rid, [1, 2, 3], num_tokens, group_id=rid, **changes)
-    return engine._live.run(engine.agenerate(request), "test")
+def pending(engine):
+    return engine._live.call(lambda: " ".join(engine._live.fleet.pending()), "test")
 
 
 def submit(engine, num_tasks=8, num_tokens=60):
@@ -83,7 +54,7 @@ def test_a_server_that_dies_hands_over_its_requests_with_the_tokens_they_have(co
     with FakeServer(token_s=0.005) as a, FakeServer(token_s=0.005) as b:
         engine = connect([a, b], consumer_batch_size=8)
         submit(engine)
-        until(lambda: any(len(positions) > 10 for positions in a.truth.values()))
+        wait_until(lambda: any(len(positions) > 10 for positions in a.truth.values()))
         a.die()
         groups = engine.wait(8, timeout_s=LIMIT_S)
         stats = engine.stats()
@@ -97,13 +68,13 @@ def test_a_frozen_server_is_taken_out_and_what_it_says_when_it_wakes_is_not_hear
     with FakeServer(token_s=0.005) as a, FakeServer(token_s=0.005) as b:
         engine = connect([a, b], consumer_batch_size=8)
         submit(engine)
-        until(lambda: any(len(positions) > 10 for positions in a.truth.values()))
+        wait_until(lambda: any(len(positions) > 10 for positions in a.truth.values()))
         a.is_stopped = True
-        until(lambda: alive(engine) == {"server-1"})
+        wait_until(lambda: alive(engine) == {"server-1"})
         a.is_stopped = False
         groups = engine.wait(8, timeout_s=LIMIT_S)
         check_answers(engine, groups)
-        until(lambda: alive(engine) == {"server-0", "server-1"})
+        wait_until(lambda: alive(engine) == {"server-0", "server-1"})
         assert engine.stats()["num_server_failures"] == 1
 
 
@@ -128,7 +99,7 @@ def test_a_server_rejoins_with_the_weights_it_missed_and_as_paused_as_the_others
         assert set(engine.update_weights(disk(5))) == {"server-0"}
         b.calls.clear()
         b.come_back(version=5)  # other weights, of before this trainer went on from a recovery point: not to be trusted
-        until(lambda: alive(engine) == {"server-0", "server-1"})
+        wait_until(lambda: alive(engine) == {"server-0", "server-1"})
         assert b.version == 5 and b.pause_mode == "retract"
         engine.resume()
         assert a.pause_mode is b.pause_mode is None
@@ -144,10 +115,10 @@ def test_no_server_is_sent_weights_that_the_trainer_is_about_to_overwrite(connec
         engine = connect([a, b])
         engine.update_weights(disk(4))
         b.die()
-        until(lambda: alive(engine) == {"server-0"})
+        wait_until(lambda: alive(engine) == {"server-0"})
         engine.prepare_update()
         b.come_back()
-        until(lambda: b.calls.count("/model_info") >= 2)
+        wait_until(lambda: b.calls.count("/model_info") >= 2)
         assert b.version == 0 and alive(engine) == {"server-0"}
         assert set(engine.update_weights(disk(5))) == {"server-0", "server-1"}  # the update itself reaches it
         assert b.version == 5 and alive(engine) == {"server-0", "server-1"}
@@ -159,10 +130,10 @@ def test_an_update_goes_on_without_the_server_that_refuses_it(connect):
         b.refuse_update = "no room left"
         assert engine.update_weights(disk(4)) == {"server-0": {"w": 7}}
         assert engine.get_version() == 4 and alive(engine) == {"server-0"}
-        assert "no room left" in " ".join(engine._live.pending())
+        assert "no room left" in pending(engine)
         assert engine.stats()["num_server_failures"] == 1
         b.refuse_update = ""
-        until(lambda: b.version == 4 and alive(engine) == {"server-0", "server-1"})
+        wait_until(lambda: b.version == 4 and alive(engine) == {"server-0", "server-1"})
         a.refuse_update = b.refuse_update = "no room left"
         with pytest.raises(WeightSyncError, match=r"version 5.*server-\d.*no room left"):
             engine.update_weights(disk(5))
@@ -174,10 +145,10 @@ def test_a_server_that_took_other_weights_than_it_was_sent_does_not_rejoin(conne
         engine = connect([a, b])
         engine.update_weights(disk(4))
         b.die()
-        until(lambda: alive(engine) == {"server-0"})
+        wait_until(lambda: alive(engine) == {"server-0"})
         b.checksums = {"w": 8}
         b.come_back()
-        until(lambda: "other weights than it was sent: w" in " ".join(engine._live.pending()))
+        wait_until(lambda: "other weights than it was sent: w" in pending(engine))
         assert alive(engine) == {"server-0"}
 
 
@@ -188,11 +159,11 @@ def test_a_server_that_cannot_be_paused_when_it_is_back_does_not_end_the_update_
         engine.update_weights(disk(4))
         engine.prepare_update()  # so that it gets its weights by the next update only
         b.refuse_update, b.refuse_pause = "", 500
-        back = engine._live.router.members[1]
-        until(lambda: back.breaker.state == "half_open")
+        back = engine._live.router.servers[1]
+        wait_until(lambda: back.state == "updating")
         assert engine.update_weights(disk(5)) == {"server-0": {"w": 7}}
         b.refuse_pause = 0
-        until(lambda: b.version == 5 and alive(engine) == {"server-0", "server-1"})
+        wait_until(lambda: b.version == 5 and alive(engine) == {"server-0", "server-1"})
 
 
 def test_a_server_that_freezes_while_it_comes_back_holds_up_nobody(connect):
@@ -200,11 +171,11 @@ def test_a_server_that_freezes_while_it_comes_back_holds_up_nobody(connect):
         engine = connect([a, b], setup_timeout_s=300.0)
         engine.update_weights(disk(4))
         b.die()
-        until(lambda: alive(engine) == {"server-0"})
+        wait_until(lambda: alive(engine) == {"server-0"})
         b.calls.clear()
         b.is_frozen = True
         b.come_back()
-        until(lambda: "/pause_generation" in b.calls)
+        wait_until(lambda: "/pause_generation" in b.calls)
         b.is_stopped = True
         thread = threading.Thread(target=engine.prepare_update, daemon=True)
         thread.start()
@@ -235,7 +206,7 @@ def test_when_all_servers_are_gone_requests_wait_and_then_name_them(connect):
         with pytest.raises(ServerUnreachable, match=r"no server .* for 1 s .*server-0 .*reached.*server-1 .*reached"):
             one(engine)
         b.come_back()
-        until(lambda: alive(engine))
+        wait_until(lambda: alive(engine))
         assert one(engine).server_id == "server-1"
         a.die()
         b.die()
@@ -243,53 +214,62 @@ def test_when_all_servers_are_gone_requests_wait_and_then_name_them(connect):
             engine.update_weights(disk(1))
 
 
-def test_breaker():
-    breaker = Breaker()
-    assert breaker.failed("refused") and breaker.state == "open" and breaker.wait_s > 0
-    assert not breaker.failed("another request on the same server") and breaker.num_failures == 1
-    assert not breaker.succeeded() and breaker.state == "open"  # an answer from before; only a probe ends this
-    until(lambda: not breaker.wait_s)
-    assert not breaker.failed("the probe") and breaker.num_failures == 2
-    breaker.answers()
-    assert breaker.state == "half_open"
-    assert breaker.failed("the first request") and breaker.num_failures == 3
-    breaker.answers()
-    assert breaker.succeeded() and breaker.state == "closed" and breaker.num_failures == 0
+def test_a_server_that_fails_is_out_until_a_probe_and_on_trial_until_an_answer():
+    """What fails or answers during its back-off began before it."""
+    counters = Counters()
+    router = Router(counters, 1.0, Limits(first_backoff_s=0.05))
+    server = Server("server-0", "http://x", NativeBackend(), "serving")
+    router.servers.append(server)
+    router.fail(server, "refused")
+    assert server.state == "out" and server.wait_s > 0
+    router.fail(server, "another request on the same server")
+    assert server.num_failures == 1 and server.why == "refused"
+    router.heard(server)
+    assert server.state == "out" and server.num_failures == 1
+    wait_until(lambda: not server.wait_s)
+    router.fail(server, "the probe")
+    assert server.num_failures == 2
+    router.move(server, "serving", "it answers")
+    router.fail(server, "the first request")
+    assert server.state == "out" and server.num_failures == 3 and counters.drain()["num_server_failures"] == 2
+    router.move(server, "serving", "it answers")
+    router.heard(server)
+    assert server.state == "serving" and server.num_failures == 0
 
 
-def test_a_server_that_failed_is_tried_by_one_request_first(connect):
-    with FakeServer() as a, FakeServer() as b:
-        engine = connect([a, b])
-        router = engine._live.router
-        first = router.members[0]
-        first.breaker.state = "half_open"
+def test_a_server_that_failed_is_tried_by_one_request_first():
+    router = Router(Counters(), 1.0, Limits())
+    router.servers += [Server(f"server-{i}", "http://x", NativeBackend(), "serving") for i in range(2)]
+    router.servers[0].num_failures = 1
 
-        async def homes():
-            return [(await router.acquire(f"group {i}", 10)).id for i in range(3)]
+    held = AsyncExitStack()
 
-        assert sorted(engine._live.run(homes(), "test")) == ["server-0", "server-1", "server-1"]
-        router.members[1].breaker.state = "half_open"
-        assert "server-0" in engine._live.run(homes(), "test")  # nobody else is left
+    async def homes():
+        return [await held.enter_async_context(router.server_for(f"group {i}", 10)) for i in range(3)]
+
+    assert sorted(server.id for server in asyncio.run(homes())) == ["server-0", "server-1", "server-1"]
+    router.servers[1].num_failures = 1
+    assert "server-0" in [server.id for server in asyncio.run(homes())]  # nobody else is left
 
 
 def test_groups_keep_their_server_until_servers_come_or_go(connect):
     with FakeServer() as a, FakeServer() as b, FakeServer() as c:
         engine = connect([a, b])
-        router = engine._live.router
+        router, held = engine._live.router, AsyncExitStack()
 
         def homes(groups):
             async def acquire():
-                return [await router.acquire(group, 10) for group in groups]
+                return [await held.enter_async_context(router.server_for(group, 10)) for group in groups]
 
-            return [m.id for m in engine._live.run(acquire(), "test")]
+            return [server.id for server in engine._live.run(acquire(), "test")]
 
         assert homes("xyxyxx") == ["server-0", "server-1", "server-0", "server-1", "server-0", "server-0"]
         engine.add_server(c.address)
-        until(lambda: len(alive(engine)) == 3)
+        wait_until(lambda: len(alive(engine)) == 3)
         assert homes("xx") == ["server-2", "server-2"]  # the idle one
         c.die()
-        one(engine, rid="z")
-        until(lambda: len(alive(engine)) == 2)
+        one(engine, rid="z", group_id="z")
+        wait_until(lambda: len(alive(engine)) == 2)
         assert homes("xx") == ["server-1", "server-1"]
 
 
@@ -300,20 +280,21 @@ def test_the_servers_file_adds_replaces_and_drains(connect, tmp_path, monkeypatc
         engine = connect([a, b])
         engine.update_weights(disk(3))
         submit(engine, 4)
-        until(lambda: a.requests and b.requests)
+        wait_until(lambda: a.requests and b.requests)
         b.die()
+        wait_until(lambda: alive(engine) == {"server-0"})
         listed.write_text(f"{a.address}\n{c.address}\n")  # the launcher has replaced server-1
-        until(lambda: c.version == 3 and alive(engine) == {"server-0", "server-1"})
+        wait_until(lambda: c.version == 3 and alive(engine) == {"server-0", "server-1"})
         check_answers(engine, engine.wait(4, timeout_s=LIMIT_S), 4)
         assert alive(engine) == {"server-0", "server-1"}
         submit(engine, 4)
-        until(lambda: c.requests)
-        until(lambda: any(len(positions) > 10 for positions in a.truth.values()))
+        wait_until(lambda: c.requests)
+        wait_until(lambda: any(len(positions) > 10 for positions in a.truth.values()))
         listed.write_text(f"{c.address}\n")
-        until(lambda: {m.id for m in list(engine._live.router.members)} == {"server-1"})
+        wait_until(lambda: [s.id for s in engine._live.call(engine._live.router.servers.copy, "test")] == ["server-1"])
         assert engine.stats()["num_server_failures"] == 1  # to be drained is none
         assert {g.trajectories[0].status for g in engine.wait(4, timeout_s=LIMIT_S)} == {"ok"}
-        until(lambda: len(engine._live.watch._loops) == 2)  # of the one server, and of the file
+        wait_until(lambda: len(engine._live.watch.loops) == 2)  # of the one server, and of the file
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
@@ -323,7 +304,7 @@ def test_a_server_that_is_replaced_before_it_was_reached_costs_only_time(connect
         b.die()
         (tmp_path / "servers").write_text(f"{a.address}\n{c.address}\n")
         engine = connect([a, b], setup_timeout_s=3.0)
-        until(lambda: alive(engine) == {"server-0", "server-1"})
+        wait_until(lambda: alive(engine) == {"server-0", "server-1"})
         engine.run_groups([Task(f"e0-r{i}", prompt="x") for i in range(4)], MembersWorkflow())
         assert a.requests and c.requests
 
@@ -333,8 +314,8 @@ def test_a_paused_server_whose_health_check_samples_can_come_back(connect):
         engine = connect([a, b], kind=RemoteSGLangEngine)
         engine.pause()
         b.health = 503  # until it is resumed
-        engine._live.call(lambda: engine._live.router.fail(engine._live.router.members[1], "test"), "test")
-        until(lambda: alive(engine) == {"server-0", "server-1"})
+        engine._live.call(lambda: engine._live.router.fail(engine._live.router.servers[1], "test"), "test")
+        wait_until(lambda: alive(engine) == {"server-0", "server-1"})
         engine.resume()
         assert b.pause_mode is None
 
@@ -342,7 +323,7 @@ def test_a_paused_server_whose_health_check_samples_can_come_back(connect):
 def test_a_health_check_that_samples_is_not_made_while_paused(connect):
     with FakeServer() as a, FakeServer() as b:
         engine = connect([a, b], kind=RemoteSGLangEngine)
-        until(lambda: a.calls.count("/health") >= 3)
+        wait_until(lambda: a.calls.count("/health") >= 3)
         engine.pause()
         a.health = b.health = 503  # what SGLang says after 20 s of pause
         before = a.calls.count("/health")
@@ -379,9 +360,9 @@ def test_adapters_are_on_all_servers_and_on_those_that_come_back(connect):
         with pytest.raises(RequestError, match="not so: poet"):
             engine.load_adapter("poet", "/other")
         b.die()
-        until(lambda: alive(engine) == {"server-0"})
+        wait_until(lambda: alive(engine) == {"server-0"})
         b.come_back()
-        until(lambda: alive(engine) == {"server-0", "server-1"})
+        wait_until(lambda: alive(engine) == {"server-0", "server-1"})
         assert b.adapters == {"poet": "/poet"} and engine.stats()["num_server_failures"] == 1
         engine.unload_adapter("poet")
         assert a.adapters == b.adapters == {}

@@ -16,13 +16,13 @@ from arealite.api.errors import ConfigError, RequestError, RunStopped, WorkflowE
 from arealite.api.types import Batch, Group, Task, as_record
 from arealite.observe import stop
 from arealite.observe.reasons import reasons
-from arealite.rollout import executor as executor_module
 from arealite.rollout import share
 from arealite.rollout.counters import Counters
 from arealite.rollout.episodes import EpisodeFailed, run_episode
 from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.ledger import Ledger, audit
-from arealite.rollout.staleness import StalenessManager
+from arealite.rollout.router import Limits
+from arealite.rollout.staleness import StalenessBound
 
 
 @pytest.fixture
@@ -118,12 +118,18 @@ def test_filtered_groups_are_replaced(head, tmp_path):
     assert audit(tmp_path / "ledger.jsonl").reasons == {"filtered": 6}
 
 
-def test_a_filter_that_accepts_nothing_is_an_error_and_not_an_endless_step(head, monkeypatch):
-    monkeypatch.setattr(executor_module, "MAX_REJECTED_STEPS", 5)
-    engine = head()
+def test_a_filter_that_accepts_nothing_is_an_error_and_not_an_endless_step():
+    counters = Counters()
+    bound = StalenessBound(1, 4, 8)
+    executor = RolloutExecutor(None, bound, Ledger(None), quick_config(), counters, max_rejected_steps=5)
+
+    async def step():
+        executor.submit(list(Source(limit=1000)), Episodes(), lambda group: False)
+        await executor.next_step(4)
+
     with pytest.raises(WorkflowError, match="refused 20 groups in a row"):
-        engine.prepare_batch(Source(limit=1000), Episodes(), lambda group: False)
-    assert engine.stats()["num_rejected"] < 100
+        simulate(step())
+    assert counters.drain()["num_rejected"] < 100
 
 
 def test_a_filter_that_raises_is_reported(head):
@@ -327,9 +333,8 @@ def test_an_error_of_the_head_reaches_all_ranks(head):
     assert str(outcomes[1]).startswith("on rank 0")
 
 
-def test_other_ranks_hear_from_a_head_that_takes_its_time(head, monkeypatch):
+def test_other_ranks_hear_from_a_head_that_takes_its_time(head):
     """Their waits have a limit, which a long step must not reach."""
-    monkeypatch.setattr(share, "BEAT_S", 0.0)
     enough = threading.Event()
 
     class Slow(Episodes):
@@ -339,7 +344,9 @@ def test_other_ranks_hear_from_a_head_that_takes_its_time(head, monkeypatch):
             return [trajectory(task)]
 
     ranks = Ranks(2, on_scatter=lambda num: num > 3 and enough.set())
-    outcomes = on_all_ranks(head, 2, lambda e: e.prepare_batch(Source(), Slow()), ranks=ranks)
+    outcomes = on_all_ranks(
+        head, 2, lambda e: e.prepare_batch(Source(), Slow()), ranks=ranks, limits=Limits(beat_s=0.0)
+    )
     assert [o.num_groups for o in outcomes] == [4, 4]
 
 
@@ -358,16 +365,16 @@ def test_other_ranks_need_no_server(head):
 
 async def jump(policy, ledger):
     """Two steps with eta = 1, and a version that jumps by five between them."""
-    staleness = StalenessManager(1, 2, 10)
+    bound = StalenessBound(1, 2, 10)
     config = quick_config(consumer_batch_size=2, stale_policy=policy)
     counters = Counters()
-    executor = RolloutExecutor(None, staleness, ledger, config, counters)
-    workflow = Episodes(lambda task, tries: [trajectory(task, versions=[staleness.version])])
+    executor = RolloutExecutor(None, bound, ledger, config, counters)
+    workflow = Episodes(lambda task, tries: [trajectory(task, versions=[executor.version])])
     executor.submit([Task(f"e0-r{i}", prompt="x") for i in range(12)], workflow)
-    first = await executor.collect(2)
+    first = await executor.next_step(2)
     executor.mark_trained(0)
     executor.set_version(5)
-    second = await executor.collect(2)
+    second = await executor.next_step(2)
     executor.mark_trained(1)
     await executor.close("the end")
     return [[g.ordinal for g in groups] for groups in (first, second)], counters.drain()["num_stale"], workflow.tries

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from support.rollout import quick_config, simulate, tasks_from, trajectory
 from arealite.rollout.counters import Counters
 from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.ledger import Ledger, audit
-from arealite.rollout.staleness import StalenessManager
+from arealite.rollout.staleness import StalenessBound
 
 
 class World:
@@ -39,29 +40,28 @@ class World:
         pass
 
 
-class Naive(StalenessManager):
+class Naive(StalenessBound):
     """Waits only for groups that are due at this very step."""
 
-    def _due(self):
-        return [(v, n) for v, n in super()._due() if v + self.max_staleness <= self.version]
+    def due(self, version, running, ready):
+        return [(v, n) for v, n in super().due(version, running, ready) if v + self.max_staleness <= version]
 
 
-async def run_steps(world, staleness, ledger, num_steps, should_accept=None):
+async def run_steps(world, bound, ledger, num_steps, should_accept=None):
     """Train on virtual time; returns the ages at consumption, in versions, and the counters."""
-    config = quick_config(consumer_batch_size=staleness.consumer_batch_size, max_failed_groups=1000, workflow_retries=1)
+    config = quick_config(consumer_batch_size=bound.batch_size, max_failed_groups=1000, workflow_retries=1)
     counters = Counters()
-    executor = RolloutExecutor(None, staleness, ledger, config, counters)
-    executor.should_accept = should_accept
+    executor = RolloutExecutor(None, bound, ledger, config, counters)
     source, ages = tasks_from(), []
-    size = staleness.consumer_batch_size
+    size = bound.batch_size
     for step in range(num_steps):
         groups = None
         while groups is None:
-            executor.submit(list(itertools.islice(source, executor.num_wanted())), world)
-            groups = await executor.collect(size, may_draw=True)
+            executor.submit(list(itertools.islice(source, executor.num_wanted())), world, should_accept)
+            groups = await executor.next_step(size, may_draw=True)
         ordinals = [g.ordinal for g in groups]
         assert len(groups) == size and ordinals == sorted(ordinals)
-        ages += [staleness.version - min(v for v in g.trajectories[0].versions if v >= 0) for g in groups]
+        ages += [executor.version - min(v for v in g.trajectories[0].versions if v >= 0) for g in groups]
         await asyncio.sleep(world.random.expovariate(1.0))
         executor.mark_trained(step)
         world.version += 1
@@ -76,11 +76,11 @@ async def run_steps(world, staleness, ledger, num_steps, should_accept=None):
 def test_nothing_is_older_than_eta_at_consumption(eta, max_concurrent, tmp_path):
     oldest = 0
     for seed in range(12):
-        staleness = StalenessManager(eta, 4, max_concurrent)
+        bound = StalenessBound(eta, 4, max_concurrent)
         ledger = Ledger(tmp_path / f"{seed}.jsonl")
         world = World(seed, failing=0.1)
         coin = random.Random(seed).random
-        ages, counts = simulate(run_steps(world, staleness, ledger, 25, lambda group, coin=coin: coin() > 0.2))
+        ages, counts = simulate(run_steps(world, bound, ledger, 25, lambda group, coin=coin: coin() > 0.2))
         ledger.close()
         assert max(ages) <= eta, (seed, ages)
         oldest = max(oldest, *ages)
@@ -106,92 +106,91 @@ def test_waiting_only_for_groups_that_are_due_would_break_the_bound(tmp_path):
 
 
 def test_a_step_leaves_no_older_ready_group_behind():
-    staleness = StalenessManager(2, 2, 100)
-    for ordinal in range(6):
-        staleness.start(ordinal)
-    for ordinal in (5, 3, 1, 4):
-        staleness.accept(ordinal)
-    assert staleness.select(2) == [1, 3]
+    assert StalenessBound(2, 2, 100).select(0, {0: 0, 2: 0}, dict.fromkeys((5, 3, 1, 4), 0), 2) == [1, 3]
 
 
 def test_only_groups_that_are_due_are_awaited():
-    staleness = StalenessManager(1, 2, 100)
-    staleness.start(0)
-    staleness.start(1)
-    assert staleness.awaited() == []
-    staleness.version = 1
-    staleness.start(2)
-    staleness.start(3)
-    staleness.accept(1)
-    staleness.accept(2)
-    assert staleness.select(2) is None and staleness.awaited() == [0]
-    staleness.accept(0)
-    assert staleness.select(2) == [0, 1] and staleness.awaited() == []
+    bound = StalenessBound(1, 2, 100)
+    assert bound.awaited(0, {0: 0, 1: 0}, {}) == []
+    running, ready = {0: 0, 3: 1}, {1: 0, 2: 1}
+    assert bound.select(1, running, ready, 2) is None and bound.awaited(1, running, ready) == [0]
+    running, ready = {3: 1}, {0: 0, 1: 0, 2: 1}
+    assert bound.select(1, running, ready, 2) == [0, 1] and bound.awaited(1, running, ready) == []
+
+
+@dataclass
+class Situation:
+    """A reachable state: groups started under the bound, any of them finished, steps taken as select says."""
+
+    bound: StalenessBound
+    version: int = 0
+    num_consumed: int = 0
+    running: dict[int, int] = field(default_factory=dict)
+    ready: dict[int, int] = field(default_factory=dict)
+
+    def capacity(self):
+        return self.bound.capacity(self.version, self.num_consumed, len(self.running), len(self.ready))
+
+    def select(self):
+        return self.bound.select(self.version, self.running, self.ready, self.bound.batch_size)
 
 
 @st.composite
 def situations(draw):
-    """A reachable state: groups started under the bound, any of them finished, steps taken as select says."""
     eta, size = draw(st.integers(0, 3)), draw(st.integers(1, 3))
-    staleness = StalenessManager(eta, size, draw(st.integers(1, 20)))
+    now = Situation(StalenessBound(eta, size, draw(st.integers(1, 20))))
     ordinal = 0
     for _ in range(draw(st.integers(1, 6))):
         for _ in range(draw(st.integers(0, 12))):
-            if staleness.capacity() > 0:
-                staleness.start(ordinal)
+            if now.capacity() > 0:
+                now.running[ordinal] = now.version
                 ordinal += 1
-        for running in list(staleness.running):
+        for running in list(now.running):
             fate = draw(st.sampled_from(["runs", "ready", "rejected"]))
-            if fate == "ready":
-                staleness.accept(running)
-            elif fate == "rejected":
-                staleness.reject(running)
-        chosen = staleness.select(size)
+            if fate != "runs":
+                version = now.running.pop(running)
+                now.ready |= {running: version} if fate == "ready" else {}
+        chosen = now.select()
         if chosen is None:
             break
         if draw(st.booleans()):
-            staleness.consume(chosen)
-            staleness.version += 1
-    return staleness
+            now.ready = {o: v for o, v in now.ready.items() if o not in chosen}
+            now.num_consumed += size
+            now.version += 1
+    return now
 
 
-def can_still_be_in_time(staleness, taken):
+def can_still_be_in_time(now, taken):
     """Plain reference: after this step, can the rest be trained, B a step, each group by its deadline?"""
-    rest = {**staleness.running, **staleness.ready}
-    deadlines = sorted(version + staleness.max_staleness for o, version in rest.items() if o not in taken)
-    first = staleness.version + 1
-    return all(first + i // staleness.consumer_batch_size <= deadline for i, deadline in enumerate(deadlines))
+    rest = now.running | now.ready
+    deadlines = sorted(version + now.bound.max_staleness for o, version in rest.items() if o not in taken)
+    return all(now.version + 1 + i // now.bound.batch_size <= deadline for i, deadline in enumerate(deadlines))
 
 
 @settings(max_examples=400, deadline=None)
 @given(situations())
-def test_a_step_waits_exactly_when_going_on_would_make_a_group_too_old(staleness):
-    size = staleness.consumer_batch_size
-    chosen = staleness.select(size)
+def test_a_step_waits_exactly_when_going_on_would_make_a_group_too_old(now):
+    size, chosen = now.bound.batch_size, now.select()
     if chosen is not None:
-        assert can_still_be_in_time(staleness, chosen)
-    elif len(staleness.ready) >= size:
-        steps = itertools.combinations(sorted(staleness.ready), size)
-        assert not any(can_still_be_in_time(staleness, taken) for taken in steps)
-        assert staleness.awaited()
+        assert can_still_be_in_time(now, chosen)
+    elif len(now.ready) >= size:
+        steps = itertools.combinations(sorted(now.ready), size)
+        assert not any(can_still_be_in_time(now, taken) for taken in steps)
+        assert now.bound.awaited(now.version, now.running, now.ready)
     # What must be trained at this step always fits into it.
-    assert all(due <= size for _, due in staleness._due())
+    assert all(due <= size for _, due in now.bound.due(now.version, now.running, now.ready))
 
 
 @settings(max_examples=200, deadline=None)
 @given(situations())
-def test_capacity_is_the_published_formula_while_every_version_has_its_batch(staleness):
-    if staleness.num_consumed != staleness.version * staleness.consumer_batch_size:
-        return
-    formula = min(
-        staleness.max_concurrent - len(staleness.running),
-        (staleness.max_staleness + staleness.version + 1) * staleness.consumer_batch_size
-        - (staleness.num_consumed + len(staleness.ready) + len(staleness.running)),
-    )
-    assert staleness.capacity() == formula
+def test_capacity_is_the_published_formula_while_every_version_has_its_batch(now):
+    bound, num_running = now.bound, len(now.running)
+    if now.num_consumed == now.version * bound.batch_size:
+        num_used = now.num_consumed + len(now.ready) + num_running
+        places = (bound.max_staleness + now.version + 1) * bound.batch_size - num_used
+        assert now.capacity() == min(bound.max_concurrent - num_running, places)
 
 
 def test_versions_without_a_batch_give_no_credit():
-    staleness = StalenessManager(1, 4, 100)
-    staleness.version = 50  # a run that starts at a high version, without a recovery point
-    assert staleness.capacity() == 8
+    """A run that starts at a high version, without a recovery point."""
+    assert StalenessBound(1, 4, 100).capacity(50, 0, 0, 0) == 8

@@ -71,10 +71,9 @@ def versions_of_weights(path: str) -> Iterator[list[tuple[str, torch.Tensor]]]:
         yield [(name, parameter.detach().clone()) for name, parameter in model.named_parameters()]
 
 
-@pytest.mark.parametrize("kind", ["distributed"])
-def test_buckets_reach_all_servers(kind, servers, engine, tiny_llama, tmp_path, monkeypatch):
+def test_buckets_reach_all_servers(servers, engine, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(buckets, "BUCKET_BYTES", 100_000)
-    link, weights = WeightLink(kind, tmp_path), versions_of_weights(tiny_llama)
+    link, weights = WeightLink("distributed", tmp_path), versions_of_weights(tiny_llama)
     previous = None
     for version in (1, 2):
         meta = link.publish(next(weights), version)

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from arealite.api.errors import RequestError, WeightSyncError
 from arealite.api.types import GenerationRequest, Task
-from arealite.rollout.client import RemoteInferenceEngine, RemoteSGLangEngine
-from arealite.rollout.sglang import SGLangBackend
+from arealite.rollout.backends.sglang import SGLangBackend
+from arealite.rollout.client import RemoteSGLangEngine
 from arealite.weights.link import WeightLink
 
 
@@ -37,6 +37,10 @@ class OldSGLang(SGLangBackend):
 
     def detect(self, facts, server_id):
         return SGLangBackend((0, 5, 20))
+
+
+class OldSGLangEngine(RemoteSGLangEngine):
+    backend = OldSGLang
 
 
 @pytest.mark.parametrize(
@@ -78,15 +82,15 @@ def test_updates_reach_requests_in_flight(address, models, tmp_path, pause_mode,
 def test_what_the_server_says_of_itself_is_understood(address):
     engine = RemoteSGLangEngine(quick_config())
     engine.initialize(addresses=[address])
-    (member,) = engine._live.fleet.router.members
+    (server,) = engine._live.router.servers
     engine.destroy()
-    assert member.backend.version == (0, 5, 23) and member.backend.num_ranks == 1
+    assert server.backend.version == (0, 5, 23) and server.backend.num_ranks == 1
 
 
 def test_the_server_is_as_strict_as_sglang(address, models, tmp_path):
     """The same calls without what a new SGLang wants fail: the tests above would notice. Leaves the server paused."""
     link = WeightLink("distributed", tmp_path)
-    engine = RemoteInferenceEngine(quick_config(pause_mode="abort"), OldSGLang())
+    engine = OldSGLangEngine(quick_config(pause_mode="abort"))
     engine.initialize(addresses=[address])
     try:
         with pytest.raises(RequestError, match="400"):

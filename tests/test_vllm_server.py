@@ -27,8 +27,8 @@ from arealite.api.types import GenerationRequest
 from arealite.kernels import build
 from arealite.launcher.machine import Machine, find_vllm
 from arealite.launcher.plan import make_plan
+from arealite.rollout.backends.vllm import VLLMCompletionsBackend
 from arealite.rollout.client import RemotevLLMEngine
-from arealite.rollout.vllm import VLLMCompletionsBackend
 from arealite.weights.handshake import verify
 from arealite.weights.link import WeightLink
 
@@ -243,8 +243,8 @@ def test_adapters_by_request(engine, model, tmp_path):
 
 def control(engine, call):
     """A call to the one server."""
-    (member,) = engine._live.fleet.router.members
-    return engine._live.run(engine._live.transport.send(member.server, call, 60), "test")
+    (server,) = engine._live.router.servers
+    return engine._live.run(engine._live.transport.send(server, call, 60), "test")
 
 
 def test_without_the_scale_out_route_completions_serve(engine, model):

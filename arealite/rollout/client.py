@@ -64,7 +64,7 @@ class RemoteInferenceEngine:
         self._limits = limits or Limits()
         self._collective: Collective | None = None
         self._version = 0
-        self._ledger_path = ledger_path or (self._folder and self._folder.ledger)
+        self._ledger_path = ledger_path or (self._folder.ledger if self._folder else None)
         self._connection: Connection | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class RemoteInferenceEngine:
                 f"no inference server is known: start the script with `arealite run`, or set {ADDRESSES_VARIABLE} to"
                 " host:port,host:port"
             )
-        servers_file = self._folder and self._folder.servers
+        servers_file = self._folder.servers if self._folder else None
         self._connection = Connection(
             self, servers, self.backend(), self.config, self.seed, self._ledger_path, servers_file, self._limits
         )
@@ -179,8 +179,8 @@ class RemoteInferenceEngine:
                     trajectories = await run_episode(self, task, workflow, self.config.workflow_retries)
                 except EpisodeFailed as failure:
                     reasons.tell("failed", failure.reason)
-                    error = {"status": "failed", "error": failure.detail}
-                    trajectories = [Trajectory(task.id, 0, [], [], [], [], None, "abort", **error)]
+                    nothing = Trajectory(task.id, 0, [], [], [], [], None, "abort", "failed", error=failure.detail)
+                    trajectories = [nothing]
                 live.counters.num_events += 1
                 return Group(task, ordinal, trajectories)
 
@@ -315,7 +315,7 @@ class RemoteInferenceEngine:
             self.last_groups = take(beat)
             return split_batch(self.last_groups, 1 if self._collective is None else self._collective.num_shares)
 
-        batch: Batch = from_head(shares, self._collective)
+        batch: Batch = from_head(shares, self._collective, self._limits.beat_s)
         return batch
 
     def _apply_version(self, live: Connection, version: int) -> None:

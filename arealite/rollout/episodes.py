@@ -10,10 +10,9 @@ from typing import Any, SupportsFloat, get_args
 
 import numpy as np
 
-from arealite.api.protocols import InferenceEngine
 from arealite.api.errors import ConfigError, DatasetError, RequestError, WorkflowError
+from arealite.api.protocols import InferenceEngine, RolloutWorkflow
 from arealite.api.types import FinishReason, Status, Task, Trajectory
-from arealite.api.protocols import RolloutWorkflow
 from arealite.observe.reasons import last_line
 
 NOT_RETRIED = (RequestError, ConfigError, DatasetError)  # running the episode again would end the same way

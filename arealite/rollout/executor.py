@@ -6,16 +6,15 @@ Made by connection.py on trainer rank 0; everything here runs in the client's as
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.protocols import InferenceEngine
 from arealite.api.errors import RecoveryError, WorkflowError
+from arealite.api.protocols import InferenceEngine, RolloutWorkflow
 from arealite.api.types import Group, Task, Trajectory, as_record
-from arealite.api.protocols import RolloutWorkflow
 from arealite.observe.reasons import last_line, reasons
 from arealite.observe.waits import mark
 from arealite.rollout.counters import Counters
@@ -261,9 +260,7 @@ class RolloutExecutor:
         running, ready = ({o: r.version for o, r in self._rows[s].items()} for s in ("generating", "rewarded"))
         return running, ready
 
-    def _start(
-        self, row: TaskRow, workflow: RolloutWorkflow, slots: Slots = ANY
-    ) -> asyncio.Task[None]:
+    def _start(self, row: TaskRow, workflow: RolloutWorkflow, slots: Slots = ANY) -> asyncio.Task[None]:
         row.workflow, row.version = row.workflow or workflow, self.version
         self._move(row, "generating")
         episode = asyncio.ensure_future(self._run(row, row.workflow, slots))

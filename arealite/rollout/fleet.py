@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.protocols import WeightSender
 from arealite.api.errors import ArealiteError, RequestError, ServerUnreachable, WeightSyncError
+from arealite.api.protocols import WeightSender
 from arealite.api.types import WeightUpdateMeta
 from arealite.rollout.backends.protocol import Call
 from arealite.rollout.router import Router, Server
@@ -73,7 +73,9 @@ class Fleet:
             self.gate.open()
             await self._all(self._reachable(), self._set_pause)
 
-    async def update_weights(self, meta: WeightUpdateMeta, send: WeightSender | None = None) -> dict[str, dict[str, int]]:
+    async def update_weights(
+        self, meta: WeightUpdateMeta, send: WeightSender | None = None
+    ) -> dict[str, dict[str, int]]:
         """All servers load `meta` at the same time; receipts of those that give one. Generation is paused when it has
         to be, and stays so. Servers that fail are taken out; when all are unreachable, the first that comes back is
         waited for, `setup_timeout_s`.
@@ -210,7 +212,9 @@ class Fleet:
     async def _set_pause(self, server: Server) -> None:
         """Paused or not, as the others are."""
         backend = server.backend
-        await self.ask(server, backend.resume_call() if self.gate.is_open else backend.pause_call(self.config.pause_mode))
+        await self.ask(
+            server, backend.resume_call() if self.gate.is_open else backend.pause_call(self.config.pause_mode)
+        )
 
     async def _load(
         self, servers: list[Server], meta: WeightUpdateMeta, send: WeightSender | None, is_join: bool = False

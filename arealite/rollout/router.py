@@ -41,6 +41,7 @@ class Limits:
     max_backoff_s: float = 5.0
     probe_s: float = 1.0  # a server that has said nothing for so long is asked whether it is there
     file_s: float = 1.0  # how often the servers file is looked at
+    beat_s: float = 5.0  # how often rank 0 tells the ranks that wait for it that it goes on
 
     def backoff_s(self, num_failures: int) -> float:
         """Seconds to wait after so many failures in a row, from 1."""
@@ -140,8 +141,8 @@ class Server(Address):
 
 
 class Router:
-    """`gate`: closed while generation is paused everywhere. `limit_s`: how long requests wait when there is no server to
-    take them."""
+    """`gate`: closed while generation is paused everywhere. `limit_s`: how long requests wait when there is no server
+    to take them."""
 
     def __init__(self, counters: Counters, limit_s: float, limits: Limits) -> None:
         self.servers: list[Server] = []

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from arealite.algorithm.packing import karmarkar_karp
-from arealite.api.protocols import Collective
 from arealite.api.errors import ArealiteError, WorkflowError
+from arealite.api.protocols import Collective
 from arealite.api.types import Batch, Group
 
 BEAT_S = 5.0  # how often rank 0 tells the waiting ranks that it goes on

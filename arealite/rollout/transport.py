@@ -101,7 +101,9 @@ class Transport:
         raise ConnectionLost(f"{where} ended its answer early")
 
     @asynccontextmanager
-    async def _answer(self, server: Address, call: Call, limit_s: float | None) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _answer(
+        self, server: Address, call: Call, limit_s: float | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None:
             # limit=0: the default pool of 100 connections would silently queue requests in the client.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)

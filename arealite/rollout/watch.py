@@ -43,7 +43,8 @@ class Watch:
             ServerUnreachable: names the servers that did not come up and what was wrong last.
             ConfigError: a server cannot be used as it was started.
         """
-        deadline = time.monotonic() + self._fleet.config.setup_timeout_s
+        limit_s = self._fleet.config.setup_timeout_s
+        deadline = time.monotonic() + limit_s
         first = [self.add(address) for address in addresses]
         self._listed = {address.url for address in addresses}
         if self._file is not None:  # a server may be replaced before it was reached
@@ -53,8 +54,8 @@ class Watch:
                 raise refusal
             if not await self._router.wait_change(deadline - time.monotonic()):
                 raise ServerUnreachable(
-                    f"not healthy after {self._fleet.config.setup_timeout_s} s: {'; '.join(self._fleet.pending())}. Look into the"
-                    " servers' logs, or raise rollout.setup_timeout_s"
+                    f"not healthy after {limit_s} s: {'; '.join(self._fleet.pending())}. Look into the servers'"
+                    " logs, or raise rollout.setup_timeout_s"
                 )
 
     def add(self, address: Address) -> Server:

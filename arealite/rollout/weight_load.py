@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from arealite.api.protocols import WeightSender
 from arealite.api.errors import ArealiteError, ConfigError, RequestError, ServerUnreachable, WeightSyncError
+from arealite.api.protocols import WeightSender
 from arealite.api.types import WeightUpdateMeta
 from arealite.observe import waits
 from arealite.rollout.backends.protocol import Call

@@ -1,7 +1,7 @@
 """A vLLM worker's end of a weight link: methods that vLLM mixes into its worker class.
 
-Start vLLM with --worker-extension-cls arealite.weights.vllm_worker.WeightReceiver; rollout/vllm.py calls the methods by
-/collective_rpc. Runs under vLLM's interpreter, in the worker process, while generation is paused.
+Start vLLM with --worker-extension-cls arealite.weights.vllm_worker.WeightReceiver; rollout/backends/vllm.py calls the
+methods by /collective_rpc. Runs under vLLM's interpreter, in the worker process, while generation is paused.
 """
 
 from __future__ import annotations

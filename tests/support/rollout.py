@@ -15,8 +15,9 @@ from typing import Any
 from aiohttp import web
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.types import GenerationRequest, Task, Trajectory
+from arealite.api.types import GenerationRequest, Task, Trajectory, WeightUpdateMeta
 from arealite.rollout.client import RemoteNativeEngine
+from arealite.rollout.router import Limits
 from support import forks
 
 
@@ -323,14 +324,45 @@ class FakeServer:
         return {"text": "", "output_ids": tokens, "meta_info": {**notes, **(more or {})}}
 
 
+QUICK = Limits(abort_grace_s=0.3, first_backoff_s=0.01, max_backoff_s=0.05, probe_s=0.05, file_s=0.02)
+
+
+@contextmanager
+def clients(**config: Any) -> Iterator[Callable[..., RemoteNativeEngine]]:
+    """connect(servers, kind, **config) -> a client of fake servers, with short waits; all are destroyed at the end."""
+    engines: list[Any] = []
+
+    def connect(servers: list[FakeServer], kind: Any = RemoteNativeEngine, **changes: Any) -> Any:
+        engine = kind(quick_config(**{**config, **changes}), limits=QUICK)
+        engines.append(engine)
+        engine.initialize(addresses=[server.address for server in servers])
+        return engine
+
+    try:
+        yield connect
+    finally:
+        for engine in engines:
+            engine.destroy()
+
+
+def one(engine: Any, **changes: Any) -> Any:
+    """One request, waited for as a workflow would."""
+    fields = {"rid": "t.0", "input_ids": [1, 2, 3], "max_new_tokens": 20, "group_id": "t", **changes}
+    return engine._live.run(engine.agenerate(GenerationRequest(**fields)), "test")
+
+
+def disk(version: int) -> WeightUpdateMeta:
+    return WeightUpdateMeta("disk", version, "/weights", checksums={"w": 7})
+
+
 @contextmanager
 def heads(folder: Path) -> Iterator[Callable[..., RemoteNativeEngine]]:
     """head(collective, **config) -> a client on a fake server (its field `server`), with `folder`/ledger.jsonl."""
     engines = []
     with FakeServer() as server:
 
-        def connect(collective: Any = None, **changes: Any) -> Any:
-            engine: Any = RemoteNativeEngine(quick_config(**changes), ledger_path=folder / "ledger.jsonl")
+        def connect(collective: Any = None, limits: Limits | None = None, **changes: Any) -> Any:
+            engine: Any = RemoteNativeEngine(quick_config(**changes), 1, folder / "ledger.jsonl", limits)
             engines.append(engine)
             engine.initialize(collective, addresses=[server.address])
             engine.server = server
