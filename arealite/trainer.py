@@ -136,7 +136,7 @@ class PPOTrainer:
             workflow = workflow(gconfig, self.tokenizer)
         if not isinstance(workflow, RolloutWorkflow):
             raise ConfigError(
-                f"workflow is a {type(workflow).__name__}; expected arun_episode and close, as in api/workflow.py"
+                f"workflow is a {type(workflow).__name__}; expected arun_episode and close, as in api/protocols.py"
             )
         if workflow not in self._workflows:
             self._workflows.append(workflow)

@@ -21,12 +21,12 @@ BEAT_S = 5.0  # how often rank 0 tells the waiting ranks that it goes on
 Beat = Callable[[], None]
 
 
-def from_head(work: Callable[[Beat], list[Any]], collective: Collective | None, beat_s: float = BEAT_S) -> Any:
+def from_head(work: Callable[[Beat], list[Any]], collective: Collective | None, beat_s: float | None = None) -> Any:
     """Collective: `work` runs on rank 0 only and gives one object per share; what it raises is raised on all ranks.
     While it waits it calls the function that it is given, so that the other ranks' waits do not reach their limit.
 
     Consumes: rank 0's work. Produces: this rank's object. Waits for: rank 0, each time at most the collective's limit.
-    Unblocked by: the object, a beat (None) every `beat_s`, rank 0's error, or the failure of the collective.
+    Unblocked by: the object, a beat (None) every `beat_s` (BEAT_S), rank 0's error, or the failure of the collective.
     """
     if collective is None or collective.world_size == 1:
         return work(lambda: None)[0]
@@ -40,7 +40,7 @@ def from_head(work: Callable[[Beat], list[Any]], collective: Collective | None, 
 
     def beat() -> None:
         nonlocal last
-        if time.monotonic() - last >= beat_s:
+        if time.monotonic() - last >= (BEAT_S if beat_s is None else beat_s):
             collective.scatter([None] * collective.num_shares)
             last = time.monotonic()
 
