@@ -159,6 +159,7 @@ def _attention(attn: Any, kernels: AnyKernels) -> Any:
     layers |= {"o_proj": _random_linear(kernels, _PROBE_HEADS["q_proj"] * dim, dim)}
     layers |= {name: _with_random_weight(vars(attn)["_modules"][name], kernels) for name in HEAD_NORMS & names}
     probe._modules, probe.config = layers, copy.copy(attn.config)
+    probe.training = False  # dropout is never applied: a trained policy would differ from the one that samples
     probe.config._attn_implementation_internal = _PROBE_ATTENTION
     x, (cos, sin) = _random(kernels, 1, _PROBE_ROWS, dim), _random(kernels, 2, 1, _PROBE_ROWS, dim)
     shown: list[dict[str, Any]] = []
