@@ -189,11 +189,7 @@ class Engine:
                 " pause with mode retract"
             )
         receiver.check_names(model, options.checksum_names)
-        scheduler.prefix.clear()  # first, so that nothing of those who end now is kept
-        if options.abort_all_requests:
-            self.abort(lambda _: True)
-        elif not keep_running:
-            scheduler.retract_all()
+        self._forget_computed(options.abort_all_requests)
         receiver.load(model, staged)
         confirmed = receiver.confirmed(model, staged, options.checksum_names)
         if options.weight_version is not None:
@@ -203,13 +199,18 @@ class Engine:
     def replace_adapter(self, name: str, adapter: Adapter, weight_version: str | None) -> None:
         """Serve `adapter` under `name` from now on, instead of the one of that name, if there is one. Running requests
         and computed prompts fare as in `update_weights`."""
-        scheduler = self.batcher.scheduler
-        scheduler.prefix.clear()
-        if self.paused != "in_place":
-            scheduler.retract_all()
+        self._forget_computed(False)
         self.batcher.model.adapters.add(name, adapter, in_place=True)
         if weight_version is not None:
             self.batcher.weight_version = weight_version
+
+    def _forget_computed(self, abort_all: bool) -> None:
+        """Weights are about to change: see `update_weights`."""
+        self.batcher.scheduler.prefix.clear()  # first, so that nothing of those who end now is kept
+        if abort_all:
+            self.abort(lambda _: True)
+        elif self.paused != "in_place":
+            self.batcher.scheduler.retract_all()
 
     def remove_adapter(self, name: str) -> bool:
         """False while requests use it."""

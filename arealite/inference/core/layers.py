@@ -86,9 +86,9 @@ def _direct(
     out, down = linears.group([parts["o_proj"]]), linears.group([mlp.down_proj])
     inner_norm = _norm_of(layer.post_attention_layernorm, kernels)
     head_norms = [_norm_of(parts[name], kernels) for name in ("q_norm", "k_norm") if name in parts]
-    number, dim = int(attn.layer_idx), int(attn.head_dim)
+    dim = int(attn.head_dim)
     heads = parts["q_proj"].out_features // dim, parts["k_proj"].out_features // dim
-    scale, window = probe.settings[number]
+    [setting] = [setting for setting in probe.seen if setting.layer == attn.layer_idx]
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         layout: Any = kwargs.get("kv_layout")
@@ -108,7 +108,7 @@ def _direct(
             turned = y.transpose(0, 1)[None]
             kernels.rotate(turned, cos, sin, turned)
         q, k, v = (y.transpose(0, 1) for y in (q, k, v))
-        seen = layout.attend(q, k, v, number, scale, window)
+        seen = layout.attend(q, k, v, setting)
         x, normed = kernels.add_rms_norm(x, out(seen.view(len(x), -1)), *inner_norm)
         gates_and_ups = gates(normed)
         added = down(kernels.silu_times(gates_and_ups[:, :half], gates_and_ups[:, half:]))

@@ -10,7 +10,7 @@ from array import array
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,15 @@ KEYS_PER_CALL = 4096  # keys of short spans gathered at one time: stays in a cor
 ALIGNMENT = 16  # bytes between tensors that are copied together
 KEYS_PER_CALL_CUDA = 1 << 20  # there, few large calls
 _UNSUPPORTED = {"s_aux", "position_bias"}
+
+
+class LayerSetting(NamedTuple):
+    """Of one layer's attention. `window`: keys that a query sees, its own included; None for all."""
+
+    layer: int
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
 @dataclass(frozen=True)
@@ -85,23 +94,14 @@ class KVLayout:
             longest = max(longest, end)
         return PagedSpans(np.asarray(pieces).reshape(-1, 4), np.asarray(tables), first, longest)
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: int,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: LayerSetting) -> torch.Tensor:
         """Store keys and values [kv heads, T, D] of one layer in the pool, and let queries [heads, T, D] see their
-        sequences; [T, heads, D], zeros for padding. `window`: keys that a query sees, its own included."""
-        kernels = self.pool.kernels
+        sequences; [T, heads, D], zeros for padding."""
+        kernels, pages = self.pool.kernels, self.pool.tensor[setting.layer]
         if isinstance(kernels, Kernels):
-            return kernels.attention(q, k, v, self.pool.tensor[layer], self.paged_spans, window or 0, scale)
-        self.store(k, v, layer)
-        return paged_attention(q, self, layer, scale, window, softcap)
+            return kernels.attention(q, k, v, pages, self.paged_spans, setting.window or 0, setting.scale)
+        self.store(k, v, setting.layer)
+        return paged_attention(q, self, setting)
 
     def store(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> None:
         """The tokens' keys and values [kv heads, T, D] to their places."""
@@ -152,10 +152,9 @@ def _table(pieces: list[Span], num_pages: int) -> tuple[np.ndarray, np.ndarray, 
 
 @dataclass
 class ShapeProbe:
-    """Stands in for a layout of one token, and notes per layer the shapes of key and value, and scale and window."""
+    """Stands in for a layout of one token, and notes the shapes of key and value of every layer."""
 
-    seen: dict[int, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
-    settings: dict[int, tuple[float, int | None]] = field(default_factory=dict)
+    seen: dict[LayerSetting, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
 
 
 def packed_attention(
@@ -184,19 +183,16 @@ def packed_attention(
         raise ConfigError("this model's code does not pass attention keywords on: the native server cannot serve it")
     if not _UNSUPPORTED.isdisjoint(kwargs) and (odd := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]):
         raise ConfigError(f"this model's attention uses {', '.join(odd)}, which the native server does not support yet")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    window = sliding_window or None
     q, k, v = query[0], key[0], value[0]  # [heads, T, head dim]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    setting = LayerSetting(int(module.layer_idx), scale, sliding_window or None, softcap)  # type: ignore[arg-type]
     if isinstance(kv_layout, ShapeProbe):
-        kv_layout.seen[layer], kv_layout.settings[layer] = (k.shape, v.shape), (scale, window)
+        kv_layout.seen[setting] = k.shape, v.shape
         return v.repeat_interleave(len(q) // len(v), 0).transpose(0, 1)[None], None  # one token sees itself
-    return kv_layout.attend(q, k, v, layer, scale, window, softcap)[None], None
+    return kv_layout.attend(q, k, v, setting)[None], None
 
 
-def paged_attention(
-    q: torch.Tensor, layout: KVLayout, layer: int, scale: float, window: int | None, softcap: float | None
-) -> torch.Tensor:
+def paged_attention(q: torch.Tensor, layout: KVLayout, setting: LayerSetting) -> torch.Tensor:
     """Each query over its sequence's tokens up to its own, in the pool's pages; padding rows get zeros.
 
     Plain matrix products with the softmax in float32, as in the trainer. One query alone gives bit for bit what it
@@ -209,6 +205,7 @@ def paged_attention(
         [T, heads, head dim].
     """
     heads, num_tokens, head_dim = q.shape
+    layer, scale, window, softcap = setting
     keys, values = layout.pool.tensor[layer]  # [kv heads, pages, PAGE_TOKENS, head dim]
     kv_heads = len(keys)
     out = q.new_zeros(num_tokens, heads, head_dim)
@@ -266,41 +263,31 @@ class GpuLayout(KVLayout):
         layout._rows, layout._num_singles = rows, len(rows.lens)
         return layout
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: int,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: LayerSetting) -> torch.Tensor:
         """As KVLayout.attend."""
         n, parts = self._num_singles, []
         last = q.shape[1] - self._num_padding
         if n:
             single, key, value = (x[:, :n].transpose(0, 1) for x in (q, k, v))
             rows = self._rows
-            where = self.pool.tensor[layer], rows.tables, rows.lens
-            parts.append(self._kernels.decode(single, key, value, *where, window or 0, scale, rows.max_keys))
+            where = self.pool.tensor[setting.layer], rows.tables, rows.lens
+            bounds = setting.window or 0, setting.scale, rows.max_keys
+            parts.append(self._kernels.decode(single, key, value, *where, *bounds))
         if self._pieces.spans:
-            parts.append(self._attend_pieces(q[:, n:last], k[:, n:last], v[:, n:last], layer, scale, window))
+            parts.append(self._attend_pieces(q[:, n:last], k[:, n:last], v[:, n:last], setting))
         if self._num_padding:
             parts.append(q.new_zeros(self._num_padding, len(q), q.shape[2]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend_pieces(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, scale: float, window: int | None
-    ) -> torch.Tensor:
+    def _attend_pieces(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: LayerSetting) -> torch.Tensor:
         """What they see is gathered from the pages, unless it is themselves alone."""
-        self._pieces.store(k, v, layer)
+        self._pieces.store(k, v, setting.layer)
         if not _has_varlen(q):
-            return paged_attention(q, self._pieces, layer, scale, window, None)
+            return paged_attention(q, self._pieces, setting)
         if any(span.start for span in self._pieces.spans):
-            k, v = (x[layer].index_select(1, self._seen) for x in (self.pool.keys, self.pool.values))
+            k, v = (x[setting.layer].index_select(1, self._seen) for x in (self.pool.keys, self.pool.values))
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        return varlen_attention(q, k, v, self._packed, scale, window)
+        return varlen_attention(q, k, v, self._packed, setting.scale, setting.window)
 
 
 def _has_varlen(q: torch.Tensor) -> bool:

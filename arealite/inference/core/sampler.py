@@ -79,7 +79,7 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[fl
     cut = torch.zeros_like(at)
     if restricted:
         weights = _weights(logits[rows], temperature[rows])
-        total = weights.cumsum(-1, dtype=torch.float64)[:, -1]
+        total = _totals(weights)
         drawn, kept = _restricted(weights, total, [params[i] for i in restricted], at[rows])
         shares = weights.gather(1, drawn[:, None])[:, 0].double() / total
         tokens[rows], logprobs[rows], cut[rows] = drawn, shares.log().to(logprobs), (1 - kept).clamp(min=0)
@@ -103,6 +103,13 @@ def _weights(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     """exp of the distance to the row's largest logit / temperature; float32 [B, V]."""
     scores = logits.float() / torch.where(temperature > 0, temperature, 1.0)[:, None]
     return scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+
+
+def _totals(weights: torch.Tensor) -> torch.Tensor:
+    """Float64 [B] sums of rows, on a CPU row by row: threads share one sum in a way that depends on the rows beside."""
+    if weights.is_cuda:
+        return weights.sum(-1, dtype=torch.float64)
+    return torch.stack([row.sum(dtype=torch.float64) for row in weights])
 
 
 def _draw(

@@ -169,11 +169,11 @@ class ServedModel:
         """Heads and layers as the modelling code itself hands them to attention."""
         probe = self._run_probe()
         num_layers = self.config.get_text_config().num_hidden_layers
-        shapes = set(probe.seen.values())
+        layers, shapes = sorted(setting.layer for setting in probe.seen), set(probe.seen.values())
         uneven = len(shapes) != 1 or any(key != value for key, value in shapes)
-        if uneven or sorted(probe.seen) != list(range(num_layers)):
+        if uneven or layers != list(range(num_layers)):
             raise ConfigError(
-                f"{self.path} ({type(self.module).__name__}): layers {sorted(probe.seen)} of {num_layers} use standard"
+                f"{self.path} ({type(self.module).__name__}): layers {layers} of {num_layers} use standard"
                 f" attention, with key and value shapes {sorted(map(str, shapes))}; the native server needs one shape,"
                 " in every layer"
             )
