@@ -69,6 +69,14 @@ def tiny_llama(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two sets of weights of one tiny Llama over bytes; not to be changed."""
+    from support.inference import save_tiny_llama
+
+    return [save_tiny_llama(tmp_path_factory.mktemp(f"llama{seed}"), seed=seed) for seed in (0, 1)]
+
+
 @pytest.fixture
 def free_port() -> int:
     """A loopback port that was free a moment ago. Servers that can bind port 0 themselves should do that instead."""

@@ -11,15 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from support.inference import WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served, wait_until
+from support.inference import WAIT_S, LocalServer, output_logprobs, served, wait_until
 
 LONG = {"max_new_tokens": 480, "ignore_eos": True, "sampling_seed": 1}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two sets of weights of one model."""
-    return [save_tiny_llama(tmp_path_factory.mktemp(f"llama{seed}"), seed=seed) for seed in (0, 1)]
 
 
 @pytest.fixture

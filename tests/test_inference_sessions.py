@@ -12,18 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.inference import WAIT_S, LocalServer, save_tiny_llama, served
+from support.inference import WAIT_S, LocalServer, served, version
 
 from arealite.api.errors import WeightSyncError
 from arealite.inference.core import receiver
 from arealite.inference.core.weight_updates import Updates
 from arealite.inference.requests import UpdateOptions
 from arealite.weights.checksum import checksum
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return [save_tiny_llama(tmp_path_factory.mktemp(f"llama{seed}"), seed=seed) for seed in (0, 1)]
 
 
 @pytest.fixture
@@ -50,11 +45,7 @@ def send(server: LocalServer, tmp_path: Path) -> Callable[..., tuple[int, Any]]:
 
 def checksums(server: LocalServer) -> dict[str, int]:
     model = server.batcher.model
-    return receiver.checksums(model, model.tensor_names)
-
-
-def version(server: LocalServer) -> str:
-    return str(server.get("/model_info")[1]["weight_version"])
+    return {name: checksum(model.tensors[name]) for name in model.tensor_names}
 
 
 def test_a_whole_session_leaves_nothing_partial(server: LocalServer, folders: list[Path], send: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.group_trainer import GroupTrainer
-from support.inference import WAIT_S, LocalServer, output_logprobs, save_tiny_llama, served
+from support.inference import WAIT_S, LocalServer, greedy, served, version
 
 from arealite.api.errors import WeightSyncError
 from arealite.api.types import GroupPlace, WeightUpdateMeta
@@ -19,13 +19,6 @@ from arealite.inference.core.receiver import Groups
 from arealite.weights import buckets
 from arealite.weights.checksum import checksum
 from arealite.weights.link import WeightLink
-
-PROMPT = list(range(20))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return [save_tiny_llama(tmp_path_factory.mktemp(f"llama{seed}"), seed=seed) for seed in (0, 1)]
 
 
 @pytest.fixture
@@ -41,20 +34,11 @@ def after(folders: list[Path]) -> Any:
         return expected(running)
 
 
-def greedy(server: LocalServer) -> tuple[list[int], list[float]]:
-    answer = server.generate(PROMPT, max_new_tokens=10, temperature=0)
-    return answer["output_ids"], output_logprobs(answer)
-
-
 def expected(server: LocalServer) -> tuple[list[int], Any]:
     """For comparison with what comes later: the same tokens; logprobs but for the rounding of passes of other shapes,
     since prompts that are cached in part are computed in other pieces."""
     tokens, logprobs = greedy(server)
     return tokens, pytest.approx(logprobs, abs=1e-4)
-
-
-def version(server: LocalServer) -> str:
-    return str(server.get("/model_info")[1]["weight_version"])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

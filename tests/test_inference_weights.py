@@ -10,18 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.inference import LocalServer, output_logprobs, save_tiny_llama, served
+from support.inference import LocalServer, greedy, save_tiny_llama, served, version
 
 from arealite.api.types import WeightUpdateMeta, as_record
 from arealite.weights.checksum import checksum
 from arealite.weights.link import WeightLink
-
-PROMPT = list(range(20))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return [save_tiny_llama(tmp_path_factory.mktemp(f"llama{seed}"), seed=seed) for seed in (0, 1)]
 
 
 @pytest.fixture
@@ -32,15 +25,6 @@ def server(folders: list[Path]) -> Iterator[LocalServer]:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
-
-
-def greedy(server: LocalServer) -> tuple[list[int], list[float]]:
-    answer = server.generate(PROMPT, max_new_tokens=10, temperature=0)
-    return answer["output_ids"], output_logprobs(answer)
-
-
-def version(server: LocalServer) -> str:
-    return str(server.get("/model_info")[1]["weight_version"])
 
 
 def shm_body(meta: WeightUpdateMeta, **more: Any) -> dict[str, Any]:

@@ -181,3 +181,13 @@ def fetch(url: str, body: Any) -> tuple[int, Any]:
 
 def output_logprobs(answer: Any) -> list[float]:
     return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+
+
+def greedy(server: LocalServer, num_tokens: int = 10) -> tuple[list[int], list[float]]:
+    """Tokens and logprobs that follow a fixed prompt."""
+    answer = server.generate(list(range(20)), max_new_tokens=num_tokens, temperature=0)
+    return answer["output_ids"], output_logprobs(answer)
+
+
+def version(server: LocalServer) -> str:
+    return str(server.get("/model_info")[1]["weight_version"])

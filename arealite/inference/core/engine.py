@@ -26,6 +26,7 @@ from arealite.inference.core.sequence import Sequence
 from arealite.inference.requests import GenerateRequest, UpdateOptions
 from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
+from arealite.weights.checksum import checksum
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ class Engine:
         confirmed = receiver.confirmed(model, staged, options.checksum_names)
         if options.weight_version is not None:
             self.batcher.weight_version = options.weight_version
-        return receiver.checksums(model, [name for name in options.checksum_names if name not in confirmed])
+        return {name: checksum(model.tensors[name]) for name in options.checksum_names if name not in confirmed}
 
     def replace_adapter(self, name: str, adapter: Adapter, weight_version: str | None) -> None:
         """Serve `adapter` under `name` from now on, instead of the one of that name, if there is one. Running requests

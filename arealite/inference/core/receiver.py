@@ -18,7 +18,6 @@ from arealite.api.types import GroupPlace, TensorSlot
 from arealite.inference.core.served_model import ServedModel
 from arealite.observe import waits
 from arealite.weights.buckets import cut
-from arealite.weights.checksum import checksum
 from arealite.weights.group import GROUP_LIMIT_S, broadcast, join_group, leave_group
 from arealite.weights.naming import Part
 
@@ -60,12 +59,9 @@ class Groups:
         for name in list(self._groups)[:-MAX_GROUPS]:
             self.leave(name)
 
-    def leave(self, name: str) -> bool:
-        """Whether there was such a group."""
-        group, _ = self._groups.pop(name, (None, None))
-        if group is not None:
-            leave_group(group)
-        return group is not None
+    def leave(self, name: str) -> None:
+        if name in self._groups:
+            leave_group(self._groups.pop(name)[0])
 
     def receive(self, name: str, slots: list[TensorSlot], is_flat: bool) -> Iterator[tuple[str, torch.Tensor]]:
         """What the trainer is about to broadcast: tensors one by one, or (`is_flat`) as one run of their bytes. Blocks
@@ -117,12 +113,6 @@ def check_names(model: ServedModel, names: Iterable[str]) -> None:
     """Raises WeightSyncError when the model has no tensor of one of the names."""
     if unknown := [name for name in names if name not in model.tensors]:
         raise WeightSyncError(f"the served model has no tensor named {_listed(unknown)}")
-
-
-def checksums(model: ServedModel, names: list[str]) -> dict[str, int]:
-    """CRC-32 of live tensors, in the dtype they are served in. Raises WeightSyncError as `check_names` does."""
-    check_names(model, names)
-    return {name: checksum(model.tensors[name]) for name in names}
 
 
 def check_slots(model: ServedModel, slots: Iterable[TensorSlot]) -> None:
