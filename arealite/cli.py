@@ -20,7 +20,8 @@ EXAMPLE = """  arealite run examples/arealite/quickstart.py \\
     --config examples/arealite/quickstart.yaml"""
 # Of each command: what it does, and the end of its help.
 COMMANDS = {
-    "run": ("start servers and trainers, watch them, stop them", f"""{EXAMPLE}
+    "run": ("start servers and trainers, watch them, stop them", f"""examples:
+{EXAMPLE}
   arealite run train.py --config run.yaml rollout.max_head_offpolicyness=0
     synchronous
   arealite run train.py --config run.yaml 'allocation_mode=native:d1|fsdp:d1'
@@ -35,31 +36,31 @@ exit codes:
   130, 143  stopped by Ctrl-C or SIGTERM
 After a stop or a kill the same command goes on from the last recovery point
 (recover.mode=auto)."""),
-    "serve": ("serve a model over HTTP with the built-in server", """\
+    "serve": ("serve a model over HTTP with the built-in server", """examples:
   arealite serve --model smollm2-135m --port 8000
   arealite serve --help
     all options of the server"""),
-    "check": ("show configuration, processes and memory; start nothing", """\
+    "check": ("show configuration, processes and memory; start nothing", """examples:
   arealite check examples/arealite/quickstart.yaml
   arealite check examples/arealite/quickstart.yaml --explain
     every field with its value and what it means
   arealite check examples/arealite/quickstart.yaml \\
     allocation_mode=sglang:d4+fsdp:d4 cluster.num_gpus_per_node=8
     the plan for another machine than this one"""),
-    "prove": ("prove that a training step does not depend on how it is computed", """\
+    "prove": ("prove that a training step does not depend on how it is computed", """examples:
   arealite prove examples/arealite/quickstart.yaml
   arealite prove run.yaml actor.path=smollm2-135m --quick
     float32 only, fewer variants, no server
   arealite prove run.yaml allocation_mode=native:d1+fsdp:d2t2 --ranks 4
 
 exit codes: 0 nothing failed; 1 a check failed; 2 the configuration was refused"""),
-    "fetch": ("make a small pretrained model available locally", "  arealite fetch smollm2-135m"),
-    "bench": ("measure throughput and latency of running servers", """\
+    "fetch": ("make a small pretrained model available locally", "examples:\n  arealite fetch smollm2-135m"),
+    "bench": ("measure throughput and latency of running servers", """examples:
   arealite bench serve --address 127.0.0.1:30000 --concurrency 64 \\
     --output-tokens 16-512
   arealite bench serve --help
     all options"""),
-    "init": ("write the examples and their configurations here", f"  arealite init\n{EXAMPLE}"),
+    "init": ("write the examples and their configurations here", f"examples:\n  arealite init\n{EXAMPLE}"),
 }  # fmt: skip
 
 
@@ -68,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(list(sys.argv[1:] if argv is None else argv))
     except ArealiteError as error:
-        print(f"{SENTENCE}{type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_REFUSED
+        told = f"{type(error).__name__}: {error}"
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `arealite check ... | head`; what is left in the buffer goes nowhere, and quietly
@@ -77,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # a folder that cannot be written, a full disk, a file that is a folder
         place = f"{error.filename}: " if error.filename else ""
-        hint = "see cluster.fileroot, HOME, AREALITE_CACHE"
-        print(f"{SENTENCE}{place}{error.strerror or error}; {hint}", file=sys.stderr)
-        return EXIT_REFUSED
+        told = f"{place}{error.strerror or error}; see cluster.fileroot, HOME, AREALITE_CACHE"
+    print(f"{SENTENCE}{told}", file=sys.stderr)
+    return EXIT_REFUSED
 
 
 def dispatch(words: list[str]) -> int:
@@ -101,17 +101,18 @@ def dispatch(words: list[str]) -> int:
     if given.command == "check":
         from arealite.launcher.check import check
 
-        print(check(given.config, given.overrides, given.explain), flush=True)
+        answer = check(given.config, given.overrides, given.explain)
     elif given.command == "init":
-        print(init(Path(given.folder)), flush=True)
+        answer = init(Path(given.folder))
     else:
         from arealite.models.fetch import fetch
 
-        print(fetch(given.model), flush=True)
+        answer = str(fetch(given.model))
+    print(answer, flush=True)
     return 0
 
 
-def init(folder: Path) -> Path:
+def init(folder: Path) -> str:
     """Write the examples with their configurations and data under `folder`, where documents name them; returns where.
     Raises ConfigError when they are there."""
     package = Path(__file__).parent
@@ -120,7 +121,7 @@ def init(folder: Path) -> Path:
     if target.exists():
         raise ConfigError(f"{target} exists already: remove it, or name another folder, `arealite init FOLDER`")
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-    return target
+    return str(target)
 
 
 def serve(words: list[str]) -> int:
@@ -145,9 +146,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     style = argparse.RawDescriptionHelpFormatter
     add = {
-        name: commands.add_parser(
-            name, help=what, description=what, epilog=f"examples:\n{end}", formatter_class=style
-        ).add_argument
+        name: commands.add_parser(name, help=what, description=what, epilog=end, formatter_class=style).add_argument
         for name, (what, end) in COMMANDS.items()
     }
     add["run"]("script", type=expand, help="the training script")

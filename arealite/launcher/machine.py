@@ -56,9 +56,9 @@ class Machine:
         num_gpus = len(gpus) if cluster.num_gpus_per_node is None else cluster.num_gpus_per_node
         if num_cores <= len(cores) and num_gpus <= len(gpus):
             return cls.local(cluster)
-        cores = tuple(range(num_cores)) if num_cores > len(cores) else cores[:num_cores]
+        ids = cores if num_cores <= len(cores) else range(num_cores)
         gpus = tuple(map(str, range(num_gpus)))
-        return cls(cores, gpus, name="as described", vllm_python=find_vllm() or "python")
+        return cls(tuple(ids[:num_cores]), gpus, name="as described", vllm_python=find_vllm() or "python")
 
 
 def find_vllm() -> str:
