@@ -2,7 +2,6 @@
 
 import pytest
 
-from arealite.reward.format import format_reward
 from arealite.reward.math import gsm8k_reward, math_reward
 from arealite.reward.number import number_reward, numbers_in
 
@@ -138,18 +137,3 @@ def test_math_reward_works_outside_the_main_thread():
     thread.start()
     thread.join()
     assert found == [1.0]
-
-
-@pytest.mark.parametrize(
-    ("completion", "reward"),
-    [
-        ("<think>a</think><answer>b</answer>", 1),
-        (" <think>a\nb</think>\n<answer>c</answer>\n", 1),
-        ("<think></think><answer>c</answer>", 0),
-        ("<answer>c</answer>", 0),
-        ("<think>a</think><answer>b</answer> and more", 0),
-        ("<think>a</think><think>a</think><answer>b</answer>", 0),
-    ],
-)
-def test_format_reward(completion, reward):
-    assert given(format_reward, completion, "") == reward

@@ -12,13 +12,13 @@ import contextlib
 import inspect
 import os
 import pickle
-import queue
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 from arealite.api.errors import ConfigError, RewardError
 from arealite.observe.reasons import last_line, reasons
 from arealite.observe.waits import waiting
-from arealite.reward.worker import Call, Score, Setup
+from arealite.reward.worker import Call, Outcome, Setup
 
 START_LIMIT_S = 120.0  # a worker may import torch for the function's sake
 END_LIMIT_S = 5.0
@@ -36,6 +36,14 @@ GUARD = 'if __name__ == "__main__":'
 EXPECTED = "def reward(prompt, completion, prompt_ids, completion_ids, *, answer, **extras)"
 
 RewardFunction = Callable[..., float | dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reward and its named parts, all finite."""
+
+    reward: float
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 class RewardPool:
@@ -54,15 +62,12 @@ class RewardPool:
         self.limit_s = limit_s
         self._setup = _setup_for(reward_fn)
         self._signature = _signature_of(reward_fn)
-        self._num_workers = num_workers
         self._lock = threading.Lock()
-        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()  # None: a place without a process
         self._alive: set[_Worker] = set()
         self._is_closed = False
-        for _ in range(num_workers):
-            self._idle.put(None)
         # One thread per worker waits on its pipe. The threads also are the workers' parents in the kernel's eyes, so
         # they must live as long as the pool does: worker processes die with the thread that started them.
+        self._of_thread = threading.local()
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="reward")
 
     async def score(
@@ -81,22 +86,21 @@ class RewardPool:
             RewardError: the function raised (with its traceback), returned something that is not a finite number,
                 passed the limit, its process died, or the pool is closed.
         """
-        call = Call(prompt, completion, prompt_ids, completion_ids, self.named_arguments(answer, extras or {}))
+        call = (prompt, completion, prompt_ids, completion_ids), self.named_arguments(answer, extras or {})
         with self._lock:
             if self._is_closed:
                 raise RewardError(CLOSED)
             future = self._threads.submit(self._score, call)
         try:
-            score = await asyncio.wrap_future(future)
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             if self._is_closed and future.cancelled():
                 raise RewardError(CLOSED) from None  # `close` cancelled it, not our caller
             raise
-        if score.error:
+        except RewardError as error:
             if not self._is_closed:
-                reasons.tell("reward errors", last_line(score.error))
-            raise RewardError(score.error)
-        return score
+                reasons.tell("reward errors", last_line(str(error)))
+            raise
 
     def named_arguments(self, answer: str | None, extras: dict[str, Any]) -> dict[str, Any]:
         """What the function is given by name. Raises ConfigError when it does not take it."""
@@ -118,38 +122,28 @@ class RewardPool:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _score(self, call: Call) -> Score:
-        """One call on an idle worker. There are as many threads as workers, so `get` never waits."""
-        worker = self._idle.get()
+        """One call on this thread's worker, which is started when there is none, and given up when it fails."""
+        worker: _Worker | None = vars(self._of_thread).get("worker")
         try:
             if worker is None:
-                worker = self._start()
-            return worker.exchange(call, self.limit_s, "reward.call")
-        except RewardError as error:
-            if worker is not None:
-                self._end(worker)
-                worker = None
-            return Score(error=str(error))
-        finally:
-            self._idle.put(worker)
-
-    def _start(self) -> _Worker:
-        worker = _Worker()
-        with self._lock:
-            self._alive.add(worker)
-            is_closed = self._is_closed
-        try:
-            if is_closed:
-                raise RewardError(CLOSED)
-            worker.set_up(self._setup)
+                worker = self._of_thread.worker = _Worker()
+                with self._lock:
+                    self._alive.add(worker)
+                    is_closed = self._is_closed
+                if is_closed:
+                    raise RewardError(CLOSED)
+                worker.set_up(self._setup)
+            reward, parts, error = worker.exchange(call, self.limit_s, "reward.call")
         except RewardError:
-            self._end(worker)
+            if worker is not None:
+                worker.kill()
+                with self._lock:
+                    self._alive.discard(worker)
+            self._of_thread.worker = None
             raise
-        return worker
-
-    def _end(self, worker: _Worker) -> None:
-        worker.kill()
-        with self._lock:
-            self._alive.discard(worker)
+        if error:
+            raise RewardError(error)
+        return Score(reward, parts)
 
 
 class _Worker:
@@ -167,13 +161,11 @@ class _Worker:
             )
 
     def set_up(self, setup: Setup) -> None:
-        score = self.exchange(setup, START_LIMIT_S, "reward.start")
-        if score.error:
-            ran = f" (a worker runs {setup.main_path} again: what is to run once belongs under `{GUARD}`)"
-            raise RewardError(
-                "the reward function cannot be loaded in a worker process:\n"
-                f"{score.error.rstrip()}{ran if setup.main_path else ''}"
-            )
+        _, script, _, _ = setup
+        _, _, error = self.exchange(setup, START_LIMIT_S, "reward.start")
+        if error:
+            ran = f" (a worker runs {script} again: what is to run once belongs under `{GUARD}`)" if script else ""
+            raise RewardError(f"the reward function cannot be loaded in a worker process:\n{error.rstrip()}{ran}")
 
     def kill(self) -> None:
         """Kill the process and whatever it started, and reap it. Until it is reaped its id belongs to nobody else."""
@@ -182,14 +174,7 @@ class _Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(END_LIMIT_S)
 
-    def _let_end(self) -> None:
-        """Wait for a process that has closed its pipe to end, without reaping it."""
-        with contextlib.suppress(ProcessLookupError):
-            fd = os.pidfd_open(self.process.pid)
-            wait([fd], END_LIMIT_S)
-            os.close(fd)
-
-    def exchange(self, message: Setup | Call, limit_s: float, name: str) -> Score:
+    def exchange(self, message: Setup | Call, limit_s: float, name: str) -> Outcome:
         try:
             with waiting(name, f"reward worker {self.process.pid}", limit_s):
                 self.pipe.send(message)
@@ -198,9 +183,12 @@ class _Worker:
                         f"no answer within {limit_s} s; the worker process was killed. Make the reward function"
                         " faster, or raise rollout.reward_timeout_s"
                     )
-                return self.pipe.recv()
+                outcome: Outcome = self.pipe.recv()
+                return outcome
         except (EOFError, OSError) as error:
-            self._let_end()  # else the reason would be our own SIGKILL
+            # It is about to end: wait without reaping it, else the reason would be our own SIGKILL.
+            with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(self.process.pid)) as ended:
+                wait([ended.fileno()], END_LIMIT_S)
             self.kill()
             code = self.process.returncode
             how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
@@ -216,7 +204,7 @@ def _setup_for(reward_fn: RewardFunction) -> Setup:
             " the top of a module or of the script: no lambda, no function inside a function"
         ) from error
     if b"__main__" not in pickled:
-        return Setup(list(sys.path), None, None, pickled)
+        return list(sys.path), None, None, pickled
     main = vars(sys.modules["__main__"])
     path = main.get("__file__")
     if path is None or not Path(path).is_file():
@@ -230,7 +218,7 @@ def _setup_for(reward_fn: RewardFunction) -> Setup:
             f" keeps the rest of the script from running there too: put what starts the run under `{GUARD}`, or the"
             " function into a module of its own"
         )
-    return Setup(list(sys.path), path, main.get("__package__"), pickled)
+    return list(sys.path), path, main.get("__package__"), pickled
 
 
 def _is_guarded(script: Path) -> bool:
