@@ -15,6 +15,7 @@ from arealite.api.errors import (
     RequestError,
     ServerUnreachable,
     WaitTimeout,
+    WeightSyncError,
     WorkflowError,
 )
 from arealite.api.types import Task, WeightUpdateMeta
@@ -307,6 +308,35 @@ def test_a_result_that_comes_at_the_last_moment_is_not_lost(connect):
     with FakeServer() as server:
         engine = connect([server])
         assert engine._live.run(finishes_when_cancelled(), "test", 0.1) == "groups"
+
+
+def test_destroy_leaves_no_server_paused(connect):
+    """As after an exception between pause and resume."""
+    with FakeServer() as a, FakeServer() as b:
+        engine = connect([a, b])
+        engine.pause()
+        assert a.pause_mode == b.pause_mode == "retract"
+        b.die()
+        engine.destroy()
+        assert a.pause_mode is None
+
+
+def test_a_failed_update_leaves_generation_as_it_was(connect):
+    with FakeServer() as server:
+        engine = connect([server], kind=RemoteSGLangEngine)  # its updates need a pause
+        server.refuse_update = "no room left"
+        with pytest.raises(WeightSyncError, match="no room left"):
+            engine.update_weights(disk(1))
+        assert engine._live.gate.is_open and engine.get_version() == 0
+        wait_until(lambda: server.pause_mode is None)
+        assert one(engine).versions == [0] * 20
+
+
+def test_a_server_that_was_left_paused_is_taken_over(connect):
+    """The trainer before was killed between pause and resume."""
+    with FakeServer() as server:
+        server.pause_mode = "retract"
+        assert one(connect([server])).token_ids
 
 
 def test_destroy_tells_the_servers_what_is_given_up(connect):
