@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
+from support.forks import servers
 from support.inference import WAIT_S, fetch, wait_until
 from transformers import AutoTokenizer
 
@@ -34,17 +32,9 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def url(smollm2: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "arealite.cli", "serve", "--model", smollm2, "--port", "0", "--context-length"]
-    command += ["2048", "--kv-cache-tokens", "8192", "--served-model-name", MODEL, "--weight-version", "7"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("listening on http://"), line
-        yield line.removeprefix("listening on ").strip()
-    finally:
-        process.kill()
-        process.wait(WAIT_S)
+    flags = ["--context-length", "2048", "--kv-cache-tokens", "8192", "--served-model-name", MODEL]
+    with servers(1, smollm2, *flags, "--weight-version", "7", "--dtype", "bfloat16") as [(_, address)]:
+        yield f"http://{address}"
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +123,7 @@ def test_a_named_tool_is_called(client: openai.OpenAI, stream: bool) -> None:
         finish = made.finish_reason
     assert call.function.name == "get_weather" and call.id.startswith("call_") and call.type == "function"
     assert isinstance(json.loads(call.function.arguments), dict)
-    assert finish in ("tool_calls", "length")
+    assert finish == "tool_calls", "the end of the call ends the answer"
 
 
 def test_a_conversation_with_tool_results_goes_on(client: openai.OpenAI, smollm2: str) -> None:
@@ -148,7 +138,7 @@ def test_a_conversation_with_tool_results_goes_on(client: openai.OpenAI, smollm2
     prompt = AutoTokenizer.from_pretrained(smollm2).decode((choice.model_extra or {})["prompt_token_ids"])
     asked, called, told = (prompt.find(text) for text in ("Weather in Paris?", '"city": "Paris"', "sunny, 21 degrees"))
     assert "The weather in a city." in prompt and 0 <= asked < called < told, prompt
-    assert choice.message.content or choice.message.tool_calls
+    assert "sunny" in (choice.message.content or "").lower(), choice.message
 
 
 def test_token_ids_make_the_answer_trainable(client: openai.OpenAI, url: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import socket
 from collections.abc import Iterator
@@ -119,17 +118,6 @@ def test_top_and_named_tokens_are_rendered(server: LocalServer) -> None:
         assert entry[2] == server.batcher.model.tokenizer.decode([entry[1]])
     assert len(about["input_top_logprobs"]) == 3 and about["input_top_logprobs"][0] is None
     assert about["input_token_logprobs"][0][0] is None
-
-
-def test_a_client_that_leaves_its_stream_ends_the_request(model: ServedModel) -> None:
-    with LocalServer(model) as server:
-        server.step_delay_s = 0.01
-        connection = http.client.HTTPConnection(urlsplit(server.url).netloc)
-        connection.request("POST", "/generate", json.dumps({**asked(max_new_tokens=400), "stream": True}))
-        assert connection.getresponse().read(6) == b"data: "
-        connection.close()
-        wait_until(lambda: not server.batcher.scheduler.running)
-        assert server.batcher.counters.num_generated_tokens < 400
 
 
 def test_a_stream_survives_a_pause_and_an_abort_ends_it(model: ServedModel) -> None:

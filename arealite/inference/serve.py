@@ -35,47 +35,38 @@ STOP_LIMIT_S = 5.0  # for the current step to end, and for answers to reach thei
 POLL_S = 0.2  # how often the engine's end is looked for
 
 
+def count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small; expected at least 1")
+    return int(text)
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="arealite serve", description="Serve a Hugging Face model to RL clients.")
     add = parser.add_argument
+    kv_help = f"tokens of the KV cache; default: {DEFAULT_TOKENS_PER_REQUEST} per sequence, on a GPU what is free"
+    prefill_help = "tokens of prompts computed in one step beside running requests; default: 512, on a GPU 8192"
+    defaults_help = "what OpenAI calls leave out: from the model's generation_config.json, or OpenAI's values"
     add("--model", required=True, help="a Hugging Face folder or hub id")
     add("--tokenizer-path", help="another folder or hub id, whose tokenizer, template and end token are taken")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=30000, help="port to listen on; 0 takes a free one and prints it")
     add("--dtype", default="bfloat16", choices=sorted(DTYPES), help="compute type")
-    add("--context-length", type=int, help="tokens of prompt and answer at most; default: the model's")
-    add("--max-running-requests", type=int, help="sequences decoded together; default: 64, on a GPU 256")
-    add(
-        "--kv-cache-tokens",
-        type=int,
-        help=f"tokens of the KV cache; default: {DEFAULT_TOKENS_PER_REQUEST} per sequence, on a GPU what is free",
-    )
-    add(
-        "--chunked-prefill-tokens",
-        type=int,
-        help="tokens of prompts computed in one step beside running requests; default: 512, on a GPU 8192",
-    )
-    add("--max-queued-requests", type=int, default=MAX_QUEUED, help="requests that wait; more are refused with 503")
+    add("--context-length", type=count, help="tokens of prompt and answer at most; default: the model's")
+    add("--max-running-requests", type=count, help="sequences decoded together; default: 64, on a GPU 256")
+    add("--kv-cache-tokens", type=count, help=kv_help)
+    add("--chunked-prefill-tokens", type=count, help=prefill_help)
+    add("--max-queued-requests", type=count, default=MAX_QUEUED, help="requests that wait; more are refused with 503")
     add("--deterministic", action="store_true", help="results independent of the batch (slower)")
     add("--weight-version", default="0", help="version of the weights loaded at start")
     add("--seed", type=int, default=0, help="seed of requests that bring none")
     add("--served-model-name", help="name in /v1/models; default: --model")
     add("--hold-limit-s", type=float, default=600.0, help="longest hold of a request while paused")
-    add(
-        "--sampling-defaults",
-        default="model",
-        choices=["model", "openai"],
-        help="what OpenAI calls leave out: from the model's generation_config.json, or OpenAI's values",
-    )
+    add("--sampling-defaults", default="model", choices=["model", "openai"], help=defaults_help)
     add("--tool-call-parser", default="auto", choices=PARSERS, help="how the model writes tool calls")
     add("--incremental-streaming-output", action="store_true", help="/generate streams what is new")
     add("--device", help="cpu or cuda; default: cuda where there is one")
     args = parser.parse_args(argv)
-    sizes = ("context_length", "max_running_requests", "kv_cache_tokens", "chunked_prefill_tokens")
-    for name in (*sizes, "max_queued_requests"):
-        value = vars(args)[name]
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; expected at least 1")
     if not 0 <= args.port <= 65535:
         parser.error(f"--port is {args.port}; expected 0 to 65535")
     if not 0 < args.hold_limit_s < math.inf:

@@ -81,22 +81,21 @@ def parse_generate(body: Any, limits: ServedLimits) -> GenerateCall:
     together = json_object("the body", body)
     for key in _OFF:
         _refuse_unless_off(key, together.get(key))
-    rows, places, batched = _rows(together)
+    rows, places = _rows(together)
+    name = "text" if together.get("text") is not None else "input_ids"
     requests: list[GenerateRequest] = []
     for i, row in enumerate(rows):
         one = checked(GenerateBody, row, rows=dict.fromkeys(places, f"[{i}]"))
-        name = "text" if one.input_ids is None else "input_ids"
-        requests += _samples(one, f"{name}[{i}]" if batched else name, limits)
+        requests += _samples(one, f"{name}[{i}]" if places else name, limits)
     if len(requests) > MAX_REQUESTS:
         raise RequestError(f"{len(requests)} sequences in one body (prompts times n); at most {MAX_REQUESTS} are taken")
     if len({request.rid for request in requests}) != len(requests):
         raise RequestError(f"rid: expected different strings in a batch, found {shown(together['rid'])}")
-    batched = batched or len(requests) > 1
-    return GenerateCall(requests, batched, one.stream, one.return_prompt_token_ids)
+    return GenerateCall(requests, bool(places) or len(requests) > 1, one.stream, one.return_prompt_token_ids)
 
 
-def _rows(body: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str], bool]:
-    """A body per prompt, the keys of which each has its own, and whether it is a batch."""
+def _rows(body: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """A body per prompt, and the keys of which each prompt of a batch has its own; none if it is no batch."""
     prompt_keys = [key for key in ("text", "input_ids") if body.get(key) is not None]
     if len(prompt_keys) != 1:
         present = " and ".join(prompt_keys) or "neither"
@@ -104,7 +103,7 @@ def _rows(body: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str], bool]:
     [name] = prompt_keys
     prompts = body[name]
     if not isinstance(prompts, list) or (name == "input_ids" and not (prompts and isinstance(prompts[0], list))):
-        return [body], [], False
+        return [body], []
     if not prompts:
         raise RequestError(f"{name}: the list of prompts is empty")
     lists = {key: body[key] for key in _PER_PROMPT if isinstance(body.get(key), list)}
@@ -118,7 +117,7 @@ def _rows(body: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str], bool]:
     lists[name] = prompts
     if isinstance(body.get("rid"), str) and body["rid"]:
         lists["rid"] = [f"{body['rid']}_{i}" for i in range(len(prompts))]
-    return [{**body, **{key: lists[key][i] for key in lists}} for i in range(len(prompts))], [*lists], True
+    return [{**body, **{key: lists[key][i] for key in lists}} for i in range(len(prompts))], [*lists]
 
 
 def _samples(body: GenerateBody, place: str, limits: ServedLimits) -> list[GenerateRequest]:
@@ -166,6 +165,8 @@ def _samples(body: GenerateBody, place: str, limits: ServedLimits) -> list[Gener
 def _prompt(body: GenerateBody, place: str, limits: ServedLimits) -> list[int]:
     if body.input_ids is not None:
         ids = body.input_ids
+    elif body.text is None:
+        raise RequestError(f"{place}: expected a prompt, found null")
     elif limits.encode is None:
         raise RequestError("text: the served model folder has no tokenizer; send input_ids")
     else:

@@ -4,12 +4,11 @@ Prometheus metrics. Added by routes.py.
 
 from __future__ import annotations
 
-import os
-import resource
 import time
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 from aiohttp import web
 
 from arealite.inference.core.engine import Engine
@@ -20,24 +19,19 @@ from arealite.inference.settings import SERVER_VERSION, ServerSettings
 
 
 def resident_bytes() -> int:
-    """This process's memory now (its peak, where the system does not tell)."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """This process's memory now."""
+    return int(psutil.Process().memory_info().rss)
 
 
+@dataclass(frozen=True)
 class Introspection:
     """Reads the engine's counters from the event loop; nothing here waits for a step."""
 
-    def __init__(
-        self, engine: Engine, settings: ServerSettings, limits: ServedLimits, submissions: Submissions
-    ) -> None:
-        self._engine = engine
-        self._settings = settings
-        self._limits = limits
-        self._submissions = submissions
-        self._started_at = time.time()
+    _engine: Engine
+    _settings: ServerSettings
+    _limits: ServedLimits
+    _submissions: Submissions
+    _started_at: float = field(default_factory=time.time)
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -72,10 +66,7 @@ class Introspection:
             {
                 **self._settings.flags,
                 "version": SERVER_VERSION,
-                "tp_size": 1,
-                "pp_size": 1,
-                "dp_size": 1,
-                "ep_size": 1,
+                **dict.fromkeys(("tp_size", "pp_size", "dp_size", "ep_size"), 1),
                 "context_length": self._limits.context_length,
                 "max_total_num_tokens": self._limits.kv_cache_tokens,
                 "max_req_input_len": self._limits.max_tokens - 1,

@@ -10,6 +10,7 @@ import logging
 import traceback
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -46,14 +47,14 @@ class PauseBody(Body):
     mode: PauseMode = "abort"
 
 
+@dataclass(frozen=True)
 class ServerRoutes:
     """Routes over one engine."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings, served: Served, submissions: Submissions) -> None:
-        self._engine = engine
-        self._settings = settings
-        self._served = served
-        self._submissions = submissions
+    _engine: Engine
+    _settings: ServerSettings
+    _served: Served
+    _submissions: Submissions
 
     def routes(self) -> list[web.RouteDef]:
         return [

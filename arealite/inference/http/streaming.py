@@ -118,8 +118,7 @@ async def send_events(
     request: web.Request, events: AsyncGenerator[dict[str, Any], None], limit_s: float
 ) -> web.StreamResponse:
     """Answer with server-sent events and `[DONE]`. What fails before the first one is raised, and answered as for any
-    other call; what fails later is the last event, an `error_body`. A client that has read
-    nothing for `limit_s` is cut off."""
+    other call; what fails later is the last event. A client that has read nothing for `limit_s` is cut off."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
 
     async def send(event: str) -> None:

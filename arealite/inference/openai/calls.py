@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
@@ -142,6 +142,7 @@ class Choice:
 
     kind = chunk_kind = ""  # the answer's "object"
     output_ids_name = ""
+    opening: ClassVar[dict[str, Any] | None] = None  # the delta that comes before all text
 
     def __init__(self, call: OpenAICall, index: int) -> None:
         self.call = call
@@ -149,31 +150,23 @@ class Choice:
         self.num_sent = 0  # tokens whose logprobs were sent
         self.num_characters = 0  # of the text sent
 
-    def opening(self) -> dict[str, Any] | None:
-        """The chunk that comes before all text, if there is one."""
-        return None
-
-    def content(self, answer: ShownAnswer) -> tuple[dict[str, Any], bool]:
-        """All that is said, and whether a function is called."""
-        raise NotImplementedError
-
-    def new_content(self, answer: ShownAnswer) -> tuple[dict[str, Any], bool]:
-        """The same of what was not sent yet."""
+    def content(self, answer: ShownAnswer, whole: bool) -> tuple[dict[str, Any], bool]:
+        """What is said and was not sent yet, as a chunk has it or as the `whole` answer, and whether a function is
+        called."""
         raise NotImplementedError
 
     def logprobs(self, answer: ShownAnswer) -> dict[str, Any]:
         """Of the tokens from `num_sent` on."""
         raise NotImplementedError
 
-    def grown(self, answer: ShownAnswer) -> dict[str, Any] | None:
-        """The next chunk, with all logprobs that were not sent; None when there is nothing to send."""
-        content, called = self.new_content(answer)
-        new_logprobs = self.call.body.wants_logprobs and answer.num_tokens > self.num_sent
-        return self.show(answer, content, called) if any(content.values()) or answer.finished or new_logprobs else None
-
-    def show(self, answer: ShownAnswer, content: dict[str, Any], called: bool) -> dict[str, Any]:
-        """With content and logprobs; once it has ended, with its reason and what an RL client asks for beyond."""
+    def show(self, answer: ShownAnswer, whole: bool) -> dict[str, Any] | None:
+        """The whole, or the next chunk, with logprobs; once it has ended, with its reason and what an RL client asks
+        for beyond. None: there is nothing new."""
         body = self.call.body
+        content, called = self.content(answer, whole)
+        has_new = any(content.values()) or (body.wants_logprobs and answer.num_tokens > self.num_sent)
+        if not answer.finished and not has_new:
+            return None
         shown = {"index": self.index, **content, "logprobs": None, "finish_reason": None}
         if body.wants_logprobs:
             shown["logprobs"] = self.logprobs(answer)
@@ -219,7 +212,7 @@ def whole_answer(call: OpenAICall, choices: list[Choice], answers: list[ShownAns
     pairs = zip(choices, answers, strict=True)
     return {
         **_frame(call, choices[0].kind),
-        "choices": [choice.show(answer, *choice.content(answer)) for choice, answer in pairs],
+        "choices": [choice.show(answer, whole=True) for choice, answer in pairs],
         "usage": _usage(answers),
         "metadata": {"weight_version": first.weight_version, "weight_versions": version_spans(first.versions)},
     }
@@ -234,11 +227,12 @@ async def chunks(
     answers: dict[int, ShownAnswer] = {}
     async with aclosing(growing):
         async for i, answer in growing:  # nothing before it: what is refused here is still answered by a status
-            opening = None if i in answers else choices[i].opening()
-            if opening is not None:
-                yield {**frame, "choices": [opening]}
+            opening = choices[i].opening
+            if opening is not None and i not in answers:
+                begun = {"index": i, "delta": opening, "logprobs": None, "finish_reason": None}
+                yield {**frame, "choices": [begun]}
             answers[i] = answer
-            chunk = choices[i].grown(answer)
+            chunk = choices[i].show(answer, whole=False)
             if chunk is not None:
                 usage = {"usage": _usage([answer])} if options.continuous_usage_stats else {}
                 yield {**frame, "choices": [chunk], **usage}

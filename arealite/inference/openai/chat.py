@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -175,31 +175,21 @@ class ChatChoice(Choice):
     output_ids_name = "response_token_ids"
     num_calls = 0  # that were sent
 
-    def opening(self) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": ""}
-        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None}
+    opening: ClassVar[dict[str, Any]] = {"role": "assistant", "content": ""}
 
-    def content(self, answer: ShownAnswer) -> tuple[dict[str, Any], bool]:
-        text, calls = self._read(answer)
-        message: dict[str, Any] = {"role": "assistant", "content": text if text.strip() or not calls else None}
-        if calls:
-            message["tool_calls"] = [_shown_call(call) for call in calls]
-        return {"message": message}, bool(calls)
-
-    def new_content(self, answer: ShownAnswer) -> tuple[dict[str, Any], bool]:
-        text, calls = self._read(answer)
-        delta: dict[str, Any] = {}
-        if len(text) > self.num_characters:
-            delta["content"] = text[self.num_characters :]
-            self.num_characters = len(text)
-        if len(calls) > self.num_calls:
-            new = enumerate(calls[self.num_calls :], self.num_calls)
-            delta["tool_calls"] = [{"index": i, **_shown_call(call)} for i, call in new]
-            self.num_calls = len(calls)
-        return {"delta": delta}, bool(calls)
-
-    def _read(self, answer: ShownAnswer) -> tuple[str, list[ToolCall]]:
-        return read_calls(answer.text, self.call.use, answer.finished) if self.call.use else (answer.text, [])
+    def content(self, answer: ShownAnswer, whole: bool) -> tuple[dict[str, Any], bool]:
+        use = self.call.use
+        text, calls = (answer.text, []) if use is None else read_calls(answer.text, use, answer.finished)
+        new = [_told_call(call) for call in calls[self.num_calls :]]
+        if whole:
+            message = {"role": "assistant", "content": text if text.strip() or not calls else None}
+            return {"message": {**message, "tool_calls": new} if new else message}, bool(calls)
+        delta = {
+            "content": text[self.num_characters :],
+            "tool_calls": [{"index": i, **call} for i, call in enumerate(new, self.num_calls)],
+        }
+        self.num_characters, self.num_calls = len(text), len(calls)
+        return {"delta": {key: value for key, value in delta.items() if value}}, bool(calls)
 
     def logprobs(self, answer: ShownAnswer) -> dict[str, Any]:
         def named(logprob: float, token: int) -> dict[str, Any]:
@@ -216,6 +206,6 @@ class ChatChoice(Choice):
         return {"content": content, "refusal": None}
 
 
-def _shown_call(call: ToolCall) -> dict[str, Any]:
+def _told_call(call: ToolCall) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

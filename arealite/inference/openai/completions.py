@@ -57,14 +57,11 @@ class CompletionChoice(Choice):
     output_ids_name = "token_ids"
     offset = 0  # characters of the tokens whose logprobs were sent
 
-    def content(self, answer: ShownAnswer) -> tuple[dict[str, Any], bool]:
+    def content(self, answer: ShownAnswer, whole: bool) -> tuple[dict[str, Any], bool]:
         prompt, skip = "", answer.request.params.skip_special_tokens  # such as the first one, which nobody wrote
         if self.call.body.echo and answer.tokenizer is not None:
             prompt = answer.tokenizer.decode(answer.request.prompt_ids, skip_special_tokens=skip)
-        return {"text": prompt + answer.text}, False
-
-    def new_content(self, answer: ShownAnswer) -> tuple[dict[str, Any], bool]:
-        text = self.content(answer)[0]["text"][self.num_characters :]
+        text = (prompt + answer.text)[self.num_characters :]
         self.num_characters += len(text)
         return {"text": text}, False
 
