@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 
 from arealite.api.errors import RequestError
 from arealite.inference.openai.calls import OpenAICall, Served, model_defaults
-from arealite.inference.openai.chat import ChatTemplate
 from arealite.inference.openai.completions import parse_completion
 from arealite.inference.requests import ServedLimits
 
@@ -234,8 +233,7 @@ LIMITS = ServedLimits(100, 64, 64, encode=lambda text, special=True: [1] * len(t
 
 
 def parsed(body: dict[str, Any], **defaults: Any) -> OpenAICall:
-    served = Served(LIMITS, ChatTemplate(None, None, "auto"), "base", defaults)
-    return parse_completion({"prompt": "abc", **body}, served)
+    return parse_completion({"prompt": "abc", **body}, Served(LIMITS, "base", defaults))
 
 
 def test_what_is_left_out_comes_from_the_model_or_from_openai() -> None:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -54,6 +55,7 @@ class ServerRoutes:
     _engine: Engine
     _settings: ServerSettings
     _served: Served
+    _template: ChatTemplate
     _submissions: Submissions
 
     def routes(self) -> list[web.RouteDef]:
@@ -82,7 +84,7 @@ class ServerRoutes:
                 yield {**entry, "index": i} if call.batched else entry
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._openai(request, parse_chat, ChatChoice)
+        return await self._openai(request, partial(parse_chat, template=self._template), ChatChoice)
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
         return await self._openai(request, parse_completion, CompletionChoice)
@@ -187,9 +189,9 @@ def build_app(engine: Engine, settings: ServerSettings) -> web.Application:
     submissions = Submissions(engine, settings.hold_limit_s, settings.request_limit_s)
     defaults = model_defaults(model.module.generation_config.to_dict()) if settings.model_defaults else {}
     template = ChatTemplate(model.tokenizer, limits.encode, settings.tool_call_parser)
-    served = Served(limits, template, settings.served_model_name, defaults)
+    served = Served(limits, settings.served_model_name, defaults)
     app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)  # type: ignore[list-item]
-    app.add_routes(ServerRoutes(engine, settings, served, submissions).routes())
+    app.add_routes(ServerRoutes(engine, settings, served, template, submissions).routes())
     app.add_routes(Introspection(engine, settings, limits, submissions).routes())
     app.add_routes(ControlRoutes(engine).routes())
     return app

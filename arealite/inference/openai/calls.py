@@ -60,19 +60,20 @@ class OpenAIBody(Body):
     return_token_ids: bool = False
     return_prompt_token_ids: bool = False
     return_meta_info: bool = False
+    logprobs: Any = None  # a truth value of a chat, a number of a completion, where 0 asks for some too
+    echo: bool = False  # of a completion: its prompt comes before the text
 
     @property
     def wants_logprobs(self) -> bool:
-        raise NotImplementedError
+        return self.logprobs is not None and self.logprobs is not False
 
 
 @dataclass(frozen=True)
 class Served:
-    """What bodies are read against: `defaults` are sampling values that a body may leave out, and `template` a
-    chat.ChatTemplate; `model_name` is what /v1/models shows."""
+    """What bodies are read against: `defaults` are sampling values that a body may leave out; `model_name` is what
+    /v1/models shows."""
 
     limits: ServedLimits
-    template: Any
     model_name: str
     defaults: dict[str, Any]
 
@@ -81,7 +82,7 @@ class Served:
 class OpenAICall:
     """One checked call. Its requests are those of each prompt, one after the other."""
 
-    body: Any  # a ChatBody or a CompletionBody
+    body: OpenAIBody
     generate: GenerateCall
     model: str
     use: ToolUse | None = None  # of a chat
@@ -109,10 +110,15 @@ def sampling_of(body: OpenAIBody, served: Served) -> dict[str, Any]:
 
 
 def call_of(
-    body: OpenAIBody, served: Served, prompt: dict[str, Any], sampling: dict[str, Any], num_top: int, echo: bool = False
+    body: OpenAIBody,
+    served: Served,
+    prompt: dict[str, Any],
+    sampling: dict[str, Any],
+    num_top: int,
+    scores: bool = False,
 ) -> tuple[GenerateCall, str]:
-    """The call of /generate, and the model's name for the answer. Raises RequestError, with the names that stand in the
-    client's body."""
+    """The call of /generate, and the model's name for the answer; `scores`: with the prompt's logprobs. Raises
+    RequestError, with the names that stand in the client's body."""
     model, adapter = body.model or served.model_name, body.lora_path
     if adapter is None and model != served.model_name:  # "base:adapter", or an adapter's own name
         adapter = model if model in served.limits.adapters else model.partition(":")[2].strip() or None
@@ -121,7 +127,7 @@ def call_of(
         "sampling_params": sampling,
         "return_logprob": body.wants_logprobs,
         "top_logprobs_num": num_top,
-        "logprob_start_len": 0 if echo and body.wants_logprobs else -1,
+        "logprob_start_len": 0 if scores else -1,
         "lora_path": adapter,
         "rid": body.rid,
         "stream": body.stream,

@@ -64,18 +64,14 @@ class ChatBody(OpenAIBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     max_completion_tokens: Any = None
 
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs
 
-
-def parse_chat(fields: dict[str, Any], served: Served) -> OpenAICall:
+def parse_chat(fields: dict[str, Any], served: Served, template: ChatTemplate) -> OpenAICall:
     """Raises RequestError: anything missing, contradictory, of the wrong type, out of range or not supported."""
     body = checked(ChatBody, fields)
     if body.input_ids is None:
-        prompt_ids, use = served.template.encode(body)
+        prompt_ids, use = template.encode(body)
     else:  # made by the client, who then also decides how the answer begins
-        prompt_ids, use = body.input_ids, served.template.tools(body)[1]
+        prompt_ids, use = body.input_ids, template.tools(body)[1]
         use = use and ToolUse(use.names, use.way)
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs: needs logprobs: true")

@@ -29,12 +29,7 @@ class CompletionBody(OpenAIBody):
     """`prompt` is text, token ids, or a list of either; `logprobs` is how many of the likeliest tokens are shown."""
 
     prompt: Any = None
-    echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs is not None
 
 
 def parse_completion(fields: dict[str, Any], served: Served) -> OpenAICall:
@@ -47,7 +42,8 @@ def parse_completion(fields: dict[str, Any], served: Served) -> OpenAICall:
     length = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     sampling = {**sampling_of(body, served), "max_new_tokens": length}
     source = {"text" if is_text else "input_ids": prompt}
-    return OpenAICall(body, *call_of(body, served, source, sampling, body.logprobs or 0, body.echo))
+    scores = body.echo and body.wants_logprobs
+    return OpenAICall(body, *call_of(body, served, source, sampling, body.logprobs or 0, scores))
 
 
 class CompletionChoice(Choice):
