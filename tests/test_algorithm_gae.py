@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arealite.algorithm.advantage import gae
-from arealite.algorithm.value_loss import clipped_value_loss, pair_loss
+from arealite.algorithm.losses import clipped_value_loss, pair_loss
 
 
 def plain_gae(rewards, values, mask, gamma, lam):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arealite.algorithm.advantage import overlong_penalty, shape_rewards, sum_to_go
-from arealite.algorithm.policy_loss import (
+from arealite.algorithm.losses import (
     Denominators,
     behaviour_weight,
     clipped_loss,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arealite.algorithm.norm import normalise
+from arealite.algorithm.advantage import normalise
 
 LEVELS = ("group", "batch", "none")
 REWARDS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 1.0, 0.7, 1 / 3, -2.5])), min_size=1, max_size=14)

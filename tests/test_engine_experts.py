@@ -13,8 +13,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
-from arealite.engine.expert_parallel import expert_parallel
-from arealite.engine.parallelize import check_supported
+from arealite.engine.parallel.layers import expert_parallel
+from arealite.engine.parallel.spread import check_supported
 
 NUM_EXPERTS, NUM_TOKENS = 4, 5
 # By rank, the two experts of each of its tokens.

@@ -22,7 +22,7 @@ from arealite.api.cli_args import GenerationHyperparameters, LoRAConfig, Optimiz
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.micro_batch import cut, idle, part
-from arealite.engine.parallelize import check_supported
+from arealite.engine.parallel.spread import check_supported
 from arealite.weights.handshake import MismatchGuard
 
 TOLERANCE = 1e-5  # relative; of weights: to the largest number of the tensor

@@ -10,8 +10,8 @@ from support.layouts import on_ranks
 
 from arealite.api.errors import ConfigError, NumericalError, WaitTimeout
 from arealite.api.types import Dims
-from arealite.engine import pipeline
-from arealite.engine.pipeline import stage_starts
+from arealite.engine.parallel import pipeline
+from arealite.engine.parallel.pipeline import stage_starts
 
 VOCABULARY = 128
 # kind, whether its head is tied to the embedding, tokens per micro-batch: 1 makes one of every sequence

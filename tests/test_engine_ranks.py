@@ -45,7 +45,7 @@ def test_two_ranks_resume_and_agree_on_bad_numbers(two_ranks):
 
 
 def never_joined(port: int) -> str:
-    from arealite.engine.parallel import join_ranks
+    from arealite.engine.parallel.ranks import join_ranks
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
@@ -61,7 +61,7 @@ def test_a_rank_that_never_joins_is_named(free_port):
 
 def collective(rank: int) -> str:
     """Every call, and what a barrier says to which the other rank never comes."""
-    from arealite.engine.parallel import RankCollective
+    from arealite.engine.parallel.ranks import RankCollective
 
     c = RankCollective(20.0)
     assert c.rank == rank and c.scatter(["a", "b"] if rank == 0 else None) == "ab"[rank]

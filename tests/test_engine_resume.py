@@ -125,7 +125,7 @@ def test_offload_changes_nothing(model, kind, offload):
 def asleep(rank: int, model: str, folder: str) -> list[Any]:
     """Two steps of an engine that never sleeps, of one that does, and of one whose tensors are others after every
     move, as on an accelerator."""
-    from arealite.engine import offload
+    from arealite.engine import memory
 
     num_moved = 0
 
@@ -139,7 +139,7 @@ def asleep(rank: int, model: str, folder: str) -> list[Any]:
         actor = engine(model, Dims(d=2))
         shards = [p.to_local().data_ptr() for p in actor._parameters.values()]
         if moves:
-            offload.moved = elsewhere
+            memory.moved = elsewhere
         for number in range(2):
             if sleeps:
                 actor.sleep()

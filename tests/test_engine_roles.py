@@ -18,7 +18,7 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
-from arealite.algorithm.value_loss import clipped_value_loss
+from arealite.algorithm.losses import clipped_value_loss
 from arealite.api.cli_args import LoRAConfig, OptimizerConfig, PPOActorConfig, PPOCriticConfig, TrainEngineConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from arealite.algorithm.packing import prefix_tree
 from arealite.api.errors import ConfigError
 from arealite.engine.attention import Layout, tree_attention
-from arealite.engine.offload import explained_shortage
-from arealite.engine.parallel import pick_device
+from arealite.engine.memory import explained_shortage
+from arealite.engine.parallel.ranks import pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.weights.checksum import checksum
 from arealite.weights.link import WeightLink

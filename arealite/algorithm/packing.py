@@ -69,13 +69,12 @@ def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]
     bins: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        place = next((b for b, left in enumerate(room) if left >= sizes[i]), None)
-        if place is None:
-            bins.append([i])
-            room.append(capacity - sizes[i])
-        else:
-            bins[place].append(i)
-            room[place] -= sizes[i]
+        place = next((b for b, left in enumerate(room) if left >= sizes[i]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(capacity)
+        bins[place].append(i)
+        room[place] -= sizes[i]
     return bins
 
 
@@ -109,24 +108,21 @@ def micro_batches(
     """
     if not share and not keep_groups:
         group_ids = np.arange(len(sequences))
-    pieces: list[list[int]] = []
-    sizes: list[int] = []  # tree nodes of each piece
+    pieces: list[tuple[int, list[int]]] = []  # tree nodes, sequences
     for group in np.unique(group_ids):
         members = np.flatnonzero(group_ids == group)
         tree = prefix_tree([sequences[i] for i in members.tolist()], share)
         piece: list[int] = []
         size = 0
-        for row, path in enumerate(tree.paths):
-            added = int(tree.first_node[row + 1] - tree.first_node[row])
+        for row, added in enumerate(np.diff(tree.first_node).tolist()):
             if piece and size + added > capacity and not keep_groups:
-                pieces.append(piece)
-                sizes.append(size)
-                piece, size, added = [], 0, len(path)
+                pieces.append((size, piece))
+                piece, size, added = [], 0, len(tree.paths[row])
             piece.append(int(members[tree.order[row]]))
             size += added
-        pieces.append(piece)
-        sizes.append(size)
+        pieces.append((size, piece))
+    sizes = [size for size, _ in pieces]
     bins = first_fit_decreasing(sizes, capacity)
     even = karmarkar_karp(sizes, len(bins))
     fits = all(len(chosen) == 1 or sum(sizes[p] for p in chosen) <= capacity for chosen in even)
-    return [[i for p in chosen for i in pieces[p]] for chosen in (even if fits else bins)]
+    return [[i for p in chosen for i in pieces[p][1]] for chosen in (even if fits else bins)]

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from arealite.algorithm.packing import PrefixTree
 from arealite.api.errors import ConfigError
-from arealite.engine.offload import on_device
+from arealite.engine.memory import on_device
 from arealite.kernels import cpu, functions
 from arealite.kernels.cpu import Kernels, TreeRuns
 from arealite.kernels.varlen import PackedRows, gather, varlen_attention

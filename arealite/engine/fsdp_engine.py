@@ -22,19 +22,17 @@ from arealite.api.errors import ConfigError, NumericalError, WeightSyncError
 from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Batch, Dims, WeightUpdateMeta
 from arealite.engine import export, state
-from arealite.engine.checkpointing import checkpoint_activations
 from arealite.engine.determinism import be_deterministic
 from arealite.engine.flops import ModelFlops, peak_flops, speed
 from arealite.engine.loading import Checkpoint, materialize
 from arealite.engine.lora import add_adapters, base_name, file_name, freeze
-from arealite.engine.mesh import RankMesh
+from arealite.engine.memory import CPU, Placement, checkpoint_activations, wait_for
 from arealite.engine.micro_batch import MicroBatch, check_tokens, cut, idle
 from arealite.engine.model import PackedLanguageModel, PackedModel, load_model
-from arealite.engine.offload import CPU, Placement, wait_for
 from arealite.engine.optim import RoundingWatch, clip_gradients, gradient_norms, learning_rate, make_optimizer
-from arealite.engine.parallel import RankCollective, join_ranks, over_ranks, pick_device
-from arealite.engine.parallelize import parallelize
-from arealite.engine.pipeline import Runner, add_tied_gradients, from_last_stage, over_stages, split_stages
+from arealite.engine.parallel.pipeline import Runner, add_tied_gradients, from_last_stage, over_stages, split_stages
+from arealite.engine.parallel.ranks import RankCollective, RankMesh, join_ranks, pick_device
+from arealite.engine.parallel.spread import parallelize
 from arealite.models.fetch import resolve_model
 from arealite.observe import waits
 from arealite.observe.timeline import span
@@ -188,7 +186,7 @@ class FSDPEngine:
         flops = [self._flops.count(micro) for micro in micro_batches]
         for name, value in (("num_flops", sum(flops)), ("num_sequence_tokens", len(batch.tokens))):
             columns[name].append(torch.tensor(value, dtype=torch.float64))
-        statistics = over_ranks(columns, self.collective)
+        statistics = self.collective.reduce_columns(columns)
         loss_sum = statistics.pop("loss")
         with self.collective.computing("update"):
             norms = self._gradient_norms()

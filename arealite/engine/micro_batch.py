@@ -11,7 +11,7 @@ from arealite.algorithm.packing import PrefixTree, micro_batches, prefix_tree
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch
 from arealite.engine.attention import Layout
-from arealite.engine.offload import on_device
+from arealite.engine.memory import on_device
 
 
 @dataclass(frozen=True)

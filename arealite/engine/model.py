@@ -21,8 +21,8 @@ from arealite.api.types import Batch
 from arealite.engine.attention import ATTENTION
 from arealite.engine.loading import build_model
 from arealite.engine.logprobs import token_logprobs
-from arealite.engine.mesh import RankMesh
 from arealite.engine.micro_batch import MicroBatch, Part, cut, part
+from arealite.engine.parallel.ranks import RankMesh
 from arealite.kernels import cpu
 from arealite.kernels.functions import for_device, recomputing
 from arealite.kernels.modules import fuse, fuse_linears

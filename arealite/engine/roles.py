@@ -18,8 +18,8 @@ from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Batch
 from arealite.engine.checkpoint import attempt, attempt_on_ranks
 from arealite.engine.fsdp_engine import FSDPEngine
-from arealite.engine.offload import free_bytes
-from arealite.engine.parallel import RankCollective
+from arealite.engine.memory import free_bytes
+from arealite.engine.parallel.ranks import RankCollective
 
 T = TypeVar("T")
 SERVER_WORK_BYTES = 4 << 30  # of a GPU: what a server needs for its steps, besides weights and KV cache

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from arealite.api.atomic import sync
 from arealite.api.errors import RecoveryError
-from arealite.engine.offload import CPU, wait_for
+from arealite.engine.memory import CPU, wait_for
 from arealite.engine.optim import moments, set_num_updates
-from arealite.engine.parallel import RankCollective
+from arealite.engine.parallel.ranks import RankCollective
 
 
 def _tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:

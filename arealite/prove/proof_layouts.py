@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from arealite.api.cli_args import PPOActorConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
-from arealite.engine.parallel import join_ranks, pick_device
+from arealite.engine.parallel.ranks import join_ranks, pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.launcher.watch import free_ports
 from arealite.observe.waits import waiting

@@ -67,7 +67,7 @@ def _rank(
     )  # fmt: skip
     import torch
 
-    from arealite.engine.parallel import join_ranks
+    from arealite.engine.parallel.ranks import join_ranks
 
     torch.set_num_threads(1)
     join_ranks(torch.device("cpu"), 120.0)

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from arealite.algorithm.advantage import gae, overlong_penalty, shape_rewards, sum_to_go
-from arealite.algorithm.norm import normalise
-from arealite.algorithm.policy_loss import (
+from arealite.algorithm.advantage import gae, normalise, overlong_penalty, shape_rewards, sum_to_go
+from arealite.algorithm.losses import (
     Denominators,
     behaviour_weight,
     clipped_loss,
@@ -25,8 +24,8 @@ from arealite.api.cli_args import NormConfig, PPOActorConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.fsdp_engine import FSDPEngine, Update
+from arealite.engine.memory import on_device
 from arealite.engine.micro_batch import MicroBatch
-from arealite.engine.offload import on_device
 
 NOT_IN_LOSS = "none of its tokens is in the loss"
 CUT_OFF = f"{NOT_IN_LOSS}: all answers were cut off, and actor.mask_truncated leaves those out"

@@ -7,13 +7,13 @@ import time
 import numpy as np
 import torch
 
-from arealite.algorithm.value_loss import clipped_value_loss
+from arealite.algorithm.losses import clipped_value_loss
 from arealite.api.cli_args import PPOCriticConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.fsdp_engine import Update
+from arealite.engine.memory import on_device
 from arealite.engine.micro_batch import MicroBatch
-from arealite.engine.offload import on_device
 from arealite.engine.ppo.actor import token_means
 from arealite.engine.value_model import FSDPValueEngine
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from arealite.algorithm.value_loss import pair_loss
+from arealite.algorithm.losses import pair_loss
 from arealite.api.types import Batch
 from arealite.engine.micro_batch import MicroBatch
 from arealite.engine.value_model import FSDPValueEngine

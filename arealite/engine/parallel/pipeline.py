@@ -19,12 +19,11 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.distributed.tensor import DTensor
 
 from arealite.api.errors import ArealiteError
-from arealite.engine.mesh import RankMesh
+from arealite.engine.memory import explained_shortage, wait_for
 from arealite.engine.micro_batch import MicroBatch
 from arealite.engine.model import PackedModel
-from arealite.engine.offload import explained_shortage, wait_for
-from arealite.engine.parallel import RankCollective
-from arealite.engine.parallelize import check_supported
+from arealite.engine.parallel.ranks import RankCollective, RankMesh
+from arealite.engine.parallel.spread import check_supported
 from arealite.observe.timeline import span
 
 # (micro-batch, what the model returns for it) -> the scalar whose gradient is wanted, or nothing

@@ -14,10 +14,8 @@ from torch.distributed.tensor import Shard
 
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
-from arealite.engine.context_parallel import context_parallel
-from arealite.engine.expert_parallel import expert_parallel
-from arealite.engine.mesh import RankMesh
-from arealite.engine.tensor_parallel import tensor_parallel
+from arealite.engine.parallel.layers import context_parallel, expert_parallel, tensor_parallel
+from arealite.engine.parallel.ranks import RankMesh
 
 # transformers' model types that can be spread by other dimensions than d
 MODEL_TYPES = ("gemma3_text", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
@@ -39,8 +37,8 @@ def parallelize(
     if mesh.dims.t > 1:
         tensor_parallel(layers, mesh.tensor, apart=experts)
     if mesh.dims.e > 1:
-        expert_parallel(experts, mesh.expert)
-    return shard(root, layers, experts, mesh, dtype, offload)
+        expert_parallel(experts, mesh.experts[0])
+    return _shard(root, layers, experts, mesh, dtype, offload)
 
 
 def check_supported(config: Any, dims: Dims) -> None:
@@ -54,8 +52,6 @@ def check_supported(config: Any, dims: Dims) -> None:
         raise ConfigError(f"{config.num_hidden_layers} layers cannot be p{dims.p} stages: give p at most as many")
     if max(dims.t, dims.c) > 1:
         _check_heads(config, dims)
-    if dims.t > 1:
-        _check_projections(config, dims)
     if dims.e > 1:
         _check_experts(config, dims)
 
@@ -69,18 +65,15 @@ def _check_heads(config: Any, dims: Dims) -> None:
             " must divide both numbers, and t x c the first. These work: "
             + ", ".join(f"t{t}" * (t > 1) + f"c{c}" * (c > 1) for t, c in pairs if t * c > 1)
         )
-
-
-def _check_projections(config: Any, dims: Dims) -> None:
     settings = config.to_dict()
     biased = [key for key in ("attention_bias", "mlp_bias") if settings.get(key)]
-    if biased:
+    if dims.t > 1 and biased:
         raise ConfigError(f"{', '.join(biased)} of the model is set, which t = {dims.t} does not compute: use d, c, p")
     if config.intermediate_size % dims.t:
-        sizes = _divisors(math.gcd(config.intermediate_size, config.num_key_value_heads))
+        sizes = _divisors(math.gcd(config.intermediate_size, key_heads))
         raise ConfigError(
             f"the model's intermediate size {config.intermediate_size} does not divide by t = {dims.t}; with its"
-            f" {config.num_key_value_heads} key heads t may be {', '.join(map(str, sizes))}"
+            f" {key_heads} key heads t may be {', '.join(map(str, sizes))}"
         )
 
 
@@ -108,13 +101,13 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def shard(
+def _shard(
     root: nn.Module,
     layers: Collection[nn.Module],
     experts: Collection[nn.Module],
     mesh: RankMesh,
     dtype: torch.dtype,
-    offload: bool = False,
+    offload: bool,
 ) -> list[FSDPModule]:
     """FSDP2 over float32 `root`, computing in `dtype`; returns its sharded modules, root last.
 
@@ -148,8 +141,9 @@ def shard(
         sharded.append(module)
 
     if mesh.dims.e > 1:  # ranks have whole experts already, maybe fewer than there are ranks in expert_shards
+        over = mesh.experts[1]
         for module in experts:
-            apply(module, mesh.expert_shards, reshard_after_forward=mesh.expert_shards.size() > 1, dim=1)
+            apply(module, over, reshard_after_forward=over.size() > 1, dim=1)
     elif mesh.dims.t > 1:
         for module in experts:
             apply(module, mesh.stage, reshard_after_forward=True)

@@ -1,7 +1,8 @@
-"""The policy gradient losses of the PPO family and the KL to a reference, per token, and how tokens are weighed.
+"""Losses per token, and how tokens are weighed: the policy gradients of the PPO family, the KL to a reference, the
+critic's loss, and the reward model's per pair. Called by the roles in engine/.
 
-Called by engine/ppo/actor.py. All tensors here hold loss tokens only, end to end: nothing is masked by a product, so
-that a NaN outside the loss cannot leak in.
+All tensors here hold loss tokens only, end to end: nothing is masked by a product, so that a NaN outside the loss
+cannot leak in.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import logsigmoid
 
 MAX_LOG_RATIO = 20.0  # beyond it exp() is as good as infinite, and would become one
 
@@ -129,3 +131,19 @@ def kl_loss(
     slope = kl_value(logp, ref_logp, "k2")
     value = kl_value(logp.detach(), ref_logp, estimator)
     return importance * (value + slope - slope.detach())
+
+
+def clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """max((V - R)^2, (V_clip - R)^2) / 2 with V_clip = V_old + clip(V - V_old, +- eps), and where the clip holds
+    (bool); both [T]. Where it holds, the value has moved further towards the return than it may in one step, and has
+    no gradient."""
+    clipped = old_values + (values - old_values).clamp(-eps, eps)
+    plain, bounded = (values - returns).square() / 2, (clipped - returns).square() / 2
+    return torch.maximum(plain, bounded), bounded > plain
+
+
+def pair_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(chosen - rejected), [pairs] (Bradley-Terry; arXiv:2203.02155, eq. 1)."""
+    return -logsigmoid(chosen - rejected)

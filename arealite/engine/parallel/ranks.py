@@ -1,4 +1,4 @@
-"""The trainer ranks: joining them, talking among them. Called by engine/fsdp_engine.py."""
+"""The trainer ranks: joining them, their grid, talking among them. Called by engine/ and arealite prove."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from arealite.api.errors import ArealiteError, ConfigError
 from arealite.api.types import Dims
@@ -80,20 +83,89 @@ def _bounded(what: str, limit_s: float, ranks: set[int]) -> Iterator[Wait | None
             raise wait.expired() from error
 
 
+class RankMesh:
+    """Ranks in the order pipeline stage, data, context, tensor (slowest first); all of them make one model.
+
+    What is spread over which mesh:
+    - a layer's own weights: over `tensor` by heads and columns, then by FSDP over `shards`;
+    - what works on single tokens (embedding, head, norms outside of the layers): by FSDP over `stage`, all ranks of a
+      pipeline stage, since each of them has other tokens;
+    - experts: over `expert`, then by FSDP over `expert_shards`.
+    Each rank computes the tokens of its place (context, tensor) of its data share: `token_place` of `num_token_places`.
+    """
+
+    def __init__(self, dims: Dims, device: torch.device, timeout_s: float) -> None:
+        """`timeout_s`: the longest wait in any of the meshes' groups. Collective."""
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        if dims.p * dims.d * dims.c * dims.t != world_size:
+            raise ConfigError(
+                f"the trainer's layout {dims} has {dims.p * dims.d * dims.c * dims.t} ranks and {world_size} were"
+                " started: give allocation_mode and the number of processes the same product d x t x c x p"
+            )
+        self.dims, self.device, self._limit = dims, device, group_limit(device, timeout_s)
+        self.num_token_places = dims.c * dims.t
+        self.token_place = rank % self.num_token_places
+        self.context_rank = self.token_place // dims.t
+        self.share = rank // self.num_token_places % dims.d
+        self.stage_rank = rank // (self.num_token_places * dims.d)
+        self.is_first_stage, self.is_last_stage = self.stage_rank == 0, self.stage_rank == dims.p - 1
+        layers = self._grid(p=dims.p, dc=dims.d * dims.c, t=dims.t)
+        self.tensor, self.shards = layers["t"], layers["dc"]
+
+    def _grid(self, **sizes: int) -> DeviceMesh:
+        """All ranks as a mesh with these dimensions, slowest first. Collective."""
+        ranks = torch.arange(dist.get_world_size()).view(*sizes.values())
+        mesh = DeviceMesh(self.device.type, ranks, mesh_dim_names=tuple(sizes))
+        for group in mesh.get_all_groups():  # a DeviceMesh takes no limit: its groups would wait for half an hour
+            _set_pg_timeout(self._limit, group)
+        return mesh
+
+    @cached_property
+    def pipeline(self) -> dist.ProcessGroup:
+        """The ranks with this rank's place on all stages, by stage."""
+        ranks = torch.arange(dist.get_world_size()).view(self.dims.p, -1).T.tolist()
+        # Not the grid's: gloo takes the limit of messages from one rank to another when a group is made, and then only.
+        group: dist.ProcessGroup
+        group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=self._limit)
+        return group
+
+    @cached_property
+    def context(self) -> DeviceMesh:
+        dims = self.dims
+        return self._grid(p=dims.p, d=dims.d, c=dims.c, t=dims.t)["c"]
+
+    @cached_property
+    def tokens(self) -> DeviceMesh:
+        """The ranks that hold the other tokens of this rank's share, by `token_place`."""
+        return self._grid(p=self.dims.p, d=self.dims.d, ct=self.num_token_places)["ct"]
+
+    @cached_property
+    def stage(self) -> DeviceMesh:
+        """All ranks of this rank's pipeline stage."""
+        dims = self.dims
+        return self.shards if dims.t == 1 else self._grid(p=dims.p, all=dims.d * dims.c * dims.t)["all"]
+
+    @cached_property
+    def experts(self) -> tuple[DeviceMesh, DeviceMesh]:
+        """`expert` and `expert_shards`."""
+        dims = self.dims
+        grid = self._grid(p=dims.p, rest=dims.d * dims.c * dims.t // dims.e, e=dims.e)
+        return grid["e"], grid["rest"]
+
+
 class RankCollective:
     """api.protocols.Collective over a gloo group of its own, so that objects never share a queue with gradients.
 
     Consumes: objects of the other ranks. Produces: the same outcome on all ranks. Waits for: every rank to make the
     same call, at most `timeout_s`, under the call's name. Unblocked by: that call, or the death of a rank.
 
-    `dims`: the grid of the ranks (engine/mesh.py); every rank has a data share of its own if not given.
+    `dims`: the grid of the ranks; every rank has a data share of its own if not given.
     """
 
     def __init__(self, timeout_s: float, dims: Dims | None = None) -> None:
         self.timeout_s = timeout_s
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._dims = dims or Dims(d=self.world_size)
         self.num_shares = self._dims.d
 
@@ -136,8 +208,8 @@ class RankCollective:
     def computing(self, what: str) -> Iterator[Callable[[], None]]:
         """Around one micro-batch: sharded layers wait for the other ranks in the midst of their work. Around several:
         call what this yields at each, so that the limit counts from there."""
-        found = self._waiting(f"weights and gradients of the other ranks in {what}")
-        with found as wait, span(f"micro-batch of {what}"):
+        others = self._waiting(f"weights and gradients of the other ranks in {what}")
+        with others as wait, span(f"micro-batch of {what}"):
 
             def advanced() -> None:
                 mark("micro-batch")
@@ -147,19 +219,28 @@ class RankCollective:
             yield advanced
         mark("micro-batch")
 
-    @property
-    def _speaks_for_share(self) -> bool:
-        """Whether this rank's values count in sums: one rank of each data share does, on the last pipeline stage, where
-        the loss is."""
-        dims = self._dims
-        return self.rank % (dims.c * dims.t) == 0 and self.rank >= self.world_size - self.world_size // dims.p
-
     def reduce(self, values: torch.Tensor, op: str) -> torch.Tensor:
-        """The "sum" of a CPU tensor over all data shares, or its "max" over all ranks."""
-        total = values.clone() if op == "max" or self._speaks_for_share else torch.zeros_like(values)
+        """The "max" of a CPU tensor over all ranks, or its "sum" over all data shares: there one rank of each counts,
+        on the last pipeline stage, where the loss is."""
+        dims, total = self._dims, values.clone()
+        is_last_stage = self.rank >= self.world_size - self.world_size // dims.p
+        if op == "sum" and not (is_last_stage and self.rank % (dims.c * dims.t) == 0):
+            total.zero_()
         with self._waiting(op):
             dist.all_reduce(total, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)
         return total
+
+    def reduce_columns(self, columns: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+        """One number per statistic from its values in the micro-batches of all ranks, of which some may have none:
+        their sum, or the largest where the name ends in _max."""
+        known = {name: torch.stack(values).double().cpu() for name, values in columns.items()}
+        names = sorted({name for names in self.gather(list(known)) for name in names})
+        out: dict[str, float] = {}
+        for op, reduce, none in (("max", torch.amax, -math.inf), ("sum", torch.sum, 0.0)):
+            chosen = [name for name in names if name.endswith("_max") == (op == "max")]
+            here = torch.tensor([float(reduce(known[n])) if n in known else none for n in chosen], dtype=torch.float64)
+            out |= dict(zip(chosen, self.reduce(here, op).tolist(), strict=True))
+        return out
 
     def on_head(self, act: Callable[[], T]) -> T:
         """Run `act` on rank 0 and return its result on every rank; an ArealiteError that it raises is raised on all."""
@@ -175,16 +256,3 @@ class RankCollective:
         if isinstance(outcome, ArealiteError):
             raise outcome
         return outcome
-
-
-def over_ranks(columns: dict[str, list[torch.Tensor]], collective: RankCollective) -> dict[str, float]:
-    """One number per statistic from its values in the micro-batches of all ranks, of which some may have none: their
-    sum, or the largest where the name ends in _max. Collective."""
-    found = {name: torch.stack(values).double().cpu() for name, values in columns.items()}
-    names = sorted({name for names in collective.gather(list(found)) for name in names})
-    out: dict[str, float] = {}
-    for op, reduce, none in (("max", torch.amax, -math.inf), ("sum", torch.sum, 0.0)):
-        chosen = [name for name in names if name.endswith("_max") == (op == "max")]
-        own = torch.tensor([float(reduce(found[n])) if n in found else none for n in chosen], dtype=torch.float64)
-        out |= dict(zip(chosen, collective.reduce(own, op).tolist(), strict=True))
-    return out

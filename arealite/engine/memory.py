@@ -1,4 +1,5 @@
-"""Where weights and moments are: on the accelerator, or out of its way on the CPU. Called by engine/fsdp_engine.py.
+"""What the trainer keeps, and where: weights and moments on the accelerator or out of its way on the CPU, activations
+or what they are computed again from. Called by engine/fsdp_engine.py and what it calls.
 
 From a GPU tensors go into pinned memory, which PyTorch keeps for the next time, and come back out of it: all copies are
 under way at once, and waited for once.
@@ -8,15 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import varlen  # noqa: F401  (registers its operation)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from arealite.api.errors import ConfigError
 
 CPU = torch.device("cpu")
+# What selective checkpointing keeps: products of matrices, and attention on GPUs.
+KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.torch_attn._varlen_attn.default}
 
 
 def wait_for(device: torch.device) -> None:
@@ -112,3 +118,23 @@ class Placement:
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`tensor` itself if it is there already; a copy of a GPU's tensor is there after `wait_for`."""
     return tensor.to(device, non_blocking=True)
+
+
+def checkpoint_activations(model: Any, kind: str) -> None:
+    """Let a layer's backward pass compute again what its forward pass did not keep. `kind`: "none" keeps everything;
+    "full" keeps the input of each layer; "selective" also the results of matrix products with weights, and on GPUs
+    those of attention, so that the rest alone is computed twice.
+
+    The layers of a transformers model, whose randomness is off, are changed in place.
+    """
+    contexts: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if kind == "selective":
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
+    for layer in model.modules():
+        if kind != "none" and type(layer).__name__ in model._no_split_modules:
+            # Its forward is replaced, not its call: FSDP's hooks stay outside and gather its weights once for both.
+            layer.forward = partial(checkpoint, layer.forward, **contexts)
+
+
+def _keep(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,1 @@
+"""The trainer ranks, and how one model is spread over them."""
