@@ -189,8 +189,8 @@ def _check_backends(config: RunConfig, mode: AllocationMode) -> None:
             " only: set it to 1"
         )
     if (rollout := mode.inference) is not None and isinstance(config, GRPOConfig):
-        unread = {"sglang": ("shm",), "vllm": ("tensor",)}.get(rollout.backend, ())
-        if config.weight_update in unread + (("distributed", "tensor") if rollout.dims.p > 1 else ()):
+        reads_no_shm = config.weight_update == "shm" and rollout.backend == "sglang"
+        if reads_no_shm or (config.weight_update == "distributed" and rollout.dims.p > 1):
             raise ConfigError(
                 f"weight_update is {config.weight_update}, which {rollout} servers do not read: set weight_update=disk"
             )
