@@ -95,7 +95,7 @@ def dispatch(words: list[str]) -> int:
 
         return run(given.script, given.config, given.overrides)
     if given.command == "prove":
-        from arealite.prove.prove import prove
+        from arealite.prove.command import prove
 
         return prove(given.config, given.overrides, given.quick, given.ranks, given.json)
     if given.command == "check":

@@ -82,11 +82,11 @@ def _tiny(folder: Path, family: str, **changes: Any) -> str:
 
 
 def _step(model: str, dtype: str, **changes: Any) -> Any:
-    """A training step in this process, as prove.proof.Step; the weights stay as they are."""
+    """A training step in this process, as prove.step.Step; the weights stay as they are."""
     from support.batches import actor_config, random_batch
 
     from arealite.engine.ppo.actor import FSDPPPOActor
-    from arealite.prove.proof import proof_config, take_step
+    from arealite.prove.step import proof_config, take_step
 
     actor = FSDPPPOActor(proof_config(actor_config(model, **changes), dtype))
     actor.initialize()

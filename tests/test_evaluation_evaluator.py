@@ -1,11 +1,16 @@
-"""The evaluator: what counts, what is written, several ranks, and the report before / after."""
+"""The evaluator: what counts, what is written, several ranks, the report before / after; pass@k against plain
+enumeration of all draws."""
 
 import io
 import json
 import re
 from dataclasses import asdict
+from itertools import combinations
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from support.ranks import Alone, Meeting, on_ranks
 
@@ -13,7 +18,7 @@ from arealite.api.atomic import read_jsonl
 from arealite.api.cli_args import EvaluatorConfig, StatsLoggerConfig
 from arealite.api.errors import RewardError
 from arealite.api.types import Group, Task, Trajectory
-from arealite.evaluation.evaluator import Evaluator
+from arealite.evaluation.evaluator import Evaluator, mean_and_stderr, pass_at_k
 from arealite.observe.progress import Progress
 from arealite.observe.reasons import reasons
 from arealite.observe.records import read_evaluations
@@ -190,3 +195,37 @@ def test_report_without_matplotlib_says_so(tmp_path, monkeypatch):
     out = io.StringIO()
     report(RunFolder(tmp_path), Console(file=out, width=200, highlight=False))
     assert "pip install matplotlib" in out.getvalue()
+
+
+def share_of_draws(verdicts, k):
+    """Share of the draws of k out of all that hold a correct one."""
+    draws = list(combinations(verdicts, k))
+    return sum(any(draw) for draw in draws) / len(draws)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
+def test_pass_at_k_equals_enumeration(verdicts, data):
+    k = data.draw(st.integers(1, len(verdicts)))
+    assert pass_at_k(len(verdicts), sum(verdicts), k) == pytest.approx(share_of_draws(verdicts, k))
+
+
+def test_pass_at_k_is_unbiased():
+    p, n, k, rng = 0.3, 8, 4, np.random.default_rng(1)
+    estimates = [pass_at_k(n, int(rng.binomial(n, p)), k) for _ in range(20_000)]
+    assert np.mean(estimates) == pytest.approx(1 - (1 - p) ** k, abs=0.006)
+
+
+def test_pass_at_k_is_exact_for_many_samples():
+    assert pass_at_k(10_000, 1, 100) == pytest.approx(0.01)
+    assert pass_at_k(5, 0, 5) == 0.0 and pass_at_k(5, 1, 5) == 1.0
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_refuses_nonsense(n, c, k):
+    with pytest.raises(ValueError, match="expected"):
+        pass_at_k(n, c, k)
+
+
+def test_mean_and_stderr():
+    assert mean_and_stderr([1.0, 0.0, 1.0, 0.0]) == pytest.approx((0.5, np.sqrt((1 / 3) / 4)))
+    assert mean_and_stderr([2.0]) == (2.0, 0.0)

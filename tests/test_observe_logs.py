@@ -99,6 +99,7 @@ def test_run_folder_follows_config_and_environment(tmp_path, monkeypatch):
 def test_metrics_are_valid_json_also_when_values_are_not_finite(tmp_path):
     folder = RunFolder(tmp_path)
     log, _ = logger(folder)
+    assert read_metrics(folder.metrics) == []
     log.commit(0, 0, {"loss": math.nan, "grad_norm": math.inf, "lr": 1e-6})
     line = folder.metrics.read_text().splitlines()[0]
     record = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
@@ -131,10 +132,6 @@ def test_line_torn_by_a_kill_costs_only_itself(tmp_path, cut):
     assert read_metrics(folder.metrics)[2]["again"] == 1
 
 
-def test_no_metrics_no_lines(tmp_path):
-    assert read_metrics(tmp_path / "none.jsonl") == []
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_stops_at_the_metrics_with_a_clear_error():
     with pytest.raises(ArealiteError, match=r"cannot write .*full: No space left .* make room"):
@@ -145,61 +142,36 @@ def test_full_disk_drops_rollouts_visibly_and_goes_on(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     log, out = logger(folder)
 
-    def full(path, rows):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("arealite.observe.stats_logger.write_jsonl", full)
-    log.commit(0, 0, {}, [group(trajectory())])
-    log.commit(1, 0, {}, [group(trajectory())])
-    assert [r["num_logs_dropped"] for r in read_metrics(folder.metrics)] == [1, 2]
-    assert out.getvalue().count("No space left on device") == 2
-
-
-def test_failed_row_file_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    folder = RunFolder(tmp_path)
-    log, _ = logger(folder)
-    log.commit(0, 0, {}, [group(trajectory())])
     monkeypatch.setattr("os.fsync", full)
+    log.commit(0, 0, {}, [group(trajectory())])
     log.commit(1, 0, {}, [group(trajectory())])
-    assert [p.name for p in folder.rollouts_dir.iterdir()] == ["step_000000.jsonl"]
-
-
-def test_text_that_utf8_cannot_hold_is_no_reason_to_stop(tmp_path):
-    folder = RunFolder(tmp_path)
-    logger(folder)[0].commit(0, 0, {}, [group(trajectory(completion_text="half \ud83d of a pair, \u00e9"))])
-    assert read_jsonl(folder.rollouts(0))[0]["completion"] == "half \ud83d of a pair, \u00e9"
+    assert [r["num_logs_dropped"] for r in read_metrics(folder.metrics)] == [1, 2]
+    assert list(folder.rollouts_dir.iterdir()) == []  # no halves
+    assert out.getvalue().count("No space left on device") == 2
 
 
 def test_rollout_rows(tmp_path):
-    folder = RunFolder(tmp_path)
-    log, _ = logger(folder)
-    odd = "line\nbreak\u2028and\x85more"
-    members = [
-        trajectory(0, completion_text=odd, reward_parts={"format": 0.5}),
-        trajectory(1, reward=None, status="reward_error", error="Traceback"),
-    ]
-    log.commit(12, 0, {}, [group(*members)])
-    rows = read_jsonl(folder.rollouts_dir / "step_000012.jsonl")
-    assert [row["member"] for row in rows] == [0, 1]
-    assert rows[0]["completion"] == odd and rows[0]["versions"] == [[3, 2], [4, 1]]
-    assert rows[0]["reward_parts"] == {"format": 0.5} and rows[0]["num_tokens"] == 3
-    assert rows[1]["reward"] is None and rows[1]["status"] == "reward_error" and rows[1]["error"] == "Traceback"
-
-
-def test_texts_not_kept_are_decoded():
     class Spell:
         def decode(self, token_ids):
             return "-".join(map(str, token_ids))
 
-    bare = trajectory(prompt_text="", completion_text="")
-    (row,) = rollout_rows([group(bare)], Spell())
-    assert (row["prompt"], row["completion"]) == ("7-8", "0-1-2")
-
-
-def test_version_spans_of_nothing_generated():
+    odd = "line\nbreak\u2028and\x85more, half \ud83d of a pair"  # what UTF-8 cannot hold is no reason to stop
+    members = [
+        trajectory(0, completion_text=odd, reward_parts={"format": 0.5}),
+        trajectory(1, reward=None, status="reward_error", error="Traceback"),
+    ]
+    log, _ = logger(RunFolder(tmp_path))
+    log.commit(12, 0, {}, [group(*members)])
+    first, second = read_jsonl(tmp_path / "rollouts" / "step_000012.jsonl")
+    assert (first["member"], second["member"]) == (0, 1)
+    assert first["completion"] == odd and first["versions"] == [[3, 2], [4, 1]]
+    assert first["reward_parts"] == {"format": 0.5} and first["num_tokens"] == 3
+    assert second["reward"] is None and second["status"] == "reward_error" and second["error"] == "Traceback"
+    (bare,) = rollout_rows([group(trajectory(prompt_text="", completion_text=""))], Spell())
+    assert (bare["prompt"], bare["completion"]) == ("7-8", "0-1-2")
     assert version_spans(trajectory(versions=())) == []
 
 
@@ -215,29 +187,22 @@ def test_rollout_stats_keep_errors_out_of_means():
     assert "reward_mean" not in rollout_stats([group(trajectory(0, None, "failed"))])
 
 
-def test_commit_adds_speed_and_keeps_given_numbers(tmp_path):
+def test_a_commit_adds_time_and_speed_and_keeps_given_numbers(tmp_path):
     log, _ = logger(RunFolder(tmp_path))
-    numbers = log.commit(0, 0, {"step_s": 2.0, "reward_mean": 9.0}, [group(trajectory())])
-    assert numbers["tokens_per_s"] == 1.5 and numbers["samples_per_s"] == 0.5 and numbers["reward_mean"] == 9.0
-
-
-def test_tokens_may_be_counted_without_samples(tmp_path):
-    log, _ = logger(RunFolder(tmp_path))
-    assert log.commit(0, 0, {"step_s": 2.0, "num_completion_tokens": 8})["tokens_per_s"] == 4.0
-
-
-def test_loop_without_timers_gets_the_time_between_commits(tmp_path):
-    log, _ = logger(RunFolder(tmp_path))
-    assert log.commit(0, 0, {})["step_s"] > 0
-    assert log.commit(1, 0, {"step_s": 7.0})["step_s"] == 7.0
+    assert log.commit(0, 0, {})["step_s"] > 0  # a loop without timers: the time since the last commit
+    numbers = log.commit(1, 0, {"step_s": 2.0, "reward_mean": 9.0}, [group(trajectory())])
+    assert numbers["tokens_per_s"] == 1.5 and numbers["samples_per_s"] == 0.5
+    assert (numbers["step_s"], numbers["reward_mean"]) == (2.0, 9.0)
+    assert log.commit(2, 0, {"step_s": 2.0, "num_completion_tokens": 8})["tokens_per_s"] == 4.0  # without samples
 
 
 def test_time_shares_split_the_wait_and_add_up():
     stats = {"step_s": 10.0, "rollout_wait_s": 4.0, "generate_s": 3.0, "reward_s": 1.0, "train_s": 3.0, "sync_s": 1.0}
-    shares = time_shares(stats)
-    assert shares == pytest.approx({"generate": 0.3, "reward": 0.1, "train": 0.3, "sync": 0.1, "other": 0.2})
-    assert time_shares({"train_s": 1.0}) == {}
-    assert time_shares({"step_s": 1.0}) == {}  # a loop without timers: nobody knows where its time goes
+    shares = {"generate": 0.3, "reward": 0.1, "train": 0.3, "sync": 0.1, "other": 0.2}
+    assert time_shares(stats) == pytest.approx(shares)
+    for unknown in ({"train_s": 1.0}, {"step_s": 1.0}):  # a loop without timers: nobody knows where its time goes
+        assert time_shares(unknown) == {}
+    assert [format_span(s) for s in (7, 187, 3729)] == ["0:07", "3:07", "1:02:09"]
 
 
 def test_progress_line_is_one_plain_line_without_a_terminal():
@@ -254,10 +219,6 @@ def test_progress_line_is_one_plain_line_without_a_terminal():
                  "sync 10%", "left 16:20", "STEP SKIPPED", "reward errors 2 (2 x ValueError: no number)"):  # fmt: skip
         assert part in second
     assert "\x1b" not in out.getvalue()
-
-
-def test_spans():
-    assert [format_span(s) for s in (7, 187, 3729)] == ["0:07", "3:07", "1:02:09"]
 
 
 def test_tensorboard_events_of_a_resumed_run(tmp_path):

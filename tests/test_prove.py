@@ -14,10 +14,10 @@ from arealite.api.load_config import load_config_file
 from arealite.api.types import Dims
 from arealite.engine import determinism, fsdp_engine, state
 from arealite.engine.ppo import actor as actor_module
-from arealite.prove import proof
-from arealite.prove.proof_layouts import candidates, check_layout
-from arealite.prove.proof_rollout import check_rollouts
-from arealite.prove.prove import Prover, engine, table
+from arealite.prove import step as steps
+from arealite.prove.command import Prover, engine, table
+from arealite.prove.layouts import candidates, check_layout
+from arealite.prove.rollouts import check_rollouts
 
 CONFIG = "examples/arealite/quickstart.yaml"
 
@@ -35,7 +35,7 @@ def test_a_sound_engine_passes_on_all_layouts_of_two_ranks(tiny_llama, tmp_path,
     ran = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     findings = [
-        proof.Finding(**f) for f in json.loads((tmp_path / "quickstart" / "addition" / "prove.json").read_text())
+        steps.Finding(**f) for f in json.loads((tmp_path / "quickstart" / "addition" / "prove.json").read_text())
     ]
     by_check = {}
     for finding in findings:
@@ -90,18 +90,18 @@ def test_what_is_broken_on_purpose_fails(config, monkeypatch, broken, failing):
 
 def test_rollouts_without_staleness_are_the_same(config):
     prover = Prover(config)
-    with engine(proof.proof_config(config.actor, "float32")) as actor:
+    with engine(steps.proof_config(config.actor, "float32")) as actor:
         findings = check_rollouts(config, prover.tasks, prover.prompt, actor)
     assert [f.outcome for f in findings] == ["pass", "pass"], findings
 
 
 def test_ranks_that_die_are_a_failure_with_their_error(config):
     prover = Prover(config)
-    with engine(proof.proof_config(config.actor, "float32")) as actor:
-        reference = proof.take_step(actor, proof.with_logprobs(prover.batch, actor, np.random.default_rng(0)))
+    with engine(steps.proof_config(config.actor, "float32")) as actor:
+        reference = steps.take_step(actor, steps.with_logprobs(prover.batch, actor, np.random.default_rng(0)))
     # As many as a model of 30 layers has: the ranks must get them all, to fail for the reason that is meant.
     reference.gradients |= {f"layer {i}": torch.zeros(1) for i in range(300)}
-    broken = proof.replace(config.actor, max_tokens_per_mb=None)
+    broken = steps.replace(config.actor, max_tokens_per_mb=None)
     finding = check_layout(broken, reference, Dims())
     assert finding.outcome == "FAIL" and "TypeError" in finding.reason and "rank 0" in finding.reason
 
@@ -109,7 +109,7 @@ def test_ranks_that_die_are_a_failure_with_their_error(config):
 def test_a_layout_that_is_refused_fails_if_it_is_the_users_own(config):
     config.allocation_mode = "native:d1+fsdp:p3"  # of 2 layers
     prover = Prover(config, quick=True, ranks=3)
-    finding = next(prover._check_layouts(config.actor, proof.Step(prover.batch)))
+    finding = next(prover._check_layouts(config.actor, steps.Step(prover.batch)))
     assert finding.outcome == "FAIL" and "layers" in finding.reason, finding
 
 
@@ -118,23 +118,23 @@ def test_candidates_and_judgement():
     assert candidates(Dims(d=2, t=2), has_experts=True) == every
     assert candidates(Dims(), has_experts=False) == every[1:-1]
     near, far = {"logprobs": (1e-4, 9.0)}, {"gradients": (0.0, float("nan"))}
-    assert proof.judge("c", "x", near, "float32").outcome == "pass"
-    found = proof.judge("c", "x", near | far, "bfloat16")
+    assert steps.judge("c", "x", near, "float32").outcome == "pass"
+    found = steps.judge("c", "x", near | far, "bfloat16")
     assert (found.worst, found.outcome, found.compared) == ("gradients", "FAIL", "x, bfloat16")
-    assert proof.judge("c", "x", {"weights": (1e-45, 0.0)}, "float32").outcome == "FAIL"
+    assert steps.judge("c", "x", {"weights": (1e-45, 0.0)}, "float32").outcome == "FAIL"
 
 
 def test_distances_are_the_largest_and_relative_to_the_reference():
     mask = np.asarray([0.0, -2.0, -1.0], np.float32)
     gradients = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
-    reference = proof.Step(None, mask, loss=0.5, grad_norm=5.0, gradients=gradients, scale=2.0)
-    step = proof.Step(None, np.asarray([0.0, -2.5, -1.1], np.float32), loss=0.4, grad_norm=4.0, scale=9.0)
+    reference = steps.Step(None, mask, loss=0.5, grad_norm=5.0, gradients=gradients, scale=2.0)
+    step = steps.Step(None, np.asarray([0.0, -2.5, -1.1], np.float32), loss=0.4, grad_norm=4.0, scale=9.0)
     step.squared_distance, step.largest = 0.25, 0.4
-    found = proof.distances(step, reference)
+    found = steps.distances(step, reference)
     expected = {"logprobs": (0.5, 0.25), "loss": (0.1, 0.05), "gradient norm": (1.0, 0.2), "gradients": (0.4, 0.1)}
     assert {name: pytest.approx(apart, rel=1e-5) for name, apart in expected.items()} == found
-    assert proof.judge("c", "x", {"logprobs": (3e-4, 0.0)}, "float32").outcome == "FAIL"
-    assert proof.judge("c", "x", {"loss": (1.0, 9e-6)}, "float32").outcome == "pass"
+    assert steps.judge("c", "x", {"logprobs": (3e-4, 0.0)}, "float32").outcome == "FAIL"
+    assert steps.judge("c", "x", {"loss": (1.0, 9e-6)}, "float32").outcome == "pass"
 
 
 def test_determinism_is_refused_where_it_cannot_be(monkeypatch):

@@ -1,6 +1,7 @@
 """`arealite prove`: the step of the user's own model and configuration does not depend on how it is computed.
 
-Called by cli.py. Prints a table; exit code 1 when a check fails.
+Called by cli.py. Prints a table; exit code 1 when a check fails. What needs more ranks or a server is in layouts.py and
+rollouts.py.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from arealite.launcher.allocation import trainer_dims
 from arealite.models.fetch import resolve_model
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
-from arealite.prove import proof
-from arealite.prove.proof import ABSOLUTE, TOLERANCES, Distance, Finding, Step, judge, take_step
-from arealite.prove.proof_layouts import CHECK, candidates, check_layout, size_of
-from arealite.prove.proof_rollout import check_mismatch, check_rollouts
+from arealite.prove import step as steps
+from arealite.prove.layouts import CHECK, candidates, check_layout, size_of
+from arealite.prove.rollouts import check_mismatch, check_rollouts
+from arealite.prove.step import ABSOLUTE, TOLERANCES, Distance, Finding, Step, judge, take_step
 
 MAX_PROMPT_TOKENS = 64  # of a prompt its last ones are used
 LONGEST_ANSWER = 10
@@ -58,7 +59,7 @@ class Prover:
         num_groups, group_size = (2, 3) if quick else (3, 4)
         prompts = [self.prompt(task) for task in self.tasks[:num_groups]]
         prompts = (prompts * num_groups)[:num_groups]  # of a data set with fewer rows
-        self.batch = proof.random_batch(prompts, group_size, LONGEST_ANSWER, len(self.tokenizer), self._rng())
+        self.batch = steps.random_batch(prompts, group_size, LONGEST_ANSWER, len(self.tokenizer), self._rng())
 
     def findings(self) -> Iterator[Finding]:
         """Every check, made as it is asked for. In float32, where the tolerance is tight, and then in the
@@ -80,14 +81,14 @@ class Prover:
 
     def _check_type(self, dtype: Literal["bfloat16", "float32"]) -> Iterator[Finding]:
         """All that one step can show in `dtype`."""
-        config = proof.proof_config(self.config.actor, dtype)
+        config = steps.proof_config(self.config.actor, dtype)
         with engine(config) as actor:
-            batch = proof.with_logprobs(self.batch, actor, self._rng())
+            batch = steps.with_logprobs(self.batch, actor, self._rng())
             reference = take_step(actor, batch)
             num_tokens = sum(len(m.tokens) for m in cut(batch, 1 << 40, actor.device, config.share_prompts))
             for check, changes in packings(config, num_tokens, self.quick):
                 yield self._varied(check, actor, reference, config, changes)
-            apart = {"logprobs": proof.logprob_distance(reference.logp, plain_logprobs(actor, batch))}
+            apart = {"logprobs": steps.logprob_distance(reference.logp, plain_logprobs(actor, batch))}
             yield judge("Hugging Face's own forward pass", "each sequence alone, by transformers", apart, dtype)
             if dtype == "float32" and self.quick:
                 check, compared = "asynchronous rollouts, eta = 0", "against synchronous ones"
@@ -112,26 +113,26 @@ class Prover:
         order = np.arange(len(batch.tokens))
         compared = ", ".join(f"{key} {value} against {vars(config)[key]}" for key, value in changes.items())
         if check == PERMUTED:
-            batch, order = proof.permuted(batch, self._rng())
+            batch, order = steps.permuted(batch, self._rng())
             compared = f"sequences and groups permuted, {compared}"
         actor.config = replace(config, **changes)
         step = take_step(actor, batch, reference)
         actor.config = config
         logp = np.zeros_like(step.logp)
         logp[order] = step.logp
-        return judge(check, compared, proof.distances(replace(step, logp=logp), reference), config.dtype)
+        return judge(check, compared, steps.distances(replace(step, logp=logp), reference), config.dtype)
 
     def _check_layouts(self, config: PPOActorConfig, reference: Step) -> Iterator[Finding]:
         settings = json.loads((Path(resolve_model(config.path)) / "config.json").read_text())
-        own = trainer_dims(self.config)
-        for dims in candidates(own, bool(settings.get("num_experts") or settings.get("num_local_experts"))):
+        configured = trainer_dims(self.config)
+        for dims in candidates(configured, bool(settings.get("num_experts") or settings.get("num_local_experts"))):
             size = size_of(dims)
             if size > self.max_ranks:
                 why = f"{size} ranks and there are {self.max_ranks}: give --ranks {size}"
                 yield Finding(CHECK, str(dims), "skipped", reason=why)
                 continue
             finding = check_layout(config, reference, dims)
-            is_refused = finding.outcome == "skipped" and dims == own
+            is_refused = finding.outcome == "skipped" and dims == configured
             yield replace(finding, outcome="FAIL") if is_refused else finding
 
     def _check_repetition(self) -> Iterator[Finding]:
@@ -142,7 +143,7 @@ class Prover:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 with engine(config) as actor:
-                    batch = proof.with_logprobs(self.batch, actor, self._rng())
+                    batch = steps.with_logprobs(self.batch, actor, self._rng())
                     first = updated(actor, batch)
                     actor.save_state(folder)
                     straight = updated(actor, batch)
@@ -210,19 +211,21 @@ def plain_logprobs(actor: FSDPPPOActor, batch: Batch) -> np.ndarray:
 
 def table(findings: list[Finding]) -> Table:
     """`worst`: the quantity that came nearest to its tolerance, or went beyond it; all tolerances are below."""
-    said = ["Tolerances, relative where nothing is said; of the loss: to the larger of itself and the mean |advantage|"]
+    notes = [
+        "Tolerances, relative where nothing is said; of the loss: to the larger of itself and the mean |advantage|"
+    ]
     for dtype, of in TOLERANCES.items():
         if any(finding.compared.endswith(dtype) for finding in findings):
             allowed = (f"{name} {'absolute ' if name in ABSOLUTE else ''}{most:g}" for name, most in of.items())
-            said.append(f"{dtype}: {', '.join(allowed)}")
-    made = Table(title="Largest differences", title_justify="left", title_style="bold", caption="\n".join(said))
-    made.caption_justify = "left"
+            notes.append(f"{dtype}: {', '.join(allowed)}")
+    rows = Table(title="Largest differences", title_justify="left", title_style="bold", caption="\n".join(notes))
+    rows.caption_justify = "left"
     for heading in ("check", "compared", "worst", "absolute", "relative", "tolerance", ""):
-        made.add_column(heading, overflow="fold", justify="right" if heading in ("absolute", "relative") else "left")
+        rows.add_column(heading, overflow="fold", justify="right" if heading in ("absolute", "relative") else "left")
     for f in findings:
         numbers = [f"{x:.1e}" if f.worst else "" for x in (f.absolute, f.relative, f.tolerance)]
-        made.add_row(*map(Text, (f.check, f.compared, f.worst, *numbers, f.outcome)), style=STYLES[f.outcome])
-    return made
+        rows.add_row(*map(Text, (f.check, f.compared, f.worst, *numbers, f.outcome)), style=STYLES[f.outcome])
+    return rows
 
 
 def prove(path: str, overrides: list[str], quick: bool, ranks: int | None, report_path: str | None) -> int:

@@ -1,6 +1,6 @@
-"""What `arealite prove` compares: one training step, as numbers that must not depend on how it was computed.
+"""One training step, as numbers that must not depend on how it was computed, and how far two of them may be apart.
 
-Called by prove.py and what it calls.
+Called by all that `arealite prove` tries: command.py, layouts.py, rollouts.py.
 """
 
 from __future__ import annotations
@@ -104,14 +104,13 @@ def take_step(actor: FSDPPPOActor, batch: Batch, reference: Step | None = None) 
             step.squared_distance += float(difference.square().sum())
             step.largest = float(np.maximum(step.largest, float(difference.abs().max())))  # NaN stays
 
-    assert actor.optimizer is not None
+    mine = replace(batch)
+    step.logp = actor.compute_logp(mine)
+    actor.compute_advantages(mine)
+    assert actor.optimizer is not None and mine.advantages is not None
+    step.scale = float(np.abs(mine.advantages[batch.loss_mask]).mean()) if batch.loss_mask.any() else 0.0
     hook = actor.optimizer.register_step_pre_hook(look)
     try:
-        mine = replace(batch)
-        step.logp = actor.compute_logp(mine)
-        actor.compute_advantages(mine)
-        assert mine.advantages is not None
-        step.scale = float(np.abs(mine.advantages[batch.loss_mask]).mean()) if batch.loss_mask.any() else 0.0
         stats = actor.grpo_update(mine)
     finally:
         hook.remove()
@@ -156,7 +155,8 @@ def random_batch(
             row = Trajectory(
                 task.id, member, [*prompt, *answer], mask, [0.0] * len(mask), versions, rng.normal(), "stop"
             )
-            members.append(replace(row, finish_reason="length") if member == group_size - 1 else row)
+            members.append(row)
+        members[-1] = replace(members[-1], finish_reason="length")
         groups.append(Group(task, number, members))
     return Batch.pack(groups)
 

@@ -1,4 +1,4 @@
-"""The training step on several ranks: each layout of the grid makes the step of one rank. Called by prove.py."""
+"""The training step on several ranks: each layout of the grid makes the step of one rank. Called by command.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from arealite.engine.parallel.ranks import join_ranks, pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.launcher.watch import free_ports
 from arealite.observe.waits import waiting
-from arealite.prove.proof import Finding, Step, distances, judge, take_step
+from arealite.prove.step import Finding, Step, distances, judge, take_step
 
 LIMIT_S = 900.0  # for one layout
 POLL_S = 0.5
@@ -35,10 +35,10 @@ def size_of(dims: Dims) -> int:
     return dims.d * dims.t * dims.c * dims.p
 
 
-def candidates(own: Dims, has_experts: bool) -> list[Dims]:
+def candidates(configured: Dims, has_experts: bool) -> list[Dims]:
     """The user's own layout and each dimension by itself."""
     each = [Dims(d=2), Dims(t=2), Dims(c=2), Dims(p=2)] + ([Dims(d=2, e=2)] if has_experts else [])
-    return list(dict.fromkeys([own, *each] if size_of(own) > 1 else each))
+    return list(dict.fromkeys([configured, *each] if size_of(configured) > 1 else each))
 
 
 def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding:
@@ -54,8 +54,7 @@ def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding
     receiver, sender = context.Pipe(duplex=False)
     # A file, which ranks map: a process can be sent 256 tensors at most, and a model has more gradients.
     file = Path(tempfile.mkdtemp(prefix="arealite-prove-")) / "reference.pt"
-    work = (sender, port, config, file, dims)
-    ranks = [context.Process(target=_rank, args=(rank, *work)) for rank in range(size)]
+    ranks = [context.Process(target=_rank, args=(rank, sender, port, config, file, dims)) for rank in range(size)]
     try:
         torch.save(reference, file)
         for rank in ranks:
@@ -64,8 +63,8 @@ def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding
             while not wait([receiver, *(rank.sentinel for rank in ranks)], POLL_S):
                 limit.check()
         if receiver.poll():
-            found: Finding = receiver.recv()
-            return found
+            finding: Finding = receiver.recv()
+            return finding
         died = ", ".join(f"rank {i} with exit code {rank.exitcode}" for i, rank in enumerate(ranks) if rank.exitcode)
         return Finding(CHECK, str(dims), "FAIL", reason=f"died without a word: {died}")
     finally:
@@ -79,8 +78,8 @@ def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding
 def _rank(rank: int, sender: Connection, port: int, config: PPOActorConfig, file: Path, dims: Dims) -> None:
     """One process: rank 0 sends the Finding; any sends its error as one."""
     size = size_of(dims)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in env.items()}
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # of how whole gradients are gathered
     disable_progress_bar()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
@@ -105,11 +104,11 @@ def _compare(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding:
     except ConfigError as error:
         return Finding(CHECK, str(dims), "skipped", reason=str(error))
     batch = reference.batch
-    own = batch.group_ids % dims.d == actor.mesh.share
-    step = take_step(actor, batch.select(np.flatnonzero(own)), reference)
+    is_mine = batch.group_ids % dims.d == actor.mesh.share
+    step = take_step(actor, batch.select(np.flatnonzero(is_mine)), reference)
     # Every rank has its share's logprobs, and its stage's gradients.
-    own_tokens, stage = np.repeat(own, batch.lengths), actor.mesh.stage_rank
-    gathered = actor.collective.gather((own_tokens, step.logp, stage, (step.squared_distance, step.largest)))
+    my_tokens, stage = np.repeat(is_mine, batch.lengths), actor.mesh.stage_rank
+    gathered = actor.collective.gather((my_tokens, step.logp, stage, (step.squared_distance, step.largest)))
     whole = np.zeros_like(reference.logp)
     for where, logp, *_ in gathered:
         whole[where] = logp

@@ -1,6 +1,7 @@
-"""Synchronous and asynchronous rollouts without staleness are the same groups, and make the same step.
+"""Synchronous and asynchronous rollouts without staleness are the same groups, and make the same step; trainer and
+server agree on the logprobs of what was sampled.
 
-Called by prove.py. Starts a built-in server of its own on the model.
+Called by command.py. Starts a built-in server of its own on the model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from arealite.dataset.loader import StatefulDataLoader
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.kernels import cpu
 from arealite.observe.waits import waiting
-from arealite.prove.proof import (
+from arealite.prove.step import (
     MISMATCH,
     MISMATCH_WITHOUT_KERNELS,
     Finding,
@@ -39,13 +40,15 @@ START_LIMIT_S = 300.0
 NUM_GROUPS, GROUP_SIZE = 2, 4
 MAX_NEW_TOKENS = 12
 
+Prompt = Callable[[Task], list[int]]  # a task's tokens
+
 
 class SampledAnswers:
-    """A workflow whose reward depends on the answer's tokens alone, and differs between answers. `prompt` gives a
-    task's tokens."""
+    """A workflow whose reward depends on the answer's tokens alone, and differs between answers."""
 
-    def __init__(self, prompt: Callable[[Task], list[int]], config: GenerationHyperparameters) -> None:
-        self.prompt, self.config = prompt, config
+    def __init__(self, prompt: Prompt, config: GenerationHyperparameters) -> None:
+        self.prompt = prompt
+        self.sampling: dict[str, Any] = {k: vars(config)[k] for k in ("temperature", "top_p", "top_k", "min_p")}
 
     async def arun_episode(self, engine: InferenceEngine, task: Task) -> list[Trajectory]:
         return await asyncio.gather(*(self._member(engine, task, i) for i in range(GROUP_SIZE)))
@@ -54,20 +57,19 @@ class SampledAnswers:
         """Nothing to end."""
 
     async def _member(self, engine: InferenceEngine, task: Task, member: int) -> Trajectory:
-        prompt, g = self.prompt(task), self.config
-        sampling: dict[str, Any] = {"temperature": g.temperature, "top_p": g.top_p, "top_k": g.top_k, "min_p": g.min_p}
-        found = await engine.agenerate(
-            GenerationRequest(f"{task.id}.{member}", prompt, MAX_NEW_TOKENS, group_id=task.id, **sampling)
-        )
+        prompt, name = self.prompt(task), f"{task.id}.{member}"
+        request = GenerationRequest(name, prompt, MAX_NEW_TOKENS, group_id=task.id, **self.sampling)
+        answer = await engine.agenerate(request)
+        before, after = len(prompt), len(answer.token_ids)
         return Trajectory(
             task_id=task.id,
             member=member,
-            tokens=[*prompt, *found.token_ids],
-            loss_mask=[False] * len(prompt) + [True] * len(found.token_ids),
-            logprobs=[0.0] * len(prompt) + found.logprobs,
-            versions=[-1] * len(prompt) + found.versions,
-            reward=sum(found.token_ids) % 7 / 7,
-            finish_reason=found.finish_reason,
+            tokens=[*prompt, *answer.token_ids],
+            loss_mask=[False] * before + [True] * after,
+            logprobs=[0.0] * before + answer.logprobs,
+            versions=[-1] * before + answer.versions,
+            reward=sum(answer.token_ids) % 7 / 7,
+            finish_reason=answer.finish_reason,
         )
 
 
@@ -79,24 +81,22 @@ def server(model: str, dtype: str) -> Iterator[str]:
     command = [sys.executable, "-m", "arealite.inference.serve", "--model", model, *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    said = [""]
+    lines = [""]
     try:
         with waiting("start of the built-in server", "server", START_LIMIT_S) as limit:
-            while "listening on" not in said[-1]:
+            while "listening on" not in lines[-1]:
                 limit.check()
-                said.append(process.stdout.readline())
-                if not said[-1]:
-                    raise ServerUnreachable(f"the built-in server ended at its start: {''.join(said[-6:])}")
-        yield said[-1].strip().rpartition("//")[2]
+                lines.append(process.stdout.readline())
+                if not lines[-1]:
+                    raise ServerUnreachable(f"the built-in server ended at its start: {''.join(lines[-6:])}")
+        yield lines[-1].strip().rpartition("//")[2]
     finally:
         process.kill()  # it is one process, and keeps nothing
         process.wait()
         process.stdout.close()
 
 
-def check_rollouts(
-    config: GRPOConfig, tasks: list[Task], prompt: Callable[[Task], list[int]], actor: FSDPPPOActor
-) -> list[Finding]:
+def check_rollouts(config: GRPOConfig, tasks: list[Task], prompt: Prompt, actor: FSDPPPOActor) -> list[Finding]:
     """`actor` computes in float32 at learning rate 0. Two findings: the steps, and the logprobs of both sides."""
     with server(actor.folder, "float32") as address:
         first, second = (_rollout(config, tasks, prompt, address, asynchronous) for asynchronous in (False, True))
@@ -113,22 +113,15 @@ def check_rollouts(
     return [judge(check, compared, distances(step, reference), "float32"), _mismatch(first, reference.logp, actor)]
 
 
-def check_mismatch(
-    config: GRPOConfig, tasks: list[Task], prompt: Callable[[Task], list[int]], actor: FSDPPPOActor
-) -> Finding:
+def check_mismatch(config: GRPOConfig, tasks: list[Task], prompt: Prompt, actor: FSDPPPOActor) -> Finding:
     """Logprobs of both sides alone, in the actor's type."""
     with server(actor.folder, actor.config.dtype) as address:
         batch = _rollout(config, tasks, prompt, address, asynchronous=False)
     return _mismatch(batch, actor.compute_logp(batch), actor)
 
 
-def _rollout(
-    config: GRPOConfig,
-    tasks: list[Task],
-    prompt: Callable[[Task], list[int]],
-    address: str,
-    asynchronous: bool,
-) -> Batch:
+def _rollout(config: GRPOConfig, tasks: list[Task], prompt: Prompt, address: str, asynchronous: bool) -> Batch:
+    """One step's groups, in the order of their tasks instead of that of their ends."""
     run = replace(config, train_dataset=replace(config.train_dataset, batch_size=NUM_GROUPS))
     rollout = replace(config.rollout, max_head_offpolicyness=0, consumer_batch_size=NUM_GROUPS)
     engine, workflow = RemoteNativeEngine(rollout, seed=config.seed), SampledAnswers(prompt, config.gconfig)
@@ -136,22 +129,21 @@ def _rollout(
     try:
         engine.initialize(addresses=[address])
         if asynchronous:
-            return _by_task(engine.prepare_batch(loader, workflow))
-        return _by_task(engine.rollout_batch(list(islice(loader, NUM_GROUPS)), workflow))
+            batch = engine.prepare_batch(loader, workflow)
+        else:
+            batch = engine.rollout_batch(list(islice(loader, NUM_GROUPS)), workflow)
     finally:
         engine.destroy()
+    batch = batch.select(sorted(range(batch.num_sequences), key=lambda i: (batch.task_ids[i], i)))
+    return replace(batch, group_ids=np.unique(batch.task_ids, return_inverse=True)[1])
 
 
 def _mismatch(batch: Batch, logp: np.ndarray, actor: FSDPPPOActor) -> Finding:
-    seen = batch.loss_mask
-    largest = logprob_distance(np.where(seen, logp, 0), np.where(seen, batch.logprobs, 0))
-    mean = float(np.abs(logp - batch.logprobs)[seen].mean())
+    mask = batch.loss_mask
     by_kernels = actor.device.type == "cpu" and cpu.load() is not None
-    apart = {"logprobs": largest, MISMATCH if by_kernels else MISMATCH_WITHOUT_KERNELS: (mean, 0.0)}
+    mean = float(np.abs(logp - batch.logprobs)[mask].mean())
+    apart = {
+        "logprobs": logprob_distance(np.where(mask, logp, 0), np.where(mask, batch.logprobs, 0)),
+        MISMATCH if by_kernels else MISMATCH_WITHOUT_KERNELS: (mean, 0.0),
+    }
     return judge("trainer and server", "logprobs of the sampled tokens", apart, actor.config.dtype)
-
-
-def _by_task(batch: Batch) -> Batch:
-    """Groups in the order of their tasks, not in that of their ends."""
-    chosen = batch.select(sorted(range(batch.num_sequences), key=lambda i: (batch.task_ids[i], i)))
-    return replace(chosen, group_ids=np.unique(chosen.task_ids, return_inverse=True)[1])
