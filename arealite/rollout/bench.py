@@ -30,10 +30,9 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class Timing:
-    """One finished request: its place in time (seconds since the start) and its size in tokens."""
+    """One finished request: how long it took, and its size in tokens."""
 
-    began_s: float
-    ended_s: float
+    latency_s: float
     num_prompt_tokens: int
     num_output_tokens: int
 
@@ -125,90 +124,83 @@ def workload(args: argparse.Namespace, num: int, seed: int) -> list[GenerationRe
 class ClosedLoop:
     """Clients that share one list of requests; a group stays on the server that was least busy when it began.
 
-    Consumes: the requests. Produces: answers. Waits for: each request's answer, at most `limit_s`.
+    Consumes: the requests. Produces: timings. Waits for: each request's answer, at most `limit_s`.
     Unblocked by: the server, or the limit.
     """
 
     def __init__(self, servers: list[Address], backend: Backend, limit_s: float) -> None:
-        self._backend = backend
-        self._transport = Transport()
-        self._limit_s = limit_s
+        self.transport = Transport()
+        self._backend, self._limit_s = backend, limit_s
         self._num_busy = dict.fromkeys(servers, 0)
         self._home: dict[str, Address] = {}
-        self.errors: list[str] = []
 
-    async def run(self, requests: list[GenerationRequest], concurrency: int) -> tuple[list[Timing], float]:
-        """The answers, and the seconds from the first sending to the last answer. Failures are in `errors`."""
-        answers: list[Timing] = []
+    async def run(self, requests: list[GenerationRequest], concurrency: int) -> tuple[list[Timing], list[str], float]:
+        """What finished, the messages of what failed, and the seconds from the first sending to the last answer."""
+        timings: list[Timing] = []
+        errors: list[str] = []
         rest = iter(requests)
-        began = time.perf_counter()
 
         async def client() -> None:
             for request in rest:
-                sent_s = time.perf_counter() - began
                 server = self._home.get(request.group_id) or min(self._num_busy, key=lambda s: self._num_busy[s])
                 self._home[request.group_id] = server
                 self._num_busy[server] += 1
+                sent = time.perf_counter()
                 try:
                     num = await self._one(request, server)
-                    answers.append(Timing(sent_s, time.perf_counter() - began, len(request.input_ids), num))
+                    timings.append(Timing(time.perf_counter() - sent, len(request.input_ids), num))
                 except ArealiteError as error:
-                    self.errors.append(str(error))
+                    errors.append(str(error))
                 finally:
                     self._num_busy[server] -= 1
 
+        began = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(concurrency)))
-        return answers, time.perf_counter() - began
+        return timings, errors, time.perf_counter() - began
 
     async def _one(self, request: GenerationRequest, server: Address) -> int:
         call = self._backend.generate_call(request, request.rid, [])
         try:
             async with asyncio.timeout(self._limit_s):
-                answer = await self._transport.stream(server, call, lambda _: None)
+                answer = await self.transport.stream(server, call, lambda _: None)
         except TimeoutError as error:
             raise ServerUnreachable(f"{server.id} gave no answer within {self._limit_s:g} s") from error
         return len(self._backend.parse_part(answer, server.id).token_ids)
 
-    async def close(self) -> None:
-        await self._transport.close()
 
-
-def figures(answers: list[Timing], wall_s: float, num_failed: int) -> dict[str, Any]:
+def figures(timings: list[Timing], wall_s: float, num_failed: int) -> dict[str, Any]:
     """Totals, rates per second, and percentiles of latency (seconds) and of seconds per output token."""
-    num_output, num_prompt = (
-        sum(a.num_output_tokens for a in answers),
-        sum(a.num_prompt_tokens for a in answers),
-    )
-    latencies = sorted(a.ended_s - a.began_s for a in answers)
-    per_token = sorted((a.ended_s - a.began_s) / a.num_output_tokens for a in answers if a.num_output_tokens)
-    found: dict[str, Any] = {
-        "num_requests": len(answers),
+    num_prompt, num_output = sum(t.num_prompt_tokens for t in timings), sum(t.num_output_tokens for t in timings)
+    report: dict[str, Any] = {
+        "num_requests": len(timings),
         "num_failed": num_failed,
         "wall_s": wall_s,
         "num_prompt_tokens": num_prompt,
         "num_output_tokens": num_output,
         "output_tokens_per_s": num_output / wall_s,
         "total_tokens_per_s": (num_output + num_prompt) / wall_s,
-        "requests_per_s": len(answers) / wall_s,
+        "requests_per_s": len(timings) / wall_s,
     }
-    for name, values in (("latency_s", latencies), ("per_output_token_s", per_token)):
+    latencies = [t.latency_s for t in timings]
+    per_token = [t.latency_s / t.num_output_tokens for t in timings if t.num_output_tokens]
+    for name, values in (("latency_s", sorted(latencies)), ("per_output_token_s", sorted(per_token))):
         for percent in PERCENTILES if values else ():
-            found[f"{name}_p{percent}"] = values[min(len(values) - 1, len(values) * percent // 100)]
-    return {key: round(value, 6) if isinstance(value, float) else value for key, value in found.items()}
+            report[f"{name}_p{percent}"] = values[min(len(values) - 1, len(values) * percent // 100)]
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in report.items()}
 
 
 async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The figures of one run, and the failures' messages."""
-    num = args.num_requests or 4 * args.concurrency
     num_warmup = args.concurrency if args.num_warmup is None else args.num_warmup
     loop = ClosedLoop(addresses_of(args.address), BACKENDS[args.backend](), args.limit_s)
     try:
+        # Whatever is wrong while it warms up shows again in what is measured.
         await loop.run(workload(args, num_warmup, args.seed + 1), args.concurrency)
-        loop.errors.clear()  # whatever is wrong shows again in what is measured
-        answers, wall_s = await loop.run(workload(args, num, args.seed), args.concurrency)
+        requests = workload(args, args.num_requests or 4 * args.concurrency, args.seed)
+        timings, errors, wall_s = await loop.run(requests, args.concurrency)
     finally:
-        await loop.close()
-    return figures(answers, wall_s, len(loop.errors)), loop.errors
+        await loop.transport.close()
+    return figures(timings, wall_s, len(errors)), errors
 
 
 def main(argv: list[str]) -> int:
