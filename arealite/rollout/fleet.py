@@ -125,7 +125,8 @@ class Fleet:
                 await self.ask(server, server.backend.lora_call(name, path))
             await self._set_pause(server)
             server.update = self._update
-            self.router.move(server, "serving", "it answers, and holds the current weights")
+            if server.state == "updating":  # else it was taken out, or is no longer listed
+                self.router.move(server, "serving", "it answers, and holds the current weights")
         return True
 
     async def set_adapter(self, name: str, path: str | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from arealite.api.errors import ArealiteError, ConfigError, ServerUnreachable
 from arealite.rollout.backends.protocol import Backend, Call
 from arealite.rollout.fleet import Fleet
-from arealite.rollout.router import Limits, Server
+from arealite.rollout.router import Limits, Server, State
 from arealite.rollout.transport import Address, ConnectionLost, addresses_of
 
 FIRST_PROBE_LIMIT_S = 30.0  # SGLang generates a token for it, and may have to compile first
@@ -64,7 +64,8 @@ class Watch:
         servers = self._router.servers
         if same := next((s for s in servers if s.url == address.url), None):
             if same.state == "draining":
-                self._router.move(same, "serving", "it is in the list of servers again")
+                state: State = "serving" if same.is_reachable else "joining"
+                self._router.move(same, state, "it is in the list of servers again")
             return same
         names = {s.id: s for s in servers}
         name, old = address.id, names.get(address.id)
@@ -159,9 +160,10 @@ class Watch:
         whose weights cannot be had stays updating until the next update brings them."""
         try:
             await self._probe(server)
-            if server.state != "updating":
+            if server.state in ("joining", "out"):
                 self._router.move(server, "updating", server.why)
-            await self._joined(server)
+            if server.state == "updating":  # else it is no longer listed
+                await self._joined(server)
         except ArealiteError as error:
             server.refusal = error if isinstance(error, ConfigError) else None
             self._router.fail(server, str(error), is_dead=isinstance(error, ConnectionLost))
