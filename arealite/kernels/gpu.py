@@ -21,10 +21,8 @@ NUM_SUMS = 512  # programs that add up the gradient of a norm's weight, each for
 
 
 class GpuKernels:
-    """The functions of cpu.Kernels that a GPU needs, of bf16, float16 or float32, for shapes and strides of any kind.
-
-    Results are contiguous. `device`: where they compute.
-    """
+    """The functions of cpu.Kernels that a GPU needs, where these are described: here of bf16, float16 or float32, for
+    shapes and strides of any kind. Results are contiguous. `device`: where they compute."""
 
     name = "triton"
 
@@ -32,13 +30,11 @@ class GpuKernels:
         self.device = device
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool) -> torch.Tensor:
-        """x [..., N] normed; times the weight after rounding or, `plus_one`, times 1 + weight before it."""
         return self._norm(x, None, weight, eps, plus_one)[1]
 
     def add_rms_norm(
         self, x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + added, and `rms_norm` of that."""
         return self._norm(x, added.contiguous(), weight, eps, plus_one)
 
     def _norm(
@@ -57,7 +53,7 @@ class GpuKernels:
     def rms_norm_grad(
         self, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, eps: float, plus_one: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of x and weight from that of the result of `rms_norm`, the same bits in every call."""
+        """The same bits in every call."""
         by_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rows, above, n = _as_rows(x), _as_rows(grad), x.shape[-1]
         num, tile = x.numel() // n, _tile(n, TILE // 2)
@@ -69,7 +65,6 @@ class GpuKernels:
         return by_x, sums.sum(0).to(weight.dtype)
 
     def silu_times(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up; both [..., N]."""
         out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         n = gate.shape[-1]
         gates, ups = _flat(gate), _flat(up)
@@ -80,7 +75,6 @@ class GpuKernels:
     def silu_times_grad(
         self, gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of gate and up from that of the result of `silu_times`."""
         by_gate, by_up = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
         n, rows = gate.shape[-1], [_flat(x) for x in (gate, up, grad)]
         grid = (len(rows[0]), triton.cdiv(n, GATE_BLOCK))
@@ -90,8 +84,7 @@ class GpuKernels:
     def rotate(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, back: bool = False
     ) -> None:
-        """Rotary embedding of x [1, heads, T, D] into `out`, which may be x itself; cos and sin [1, T, D]. `back`: of
-        the result's gradient x, the input's. Of x and out, D has stride 1."""
+        """cos and sin may have any strides; of x and out, D has stride 1."""
         _, heads, tokens, dim = x.shape
         num, tile = heads * tokens, _tile(dim // 2)
         steps = *x.stride()[1:3], *out.stride()[1:3]
@@ -100,7 +93,6 @@ class GpuKernels:
         )
 
     def score(self, logits: torch.Tensor, first: int, scores: Scores, temperature: float) -> None:
-        """Fill `scores` from row `first` on, by contiguous logits [r, V] / temperature."""
         places = scores.edges, scores.targets, scores.logsum, scores.entropy, scores.logp
         programs.score_rows[(len(logits),)](
             logits, *places, logits.shape[1], first, 1 / temperature, BLOCK=SCORE_BLOCK, num_warps=8
@@ -109,9 +101,7 @@ class GpuKernels:
     def score_grad(
         self, logits: torch.Tensor, first: int, scores: Scores, temperature: float, out: torch.Tensor
     ) -> None:
-        """Put the gradient of the logits into `out`, which may be the logits themselves, from those of logprobs and
-        entropies. Where the logits are of a slice of the vocabulary, targets count from its first token; those outside
-        of it are left out."""
+        """`out` may be the logits themselves, or of another type."""
         places = scores.edges, scores.targets, scores.logsum, scores.entropy, scores.logp_grad, scores.entropy_grad
         grid = (len(logits), triton.cdiv(logits.shape[1], SLOPE_BLOCK))
         programs.score_grad_rows[grid](logits, out, *places, logits.shape[1], first, 1 / temperature, BLOCK=SLOPE_BLOCK)

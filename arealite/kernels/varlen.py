@@ -42,7 +42,7 @@ def varlen_attention(
     return out
 
 
-class _Gather(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(at)
@@ -58,5 +58,5 @@ class _Gather(torch.autograd.Function):
 
 def gather(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """x[at], rows; of a row that is taken more than once the gradients are added in float32 and rounded once."""
-    gathered: torch.Tensor = _Gather.apply(x, at)
+    gathered: torch.Tensor = _GatherRows.apply(x, at)
     return gathered
