@@ -157,6 +157,8 @@ def test_samples_of_a_prompt_stand_together_and_draw_differently() -> None:
     assert [r.rid for r in call.requests] == ["r_0_0", "r_0_1", "r_1"]
     assert [r.prompt_ids for r in call.requests] == [[1], [1], [2]]
     assert [r.params.sampling_seed for r in call.requests] == [5, 6, None]
+    last = parse({"input_ids": [1], "sampling_params": {"n": 2, "sampling_seed": 2**63 - 1}}).requests
+    assert [r.params.sampling_seed for r in last] == [2**63 - 1, -(2**63)]
     assert parse({"input_ids": [1], "sampling_params": {"n": 2}}).batched
     assert not parse({"input_ids": [1], "sampling_params": {"n": 1}}).batched
 

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -38,7 +38,6 @@ SHUTDOWN = "the server is shutting down"
 MAX_QUEUED = 65_536  # requests
 
 PauseMode = Literal["abort", "retract", "in_place"]
-PAUSE_MODES: tuple[PauseMode, ...] = get_args(PauseMode)
 T = TypeVar("T")
 Call = tuple[Callable[[], Any], Future[Any]]  # work for the engine thread between two steps, and its answer
 

@@ -124,15 +124,9 @@ def _samples(body: GenerateBody, place: str, limits: ServedLimits) -> list[Gener
     """The requests of one prompt: as many as it wants answers."""
     prompt = _prompt(body, place, limits)
     num_given = len(prompt) - (body.num_prompt_tokens or len(prompt))
-    if num_given < 0:
-        raise RequestError(
-            f"num_prompt_tokens: expected at most {len(prompt)}, the length of input_ids, found"
-            f" {body.num_prompt_tokens}"
-        )
-    if body.logprob_start_len > len(prompt):
-        raise RequestError(
-            f"logprob_start_len: expected at most {len(prompt)}, the prompt's length, found {body.logprob_start_len}"
-        )
+    for name, value in (("num_prompt_tokens", len(prompt) - num_given), ("logprob_start_len", body.logprob_start_len)):
+        if value > len(prompt):
+            raise RequestError(f"{name}: expected at most {len(prompt)}, the prompt's length, found {value}")
     for token in body.token_ids_logprob:
         _check_token("token_ids_logprob", token, limits)
     if body.lora_path and body.lora_path not in limits.adapters:
@@ -154,12 +148,14 @@ def _samples(body: GenerateBody, place: str, limits: ServedLimits) -> list[Gener
     )
     if params.n == 1:
         return [request]
-    # A seed given for all would make them equal, so each adds its number.
-    seeds = [None if params.sampling_seed is None else params.sampling_seed + k for k in range(params.n)]
-    return [
-        replace(request, rid=f"{request.rid}_{k}", params=replace(params, sampling_seed=seed))
-        for k, seed in enumerate(seeds)
-    ]
+    samples = []
+    for k in range(params.n):
+        seed = params.sampling_seed
+        if seed is not None:  # one for all would make them equal, so each adds its number, within 64 bits
+            seed = seed + k if seed + k < 2**63 else seed + k - 2**64
+        rid = f"{request.rid}_{k}"
+        samples.append(replace(request, rid=rid, params=replace(params, sampling_seed=seed)))
+    return samples
 
 
 def _prompt(body: GenerateBody, place: str, limits: ServedLimits) -> list[int]:
