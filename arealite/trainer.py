@@ -1,13 +1,12 @@
-"""The loop of GRPO, and of PPO, with everything around it: probe, checkpoints, evaluation, recovery, metrics, summary.
+"""The loop of GRPO, and of PPO where there is a critic, for scripts that need none of their own.
 
-Scripts that need no loop of their own call `PPOTrainer(config, reward_fn).train()`; the loop itself, spelled out, is
+Scripts call `PPOTrainer(config, reward_fn).train()`. The same loop, spelled out from the same pieces, is
 examples/arealite/gsm8k_grpo.py. Every trainer rank runs this code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,22 +14,16 @@ from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
 from arealite.api.errors import ConfigError
 from arealite.api.protocols import RolloutWorkflow
 from arealite.api.types import Group
-from arealite.dataset.loader import StatefulDataLoader, load_tasks, load_tokenizer
-from arealite.engine.checkpoint import Saver
+from arealite.dataset.loader import StatefulDataLoader, load_tasks
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import FSDPPPOActor, PolicyLoss, grpo_loss_fn
 from arealite.engine.ppo.critic import FSDPPPOCritic
-from arealite.engine.recover import RecoverHandler
-from arealite.engine.roles import OtherShares, TrainedTogether, Turns
+from arealite.engine.roles import Critic, Reference, TrainedTogether, Turns
 from arealite.evaluation.evaluator import Evaluator
 from arealite.launcher.allocation import AllocationMode, trainer_dims
-from arealite.observe import waits
-from arealite.observe.run_folder import RunFolder
-from arealite.observe.stats_logger import StatsLogger
-from arealite.observe.summary import report
-from arealite.observe.timeline import StatsTracker, timeline
 from arealite.reward.pool import RewardFunction
 from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine, RemotevLLMEngine
+from arealite.run import Run
 from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
 from arealite.workflow.rlvr import RLVRWorkflow
@@ -41,27 +34,51 @@ ENGINES: dict[str, Callable[..., RemoteInferenceEngine]] = {
     "vllm": RemotevLLMEngine,
 }
 
-
-def remote_engine(config: GRPOConfig) -> RemoteInferenceEngine:
-    """The client that speaks the wire protocol of the allocation's inference backend."""
-    component = AllocationMode.parse(config.allocation_mode).inference
-    assert component is not None, "the launcher's plan refuses a GRPO run without inference servers"
-    return ENGINES[component.backend](config.rollout, seed=config.seed)
-
-
 # Makes a workflow of how it is to sample, for training or for held-out tasks, and the policy's tokenizer: any callable,
 # such as a class.
 WorkflowMaker = Callable[[GenerationHyperparameters, PreTrainedTokenizerBase], RolloutWorkflow]
 
 
+def open_models(
+    run: Run, config: GRPOConfig, loss_fn: PolicyLoss = grpo_loss_fn
+) -> tuple[FSDPPPOActor, Reference | None, Critic | None]:
+    """The policy, and the reference and the critic where `config` has them; each in its layout on these ranks."""
+    actor = run.open(FSDPPPOActor(config.actor, trainer_dims(config), loss_fn))
+    reference, critic = None, None
+    if config.ref is not None:
+        engine = run.open(FSDPEngine(config.ref, trainable=False, dims=trainer_dims(config, "ref")))
+        reference = Reference(actor, engine)
+    if config.critic is not None:
+        critic = Critic(actor, run.open(FSDPPPOCritic(config.critic, trainer_dims(config, "critic"))))
+    return actor, reference, critic
+
+
+def open_rollout(run: Run, config: GRPOConfig, actor: FSDPPPOActor) -> RemoteInferenceEngine:
+    """The client of the allocation's servers, which `actor.upload_weights` sends to."""
+    component = AllocationMode.parse(config.allocation_mode).inference
+    assert component is not None, "the launcher's plan refuses a GRPO run without inference servers"
+    rollout = run.open(ENGINES[component.backend](config.rollout, seed=config.seed), actor.collective)
+    actor.connect_engine(rollout, WeightLink(config.weight_update, run.folder.root / "weights"))
+    return rollout
+
+
+def rlvr_workflow(run: Run, config: GRPOConfig, reward_fn: RewardFunction, held_out: bool = False) -> RLVRWorkflow:
+    """Single-turn answers to training tasks, or to `held_out` ones, with `reward_fn`'s reward."""
+    gconfig, limit = config.eval_gconfig if held_out else config.gconfig, config.server.context_length
+    return run.closing(RLVRWorkflow(reward_fn, gconfig, run.tokenizer, config=config.rollout, context_length=limit))
+
+
 class PPOTrainer:
-    """One rank of a run: owns the policy, the rollout client and the records of the run.
+    """One rank of a run: what it learns from, and the loop.
 
     Args:
         reward_fn: what single-turn answers are worth (workflow/rlvr.py); not needed beside a `workflow`.
         should_accept: whether to train on a group; called on rank 0.
         workflow: makes what runs the episodes; or one object, which then runs those of held-out tasks as well.
         loss_fn: the loss of the policy, as in engine/ppo/actor.py.
+
+    Raises:
+        ConfigError: there is neither a reward_fn nor a workflow, or one that cannot be used.
     """
 
     def __init__(
@@ -73,82 +90,15 @@ class PPOTrainer:
         workflow: RolloutWorkflow | WorkflowMaker | None = None,
         loss_fn: PolicyLoss = grpo_loss_fn,
     ) -> None:
-        waits.configure_from_env()
+        if workflow is None and reward_fn is None:
+            raise ConfigError("PPOTrainer was given neither a reward_fn nor a workflow: give one of them")
+        if workflow is not None and not callable(workflow):
+            _check_workflow(workflow)
         self.config = config
+        self.reward_fn = reward_fn
         self.should_accept = should_accept
-        self.folder = RunFolder.of(config)
-        self.tokenizer = load_tokenizer(config)
-        self._workflows: list[RolloutWorkflow] = []
-        self._make_workflow = partial(self._add_workflow, workflow, reward_fn)
-        self.workflow = self._make_workflow(config.gconfig)  # refuses what is wrong before anything loads
-
-        self.actor = FSDPPPOActor(config.actor, trainer_dims(config), loss_fn)
-        self.actor.initialize()
-        self.collective = self.actor.collective
-        self.is_head = self.collective.rank == 0
-        timeline.open(self.folder, config.stats_logger.timeline, self.collective.rank)
-        self.ref: FSDPEngine | None = None
-        if config.ref is not None:
-            self.ref = FSDPEngine(config.ref, trainable=False, dims=trainer_dims(config, "ref"))
-            self.ref.initialize()
-            self.ref_shares = OtherShares(self.actor, self.ref)
-        self.critic: FSDPPPOCritic | None = None
-        self.trained: FSDPPPOActor | TrainedTogether = self.actor
-        if config.critic is not None:
-            self.critic = FSDPPPOCritic(config.critic, trainer_dims(config, "critic"))
-            self.critic.initialize()
-            self.critic_shares = OtherShares(self.actor, self.critic)
-            self.trained = TrainedTogether(self.actor, self.critic)
-
-        self.rollout = remote_engine(config)
-        self.rollout.initialize(self.collective)
-        self.actor.connect_engine(self.rollout, WeightLink(config.weight_update, self.folder.root / "weights"))
-
-        engines = [e for e in (self.actor, self.ref, self.critic) if e is not None]
-        self.turns = Turns(self.rollout, *engines)
-
-        self.dataloader = StatefulDataLoader(
-            load_tasks(config.train_dataset, self.tokenizer, config.seed, reward_fn), config
-        )
-        self.total_steps = self.dataloader.total_steps
-        self.actor.plan_steps(self.total_steps)
-        if self.critic is not None:
-            self.critic.plan_steps(self.total_steps)
-        self.stats = StatsTracker()
-        self.logger = StatsLogger(self.folder, config.stats_logger, self.total_steps)
-        self.guard = MismatchGuard(config.stats_logger, config.gconfig)
-        self.saver = Saver(config.saver, self.folder, self.tokenizer)
-        self.recover = RecoverHandler(config.recover, self.folder, config)
-        self.evaluator = self._make_evaluator(reward_fn)
-
-    def _add_workflow(
-        self,
-        workflow: RolloutWorkflow | WorkflowMaker | None,
-        reward_fn: RewardFunction | None,
-        gconfig: GenerationHyperparameters,
-    ) -> RolloutWorkflow:
-        if workflow is None:
-            if reward_fn is None:
-                raise ConfigError("PPOTrainer was given neither a reward_fn nor a workflow: give one of them")
-            limit, rollout = self.config.server.context_length, self.config.rollout
-            workflow = RLVRWorkflow(reward_fn, gconfig, self.tokenizer, config=rollout, context_length=limit)
-        elif callable(workflow):
-            workflow = workflow(gconfig, self.tokenizer)
-        if not isinstance(workflow, RolloutWorkflow):
-            raise ConfigError(
-                f"workflow is a {type(workflow).__name__}; expected arun_episode and close, as in api/protocols.py"
-            )
-        if workflow not in self._workflows:
-            self._workflows.append(workflow)
-        return workflow
-
-    def _make_evaluator(self, reward_fn: RewardFunction | None) -> Evaluator | None:
-        config = self.config
-        if config.valid_dataset is None:
-            return None
-        tasks = load_tasks(config.valid_dataset, self.tokenizer, config.seed, reward_fn)
-        workflow = self._make_workflow(config.eval_gconfig)
-        return Evaluator(config.evaluator, self.folder, self.rollout, workflow, tasks, self.collective)
+        self.workflow = workflow
+        self.loss_fn = loss_fn
 
     def train(self) -> None:
         """Run all steps that are left and write the summary.
@@ -157,74 +107,62 @@ class PPOTrainer:
         within the staleness bound (a named wait of the rollout head). Unblocked by: servers finishing answers, or by
         an error of the rollout head.
         """
-        try:
-            with self.recover.session(self.trained, self.rollout, self.dataloader) as step:
-                self.saver.begin(step, self.recover.epoch, self.trained, self.total_steps)
-                self.actor.upload_weights()
-                if self.evaluator is not None:
-                    self.evaluator.frequency.restart(self.recover.epoch)
-                    if step == 0:
-                        self.evaluator.maybe_evaluate(step, 0)
-                if self.is_head:
-                    self.logger.begin(step)
-                while step < self.total_steps:
-                    self.train_step(step)
-                    step += 1
-                    self.after_step(step)
-            self.finish()
-        finally:
-            self.close()
+        config = self.config
+        with Run(config) as run:
+            workflow = self._workflow(run)  # refuses what is wrong before anything loads
+            held_out_workflow = self._workflow(run, held_out=True) if config.valid_dataset is not None else workflow
+            actor, reference, critic = open_models(run, config, self.loss_fn)
+            rollout = open_rollout(run, config, actor)
+            turns = Turns(rollout, actor, reference, critic)
+            guard = MismatchGuard(config.stats_logger, config.gconfig)
+            tasks = load_tasks(config.train_dataset, run.tokenizer, config.seed, self.reward_fn)
+            dataloader = StatefulDataLoader(tasks, config)
+            evaluate = None
+            if config.valid_dataset is not None:
+                held_out = load_tasks(config.valid_dataset, run.tokenizer, config.seed, self.reward_fn)
+                evaluate = Evaluator(run.folder, rollout, held_out_workflow, held_out, actor.collective).measure
 
-    def train_step(self, step: int) -> None:
-        """One step: a batch, its advantages, the update, and the new weights on the servers."""
-        stats = self.stats
-        timeline.begin_step(step)
-        with stats.timer("step"):
-            with stats.timer("rollout_wait"), self.turns.of_servers():
-                batch = self.rollout.prepare_batch(self.dataloader, self.workflow, self.should_accept)
-            with stats.timer("probe"):
-                stats.update(self.guard.check(step, batch, self.actor, self.rollout))
-            with self.turns.of_trainer():
-                with stats.timer("train"):
-                    if self.actor.needs_prox_logp:
-                        batch.prox_logp = self.actor.compute_logp(batch)
-                    if self.ref is not None:
-                        batch.ref_logp = self.ref_shares.score(batch, self.ref.compute_logp)
-                    if self.critic is not None:
-                        batch.values = self.critic_shares.score(batch, self.critic.compute_values)
-                    self.actor.compute_advantages(batch)
-                    update = self.actor.grpo_update(batch)
-                    if self.critic is not None:
-                        learned = self.critic.ppo_update(self.critic_shares.batch(batch))
-                        stats.update({f"critic_{name}": value for name, value in learned.items()})
-                self.rollout.mark_trained(step, self.actor.untrained)
-                with stats.timer("sync"):
-                    self.actor.upload_weights()  # pauses generation for the swap
-        stats.update(update)
+            run.begin(actor if critic is None else TrainedTogether(actor, critic.critic), dataloader, rollout)
+            actor.upload_weights()
+            stats = run.stats
+            for step in run.steps(evaluate):
+                with stats.timer("rollout_wait"), turns.of_servers():
+                    batch = rollout.prepare_batch(dataloader, workflow, self.should_accept)
+                with stats.timer("probe"):
+                    stats.update(guard.check(step, batch, actor, rollout))
+                with turns.of_trainer():
+                    with stats.timer("train"):
+                        if actor.needs_prox_logp:
+                            batch.prox_logp = actor.compute_logp(batch)
+                        if reference is not None:
+                            batch.ref_logp = reference.compute_logp(batch)
+                        if critic is not None:
+                            batch.values = critic.compute_values(batch)
+                        actor.compute_advantages(batch)
+                        stats.update(actor.grpo_update(batch))
+                        if critic is not None:
+                            stats.update(critic.ppo_update(batch))
+                    rollout.mark_trained(step, actor.untrained)
+                    with stats.timer("sync"):
+                        actor.upload_weights()  # pauses generation for the swap
 
-    def after_step(self, step: int) -> None:
-        """Everything that happens between steps; `step` counts finished ones."""
-        epoch, last = step // self.dataloader.steps_per_epoch, step == self.total_steps
-        with self.stats.timer("save"):
-            self.saver.maybe_save(step, epoch, self.trained, last)
-        if self.evaluator is not None:
-            with self.stats.timer("eval"):
-                result = self.evaluator.maybe_evaluate(step, epoch, last)
-            if result is not None:
-                self.stats.scalar("eval_accuracy", result.accuracy)
-        if self.is_head:
-            self.stats.update(self.rollout.stats())
-            self.logger.commit(step - 1, epoch, self.stats.export(), self.rollout.last_groups, self.tokenizer)
-        self.recover.maybe_save(step, epoch, self.trained, self.rollout, self.dataloader, last)
+    def _workflow(self, run: Run, held_out: bool = False) -> RolloutWorkflow:
+        """What runs the episodes of training tasks, or of `held_out` ones."""
+        workflow = self.workflow
+        if workflow is None:
+            assert self.reward_fn is not None, "the constructor refuses neither of them"
+            return rlvr_workflow(run, self.config, self.reward_fn, held_out)
+        if callable(workflow):
+            workflow = workflow(self.config.eval_gconfig if held_out else self.config.gconfig, run.tokenizer)
+            _check_workflow(workflow)
+        elif held_out:
+            return workflow  # one object for both, closed once
+        return run.closing(workflow)
 
-    def finish(self) -> None:
-        """The summary, the plot, and the table for the person who started the run."""
-        if self.is_head:
-            self.logger.close()
-            report(self.folder)
 
-    def close(self) -> None:
-        self.rollout.destroy()
-        for workflow in self._workflows:
-            workflow.close()
-        self.actor.destroy()
+def _check_workflow(workflow: object) -> None:
+    """Raises ConfigError."""
+    if not isinstance(workflow, RolloutWorkflow):
+        raise ConfigError(
+            f"workflow is a {type(workflow).__name__}; expected arun_episode and close, as in api/workflow.py"
+        )

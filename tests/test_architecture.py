@@ -23,6 +23,7 @@ LEVELS = [
     {"algorithm", "dataset", "kernels", "weights"},
     {"reward", "rollout", "inference", "engine", "launcher"},
     {"workflow", "evaluation", "prove"},
+    {"run"},
     {"cli", "trainer", "supervised"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

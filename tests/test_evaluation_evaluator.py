@@ -15,7 +15,7 @@ from rich.console import Console
 from support.ranks import Alone, Meeting, on_ranks
 
 from arealite.api.atomic import read_jsonl
-from arealite.api.cli_args import EvaluatorConfig, StatsLoggerConfig
+from arealite.api.cli_args import StatsLoggerConfig
 from arealite.api.errors import RewardError
 from arealite.api.types import Group, Task, Trajectory
 from arealite.evaluation.evaluator import Evaluator, mean_and_stderr, pass_at_k
@@ -53,9 +53,9 @@ class Rollout:
         )  # fmt: skip
 
 
-def make(folder, rewards, config=None, collective=None, tasks=TASKS, **rollout):
+def make(folder, rewards, collective=None, tasks=TASKS, **rollout):
     head = Rollout(rewards, **rollout)
-    return Evaluator(config or EvaluatorConfig(), RunFolder(folder), head, None, tasks, collective or Alone()), head
+    return Evaluator(RunFolder(folder), head, None, tasks, collective or Alone()), head
 
 
 def test_errors_are_not_zeros(tmp_path):
@@ -91,20 +91,15 @@ def test_nothing_scored_is_an_error_with_the_reason(tmp_path):
     assert read_evaluations(RunFolder(tmp_path)) == []
 
 
-def test_when_it_evaluates(tmp_path):
-    config = EvaluatorConfig(freq_steps=4)
-    evaluator, head = make(tmp_path, [[1.0]] * 4, config)
-    asked = {step: evaluator.maybe_evaluate(step, 0, last=step == 9) is not None for step in range(10)}
-    assert [step for step, done in asked.items() if done] == [0, 4, 8, 9]
-    assert evaluator.evaluate(9).num_tasks == 4
-    assert head.calls == 4  # the same step is not asked twice
-    quiet, _ = make(tmp_path, [[1.0]] * 4, EvaluatorConfig(at_start=False, at_end=False))
-    assert not any(quiet.maybe_evaluate(step, 0, last=step == 9) for step in range(10))
+def test_the_same_step_is_not_asked_twice(tmp_path):
+    evaluator, head = make(tmp_path, [[1.0]] * 4)
+    assert evaluator.measure(9) == {"accuracy": 1.0} and evaluator.evaluate(9).num_tasks == 4
+    assert head.calls == 1
 
 
 def test_no_tasks_no_result(tmp_path):
     evaluator, head = make(tmp_path, [], tasks=[])
-    assert evaluator.evaluate(0) is None and head.calls == 0
+    assert evaluator.evaluate(0) is None and evaluator.measure(0) == {} and head.calls == 0
 
 
 def test_ranks_wait_in_short_waits_and_get_the_same_result(tmp_path, monkeypatch):

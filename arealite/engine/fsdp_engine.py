@@ -86,7 +86,7 @@ class FSDPEngine:
         self._rollout: InferenceEngine | None = None
         self._link: WeightLink | None = None
         self._sent: WeightUpdateMeta | None = None
-        self._changed_since_sent = False
+        self._changed_since_sent = self._made_group = False
 
     def initialize(self) -> None:
         """Join the ranks, load the model, shard it, make the optimizer."""

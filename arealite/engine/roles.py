@@ -20,6 +20,7 @@ from arealite.engine.checkpoint import attempt, attempt_on_ranks
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.memory import free_bytes
 from arealite.engine.parallel.ranks import RankCollective
+from arealite.engine.ppo.critic import FSDPPPOCritic
 
 T = TypeVar("T")
 SERVER_WORK_BYTES = 4 << 30  # of a GPU: what a server needs for its steps, besides weights and KV cache
@@ -81,15 +82,17 @@ def _by_share(engine: FSDPEngine, value: T) -> list[T]:
 class Turns:
     """Of the trainer and of servers on the same accelerators. Where each has its own, nobody waits."""
 
-    def __init__(self, rollout: InferenceEngine, *engines: FSDPEngine) -> None:
+    def __init__(self, rollout: InferenceEngine, *models: FSDPEngine | OtherShares | None) -> None:
+        """`models`: all that train or score; None is one that the run does not have."""
         self.are_taken = os.environ.get("AREALITE_COLOCATED") == "1"
-        self._rollout, self._engines = rollout, engines if self.are_taken else ()
+        engines = [m.role if isinstance(m, OtherShares) else m for m in models if m is not None]
+        self._rollout, self._engines = rollout, engines if self.are_taken else []
         self._last_room: bool | None = None
 
     @contextmanager
     def of_servers(self) -> Iterator[None]:
         """While servers generate, the engines leave them the memory, unless a GPU has enough for both."""
-        asleep = () if self.are_taken and self._has_room() else self._engines
+        asleep = [] if self.are_taken and self._has_room() else self._engines
         for engine in asleep:
             engine.sleep()
         yield
@@ -115,11 +118,40 @@ class Turns:
             self._rollout.resume()
 
 
+class Reference(OtherShares):
+    """The reference policy, for batches of the actor's shares."""
+
+    def compute_logp(self, batch: Batch) -> np.ndarray:
+        """As FSDPEngine.compute_logp, float32 [T]. Collective."""
+        return self.score(batch, self.role.compute_logp)
+
+
+class Critic(OtherShares):
+    """The value model, for batches of the actor's shares."""
+
+    def __init__(self, actor: FSDPEngine, critic: FSDPPPOCritic) -> None:
+        super().__init__(actor, critic)
+        self.critic = critic
+
+    def compute_values(self, batch: Batch) -> np.ndarray:
+        """As FSDPPPOCritic.compute_values, float32 [T]. Collective."""
+        return self.score(batch, self.critic.compute_values)
+
+    def ppo_update(self, batch: Batch) -> dict[str, float]:
+        """As FSDPPPOCritic.ppo_update; the names of its statistics begin with critic_. Collective."""
+        learned = self.critic.ppo_update(self.batch(batch))
+        return {f"critic_{name}": value for name, value in learned.items()}
+
+
 class TrainedTogether:
     """The actor and its critic as one for checkpoints and recovery points: the critic's part is a folder in it."""
 
     def __init__(self, actor: FSDPEngine, critic: FSDPEngine) -> None:
         self.actor, self.critic = actor, critic
+
+    def plan_steps(self, num_steps: int) -> None:
+        self.actor.plan_steps(num_steps)
+        self.critic.plan_steps(num_steps)
 
     @property
     def collective(self) -> RankCollective:

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from arealite.api.errors import ArealiteError, RewardError
-from arealite.observe.frequency import Frequency
 from arealite.observe.progress import show
 from arealite.observe.reasons import by_kind, last_line
 from arealite.observe.records import EvaluationResult, rollout_rows, write_evaluation
 from arealite.rollout.share import Beat, from_head
 
 if TYPE_CHECKING:
-    from arealite.api.cli_args import EvaluatorConfig
     from arealite.api.protocols import Collective, RolloutWorkflow
     from arealite.api.types import Group, Task
     from arealite.observe.run_folder import RunFolder
@@ -35,22 +33,19 @@ class GroupRunner(Protocol):
 
 
 class Evaluator:
-    """Runs `tasks` with `workflow` (built with eval_gconfig) when it is due.
+    """Runs `tasks` with `workflow` (built with eval_gconfig).
 
     Results are in `evaluation/` of the run folder, so the accuracy before training outlives a restart.
     """
 
     def __init__(
         self,
-        config: EvaluatorConfig,
         folder: RunFolder,
         rollout: GroupRunner,
         workflow: RolloutWorkflow,
         tasks: Sequence[Task],
         collective: Collective,
     ) -> None:
-        self.frequency = Frequency(config)
-        self._config = config
         self._folder = folder
         self._rollout = rollout
         self._workflow = workflow
@@ -58,15 +53,13 @@ class Evaluator:
         self._collective = collective
         self._latest: EvaluationResult | None = None
 
-    def maybe_evaluate(self, step: int, epoch: int, last: bool = False) -> EvaluationResult | None:
-        """Evaluate if it is due after `step` finished steps: by frequency, before the first step (`at_start`), or when
-        this was the `last` one (`at_end`). Collective; None when it was not due."""
-        last = last and self._config.at_end
-        due = self.frequency.due(step, epoch, self._collective, last) if step > 0 else self._config.at_start
-        return self.evaluate(step) if due else None
+    def measure(self, step: int) -> dict[str, float]:
+        """As `evaluate`: the numbers of a training run's metrics, by name."""
+        result = self.evaluate(step)
+        return {} if result is None else {"accuracy": result.accuracy}
 
     def evaluate(self, step: int) -> EvaluationResult | None:
-        """Evaluate now; the result on every rank, None when there are no held-out tasks. Collective.
+        """The result on every rank, None when there are no held-out tasks. Collective.
 
         Asked again after the same step, it returns the result it has: the weights are the same.
 
