@@ -12,8 +12,10 @@ examples/arealite/gsm8k_grpo.py, on every trainer rank:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -75,6 +77,8 @@ class NoRollout:
 AnyOpened = TypeVar("AnyOpened", bound=Opened)
 AnyClosed = TypeVar("AnyClosed", bound=Closed)
 
+logger = logging.getLogger(__name__)
+
 # The held-out numbers of the weights after so many steps, by name; on all ranks.
 Evaluate = Callable[[int], Mapping[str, float]]
 
@@ -108,13 +112,13 @@ class Run:
 
     def open(self, part: AnyOpened, *args: Any) -> AnyOpened:
         """`part.initialize(*args)`; its `destroy` is called at the end of the run, also when this fails."""
-        self._stack.callback(part.destroy)
+        self._stack.push(partial(_end, part.destroy))
         part.initialize(*args)
         return part
 
     def closing(self, part: AnyClosed) -> AnyClosed:
         """`part`, whose `close` is called at the end of the run."""
-        self._stack.callback(part.close)
+        self._stack.push(partial(_end, part.close))
         return part
 
     def begin(self, trained: Trained, dataloader: StatefulDataLoader[Any], rollout: Rollout | None = None) -> None:
@@ -171,3 +175,12 @@ class Run:
             self._logger.close()
             if kind is None:
                 report(self.folder)
+
+
+def _end(end: Callable[[], None], _: object, error: BaseException | None, __: object) -> None:
+    try:
+        end()
+    except Exception:  # of what ends after an error; that error is what the run's owner is to see
+        if error is None:
+            raise
+        logger.warning("at the end of a run that failed", exc_info=True)

@@ -164,5 +164,5 @@ def _check_workflow(workflow: object) -> None:
     """Raises ConfigError."""
     if not isinstance(workflow, RolloutWorkflow):
         raise ConfigError(
-            f"workflow is a {type(workflow).__name__}; expected arun_episode and close, as in api/workflow.py"
+            f"workflow is a {type(workflow).__name__}; expected arun_episode and close, as in api/protocols.py"
         )

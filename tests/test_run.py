@@ -126,7 +126,7 @@ class Spelled(Started):
     example, name = "gsm8k_grpo", "gsm8k/grpo"
     tiny = tuple(word for word in TINY if not word.startswith("valid_dataset"))
     tiny += ("actor.path={model}", "valid_dataset=null", "total_train_steps=2", "allocation_mode=native:d1+fsdp:d1")
-    tiny += ("ref.path={model}", "actor.kl_weight=0.1", "ref.dtype=float32")
+    tiny += ("evaluator.freq_steps=null", "ref.path={model}", "actor.kl_weight=0.1", "ref.dtype=float32")
     tiny += ("critic.path={model}", "critic.dtype=float32", "critic.optimizer.lr=1e-3", "server.context_length=512")
 
 
