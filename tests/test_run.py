@@ -142,5 +142,5 @@ def test_the_spelled_out_loop_has_reference_and_critic(tmp_path, tiny_llama):
         summary = run.succeed()
     steps = [line for line in run.metrics() if "step_s" in line]
     assert summary["steps"] == len(steps) == 2 and run.pids() == {}
-    assert all(line["critic_num_tokens"] == line["num_tokens"] and line["critic_skipped"] == 0 for line in steps)
+    assert all(line["critic_skipped"] == 0 and "critic_explained_variance" in line for line in steps)
     assert all(line["kl"] > 0.01 for line in steps)  # of another model than the policy
