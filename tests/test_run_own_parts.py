@@ -92,7 +92,7 @@ def test_statistics_of_a_workflow_are_logged_and_checked(tmp_path):
 
     with heads(tmp_path) as connect:
         engine = connect()
-        for found, told in (({"x": torch.tensor(3)}, None), ({"x": "many"}, "statistics {'x': 'many'}: could not")):
+        for found, told in (({"x": torch.tensor(3)}, None), ({"x": "many"}, "the statistics {'x': 'many'}: could not")):
             workflow = Episodes(lambda task, tries, found=found: [replace(trajectory(task), statistics=found)])
             (group,) = engine.run_groups([task], workflow)
             (t,) = group.trajectories

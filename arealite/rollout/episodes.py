@@ -80,7 +80,10 @@ def _sound(task: Task, trajectories: list[Trajectory]) -> list[Trajectory]:
             plain: dict[str, Any] = {name: column.tolist() for name, column in (columns | {"loss_mask": mask}).items()}
             plain["reward"] = None if t.reward is None else float(t.reward)
             for name, numbers in (("reward_parts", t.reward_parts), ("statistics", t.statistics)):
-                plain[name] = {str(key): float(value) for key, value in numbers.items()}
+                try:
+                    plain[name] = {str(key): float(value) for key, value in numbers.items()}
+                except (ValueError, TypeError, RuntimeError) as error:
+                    raise ValueError(f"has the {name} {numbers!r}: {error}") from error
         except (ValueError, TypeError, RuntimeError) as error:  # lists in lists, a tensor with a gradient, words
             raise WorkflowError(f"task {task.id} member {t.member} {error}") from error
         sound.append(replace(t, **plain))
