@@ -17,8 +17,8 @@ from arealite.api.types import Batch, Dims
 from arealite.dataset.examples import Example, load_answers, load_preferences, pack_examples
 from arealite.dataset.loader import StatefulDataLoader
 from arealite.engine.fsdp_engine import FSDPEngine
-from arealite.engine.rw.reward_engine import FSDPRWEngine
-from arealite.engine.sft.lm_engine import FSDPLMEngine
+from arealite.engine.rw import FSDPRWEngine
+from arealite.engine.sft import FSDPLMEngine
 from arealite.launcher.allocation import trainer_dims
 from arealite.observe.progress import show
 from arealite.observe.summary import MEASURES

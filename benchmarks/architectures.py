@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from arealite.api.errors import ConfigError
-from arealite.engine.model import load_model
+from arealite.engine.packed_model import load_model
 from arealite.inference.core.served_model import ServedModel
 
 # What the defaults of a class lack, or leave out of what its released models have.

@@ -8,10 +8,12 @@ from support.batches import actor_config, random_batch, share, train_one_step
 from support.layouts import on_ranks
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from arealite.algorithm.losses import Denominators
 from arealite.api.types import Dims
 from arealite.engine import flops
 from arealite.engine.micro_batch import cut
 from arealite.engine.optim import group_of
+from arealite.engine.training_stats import Update, summary
 
 
 def test_flops_are_counted_by_hand(tiny_llama):
@@ -45,9 +47,11 @@ def test_windows_frozen_weights_and_experts_count_for_what_they_do():
 
 
 def test_speed_and_peaks(monkeypatch):
-    updates = [{"num_flops": 3e12, "num_sequence_tokens": 100.0}, {"num_flops": 1e12, "num_sequence_tokens": 50.0}]
-    assert flops.speed(updates, 2.0, 1e12, 4) == {"train_tokens_per_s": 75.0, "mfu": 0.5}
-    assert flops.speed(updates, 2.0, None, 4) == {"train_tokens_per_s": 75.0}
+    counts = [{"num_flops": 3e12, "num_sequence_tokens": 100.0}, {"num_flops": 1e12, "num_sequence_tokens": 50.0}]
+    updates = [Update(0.0, 0.0, 0.0, False, Denominators(1, 1), each) for each in counts]
+    told = summary(updates, 2.0, 1e12, 4)
+    assert (told["train_tokens_per_s"], told["mfu"], told["update_s"]) == (75.0, 0.5, 2.0)
+    assert "mfu" not in summary(updates, 2.0, None, 4)
     for name, peak in (
         ("NVIDIA H200", 989e12),
         ("NVIDIA L40S", 362e12),

@@ -21,7 +21,7 @@ from support.layouts import on_ranks
 from arealite.api.cli_args import GenerationHyperparameters, LoRAConfig, OptimizerConfig, StatsLoggerConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
-from arealite.engine.micro_batch import cut, idle, part
+from arealite.engine.micro_batch import cut, idle, places_of
 from arealite.engine.parallel.spread import check_supported
 from arealite.weights.handshake import MismatchGuard
 
@@ -283,7 +283,7 @@ def test_places_split_a_micro_batch():
     for micro in [*cut(whole, 24, torch.device("cpu")), idle(torch.device("cpu"))]:
         assert len(micro.tokens) <= 24
         for num_places in (1, 2, 3, 8):
-            parts = [part(micro, place, num_places) for place in range(num_places)]
+            parts = [places_of(micro, place, num_places) for place in range(num_places)]
             assert len({p.nodes.stop - p.nodes.start for p in parts}) == 1
             assert torch.equal(torch.cat([micro.predicting[p.rows] for p in parts]), micro.predicting)
             assert torch.equal(torch.cat([micro.targets[p.pairs] for p in parts]), micro.targets)

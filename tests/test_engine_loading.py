@@ -25,7 +25,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from arealite.api.errors import ConfigError
 from arealite.engine.loading import Checkpoint, build_model, materialize
-from arealite.engine.model import load_model
+from arealite.engine.packed_model import load_model
 from arealite.models.opening import open_config
 
 SIZES = {

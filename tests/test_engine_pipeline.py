@@ -190,7 +190,7 @@ def stall(rank, folder, kind):
     actor = make(folder, Dims(p=2), collective_timeout_s=3.0)
     mine = share_of(actor)
 
-    def loss_fn(micro, logp, entropy):
+    def loss_fn(micro, logp, entropy, over):
         if kind == "fails":
             raise ConfigError("no such loss")
         time.sleep(5)

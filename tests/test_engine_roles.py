@@ -27,8 +27,8 @@ from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.ppo.critic import FSDPPPOCritic
 from arealite.engine.roles import OtherShares, TrainedTogether, Turns
-from arealite.engine.rw.reward_engine import FSDPRWEngine
-from arealite.engine.sft.lm_engine import FSDPLMEngine
+from arealite.engine.rw import FSDPRWEngine
+from arealite.engine.sft import FSDPLMEngine
 
 
 @pytest.fixture(autouse=True)

@@ -185,14 +185,14 @@ def test_in_bf16_pieces_and_decoded_tokens_give_the_trainers_logprobs(smollm2: s
     """The same products and roundings by the kernels: what is left is the order of the vocabulary's sum."""
     from arealite.algorithm.packing import prefix_tree
     from arealite.engine.attention import ATTENTION, Layout
-    from arealite.engine.model import PackedLanguageModel
+    from arealite.engine.packed_model import PackedModel
 
     model = served(Path(smollm2), torch.bfloat16)
     rows = [tokens_of(seed, 70) for seed in range(4)]
     passes = [[(0, 70), (1, 30), (2, 50)], [(1, 39), (3, 64), (2, 1)], *[[(3, 1), (2, 1)]] * 6, [(2, 13), (1, 1)]]
     hidden = in_passes(model, passes, rows)
     trainer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16, attn_implementation=ATTENTION)
-    PackedLanguageModel(trainer, 16)  # which replaces its modules
+    PackedModel(trainer)  # which replaces its modules
     for row, states in zip(rows, hidden, strict=True):
         tree = prefix_tree([np.asarray(row)])
         with torch.inference_mode():

@@ -31,7 +31,7 @@ from transformers import (
 from arealite.algorithm.packing import prefix_tree
 from arealite.engine.attention import ATTENTION, Layout
 from arealite.engine.logprobs import token_logprobs
-from arealite.engine.model import PackedLanguageModel
+from arealite.engine.packed_model import PackedModel
 from arealite.inference.core.cache import PAGE_TOKENS, pages_for
 from arealite.inference.core.sampler import sample, uniform_numbers
 from arealite.inference.core.sequence import Sequence, Span
@@ -294,7 +294,7 @@ def test_server_and_trainer_have_the_same_logprobs(
     served_logprobs = logits_of(folder).float().log_softmax(-1)[:-1]
     tokens = [(7 * t) % 250 for t in range(50)]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=ATTENTION)
-    PackedLanguageModel(model, chunk=16)  # which replaces its modules
+    PackedModel(model)  # which replaces its modules
     tree = prefix_tree([np.arange(3, 120), np.array(tokens)])
     ids, positions = (torch.from_numpy(x)[None] for x in (tree.tokens, tree.depth))
     with torch.no_grad():

@@ -5,11 +5,10 @@ import re
 import pytest
 import torch
 from test_engine_loading import EXPERTS, SIZES
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from arealite.api.errors import ConfigError
-from arealite.engine.model import load_model
-from arealite.engine.value_model import load_value_model
+from arealite.engine.packed_model import LANGUAGE, REWARD, VALUE, load_model
 from arealite.inference.core.served_model import check_architecture
 
 WINDOW = {"sliding_window": 64}
@@ -34,7 +33,7 @@ WRONG = {
     "deepseek_v3": (LATENT | {"v_head_dim": 8, "n_routed_experts": 8, "n_group": 2}, "fails there|one shape"),
 }  # fmt: skip
 
-HEADS = {"critic": AutoModelForTokenClassification, "reward": AutoModelForSequenceClassification}
+HEADS = {"trainer": LANGUAGE, "critic": VALUE, "reward": REWARD}
 
 
 def save_config(folder, kind, changes) -> str:
@@ -46,18 +45,16 @@ def save_config(folder, kind, changes) -> str:
 
 def open_as(who: str, folder: str) -> None:
     """What trainer, critic or server find out about a folder before they read weights."""
-    if who == "trainer":
-        load_model(folder)
-    elif who in HEADS:
-        load_value_model(folder, HEADS[who])
+    if who in HEADS:
+        load_model(folder, HEADS[who])
     else:
         check_architecture(AutoConfig.from_pretrained(folder), folder, None, False, torch.bfloat16, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("who", ["trainer", *HEADS, "server"])
+@pytest.mark.parametrize("who", [*HEADS, "server"])
 def test_right_architectures_are_accepted(tmp_path, who):
     for kind, changes in RIGHT.items():
-        if who not in HEADS or kind in ("llama", "qwen3", "mistral"):
+        if who not in ("critic", "reward") or kind in ("llama", "qwen3", "mistral"):
             open_as(who, save_config(tmp_path / kind, kind, changes))
 
 

@@ -1,6 +1,6 @@
 """Attention over a prefix tree of packed sequences, plugged into transformers under the name ATTENTION.
 
-Called by the layers of the Hugging Face model; engine/model.py passes the `Layout` through the model's keyword
+Called by the layers of the Hugging Face model; engine/packed_model.py passes the `Layout` through the model's keyword
 arguments. No T x T mask exists at any time.
 """
 
@@ -267,7 +267,7 @@ def tree_attention(
     Raises:
         ConfigError: the model's attention is of a kind that this function does not compute.
     """
-    assert tree_layout is not None, "the model is called through engine/model.py, which passes the layout"
+    assert tree_layout is not None, "the model is called through engine/packed_model.py, which passes the layout"
     if softcap is not None or s_aux is not None:
         raise ConfigError(
             f"{type(module).__name__} uses attention soft-capping or sinks, which packed training does not compute yet;"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -80,18 +79,3 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         matmul(square, square)
         times_s.append(time.perf_counter() - start)
     return 2 * MEASURED_SIZE**3 / min(times_s)
-
-
-def speed(
-    updates: Iterable[Mapping[str, float]], took_s: float, peak: float | None, num_ranks: int
-) -> dict[str, float]:
-    """`train_tokens_per_s`: tokens of the trained sequences, prompts included, however often they are shared; `mfu`:
-    FLOPs over what `num_ranks` devices of `peak` FLOP/s could have done, left out where that is unknown.
-
-    `updates`: statistics of the optimiser updates made in `took_s` seconds.
-    """
-    updates = list(updates)
-    found = {"train_tokens_per_s": sum(u["num_sequence_tokens"] for u in updates) / took_s}
-    if peak is not None:
-        found["mfu"] = sum(u["num_flops"] for u in updates) / (took_s * peak * num_ranks)
-    return found

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import random
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import TrainEngineConfig
@@ -23,16 +22,24 @@ from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Batch, Dims, WeightUpdateMeta
 from arealite.engine import export, state
 from arealite.engine.determinism import be_deterministic
-from arealite.engine.flops import ModelFlops, peak_flops, speed
+from arealite.engine.flops import ModelFlops, peak_flops
 from arealite.engine.loading import Checkpoint, materialize
 from arealite.engine.lora import add_adapters, base_name, file_name, freeze
 from arealite.engine.memory import CPU, Placement, checkpoint_activations, wait_for
-from arealite.engine.micro_batch import MicroBatch, check_tokens, cut, idle
-from arealite.engine.model import PackedLanguageModel, PackedModel, load_model
-from arealite.engine.optim import RoundingWatch, clip_gradients, gradient_norms, learning_rate, make_optimizer
-from arealite.engine.parallel.pipeline import Runner, add_tied_gradients, from_last_stage, over_stages, split_stages
+from arealite.engine.micro_batch import MicroBatch, check_tokens, columns_of, count_loss, cut, idle
+from arealite.engine.optim import (
+    RoundingWatch,
+    clip_gradients,
+    gradient_norms,
+    learning_rate,
+    make_optimizer,
+    not_finite,
+)
+from arealite.engine.packed_model import LANGUAGE, Head, PackedModel, load_model, zero_new_head
+from arealite.engine.parallel.pipeline import Runner, from_last_stage, over_stages, split_stages, with_tied_sum
 from arealite.engine.parallel.ranks import RankCollective, RankMesh, join_ranks, pick_device
 from arealite.engine.parallel.spread import parallelize
+from arealite.engine.training_stats import Update, summary
 from arealite.models.fetch import resolve_model
 from arealite.observe import waits
 from arealite.observe.timeline import span
@@ -42,20 +49,10 @@ from arealite.weights.link import WeightLink
 
 logger = logging.getLogger(__name__)
 
-# (micro-batch, what the model's head returns: logp [P], entropy [R]) -> (loss, statistics). Over micro-batches and
-# ranks statistics are added up; of those whose name ends in _max the largest is taken.
+# (micro-batch, *what the model's head says of its tokens [P], over=counts of all ranks, **columns [P]) -> (loss,
+# statistics). Over micro-batches and ranks statistics are added up; of those whose name ends in _max the largest is
+# taken. It is asked about micro-batches with tokens only.
 LossFn = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one optimiser update did, the same on all ranks."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    skipped: bool
-    statistics: dict[str, float]
 
 
 class FSDPEngine:
@@ -65,23 +62,30 @@ class FSDPEngine:
     """
 
     collective: RankCollective
-    other_heads: tuple[str, ...] = ()  # patterns of tensors that only one of checkpoint and model may have
-    keep_groups = False  # whether a group must be in one micro-batch
-    updates_per_step = 1
 
-    def __init__(self, config: TrainEngineConfig, trainable: bool = True, dims: Dims | None = None) -> None:
-        """`dims`: how the model is spread over the ranks; over all of them by data if not given."""
-        self.config = config
-        self._dims = dims
-        self.trainable = trainable
+    def __init__(
+        self,
+        config: TrainEngineConfig,
+        trainable: bool = True,
+        dims: Dims | None = None,
+        head: Head = LANGUAGE,
+        updates_per_step: int = 1,
+        keep_groups: bool = False,
+    ) -> None:
+        """`dims`: how the model is spread over the ranks; over all of them by data if not given. `keep_groups`: whether
+        a group must be in one micro-batch."""
+        if head is not LANGUAGE and config.lora is not None:
+            raise ConfigError("lora is given for a model with a value head, which needs all of its weights: remove it")
+        self.config, self.trainable, self._dims = config, trainable, dims
+        self.head, self.updates_per_step, self._keep_groups = head, updates_per_step, keep_groups
         self.dtype: torch.dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
         self.temperature: float = 1.0 if config.temperature is None else config.temperature
         if not self.temperature > 0:
             raise ConfigError("actor.temperature is 0: greedy answers have no logprobs to train on; set it above 0")
         self.version = 0
         self.num_updates = 0  # optimiser updates applied
-        self._planned_steps: int | None = None
         self._num_bad_updates = 0  # in a row
+        self._planned_steps: int | None = None
         self._adapter: dict[str, Any] | None = None  # LoRA: what PEFT's adapter_config.json says
         self._rollout: InferenceEngine | None = None
         self._link: WeightLink | None = None
@@ -102,8 +106,8 @@ class FSDPEngine:
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(config.seed + self.collective.rank)
         self.folder = resolve_model(config.path)
-        self.hf_model = self._build_model()
-        self._checkpoint = Checkpoint(self.folder, self.hf_model, self.other_heads)
+        self.hf_model = load_model(self.folder, self.head)
+        self._checkpoint = Checkpoint(self.folder, self.hf_model, self.head.may_lack)
         if not self.trainable or config.lora is not None:
             freeze(self.hf_model, self.dtype)
         if self.trainable and config.lora is not None:
@@ -112,26 +116,21 @@ class FSDPEngine:
         self._num_embeddings = int(self.hf_model.get_input_embeddings().weight.shape[0])
         self._tied = split_stages(self.hf_model, self.mesh)
         checkpoint_activations(self.hf_model, config.gradient_checkpointing if self.trainable else "none")
-        self.model = self._packed_model()
+        self.model = PackedModel(self.hf_model, self.head, config.logprob_chunk_tokens, self.mesh)
         self._runner = Runner(self.model, self.mesh, self.collective, self.dtype)
         self.model._apply(lambda t: t if t.is_meta else t.to(self.device))  # buffers, adapters
         is_offloaded = config.offload == "all"
         self._sharded = parallelize(self.model, self.hf_model, self.mesh, self.dtype, is_offloaded)
         materialize(self.model, CPU if is_offloaded else self.device)
-        tensors = self.hf_model.state_dict(keep_vars=True)
-        self._checkpoint.load({base_name(name): tensor for name, tensor in tensors.items()})
+        self._checkpoint.load({base_name(name): t for name, t in self.hf_model.state_dict(keep_vars=True).items()})
+        if self.head is not LANGUAGE:
+            zero_new_head(self.hf_model, self._checkpoint)
         # Taken here, because modules hold the gathered compute copies instead between the passes.
         # Those that are trained: with LoRA, the adapters alone.
         self._parameters = {n: p for n, p in self.hf_model.named_parameters() if p.requires_grad == self.trainable}
         self.optimizer = make_optimizer(self._parameters.values(), config.optimizer) if self.trainable else None
         self._rounding = RoundingWatch(self._parameters.values(), self.dtype)
         self._placement = Placement(self.model, self.optimizer, self.device, config.offload)
-
-    def _build_model(self) -> Any:
-        return load_model(self.folder)
-
-    def _packed_model(self) -> PackedModel:
-        return PackedLanguageModel(self.hf_model, self.config.logprob_chunk_tokens, self.mesh)
 
     def destroy(self) -> None:
         """Release shared memory and leave the ranks."""
@@ -163,8 +162,39 @@ class FSDPEngine:
             out[at] = scores.cpu().numpy()
         return from_last_stage(out, self.mesh, self.collective)
 
-    def update(self, batch: Batch, loss_fn: LossFn) -> Update:
-        """One optimiser update with the sum of `loss_fn` over all micro-batches of all ranks.
+    def compute_values(self, batch: Batch) -> np.ndarray:
+        """float32 [T], of a model with a value head: for each loss token the value of what stands before it; 0
+        elsewhere. Collective."""
+        return self._score(batch, 1.0, "compute_values")
+
+    def learn(
+        self,
+        batch: Batch,
+        loss_fn: LossFn,
+        columns: tuple[str, ...] = (),
+        note: Callable[[Batch, Update | None], None] = lambda part, update: None,
+    ) -> tuple[dict[str, float], list[Update]]:
+        """A step of `updates_per_step` updates, each on its own groups; then the weights are another version.
+
+        `note` hears of each part of the batch, and of its update if it has tokens in the loss. Returns the summary, and
+        the updates. Collective. Raises as `update`.
+        """
+        started = time.perf_counter()
+        part_of = batch.group_ids * self.updates_per_step // max(batch.num_groups, 1)
+        updates: list[Update] = []
+        for index in range(self.updates_per_step):
+            part = batch.select(np.flatnonzero(part_of == index))
+            update = self.update(part, loss_fn, columns)
+            updates += [] if update is None else [update]
+            note(part, update)
+        self.version += 1
+        took_s, peak = time.perf_counter() - started, peak_flops(self.device, self.dtype)
+        return summary(updates, took_s, peak, self.collective.world_size), updates
+
+    def update(self, batch: Batch, loss_fn: LossFn, columns: tuple[str, ...] = ()) -> Update | None:
+        """One optimiser update with the sum of `loss_fn` over all micro-batches of all ranks; None, and no update,
+        where no token of any rank is in the loss. `columns`: names of the batch's arrays that `loss_fn` is given, as
+        float32 [P] (None where the batch has none), those of sequences for each of their tokens.
 
         A NaN or infinite loss or gradient on any rank skips the update on all, with a warning that says where.
 
@@ -172,28 +202,34 @@ class FSDPEngine:
             NumericalError: as many updates in a row as `max_bad_steps` steps have were skipped.
         """
         assert self.optimizer is not None, "the engine was made with trainable=False"
+        over = count_loss(batch, self.collective)
+        if not over.num_tokens:
+            return None
         lr = learning_rate(self.config.optimizer, self.num_updates, self._planned_steps, self.updates_per_step)
-        columns: dict[str, list[torch.Tensor]] = defaultdict(list)
+        told: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-        def compute(micro: MicroBatch, *found: torch.Tensor) -> torch.Tensor:
-            loss, parts = loss_fn(micro, *found)
+        def compute(micro: MicroBatch, *scores: torch.Tensor) -> torch.Tensor:
+            if len(micro.at):
+                loss, parts = loss_fn(micro, *scores, over=over, **columns_of(batch, columns, micro, self.device))
+            else:  # an idle rank, which takes part in the backward pass all the same
+                loss, parts = scores[0].sum(), {}
             for name, value in {"loss": loss, **parts}.items():
-                columns[name].append(value.detach())
+                told[name].append(value.detach())
             return loss
 
         micro_batches = self._micro_batches(batch, "update")
         self._runner.run(micro_batches, self.temperature, compute, "update")
         flops = [self._flops.count(micro) for micro in micro_batches]
         for name, value in (("num_flops", sum(flops)), ("num_sequence_tokens", len(batch.tokens))):
-            columns[name].append(torch.tensor(value, dtype=torch.float64))
-        statistics = self.collective.reduce_columns(columns)
+            told[name].append(torch.tensor(value, dtype=torch.float64))
+        statistics = self.collective.reduce_columns(told)
         loss_sum = statistics.pop("loss")
         with self.collective.computing("update"):
-            norms = self._gradient_norms()
+            norms = gradient_norms(with_tied_sum(self._parameters, self._tied, self.mesh), self.device)
         norm = math.hypot(*norms.values())
         skipped = not (math.isfinite(loss_sum) and math.isfinite(norm))
         if skipped:
-            self._skip(batch, micro_batches, [float(x) for x in columns["loss"]], loss_sum, norm)
+            self._skip(batch, micro_batches, [float(x) for x in told["loss"]], loss_sum, norm)
         else:
             self._num_bad_updates = 0
             clip_gradients(self._parameters.values(), self.config.optimizer.max_grad_norm, norm)
@@ -208,43 +244,13 @@ class FSDPEngine:
         for module in self._sharded:
             module.reshard()  # the compute copies are of the old weights
         statistics |= {f"grad_norm_{group}": value for group, value in norms.items()}
-        return Update(loss_sum, norm, lr, skipped, statistics)
-
-    def speed(self, updates: list[Update], took_s: float) -> dict[str, float]:
-        """Tokens per second and MFU of updates that took `took_s` seconds together; see flops.py."""
-        peak = peak_flops(self.device, self.dtype)
-        return speed([update.statistics for update in updates], took_s, peak, self.collective.world_size)
-
-    def count_tokens(self, batch: Batch) -> int:
-        """Loss tokens of all ranks. Collective."""
-        return int(self.collective.reduce(torch.tensor([int(batch.loss_mask.sum())]), "sum"))
-
-    def summary(self, updates: list[Update], update_s: float) -> dict[str, float]:
-        """What there is to say of every kind of update: means over those that were applied, and the speed."""
-        counted = [u for u in updates if not u.skipped] or updates
-        stats = {"skipped": float(all(u.skipped for u in updates)), "lr": updates[-1].lr if updates else 0.0}
-        stats["num_skipped_updates"] = float(sum(u.skipped for u in updates))
-        columns = {"loss": [u.loss for u in counted], "grad_norm": [u.grad_norm for u in counted]}
-        for name in sorted({name for u in counted for name in u.statistics if name.startswith("grad_norm_")}):
-            columns[name] = [u.statistics.get(name, 0.0) for u in counted]
-        stats |= {name: sum(values) / max(len(values), 1) for name, values in columns.items()}
-        return {**stats, **self.speed(updates, update_s), "update_s": update_s}
-
-    def _gradient_norms(self) -> dict[str, float]:
-        """Of the whole model, by group of parameters. The gradients of a tied weight that two stages have become their
-        sum, and count once."""
-        counted = self._parameters
-        if self._tied in counted:
-            add_tied_gradients(counted[self._tied], self.mesh)
-            if self.mesh.is_last_stage:
-                counted = {name: p for name, p in counted.items() if name != self._tied}
-        return gradient_norms(counted, self.device)
+        return Update(loss_sum, norm, lr, skipped, over, statistics)
 
     def _micro_batches(self, batch: Batch, what: str) -> list[MicroBatch]:
         """This rank's micro-batches, filled up with idle ones to the largest number on any rank, and to one."""
         self.collective.barrier(what)
         check_tokens(batch, self._num_embeddings, self.folder)
-        own = cut(batch, self.config.max_tokens_per_mb, self.device, self.config.share_prompts, self.keep_groups)
+        own = cut(batch, self.config.max_tokens_per_mb, self.device, self.config.share_prompts, self._keep_groups)
         most = int(self.collective.reduce(torch.tensor([max(len(own), 1)]), "max"))
         return own + [idle(self.device) for _ in range(most - len(own))]
 
@@ -258,15 +264,11 @@ class FSDPEngine:
         if bad is not None:
             tasks = sorted({batch.task_ids[s] for s in micro_batches[bad].sequences})
             where = [f"loss of micro-batch {bad} of {len(losses)} (tasks {', '.join(tasks[:8])}) is {losses[bad]}"]
-        tensors = [(f"weight {name}", p.detach()) for name, p in self._parameters.items()]
-        tensors += [(f"gradient of {name}", p.grad) for name, p in self._parameters.items() if p.grad is not None]
-        shards = ((what, t.to_local()) for what, t in tensors if isinstance(t, DTensor))
-        where += [f"{what} is not finite" for what, shard in shards if not bool(shard.isfinite().all())][:2]
-        found = self.collective.gather("; ".join(where))
+        by_rank = self.collective.gather("; ".join(where + not_finite(self._parameters)[:2]))
         told = (
             f"update {self.num_updates} skipped on all ranks ({self._num_bad_updates} in a row): "
             f"{'gradient' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})"
-        ) + "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(found) if text)
+        ) + "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(by_rank) if text)
         if self.collective.rank == 0:
             logger.warning(told)
         if self._num_bad_updates >= self.config.max_bad_steps * self.updates_per_step:

@@ -1,6 +1,6 @@
 """A model built without memory for its weights, and a checkpoint from which each rank reads just its own shards.
 
-Called by engine/model.py, which builds, and by engine/fsdp_engine.py, which fills the model once it is spread.
+Called by engine/packed_model.py, which builds, and by engine/fsdp_engine.py, which fills the model once it is spread.
 """
 
 from __future__ import annotations

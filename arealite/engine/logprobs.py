@@ -1,4 +1,4 @@
-"""Logprobs of given tokens straight from hidden states, never a [tokens, vocabulary] array. For engine/model.py."""
+"""Logprobs of given tokens straight from hidden states, never a [tokens, vocabulary] array. For packed_model.py."""
 
 from __future__ import annotations
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from arealite.algorithm.losses import Denominators
 from arealite.algorithm.packing import PrefixTree, micro_batches, prefix_tree
 from arealite.api.errors import ConfigError
-from arealite.api.types import Batch
+from arealite.api.types import PER_SEQUENCE, Batch
 from arealite.engine.attention import Layout
 from arealite.engine.memory import on_device
+from arealite.engine.parallel.ranks import RankCollective
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Part:
+class Places:
     """What one of several token places computes of a micro-batch."""
 
     nodes: slice  # of its S nodes, as if padded to a multiple of the number of places
@@ -38,17 +41,17 @@ class Part:
     pairs: slice  # of `targets`
 
 
-def part(micro: MicroBatch, place: int, num_places: int) -> Part:
+def places_of(micro: MicroBatch, place: int, num_places: int) -> Places:
     """Places hold equally many nodes, in order; each predicts where its nodes do."""
     if num_places == 1:
-        return Part(slice(0, len(micro.tokens)), slice(0, len(micro.predicting)), slice(0, len(micro.targets)))
+        return Places(slice(0, len(micro.tokens)), slice(0, len(micro.predicting)), slice(0, len(micro.targets)))
     width = -(-len(micro.tokens) // num_places)
     nodes = slice(place * width, (place + 1) * width)
     edges = micro.predicting.new_tensor([nodes.start, nodes.stop])
     rows = torch.searchsorted(micro.predicting, edges)
     pairs = torch.searchsorted(micro.row_of, rows)
     (first, last), (begin, end) = torch.stack([rows, pairs]).tolist()
-    return Part(nodes, slice(first, last), slice(begin, end))
+    return Places(nodes, slice(first, last), slice(begin, end))
 
 
 def check_tokens(batch: Batch, num_embeddings: int, model: str) -> None:
@@ -70,12 +73,10 @@ def cut(
     micro-batch is computed once, unless `share_prompts` is off. `keep_groups`: a group is in one micro-batch, whatever
     its size.
     """
-    inputs: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
+    wanted: list[np.ndarray] = []
     chosen: list[int] = []
     for i in range(batch.num_sequences):
-        begin, end = int(batch.cu_seqlens[i]), int(batch.cu_seqlens[i + 1])
-        positions = np.flatnonzero(batch.loss_mask[begin:end])
+        positions = np.flatnonzero(batch.loss_mask[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]])
         if not len(positions):
             continue
         if positions[0] == 0:
@@ -83,50 +84,72 @@ def cut(
                 f"task {batch.task_ids[i]}: the first token is marked as generated, but nothing predicts it"
             )
         chosen.append(i)
-        inputs.append(batch.tokens[begin : begin + positions[-1]])
-        targets.append(positions)
-    out = []
-    for members in micro_batches(inputs, batch.group_ids[chosen], capacity, share_prompts, keep_groups):
-        tree = prefix_tree([inputs[m] for m in members], share_prompts)
-        sequences = np.asarray([chosen[m] for m in members])
-        wanted = [targets[members[m]] for m in tree.order]
-        # For every loss token: the node that predicts it, its place in the batch, its sequence; by ascending node.
-        nodes = np.concatenate([path[positions - 1] for path, positions in zip(tree.paths, wanted, strict=True)])
-        owner = np.repeat(tree.order, [len(positions) for positions in wanted])
-        at = batch.cu_seqlens[sequences[owner]] + np.concatenate(wanted)
-        by_node = np.argsort(nodes, kind="stable")
-        out.append(_assemble(batch.tokens, tree, nodes[by_node], at[by_node], sequences, owner[by_node], device))
-    return out
+        wanted.append(positions)
+    begins, sequences = batch.cu_seqlens[chosen], np.asarray(chosen, np.int64)
+    inputs = [batch.tokens[b : b + positions[-1]] for b, positions in zip(begins, wanted, strict=True)]
+    parts = micro_batches(inputs, batch.group_ids[chosen], capacity, share_prompts, keep_groups)
+    return [
+        assemble(batch.tokens, begins[m], [wanted[i] for i in m], sequences[m], device, share_prompts) for m in parts
+    ]
+
+
+def count_loss(batch: Batch, ranks: RankCollective) -> Denominators:
+    """Tokens in the loss and sequences that have any, of all ranks. Collective."""
+    owner = np.repeat(np.arange(batch.num_sequences), batch.lengths)
+    counts = torch.tensor([int(batch.loss_mask.sum()), len(np.unique(owner[batch.loss_mask]))])
+    return Denominators(*ranks.reduce(counts, "sum").tolist())
+
+
+def columns_of(
+    batch: Batch, names: Sequence[str], micro: MicroBatch, device: torch.device
+) -> dict[str, torch.Tensor | None]:
+    """The batch's arrays of these names at the micro-batch's loss tokens, float32 [P] on `device`, of those by sequence
+    the sequence's; None where the batch has none."""
+    present: dict[str, np.ndarray] = {}
+    for name in names:
+        if (values := getattr(batch, name)) is not None:
+            values = np.repeat(values, batch.lengths) if name in PER_SEQUENCE else values
+            present[name] = values[micro.at].astype(np.float32, copy=False)
+    rows = on_device(np.stack(list(present.values())), device) if present else ()  # one copy
+    return dict.fromkeys(names) | dict(zip(present, rows, strict=True))
 
 
 def idle(device: torch.device) -> MicroBatch:
     """A micro-batch that asks for nothing: a rank without work takes part in the others' collectives with it."""
     none = np.zeros(0, np.int64)
-    return _assemble(none, prefix_tree([np.zeros(1, np.int64)]), none, none, none, none, device)
+    return _on(device, none, prefix_tree([np.zeros(1, np.int64)]), none, none, none, none)
 
 
-def _assemble(
-    all_tokens: np.ndarray,
+def assemble(
+    tokens: np.ndarray,
+    begins: np.ndarray,
+    wanted: list[np.ndarray],
+    sequences: np.ndarray,
+    device: torch.device,
+    share: bool = True,
+) -> MicroBatch:
+    """One micro-batch: of the sequences that begin at `begins` [n] in `tokens` [T] the tokens at the positions `wanted`
+    (n arrays, ascending, from 1 in each sequence). `sequences` [n]: what they are called."""
+    tree = prefix_tree([tokens[b : b + positions[-1]] for b, positions in zip(begins, wanted, strict=True)], share)
+    in_order = [wanted[i] for i in tree.order]
+    # For every loss token: the node that predicts it, its place in the batch, its sequence; by ascending node.
+    nodes = np.concatenate([path[positions - 1] for path, positions in zip(tree.paths, in_order, strict=True)])
+    owner = np.repeat(tree.order, [len(positions) for positions in in_order])
+    at = begins[owner] + np.concatenate(in_order)
+    by_node = np.argsort(nodes, kind="stable")
+    return _on(device, tokens, tree, nodes[by_node], at[by_node], sequences, owner[by_node])
+
+
+def _on(
+    device: torch.device,
+    tokens: np.ndarray,
     tree: PrefixTree,
     nodes: np.ndarray,
     at: np.ndarray,
     sequences: np.ndarray,
     sequence_of: np.ndarray,
-    device: torch.device,
 ) -> MicroBatch:
     predicting, row_of = np.unique(nodes, return_inverse=True)
-
-    def tensor(x: np.ndarray) -> torch.Tensor:
-        return on_device(x, device)
-
-    return MicroBatch(
-        tokens=tensor(tree.tokens),
-        positions=tensor(tree.depth),
-        layout=Layout(tree, device),
-        predicting=tensor(predicting),
-        row_of=tensor(row_of),
-        targets=tensor(all_tokens[at]),
-        at=at,
-        sequences=sequences,
-        sequence_of=tensor(sequence_of),
-    )
+    arrays = (tree.tokens, tree.depth, predicting, row_of, tokens[at], sequence_of)
+    inputs, positions, predicted, rows, targets, owners = (on_device(x, device) for x in arrays)
+    return MicroBatch(inputs, positions, Layout(tree, device), predicted, rows, targets, at, sequences, owners)

@@ -144,6 +144,14 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: fl
         torch._foreach_mul_([_local(p.grad) for p in parameters if p.grad is not None], scale)
 
 
+def not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Which weights and gradients of this rank's shards are not, in words."""
+    tensors = [(f"weight {name}", p.detach()) for name, p in parameters.items()]
+    tensors += [(f"gradient of {name}", p.grad) for name, p in parameters.items() if p.grad is not None]
+    shards = ((what, t.to_local()) for what, t in tensors if isinstance(t, DTensor))
+    return [f"{what} is not finite" for what, shard in shards if not bool(shard.isfinite().all())]
+
+
 class RoundingWatch:
     """Looks at the first few of every tensor's weights on this rank, and says once if an update does not show in
     `dtype`, in which they compute, are served and saved."""

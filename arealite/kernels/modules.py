@@ -1,6 +1,6 @@
 """Norms, gated units, attention layers and linear layers of Hugging Face modules, each replaced by calls of kernels.
 
-Called by inference/core/served_model.py and engine/model.py. A module is changed only if a probe on random numbers
+Called by core/served_model.py and engine/packed_model.py. A module is changed only if a probe on random numbers
 shows that it computes the same, to a bf16's rounding; any other is left alone, and so is whatever is no bf16 on their
 device.
 """

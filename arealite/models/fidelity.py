@@ -1,6 +1,6 @@
 """Whether a packed pass computes what plain Hugging Face does, tried on a tiny random model of the same architecture.
 
-Called by engine/model.py and inference/core/served_model.py before weights are loaded: what they would compute wrong is
+Called by engine/packed_model.py and core/served_model.py before weights are loaded: what they would compute wrong is
 refused there, with the reason. The tiny model has the classes and flags of the real one (kinds of layers, windows,
 scalings, norms, ropes), but few and narrow layers, and windows shorter than the sequences that are tried.
 """

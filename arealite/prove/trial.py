@@ -9,21 +9,16 @@ from __future__ import annotations
 import sys
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from arealite.api.errors import ConfigError
-from arealite.engine.model import load_model
-from arealite.engine.value_model import load_value_model
+from arealite.engine.packed_model import LANGUAGE, REWARD, load_model
 from arealite.inference.core.served_model import check_architecture
 from arealite.models.opening import open_config
 
 
 def main(path: str, kind: str, dtype: str = "") -> None:
     """Raises ConfigError."""
-    if kind == "rw":
-        load_value_model(path, AutoModelForSequenceClassification)
-    else:
-        load_model(path)
+    load_model(path, REWARD if kind == "rw" else LANGUAGE)
     if dtype:
         check_architecture(open_config(path), path, None, False, getattr(torch, dtype), torch.device("cpu"))
 

@@ -5,7 +5,7 @@ Called by engine/fsdp_engine.py; `over_stages` by engine/export.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from arealite.api.errors import ArealiteError
 from arealite.engine.memory import explained_shortage, wait_for
 from arealite.engine.micro_batch import MicroBatch
-from arealite.engine.model import PackedModel
+from arealite.engine.packed_model import PackedModel
 from arealite.engine.parallel.ranks import RankCollective, RankMesh
 from arealite.engine.parallel.spread import check_supported
 from arealite.observe.timeline import span
@@ -211,8 +211,12 @@ def from_last_stage(values: np.ndarray, mesh: RankMesh, ranks: RankCollective) -
     return received.cpu().numpy()
 
 
-def add_tied_gradients(weight: nn.Parameter, mesh: RankMesh) -> None:
-    """Make the gradients of the first and the last stage's copies of `weight` their sum. Called by these two."""
+def with_tied_sum(parameters: Mapping[str, nn.Parameter], tied: str | None, mesh: RankMesh) -> dict[str, nn.Parameter]:
+    """Of a stage's trained parameters those whose gradients count. Those of `tied`, which the first and the last stage
+    have, become their sum on both, and count on the first."""
+    if tied is None or tied not in parameters:
+        return dict(parameters)
+    weight = parameters[tied]
     assert isinstance(weight.grad, DTensor)
     local = weight.grad.to_local()
     own = local.to(mesh.device).contiguous()
@@ -227,6 +231,7 @@ def add_tied_gradients(weight: nn.Parameter, mesh: RankMesh) -> None:
     for work in works:
         work.wait()
     local.add_(other.to(local.device))
+    return {name: p for name, p in parameters.items() if name != tied or mesh.is_first_stage}
 
 
 def over_stages(

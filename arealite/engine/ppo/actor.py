@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +22,9 @@ from arealite.algorithm.losses import (
 from arealite.api.cli_args import NormConfig, PPOActorConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
-from arealite.engine.fsdp_engine import FSDPEngine, Update
-from arealite.engine.memory import on_device
+from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.micro_batch import MicroBatch
+from arealite.engine.training_stats import Update, token_means
 
 NOT_IN_LOSS = "none of its tokens is in the loss"
 CUT_OFF = f"{NOT_IN_LOSS}: all answers were cut off, and actor.mask_truncated leaves those out"
@@ -98,10 +97,9 @@ class FSDPPPOActor(FSDPEngine):
     def __init__(self, config: PPOActorConfig, dims: Dims | None = None, loss_fn: PolicyLoss = grpo_loss_fn) -> None:
         """`loss_fn`: called as `grpo_loss_fn` is, with at least one token. What it returns beside the loss is logged:
         sums over tokens as means over the tokens of the step, the largest of what ends in _max."""
-        super().__init__(config, trainable=True, dims=dims)
+        super().__init__(config, dims=dims, updates_per_step=config.ppo_n_minibatches)
         self._loss_fn = loss_fn
         self.untrained: dict[str, str] = {}
-        self.updates_per_step = config.ppo_n_minibatches
         if config.max_new_tokens is None and (
             config.overlong_tokens or config.loss_aggregation == "seq-mean-token-sum-norm"
         ):
@@ -177,7 +175,6 @@ class FSDPPPOActor(FSDPEngine):
         Returns statistics over all ranks; `skipped` is 1 when no update was applied. Then `self.untrained` holds, on
         all ranks, {id: reason} of the tasks that nothing was learned from. Raises NumericalError.
         """
-        started = time.perf_counter()
         config = self.config
         _required(batch.advantages, "advantages")
         if self.needs_prox_logp:
@@ -185,28 +182,24 @@ class FSDPPPOActor(FSDPEngine):
         if config.kl_weight:
             _required(batch.ref_logp, "ref_logp")
         whole = replace(batch, loss_mask=self._in_loss(batch))
-        mini_batch_of = batch.group_ids * config.ppo_n_minibatches // max(batch.num_groups, 1)
-        updates: list[tuple[Update, int]] = []
         untrained: dict[str, str] = {}  # this rank's
-        for index in range(config.ppo_n_minibatches):
-            part = whole.select(np.flatnonzero(mini_batch_of == index))
-            over = self._denominators(part)
-            if over.num_tokens:
-                updates.append((self._update_on(part, over), over.num_tokens))
+
+        def note(part: Batch, update: Update | None) -> None:
             kept = {part.task_ids[i] for i in np.unique(owners(part)[part.loss_mask])}
-            lost = kept if over.num_tokens and updates[-1][0].skipped else ()
             why = CUT_OFF if config.mask_truncated else NOT_IN_LOSS
-            untrained |= dict.fromkeys(set(part.task_ids) - kept, why) | dict.fromkeys(lost, NOT_FINITE)
-        self.untrained = {task: why for found in self.collective.gather(untrained) for task, why in found.items()}
-        self.version += 1
-        update_s = time.perf_counter() - started
-        stats = self.summary([update for update, _ in updates], update_s)
-        stats["num_tokens"] = float(sum(n for _, n in updates))
-        own = {name for u, _ in updates for name in u.statistics if name.startswith(OWN)}
-        found = token_means(updates, [name for name in own if not name.endswith("_max")])
-        for name in own - found.keys():
-            found[name] = max((u.statistics[name] for u, _ in updates if not u.skipped), default=0.0)
-        means = {name.removeprefix(OWN): value for name, value in sorted(found.items())}
+            untrained.update(dict.fromkeys(set(part.task_ids) - kept, why))
+            if update is not None and update.skipped:
+                untrained.update(dict.fromkeys(kept, NOT_FINITE))
+
+        columns = ("advantages", "logprobs", "prox_logp", "ref_logp")
+        stats, updates = self.learn(whole, self._loss, columns, note)
+        self.untrained = {task: why for each in self.collective.gather(untrained) for task, why in each.items()}
+        stats["num_tokens"] = float(sum(update.over.num_tokens for update in updates))
+        names = {name for u in updates for name in u.statistics if name.startswith(OWN)}
+        means = token_means(updates, [name for name in names if not name.endswith("_max")])
+        for name in names - means.keys():
+            means[name] = max((u.statistics[name] for u in updates if not u.skipped), default=0.0)
+        means = {name.removeprefix(OWN): value for name, value in sorted(means.items())}
         if taken := sorted(stats.keys() & means.keys()):
             raise ConfigError(
                 f"loss_fn returned the statistics {', '.join(taken)}, which others are called: choose other names"
@@ -215,31 +208,21 @@ class FSDPPPOActor(FSDPEngine):
 
     ppo_update = grpo_update
 
-    def _denominators(self, part: Batch) -> Denominators:
-        counts = torch.tensor([int(part.loss_mask.sum()), len(np.unique(owners(part)[part.loss_mask]))])
-        num_tokens, num_sequences = self.collective.reduce(counts, "sum").tolist()
-        return Denominators(num_tokens, num_sequences, self.config.max_new_tokens or 1)
-
-    def _update_on(self, part: Batch, over: Denominators) -> Update:
-        def loss_fn(
-            micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            if not len(logp):  # an idle rank, which takes part in the backward pass all the same
-                return logp.sum(), {}
-
-            given = {
-                "advantages": _required(part.advantages, "advantages"),
-                "behaviour_logp": part.logprobs,
-                "prox_logp": part.prox_logp,
-                "ref_logp": part.ref_logp,
-            }
-            present = {name: values[micro.at] for name, values in given.items() if values is not None}
-            rows = on_device(np.stack(list(present.values())), self.device)  # one copy
-            named: dict[str, Any] = dict.fromkeys(given) | dict(zip(present, rows, strict=True))
-            columns = TokenColumns(**named, sequence_of=micro.sequence_of)
-            return _checked(self._loss_fn(logp, entropy[micro.row_of], columns, self.config, over), logp)
-
-        return self.update(part, loss_fn)
+    def _loss(
+        self,
+        micro: MicroBatch,
+        logp: torch.Tensor,
+        entropy: torch.Tensor,
+        *,
+        over: Denominators,
+        advantages: torch.Tensor,
+        logprobs: torch.Tensor,
+        prox_logp: torch.Tensor | None,
+        ref_logp: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        columns = TokenColumns(advantages, logprobs, prox_logp, ref_logp, micro.sequence_of)
+        over = replace(over, max_tokens=self.config.max_new_tokens or 1)
+        return _checked(self._loss_fn(logp, entropy, columns, self.config, over), logp)
 
 
 SOURCES = {
@@ -282,11 +265,3 @@ def _checked(returned: Any, like: torch.Tensor) -> tuple[torch.Tensor, dict[str,
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"loss_fn returned the statistic {name} = {value!r}: {error}; {form}") from error
     return loss, found
-
-
-def token_means(updates: list[tuple[Update, int]], names: Sequence[str]) -> dict[str, float]:
-    """Statistics that are sums over tokens as means over all tokens of the updates that were applied, each given with
-    its number of tokens; 0 where there are none."""
-    applied = [pair for pair in updates if not pair[0].skipped]
-    num_tokens = max(sum(n for _, n in applied), 1)
-    return {name: sum(u.statistics.get(name, 0.0) for u, _ in applied) / num_tokens for name in names}
