@@ -33,7 +33,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from arealite.api.cli_args import OptimizerConfig, PPOActorConfig, SFTConfig
 from arealite.api.types import Batch, Dims
 from arealite.engine.logprobs import token_logprobs
-from arealite.engine.optim import clip_gradients
+from arealite.engine.optim import clip_gradients, gradient_norms
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.launcher.memory import ModelShape, trainer_parts
 
@@ -170,7 +170,7 @@ def parts(bench: Bench, actor: FSDPPPOActor, batch: Batch) -> Result:
         return found
 
     def norms() -> None:
-        total = sum(actor._gradient_norms().values())
+        total = sum(gradient_norms(actor._parameters, actor.device).values())
         clip_gradients(actor._parameters.values(), 1e9, total)
 
     assert actor.optimizer is not None
