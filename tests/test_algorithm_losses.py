@@ -1,4 +1,4 @@
-"""Losses, KL, rewards and advantages against plain loops; gradients against the quantities they stand for."""
+"""Losses and KL against plain loops; gradients against the quantities they stand for."""
 
 import math
 
@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arealite.algorithm.advantage import overlong_penalty, shape_rewards, sum_to_go
 from arealite.algorithm.losses import (
     Denominators,
     behaviour_weight,
     clipped_loss,
+    clipped_value_loss,
     kl_loss,
     kl_value,
+    pair_loss,
     policy_ratio,
     token_weights,
 )
@@ -180,26 +181,17 @@ def test_kl_formulas():
     assert (found >= 0).all()
 
 
-def test_reward_shaping():
-    assert shape_rewards(torch.tensor([0.0, 1.0, -3.0]), 0.5, 2.0, 2.5).tolist() == [1.0, 2.5, -2.5]
-    assert shape_rewards(torch.tensor([0.0, 1.0]), 0.0, 1.0, None).tolist() == [0.0, 1.0]
-    lengths = torch.tensor([0, 80, 90, 100, 140])
-    assert overlong_penalty(lengths, 100, 20, 2.0).tolist() == pytest.approx([0.0, 0.0, -1.0, -2.0, -2.0])
+def test_clipped_value_loss():
+    values = torch.tensor([1.0, 3.0, 3.0, -2.0], requires_grad=True)
+    old, returns = torch.tensor([0.8, 0.0, 0.0, 0.0]), torch.tensor([2.0, 4.0, 0.0, -9.0])
+    loss, is_clipped = clipped_value_loss(values, old, returns, 0.5)
+    # The third one has moved away from its return, so the plain loss is the larger one and pulls it back.
+    assert loss.tolist() == pytest.approx([0.5, 3.5**2 / 2, 4.5, 8.5**2 / 2])
+    assert is_clipped.tolist() == [False, True, False, True]
+    loss.sum().backward()
+    assert values.grad.tolist() == pytest.approx([-1.0, 0.0, 3.0, 0.0])
 
 
-@settings(deadline=None, max_examples=40)
-@given(LENGTHS, st.integers(0, 99), st.sampled_from([1.0, 0.9, 0.0]))
-def test_sum_to_go_equals_the_plain_loop(lengths, seed, gamma):
-    rewards, *_, sequence_of = columns(lengths, seed)
-    expected, at = [], 0
-    for length in lengths:
-        own = rewards[at : at + length].tolist()
-        at += length
-        expected += [sum(gamma ** (k - t) * own[k] for k in range(t, length)) for t in range(length)]
-    assert sum_to_go(rewards, sequence_of, gamma).tolist() == pytest.approx(expected, abs=1e-12)
-
-
-def test_sum_to_go_of_sequences_without_tokens():
-    assert sum_to_go(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 1.0).tolist() == []
-    got = sum_to_go(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 1, 4]), 0.5)
-    assert got.tolist() == [2.0, 2.0, 4.0]
+def test_pair_loss():
+    found = pair_loss(torch.tensor([0.0, 3.0, -200.0]), torch.tensor([0.0, 1.0, 0.0]))
+    assert found.tolist() == pytest.approx([math.log(2), math.log1p(math.exp(-2)), 200.0])

@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.batches import actor_config, crooked_batch, plain_kl
-from test_algorithm_gae import plain_gae
-from test_algorithm_norm import plain as plain_norm
+from test_algorithm_advantage import plain_gae, plain_norm
 
 from arealite.api.cli_args import NormConfig, PPOActorConfig
 from arealite.api.errors import ConfigError

@@ -18,7 +18,7 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
-from arealite.algorithm.losses import clipped_value_loss
+from arealite.algorithm.losses import Denominators, clipped_value_loss
 from arealite.api.cli_args import LoRAConfig, OptimizerConfig, PPOActorConfig, PPOCriticConfig, TrainEngineConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
@@ -27,7 +27,7 @@ from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.ppo.critic import FSDPPPOCritic
 from arealite.engine.roles import OtherShares, TrainedTogether, Turns
-from arealite.engine.rw import FSDPRWEngine
+from arealite.engine.rw import FSDPRWEngine, rw_loss
 from arealite.engine.sft import FSDPLMEngine
 
 
@@ -176,7 +176,9 @@ def test_preferences_equal_transformers(value_model, tmp_path):
         assert found["accuracy"] == pytest.approx(float(((chosen - rejected).sign() + 1).mean() / 2))
         assert found["margin"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-4)
     assert stats["grad_norm"] == pytest.approx(norm_of(model), rel=1e-4)
-    ties = engine._compare(torch.tensor([[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [3.0, 0.0]]), 4)[1]
+    pairs = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.0, 1.0, 3.0, 0.0])
+    places = {"group_ids": torch.arange(4.0).repeat_interleave(2), "rewards": torch.tensor([1.0, 0.0]).repeat(4)}
+    _, ties = rw_loss(None, pairs, over=Denominators(8, 8), **places)
     assert float(ties["accuracy"]) == 2.5 / 4  # a model that prefers nothing is right by chance
     engine.save(str(tmp_path / "reward"))
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", dtype=torch.float32).eval()

@@ -11,8 +11,6 @@ from arealite.api.cli_args import NormConfig, OptimizerConfig, PPOActorConfig
 from arealite.api.types import Batch
 
 RANK_CASES = {
-    "whole": {},
-    "small budget": {"max_tokens_per_mb": 24},
     "statistics over all ranks": {
         "reward_norm": NormConfig("batch", "batch", leave_one_out=True),
         "adv_norm": NormConfig("group", "batch"),
