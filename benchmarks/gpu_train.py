@@ -35,7 +35,7 @@ from arealite.api.types import Batch, Dims
 from arealite.engine.logprobs import token_logprobs
 from arealite.engine.optim import clip_gradients, gradient_norms
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.launcher.memory import ModelShape, trainer_parts
+from arealite.launcher.memory_estimate import ModelShape, trainer_parts
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -202,7 +202,7 @@ def head_ms(bench: Bench, actor: FSDPPPOActor, num_tokens: int) -> float:
 
 
 def estimate_gib(path: str, num_sequences: int, num_tokens: int, checkpointing: str) -> float:
-    """What launcher/memory.py says of such a trainer, the program apart, which is no memory of a GPU."""
+    """What launcher/memory_estimate.py says of such a trainer, the program apart, which is no memory of a GPU."""
     config = SFTConfig(kind="sft")
     config.model.gradient_checkpointing, config.model.max_tokens_per_mb = checkpointing, num_tokens
     config.train_dataset.batch_size, config.train_dataset.max_length = num_sequences, num_tokens // num_sequences

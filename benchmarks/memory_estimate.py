@@ -25,7 +25,7 @@ import numpy as np
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.load_config import load_config_file
 from arealite.launcher.allocation import AllocationMode
-from arealite.launcher.memory import ModelShape, trainer_parts
+from arealite.launcher.memory_estimate import ModelShape, trainer_parts
 from arealite.launcher.plan import ALLOCATOR_ENV
 from arealite.models.fetch import resolve_model
 

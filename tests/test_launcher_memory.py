@@ -7,7 +7,7 @@ from arealite.api.cli_args import GRPOConfig, LoRAConfig, PPOActorConfig
 from arealite.api.types import Dims
 from arealite.launcher import check
 from arealite.launcher.machine import Machine
-from arealite.launcher.memory import ModelShape, server_parts, trainer_parts
+from arealite.launcher.memory_estimate import ModelShape, server_parts, trainer_parts
 from arealite.launcher.plan import make_plan
 
 

@@ -228,7 +228,7 @@ class PPOActorConfig(TrainEngineConfig):
 class PPOCriticConfig(TrainEngineConfig):
     """The value model of PPO: a language model with a value head, or a folder of such a model."""
 
-    ppo_n_minibatches: int = setting(1, "optimiser updates per step, each on its own groups", low=1)
+    ppo_n_minibatches: int = setting(1, "as the actor's", low=1)
     eps_clip: float = setting(0.5, "values may leave the old ones by this much before the loss is clipped", low=0)
 
 

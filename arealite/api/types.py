@@ -13,6 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
+# What a vLLM server is started with, so that its workers take updates (weights/vllm_worker.py).
+VLLM_WORKER_EXTENSION = "arealite.weights.vllm_worker.WeightReceiver"
+
 Status = Literal["ok", "reward_error", "failed", "aborted"]
 
 

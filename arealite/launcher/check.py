@@ -26,7 +26,7 @@ from arealite.dataset.sources import read_rows
 from arealite.kernels import build
 from arealite.launcher.allocation import AllocationMode, trainer_dims
 from arealite.launcher.machine import Machine
-from arealite.launcher.memory import COLOCATED_KV_SHARE, KV_SHARE, ModelShape, server_parts, trainer_parts
+from arealite.launcher.memory_estimate import COLOCATED_KV_SHARE, KV_SHARE, ModelShape, server_parts, trainer_parts
 from arealite.launcher.plan import Plan, make_plan
 from arealite.models.fetch import MODELS, resolve_model
 from arealite.models.folder import TESTED, has_chat_template, model_fault, read_config, tokenizer_fault

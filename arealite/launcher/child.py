@@ -1,7 +1,7 @@
 """A child process of the launcher: its start, its log, how it ended, and an end that leaves nothing behind; and the
 terminal, to which logs and the launcher's own words go.
 
-Called by watch.py and local.py, from the main thread only: the kernel ties a child to the thread that started it.
+Called by supervisor.py and local.py, from the main thread only: the kernel ties a child to the thread that started it.
 """
 
 from __future__ import annotations

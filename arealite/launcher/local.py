@@ -22,7 +22,7 @@ from arealite.launcher.check import inspect, warnings
 from arealite.launcher.child import kill_leftovers, say
 from arealite.launcher.machine import Machine
 from arealite.launcher.plan import Plan, make_plan
-from arealite.launcher.watch import RunFailed, StopRequested, Supervisor
+from arealite.launcher.supervisor import RunFailed, StopRequested, Supervisor
 from arealite.observe import waits
 from arealite.observe.claim import claim
 from arealite.observe.processes import Heartbeat

@@ -13,15 +13,15 @@ from typing import Any
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
+from arealite.api.types import VLLM_WORKER_EXTENSION
 from arealite.launcher.allocation import Component
 from arealite.launcher.machine import Machine
-from arealite.launcher.memory import RUNNING_REQUESTS, ModelShape, kv_cache_bytes
+from arealite.launcher.memory_estimate import RUNNING_REQUESTS, ModelShape, kv_cache_bytes
 from arealite.models.fetch import resolve_model
 
 PORT = "{port}"
 HOST = "127.0.0.1"
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
-VLLM_WORKER_EXTENSION = "arealite.weights.vllm_worker.WeightReceiver"
 UNKNOWN_KV_CACHE_BYTES = 2 << 30  # for a model that is not a folder on this machine
 # How each backend calls what all of them are given.
 MODULES = {

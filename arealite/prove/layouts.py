@@ -22,7 +22,7 @@ from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
 from arealite.engine.parallel.ranks import join_ranks, pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.launcher.watch import free_ports
+from arealite.launcher.supervisor import free_ports
 from arealite.observe.waits import waiting
 from arealite.prove.step import Finding, Step, distances, judge, take_step
 

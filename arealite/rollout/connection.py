@@ -22,10 +22,10 @@ from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.fleet import Fleet
 from arealite.rollout.generate import Generator
 from arealite.rollout.ledger import Ledger
+from arealite.rollout.membership import Watch
 from arealite.rollout.router import Limits, Router
 from arealite.rollout.staleness import StalenessBound
 from arealite.rollout.transport import Address, Transport
-from arealite.rollout.watch import Watch
 
 DEFAULT_BATCH_SIZE = 64  # groups; of a client that only evaluates, where it limits how many run at a time
 CALL_LIMIT_S = 60.0

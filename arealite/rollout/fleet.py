@@ -1,6 +1,6 @@
 """The servers as one: pause, resume, weight updates, adapters, scores; and how one that comes back joins the others.
 
-Called by client.py and watch.py; runs in the client's asyncio loop. Requests themselves are sent by generate.py.
+Called by client.py and membership.py; runs in the client's asyncio loop. Requests themselves are sent by generate.py.
 """
 
 from __future__ import annotations

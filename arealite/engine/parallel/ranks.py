@@ -194,7 +194,7 @@ class RankCollective:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's object, on every rank, in rank order."""
+        """As Collective.gather."""
         values: list[Any] = [None] * self.world_size
         with self._waiting("gather"):
             dist.all_gather_object(values, value, group=self.group)

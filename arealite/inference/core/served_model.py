@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from arealite.api.errors import ConfigError
 from arealite.inference.core.adapters import Adapters
 from arealite.inference.core.cache import PAGE_TOKENS, PagePool, pages_for
-from arealite.inference.core.layers import call_kernels
+from arealite.inference.core.decoder import call_kernels
 from arealite.inference.core.layout import ATTENTION_NAME, GpuLayout, KVLayout, ShapeProbe, packed_attention, to_device
 from arealite.inference.core.sequence import Sequence, Span
 from arealite.inference.requests import GenerateRequest, SamplingParams

@@ -33,7 +33,7 @@ class CompletionBody(OpenAIBody):
 
 
 def parse_completion(fields: dict[str, Any], served: Served) -> OpenAICall:
-    """Raises RequestError: anything missing, contradictory, of the wrong type, out of range or not supported."""
+    """As `parse_chat`."""
     body = checked(CompletionBody, fields)
     prompt = body.prompt
     is_text = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
-from arealite.api.types import GenerationRequest, GroupPlace, WeightUpdateMeta, as_record
+from arealite.api.types import VLLM_WORKER_EXTENSION, GenerationRequest, GroupPlace, WeightUpdateMeta, as_record
 from arealite.rollout.backends.protocol import (
     ADAPTER_NEEDS_ABORT,
     UNNAMED_VERSION,
@@ -26,8 +26,8 @@ from arealite.rollout.backends.protocol import (
 
 VERSION, WEIGHTS = "/version", "/weight_info"
 SETTINGS, ROUTES = "/server_info?config_format=json", "/openapi.json"
+FLUSH = "/reset_prefix_cache?reset_running_requests=true"
 GENERATE = "/inference/v1/generate"
-WORKER_EXTENSION = "arealite.weights.vllm_worker.WeightReceiver"
 LOGPROB_FLOOR = -9999.0  # what vLLM sends in place of -inf and NaN
 SEED_STEP = 1_000_003
 PAUSES = {
@@ -71,7 +71,7 @@ class VLLMBackend:
                 " processed_logprobs"
             )
         parallel = settings["parallel_config"]
-        has_extension = parallel["worker_extension_cls"] == WORKER_EXTENSION
+        has_extension = parallel["worker_extension_cls"] == VLLM_WORKER_EXTENSION
         arguments = parallel["world_size"], has_extension, settings["device_config"]["device"] != "cpu"
         if GENERATE in facts.get(ROUTES, {}).get("paths", {}):
             return VLLMBackend(*arguments)
@@ -161,10 +161,10 @@ class VLLMBackend:
         if meta.kind != "disk" and not self._has_extension:
             raise ConfigError(
                 f"weight_update is {meta.kind!r}, which this vLLM server cannot read: set weight_update=disk, or start"
-                f" it with --worker-extension-cls {WORKER_EXTENSION}"
+                f" it with --worker-extension-cls {VLLM_WORKER_EXTENSION}"
             )
         # Requests that are kept in place keep their cache; otherwise nothing computed by the old weights may stay.
-        flush = [] if pause_mode == "in_place" else [Call("/reset_prefix_cache?reset_running_requests=true")]
+        flush = [] if pause_mode == "in_place" else [Call(FLUSH)]
         stamp = [*flush, Call("/update_weight_version", {"new_version": str(meta.version)})]
         if not self._has_extension:
             return UpdatePlan(after=[_on_workers("reload_weights", weights_path=meta.path), *stamp])
@@ -188,7 +188,7 @@ class VLLMBackend:
             raise ConfigError(ADAPTER_NEEDS_ABORT.format(pause_mode, "vLLM"))
         name = meta.adapter or ""
         unload = replace(self.unload_lora_call(name), may_be_refused=True)  # it is not there before the first update
-        flush = Call("/reset_prefix_cache?reset_running_requests=true")
+        flush = Call(FLUSH)
         stamp = Call("/update_weight_version", {"new_version": str(meta.version)})
         end_queued = Call("/abort_requests", {})
         return UpdatePlan(after=[unload, self.lora_call(name, meta.path), end_queued, flush, stamp])
