@@ -1,6 +1,6 @@
 """How long a weight update pauses generation, and how fast it is, by every way, beside a plain copy of the same bytes.
 
-    python benchmarks/weight_update.py [--model DIR] [--links shm,distributed,disk,tensor] [--updates 3]
+    python benchmarks/weight_update.py [--model DIR] [--links shm,distributed,disk] [--updates 3]
 
 One native server (`arealite serve`, bf16) under load, and this process as the trainer. "paused" is the time of the swap
 (it holds the end of the step that runs, in which tokens are still made); "whole" runs from the first byte written to
@@ -34,7 +34,7 @@ from arealite.rollout.client import RemoteNativeEngine
 from arealite.weights.handshake import verify
 from arealite.weights.link import WeightLink
 
-LINKS = ("shm", "distributed", "disk", "tensor")
+LINKS = ("shm", "distributed", "disk")
 NUM_REQUESTS = 16
 START_LIMIT_S = 300.0
 

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from arealite.engine.checkpoint import attempt_on_ranks
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.inference.core.receiver import load, stage
 from arealite.inference.core.served_model import ServedModel
+from arealite.weights import files
+from arealite.weights.naming import hub_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -41,21 +44,20 @@ def test_a_saved_folder_has_the_names_of_the_hub(kind, tmp_path, monkeypatch):
     found = load_file(tmp_path / "one" / "model.safetensors")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in wanted.items())
-    monkeypatch.setattr(export, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(export, "write_tensors", partial(files.write_tensors, shard_bytes=40_000))
     actor.save(str(tmp_path / "several"))
-    files = sorted(p.name for p in (tmp_path / "several").glob("*.safetensors"))
-    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    assert len(files) > 1
+    written = sorted(p.name for p in (tmp_path / "several").glob("*.safetensors"))
+    assert written == [f"model-{i:05d}-of-{len(written):05d}.safetensors" for i in range(1, len(written) + 1)]
+    assert len(written) > 1
     index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
-    assert {n: f for f in files for n in load_file(tmp_path / "several" / f)} == index["weight_map"]
+    assert {n: f for f in written for n in load_file(tmp_path / "several" / f)} == index["weight_map"]
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "several").state_dict()
     assert loaded.keys() == plain.keys() and all(torch.equal(loaded[name], plain[name]) for name in plain)
 
 
-def test_one_file_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "SHARD_BYTES", 4000)
+def test_one_file_is_in_memory_at_a_time(tmp_path):
     alive: list[weakref.ref] = []
     most = 0
 
@@ -63,11 +65,11 @@ def test_one_file_is_in_memory_at_a_time(tmp_path, monkeypatch):
         nonlocal most
         for i in range(30):
             tensor = torch.full((250,), float(i))
-            alive.append(weakref.ref(tensor))
+            alive.append(weakref.ref(tensor.untyped_storage()))
             most = max(most, sum(ref() is not None for ref in alive))
             yield f"t{i}", tensor
 
-    export._write_tensors(tmp_path, tensors())
+    files.write_tensors(tmp_path, tensors(), shard_bytes=4000)
     assert len(list(tmp_path.glob("*.safetensors"))) == 8
     assert 4 <= most <= 6  # one file's worth, the one that comes and the one that went
 
@@ -76,16 +78,16 @@ def fail_on_head(rank: int, path: str, out: str) -> list[str]:
     """What each of three saves says: one into a place that cannot be, one that breaks in the midst, one that works."""
     actor = make(path)
     told = [attempt_on_ranks(actor.collective, actor.save, Path(out) / "file" / "step")]
-    export.SHARD_BYTES, write = 40_000, export.save_file
+    export.write_tensors, write = partial(files.write_tensors, shard_bytes=40_000), files.save_file
 
     def full(tensors, file, metadata):
         if file.name == "2":
             raise OSError("No space left on device")
         write(tensors, file, metadata)
 
-    export.save_file = full
+    files.save_file = full
     told.append(attempt_on_ranks(actor.collective, actor.save, Path(out) / "step"))
-    export.save_file = write
+    files.save_file = write
     told.append(attempt_on_ranks(actor.collective, actor.save, Path(out) / "step"))
     return told
 
@@ -111,7 +113,7 @@ def test_the_native_server_takes_experts_one_by_one_or_together(tmp_path):
     with torch.no_grad():
         for parameter in actor.model.parameters():
             parameter.mul_(1.5)
-    hub = list(export.hub_tensors(actor.named_full_tensors(), actor._checkpoint.hub_parts))
+    hub = list(hub_tensors(actor.named_full_tensors(), actor._checkpoint.hub_parts))
     assert {name for name, _ in hub} == load_file(tmp_path / "model.safetensors").keys() == set(served.tensor_names)
     load(served, stage(served, lambda: hub, castable=False, needs_all=True))
     for name, tensor in before.items():

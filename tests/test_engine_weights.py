@@ -15,9 +15,9 @@ from arealite.api.errors import RecoveryError, WaitTimeout, WeightSyncError
 from arealite.engine.checkpoint import Saver
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.observe.run_folder import RunFolder
-from arealite.weights.checksum import checksum
 from arealite.weights.link import WeightLink
 from arealite.weights.receive import iterate_tensors
+from arealite.weights.wire import checksum
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from arealite.inference.core.sampler import NUM_LIKELIEST, uniform_numbers
 from arealite.inference.core.served_model import ServedModel
 from arealite.inference.requests import SamplingParams
 from arealite.kernels.linears import Joined
-from arealite.weights.checksum import checksum
+from arealite.weights.wire import checksum
 
 CHOSEN = ["llama, tied", "qwen2, two layers with a window", "qwen3", "gemma3", "mixtral"]
 

@@ -18,7 +18,7 @@ from arealite.api.errors import WeightSyncError
 from arealite.inference.core import receiver
 from arealite.inference.core.weight_updates import Updates
 from arealite.inference.requests import UpdateOptions
-from arealite.weights.checksum import checksum
+from arealite.weights.wire import checksum
 
 
 @pytest.fixture

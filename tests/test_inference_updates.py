@@ -14,11 +14,9 @@ from support.group_trainer import GroupTrainer
 from support.inference import WAIT_S, LocalServer, greedy, served, version
 
 from arealite.api.errors import WeightSyncError
-from arealite.api.types import GroupPlace, WeightUpdateMeta
+from arealite.api.types import GroupPlace
 from arealite.inference.core.receiver import Groups
-from arealite.weights import buckets
-from arealite.weights.checksum import checksum
-from arealite.weights.link import WeightLink
+from arealite.weights.wire import checksum
 
 
 @pytest.fixture
@@ -236,22 +234,3 @@ def test_a_group_without_its_trainer_is_given_up() -> None:
     place = GroupPlace("127.0.0.1", 9, 2, "g", "gloo")
     with pytest.raises(WeightSyncError, match="127.0.0.1:9"):
         asyncio.run(Groups(torch.device("cpu"), limit_s=1.0).join(place, 1))
-
-
-def test_buckets_hold_one_dtype_and_stay_within_their_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 1000)
-    sent = {f"a{i}": torch.randn(50 + i) for i in range(9)}
-    sent |= {f"b{i}": torch.randn(33).bfloat16() for i in range(9)}
-    sent["large"], sent["empty"] = torch.randn(5000), torch.empty(0, 3)
-    link = WeightLink("distributed", tmp_path)
-    for number in range(2):  # the memory is used again
-        meta = link.publish(sent.items(), number)
-        assert isinstance(meta, WeightUpdateMeta) and meta.buckets[-1][1] == len(meta.slots) == len(sent)
-        found = {}
-        for index, (start, end) in enumerate(meta.buckets):
-            slots, flat = meta.slots[start:end], link._buckets.bytes_of(index)
-            assert len({slot.dtype for slot in slots}) == 1
-            assert len(flat) == sum(slot.nbytes for slot in slots) and (len(flat) <= 1000 or len(slots) == 1)
-            found |= {slot.name: buckets.cut(flat, slot).clone() for slot in slots}
-        assert found.keys() == sent.keys() and all(torch.equal(found[name], sent[name]) for name in sent)
-        sent = {name: tensor + 1 for name, tensor in sent.items()}

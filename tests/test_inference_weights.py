@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from support.inference import LocalServer, greedy, save_tiny_llama, served, version
 
 from arealite.api.types import WeightUpdateMeta, as_record
-from arealite.weights.checksum import checksum
 from arealite.weights.link import WeightLink
+from arealite.weights.wire import checksum
 
 
 @pytest.fixture

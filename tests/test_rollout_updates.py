@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError, WeightSyncError
 from arealite.rollout.client import RemoteNativeEngine
-from arealite.weights import buckets
 from arealite.weights.handshake import verify
 from arealite.weights.link import WeightLink
 
@@ -72,8 +71,7 @@ def versions_of_weights(path: str) -> Iterator[list[tuple[str, torch.Tensor]]]:
 
 
 def test_buckets_reach_all_servers(servers, engine, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 100_000)
-    link, weights = WeightLink("distributed", tmp_path), versions_of_weights(tiny_llama)
+    link, weights = WeightLink("distributed", tmp_path, bucket_bytes=100_000), versions_of_weights(tiny_llama)
     previous = None
     for version in (1, 2):
         meta = link.publish(next(weights), version)
@@ -91,9 +89,8 @@ def test_buckets_reach_all_servers(servers, engine, tiny_llama, tmp_path, monkey
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_server_lost_in_a_broadcast_costs_the_others_nothing_but_time(way, tiny_llama, tmp_path, monkeypatch):
     """The broadcast fails for all; it is made again, in a new group, for those that are left."""
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 100_000)
     monkeypatch.setattr(plain := "arealite.weights.group.broadcast", limited(plain))
-    link, weights = WeightLink("distributed", tmp_path), versions_of_weights(tiny_llama)
+    link, weights = WeightLink("distributed", tmp_path, bucket_bytes=100_000), versions_of_weights(tiny_llama)
     with started(tiny_llama) as servers, connected(servers) as engine:
         engine.update_weights(link.publish(next(weights), 1), link)
         victim, sending = servers[1][0], link.send
@@ -124,7 +121,7 @@ def limited(name: str):
 
 @pytest.mark.parametrize("fault", ["name", "shape"])
 def test_a_refused_bucket_leaves_version_and_weights(fault, servers, engine, tiny_llama, tmp_path):
-    link, weights = WeightLink("distributed", tmp_path), versions_of_weights(tiny_llama)
+    link, weights = WeightLink("distributed", tmp_path, bucket_bytes=100_000), versions_of_weights(tiny_llama)
     meta = link.publish(next(weights), 1)
     engine.update_weights(meta, link)
     before = [held(address, meta.checksums) for _, address in servers]

@@ -14,10 +14,10 @@ import torch
 from arealite.api.cli_args import GenerationHyperparameters, StatsLoggerConfig
 from arealite.api.errors import WeightSyncError
 from arealite.api.types import Batch, Completion, Group, Task, Trajectory, WeightUpdateMeta
-from arealite.weights.checksum import checksum
 from arealite.weights.handshake import MismatchGuard, verify
 from arealite.weights.link import WeightLink
 from arealite.weights.receive import iterate_tensors
+from arealite.weights.wire import checksum, cut
 
 
 def make_tensors(seed: int = 0, num_tensors: int = 40) -> dict[str, torch.Tensor]:
@@ -50,7 +50,7 @@ def test_shared_memory_is_read_by_another_process(tmp_path):
     meta = link.publish(sent.items(), 3)
     program = (
         "import sys, json; from arealite.api.types import *; from arealite.weights.receive import iterate_tensors;"
-        "from arealite.weights.checksum import checksum;"
+        "from arealite.weights.wire import checksum;"
         "meta = WeightUpdateMeta('shm', 3, sys.argv[1], tuple(TensorSlot(**s) for s in json.loads(sys.argv[2])));"
         "print(json.dumps({n: checksum(t) for n, t in iterate_tensors(meta)}))"
     )
@@ -63,6 +63,23 @@ def test_shared_memory_is_read_by_another_process(tmp_path):
     )  # fmt: skip
     assert json.loads(out.stdout) == {name: checksum(tensor) for name, tensor in sent.items()}
     link.close()
+
+
+def test_buckets_hold_one_dtype_and_stay_within_their_size(tmp_path):
+    sent = {f"a{i}": torch.randn(50 + i) for i in range(9)}
+    sent |= {f"b{i}": torch.randn(33).bfloat16() for i in range(9)}
+    sent["large"], sent["empty"] = torch.randn(5000), torch.empty(0, 3)
+    link = WeightLink("distributed", tmp_path, bucket_bytes=1000)
+    for number in range(2):  # the memory is used again
+        meta = link.publish(sent.items(), number)
+        assert meta.buckets[-1][1] == len(meta.slots) == len(sent)
+        received = {}
+        for index, (start, end) in enumerate(meta.buckets):
+            slots, flat = meta.slots[start:end], link._buckets.bytes_of(index)
+            assert len({slot.dtype for slot in slots}) == 1
+            assert len(flat) == sum(slot.nbytes for slot in slots) and (len(flat) <= 1000 or len(slots) == 1)
+            received |= {slot.name: cut(flat, slot).clone() for slot in slots}
+        assert received.keys() == sent.keys() and all(torch.equal(received[name], sent[name]) for name in sent)
 
 
 def test_only_the_writer_keeps_tensors_but_every_rank_iterates(tmp_path):

@@ -60,8 +60,8 @@ class WeightSender(Protocol):
     def join(self) -> None:
         """Become rank 0 of the group; returns once all members have joined."""
 
-    def send(self, bucket: int) -> str | None:
-        """Broadcast a bucket of the published version; or, of kind "tensor", the bucket as text for the calls."""
+    def send(self, bucket: int) -> None:
+        """Broadcast a bucket of the published version."""
 
     def cancel(self) -> None:
         """Let a `send` that runs in another thread fail."""
@@ -92,7 +92,7 @@ class InferenceEngine(Protocol):
 
     def update_weights(self, meta: WeightUpdateMeta, send: WeightSender | None = None) -> dict[str, dict[str, int]]:
         """All servers load `meta`; returns {server id: {tensor name: CRC-32}} read from the live parameters. Generation
-        is paused only as long as it has to be; paused before, it stays so. `send`: of kinds distributed and tensor."""
+        is paused only as long as it has to be; paused before, it stays so. `send`: of kind distributed."""
 
     def get_version(self) -> int: ...
 

@@ -241,11 +241,11 @@ class WeightUpdateMeta:
     `kind` "disk": `path` is a Hugging Face folder. `kind` "shm": `path` is a file to be mapped, `slots` its layout.
     `kind` "lora": `path` is a folder in PEFT's format, to be served as `adapter` in place of the one of that name.
     `kind` "distributed": `group` is the process group that `buckets` are broadcast in, ranges of `slots` whose offsets
-    count from the bucket's start. `kind` "tensor": the same buckets, each carried in the body of a call.
+    count from the bucket's start.
     `checksums` (CRC-32 of the raw bytes in the wire dtype) of the tensors that servers must confirm.
     """
 
-    kind: Literal["disk", "shm", "distributed", "tensor", "lora"]
+    kind: Literal["disk", "shm", "distributed", "lora"]
     version: int
     path: str
     slots: tuple[TensorSlot, ...] = ()

@@ -5,22 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from arealite.api.atomic import partial_name, put_in_place
-from arealite.engine.loading import INDEX, SINGLE
 from arealite.models.folder import read_config
-from arealite.weights.adapter import write_adapter
-from arealite.weights.naming import Part
+from arealite.weights.files import write_adapter, write_tensors
 
-SHARD_BYTES = 2 << 30  # of one file, and what the writing rank holds of the weights at one time
 CODE_FILES = ("*.py",)  # of an architecture or a tokenizer that transformers does not have
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
@@ -56,16 +52,6 @@ def full_tensors(
         yield written, whole(tensor).to(device)
 
 
-def hub_tensors(
-    tensors: Iterable[tuple[str, torch.Tensor]], parts: Mapping[str, tuple[Part, ...]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """`tensors` by transformers' names, as a hub checkpoint has them (weights/naming.py): experts one by one. Memory of
-    a part is that of its tensor."""
-    for name, tensor in tensors:
-        for part in parts.get(name, (Part(name),)):
-            yield part.name, tensor[part.index]
-
-
 def write_folder(
     path: str,
     tensors: Iterable[tuple[str, torch.Tensor]],
@@ -99,7 +85,7 @@ def _write_folder(
     partial = partial_name(final)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_tensors(partial, tensors)
+    write_tensors(partial, tensors)
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.use_cache = True
@@ -116,41 +102,6 @@ def _write_folder(
     _copy(config.name_or_path, CODE_FILES, partial)
     _copy(source, TOKENIZER_FILES, partial)
     put_in_place(partial, final)
-
-
-def _write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """One file, or several with an index, under the names that transformers gives them."""
-    weight_map: dict[str, int] = {}
-    num_files = num_bytes = 0
-    for shard in _shards(tensors):
-        num_files += 1
-        save_file(shard, folder / f"{num_files}", metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, num_files)
-        num_bytes += sum(tensor.nbytes for tensor in shard.values())
-        shard.clear()  # before the next one is filled
-    names = {n: f"model-{n:05d}-of-{num_files:05d}.safetensors" for n in range(1, num_files + 1)}
-    if num_files == 1:
-        names = {1: SINGLE}
-    else:
-        index = {"metadata": {"total_size": num_bytes}, "weight_map": {k: names[n] for k, n in weight_map.items()}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for number, name in names.items():
-        (folder / f"{number}").rename(folder / name)
-
-
-def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors of at most SHARD_BYTES together, or a larger one alone."""
-    shard: dict[str, torch.Tensor] = {}
-    num_bytes = 0
-    for name, tensor in tensors:
-        if shard and num_bytes + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, num_bytes = {}, 0
-        # A file holds no two tensors of one memory, and a part must not keep all of its tensor alive.
-        is_part = tensor.nbytes < tensor.untyped_storage().nbytes()
-        shard[name] = tensor.clone() if is_part else tensor.contiguous()
-        num_bytes += tensor.nbytes
-    yield shard
 
 
 def write_adapter_folder(path: str, tensors: dict[str, torch.Tensor], settings: dict[str, Any], source: str) -> None:

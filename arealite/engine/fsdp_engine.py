@@ -43,9 +43,10 @@ from arealite.engine.training_stats import Update, summary
 from arealite.models.fetch import resolve_model
 from arealite.observe import waits
 from arealite.observe.timeline import span
-from arealite.weights.checksum import checksum
 from arealite.weights.handshake import unchanged, verify
 from arealite.weights.link import WeightLink
+from arealite.weights.naming import hub_tensors
+from arealite.weights.wire import checksum
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,7 @@ class FSDPEngine:
         if not self.temperature > 0:
             raise ConfigError("actor.temperature is 0: greedy answers have no logprobs to train on; set it above 0")
         self.version = 0
-        self.num_updates = 0  # optimiser updates applied
-        self._num_bad_updates = 0  # in a row
+        self.num_updates = self._num_bad_updates = 0  # optimiser updates: applied; skipped in a row
         self._planned_steps: int | None = None
         self._adapter: dict[str, Any] | None = None  # LoRA: what PEFT's adapter_config.json says
         self._rollout: InferenceEngine | None = None
@@ -307,7 +307,7 @@ class FSDPEngine:
         failure: WeightSyncError | None = None
         if meta is None:
             # Names as the hub has them: SGLang and vLLM know no others, experts one by one; the native server both.
-            tensors = export.hub_tensors(self.named_full_tensors(device=link.device), self._checkpoint.hub_parts)
+            tensors = hub_tensors(self.named_full_tensors(device=link.device), self._checkpoint.hub_parts)
             self.collective.on_head(rollout.prepare_update)
             try:
                 meta = link.publish(tensors, self.version, writer=is_head, adapter=self._adapter)
@@ -351,7 +351,7 @@ class FSDPEngine:
             if is_writer:
                 export.write_adapter_folder(path, adapter, self._adapter, source)
             return
-        tensors = export.hub_tensors(self.named_full_tensors(), self._checkpoint.hub_parts)
+        tensors = hub_tensors(self.named_full_tensors(), self._checkpoint.hub_parts)
         if is_writer:
             end_token = None if tokenizer is None else tokenizer.eos_token_id
             export.write_folder(path, tensors, self.hf_model, self.dtype, source, end_token)

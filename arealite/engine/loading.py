@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from arealite.api.errors import ConfigError
-from arealite.weights.naming import Part, hub_parts
+from arealite.weights.naming import HubPart, hub_parts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -91,7 +91,7 @@ class Checkpoint:
             self._files = _tensor_files(self.folder)
             found = _shapes(self._files)
         self.hub_parts = hub_parts(model)  # the names that it would have on the hub, however this one is written
-        self._parts: dict[str, tuple[Part, ...]] = {}
+        self._parts: dict[str, tuple[HubPart, ...]] = {}
         tensors = model.state_dict(keep_vars=True)
         first_names: dict[int, str] = {}
         wrong: dict[str, list[str]] = {"missing": [], "left over": [], "misshapen": []}
@@ -116,11 +116,11 @@ class Checkpoint:
             for name, tensor in tensors.items():
                 self._check_tie(name, first_names[id(tensor)])
 
-    def _find(self, name: str, prefix: str) -> tuple[Part, ...] | None:
+    def _find(self, name: str, prefix: str) -> tuple[HubPart, ...] | None:
         """What makes up a tensor: its hub names, or its own, each also with or without the base model's prefix."""
-        for parts in (self.hub_parts[name], (Part(name),)):
+        for parts in (self.hub_parts[name], (HubPart(name),)):
             for rename in (str, lambda n: n.removeprefix(f"{prefix}."), lambda n: f"{prefix}.{n}"):
-                renamed = tuple(Part(rename(part.name), part.index) for part in parts)
+                renamed = tuple(HubPart(rename(part.name), part.index) for part in parts)
                 if all(part.name in self._files for part in renamed):
                     return renamed
         return None
@@ -183,21 +183,20 @@ def _own_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     return tensor.to_local(), begins
 
 
-def _copy_overlap(local: torch.Tensor, begins: tuple[int, ...], part: Part, shape: torch.Size, source: Any) -> None:
+def _copy_overlap(local: torch.Tensor, begins: tuple[int, ...], part: HubPart, shape: torch.Size, source: Any) -> None:
     """What `part` of a tensor of `shape` shares with the shard `local`, which begins at `begins`, from its slices."""
     if not local.numel():
         return
-    to: list[int | slice] = []
+    to: list[slice] = []
     take: list[slice] = []
-    for dim, (begin, end) in enumerate(part.box(shape)):
-        own = begins[dim]
-        low, high = max(begin, own), min(end, own + local.shape[dim])
+    for dim, size in enumerate(shape):
+        cut = part.index[dim] if dim < len(part.index) else slice(0, size)
+        begin, end = (cut, cut + 1) if isinstance(cut, int) else (cut.start, cut.stop)
+        low, high = max(begin, begins[dim]), min(end, begins[dim] + local.shape[dim])
         if low >= high:
             return
-        if dim < len(part.index) and isinstance(part.index[dim], int):
-            to.append(low - own)
-        else:
-            to.append(slice(low - own, high - own))
+        to.append(slice(low - begins[dim], high - begins[dim]))
+        if not isinstance(cut, int):
             take.append(slice(low - begin, high - begin))
     local[tuple(to)].copy_(source[tuple(take)])
 

@@ -1,7 +1,7 @@
 """The process group that carries weights from the trainer (rank 0) to servers, beside any group either of them has.
 
-Built as SGLang builds its own, so that its servers can be members. The trainer's end is GroupSender, which link.py
-makes; the built-in server and the vLLM worker call join_group.
+Built as SGLang builds its own, so that its servers can be members. The trainer's end is GroupSender, the base of
+link.py; the built-in server and the vLLM worker call join_group.
 """
 
 from __future__ import annotations
@@ -123,14 +123,13 @@ class GroupSender:
     def __init__(self, backend: str) -> None:
         self.backend = backend
         self._group: dist.ProcessGroup | None = None
-        self._store: dist.TCPStore | None = None
-        self._place: GroupPlace | None = None
+        self._meeting: tuple[GroupPlace, dist.TCPStore] | None = None
         self._leaving: threading.Thread | None = None
         self._cancelled = threading.Event()
 
     def listen(self, world_size: int, towards: str) -> GroupPlace:
         """Open a new meeting place, of `world_size` members, that the host `towards` can reach; ends the old group."""
-        self.close()
+        self.leave()
         address = own_address(towards)
         limit = timedelta(seconds=GROUP_LIMIT_S)
         try:
@@ -138,16 +137,17 @@ class GroupSender:
         except FAILURES as error:
             raise WeightSyncError(f"cannot listen for servers at {address}: {_first_line(error)}") from error
         name = f"weights-{os.getpid()}-{next(self._numbers)}"
-        self._store = store
-        self._place = GroupPlace(address, store.port, world_size, name, self.backend)
-        return self._place
+        place = GroupPlace(address, store.port, world_size, name, self.backend)
+        self._meeting = place, store
+        return place
 
     def join(self) -> None:
         """Become rank 0 of the group at the place opened last. Raises WeightSyncError as join_group does."""
-        place, store = self._place, self._store
-        assert place is not None and store is not None, "listen first"
+        meeting = self._meeting
+        assert meeting is not None, "listen first"
+        place, store = meeting
         group = join_group(place.address, place.port, 0, place.world_size, place.name, self.backend, store=store)
-        if self._place is not place:  # given up meanwhile
+        if self._meeting is not meeting:  # given up meanwhile
             leave_group(group)
             raise WeightSyncError(f"the weight group {place.name!r} was given up")
         self._group = group
@@ -162,25 +162,23 @@ class GroupSender:
         """Let a broadcast that runs in another thread fail."""
         self._cancelled.set()
 
-    def close(self) -> None:
-        """Leave the group, if there is one."""
-        group, self._group, self._store, self._place = self._group, None, None, None
+    def leave(self, waits: bool = False) -> None:
+        """Leave the group, if there is one. `waits` until it is gone, or the limit has passed: a process that goes on
+        to end all of its groups must not destroy this one in two threads."""
+        group, self._group, self._meeting = self._group, None, None
         self._cancelled = threading.Event()
         if group is not None:
             self._leaving = leave_group(group)
-
-    def wait_until_left(self) -> None:
-        """The group closed last is gone, or the limit has passed: two threads must not destroy one group."""
-        if self._leaving is not None:
+        if waits and self._leaving is not None:
             self._leaving.join(LEAVE_LIMIT_S)
 
 
 def own_address(towards: str) -> str:
     """The address of this machine that the host `towards` sees. Nothing is sent."""
     try:
-        found = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(found[0], found[1]) as probe:
-            probe.connect(found[4])
+        family, kind, _, _, place = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)
             return str(probe.getsockname()[0])
     except OSError as error:
         raise WeightSyncError(f"no way from this machine to the server host {towards!r}: {error}") from error

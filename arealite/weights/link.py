@@ -9,30 +9,28 @@ import itertools
 import logging
 import mmap
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
+from arealite.api.atomic import clean_folder, new_folder, remove_folder
 from arealite.api.errors import ConfigError, WeightSyncError
-from arealite.api.types import GroupPlace, TensorSlot, WeightUpdateMeta
-from arealite.weights.adapter import SERVED_NAME, write_adapter
-from arealite.weights.buckets import Buckets, slot_of
-from arealite.weights.checksum import checksum
+from arealite.api.types import TensorSlot, WeightUpdateMeta
+from arealite.weights.files import write_adapter, write_tensors
 from arealite.weights.group import GroupSender
+from arealite.weights.wire import BUCKET_BYTES, Buckets, checksum, raw_bytes, slot_of
 
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every dtype's size
 CHECKED_SHARE = 16  # one tensor in so many is confirmed at every version, and another one in so many by turns
-SHARD_BYTES = 2 << 30
 NUM_VERSIONS_KEPT = 2
-WEIGHT_UPDATES = ("shm", "disk", "distributed", "tensor")
+SERVED_NAME = "policy"  # what the trained adapter is called on the servers; one name: it is replaced in place
+WEIGHT_UPDATES = ("shm", "disk", "distributed")
 
 
 def is_checked(index: int, version: int) -> bool:
@@ -40,30 +38,29 @@ def is_checked(index: int, version: int) -> bool:
     return index % CHECKED_SHARE in (0, version % CHECKED_SHARE)
 
 
-class WeightLink:
+class WeightLink(GroupSender):
     """One way from the trainer to all servers.
 
     `kind` "shm": an anonymous file in memory that servers of the same host map through /proc; it has no name, so
     nothing can be left behind however the trainer ends. `kind` "disk": Hugging Face safetensors under `folder`, on a
     file system that the servers share; the two newest versions are kept. `kind` "distributed": buckets that are
     broadcast in a process group, by NCCL from a GPU, by gloo from the CPU and where servers share the trainer's GPU, of
-    which NCCL takes one process only. `kind` "tensor": the same buckets in the bodies of
-    HTTP calls, for servers that can join no group. For these two it is the WeightSender of the rollout engine.
+    which NCCL takes one process only. For these it is the WeightSender of the rollout engine.
     """
 
-    def __init__(self, kind: str, folder: str | Path) -> None:
+    def __init__(self, kind: str, folder: str | Path, bucket_bytes: int = BUCKET_BYTES) -> None:
         if kind not in WEIGHT_UPDATES:
             raise ConfigError(f"weight_update is {kind!r}; expected one of {', '.join(WEIGHT_UPDATES)}")
         if kind == "shm" and not Path("/proc/self/fd").is_dir():
             raise ConfigError("weight_update: shm needs Linux (it maps memory through /proc); set weight_update: disk")
         has_own_gpu = torch.cuda.is_available() and os.environ.get("AREALITE_COLOCATED") != "1"
         on_gpu = torch.cuda.is_available() if kind == "shm" else kind == "distributed" and has_own_gpu
+        super().__init__("nccl" if on_gpu else "gloo")
         self.kind = kind
         self.folder = Path(folder)
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._segment = _Segment() if kind == "shm" else None
-        self._buckets = Buckets(self.device)
-        self._group = GroupSender("nccl" if on_gpu else "gloo")
+        self._buckets = Buckets(self.device, bucket_bytes)
 
     def publish(
         self,
@@ -90,9 +87,7 @@ class WeightLink:
                 return self._write_adapter(dict(tensors), version, adapter)
             if self._segment is not None:
                 return self._segment.write(tensors, version)
-            if self.kind == "disk":
-                return self._write_folder(tensors, version)
-            return self._fill_buckets(tensors, version)
+            return self._write_folder(tensors, version) if self.kind == "disk" else self._fill_buckets(tensors, version)
         except (OSError, SafetensorError) as error:  # the latter, without a class of its own, on a full disk
             raise WeightSyncError(
                 f"cannot write weights of version {version} by {self.kind}"
@@ -100,89 +95,59 @@ class WeightLink:
                 " or choose the other weight_update"
             ) from error
 
+    def send(self, bucket: int) -> None:
+        """The bucket stays as it is until the next `publish`, so it may be sent again."""
+        self.broadcast(self._buckets.bytes_of(bucket))
+
     def close(self) -> None:
         """Release the memory and leave the group; folders stay."""
-        self._group.close()
-        self._group.wait_until_left()
+        self.leave(waits=True)
         if self._segment is not None:
             self._segment.close()
             self._segment = None
 
-    # -- WeightSender --------------------------------------------------------------------------------------------
-
-    def listen(self, world_size: int, towards: str) -> GroupPlace:
-        return self._group.listen(world_size, towards)
-
-    def join(self) -> None:
-        self._group.join()
-
-    def send(self, bucket: int) -> str | None:
-        """The bucket stays as it is until the next `publish`, so it may be sent again."""
-        if self.kind == "tensor":
-            return self._buckets.as_text(bucket)
-        self._group.broadcast(self._buckets.bytes_of(bucket))
-        return None
-
-    def cancel(self) -> None:
-        self._group.cancel()
-
-    def leave(self) -> None:
-        self._group.close()
-
-    # -- inside --------------------------------------------------------------------------------------------------
-
     def _fill_buckets(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightUpdateMeta:
-        checksums = {
-            name: checksum(tensor)
-            for index, (name, tensor) in enumerate(self._buckets.fill(tensors))
-            if is_checked(index, version)
-        }
+        checksums: dict[str, int] = {}
+        for _ in self._buckets.fill(_checked(tensors, version, checksums)):
+            pass
         starts = [0, *itertools.accumulate(map(len, self._buckets.slots))]
         slots = tuple(itertools.chain.from_iterable(self._buckets.slots))
-        ranges = tuple(itertools.pairwise(starts))
-        kind: Literal["distributed", "tensor"] = "tensor" if self.kind == "tensor" else "distributed"
-        return WeightUpdateMeta(kind, version, "", slots, checksums, ranges)
+        return WeightUpdateMeta("distributed", version, "", slots, checksums, tuple(itertools.pairwise(starts)))
 
     def _write_folder(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightUpdateMeta:
         checksums: dict[str, int] = {}
-        shard: dict[str, torch.Tensor] = {}
-        num_bytes = num_shards = 0
-        with self._new_folder(version) as partial:
-            for index, (name, tensor) in enumerate(tensors):
-                if is_checked(index, version):
-                    checksums[name] = checksum(tensor)
-                if shard and num_bytes + tensor.nbytes > SHARD_BYTES:
-                    save_file(shard, partial / f"model-{num_shards:05d}.safetensors", metadata={"format": "pt"})
-                    shard, num_bytes, num_shards = {}, 0, num_shards + 1
-                shard[name] = tensor.detach().cpu().contiguous()
-                num_bytes += tensor.nbytes
-            save_file(shard, partial / f"model-{num_shards:05d}.safetensors", metadata={"format": "pt"})
-        return WeightUpdateMeta("disk", version, self._path(version), checksums=checksums)
+        with self._new_version(version) as (partial, path):
+            write_tensors(partial, _checked(tensors, version, checksums))
+        return WeightUpdateMeta("disk", version, path, checksums=checksums)
 
     def _write_adapter(
         self, tensors: dict[str, torch.Tensor], version: int, settings: dict[str, Any]
     ) -> WeightUpdateMeta:
         """All of its tensors are confirmed: there are few bytes."""
-        with self._new_folder(version) as partial:
+        with self._new_version(version) as (partial, path):
             write_adapter(partial, tensors, settings)
         checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
-        return WeightUpdateMeta("lora", version, self._path(version), checksums=checksums, adapter=SERVED_NAME)
-
-    def _path(self, version: int) -> str:
-        return str((self.folder / f"v{version:08d}").resolve())
+        return WeightUpdateMeta("lora", version, path, checksums=checksums, adapter=SERVED_NAME)
 
     @contextmanager
-    def _new_folder(self, version: int) -> Iterator[Path]:
-        """A folder to write into; at the end it gets its version's name, and old versions go."""
+    def _new_version(self, version: int) -> Iterator[tuple[Path, str]]:
+        """A folder to write into, and the path that it gets at the end; then old versions go."""
+        clean_folder(self.folder)
         final = self.folder / f"v{version:08d}"
-        partial = self.folder / f".v{version:08d}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with new_folder(final) as partial:
+            yield partial, str(final.resolve())
         for old in sorted(self.folder.glob("v*"))[:-NUM_VERSIONS_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
+
+
+def _checked(
+    tensors: Iterable[tuple[str, torch.Tensor]], version: int, checksums: dict[str, int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hands the tensors on, and notes the checksums of those that are confirmed at this version."""
+    for index, (name, tensor) in enumerate(tensors):
+        if is_checked(index, version):
+            checksums[name] = checksum(tensor)
+        yield name, tensor
 
 
 class _Segment:
@@ -197,10 +162,9 @@ class _Segment:
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightUpdateMeta:
         slots: list[TensorSlot] = []
-        checked: list[TensorSlot] = []
         offset = 0
         on_gpu = False
-        for index, (name, tensor) in enumerate(tensors):
+        for name, tensor in tensors:
             slot = slot_of(name, tensor, offset)
             offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
             if tensor.is_cuda and not on_gpu:
@@ -208,15 +172,12 @@ class _Segment:
                 self._pin()
             if tensor.nbytes:
                 self._reserve(offset)
-                flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-                self._bytes_of(slot).copy_(flat, non_blocking=offset <= self._num_pinned)
-            if is_checked(index, version):
-                checked.append(slot)
+                self._bytes_of(slot).copy_(raw_bytes(tensor), non_blocking=offset <= self._num_pinned)
             slots.append(slot)
         if on_gpu:
             torch.cuda.synchronize()
         self._num_written = offset
-        checksums = {slot.name: checksum(self._bytes_of(slot)) for slot in checked}
+        checksums = {s.name: checksum(self._bytes_of(s)) for i, s in enumerate(slots) if is_checked(i, version)}
         return WeightUpdateMeta("shm", version, f"/proc/{os.getpid()}/fd/{self._fd}", tuple(slots), checksums)
 
     def _bytes_of(self, slot: TensorSlot) -> torch.Tensor:
@@ -242,12 +203,12 @@ class _Segment:
         address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
         refused = torch.cuda.cudart().cudaHostRegister(address, self._num_written, 0)
         self._may_pin = not int(refused)
-        if not self._may_pin:
-            logger.info("the driver does not pin shared memory (%s): weights are copied through the CPU", refused)
-            with suppress(RuntimeError):  # the refusal is held against the next kernel
-                torch.zeros(1, device="cuda")
+        if self._may_pin:
+            self._num_pinned = self._num_written
             return
-        self._num_pinned = self._num_written
+        logger.info("the driver does not pin shared memory (%s): weights are copied through the CPU", refused)
+        with suppress(RuntimeError):  # the refusal is held against the next kernel
+            torch.zeros(1, device="cuda")
 
     def _unpin(self) -> None:
         if self._num_pinned and self._map is not None:

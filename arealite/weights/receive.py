@@ -1,4 +1,7 @@
-"""A server's end of a weight link: read the tensors that a WeightUpdateMeta describes (trainer's end: link.py)."""
+"""A server's end of a weight link: read the tensors that a WeightUpdateMeta describes (trainer's end: link.py).
+
+Called by the built-in server and by vllm_worker.py.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from arealite.api.errors import WeightSyncError
 from arealite.api.types import WeightUpdateMeta
+from arealite.weights.wire import cut
 
 MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
 
@@ -25,12 +29,23 @@ def iterate_tensors(meta: WeightUpdateMeta) -> Iterator[tuple[str, torch.Tensor]
         WeightSyncError: nothing is there, or it is shorter than its description.
     """
     if meta.kind == "shm":
-        yield from _from_memory(meta)
-    else:
-        yield from _from_folder(Path(meta.path))
+        memory = _map(meta)
+        yield from ((slot.name, cut(memory, slot)) for slot in meta.slots)
+        return
+    files = sorted(Path(meta.path).glob("*.safetensors"))
+    if not files:
+        raise WeightSyncError(f"no *.safetensors file in {meta.path}; expected a Hugging Face model folder")
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise WeightSyncError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _from_memory(meta: WeightUpdateMeta) -> Iterator[tuple[str, torch.Tensor]]:
+def _map(meta: WeightUpdateMeta) -> torch.Tensor:
+    """uint8 [bytes], the trainer's own pages."""
     end = max((slot.offset + slot.nbytes for slot in meta.slots), default=0)
     try:
         with open(meta.path, "rb") as file:
@@ -46,23 +61,4 @@ def _from_memory(meta: WeightUpdateMeta) -> Iterator[tuple[str, torch.Tensor]]:
         raise WeightSyncError(f"{meta.path} holds {size} bytes, the update describes {end}; publish the weights again")
     with suppress(OSError):  # an older kernel: then the first copy meets each page
         view.madvise(MADV_POPULATE_READ)
-    for slot in meta.slots:
-        dtype: torch.dtype = getattr(torch, slot.dtype)
-        if slot.nbytes:
-            count = slot.nbytes // dtype.itemsize
-            yield slot.name, torch.frombuffer(view, dtype=dtype, count=count, offset=slot.offset).reshape(slot.shape)
-        else:
-            yield slot.name, torch.empty(slot.shape, dtype=dtype)
-
-
-def _from_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise WeightSyncError(f"no *.safetensors file in {folder}; expected a Hugging Face model folder")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise WeightSyncError(f"{path} is not a whole safetensors file: {error}") from error
+    return torch.frombuffer(view, dtype=torch.uint8)

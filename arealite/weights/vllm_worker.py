@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from arealite.api.types import TensorSlot, WeightUpdateMeta
-from arealite.weights.buckets import cut
-from arealite.weights.checksum import checksum
 from arealite.weights.group import broadcast, join_group, leave_group
 from arealite.weights.receive import iterate_tensors
+from arealite.weights.wire import checksum, cut
 
 
 class WeightReceiver:

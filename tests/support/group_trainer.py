@@ -50,7 +50,7 @@ def _serve(pipe: Connection) -> None:
         assert sender._group is not None
         broadcast(sender._group, [torch.frombuffer(bytearray(raw), dtype=torch.uint8) for raw in raws], limit_s=30)
 
-    calls = {"listen": sender.listen, "join": sender.join, "send": send, "close": sender.close}
+    calls = {"listen": sender.listen, "join": sender.join, "send": send, "close": sender.leave}
     while True:
         name, arguments = pipe.recv()
         try:

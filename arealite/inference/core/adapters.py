@@ -20,7 +20,7 @@ from torch import nn
 
 from arealite.api.errors import RequestError
 from arealite.inference.core.sequence import Span
-from arealite.weights.checksum import checksum
+from arealite.weights.wire import checksum
 
 _NAME = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$")
 _REFUSED = [

@@ -26,7 +26,7 @@ from arealite.inference.core.sequence import Sequence
 from arealite.inference.requests import GenerateRequest, UpdateOptions
 from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
-from arealite.weights.checksum import checksum
+from arealite.weights.wire import checksum
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from arealite.api.errors import RequestError, WeightSyncError
 from arealite.api.types import GroupPlace, TensorSlot
 from arealite.inference.core.served_model import ServedModel
 from arealite.observe import waits
-from arealite.weights.buckets import cut
 from arealite.weights.group import GROUP_LIMIT_S, broadcast, join_group, leave_group
-from arealite.weights.naming import Part
+from arealite.weights.naming import HubPart
+from arealite.weights.wire import cut
 
 SHOWN_NAMES = 5  # names listed in an error message
 JOIN_SLACK_S = 10.0
@@ -157,7 +157,7 @@ def stage(
     try:
         for name, tensor in list(read()):  # all of a broadcast, before any is refused: the trainer is sending
             _check(model, name, tuple(tensor.shape), tensor.dtype, castable)
-            for part in model.hub_parts.get(name, (Part(name),)):
+            for part in model.hub_parts.get(name, (HubPart(name),)):
                 if part.name in staged:
                     raise WeightSyncError(f"the update has {part.name!r} twice")
                 staged[part.name] = tensor[part.index]

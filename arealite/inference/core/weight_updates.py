@@ -18,7 +18,7 @@ from arealite.inference.core.engine import CALL_LIMIT_S, Engine
 from arealite.inference.core.receiver import NamedTensors
 from arealite.inference.requests import UpdateOptions
 from arealite.observe import waits
-from arealite.weights.checksum import checksum
+from arealite.weights.wire import checksum
 
 READ_LIMIT_S = 600.0  # a folder on a slow file system; a broadcast has a limit of its own
 SESSION_LIMIT_S = 900.0  # between two calls of a session: then its trainer is gone, and what it staged is dropped
