@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch.distributed.tensor import DTensor
 
-from arealite.api.atomic import partial_name, put_in_place
+from arealite.api.atomic import new_folder
 from arealite.models.folder import read_config
 from arealite.weights.files import write_adapter, write_tensors
 
@@ -67,52 +67,37 @@ def write_folder(
     the end in any case, since other ranks take part in that. Raises OSError or SafetensorError.
     """
     try:
-        _write_folder(path, tensors, model, dtype, source, end_token)
+        with new_folder(Path(path)) as folder:
+            write_tensors(folder, tensors)
+            _write_configs(folder, model, dtype, end_token)
+            _copy(model.config.name_or_path, CODE_FILES, folder)
+            _copy(source, TOKENIZER_FILES, folder)
     finally:
         for _ in tensors:
             pass
 
 
-def _write_folder(
-    path: str,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    model: Any,
-    dtype: torch.dtype,
-    source: str,
-    end_token: int | None,
-) -> None:
-    final = Path(path)
-    partial = partial_name(final)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_tensors(partial, tensors)
+def _write_configs(folder: Path, model: Any, dtype: torch.dtype, end_token: int | None) -> None:
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.use_cache = True
     config.architectures = [type(model).__name__]
     written = _for_all_readers(json.loads(config.to_json_string()), read_config(_folder(config.name_or_path)))
-    (partial / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     if model.can_generate() and model.generation_config is not None:
         generation = copy.deepcopy(model.generation_config)
         ends = generation.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         if end_token not in (None, *ends):
             generation.eos_token_id = [*ends, end_token]
-        generation.to_json_file(partial / "generation_config.json")  # as the source has it, be it valid or not
-    _copy(config.name_or_path, CODE_FILES, partial)
-    _copy(source, TOKENIZER_FILES, partial)
-    put_in_place(partial, final)
+        generation.to_json_file(folder / "generation_config.json")  # as the source has it, be it valid or not
 
 
 def write_adapter_folder(path: str, tensors: dict[str, torch.Tensor], settings: dict[str, Any], source: str) -> None:
     """Write a LoRA adapter in PEFT's format and the tokenizer files of `source`, as `write_folder` does."""
-    final = Path(path)
-    partial = partial_name(final)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_adapter(partial, tensors, settings)
-    _copy(source, TOKENIZER_FILES, partial)
-    put_in_place(partial, final)
+    with new_folder(Path(path)) as folder:
+        write_adapter(folder, tensors, settings)
+        _copy(source, TOKENIZER_FILES, folder)
 
 
 def _for_all_readers(written: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
