@@ -24,7 +24,7 @@ endif
 # Two files of tests at a time; conftest.py puts the longest first.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: docs setup check test test-features fetch peer quickstart vllm-cpu areal-client format clean
+.PHONY: docs setup check test test-fast test-features fetch peer quickstart vllm-cpu areal-client format clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ test:
 	$(MAKE) --no-print-directory -j2 peer check fetch
 	$(PYTEST)
 	$(MAKE) --no-print-directory test-features
+
+# For a contributor's loop.
+test-fast: fetch
+	$(PYTEST) -m fast
 
 peer:
 	-$(MAKE) --no-print-directory vllm-cpu

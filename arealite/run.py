@@ -99,7 +99,6 @@ class Run:
         self.stats = StatsTracker()  # of the step that is being made
         self._stack = ExitStack()
         self._saver = Saver(config.saver, self.folder, self.tokenizer)
-        self._recover = RecoverHandler(config.recover, self.folder, config)
         self._evaluation = Frequency(config.evaluator)
 
     def __enter__(self) -> Run:
@@ -134,9 +133,9 @@ class Run:
         timeline.open(self.folder, self.config.stats_logger.timeline, self.collective.rank)
         self._logger = StatsLogger(self.folder, self.config.stats_logger, self.total_steps)
         self._stack.push(self._report)
-        self._stateful = rollout or NoRollout()
         trained.plan_steps(self.total_steps)
-        self._next = self._stack.enter_context(self._recover.session(trained, self._stateful, dataloader))
+        self._recover = RecoverHandler(self.config, self.folder, trained, rollout or NoRollout(), dataloader)
+        self._next = self._stack.enter_context(self._recover.session())
         self._saver.begin(self._next, self._recover.epoch, trained, self.total_steps)
         self._evaluation.restart(self._recover.epoch)
 
@@ -168,7 +167,7 @@ class Run:
             told = {} if self._rollout is None else self._rollout.stats()
             self._logger.commit(finished - 1, epoch, stats | told, groups, self.tokenizer)
         # Last of all, because what comes after it is done again after a kill.
-        self._recover.maybe_save(finished, epoch, self._trained, self._stateful, self._dataloader, last)
+        self._recover.maybe_save(finished, epoch, last)
 
     def _report(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.is_head:

@@ -30,7 +30,7 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 NO_TORCH = ("api", "launcher", "rollout", "workflow", "reward", "cli")
 NO_BOUNDARY = ("api", "algorithm", "weights", "dataset")  # no user code, HTTP route or supervisor lives here
 MAX_FILE_LINES = 400
-MAX_LINES = {"arealite": 25_644, "tests": 20_474}  # of all files; raised only for a new capability
+MAX_LINES = {"arealite": 25_622, "tests": 20_508}  # of all files; raised only for a new capability
 MAX_FUNCTION_LINES = 60
 MAX_CONFIG_FIELDS = 150
 BANNED_FOLDERS = ("utils", "util", "experimental", "helpers", "common", "misc")
@@ -90,18 +90,12 @@ def part_of(module: str) -> str:
     return names[1] if len(names) > 1 else ""
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-
-
-def imports_of(path: Path, with_types: bool) -> Iterator[tuple[ast.AST, str]]:
-    """Every module of arealite that `path` imports, at any depth; those under TYPE_CHECKING only if `with_types`."""
+def imports_of(path: Path) -> Iterator[tuple[ast.AST, str]]:
+    """Every module of arealite that `path` imports, at any depth, those under TYPE_CHECKING too."""
     modules = {module_name(p) for p in sources()}
     pending: list[ast.AST] = [tree_of(path)]
     while pending:
         node = pending.pop()
-        if is_type_checking(node) and not with_types:
-            continue
         pending.extend(ast.iter_child_nodes(node))
         if isinstance(node, ast.Import):
             yield from ((node, alias.name) for alias in node.names if alias.name.split(".")[0] == "arealite")
@@ -132,7 +126,7 @@ def test_imports_go_down_only():
     violations = []
     for path in sources():
         part = part_of(module_name(path))
-        for node, imported in imports_of(path, with_types=True):
+        for node, imported in imports_of(path):
             other = part_of(imported)
             if not (part and other) or other == part or LEVEL_OF[other] < LEVEL_OF[part]:
                 continue
@@ -144,7 +138,7 @@ def test_imports_go_down_only():
 
 def test_no_import_circles():
     # A module that is run with -m may import itself, to be the same module for pickle in all processes.
-    graph = {module_name(p): {m for _, m in imports_of(p, with_types=True)} - {module_name(p)} for p in sources()}
+    graph = {module_name(p): {m for _, m in imports_of(p)} - {module_name(p)} for p in sources()}
     done: set[str] = set()
 
     def circle_from(module: str, trail: list[str]) -> list[str] | None:

@@ -6,6 +6,8 @@ import pytest
 import test_architecture as rules
 
 DOC = '"""A file."""\n'
+TYPES = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+LONG = "a sentence that stands here in full, and once more"
 BROKEN = [
     (rules.test_every_part_has_a_level, "arealite/extras/a.py", "", "extras"),
     (rules.test_imports_go_down_only, "arealite/api/a.py", "from arealite.rollout import b", "api imports"),
@@ -48,6 +50,25 @@ BROKEN = [
     (rules.test_names_say_what_they_are, "arealite/api/a.py", "self.request_timeout = 3", "seconds"),
     (rules.test_names_say_what_they_are, "arealite/api/a.py", "n_tokens = 3", "begin its name with num_"),
     (rules.test_names_say_what_they_are, "arealite/api/meta_helpers.py", "", "meta_helpers"),
+    (
+        rules.test_no_import_circles,
+        "arealite/engine/a.py",
+        TYPES + "    import arealite.engine",
+        "engine.a ->",
+    ),
+    (rules.test_the_house_does_not_grow_by_itself, "arealite/engine/a.py", "x = 1\n" * 30_000, "at most"),
+    (
+        rules.test_one_name_is_one_thing,
+        "arealite/engine/a.py",
+        "class A: ...\nclass A: ...\n",
+        "class A: arealite",
+    ),
+    (
+        rules.test_no_text_stands_twice,
+        "arealite/engine/a.py",
+        f"x = {LONG!r}\ny = {LONG!r}\n",
+        "a.py:2, arealite",
+    ),
     (rules.test_no_paths_of_one_machine, "examples/a.yaml", "path: " + "/ho" + "me/me/model", "a.yaml:2"),
 ]
 
@@ -84,7 +105,7 @@ def test_what_is_allowed_is_not_reported(tmp_path, monkeypatch):
     )
     (tmp_path / "arealite" / "engine").mkdir(parents=True)
     (tmp_path / "arealite" / "engine" / "a.py").write_text(DOC + text)
-    (tmp_path / "arealite" / "engine" / "b.py").write_text(DOC + "import arealite.engine.a")
+    (tmp_path / "arealite" / "engine" / "b.py").write_text(DOC)
     monkeypatch.setattr(rules, "ROOT", tmp_path)
     for name, rule in vars(rules).items():
         if name.startswith("test_") and "config_field" not in name:

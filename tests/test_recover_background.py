@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ class SlowLife(Life):
 
     def begin(self, number):
         self.actor.value = self.rollout.value = self.dataloader.value = number
-        return self.recover.maybe_save(number, 0, self.actor, self.rollout, self.dataloader)
+        return self.recover.maybe_save(number, 0)
 
 
 def test_training_goes_on_and_the_point_holds_what_was_when_it_began(tmp_path):
@@ -106,8 +107,8 @@ def test_close_raises_nothing(tmp_path, caplog):
     assert "second in a row" in caplog.text
 
 
-def recover_of(root: str) -> RecoverHandler:
-    return RecoverHandler(RecoverConfig(freq_steps=1), RunFolder(Path(root)), run_config())
+def recover_of(root: str, *parts: Any) -> RecoverHandler:
+    return RecoverHandler(run_config(recover=RecoverConfig(freq_steps=1)), RunFolder(Path(root)), *parts)
 
 
 def live(rank: int, model: str, root: str) -> None:
@@ -124,12 +125,13 @@ def live(rank: int, model: str, root: str) -> None:
 
     state.dcp.save = slow
     actor = engine(model, Dims(d=2), optimizer={"lr_scheduler": "constant"}, collective_timeout_s=30.0)
-    rollout, loader, recover = Counter(), Counter(), recover_of(root)
-    for number in range(recover.load(actor, rollout, loader), NUM_STEPS):
+    rollout, loader = Counter(), Counter()
+    recover = recover_of(root, actor, rollout, loader)
+    for number in range(recover.load(), NUM_STEPS):
         assert actor.num_updates == rollout.value == loader.value == number
         step(actor, number % 3)
         rollout.value = loader.value = number + 1
-        recover.maybe_save(number + 1, 0, actor, rollout, loader)
+        recover.maybe_save(number + 1, 0)
     recover.finish()
 
 
@@ -156,7 +158,7 @@ def test_killed_in_the_midst_of_a_save_the_point_before_is_whole(tmp_path):
         num_hits += any(path.name.startswith(".partial") for path in (root / "recover").iterdir())
         resumed = engine(model, optimizer={"lr_scheduler": "constant"})
         rollout, loader = Counter(), Counter()
-        newest = recover_of(root).load(resumed, rollout, loader)
+        newest = recover_of(root, resumed, rollout, loader).load()
         assert newest == resumed.num_updates == rollout.value == loader.value > 0
         for name, weight in weights(resumed).items():
             limit = TOLERANCE * np.abs(weight).max()

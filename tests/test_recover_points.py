@@ -82,22 +82,22 @@ class Life:
         self.actor, self.rollout, self.dataloader = FakeActor(collective or Alone()), Counter(), Counter()
         config = config or run_config()
         config.recover = RecoverConfig(**{"freq_steps": 1} | settings)
-        self.recover = RecoverHandler(config.recover, self.folder, config)
+        self.recover = RecoverHandler(config, self.folder, self.actor, self.rollout, self.dataloader)
 
     def train(self, step, epoch=0):
         self.actor.value = self.rollout.value = self.dataloader.value = step
-        self.recover.maybe_save(step, epoch, self.actor, self.rollout, self.dataloader)
+        self.recover.maybe_save(step, epoch)
         return self.recover.finish()
 
     def load(self):
-        return self.recover.load(self.actor, self.rollout, self.dataloader)
+        return self.recover.load()
 
     def session(self):
-        return self.recover.session(self.actor, self.rollout, self.dataloader)
+        return self.recover.session()
 
     def end_step(self, step, last=False):
         self.actor.value = self.rollout.value = self.dataloader.value = step
-        self.recover.maybe_save(step, 0, self.actor, self.rollout, self.dataloader, last)
+        self.recover.maybe_save(step, 0, last)
 
     def points(self):
         return sorted(p.name for p in self.folder.recover_dir.iterdir())
@@ -278,7 +278,7 @@ def test_step_saved_again_replaces_its_point(tmp_path):
     life = Life(tmp_path)
     life.train(1)
     life.rollout.value = 41
-    life.recover.save(1, 0, life.actor, life.rollout, life.dataloader)
+    life.recover.save(1, 0)
     assert life.points() == ["point_000001"]
     again = Life(tmp_path)
     assert again.load() == 1 and again.rollout.value == 41
@@ -375,7 +375,7 @@ def fill_the_disk(rank: int, path: str, root: str) -> list[str]:
     logging.getLogger("arealite").handlers[-1].emit = lambda record: told.append(record.getMessage())
     actor = FSDPEngine(TrainEngineConfig(path=path, collective_timeout_s=30.0))
     actor.initialize()
-    recover = RecoverHandler(RecoverConfig(), RunFolder(Path(root)), GRPOConfig())
+    recover = RecoverHandler(GRPOConfig(), RunFolder(Path(root)), actor, Counter(), Counter())
     write = torch.save
 
     def full(value, file, **options):
@@ -384,10 +384,10 @@ def fill_the_disk(rank: int, path: str, root: str) -> list[str]:
         write(value, file, **options)
 
     torch.save = full if rank == 1 else write
-    assert recover.save(1, 0, actor, Counter(), Counter()) is None
+    assert recover.save(1, 0) is None
     torch.save = write
-    assert recover.save(2, 0, actor, Counter(), Counter()).name == "point_000002"
-    assert recover.load(actor, Counter(), Counter()) == 2
+    assert recover.save(2, 0).name == "point_000002"
+    assert recover.load() == 2
     return told
 
 

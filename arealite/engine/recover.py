@@ -29,7 +29,7 @@ from arealite.observe.frequency import Frequency
 from arealite.observe.waits import in_background, waiting
 
 if TYPE_CHECKING:
-    from arealite.api.cli_args import RecoverConfig, RunConfig
+    from arealite.api.cli_args import RunConfig
     from arealite.api.protocols import Collective
     from arealite.observe.run_folder import RunFolder
 
@@ -76,10 +76,13 @@ class RecoverHandler:
     a row stops the run. `epoch` is the epoch of the point that was loaded.
     """
 
-    def __init__(self, config: RecoverConfig, folder: RunFolder, run_config: RunConfig) -> None:
-        self.frequency = Frequency(config)
+    def __init__(
+        self, run_config: RunConfig, folder: RunFolder, actor: Recoverable, rollout: Stateful, dataloader: Stateful
+    ) -> None:
+        self.frequency = Frequency(run_config.recover)
+        self.actor, self.rollout, self.dataloader = actor, rollout, dataloader
         self.epoch = 0
-        self._config = config
+        self._config = run_config.recover
         self._folder = folder
         self._run_config = run_config
         self._finished = 0  # steps
@@ -89,31 +92,29 @@ class RecoverHandler:
         self._writing: _Writing | None = None  # one at most
 
     @contextmanager
-    def session(self, actor: Recoverable, rollout: Stateful, dataloader: Stateful) -> Iterator[int]:
+    def session(self) -> Iterator[int]:
         """Around the steps of a run: `load`, whose number of finished steps it yields, and `finish`; `close` where they
         end by an error. Collective.
 
         Ctrl-C or SIGTERM end the block at the end of a step, or while it waits for groups; then the process ends
         (SystemExit), after a point of the last finished step. A second one acts as ever. Not with mode "off".
         """
-        finished = self.load(actor, rollout, dataloader)
+        finished = self.load()
         with nullcontext() if self._config.mode == "off" else stop.noted():
             try:
                 yield finished
                 self.finish()
             except RunStopped as stopped:
                 if self._finished > self._newest:
-                    self._begin(self._finished, self.epoch, actor, rollout, dataloader)
+                    self._begin(self._finished, self.epoch)
                 self.finish()
-                if actor.collective.rank == 0:
+                if self.actor.collective.rank == 0:
                     logger.warning("%s, %d steps are finished; the same command goes on", stopped, self._finished)
                 raise SystemExit(stop.exit_code()) from None
             finally:
                 self.close()
 
-    def maybe_save(
-        self, step: int, epoch: int, actor: Recoverable, rollout: Stateful, dataloader: Stateful, last: bool = False
-    ) -> Path | None:
+    def maybe_save(self, step: int, epoch: int, last: bool = False) -> Path | None:
         """Begin a point if it is due after `step` finished steps, or when this was the `last` one; its folder to be, or
         None. Collective.
 
@@ -124,34 +125,27 @@ class RecoverHandler:
         if self._config.mode == "off":
             return None
         self._finished, self.epoch = step, epoch
-        point = self._begin_if_due(step, epoch, actor, rollout, dataloader, last)
+        collective, writing = self.actor.collective, self._writing
+        if writing is not None and collective.on_head(writing.outcome.done):
+            self.finish()
+        point = self._begin(step, epoch) if self.frequency.due(step, epoch, collective, last) else None
         if not last:
-            actor.collective.on_head(stop.look)
+            collective.on_head(stop.look)
         return point
 
-    def _begin_if_due(
-        self, step: int, epoch: int, actor: Recoverable, rollout: Stateful, dataloader: Stateful, last: bool
-    ) -> Path | None:
-        writing = self._writing
-        if writing is not None and actor.collective.on_head(writing.outcome.done):
-            self.finish()
-        if not self.frequency.due(step, epoch, actor.collective, last):
-            return None
-        return self._begin(step, epoch, actor, rollout, dataloader)
-
-    def save(self, step: int, epoch: int, actor: Recoverable, rollout: Stateful, dataloader: Stateful) -> Path | None:
+    def save(self, step: int, epoch: int) -> Path | None:
         """Write a point now; None when that failed with a warning. Collective. Raises as `finish` does."""
-        begun = self._begin(step, epoch, actor, rollout, dataloader)
+        begun = self._begin(step, epoch)
         return begun and self.finish()
 
-    def _begin(self, step: int, epoch: int, actor: Recoverable, rollout: Stateful, dataloader: Stateful) -> Path | None:
+    def _begin(self, step: int, epoch: int) -> Path | None:
         """Copy everything as it is now and leave the rest to a thread. None when that failed with a warning."""
         self.finish()
-        collective, point = actor.collective, self._folder.recovery_point(step)
+        collective, point = self.actor.collective, self._folder.recovery_point(step)
         partial = partial_name(point)
 
         def begin() -> str:
-            states = {"rollout": rollout.state_dict(), "dataloader": dataloader.state_dict()}
+            states = {"rollout": self.rollout.state_dict(), "dataloader": self.dataloader.state_dict()}
             record = {"step": step, "epoch": epoch, "at": time.time(), **states}
             why_not = attempt(_begin, partial, record)
             if why_not:
@@ -162,7 +156,7 @@ class RecoverHandler:
         if why_not:
             self._failures.was_written(f"recovery point {point}", why_not)
             return None
-        write, ranks = actor.stage_state(str(partial / "actor")), actor.background
+        write, ranks = self.actor.stage_state(str(partial / "actor")), self.actor.background
         outcome = in_background(lambda: self._write(partial, point, write, ranks), f"recovery point {point.name}")
         self._writing, self._newest = _Writing(point, outcome), step
         return point
@@ -206,22 +200,22 @@ class RecoverHandler:
         except (ArealiteError, RuntimeError) as error:  # RuntimeError: torch, when another rank is gone
             logger.warning("the last recovery point: %s", error)
 
-    def load(self, actor: Recoverable, rollout: Stateful, dataloader: Stateful) -> int:
+    def load(self) -> int:
         """Restore the newest complete point; returns the number of finished steps, that is the next step (counted from
         0); 0 when there is no point. Collective.
 
         Raises RecoveryError on every rank: a used folder that cannot be gone on with (observe/claim.py), or points of
         which none is complete.
         """
-        found = actor.collective.on_head(self._choose)
+        found = self.actor.collective.on_head(self._choose)
         if found is None:
             return 0
         step = int(found["step"])
         point = self._folder.recovery_point(step)
-        actor.load_state(str(point / "actor"))
-        dataloader.load_state_dict(found["dataloader"])
-        rollout.load_state_dict(found["rollout"])
-        if actor.collective.rank == 0:
+        self.actor.load_state(str(point / "actor"))
+        self.dataloader.load_state_dict(found["dataloader"])
+        self.rollout.load_state_dict(found["rollout"])
+        if self.actor.collective.rank == 0:
             logger.warning("going on after step %d, from %s", step, point)
         self.epoch, self._finished, self._newest = found["epoch"], step, step
         self.frequency.restart(self.epoch)

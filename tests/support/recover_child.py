@@ -17,13 +17,14 @@ from support.ranks import Alone
 def main(root: str) -> None:
     config = run_config()
     actor, rollout, dataloader = FakeActor(Alone(), num_bytes=200_000, pause_s=0.003), Counter(), Counter()
-    recover = RecoverHandler(RecoverConfig(freq_steps=1, num_kept=2), RunFolder(Path(root)), config)
-    step = recover.load(actor, rollout, dataloader)
+    config.recover = RecoverConfig(freq_steps=1, num_kept=2)
+    recover = RecoverHandler(config, RunFolder(Path(root)), actor, rollout, dataloader)
+    step = recover.load()
     print(f"loaded {step} {actor.value} {rollout.value} {dataloader.value}", flush=True)
     while True:
         step += 1
         actor.value = rollout.value = dataloader.value = step
-        recover.maybe_save(step, 0, actor, rollout, dataloader)
+        recover.maybe_save(step, 0)
         print(f"finished {step}", flush=True)
 
 
