@@ -28,8 +28,8 @@ LONGEST = [f"test_{name}.py" for name in (
 
 # Files whose tests take longer than a contributor's loop can wait, by what they need. All others are `fast`.
 KINDS = {
-    "process": """cli_refusals docs engine_layouts engine_loading engine_pipeline engine_ranks engine_resume engine_roles
-        engine_weights inference_openai inference_process launcher_local observe_watchdog prove
+    "process": """cli_refusals docs engine_layouts engine_loading engine_pipeline engine_ranks engine_resume
+        engine_roles engine_weights inference_openai inference_process launcher_local observe_watchdog prove
         recover_background recover_points reward_pool rollout_updates run run_life run_lora run_own_parts
         run_recovery run_stalls run_supervised run_wirings server_chaos vllm_server weights_group""",
     "model": """engine_actor engine_export engine_flops engine_lora engine_objective gpu_kernels gpu_server gpu_training
