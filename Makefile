@@ -93,7 +93,7 @@ $(AREAL_ENV)/.installed: $(STAMP)
 # The pages of docs/ with the reference from docstrings, into site/.
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
