@@ -23,7 +23,7 @@ from arealite.evaluation.evaluator import Evaluator
 from arealite.launcher.allocation import AllocationMode, trainer_dims
 from arealite.reward.pool import RewardFunction
 from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine, RemotevLLMEngine
-from arealite.run import Run
+from arealite.run import Evaluate, Run
 from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
 from arealite.workflow.rlvr import RLVRWorkflow
@@ -66,6 +66,21 @@ def rlvr_workflow(run: Run, config: GRPOConfig, reward_fn: RewardFunction, held_
     """Single-turn answers to training tasks, or to `held_out` ones, with `reward_fn`'s reward."""
     gconfig, limit = config.eval_gconfig if held_out else config.gconfig, config.server.context_length
     return run.closing(RLVRWorkflow(reward_fn, gconfig, run.tokenizer, config=config.rollout, context_length=limit))
+
+
+def open_evaluation(
+    run: Run,
+    config: GRPOConfig,
+    actor: FSDPPPOActor,
+    rollout: RemoteInferenceEngine,
+    workflow: RolloutWorkflow,
+    reward_fn: RewardFunction | None,
+) -> Evaluate | None:
+    """What `run.steps` calls to ask the held-out tasks with `workflow`; None where `config` has none."""
+    if config.valid_dataset is None:
+        return None
+    tasks = load_tasks(config.valid_dataset, run.tokenizer, config.seed, reward_fn)
+    return Evaluator(run.folder, rollout, workflow, tasks, actor.collective).measure
 
 
 class PPOTrainer:
@@ -117,10 +132,7 @@ class PPOTrainer:
             guard = MismatchGuard(config.stats_logger, config.gconfig)
             tasks = load_tasks(config.train_dataset, run.tokenizer, config.seed, self.reward_fn)
             dataloader = StatefulDataLoader(tasks, config)
-            evaluate = None
-            if config.valid_dataset is not None:
-                held_out = load_tasks(config.valid_dataset, run.tokenizer, config.seed, self.reward_fn)
-                evaluate = Evaluator(run.folder, rollout, held_out_workflow, held_out, actor.collective).measure
+            evaluate = open_evaluation(run, config, actor, rollout, held_out_workflow, self.reward_fn)
 
             run.begin(actor if critic is None else TrainedTogether(actor, critic.critic), dataloader, rollout)
             actor.upload_weights()

@@ -11,10 +11,9 @@ from arealite.api.cli_args import GRPOConfig
 from arealite.api.load_config import load_config
 from arealite.dataset.loader import StatefulDataLoader, load_tasks
 from arealite.engine.roles import TrainedTogether, Turns
-from arealite.evaluation.evaluator import Evaluator
 from arealite.reward.math import gsm8k_reward
 from arealite.run import Run
-from arealite.trainer import open_models, open_rollout, rlvr_workflow
+from arealite.trainer import open_evaluation, open_models, open_rollout, rlvr_workflow
 from arealite.weights.handshake import MismatchGuard
 
 
@@ -22,17 +21,14 @@ def main(argv: list[str]) -> None:
     config = load_config(argv, GRPOConfig)
     with Run(config) as run:  # metrics, checkpoints, evaluation, recovery; closes all, however the block ends
         workflow = rlvr_workflow(run, config, gsm8k_reward)
+        held_out_workflow = rlvr_workflow(run, config, gsm8k_reward, held_out=True)
         actor, ref, critic = open_models(run, config)  # a model that the configuration does not have is None
         rollout = open_rollout(run, config, actor)  # RemoteSGLangEngine, RemoteNativeEngine: as allocation_mode says
         turns = Turns(rollout, actor, ref, critic)  # with servers on the same accelerators
         guard = MismatchGuard(config.stats_logger, config.gconfig)
         tasks = load_tasks(config.train_dataset, run.tokenizer, config.seed, gsm8k_reward)
         dataloader = StatefulDataLoader(tasks, config)
-        evaluate = None
-        if config.valid_dataset is not None:
-            held_out = load_tasks(config.valid_dataset, run.tokenizer, config.seed, gsm8k_reward)
-            asking = rlvr_workflow(run, config, gsm8k_reward, held_out=True)
-            evaluate = Evaluator(run.folder, rollout, asking, held_out, actor.collective).measure
+        evaluate = open_evaluation(run, config, actor, rollout, held_out_workflow, gsm8k_reward)
 
         trained = actor if critic is None else TrainedTogether(actor, critic.critic)
         run.begin(trained, dataloader, rollout)  # a killed or stopped run goes on where it was
