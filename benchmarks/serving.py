@@ -36,6 +36,7 @@ from arealite.kernels import build
 from arealite.models.fetch import resolve_model
 from arealite.rollout.bench import parse_arguments, workload
 
+ROOT = Path(__file__).parents[1]
 START_LIMIT_S = 300.0
 RUN_LIMIT_S = 1800.0
 VLLM_ENV = {
@@ -56,9 +57,9 @@ def vllm_python() -> str:
 
 
 class ServerProcess:
-    """One server on loopback, on the given cores; `command` is what a person would type."""
+    """One server on loopback, on the given cores, of the package in `root`; `command` is what a person would type."""
 
-    def __init__(self, kind: str, model: str, cores: list[int]) -> None:
+    def __init__(self, kind: str, model: str, cores: list[int], root: Path) -> None:
         self.kind = kind
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -70,7 +71,7 @@ class ServerProcess:
             env = {**os.environ, **VLLM_ENV, "VLLM_CPU_OMP_THREADS_BIND": bind}
             words = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server", *place, *VLLM_FLAGS]
         else:
-            env = {**os.environ, **threads}
+            env = {**os.environ, **threads, "PYTHONPATH": str(root)}
             words = [sys.executable, "-m", "arealite.inference.serve", *place]
         self.command = " ".join(words)
         self.log = tempfile.NamedTemporaryFile("w+", suffix=f"-{kind}.log")  # noqa: SIM115 - read after a failure
@@ -123,12 +124,12 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def servers(model: str, *wanted: tuple[str, list[int]]) -> Iterator[list[ServerProcess]]:
+def servers(model: str, *wanted: tuple[str, list[int]], root: Path = ROOT) -> Iterator[list[ServerProcess]]:
     """Started one after the other, so that loading and compiling do not disturb each other."""
     running: list[ServerProcess] = []
     try:
         for kind, cores in wanted:
-            running.append(ServerProcess(kind, model, cores))
+            running.append(ServerProcess(kind, model, cores, root))
             running[-1].wait_healthy()
         yield running
     finally:
