@@ -1,5 +1,5 @@
-"""The `arealite` command: run, serve, check, prove, fetch, bench, init. Starts in well under a second, importing
-nothing heavy.
+"""The `arealite` command: run, serve, check, prove, fetch, bench, reward, init. Starts in well under a second:
+nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -60,6 +60,12 @@ exit codes: 0 nothing failed; 1 a check failed; 2 the configuration was refused"
     --output-tokens 16-512
   arealite bench serve --help
     all options"""),
+    "reward": ("try a reward function on rows before a run", """examples:
+  arealite reward test my_rewards.py:reward --data rows.jsonl
+  arealite reward test arealite.reward.math:gsm8k_reward \\
+    --data examples/arealite/gsm8k_small/train.jsonl
+
+exit codes: 0 nothing looks wrong; 1 calls failed, or warnings"""),
     "init": ("write the examples and their configurations here", f"examples:\n  arealite init\n{EXAMPLE}"),
 }  # fmt: skip
 
@@ -98,6 +104,10 @@ def dispatch(words: list[str]) -> int:
         from arealite.prove.command import prove
 
         return prove(given.config, given.overrides, given.quick, given.ranks, given.json)
+    if given.command == "reward":
+        from arealite.reward.audit import find_reward, report
+
+        return report(find_reward(given.function), given.rows, given.num_rows, given.limit_s, given.json)
     if given.command == "check":
         from arealite.launcher.check import check
 
@@ -161,6 +171,14 @@ def parse(words: list[str]) -> argparse.Namespace:
         add[name]("overrides", nargs="*", metavar="key=value", help="overrides, such as actor.optimizer.lr=1e-5")
     add["fetch"]("model", help="its name, such as smollm2-135m")
     add["bench"]("what", choices=["serve"], help="what to measure")
+    add["reward"]("what", choices=["test"], help="what to do")
+    add["reward"]("function", metavar="FILE.py:FUNCTION", help="or package.module:FUNCTION")
+    add["reward"](
+        "--data", dest="rows", type=expand, required=True, metavar="ROWS", help="a data set, as train_dataset.path"
+    )
+    add["reward"]("--num-rows", type=int, metavar="N", help="use the first rows only")
+    add["reward"]("--limit-s", type=float, default=15.0, metavar="S", help="longest time of a call")
+    add["reward"]("--json", type=expand, metavar="FILE", help="also write the findings there")
     add["init"]("folder", nargs="?", type=expand, default=".", help="default: the current one")
     given, rest = top.parse_known_args(words)
     takes_overrides = given.command in ("run", "check", "prove")

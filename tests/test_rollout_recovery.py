@@ -1,4 +1,4 @@
-"""The ledger, and recovery from a point: every task is trained exactly once."""
+"""The ledger, what a failed reward costs, and recovery from a point: every task is trained exactly once."""
 
 import asyncio
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 from support.rollout import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
 
-from arealite.api.errors import RecoveryError
+from arealite.api.errors import RecoveryError, WorkflowError
 from arealite.api.types import Task
 from arealite.rollout.counters import Counters
 from arealite.rollout.executor import RolloutExecutor
@@ -188,3 +188,25 @@ def test_audit_leaves_out_what_a_recovery_voided_and_tolerates_torn_lines(tmp_pa
     text = path.read_text()
     path.write_text(text.replace('"recovered"', '"recovered'))
     assert audit(path).violations
+
+
+def test_a_failed_reward_may_cost_the_group(head, tmp_path):
+    def act(task, tries):
+        bad = trajectory(task, 1, reward=None, status="reward_error", error="ValueError: no number")
+        return [trajectory(task, 0), bad] if task.id == "e0-r1" else [trajectory(task, 0)]
+
+    engine = head(max_head_offpolicyness=0, reward_failure="group")
+    batch = engine.prepare_batch(Source(), Episodes(act))
+    assert batch.num_sequences == batch.num_groups == 4
+    assert audit(tmp_path / "ledger.jsonl").reasons == {"a reward failed: ValueError: no number": 1}
+
+
+@pytest.mark.parametrize("num_bad", [1, 2])
+def test_a_failed_reward_may_stop_the_run(head, num_bad):
+    def act(task, tries):
+        bad = trajectory(task, 1, reward=None, status="reward_error", error="ValueError: no number")
+        return [trajectory(task, 0), bad] if num_bad == 1 else [bad, bad]
+
+    engine = head(reward_failure="stop")
+    with pytest.raises(WorkflowError, match=r"ValueError: no number \(rollout.reward_failure is stop\)"):
+        engine.prepare_batch(Source(), Episodes(act))

@@ -97,6 +97,10 @@ class InferenceEngineConfig(Section):
     max_failed_groups: int = setting(8, "groups that may fail in a row before the run stops with their error", low=1)
     num_reward_workers: int = setting(1, "processes that run reward functions", low=1)
     reward_timeout_s: float = setting(15.0, "hard limit of one reward call: its process is killed", low=0.1)
+    reward_retries: int = setting(0, "times a reward that failed is computed again", low=0)
+    reward_failure: Literal["answer", "group", "stop"] = setting(
+        "answer", "what a failed reward costs: the answer, its whole group, or the run"
+    )
     pause_mode: Literal["abort", "retract", "in_place"] = setting("retract", "what updates do to running requests")
 
 

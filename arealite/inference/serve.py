@@ -10,6 +10,8 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from aiohttp import web
@@ -20,6 +22,7 @@ from arealite.inference.core.engine import MAX_QUEUED, Engine
 from arealite.inference.core.served_model import ServedModel
 from arealite.inference.http.routes import build_app
 from arealite.inference.openai.tools import PARSERS
+from arealite.inference.reward_server import RewardServer, is_reward_model
 from arealite.inference.settings import ServerSettings
 from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
@@ -84,9 +87,7 @@ def build_engine(args: argparse.Namespace) -> Engine:
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {device}: {torch.cuda.device_count()} such devices are found; use --device cpu")
+    device = _device_of(args)
     if device.type == "cuda":
         use_gpu(device)
     model = ServedModel.load(
@@ -101,6 +102,13 @@ def build_engine(args: argparse.Namespace) -> Engine:
             f"no memory for a KV cache of {kv_tokens} tokens ({error}); lower it by --kv-cache-tokens"
         ) from error
     return Engine(batcher, args.seed, args.max_queued_requests, num_threads)
+
+
+def _device_of(args: argparse.Namespace) -> torch.device:
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {device}: {torch.cuda.device_count()} such devices are found; use --device cpu")
+    return device
 
 
 def _kv_cache_tokens(model: ServedModel, max_running: int) -> int:
@@ -121,39 +129,36 @@ def _kv_cache_tokens(model: ServedModel, max_running: int) -> int:
     return min(tokens, max_running * model.context_length)  # of which no more can be used at once
 
 
-async def serve(engine: Engine, settings: ServerSettings, host: str, port: int) -> int:
-    """Listen until SIGTERM or SIGINT (returns 0) or the engine's failure (returns 1).
+async def listen(
+    app: web.Application, host: str, port: int, is_over: Callable[[], bool], stop: Callable[[], None]
+) -> None:
+    """Serve until SIGTERM, SIGINT or `is_over`; then `stop`, in a thread, and let the last answers out.
 
-    Consumes: signals, the engine's end.
-    Produces: the exit status.
+    Consumes: signals, the end of what is served.
     Waits for: either of them, looking every POLL_S.
-    Unblocked by: the operating system's signal, or the engine thread's `stopped`.
+    Unblocked by: the operating system's signal, or `is_over`.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stopping.set)
-    runner = web.AppRunner(
-        build_app(engine, settings), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_LIMIT_S
-    )
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_LIMIT_S)
     await runner.setup()
     site = web.TCPSite(runner, host, port, backlog=1024)
     try:
         await site.start()
     except OSError as error:
-        engine.stop(STOP_LIMIT_S)
+        stop()
         await runner.cleanup()
         raise ConfigError(
             f"cannot listen on {host}:{port}: {error}; choose another --port, or 0 for a free one"
         ) from error
     bound_host, bound_port = runner.addresses[0][:2]
     print(f"listening on http://{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port}", flush=True)
-    while not stopping.is_set() and not engine.stopped.is_set():
+    while not stopping.is_set() and not is_over():
         await asyncio.sleep(POLL_S)
-    failed = bool(engine.failure)
-    await asyncio.to_thread(engine.stop, STOP_LIMIT_S)
+    await asyncio.to_thread(stop)
     await runner.cleanup()  # lets the answers of ended requests out
-    return 1 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,6 +168,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     waits.configure_from_env()
     try:
+        if is_reward_model(args.model):
+            place = DTYPES[args.dtype], _device_of(args)
+            app = RewardServer(args.model, *place, args.context_length, args.tokenizer_path).app()
+            asyncio.run(listen(app, args.host, args.port, lambda: False, lambda: None))
+            return 0
         engine = build_engine(args)
         engine.start()
         settings = ServerSettings(
@@ -173,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
             tool_call_parser=args.tool_call_parser,
             model_defaults=args.sampling_defaults == "model",
         )
-        return asyncio.run(serve(engine, settings, args.host, args.port))
+        app = build_app(engine, settings)
+        asyncio.run(listen(app, args.host, args.port, engine.stopped.is_set, partial(engine.stop, STOP_LIMIT_S)))
+        return 1 if engine.failure else 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

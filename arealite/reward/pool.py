@@ -1,7 +1,9 @@
-"""Worker processes that run a reward function with a hard time limit. Called by workflows.
+"""Runs reward functions with a hard time limit: `def` in worker processes, `async def` in an event loop of its own.
+Called by workflows.
 
 A process, because only a process can be ended: a parser in an endless loop does not notice a thread's time limit, and
-libraries that use signals (math-verify) work only in a main thread.
+libraries that use signals (math-verify) work only in a main thread. What is `async def` waits for others (a judge, a
+reward model), so many of its calls run at the same time.
 """
 
 from __future__ import annotations
@@ -16,26 +18,31 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from arealite.api.errors import ConfigError, RewardError
+from arealite.api.errors import ConfigError, RewardError, WaitTimeout
 from arealite.observe.reasons import last_line, reasons
-from arealite.observe.waits import waiting
-from arealite.reward.worker import Call, Outcome, Setup
+from arealite.observe.waits import bounded, waiting
+from arealite.reward.weighted import WeightedSum, is_async
+from arealite.reward.worker import Call, Outcome, Setup, told_result
 
 START_LIMIT_S = 120.0  # a worker may import torch for the function's sake
 END_LIMIT_S = 5.0
 CLOSED = "the reward workers are closed"
 GUARD = 'if __name__ == "__main__":'
 EXPECTED = "def reward(prompt, completion, prompt_ids, completion_ids, *, answer, **extras)"
+TOO_SLOW = "Make the reward function faster, or raise rollout.reward_timeout_s"
+RETRY_DELAY_S = 0.5  # before a failed call is made again; twice as long each time
 
-RewardFunction = Callable[..., float | dict[str, float]]
+Result = float | dict[str, float]
+RewardFunction = Callable[..., Result | Awaitable[Result]]
 
 
 @dataclass(frozen=True)
@@ -47,28 +54,30 @@ class Score:
 
 
 class RewardPool:
-    """Runs `reward_fn(prompt, completion, prompt_ids, completion_ids, answer=..., **extras)` in worker processes.
+    """Runs `reward_fn(prompt, completion, prompt_ids, completion_ids, answer=..., **extras)`.
 
     Args:
-        reward_fn: picklable by its module's name (a function at the top of a module or of the script).
+        reward_fn: `def`: picklable by its module's name (a function at the top of a module or of the script), run in
+            worker processes. `async def`: run in an event loop of its own. A WeightedSum may hold both.
         num_workers: processes; started when first needed.
         limit_s: of one call, imports not counted. A worker that passes it is killed and replaced.
+        num_retries: times a call that failed is made again, RETRY_DELAY_S later and then twice as long each time.
 
     Raises:
         ConfigError: worker processes cannot get at the function, or it is not one that they can call.
     """
 
-    def __init__(self, reward_fn: RewardFunction, num_workers: int = 1, limit_s: float = 15.0) -> None:
-        self.limit_s = limit_s
-        self._setup = _setup_for(reward_fn)
+    def __init__(
+        self, reward_fn: RewardFunction, num_workers: int = 1, limit_s: float = 15.0, num_retries: int = 0
+    ) -> None:
+        self.num_retries = num_retries
         self._signature = _signature_of(reward_fn)
-        self._lock = threading.Lock()
-        self._alive: set[_Worker] = set()
+        functions = reward_fn.split() if isinstance(reward_fn, WeightedSum) else [reward_fn]
+        self._runners = [
+            _Coroutines(function, limit_s) if is_async(function) else _Processes(function, num_workers, limit_s)
+            for function in functions
+        ]
         self._is_closed = False
-        # One thread per worker waits on its pipe. The threads also are the workers' parents in the kernel's eyes, so
-        # they must live as long as the pool does: worker processes die with the thread that started them.
-        self._of_thread = threading.local()
-        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="reward")
 
     async def score(
         self,
@@ -84,23 +93,23 @@ class RewardPool:
         Raises:
             ConfigError: the function does not take these arguments.
             RewardError: the function raised (with its traceback), returned something that is not a finite number,
-                passed the limit, its process died, or the pool is closed.
+                passed the limit, its process died, each time that it was tried, or the pool is closed.
         """
         call = (prompt, completion, prompt_ids, completion_ids), self.named_arguments(answer, extras or {})
-        with self._lock:
-            if self._is_closed:
-                raise RewardError(CLOSED)
-            future = self._threads.submit(self._score, call)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            if self._is_closed and future.cancelled():
-                raise RewardError(CLOSED) from None  # `close` cancelled it, not our caller
-            raise
-        except RewardError as error:
-            if not self._is_closed:
-                reasons.tell("reward errors", last_line(str(error)))
-            raise
+        num_failures = 0
+        while True:
+            try:
+                scores = await asyncio.gather(*(runner.run(call) for runner in self._runners))
+                return Score(sum(s.reward for s in scores), {k: v for s in scores for k, v in s.parts.items()})
+            except RewardError as error:
+                if self._is_closed:
+                    raise
+                num_failures += 1
+                if num_failures > self.num_retries:
+                    reasons.tell("reward errors", last_line(str(error)))
+                    raise
+                reasons.count("reward retries", last_line(str(error)))
+                await asyncio.sleep(RETRY_DELAY_S * 2 ** (num_failures - 1))
 
     def named_arguments(self, answer: str | None, extras: dict[str, Any]) -> dict[str, Any]:
         """What the function is given by name. Raises ConfigError when it does not take it."""
@@ -114,6 +123,95 @@ class RewardPool:
 
     def close(self) -> None:
         """End all workers; calls that wait fail with RewardError. May be called again, from any thread."""
+        self._is_closed = True
+        for runner in self._runners:
+            runner.close()
+
+
+class _Coroutines:
+    """Calls of an `async def` function, side by side in a thread's event loop: what blocks holds up no rollout."""
+
+    def __init__(self, reward_fn: RewardFunction, limit_s: float) -> None:
+        self._reward_fn, self._limit_s = reward_fn, limit_s
+        self._is_closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="reward loop", daemon=True)
+
+    async def run(self, call: Call) -> Score:
+        """Consumes: one call. Waits for: its coroutine, `limit_s`, and the event loop, END_LIMIT_S longer."""
+        if self._is_closed:
+            raise RewardError(CLOSED)
+        if not self._thread.is_alive():
+            self._thread.start()
+        running = asyncio.run_coroutine_threadsafe(self._call(call), self._loop)
+        try:
+            limit_s = self._limit_s + END_LIMIT_S
+            return _score_of(await bounded(asyncio.wrap_future(running), "reward.call", "reward loop", limit_s))
+        except WaitTimeout as error:
+            raise RewardError(
+                f"no answer within {self._limit_s} s, and the event loop of the `async def` reward functions does not"
+                " turn: one of them blocks it. Make it `def`, or await what it waits for"
+            ) from error
+        except asyncio.CancelledError:
+            if self._is_closed:
+                raise RewardError(CLOSED) from None
+            raise
+
+    async def _call(self, call: Call) -> Outcome:
+        try:
+            async with asyncio.timeout(self._limit_s) as limit:
+                result = await cast(Awaitable[Result], self._reward_fn(*call[0], **call[1]))
+        except RewardError as error:
+            return 0.0, {}, str(error)
+        except Exception:  # user code; the text is reported
+            if limit.expired():
+                return 0.0, {}, f"no answer within {self._limit_s} s; {TOO_SLOW}"
+            return 0.0, {}, traceback.format_exc()
+        return told_result(result)
+
+    def close(self) -> None:
+        self._is_closed = True
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._end()))
+            self._thread.join(END_LIMIT_S)  # a call that blocks the loop may go on: the thread is a daemon
+        if not self._loop.is_running():
+            self._loop.close()
+
+    async def _end(self) -> None:
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        self._loop.stop()
+
+
+class _Processes:
+    """Calls of a `def` function, each in one of `num_workers` processes."""
+
+    def __init__(self, reward_fn: RewardFunction, num_workers: int, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._setup = _setup_for(reward_fn)
+        self._lock = threading.Lock()
+        self._alive: set[_Worker] = set()
+        self._is_closed = False
+        # One thread per worker waits on its pipe. The threads also are the workers' parents in the kernel's eyes, so
+        # they must live as long as the pool does: worker processes die with the thread that started them.
+        self._of_thread = threading.local()
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="reward")
+
+    async def run(self, call: Call) -> Score:
+        with self._lock:
+            if self._is_closed:
+                raise RewardError(CLOSED)
+            future = self._threads.submit(self._call, call)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if self._is_closed and future.cancelled():
+                raise RewardError(CLOSED) from None  # `close` cancelled it, not our caller
+            raise
+
+    def close(self) -> None:
         with self._lock:
             self._is_closed = True
             workers = list(self._alive)
@@ -121,7 +219,7 @@ class RewardPool:
             worker.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _score(self, call: Call) -> Score:
+    def _call(self, call: Call) -> Score:
         """One call on this thread's worker, which is started when there is none, and given up when it fails."""
         worker: _Worker | None = vars(self._of_thread).get("worker")
         try:
@@ -133,7 +231,7 @@ class RewardPool:
                 if is_closed:
                     raise RewardError(CLOSED)
                 worker.set_up(self._setup)
-            reward, parts, error = worker.exchange(call, self.limit_s, "reward.call")
+            outcome = worker.exchange(call, self._limit_s, "reward.call")
         except RewardError:
             if worker is not None:
                 worker.kill()
@@ -141,9 +239,14 @@ class RewardPool:
                     self._alive.discard(worker)
             self._of_thread.worker = None
             raise
-        if error:
-            raise RewardError(error)
-        return Score(reward, parts)
+        return _score_of(outcome)
+
+
+def _score_of(outcome: Outcome) -> Score:
+    reward, parts, error = outcome
+    if error:
+        raise RewardError(error)
+    return Score(reward, parts)
 
 
 class _Worker:
@@ -179,10 +282,7 @@ class _Worker:
             with waiting(name, f"reward worker {self.process.pid}", limit_s):
                 self.pipe.send(message)
                 if not self.pipe.poll(limit_s):
-                    raise RewardError(
-                        f"no answer within {limit_s} s; the worker process was killed. Make the reward function"
-                        " faster, or raise rollout.reward_timeout_s"
-                    )
+                    raise RewardError(f"no answer within {limit_s} s; the worker process was killed. {TOO_SLOW}")
                 outcome: Outcome = self.pipe.recv()
                 return outcome
         except (EOFError, OSError) as error:
@@ -229,8 +329,6 @@ def _is_guarded(script: Path) -> bool:
 
 def _signature_of(reward_fn: RewardFunction) -> inspect.Signature | None:
     """None where Python does not know it (functions of compiled modules)."""
-    if inspect.iscoroutinefunction(reward_fn):
-        raise ConfigError(f"the reward function is `async def`, but it runs in a process of its own: write {EXPECTED}")
     if not callable(reward_fn):
         raise ConfigError(f"the reward function is {reward_fn!r}, which cannot be called: write {EXPECTED}")
     try:

@@ -25,22 +25,26 @@ Outcome = tuple[float, dict[str, float], str]  # the reward, its parts, the text
 
 
 def run_call(reward_fn: Callable[..., Any], call: Call) -> Outcome:
-    """Call the function; whatever it raises becomes text, and so does what is no finite number or dict of such."""
+    """Call the function; whatever it raises becomes text."""
     try:
-        result = reward_fn(*call[0], **call[1])
-        values = result if isinstance(result, Mapping) else {"reward": result}
-        if "reward" not in values:
-            found = sorted(map(str, values))
-            return 0.0, {}, f'the reward function returned a dict without "reward": it has {found}'
-        parts = {str(name): as_number(value) for name, value in values.items()}
-        for name, value in values.items():
-            if not math.isfinite(parts[str(name)]):
-                hint = ": a branch of it returns nothing" if value is None else ""
-                told = f"the reward function returned {name} = {value!r:.200}; expected a finite number{hint}"
-                return 0.0, {}, told
-        return parts.pop("reward"), parts, ""
+        return told_result(reward_fn(*call[0], **call[1]))
     except BaseException:  # user code: sys.exit() or its own alarm must not end the worker, and the text is reported
         return 0.0, {}, traceback.format_exc()
+
+
+def told_result(result: Any) -> Outcome:
+    """What a reward function returned: a finite number or a dict of such; of anything else, text that says so."""
+    values = result if isinstance(result, Mapping) else {"reward": result}
+    if "reward" not in values:
+        found = sorted(map(str, values))
+        return 0.0, {}, f'the reward function returned a dict without "reward": it has {found}'
+    parts = {str(name): as_number(value) for name, value in values.items()}
+    for name, value in values.items():
+        if not math.isfinite(parts[str(name)]):
+            hint = ": a branch of it returns nothing" if value is None else ""
+            told = f"the reward function returned {name} = {value!r:.200}; expected a finite number{hint}"
+            return 0.0, {}, told
+    return parts.pop("reward"), parts, ""
 
 
 def as_number(value: Any) -> float:

@@ -291,6 +291,11 @@ class RolloutExecutor:
             except EpisodeFailed as failure:
                 self._failed(row, failure)
                 return
+        failed = next((t for t in found if t.status == "reward_error"), None)
+        if failed is not None and self.config.reward_failure != "answer":
+            reason = f"a reward failed: {last_line(failed.error)}"
+            self._failed(row, EpisodeFailed(reason, failed.error, found))
+            return
         self._num_failed_in_a_row = 0
         row.group = Group(row.task, row.ordinal, found)
         self._move(row, "rewarded")
@@ -308,6 +313,10 @@ class RolloutExecutor:
         self._count_errors(failure.trajectories)
         self._move(row, "dropped", reason=failure.reason)
         self._num_failed_in_a_row += 1
+        if self.config.reward_failure == "stop" and any(t.status == "reward_error" for t in failure.trajectories):
+            self._error = self._error or WorkflowError(
+                f"task {row.task.id}: {failure.reason} (rollout.reward_failure is stop)\n{failure.detail}"
+            )
         if self._num_failed_in_a_row >= self.config.max_failed_groups:
             self._error = self._error or WorkflowError(
                 f"{self._num_failed_in_a_row} groups in a row failed (rollout.max_failed_groups); the last was task"

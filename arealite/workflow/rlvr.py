@@ -54,7 +54,7 @@ class RLVRWorkflow:
         turn = [] if tokenizer.chat_template is None else turn_end(tokenizer)
         # Of tokens that were asked to stop at, those that end any turn are no part of the answer.
         self._shown = set(gconfig.stop_token_ids) - {eos, *turn[:1]}
-        self.pool = RewardPool(reward_fn, config.num_reward_workers, config.reward_timeout_s)
+        self.pool = RewardPool(reward_fn, config.num_reward_workers, config.reward_timeout_s, config.reward_retries)
 
     async def arun_episode(self, engine: InferenceEngine, task: Task) -> list[Trajectory]:
         """One trajectory per member; a member whose reward failed has status "reward_error".
