@@ -17,7 +17,9 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
 from arealite.api.errors import ConfigError, RequestError
+from arealite.inference.core.engine import EngineFailure
 from arealite.inference.http.bodies import read_json
+from arealite.inference.http.routes import answer_errors
 from arealite.models.opening import open_config, open_tokenizer
 
 MAX_BODY_BYTES = 64 << 20
@@ -65,7 +67,7 @@ class RewardServer:
         self.failure = ""
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_refusals])
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors])  # type: ignore[list-item]
         app.cleanup_ctx.append(self._scoring)
         app.add_routes([
             web.post("/classify", self.classify), web.get("/health", self.health), web.get("/model_info", self.about)
@@ -133,7 +135,7 @@ class RewardServer:
                 self.failure = f"{type(error).__name__}: {error}"
                 for row in batch:
                     if not row.result.done():  # its client may have gone
-                        row.result.set_exception(web.HTTPServiceUnavailable(text=self.failure))
+                        row.result.set_exception(EngineFailure(self.failure))
                 continue
             for row, score in zip(batch, scores, strict=True):
                 if not row.result.done():
@@ -171,12 +173,3 @@ class RewardServer:
         if not all(score == score and abs(score) < float("inf") for score in scores):
             raise FloatingPointError(f"the model's scores are not finite: {scores[:8]}")
         return scores
-
-
-@web.middleware
-async def _refusals(request: web.Request, route: Any) -> web.StreamResponse:
-    try:
-        response: web.StreamResponse = await route(request)
-        return response
-    except RequestError as error:
-        return web.json_response({"error": {"message": str(error), "code": 400}}, status=400)
