@@ -21,6 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
+from arealite.observe.processes import Heartbeat
 from arealite.rollout.ledger import audit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,15 +43,8 @@ def command(folder: Path, overrides: list[str]) -> list[str]:
 
 def living(run: Path) -> dict[str, int]:
     """Processes of the run by name, as they report themselves."""
-    found = {}
-    for path in (run / "waits").glob("*.json"):
-        try:
-            beat = json.loads(path.read_text())
-            os.kill(beat["pid"], 0)
-            found[beat["process"]] = beat["pid"]
-        except (ValueError, OSError):
-            continue
-    return found
+    beats = map(Heartbeat.read, (run / "waits").glob("*.json"))
+    return {beat.process: beat.pid for beat in beats if beat is not None and psutil.pid_exists(beat.pid)}
 
 
 def main() -> None:

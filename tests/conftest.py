@@ -4,8 +4,6 @@ The environment is set before anything imports torch: processes that share cores
 reach for a model hub.
 """
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,7 +14,6 @@ os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: what tests start sha
 
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -50,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> str:
+def smollm2():
     """Folder of SmolLM2-135M-Instruct (bf16); fetched into the cache when it is not there yet."""
     from arealite.models.fetch import fetch
 
@@ -58,7 +55,7 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_llama(smollm2, tmp_path_factory):
     """Folder of a random fp32 Llama: 2 layers, hidden 64, 4 heads / 2 KV heads, SmolLM2's tokenizer. Always the same
     weights. They are wide enough (0.1) that the next-token distribution is far from uniform."""
     import torch
@@ -88,15 +85,40 @@ def tiny_llama(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def folders(tmp_path_factory):
     """Two sets of weights of one tiny Llama over bytes; not to be changed."""
     from support.inference import save_tiny_llama
 
     return [save_tiny_llama(tmp_path_factory.mktemp(f"llama{seed}"), seed=seed) for seed in (0, 1)]
 
 
+@pytest.fixture(scope="session")
+def folder(folders):
+    """The first of them."""
+    return folders[0]
+
+
 @pytest.fixture
-def free_port() -> int:
+def server(folder):
+    """The built-in server of it, in this process; not shared, so that weights and pauses may change."""
+    from support.inference import LocalServer, served
+
+    with LocalServer(served(folder)) as running:
+        yield running
+
+
+@pytest.fixture
+def one_process():
+    """The process group that a test makes ends with it."""
+    import torch
+
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def free_port():
     """A loopback port that was free a moment ago. Servers that can bind port 0 themselves should do that instead."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -104,13 +126,13 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def repository() -> Path:
+def repository():
     """The root of the checkout."""
     return Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def lib(request: pytest.FixtureRequest) -> Any:
+def lib(request):
     """The compiled kernels of an instruction set (support.kernels.each_kind), or those that this process uses."""
     from support.kernels import kernels_for
 

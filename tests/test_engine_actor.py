@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.batches import actor_config, random_batch, train_one_step
+from support.batches import actor_config, make, random_batch, started, train_one_step
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
@@ -16,18 +16,7 @@ from arealite.api.errors import ConfigError, NumericalError
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import CUT_OFF, NOT_FINITE, FSDPPPOActor
 
-
-@pytest.fixture(autouse=True)
-def one_process():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def make(path, **changes):
-    actor = FSDPPPOActor(actor_config(path, **changes))
-    actor.initialize()
-    return actor
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def weights_of(actor):
@@ -214,8 +203,7 @@ def test_no_sequences_at_all(tiny_llama):
 
 
 def test_a_frozen_reference_scores_and_does_not_train(tiny_llama):
-    ref = FSDPEngine(actor_config(tiny_llama), trainable=False)
-    ref.initialize()
+    ref = started(FSDPEngine(actor_config(tiny_llama), trainable=False))
     batch = random_batch()
     np.testing.assert_allclose(ref.compute_logp(batch), make(tiny_llama).compute_logp(batch), atol=1e-6)
     assert not any(p.requires_grad for p in ref.model.parameters())

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.batches import actor_config, crooked_batch, plain_kl
+from support.batches import actor_config, crooked_batch, make, plain_kl
 from test_algorithm_advantage import plain_gae, plain_norm
 
 from arealite.api.cli_args import NormConfig, PPOActorConfig
@@ -14,8 +14,7 @@ from arealite.engine.ppo.actor import FSDPPPOActor
 
 @pytest.fixture(scope="module")
 def actor(tiny_llama):
-    made = FSDPPPOActor(actor_config(tiny_llama))
-    made.initialize()
+    made = make(tiny_llama)
     yield made
     made.destroy()
 

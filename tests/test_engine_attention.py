@@ -145,7 +145,7 @@ def test_gradients_of_what_many_rows_share_are_rounded_once():
 
 def test_sequences_longer_than_a_window_equal_transformers(tmp_path):
     """Gemma 3: layers with a window of 4 and with full attention, by turns, and a rope for each."""
-    from support.batches import actor_config, random_batch
+    from support.batches import actor_config, random_batch, started
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     from arealite.engine.fsdp_engine import FSDPEngine
@@ -161,8 +161,7 @@ def test_sequences_longer_than_a_window_equal_transformers(tmp_path):
     model.save_pretrained(tmp_path)
     model.set_attn_implementation("eager")
     batch = random_batch(vocabulary=512)
-    engine = FSDPEngine(actor_config(tmp_path), trainable=False)
-    engine.initialize()
+    engine = started(FSDPEngine(actor_config(tmp_path), trainable=False))
     try:
         got = engine.compute_logp(batch)
     finally:

@@ -8,31 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.batches import actor_config
+from support.batches import make
 from support.layouts import on_ranks
 from test_engine_loading import save_model
 from transformers import AutoModelForCausalLM
 
 from arealite.engine import export
 from arealite.engine.checkpoint import attempt_on_ranks
-from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.inference.core.receiver import load, stage
 from arealite.inference.core.served_model import ServedModel
 from arealite.weights import files
 from arealite.weights.naming import hub_tensors
 
-
-@pytest.fixture(autouse=True)
-def one_process():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def make(path):
-    actor = FSDPPPOActor(actor_config(path))
-    actor.initialize()
-    return actor
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "qwen2"])

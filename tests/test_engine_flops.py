@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.batches import actor_config, random_batch, share, train_one_step
+from support.batches import make, random_batch, share, train_one_step
 from support.layouts import on_ranks
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -77,10 +77,7 @@ def test_names_of_all_kinds_have_their_group():
 
 
 def norms(rank, folder, dims):
-    from arealite.engine.ppo.actor import FSDPPPOActor
-
-    actor = FSDPPPOActor(actor_config(folder), dims=dims)
-    actor.initialize()
+    actor = make(folder, dims)
     seen = {}
 
     def keep(optimizer, *_):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support.batches import actor_config, random_batch, share, train_one_step
+from support.batches import make, random_batch, share, train_one_step
 from support.layouts import on_ranks
 
 from arealite.api.cli_args import GenerationHyperparameters, LoRAConfig, OptimizerConfig, StatsLoggerConfig
@@ -150,11 +150,8 @@ def batch_of(variation: str) -> tuple[Batch, np.ndarray]:
 
 
 def two_steps(folder: str, dims: Dims, variation: str, changes: dict[str, Any], with_weights: bool) -> Found:
-    from arealite.engine.ppo.actor import FSDPPPOActor
-
     optimizer = OptimizerConfig(lr=1e-2, eps=1e-3)  # eps as in actor_config; steps that change every weight visibly
-    actor = FSDPPPOActor(actor_config(folder, optimizer=optimizer, **changes), dims)
-    actor.initialize()
+    actor = make(folder, dims, optimizer=optimizer, **changes)
     whole, order = batch_of(variation)
     lopsided = variation == "all on one share"
     mine = share(whole, actor.mesh.share, dims.d, lopsided)
@@ -246,12 +243,10 @@ class Servers:
 
 def probe(rank: int, folder: str, layouts: list[Dims], alone: np.ndarray | None) -> list[Any]:
     """What the guard finds in each layout, on this rank; one process computes what it compares with."""
-    from arealite.engine.ppo.actor import FSDPPPOActor
 
     found = []
     for dims in layouts:
-        actor = FSDPPPOActor(actor_config(folder), dims)
-        actor.initialize()
+        actor = make(folder, dims)
         whole = random_batch(vocabulary=VOCABULARY)
         if alone is None:
             return [actor.compute_logp(whole)]

@@ -8,7 +8,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.batches import actor_config, random_batch, train_one_step
+from support import batches
+from support.batches import random_batch, train_one_step
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -17,20 +18,12 @@ from arealite.api.errors import ConfigError, RecoveryError
 from arealite.engine.lora import add_adapters
 from arealite.engine.ppo.actor import FSDPPPOActor
 
+pytestmark = pytest.mark.usefixtures("one_process")
 TARGETS = LoRAConfig().target_modules
 
 
-@pytest.fixture(autouse=True)
-def one_process():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def make(path, rank=4, alpha=6, targets=TARGETS, **changes):
-    actor = FSDPPPOActor(actor_config(path, lora=LoRAConfig(rank, alpha, targets), **changes))
-    actor.initialize()
-    return actor
+    return batches.make(path, lora=LoRAConfig(rank, alpha, targets), **changes)
 
 
 def local(tensor):
@@ -106,8 +99,7 @@ def test_what_is_saved_is_the_adapter_and_merges_to_what_was_trained(tiny_llama,
         else:
             assert torch.equal(p, own[name])
     merged.save_pretrained(tmp_path / "merged")
-    plain = FSDPPPOActor(actor_config(tmp_path / "merged"))
-    plain.initialize()
+    plain = batches.make(tmp_path / "merged")
     after = actor.compute_logp(batch)
     np.testing.assert_allclose(plain.compute_logp(batch), after, atol=2e-5)
     assert np.abs(after - before).max() > 1e-3
@@ -122,8 +114,7 @@ def test_the_base_is_held_in_the_compute_dtype_and_the_adapters_in_float32(tiny_
     # One process computes with the frozen weights themselves: FSDP would hold a gathered copy besides.
     named = actor.hf_model.named_parameters()
     assert {name for name, p in named if isinstance(p, DTensor)} == actor._parameters.keys()
-    full = FSDPPPOActor(actor_config(tiny_llama, dtype="bfloat16"))
-    full.initialize()
+    full = batches.make(tiny_llama, dtype="bfloat16")
     np.testing.assert_array_equal(actor.compute_logp(batch), full.compute_logp(batch))  # B is 0
     train_one_step(actor, batch)
     assert {str(p.dtype) for p in actor.optimizer.state} == {"torch.float32"}

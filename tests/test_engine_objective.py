@@ -7,27 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.batches import actor_config, crooked_batch, plain_kl, random_batch
+from support import batches
+from support.batches import crooked_batch, plain_kl, random_batch
 from transformers import AutoModelForCausalLM
 
 from arealite.api.cli_args import OptimizerConfig
 from arealite.api.errors import ConfigError
-from arealite.engine.ppo.actor import FSDPPPOActor
 
+pytestmark = pytest.mark.usefixtures("one_process")
 STILL = OptimizerConfig(lr=0.0, max_grad_norm=math.inf)
 
 
-@pytest.fixture(autouse=True)
-def one_process():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def make(path, **changes):
-    actor = FSDPPPOActor(actor_config(path, **{"optimizer": STILL, **changes}))
-    actor.initialize()
-    return actor
+    return batches.make(path, **{"optimizer": STILL, **changes})
 
 
 def rows_of(model, batch, temperature):

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 import transformers
-from support.batches import actor_config, random_batch, train_one_step
+from support.batches import make, random_batch, train_one_step
 
 from arealite.api.cli_args import OptimizerConfig
 from arealite.api.errors import ConfigError
 from arealite.engine.optim import learning_rate, make_optimizer
-from arealite.engine.ppo.actor import FSDPPPOActor
 
 
 def rates(n, **changes):
@@ -58,14 +57,13 @@ def test_schedules_equal_those_of_transformers(kind, floor, num_updates, warmup)
         assert learning_rate(config, num_updates + 7, num_updates) == pytest.approx(2.0 * floor)
 
 
+@pytest.mark.usefixtures("one_process")
 def test_schedules_count_steps_whatever_the_updates_in_each(tiny_llama):
     """Two updates per step: warm-up is the first of two steps, and the last of four updates has half the rate."""
     optimizer = OptimizerConfig(lr=2e-3, lr_scheduler="linear", warmup_steps=1)
-    actor = FSDPPPOActor(actor_config(tiny_llama, optimizer=optimizer, ppo_n_minibatches=2))
-    actor.initialize()
+    actor = make(tiny_llama, optimizer=optimizer, ppo_n_minibatches=2)
     actor.plan_steps(2)
     assert [train_one_step(actor, random_batch())["lr"] for _ in range(2)] == pytest.approx([2e-3, 1e-3])
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adafactor"])

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from support.batches import actor_config, random_batch, share, train_one_step
+from support.batches import make, random_batch, share, started, train_one_step
 from support.layouts import on_ranks
 
 from arealite.api.errors import ConfigError, NumericalError, WaitTimeout
@@ -44,14 +44,6 @@ def tiny(folder, kind: str, tied: bool) -> str:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return {name: tiny(tmp_path_factory.mktemp("model"), *spec[:2]) for name, spec in MODELS.items()}
-
-
-def make(folder, dims, **changes):
-    from arealite.engine.ppo.actor import FSDPPPOActor
-
-    actor = FSDPPPOActor(actor_config(folder, **changes), dims)
-    actor.initialize()
-    return actor
 
 
 def share_of(actor, **options):
@@ -107,8 +99,7 @@ def values(rank, folder, dims):
 
     optimizer = OptimizerConfig(lr=1e-2, eps=1e-3)
     settings = PPOCriticConfig(path=folder, dtype="float32", optimizer=optimizer, max_tokens_per_mb=24)
-    critic = FSDPPPOCritic(settings, dims)
-    critic.initialize()
+    critic = started(FSDPPPOCritic(settings, dims))
     mine = share_of(critic)
     mine.returns = np.linspace(-1, 1, len(mine.tokens), dtype=np.float32) * mine.loss_mask
     found = []

@@ -1,7 +1,5 @@
 """Two FSDP2 ranks over real sockets make the step that one process makes."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 
@@ -23,12 +21,10 @@ def two_ranks(tiny_llama, tmp_path_factory):
     return on_ranks(2, train, tiny_llama, str(tmp_path_factory.mktemp("ranks")))
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("case", RANK_CASES)
 def test_two_ranks_equal_one_process(two_ranks, tiny_llama, case):
-    try:
-        alone = outcome(tiny_llama, case, 0, 1)
-    finally:
-        torch.distributed.destroy_process_group()
+    alone = outcome(tiny_llama, case, 0, 1)
     for rank in two_ranks:
         assert rank[case]["stats"] == pytest.approx(alone["stats"], rel=1e-5, abs=1e-7)
         for name, numbers in alone["weights"].items():

@@ -1,12 +1,10 @@
 """A recovery point of one layout of the ranks goes on in another as in its own; optimizers, offload, sleep."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 import pytest
-from support.batches import actor_config, random_batch, share, train_one_step
+from support.batches import actor_config, make, random_batch, share, train_one_step
 from support.layouts import on_ranks
 from test_engine_layouts import TOLERANCE, VOCABULARY, save_model
 
@@ -31,12 +29,9 @@ EXPERTS_THEN = {1: [("d1", "d2e2"), ("d1", "d4e2")], 2: [("d2e2", "d1"), ("t2e2"
 
 
 def engine(model: str, dims: Dims | None = None, **changes: Any):
-    from arealite.engine.ppo.actor import FSDPPPOActor
-
     optimizer = {"lr": 1e-3, "eps": 1e-3, "weight_decay": 0.1, "lr_scheduler": "linear", "warmup_steps": 2}
     optimizer |= changes.pop("optimizer", {})
-    actor = FSDPPPOActor(actor_config(model, optimizer=OptimizerConfig(**optimizer), **changes), dims)
-    actor.initialize()
+    actor = make(model, dims, optimizer=OptimizerConfig(**optimizer), **changes)
     actor.plan_steps(5)
     return actor
 
@@ -71,12 +66,12 @@ def lives(rank: int, model: str, folder: str, pairs: list[tuple[str, str | None]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
+def model(tmp_path_factory):
     return save_model("llama", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def found(model, tmp_path_factory) -> dict[Any, Any]:
+def found(model, tmp_path_factory):
     return all_lives(model, str(tmp_path_factory.mktemp("points")), FIRST, THEN)
 
 

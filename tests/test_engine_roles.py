@@ -1,15 +1,13 @@
 """Critic, reward model and supervised fine-tuning against plain Hugging Face models on single sequences; and that no
 result depends on budgets, order, or the layout of the ranks."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.batches import random_batch, share
+from support.batches import random_batch, share, started
 from support.layouts import on_ranks
 from transformers import (
     AutoModelForCausalLM,
@@ -30,12 +28,7 @@ from arealite.engine.roles import OtherShares, TrainedTogether, Turns
 from arealite.engine.rw import FSDPRWEngine, rw_loss
 from arealite.engine.sft import FSDPLMEngine
 
-
-@pytest.fixture(autouse=True)
-def one_process():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +47,6 @@ def value_model(tiny_llama, tmp_path_factory):
 
 def settings(path, **changes):
     return {"path": path, "dtype": "float32", "optimizer": OptimizerConfig(lr=1e-3, eps=1e-3), **changes}
-
-
-def started(engine):
-    engine.initialize()
-    return engine
 
 
 def learning_batch(**changes) -> Batch:

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from support.batches import actor_config, random_batch, train_one_step
+from support.batches import actor_config, make, random_batch, train_one_step
 from support.layouts import on_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -19,18 +19,7 @@ from arealite.weights.link import WeightLink
 from arealite.weights.receive import iterate_tensors
 from arealite.weights.wire import checksum
 
-
-@pytest.fixture(autouse=True)
-def one_process():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def make(path, **changes):
-    actor = FSDPPPOActor(actor_config(path, **changes))
-    actor.initialize()
-    return actor
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 class Servers:

@@ -4,11 +4,8 @@ Memory that nobody has written is full of NaN, so that a result which was left o
 """
 
 # ruff: noqa: E402
-from __future__ import annotations
-
 import copy
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,7 +34,7 @@ each_dtype = pytest.mark.parametrize("dtype", list(ROUNDING)[: 3 if HAS_GPU else
 
 
 @pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
+def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -60,7 +57,7 @@ def gradients(function, *inputs: torch.Tensor, up: torch.Tensor) -> tuple[torch.
 @each_dtype
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("shape", [(1, 3, 40), (2, 50, 3, 64), (0, 8), (2, 5000)])
-def test_norm(dtype: torch.dtype, plus_one: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norm(dtype, plus_one, shape, monkeypatch):
     monkeypatch.setattr(gpu, "NUM_SUMS", 2)
     n = shape[-1]
 
@@ -85,7 +82,7 @@ def test_norm(dtype: torch.dtype, plus_one: bool, shape: tuple[int, ...], monkey
 
 @each_dtype
 @pytest.mark.parametrize(("num", "n"), [(1, 1), (50, 64), (3, 1500), (0, 8)])
-def test_gated_unit(dtype: torch.dtype, num: int, n: int) -> None:
+def test_gated_unit(dtype, num, n):
     both, above = normal(1, num, 2 * n, dtype=dtype) * 4, normal(1, num, n, seed=2, dtype=dtype)
     gate, up = both[..., :n], both[..., n:]
     if num > 1:
@@ -102,7 +99,7 @@ def test_gated_unit(dtype: torch.dtype, num: int, n: int) -> None:
 
 @each_dtype
 @pytest.mark.parametrize(("heads", "tokens", "dim"), [(4, 5, 32), (9, 70, 64), (1, 3, 80), (2, 1, 256)])
-def test_rotation(dtype: torch.dtype, heads: int, tokens: int, dim: int) -> None:
+def test_rotation(dtype, heads, tokens, dim):
     x, up = (normal(1, tokens, heads + 2, dim, seed=s, dtype=dtype)[:, :, 1:-1].transpose(1, 2) for s in (0, 1))
     cos, sin = normal(2, 1, tokens, dim, seed=2, dtype=dtype)  # halves that differ, which real ones do not
 
@@ -121,7 +118,7 @@ def test_rotation(dtype: torch.dtype, heads: int, tokens: int, dim: int) -> None
 
 @each_dtype
 @pytest.mark.parametrize(("vocab", "temperature"), [(37, 1.0), (9001, 0.6)])
-def test_logprobs(dtype: torch.dtype, vocab: int, temperature: float) -> None:
+def test_logprobs(dtype, vocab, temperature):
     """Rows that are asked for no token, for several, and for one token twice; over two slices of the vocabulary."""
     logits = (normal(7, vocab) * 3).to(dtype)
     logits[3, vocab // 2 :] = -torch.inf
@@ -174,7 +171,7 @@ def attention(q, k, v, pool, tables, lens, window, scale) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window"), [(12, 2, 128, 0), (9, 3, 64, 0), (4, 4, 80, 40), (16, 1, 256, 17)]
 )
-def test_decode(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window: int) -> None:
+def test_decode(dtype, heads, kv_heads, dim, window):
     lens = torch.tensor([1, 17, 0, 530, 16], dtype=torch.int32, device=DEVICE)
     tables = torch.randperm(200, generator=torch.Generator().manual_seed(0)).view(5, 40).to(DEVICE, torch.int32)
     pool = normal(2, kv_heads, 210, 16, dim, dtype=dtype)
@@ -200,7 +197,7 @@ def test_decode(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, window:
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="no GPU")
-def test_decode_of_many_rows_sees_what_it_stores() -> None:
+def test_decode_of_many_rows_sees_what_it_stores():
     """The newest key is stored by some threads and read by others of the same program."""
     lens = torch.randint(0, 900, (300,), generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.int32)
     tables = torch.randperm(300 * 64, generator=torch.Generator().manual_seed(0)).view(300, 64).to(DEVICE, torch.int32)
@@ -218,7 +215,7 @@ def test_decode_of_many_rows_sees_what_it_stores() -> None:
 
 @each_dtype
 @pytest.mark.parametrize("vocab", [5, 2048, 5003])
-def test_sample(dtype: torch.dtype, vocab: int) -> None:
+def test_sample(dtype, vocab):
     logits = (normal(20, vocab) * 3).to(dtype)
     logits[1, 2:] = -torch.inf
     logits[2, :-1] = -torch.inf
@@ -244,7 +241,7 @@ def test_sample(dtype: torch.dtype, vocab: int) -> None:
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="no GPU")
-def test_in_a_cuda_graph() -> None:
+def test_in_a_cuda_graph():
     """Lengths that change between replays, of tensors that stay."""
     pool, tables = normal(2, 2, 40, 16, 64), torch.arange(40, device=DEVICE, dtype=torch.int32).view(2, 20)
     q, k, v = normal(2, 8, 64), normal(2, 2, 64, seed=1), normal(2, 2, 64, seed=2)
@@ -267,7 +264,7 @@ def test_in_a_cuda_graph() -> None:
 
 
 @pytest.fixture
-def with_kernels(monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+def with_kernels(monkeypatch):
     """The type that models compute in; in the interpreter, whose bf16 is not that of a GPU, float32 on the CPU."""
     if HAS_GPU:
         return torch.bfloat16
@@ -278,9 +275,7 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
 
 
 @pytest.mark.parametrize("with_entropy", [True, False])
-def test_logprobs_of_the_trainer(
-    with_kernels: torch.dtype, with_entropy: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logprobs_of_the_trainer(with_kernels, with_entropy, monkeypatch):
     monkeypatch.setattr(logprobs, "GPU_LOGITS", 1)
     hidden, weight = (normal(*s, seed=i, dtype=with_kernels) for i, s in enumerate([(41, 32), (3000, 32)]))
     row_of = torch.cat([torch.arange(0, 41, 2), torch.tensor([9, 9, 9])]).sort().values.to(DEVICE)
@@ -304,7 +299,7 @@ def test_logprobs_of_the_trainer(
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config, GemmaConfig], ids=lambda c: c.__name__)
-def test_a_fused_model(config: Any, with_kernels: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fused_model(config, with_kernels, caplog):
     """Hidden states and gradients as near to those of float32 as the plain model's."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -333,7 +328,7 @@ def test_a_fused_model(config: Any, with_kernels: torch.dtype, caplog: pytest.Lo
         assert error <= max(1.5 * limit, 2 * ROUNDING[with_kernels])
 
 
-def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_kernels_can_be_switched_off(monkeypatch, caplog):
     monkeypatch.setenv("AREALITE_KERNELS", "off")
     assert functions._of_gpus.__wrapped__("cuda") is None
     assert "AREALITE_KERNELS=off" in caplog.text

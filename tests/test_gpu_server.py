@@ -1,7 +1,5 @@
 """The server on a GPU itself: one arithmetic in prompts, decode, graphs and trainer; graphs outlive updates."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ BODIES = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return save(tmp_path_factory.mktemp("gpu"), 0)
 
 
@@ -73,9 +71,7 @@ def prompt_logprobs(server: LocalServer, row: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("has_graphs", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_decode_prefill_and_trainer_agree(
-    dtype: torch.dtype, has_graphs: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decode_prefill_and_trainer_agree(dtype, has_graphs, folder, monkeypatch):
     monkeypatch.setenv("AREALITE_GRAPHS", str(int(has_graphs)))
     gaps: dict[str, list[float]] = {"prefill": [], "trainer": []}
     with LocalServer(load(folder, dtype), max_running=4, kv_tokens=4096) as server:
@@ -91,7 +87,7 @@ def test_decode_prefill_and_trainer_agree(
     assert all(mean < TOLERANCES[dtype] for mean in means.values()), means
 
 
-def test_graphs_draw_what_single_passes_draw(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_draw_what_single_passes_draw(folder, monkeypatch):
     """In float32, where no rounding decides between two tokens."""
     found: list[Any] = []
     for switch in ("1", "0"):
@@ -101,7 +97,7 @@ def test_graphs_draw_what_single_passes_draw(folder: Path, monkeypatch: pytest.M
     assert found[0] == found[1]
 
 
-def test_graphs_outlive_updates_and_a_cache_that_was_given_up(folder: Path, tmp_path: Path) -> None:
+def test_graphs_outlive_updates_and_a_cache_that_was_given_up(folder, tmp_path):
     other = save(tmp_path, 1)
     greedy = {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}
     with LocalServer(load(other, torch.bfloat16)) as server:
@@ -121,7 +117,7 @@ def test_graphs_outlive_updates_and_a_cache_that_was_given_up(folder: Path, tmp_
     assert output_logprobs(after) == pytest.approx(output_logprobs(wanted), abs=1e-3)
 
 
-def test_restricted_and_penalised_rows_run_beside_plain_ones(folder: Path) -> None:
+def test_restricted_and_penalised_rows_run_beside_plain_ones(folder):
     kinds = [{}, {"top_p": 0.5}, {"top_k": 1}, {"frequency_penalty": 1.0}, {"min_p": 0.2}]
     bodies = [
         {**body, "sampling_params": {**body["sampling_params"], **kind}}

@@ -1,11 +1,8 @@
 """Malformed and hostile requests to every endpoint: a 4xx with a message or a correct answer; the server goes on."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import socket
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,7 +17,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def server(tmp_path_factory):
     model = served(save_tiny_llama(tmp_path_factory.mktemp("llama"), context=64))
     model.tokenizer.chat_template = CHATML
     with LocalServer(model, kv_tokens=256) as running:
@@ -28,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
 
 
 @pytest.fixture(scope="module")
-def connection(server: LocalServer) -> Iterator[http.client.HTTPConnection]:
+def connection(server):
     opened = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=WAIT_S)
     yield opened
     opened.close()
@@ -172,7 +169,7 @@ def still_serves(connection: http.client.HTTPConnection) -> None:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_bodies_by_schema(path: str, connection: http.client.HTTPConnection) -> None:
+def test_bodies_by_schema(path, connection):
     num_examples = 150 if path in SAMPLED else 25
     statuses: list[int] = []
 
@@ -192,7 +189,7 @@ def test_bodies_by_schema(path: str, connection: http.client.HTTPConnection) -> 
         assert statuses.count(200) > len(statuses) / 5 and statuses.count(400) > len(statuses) / 5, "both are tried"
 
 
-def test_bytes_types_and_methods(connection: http.client.HTTPConnection) -> None:
+def test_bytes_types_and_methods(connection):
     paths = st.sampled_from([*BODIES, "/", "/nothing", "/v1/models", "/metrics", "/health", "/v1/%00", "//generate"])
 
     @settings(max_examples=150, deadline=None, derandomize=True, database=None,
@@ -206,7 +203,7 @@ def test_bytes_types_and_methods(connection: http.client.HTTPConnection) -> None
     still_serves(connection)
 
 
-def test_texts_that_cannot_fit_are_refused_before_they_are_encoded(connection: http.client.HTTPConnection) -> None:
+def test_texts_that_cannot_fit_are_refused_before_they_are_encoded(connection):
     long = "z" * 20_000_000
     for path, body in (
         ("/generate", {"text": long}),
@@ -217,7 +214,7 @@ def test_texts_that_cannot_fit_are_refused_before_they_are_encoded(connection: h
         assert status == 400 and len(text) < 2000, text[:2000]
 
 
-def test_compressed_and_broken_connections_do_no_harm(server: LocalServer) -> None:
+def test_compressed_and_broken_connections_do_no_harm(server):
     place = urlsplit(server.url)
     for raw in (
         b"\x00" * 100,

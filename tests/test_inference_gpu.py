@@ -1,7 +1,5 @@
 """The server as it is on a GPU, with plain kernels in the place of the GPU's; test_gpu_server.py has the rest."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.gpu import PlainKernels, plain_varlen
-from support.inference import LocalServer, output_logprobs, save_tiny_llama, wait_until
+from support.inference import LocalServer, output_logprobs, wait_until
 from test_inference_spans import ARCHITECTURES, LENGTH, MIXTURE, in_passes, plain_logits, save, tokens_of
 
 from arealite.inference.core import layout, receiver, sampler, served_model
@@ -26,14 +24,9 @@ CHOSEN = ["llama, tied", "qwen2, two layers with a window", "qwen3", "gemma3", "
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_gpu(monkeypatch):
     for module in (served_model, sampler):
         monkeypatch.setattr(module, "for_device", lambda _: PlainKernels())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("gpu"))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> ServedModel:
@@ -43,9 +36,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> ServedModel:
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("has_varlen", [False, True])
 @pytest.mark.parametrize("name", CHOSEN)
-def test_any_mix_of_spans_gives_the_plain_result(
-    name: str, has_varlen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_mix_of_spans_gives_the_plain_result(name, has_varlen, tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "_has_varlen", lambda _: has_varlen)
     monkeypatch.setattr(layout, "varlen_attention", plain_varlen)
     folder = save(ARCHITECTURES[name](), tmp_path)
@@ -60,7 +51,7 @@ def test_any_mix_of_spans_gives_the_plain_result(
 
 
 @pytest.mark.usefixtures("on_gpu")
-def test_joined_weights_are_the_layers_own(tmp_path: Path) -> None:
+def test_joined_weights_are_the_layers_own(tmp_path):
     """Of one product; an update in place reaches it, and names and values are those of the checkpoint."""
     folder = save(ARCHITECTURES["qwen2, two layers with a window"](), tmp_path)
     model = load(folder)
@@ -80,7 +71,7 @@ def test_joined_weights_are_the_layers_own(tmp_path: Path) -> None:
         )
 
 
-def test_rows_with_and_without_restrictions_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_with_and_without_restrictions_are_drawn_together(monkeypatch):
     kinds = [
         {},
         {"top_k": 5},
@@ -117,7 +108,7 @@ def answers_of(folder: Path, bodies: list[dict[str, Any]], max_running: int = 3)
 
 
 @pytest.mark.parametrize("is_odd", [False, True])
-def test_passes_begun_ahead_change_no_answer(is_odd: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_begun_ahead_change_no_answer(is_odd, folder, monkeypatch):
     """Those of a CPU, of a GPU pass by pass, and of one whose next pass begins before the last one's tokens are known;
     with ends by length, by stop tokens and strings, and requests that join."""
     kinds = PARAMS + (ODD if is_odd else [])
@@ -140,7 +131,7 @@ def test_passes_begun_ahead_change_no_answer(is_odd: bool, folder: Path, monkeyp
 
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
-def test_a_pause_takes_in_what_was_begun(mode: str, folder: Path) -> None:
+def test_a_pause_takes_in_what_was_begun(mode, folder):
     """No token is lost or doubled, whatever the pause does with those who run."""
     wanted = answers_of(
         folder, [{"input_ids": tokens_of(1), "sampling_params": {"max_new_tokens": 50, "temperature": 0}}]
@@ -157,7 +148,7 @@ def test_a_pause_takes_in_what_was_begun(mode: str, folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("on_gpu")
-def test_a_full_cache_retracts_as_ever(folder: Path) -> None:
+def test_a_full_cache_retracts_as_ever(folder):
     bodies = [
         {"input_ids": tokens_of(i), "sampling_params": {"max_new_tokens": 80, "temperature": 0, "ignore_eos": True}}
         for i in range(3)
@@ -169,7 +160,7 @@ def test_a_full_cache_retracts_as_ever(folder: Path) -> None:
     assert [a["output_ids"] for a in answers] == [w["output_ids"] for w in wanted]
 
 
-def test_arrays_of_any_kind_travel_in_one_copy() -> None:
+def test_arrays_of_any_kind_travel_in_one_copy():
     arrays = [np.arange(5), np.zeros((0, 16), np.int32), np.arange(12, dtype=np.int32).reshape(3, 4)[:, 1:3]]
     arrays += [np.array([[True], [False]]), np.array([0.5, -1.0])]
     transfer = Transfer([np.zeros_like(array) for array in arrays], torch.device("cpu"))
@@ -180,7 +171,7 @@ def test_arrays_of_any_kind_travel_in_one_copy() -> None:
     assert [tensor.data_ptr() for tensor in transfer.tensors] == kept
 
 
-def test_what_did_not_become_live_is_not_confirmed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_did_not_become_live_is_not_confirmed(folder, monkeypatch):
     """The checksum is then that of the live tensor; a NaN that is the same NaN is confirmed."""
     model = load(folder)
     name, other = model.tensor_names[:2]

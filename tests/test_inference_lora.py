@@ -1,16 +1,13 @@
 """LoRA adapters: each request gets its own, equal to the merged model's answer; what does not fit is refused."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.inference import LocalServer, output_logprobs, save_tiny_llama, served, wait_until
+from support.inference import LocalServer, output_logprobs, served, wait_until
 from transformers import AutoModelForCausalLM
 
 PROMPT = list(range(30, 50))
@@ -34,19 +31,8 @@ def make_adapter(base: Path, folder: Path, seed: int, rslora: bool = False) -> P
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return [make_adapter(base, tmp_path_factory.mktemp(f"lora{i}"), i, rslora=i == 1) for i in range(2)]
-
-
-@pytest.fixture
-def server(base: Path) -> Iterator[LocalServer]:
-    with LocalServer(served(base)) as running:
-        yield running
+def adapters(folder, tmp_path_factory):
+    return [make_adapter(folder, tmp_path_factory.mktemp(f"lora{i}"), i, rslora=i == 1) for i in range(2)]
 
 
 def load(server: LocalServer, name: str, folder: Path) -> tuple[int, Any]:
@@ -63,16 +49,14 @@ def same(answer: Any, wanted: Any) -> bool:
     return answer["output_ids"] == wanted["output_ids"] and close
 
 
-def test_each_request_of_a_batch_answers_as_its_merged_model(
-    server: LocalServer, base: Path, adapters: list[Path]
-) -> None:
+def test_each_request_of_a_batch_answers_as_its_merged_model(server, folder, adapters):
     expected = []
-    for folder in (base, *(a.parent / "merged" for a in adapters)):
-        with LocalServer(served(folder)) as merged:
+    for model in (folder, *(a.parent / "merged" for a in adapters)):
+        with LocalServer(served(model)) as merged:
             expected.append(merged.generate_many([body(None)])[0])
     assert len({tuple(answer["output_ids"]) for answer in expected}) == 3
-    for i, folder in enumerate(adapters):
-        assert load(server, f"a{i}", folder)[0] == 200
+    for i, adapter in enumerate(adapters):
+        assert load(server, f"a{i}", adapter)[0] == 200
     names = [None, "a0", "a1"]
     server.step_delay_s = 0.005
     for _ in range(2):  # the second time from the prefix cache, which knows whose keys it holds
@@ -81,7 +65,7 @@ def test_each_request_of_a_batch_answers_as_its_merged_model(
             assert same(answer, wanted)
 
 
-def test_names_come_and_go(server: LocalServer, adapters: list[Path]) -> None:
+def test_names_come_and_go(server, adapters):
     assert server.post("/generate", body("a"))[0] == 400
     status, answer = load(server, "a", adapters[0])
     assert status == 200 and answer["success"] and answer["loaded_adapters"] == {"a": str(adapters[0])}
@@ -97,7 +81,7 @@ def test_names_come_and_go(server: LocalServer, adapters: list[Path]) -> None:
     assert server.generate_many([body("a")])[0]["output_ids"] != first["output_ids"]
 
 
-def test_unloading_waits_for_those_who_use_it(server: LocalServer, adapters: list[Path]) -> None:
+def test_unloading_waits_for_those_who_use_it(server, adapters):
     load(server, "a", adapters[0])
     server.step_delay_s = 0.02
     running = server.pool.submit(server.post, "/generate", body("a", 60))
@@ -124,9 +108,7 @@ def test_unloading_waits_for_those_who_use_it(server: LocalServer, adapters: lis
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused(
-    server: LocalServer, adapters: list[Path], tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_what_does_not_fit_is_refused(server, adapters, tmp_path, change):
     tensors = load_file(adapters[0] / "adapter_model.safetensors")
     settings = json.loads((adapters[0] / "adapter_config.json").read_text())
     name = next(name for name in tensors if "layers.0.self_attn.q_proj.lora_A" in name)

@@ -1,12 +1,8 @@
 """Memory of the server: the KV cache given up and taken back, and steps for which there is not enough."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
-from support.inference import LocalServer, save_tiny_llama, served, wait_until
+from support.inference import LocalServer, served, wait_until
 
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.served_model import ServedModel
@@ -14,12 +10,7 @@ from arealite.inference.core.served_model import ServedModel
 PROMPT = list(range(40))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("memory"))
-
-
-def test_the_kv_cache_gives_its_memory_back_while_nothing_runs(folder: Path) -> None:
+def test_the_kv_cache_gives_its_memory_back_while_nothing_runs(folder):
     with LocalServer(served(folder)) as server:
         before = server.generate(PROMPT, max_new_tokens=8, temperature=0)["output_ids"]
         assert server.post("/release_memory_occupation", {"tags": ["weights"]}) == (200, None)
@@ -34,7 +25,7 @@ def test_the_kv_cache_gives_its_memory_back_while_nothing_runs(folder: Path) -> 
         assert waiting.result(60)["output_ids"] == before
 
 
-def test_keys_and_values_in_use_are_not_given_up(folder: Path) -> None:
+def test_keys_and_values_in_use_are_not_given_up(folder):
     with LocalServer(served(folder)) as server:
         server.step_delay_s = 0.02
         running = server.pool.submit(server.generate, PROMPT, max_new_tokens=60, ignore_eos=True)
@@ -49,9 +40,7 @@ def test_keys_and_values_in_use_are_not_given_up(folder: Path) -> None:
         assert len(running.result(60)["output_ids"]) == 60
 
 
-def test_a_step_without_memory_is_made_with_fewer(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_step_without_memory_is_made_with_fewer(folder, monkeypatch, caplog):
     """What runs begins anew and gives the same answers; a single request for which there is none ends the engine."""
     bodies = [
         {"input_ids": PROMPT[: 20 + i], "sampling_params": {"max_new_tokens": 6, "temperature": 0}} for i in range(4)
@@ -75,7 +64,7 @@ def test_a_step_without_memory_is_made_with_fewer(
         assert status == 503 and "no memory for a step of 1 requests" in str(answer)
 
 
-def test_what_a_card_has_free_sizes_the_kv_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_card_has_free_sizes_the_kv_cache(folder, monkeypatch):
     from arealite.api.errors import ConfigError
     from arealite.inference import serve
 

@@ -1,7 +1,5 @@
 """What the server returns is what the Hugging Face model computes; what it cannot serve faithfully it refuses."""
 
-from __future__ import annotations
-
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -9,33 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.inference import EOS, VOCAB, LocalServer, output_logprobs, save_tiny_llama, served
+from support.inference import SMALL, LocalServer, output_logprobs, served
 from support.kernels import needs_kernels
-from transformers import (
-    AutoModelForCausalLM,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2MoeConfig,
-)
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2MoeConfig
 
 from arealite.api.errors import ConfigError
 from arealite.inference.core.layout import bucket_pages
 from arealite.inference.core.served_model import ServedModel
 from arealite.kernels import cpu
-
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": EOS,
-    "pad_token_id": None,
-}
 
 
 @lru_cache(2)
@@ -53,30 +32,19 @@ def plain_logprobs(
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
-
-
 def prompts(num: int, vocab: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(vocab) for _ in range(rng.randint(1, longest))] for _ in range(num)]
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_fp32_logprobs_are_those_of_the_plain_pass(folder: Path, deterministic: bool) -> None:
+def test_fp32_logprobs_are_those_of_the_plain_pass(folder, deterministic):
     asked = prompts(12, 256)
     with LocalServer(served(folder, deterministic=deterministic)) as server:
-        answers = server.generate_many(
-            [
-                {
-                    "input_ids": ids,
-                    "sampling_params": {"max_new_tokens": 5 * i + 1, "temperature": 0.8, "ignore_eos": True},
-                    "logprob_start_len": i % 3,
-                }
-                for i, ids in enumerate(asked)
-            ]
-        )
+        params = {"temperature": 0.8, "ignore_eos": True}
+        bodies = [{"input_ids": ids, "sampling_params": params | {"max_new_tokens": 5 * i + 1},
+                   "logprob_start_len": i % 3} for i, ids in enumerate(asked)]  # fmt: skip
+        answers = server.generate_many(bodies)
     for i, (ids, answer) in enumerate(zip(asked, answers, strict=True)):
         tokens = ids + answer["output_ids"]
         assert len(answer["output_ids"]) == 5 * i + 1
@@ -89,7 +57,7 @@ def test_fp32_logprobs_are_those_of_the_plain_pass(folder: Path, deterministic: 
             assert [entry[0] for entry in scored[1:]] == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
-def test_greedy_equals_generate_on_the_real_model(smollm2: str) -> None:
+def test_greedy_equals_generate_on_the_real_model(smollm2):
     model = served(Path(smollm2), torch.float32)
     texts = ["What is 3 + 4?", "Name a colour.", "The capital of France is"]
     ids = [model.tokenizer(text).input_ids for text in texts]
@@ -101,7 +69,7 @@ def test_greedy_equals_generate_on_the_real_model(smollm2: str) -> None:
         assert answer["output_ids"] == whole[len(prompt) :]
 
 
-def test_bf16_logprobs_are_those_of_one_pass_over_the_whole_sequence(smollm2: str) -> None:
+def test_bf16_logprobs_are_those_of_one_pass_over_the_whole_sequence(smollm2):
     """With the compiled kernels decode and a packed pass have the same bits. In bf16 any other order of operations
     moves these logprobs by about 0.04: PyTorch's plain pass is as far from the float32 one as ours."""
     model = served(Path(smollm2), torch.bfloat16)
@@ -126,16 +94,18 @@ def test_bf16_logprobs_are_those_of_one_pass_over_the_whole_sequence(smollm2: st
     assert float(torch.cat(to_exact).mean()) < 1.5 * float(torch.cat(plain_to_exact).mean())
 
 
-def test_a_window_longer_than_the_context_is_no_window(tmp_path: Path) -> None:
+def test_a_window_longer_than_the_context_is_no_window(tmp_path):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=300)).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(
+        MistralConfig(**SMALL, max_position_embeddings=256, sliding_window=300)
+    ).save_pretrained(tmp_path)
     with LocalServer(served(tmp_path)) as server:
         answer = server.generate([1, 2, 3], max_new_tokens=30, ignore_eos=True)
     wanted = plain_logprobs(tmp_path, [1, 2, 3, *answer["output_ids"]], torch.float32)[2:]
     assert output_logprobs(answer) == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
-def test_in_bf16_attention_that_calls_its_sizes_otherwise_is_served(tmp_path: Path) -> None:
+def test_in_bf16_attention_that_calls_its_sizes_otherwise_is_served(tmp_path):
     """GPT-NeoX has no `head_dim`, at which the kernels would look."""
     AutoModelForCausalLM.from_config(GPTNeoXConfig(**SMALL)).save_pretrained(tmp_path)
     assert served(tmp_path, torch.bfloat16).kv_shape[1] == SMALL["num_attention_heads"]
@@ -143,22 +113,20 @@ def test_in_bf16_attention_that_calls_its_sizes_otherwise_is_served(tmp_path: Pa
 
 @needs_kernels
 @pytest.mark.parametrize(("width", "is_direct"), [(96, True), (72, False)])
-def test_layers_are_kernel_calls_where_the_kernels_can_read_their_widths(
-    tmp_path: Path, width: int, is_direct: bool
-) -> None:
+def test_layers_are_kernel_calls_where_the_kernels_can_read_their_widths(tmp_path, width, is_direct):
     config = LlamaConfig(**SMALL | {"head_dim": cpu.DIM_STEP, "intermediate_size": width})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = ServedModel.load(str(tmp_path), torch.bfloat16, torch.device("cpu"), None, False)
     assert ["forward" in vars(layer) for layer in model.module.model.layers] == [is_direct] * 2
 
 
-def test_deterministic_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+def test_deterministic_mixture_of_experts_is_refused(tmp_path):
     AutoModelForCausalLM.from_config(Qwen2MoeConfig(**SMALL, num_experts=4)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="deterministic"):
         served(tmp_path, deterministic=True)
 
 
-def test_buckets_mask_at_most_a_third_and_grow_with_the_length() -> None:
+def test_buckets_mask_at_most_a_third_and_grow_with_the_length():
     for length in range(1, 3000):
         pages = bucket_pages(length)
         needed = -(-length // 16)
@@ -166,7 +134,7 @@ def test_buckets_mask_at_most_a_third_and_grow_with_the_length() -> None:
         assert pages <= bucket_pages(length + 1)
 
 
-def test_pages_are_counted_and_copied(folder: Path) -> None:
+def test_pages_are_counted_and_copied(folder):
     pool = served(folder).make_pool(64)
     pages = pool.take(3)
     assert pool.num_free == 1

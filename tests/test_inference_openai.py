@@ -1,9 +1,6 @@
 """The OpenAI endpoints, driven by the `openai` package against `arealite serve` with a real model."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -30,14 +27,14 @@ WEATHER = {
 
 
 @pytest.fixture(scope="module")
-def url(smollm2: str) -> Iterator[str]:
+def url(smollm2):
     flags = ["--context-length", "2048", "--kv-cache-tokens", "8192", "--served-model-name", MODEL]
     with servers(1, smollm2, *flags, "--weight-version", "7", "--dtype", "bfloat16") as [(_, address)]:
         yield f"http://{address}"
 
 
 @pytest.fixture(scope="module")
-def client(url: str) -> openai.OpenAI:
+def client(url):
     return openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=WAIT_S)
 
 
@@ -45,7 +42,7 @@ def greedy(**changes: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": ASK, "max_tokens": 12, "temperature": 0, **changes}
 
 
-def test_a_chat_is_answered_with_usage_and_version(client: openai.OpenAI) -> None:
+def test_a_chat_is_answered_with_usage_and_version(client):
     answer = client.chat.completions.create(**greedy())
     [choice] = answer.choices
     assert "Paris" in (choice.message.content or "") and choice.message.role == "assistant"
@@ -58,7 +55,7 @@ def test_a_chat_is_answered_with_usage_and_version(client: openai.OpenAI) -> Non
     assert [model.id for model in client.models.list()] == [MODEL]
 
 
-def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI) -> None:
+def test_a_stream_adds_up_to_the_whole(client):
     options = greedy(max_tokens=24, logprobs=True, top_logprobs=2, n=2, stop=["never written"])
     whole = client.chat.completions.create(**options)
     chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
@@ -76,7 +73,7 @@ def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_logprobs_name_the_greedy_token_first(client: openai.OpenAI) -> None:
+def test_logprobs_name_the_greedy_token_first(client):
     [choice] = client.chat.completions.create(**greedy(logprobs=True, top_logprobs=3)).choices
     assert choice.logprobs is not None and choice.logprobs.content
     for entry in choice.logprobs.content:
@@ -85,13 +82,13 @@ def test_logprobs_name_the_greedy_token_first(client: openai.OpenAI) -> None:
         assert entry.logprob <= 0 and bytes(entry.bytes or []).decode() == entry.token
 
 
-def test_n_samples_differ_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
+def test_n_samples_differ_and_a_seed_repeats_them(client):
     options = greedy(temperature=1.0, n=3, seed=5, max_tokens=16)
     texts = [[c.message.content for c in client.chat.completions.create(**options).choices] for _ in range(2)]
     assert texts[0] == texts[1] and len(set(texts[0])) == 3
 
 
-def test_stop_strings_end_the_text_and_never_show_in_a_stream(client: openai.OpenAI) -> None:
+def test_stop_strings_end_the_text_and_never_show_in_a_stream(client):
     options = greedy(messages=[{"role": "user", "content": "Tell me about Paris."}], max_tokens=30)
     [free] = client.chat.completions.create(**options).choices
     stop = (free.message.content or "").split()[4]
@@ -105,7 +102,7 @@ def test_stop_strings_end_the_text_and_never_show_in_a_stream(client: openai.Ope
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_named_tool_is_called(client: openai.OpenAI, stream: bool) -> None:
+def test_a_named_tool_is_called(client, stream):
     """The model is small: the prompt begins the call for it."""
     messages = [{"role": "user", "content": "What is the weather in Paris? Use the city name."}]
     choice = {"type": "function", "function": {"name": "get_weather"}}
@@ -125,7 +122,7 @@ def test_a_named_tool_is_called(client: openai.OpenAI, stream: bool) -> None:
     assert finish == "tool_calls", "the end of the call ends the answer"
 
 
-def test_a_conversation_with_tool_results_goes_on(client: openai.OpenAI, smollm2: str) -> None:
+def test_a_conversation_with_tool_results_goes_on(client, smollm2):
     call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
     messages = [
         {"role": "user", "content": "Weather in Paris?"},
@@ -140,7 +137,7 @@ def test_a_conversation_with_tool_results_goes_on(client: openai.OpenAI, smollm2
     assert "sunny" in (choice.message.content or "").lower(), choice.message
 
 
-def test_token_ids_make_the_answer_trainable(client: openai.OpenAI, url: str) -> None:
+def test_token_ids_make_the_answer_trainable(client, url):
     asked = {"return_token_ids": True, "return_meta_info": True}
     [choice] = client.chat.completions.create(**greedy(logprobs=True), extra_body=asked).choices
     extra = choice.model_extra or {}
@@ -152,14 +149,14 @@ def test_token_ids_make_the_answer_trainable(client: openai.OpenAI, url: str) ->
     assert (direct.choices[0].model_extra or {})["response_token_ids"] == output
 
 
-def test_a_message_can_be_continued(client: openai.OpenAI) -> None:
+def test_a_message_can_be_continued(client):
     messages = [*ASK, {"role": "assistant", "content": "The capital of France is"}]
     options = {"continue_final_message": True, "add_generation_prompt": False}
     [choice] = client.chat.completions.create(**greedy(messages=messages), extra_body=options).choices
     assert "Paris" in (choice.message.content or "")
 
 
-def test_completions_take_text_tokens_and_lists(client: openai.OpenAI, smollm2: str) -> None:
+def test_completions_take_text_tokens_and_lists(client, smollm2):
     prompts: list[Any] = ["The capital of France is", "One, two, three,"]
     options: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 5}
     many = client.completions.create(prompt=prompts, n=2, **options)
@@ -176,7 +173,7 @@ def test_completions_take_text_tokens_and_lists(client: openai.OpenAI, smollm2: 
         assert text == many.choices[2 * index].text
 
 
-def test_echo_scores_the_prompt(client: openai.OpenAI) -> None:
+def test_echo_scores_the_prompt(client):
     """What evaluation suites use: logprobs of a given text, nothing generated."""
     text = "The capital of France is Paris"
     answer = client.completions.create(model=MODEL, prompt=text, echo=True, logprobs=1, max_tokens=0, temperature=0)
@@ -205,21 +202,19 @@ def test_echo_scores_the_prompt(client: openai.OpenAI) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_wrong_requests_raise_bad_request(
-    client: openai.OpenAI, changes: dict[str, Any], named: str, stream: bool
-) -> None:
+def test_wrong_requests_raise_bad_request(client, changes, named, stream):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**greedy(stream=stream, **changes))
     assert named in caught.value.message and caught.value.status_code == 400
     assert isinstance(caught.value.body, dict) and named in caught.value.body["message"]
 
 
-def test_an_unknown_route_is_not_found(client: openai.OpenAI) -> None:
+def test_an_unknown_route_is_not_found(client):
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model=MODEL, input="x")
 
 
-def test_closing_a_stream_ends_its_request(client: openai.OpenAI, url: str) -> None:
+def test_closing_a_stream_ends_its_request(client, url):
     before = fetch(url + "/server_info", None)[1]["internal_states"][0]["num_generated_tokens"]
     options = greedy(max_tokens=1800, extra_body={"ignore_eos": True})
     with client.chat.completions.create(**options, stream=True) as stream:
@@ -236,7 +231,7 @@ def parsed(body: dict[str, Any], **defaults: Any) -> OpenAICall:
     return parse_completion({"prompt": "abc", **body}, Served(LIMITS, "base", defaults))
 
 
-def test_what_is_left_out_comes_from_the_model_or_from_openai() -> None:
+def test_what_is_left_out_comes_from_the_model_or_from_openai():
     asked = model_defaults({"temperature": 0.6, "top_k": 0, "top_p": None, "do_sample": True})
     assert asked == {"temperature": 0.6, "top_k": -1}
     assert parsed({}, **asked).generate.requests[0].params.temperature == 0.6
@@ -246,12 +241,12 @@ def test_what_is_left_out_comes_from_the_model_or_from_openai() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", [], [""], [[]], None, 3, {}, ["a", 1], [[1], "a"], [1, "a"], [10**9]])
-def test_a_wrong_prompt_is_refused_by_that_name(prompt: Any) -> None:
+def test_a_wrong_prompt_is_refused_by_that_name(prompt):
     with pytest.raises(RequestError, match="^prompt"):
         parsed({"prompt": prompt})
 
 
-def test_an_adapter_is_named_with_its_base_or_alone() -> None:
+def test_an_adapter_is_named_with_its_base_or_alone():
     for body in ({"model": "base:ad"}, {"model": "ad"}, {"lora_path": "ad"}, {"model": "base", "lora_path": "ad"}):
         assert parsed(body).generate.requests[0].lora == "ad", body
     for body in ({}, {"model": "base"}, {"model": "gpt-5"}):

@@ -1,12 +1,8 @@
 """Abort, the three pause modes, and what a weight update does to requests in flight."""
 
-from __future__ import annotations
-
 import http.client
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,7 +13,7 @@ LONG = {"max_new_tokens": 480, "ignore_eos": True, "sampling_seed": 1}
 
 
 @pytest.fixture
-def server(folders: list[Path]) -> Iterator[LocalServer]:
+def server(folders):
     with LocalServer(served(folders[0]), max_running=2) as running:
         yield running
 
@@ -37,6 +33,13 @@ def generating(server: LocalServer) -> bool:
     return bool(server.batcher.scheduler.running) and server.batcher.scheduler.running[0].num_output > 3
 
 
+def begun(server: LocalServer, rid: str = "r") -> Future[Any]:
+    """One that has some tokens already."""
+    future = begin(server, rid)
+    wait_until(lambda: generating(server))
+    return future
+
+
 def answered(server: LocalServer, future: Future[Any]) -> Any:
     server.step_delay_s = 0.0
     status, answer = future.result(WAIT_S)
@@ -48,7 +51,7 @@ def num_tokens(server: LocalServer) -> int:
     return server.batcher.counters.num_generated_tokens
 
 
-def test_abort_takes_all_requests_with_the_prefix_and_keeps_their_tokens(server: LocalServer) -> None:
+def test_abort_takes_all_requests_with_the_prefix_and_keeps_their_tokens(server):
     futures = {rid: begin(server, rid) for rid in ("ab1", "ab2", "ab3", "x")}
     wait_until(lambda: len(known(server)) == 4 and generating(server))
     assert server.post("/abort_request", {"rid": "ab"}) == (200, None)
@@ -64,14 +67,14 @@ def test_abort_takes_all_requests_with_the_prefix_and_keeps_their_tokens(server:
     assert server.post("/abort_request", {"rid": 3})[0] == 400
 
 
-def test_abort_all(server: LocalServer) -> None:
+def test_abort_all(server):
     futures = [begin(server, str(i)) for i in range(4)]
     wait_until(lambda: len(known(server)) == 4)
     server.post("/abort_request", {"abort_all": True})
     assert {answered(server, f)["meta_info"]["finish_reason"]["type"] for f in futures} == {"abort"}
 
 
-def test_pause_abort_ends_requests_and_holds_new_ones(server: LocalServer) -> None:
+def test_pause_abort_ends_requests_and_holds_new_ones(server):
     running = [begin(server, str(i)) for i in range(3)]
     wait_until(lambda: len(known(server)) == 3 and generating(server))
     assert server.post("/pause_generation", {})[1]["status"] == "ok"
@@ -84,10 +87,9 @@ def test_pause_abort_ends_requests_and_holds_new_ones(server: LocalServer) -> No
     assert len(answered(server, held)["output_ids"]) == 3
 
 
-def test_an_aborted_request_resumes_with_its_tokens_as_if_nothing_had_happened(server: LocalServer) -> None:
+def test_an_aborted_request_resumes_with_its_tokens_as_if_nothing_had_happened(server):
     whole = server.generate([5, 6, 7], **LONG)
-    cut = begin(server, "cut")
-    wait_until(lambda: generating(server))
+    cut = begun(server, "cut")
     server.post("/pause_generation", {"mode": "abort"})
     head = answered(server, cut)
     server.post("/continue_generation", {})
@@ -99,11 +101,10 @@ def test_an_aborted_request_resumes_with_its_tokens_as_if_nothing_had_happened(s
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
-def test_a_paused_request_stands_still_and_goes_on(server: LocalServer, mode: str) -> None:
+def test_a_paused_request_stands_still_and_goes_on(server, mode):
     wanted = server.generate([5, 6, 7], **LONG)
     server.post("/flush_cache", {})
-    future = begin(server, "r")
-    wait_until(lambda: generating(server))
+    future = begun(server)
     server.post("/pause_generation", {"mode": mode})
     still = num_tokens(server)
     assert bool(server.batcher.scheduler.running) == (mode == "in_place")
@@ -116,23 +117,22 @@ def test_a_paused_request_stands_still_and_goes_on(server: LocalServer, mode: st
     assert answer["meta_info"]["num_retractions"] == (1 if mode == "retract" else 0)
 
 
-def test_requests_can_be_aborted_while_paused(server: LocalServer) -> None:
-    future = begin(server, "r")
-    wait_until(lambda: generating(server))
+def test_requests_can_be_aborted_while_paused(server):
+    future = begun(server)
     server.post("/pause_generation", {"mode": "in_place"})
     server.post("/abort_request", {"rid": "r"})
     assert answered(server, future)["meta_info"]["finish_reason"]["message"] == "Aborted"
     server.post("/continue_generation", {})
 
 
-def test_holding_has_a_limit(folders: list[Path]) -> None:
+def test_holding_has_a_limit(folders):
     with LocalServer(served(folders[0]), hold_limit_s=0.2) as server:
         server.post("/pause_generation", {})
         status, answer = server.post("/generate", {"input_ids": [1]})
         assert status == 503 and "continue_generation" in answer["error"]["message"]
 
 
-def test_a_client_that_leaves_while_it_continues_generation_holds_up_nobody(folders: list[Path]) -> None:
+def test_a_client_that_leaves_while_it_continues_generation_holds_up_nobody(folders):
     with LocalServer(served(folders[0]), hold_limit_s=1.0) as server:
         server.post("/pause_generation", {"mode": "retract"})
         busy = threading.Event()
@@ -147,7 +147,7 @@ def test_a_client_that_leaves_while_it_continues_generation_holds_up_nobody(fold
         assert len(server.generate([1], max_new_tokens=2, ignore_eos=True)["output_ids"]) == 2
 
 
-def test_a_control_call_to_a_busy_engine_has_a_limit(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_control_call_to_a_busy_engine_has_a_limit(server, monkeypatch):
     monkeypatch.setattr("arealite.inference.core.engine.CALL_LIMIT_S", 0.1)
     busy = threading.Event()
     server.engine.call(lambda: busy.wait(WAIT_S))
@@ -157,19 +157,16 @@ def test_a_control_call_to_a_busy_engine_has_a_limit(server: LocalServer, monkey
     assert server.get("/health")[0] == 200
 
 
-def test_unknown_pause_mode(server: LocalServer) -> None:
+def test_unknown_pause_mode(server):
     status, answer = server.post("/pause_generation", {"mode": "freeze"})
     assert status == 400 and "in_place" in answer["error"]["message"]
     assert len(server.generate([1], max_new_tokens=2, ignore_eos=True)["output_ids"]) == 2
 
 
 @pytest.mark.parametrize("mode", [None, "retract"], ids=["not paused", "retract"])
-def test_after_an_update_tokens_come_from_the_new_weights(
-    server: LocalServer, folders: list[Path], mode: str | None
-) -> None:
+def test_after_an_update_tokens_come_from_the_new_weights(server, folders, mode):
     """Every token's logprob is that of the weights that its span names, its keys and values included."""
-    future = begin(server, "r")
-    wait_until(lambda: generating(server))
+    future = begun(server)
     if mode:
         server.post("/pause_generation", {"mode": mode})
     body = {"model_path": str(folders[1]), "weight_version": "1"}
@@ -189,11 +186,8 @@ def test_after_an_update_tokens_come_from_the_new_weights(
         assert output_logprobs(answer)[part] == pytest.approx(wanted[part], abs=1e-4)
 
 
-def test_in_place_keeps_keys_and_values_over_an_update_only_when_asked(
-    server: LocalServer, folders: list[Path]
-) -> None:
-    future = begin(server, "r")
-    wait_until(lambda: generating(server))
+def test_in_place_keeps_keys_and_values_over_an_update_only_when_asked(server, folders):
+    future = begun(server)
     server.post("/pause_generation", {"mode": "in_place"})
     body = {"model_path": str(folders[1]), "weight_version": "1"}
     status, answer = server.post("/update_weights_from_disk", body)
@@ -205,18 +199,15 @@ def test_in_place_keeps_keys_and_values_over_an_update_only_when_asked(
     assert [span["version"] for span in about["weight_versions"]] == ["0", "1"] and about["num_retractions"] == 0
 
 
-def test_an_update_may_abort_all(server: LocalServer, folders: list[Path]) -> None:
-    future = begin(server, "r")
-    wait_until(lambda: generating(server))
+def test_an_update_may_abort_all(server, folders):
+    future = begun(server)
     body = {"model_path": str(folders[1]), "weight_version": "1", "abort_all_requests": True}
     assert server.post("/update_weights_from_disk", body)[1]["success"]
     about = answered(server, future)["meta_info"]
     assert about["finish_reason"]["type"] == "abort" and [s["version"] for s in about["weight_versions"]] == ["0"]
 
 
-def test_a_prompt_computed_with_old_weights_is_not_shared_after_an_update(
-    server: LocalServer, folders: list[Path]
-) -> None:
+def test_a_prompt_computed_with_old_weights_is_not_shared_after_an_update(server, folders):
     prompt = list(range(20))
     server.generate(prompt, max_new_tokens=2)
     body = {"model_path": str(folders[1]), "weight_version": "1", "flush_cache": False}

@@ -1,26 +1,18 @@
 """Penalties, biases and the least length do what a plain loop over tokens does, also across an interruption."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inference import EOS, LocalServer, output_logprobs, save_tiny_llama, served
+from support.inference import EOS, LocalServer, output_logprobs, served
 from transformers import AutoModelForCausalLM
 
 from arealite.inference.core.logits import adjust
 from arealite.inference.core.sequence import Sequence
 from arealite.inference.requests import GenerateRequest, SamplingParams
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
 
 
 def plainly(logits: list[float], prompt: list[int], answer: list[int], wanted: dict[str, Any]) -> list[float]:
@@ -53,7 +45,7 @@ wishes = st.fixed_dictionaries(
 
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**31), rows=st.lists(st.tuples(tokens, tokens, tokens, wishes), min_size=1, max_size=4))
-def test_rows_are_adjusted_as_by_a_plain_loop(seed: int, rows: list[Any]) -> None:
+def test_rows_are_adjusted_as_by_a_plain_loop(seed, rows):
     """`given` tokens came with the prompt, and were generated before an interruption."""
     logits = torch.randn(len(rows), 20, generator=torch.Generator().manual_seed(seed)) * 5
     before = logits.tolist()
@@ -67,13 +59,13 @@ def test_rows_are_adjusted_as_by_a_plain_loop(seed: int, rows: list[Any]) -> Non
         assert row == pytest.approx(plainly(values, [1, *prompt], given_ids + answer, wanted), abs=1e-4)
 
 
-def test_rows_without_wishes_cost_nothing() -> None:
+def test_rows_without_wishes_cost_nothing():
     logits = torch.randn(2, 20).bfloat16()
     plain = [Sequence(GenerateRequest("r", [1], SamplingParams(5))) for _ in range(2)]
     assert adjust(plain, logits) is logits
 
 
-def test_what_would_end_the_answer_too_early_gets_no_probability() -> None:
+def test_what_would_end_the_answer_too_early_gets_no_probability():
     sequence = Sequence(GenerateRequest("r", [1, 2], SamplingParams(5, min_new_tokens=2)))
     sequence.stop_ids = frozenset({3, 99})
     assert adjust([sequence], torch.zeros(1, 20))[0].tolist() == [0.0] * 3 + [-math.inf] + [0.0] * 16
@@ -81,13 +73,13 @@ def test_what_would_end_the_answer_too_early_gets_no_probability() -> None:
     assert adjust([sequence], torch.zeros(1, 20))[0].tolist() == [0.0] * 20
 
 
-def test_numbers_stay_finite_whatever_is_asked() -> None:
+def test_numbers_stay_finite_whatever_is_asked():
     params = SamplingParams(5, repetition_penalty=1e-300, logit_bias=((3, 1e300), (4, -1e300)))
     after = adjust([Sequence(GenerateRequest("r", [1, 2], params))], torch.randn(1, 20))
     assert bool(torch.isfinite(after).all())
 
 
-def test_no_wish_makes_an_answer_fail(folder: Path) -> None:
+def test_no_wish_makes_an_answer_fail(folder):
     with LocalServer(served(folder)) as server:
         params = {
             "max_new_tokens": 2,
@@ -102,7 +94,7 @@ def test_no_wish_makes_an_answer_fail(folder: Path) -> None:
 WISHES = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": {"7": 9.0}}
 
 
-def test_answers_and_logprobs_are_those_of_the_adjusted_logits(folder: Path) -> None:
+def test_answers_and_logprobs_are_those_of_the_adjusted_logits(folder):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt, answer = [7, 8, 9, 8], []
     logprobs: list[float] = []
@@ -125,7 +117,7 @@ def test_answers_and_logprobs_are_those_of_the_adjusted_logits(folder: Path) -> 
         assert server.generate(prompt + head, **rest)["output_ids"] != answer[10:]
 
 
-def test_the_least_length_counts_what_came_before_an_interruption(folder: Path) -> None:
+def test_the_least_length_counts_what_came_before_an_interruption(folder):
     sure = {"max_new_tokens": 12, "temperature": 0, "logit_bias": {str(EOS): 1000.0}}
     with LocalServer(served(folder)) as server:
         assert len(server.generate([1, 2], min_new_tokens=6, **sure)["output_ids"]) == 7
@@ -134,7 +126,7 @@ def test_the_least_length_counts_what_came_before_an_interruption(folder: Path) 
         assert server.generate([1, 2], **sure)["output_ids"] == [EOS]
 
 
-def test_likeliest_and_named_tokens_come_with_their_logprobs(folder: Path) -> None:
+def test_likeliest_and_named_tokens_come_with_their_logprobs(folder):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt, named = [5 + i % 7 for i in range(50)], (3, 200)
     top = {"logprob_start_len": 10, "top_logprobs_num": 4, "token_ids_logprob": list(named)}

@@ -1,9 +1,6 @@
 """What is known to be computed is not computed again, and never stands for anything else."""
 
-from __future__ import annotations
-
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +13,7 @@ from arealite.inference.core.cache import PagePool, PrefixCache, pages_for
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def folders(tmp_path_factory):
     return [save_tiny_llama(tmp_path_factory.mktemp(f"llama{seed}"), seed=seed, tied=False) for seed in (0, 1)]
 
 
@@ -42,7 +39,7 @@ def common(a: list[int], b: list[int]) -> int:
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31))
-def test_what_is_found_is_a_true_prefix_and_misses_at_most_a_page(seed: int) -> None:
+def test_what_is_found_is_a_true_prefix_and_misses_at_most_a_page(seed):
     rng = random.Random(seed)
     pool = pool_of(400)
     cache = PrefixCache(pool)
@@ -65,7 +62,7 @@ def test_what_is_found_is_a_true_prefix_and_misses_at_most_a_page(seed: int) -> 
     assert pool.num_free == 400 and pool.num_idle == 0 and len(cache) == 0
 
 
-def test_the_oldest_goes_first_and_never_what_others_build_on() -> None:
+def test_the_oldest_goes_first_and_never_what_others_build_on():
     pool = pool_of(6)
     cache = PrefixCache(pool)
     first, second = [1] * 32, [2] * 32
@@ -82,14 +79,14 @@ def test_the_oldest_goes_first_and_never_what_others_build_on() -> None:
     assert cache.match(None, key(first))[1] == 32
 
 
-def test_a_long_prefix_can_be_evicted_whole() -> None:
+def test_a_long_prefix_can_be_evicted_whole():
     pool = pool_of(4)
     cache = PrefixCache(pool)
     remember(cache, pool, [1] * 64)
     assert cache.make_room(4) and pool.num_free == 4
 
 
-def test_pages_that_are_known_take_the_place_of_a_sequences_own() -> None:
+def test_pages_that_are_known_take_the_place_of_a_sequences_own():
     pool = pool_of(8)
     cache = PrefixCache(pool)
     pages, own = pool.take(2), pool.take(3)
@@ -98,7 +95,7 @@ def test_pages_that_are_known_take_the_place_of_a_sequences_own() -> None:
     assert own[:2] == pages and pool.num_free == 5
 
 
-def test_adapters_do_not_share() -> None:
+def test_adapters_do_not_share():
     pool = pool_of(8)
     cache = PrefixCache(pool)
     remember(cache, pool, [1] * 40, "poet")
@@ -110,7 +107,7 @@ def cached(answer: Any) -> int:
     return int(answer["meta_info"]["cached_tokens"])
 
 
-def test_conversations_and_resumed_requests_compute_only_what_is_new(folders: list[Path]) -> None:
+def test_conversations_and_resumed_requests_compute_only_what_is_new(folders):
     params = {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}
     prompt = list(range(45))
     with LocalServer(served(folders[0])) as server:
@@ -141,9 +138,7 @@ def test_conversations_and_resumed_requests_compute_only_what_is_new(folders: li
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_deterministic_results_are_the_same_bit_for_bit_with_and_without_the_cache(
-    folders: list[Path], dtype: torch.dtype
-) -> None:
+def test_deterministic_results_are_the_same_bit_for_bit_with_and_without_the_cache(folders, dtype):
     rng = random.Random(4)
     stem = [rng.randrange(256) for _ in range(150)]
     asked = [stem[:n] + [rng.randrange(256) for _ in range(rng.randint(0, 40))] for n in (150, 140, 129, 64, 65, 10)]
@@ -169,7 +164,7 @@ def test_deterministic_results_are_the_same_bit_for_bit_with_and_without_the_cac
     assert [(a["output_ids"], output_logprobs(a)) for a in batch] == wanted + wanted[::-1]
 
 
-def test_what_a_request_computed_across_an_update_is_not_shared(folders: list[Path]) -> None:
+def test_what_a_request_computed_across_an_update_is_not_shared(folders):
     """Paused in place, it ends with keys and values of both weights."""
     params = {"max_new_tokens": 60, "temperature": 0, "ignore_eos": True}
     body = {"model_path": str(folders[1]), "flush_cache": False}

@@ -1,7 +1,5 @@
 """The server as a process: its ready line, its exit statuses, its heartbeat."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -32,7 +30,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return save_tiny_llama(tmp_path_factory.mktemp("llama"), context=8192)
 
 
@@ -55,7 +53,7 @@ def server_process(
         process.wait(WAIT_S)
 
 
-def test_it_serves_says_how_it_waits_and_answers_what_is_running_on_sigterm(folder: Path, tmp_path: Path) -> None:
+def test_it_serves_says_how_it_waits_and_answers_what_is_running_on_sigterm(folder, tmp_path):
     env = {"AREALITE_RUN_DIR": str(tmp_path), "AREALITE_PROCESS": "server-0", "AREALITE_HEARTBEAT_S": "0.05"}
     with server_process(folder, "--weight-version", "3", "--host", "::1", env=env) as (process, url):
         status, answer = fetch(url + "/generate", {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 3}})
@@ -79,19 +77,19 @@ def test_it_serves_says_how_it_waits_and_answers_what_is_running_on_sigterm(fold
         assert not beat.exists()
 
 
-def test_a_failed_engine_ends_the_process_with_an_error(folder: Path) -> None:
+def test_a_failed_engine_ends_the_process_with_an_error(folder):
     with server_process(folder, code=BROKEN_ENGINE) as (process, url):
         status, answer = fetch(url + "/generate", {"input_ids": [1]})
         assert status == 503 and "the cable is unplugged" in answer["error"]["message"]
         assert process.wait(WAIT_S) == 1
 
 
-def test_a_model_that_cannot_be_served_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_cannot_be_served_is_refused(tmp_path, capsys):
     assert main(["--model", str(tmp_path)]) == 2
     assert "no causal language model can be loaded from" in capsys.readouterr().err
 
 
-def test_another_tokenizer_brings_its_end_token_and_template(folder: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_brings_its_end_token_and_template(folder, tmp_path):
     other = byte_tokenizer()
     other.eos_token, other.chat_template = "<bos>", "{{ messages[0].content }}!"
     other.save_pretrained(tmp_path)
@@ -100,14 +98,14 @@ def test_another_tokenizer_brings_its_end_token_and_template(folder: Path, tmp_p
     assert model.eos_token_ids == {EOS, 257} and model.tokenizer.chat_template == other.chat_template
 
 
-def test_a_taken_port_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_taken_port_is_refused(folder, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["--model", str(folder), "--port", str(port)]) == 2
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
-def test_flags_are_checked() -> None:
+def test_flags_are_checked():
     assert parse_arguments(["--model", "m", "--max-running-requests", "7"]).max_running_requests == 7
     for wrong in (
         *(["--kv-cache-tokens", "0"], ["--dtype", "int8"], ["--max-running-requests", "-1"], ["--port", "65536"]),
@@ -118,8 +116,6 @@ def test_flags_are_checked() -> None:
 
 
 @pytest.mark.parametrize("flags", [["--kv-cache-tokens", str(10**13)], ["--device", "cuda:99"]])
-def test_what_the_machine_has_not_is_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
-) -> None:
+def test_what_the_machine_has_not_is_refused(folder, capsys, flags):
     assert main(["--model", str(folder), *flags]) == 2
     assert flags[0] in capsys.readouterr().err

@@ -1,7 +1,5 @@
 """Every malformed /generate body is refused with a message that names the field; neutral values pass."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -66,7 +64,7 @@ def one(**params: Any) -> Any:
         ({"input_ids": [1], "sampling_params": "x"}, "sampling_params"),
     ],
 )
-def test_wrong_bodies_are_refused_by_name(body: Any, named: str) -> None:
+def test_wrong_bodies_are_refused_by_name(body, named):
     with pytest.raises(RequestError) as caught:
         parse(body)
     assert named in str(caught.value)
@@ -95,18 +93,18 @@ WRONG: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
-def test_wrong_sampling_values_are_refused_by_name(key: str, value: Any) -> None:
+def test_wrong_sampling_values_are_refused_by_name(key, value):
     with pytest.raises(RequestError, match=f"^sampling_params.{key}|{key} {value} pass") as caught:
         one(**{key: value})
     assert len(str(caught.value)) < 400
 
 
-def test_unknown_sampling_keys_name_the_nearest() -> None:
+def test_unknown_sampling_keys_name_the_nearest():
     with pytest.raises(RequestError, match="max_tokens.*max_new_tokens"):
         one(max_tokens=5)
 
 
-def test_null_and_neutral_values_pass_for_every_key() -> None:
+def test_null_and_neutral_values_pass_for_every_key():
     keys = ["temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "ignore_eos", "sampling_seed", "n"]
     keys += ["min_new_tokens", "frequency_penalty", "logit_bias", "regex", "custom_params", "stream_interval"]
     params = one(**dict.fromkeys(keys), max_new_tokens=5)
@@ -116,13 +114,13 @@ def test_null_and_neutral_values_pass_for_every_key() -> None:
     parse({"input_ids": [1], "stream": False, "top_logprobs_num": 0, "lora_path": None, "routing_key": "g", "xyz": 3})
 
 
-def test_lengths_default_to_the_protocol_and_to_what_fits() -> None:
+def test_lengths_default_to_the_protocol_and_to_what_fits():
     assert one().max_new_tokens == 45, "128 by default, but the KV cache leaves 48 - 3"
     assert one(max_new_tokens=None).max_new_tokens == 45
     assert one(max_new_tokens=45).max_new_tokens == 45
 
 
-def test_a_prompt_that_fills_the_context_can_be_scored() -> None:
+def test_a_prompt_that_fills_the_context_can_be_scored():
     """The longest trajectory that can be generated has as many tokens as are served."""
     scored = parse({"input_ids": [1] * 48, "sampling_params": {"max_new_tokens": 0}})
     assert scored.requests[0].params.max_new_tokens == 0
@@ -130,12 +128,12 @@ def test_a_prompt_that_fills_the_context_can_be_scored() -> None:
         parse({"input_ids": [1] * 49, "sampling_params": {"max_new_tokens": 0}})
 
 
-def test_tiny_temperatures_are_greedy() -> None:
+def test_tiny_temperatures_are_greedy():
     assert one(temperature=1e-7).temperature == 0.0
     assert one(temperature=1e-5).temperature == 1e-5
 
 
-def test_batches_get_ids_and_params_of_their_own() -> None:
+def test_batches_get_ids_and_params_of_their_own():
     call = parse(
         {
             "input_ids": [[1], [2, 3]],
@@ -152,7 +150,7 @@ def test_batches_get_ids_and_params_of_their_own() -> None:
     assert [r.token_ids_logprob for r in call.requests] == [(7, 8), ()], "only with return_logprob"
 
 
-def test_samples_of_a_prompt_stand_together_and_draw_differently() -> None:
+def test_samples_of_a_prompt_stand_together_and_draw_differently():
     call = parse({"input_ids": [[1], [2]], "rid": "r", "sampling_params": [{"n": 2, "sampling_seed": 5}, None]})
     assert [r.rid for r in call.requests] == ["r_0_0", "r_0_1", "r_1"]
     assert [r.prompt_ids for r in call.requests] == [[1], [1], [2]]
@@ -163,7 +161,7 @@ def test_samples_of_a_prompt_stand_together_and_draw_differently() -> None:
     assert not parse({"input_ids": [1], "sampling_params": {"n": 1}}).batched
 
 
-def test_tokens_of_an_earlier_call_count_as_generated() -> None:
+def test_tokens_of_an_earlier_call_count_as_generated():
     body = {"input_ids": [1, 2, 3, 4], "num_prompt_tokens": 2}
     [request] = parse({**body, "sampling_params": {"min_new_tokens": 5, "max_new_tokens": 3}}).requests
     assert request.num_given == 2
@@ -188,7 +186,7 @@ fields = dict.fromkeys(keys, json_values) | {
 
 @settings(max_examples=200, deadline=None)
 @given(body=json_values | st.fixed_dictionaries({}, optional=fields))
-def test_no_body_does_anything_but_pass_or_be_refused(body: Any) -> None:
+def test_no_body_does_anything_but_pass_or_be_refused(body):
     try:
         requests = parse(json.loads(json.dumps(body))).requests
     except RequestError:

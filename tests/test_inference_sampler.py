@@ -1,9 +1,6 @@
 """The sampler draws from the right distribution, whatever the restriction, and every row for itself."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -54,7 +51,7 @@ def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
     ],
     ids=str,
 )
-def test_draws_follow_the_distribution(params: SamplingParams) -> None:
+def test_draws_follow_the_distribution(params):
     logits = torch.randn(300, generator=torch.Generator().manual_seed(3)) * 1.5
     uniforms = uniform_numbers([7] * NUM_DRAWS, range(NUM_DRAWS))
     drawn = sample(logits.expand(NUM_DRAWS, -1), [params] * NUM_DRAWS, uniforms)
@@ -74,7 +71,7 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
 
 
 @pytest.mark.parametrize("wide", [{"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 4000}], ids=str)
-def test_a_nucleus_wider_than_the_sorted_head_is_exact(wide: dict[str, Any]) -> None:
+def test_a_nucleus_wider_than_the_sorted_head_is_exact(wide):
     logits, params = -torch.linspace(0, 1, 4 * NUM_LIKELIEST), SamplingParams(1, **wide)
     uniforms = [(i + 0.5) / 64 for i in range(64)]
     drawn = sample(logits.expand(64, -1), [params] * 64, uniforms)
@@ -82,7 +79,7 @@ def test_a_nucleus_wider_than_the_sorted_head_is_exact(wide: dict[str, Any]) -> 
     assert drawn.tokens == pytest.approx(wanted, abs=1) and wanted[-1] > 2 * NUM_LIKELIEST
 
 
-def test_greedy_is_argmax_with_logprobs_at_temperature_one() -> None:
+def test_greedy_is_argmax_with_logprobs_at_temperature_one():
     logits = torch.randn(5, 1000)
     drawn = sample(logits, [SamplingParams(1, temperature=0.0)] * 5, [0.0] * 5)
     assert drawn.tokens == logits.argmax(-1).tolist()
@@ -92,7 +89,7 @@ def test_greedy_is_argmax_with_logprobs_at_temperature_one() -> None:
 
 @pytest.mark.parametrize("at", [0.0, 0.5, 1 - 2**-53])
 @pytest.mark.parametrize("vocab", [3, 256, 257, 1000])
-def test_extreme_uniforms_never_reach_impossible_tokens(at: float, vocab: int) -> None:
+def test_extreme_uniforms_never_reach_impossible_tokens(at, vocab):
     logits = torch.full((1, vocab), -torch.inf)
     logits[0, vocab // 2] = 1.0
     drawn = sample(logits, [SamplingParams(1)], [at])
@@ -100,7 +97,7 @@ def test_extreme_uniforms_never_reach_impossible_tokens(at: float, vocab: int) -
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(bad: float) -> None:
+def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(bad):
     logits = torch.randn(3, 50)
     alone = sample(logits[2:], [SamplingParams(1)], [0.3])
     logits[1, 7] = bad
@@ -118,9 +115,7 @@ def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(bad: float) -> 
     top_p=st.sampled_from([1.0, 0.9]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_a_row_does_not_depend_on_the_others(
-    num_rows: int, vocab: int, seed: int, temperature: float, top_p: float, dtype: torch.dtype
-) -> None:
+def test_a_row_does_not_depend_on_the_others(num_rows, vocab, seed, temperature, top_p, dtype):
     logits = torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(seed)).to(dtype)
     params = [SamplingParams(1, temperature=temperature, top_p=top_p)] * num_rows
     uniforms = uniform_numbers([seed] * num_rows, range(num_rows))
@@ -131,7 +126,7 @@ def test_a_row_does_not_depend_on_the_others(
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, -(2**63), 2**63 - 1])
-def test_uniform_numbers_are_splitmix64_of_seed_and_position(seed: int) -> None:
+def test_uniform_numbers_are_splitmix64_of_seed_and_position(seed):
     def mix(z: int) -> int:
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
@@ -143,7 +138,7 @@ def test_uniform_numbers_are_splitmix64_of_seed_and_position(seed: int) -> None:
     assert uniform_numbers([seed] * len(positions), positions) == wanted
 
 
-def test_uniforms_are_uniform_and_differ_between_seeds_and_positions() -> None:
+def test_uniforms_are_uniform_and_differ_between_seeds_and_positions():
     grid = torch.tensor([uniform_numbers([seed] * 200, range(200)) for seed in (*range(49), -1)], dtype=torch.float64)
     assert len(set(grid.flatten().tolist())) == grid.numel()
     counts = torch.histc(grid.flatten(), bins=20, min=0, max=1)

@@ -1,7 +1,5 @@
 """Whatever comes, goes, pauses or runs out of pages: every request is answered once, with what it gives alone."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -17,7 +15,6 @@ from arealite.inference.core.cache import PAGE_TOKENS, PagePool
 from arealite.inference.core.engine import Engine, PauseMode, QueueFull, UpdateOptions
 from arealite.inference.core.scheduler import JOINING_LIMIT_S, Scheduler
 from arealite.inference.core.sequence import Sequence
-from arealite.inference.core.served_model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
 
 MAX_NEW = 12
@@ -25,17 +22,17 @@ MAX_STEPS = 3000
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return save_tiny_llama(tmp_path_factory.mktemp("llama"), tied=False)
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> ServedModel:
+def model(folder):
     return served(folder)
 
 
 @pytest.fixture(autouse=True)
-def no_gradients() -> object:
+def no_gradients():
     with torch.inference_mode():
         yield
 
@@ -71,7 +68,7 @@ class Alone:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Alone:
+def alone(folder):
     return Alone(folder)
 
 
@@ -132,7 +129,7 @@ def disturb(rng: random.Random, engine: Engine, paused: PauseMode | None) -> Pau
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_mix_is_answered_once_and_as_if_alone(model: ServedModel, alone: Alone, seed: int) -> None:
+def test_any_mix_is_answered_once_and_as_if_alone(model, alone, seed):
     rng = random.Random(seed)
     kv_tokens = rng.choice((48, 112, 160, 600))
     batcher = Batcher(model, rng.randint(1, 7), kv_tokens, "0", rng.choice((16, 33, 64, 512)))
@@ -201,7 +198,7 @@ def names(sequences: Iterable[Sequence]) -> str:
     return " ".join(s.request.rid for s in sequences)
 
 
-def test_the_queue_keeps_its_order_and_counts_what_is_held() -> None:
+def test_the_queue_keeps_its_order_and_counts_what_is_held():
     scheduler = scheduler_of(64, "a", "b", "c", "d", "e", max_running=3)
     for _ in range(2):
         advance(scheduler)
@@ -214,7 +211,7 @@ def test_the_queue_keeps_its_order_and_counts_what_is_held() -> None:
     assert [s.num_cached for s in held] == [0] * 3, "what a sequence computed itself was not found"
 
 
-def test_the_last_admitted_gives_way_when_pages_run_out() -> None:
+def test_the_last_admitted_gives_way_when_pages_run_out():
     scheduler = scheduler_of(5, "a", "b", length=30)
     while not scheduler.num_retractions:
         advance(scheduler)
@@ -225,7 +222,7 @@ def test_the_last_admitted_gives_way_when_pages_run_out() -> None:
     assert names(small.running) == "a", "one that runs has a page to grow into"
 
 
-def test_prompts_in_progress_are_waited_for_while_others_go_first() -> None:
+def test_prompts_in_progress_are_waited_for_while_others_go_first():
     scheduler = scheduler_of(64, "a", length=100, step_tokens=40)
     advance(scheduler)
     scheduler.waiting += [greedy_request(name, [ord("a")] * 100 + [1], 50) for name in ("a1", "a2")]
@@ -240,7 +237,7 @@ def test_prompts_in_progress_are_waited_for_while_others_go_first() -> None:
     assert advance(scheduler) == 40, "running requests take theirs first"
 
 
-def test_a_long_prompt_holds_nobody_up(model: ServedModel, alone: Alone) -> None:
+def test_a_long_prompt_holds_nobody_up(model, alone):
     batcher = Batcher(model, 4, 1024, "0", step_tokens=32)
     running = greedy_request("running", [1, 2, 3], 50)
     batcher.add(running)
@@ -261,7 +258,7 @@ def test_a_long_prompt_holds_nobody_up(model: ServedModel, alone: Alone) -> None
         alone.check(sequence)
 
 
-def test_a_request_that_fills_the_pool_is_served_although_its_last_page_is_cached(model: ServedModel) -> None:
+def test_a_request_that_fills_the_pool_is_served_although_its_last_page_is_cached(model):
     """A copy of the page would need one page more than there are."""
     batcher = Batcher(model, 2, 64, "0")
     for _ in range(2):
@@ -272,7 +269,7 @@ def test_a_request_that_fills_the_pool_is_served_although_its_last_page_is_cache
         assert sequence.future.result(0).num_output == 4
 
 
-def test_pausing_in_the_middle_of_a_prompt_keeps_or_drops_its_pages(model: ServedModel, alone: Alone) -> None:
+def test_pausing_in_the_middle_of_a_prompt_keeps_or_drops_its_pages(model, alone):
     for mode, left in (("in_place", 32), ("retract", 0)):
         batcher = Batcher(model, 2, 512, "0", step_tokens=16)
         engine = Engine(batcher, seed=0)
@@ -290,7 +287,7 @@ def test_pausing_in_the_middle_of_a_prompt_keeps_or_drops_its_pages(model: Serve
         assert sequence.input_logprobs[1:] == pytest.approx(wanted, abs=1e-3)
 
 
-def test_abort_in_the_middle_of_a_prompt_answers_with_nothing_yet(model: ServedModel) -> None:
+def test_abort_in_the_middle_of_a_prompt_answers_with_nothing_yet(model):
     batcher = Batcher(model, 2, 512, "0", step_tokens=16)
     sequence = greedy_request("r", [3] * 100, 6)
     batcher.add(sequence)
@@ -302,7 +299,7 @@ def test_abort_in_the_middle_of_a_prompt_answers_with_nothing_yet(model: ServedM
     check_pages(batcher)
 
 
-def test_a_full_queue_takes_all_of_a_call_or_nothing(model: ServedModel) -> None:
+def test_a_full_queue_takes_all_of_a_call_or_nothing(model):
     engine = Engine(Batcher(model, 1, 64, "0"), seed=0, max_queued=3)
     requests = [GenerateRequest(str(i), [1], SamplingParams(2)) for i in range(4)]
     with pytest.raises(QueueFull, match="4 more"):
@@ -316,7 +313,7 @@ def test_a_full_queue_takes_all_of_a_call_or_nothing(model: ServedModel) -> None
     assert engine.failure == ""
 
 
-def test_on_a_gpu_several_join_at_a_time() -> None:
+def test_on_a_gpu_several_join_at_a_time():
     """While too few places are free, nobody is asked for, unless nobody has joined for some time."""
     scheduler = scheduler_of(64, *"abcdefgh", max_running=4, joining_share=2)
     assert names(scheduler.admit()) == "a b c d"
@@ -330,7 +327,7 @@ def test_on_a_gpu_several_join_at_a_time() -> None:
     assert names(scheduler.admit()) == "g"
 
 
-def test_who_lacks_pages_is_asked_again_when_some_come_back() -> None:
+def test_who_lacks_pages_is_asked_again_when_some_come_back():
     scheduler = scheduler_of(2, "a", "b", length=20)
     (first,) = scheduler.admit()
     assert not scheduler.may_admit and names(scheduler.waiting) == "b"

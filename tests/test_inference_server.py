@@ -1,12 +1,8 @@
 """The server over real sockets: generation, sharing, the cache budget, stopping, errors, determinism."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import random
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,12 +18,7 @@ from arealite.inference.requests import GenerateRequest, SamplingParams
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[LocalServer]:
+def server(folder):
     with LocalServer(served(folder)) as running:
         yield running
 
@@ -48,7 +39,7 @@ def results(answers: list[Any]) -> list[tuple[list[int], list[float]]]:
     return [(a["output_ids"], output_logprobs(a)) for a in answers]
 
 
-def test_the_answer_has_every_field_of_the_protocol(server: LocalServer) -> None:
+def test_the_answer_has_every_field_of_the_protocol(server):
     body = {"rid": "abc", "input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4}, "return_logprob": True}
     status, answer = server.post("/generate", {**body, "logprob_start_len": 1})
     assert status == 200 and set(answer) == {"text", "output_ids", "meta_info"}
@@ -62,7 +53,7 @@ def test_the_answer_has_every_field_of_the_protocol(server: LocalServer) -> None
     assert about["input_token_logprobs"][0][0] is None and about["input_token_logprobs"][1][0] < 0
 
 
-def test_a_batch_answers_in_order_and_text_is_tokenised(server: LocalServer) -> None:
+def test_a_batch_answers_in_order_and_text_is_tokenised(server):
     params = {"max_new_tokens": 3, "temperature": 0}
     _, many = server.post("/generate", {"text": ["abc", "xy"], "sampling_params": params})
     singles = [server.post("/generate", {"text": text, "sampling_params": params})[1] for text in ("abc", "xy")]
@@ -70,7 +61,7 @@ def test_a_batch_answers_in_order_and_text_is_tokenised(server: LocalServer) -> 
     assert [a["meta_info"]["prompt_tokens"] for a in many] == [3, 2]
 
 
-def test_a_group_shares_one_prefill_of_its_prompt(folder: Path) -> None:
+def test_a_group_shares_one_prefill_of_its_prompt(folder):
     with LocalServer(served(folder), max_running=16) as server:
         prompt = list(range(37))
         requests = [
@@ -89,7 +80,7 @@ def test_a_group_shares_one_prefill_of_its_prompt(folder: Path) -> None:
         assert tokens == own_tokens and logprobs == pytest.approx(own_logprobs, abs=1e-5)
 
 
-def test_a_full_cache_makes_requests_wait_or_retract_and_changes_nothing(folder: Path) -> None:
+def test_a_full_cache_makes_requests_wait_or_retract_and_changes_nothing(folder):
     model = served(folder)
     requests = bodies(24, seed=1)
     with LocalServer(model, max_running=8, kv_tokens=4096) as server:
@@ -106,7 +97,7 @@ def test_a_full_cache_makes_requests_wait_or_retract_and_changes_nothing(folder:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_deterministic_results_do_not_depend_on_company(folder: Path, dtype: torch.dtype) -> None:
+def test_deterministic_results_do_not_depend_on_company(folder, dtype):
     """Bit for bit: alone, together, in another order, and with a cache so small that requests are retracted."""
     model = served(folder, dtype, deterministic=True)
     requests = bodies(12, seed=2) + [{**body, "input_ids": list(range(20))} for body in bodies(4, seed=3)]
@@ -120,7 +111,7 @@ def test_deterministic_results_do_not_depend_on_company(folder: Path, dtype: tor
     assert results(alone) == results(together) == results(backwards) == results(squeezed)
 
 
-def test_a_seed_gives_one_stream_that_resumption_continues(server: LocalServer) -> None:
+def test_a_seed_gives_one_stream_that_resumption_continues(server):
     prompt = list(range(30))
     whole = server.generate(prompt, max_new_tokens=20, sampling_seed=9, ignore_eos=True)["output_ids"]
     head = server.generate(prompt, max_new_tokens=7, sampling_seed=9, ignore_eos=True)["output_ids"]
@@ -130,7 +121,7 @@ def test_a_seed_gives_one_stream_that_resumption_continues(server: LocalServer) 
     assert other != whole
 
 
-def test_stop_strings_match_across_tokens_and_trim_the_text(server: LocalServer) -> None:
+def test_stop_strings_match_across_tokens_and_trim_the_text(server):
     params = {"max_new_tokens": 60, "sampling_seed": 4, "ignore_eos": True}
     free = server.generate(list(b"abc"), **params)
     text = free["text"]
@@ -144,7 +135,7 @@ def test_stop_strings_match_across_tokens_and_trim_the_text(server: LocalServer)
     assert kept["text"] == text[:position] + stop and kept["output_ids"] == answer["output_ids"]
 
 
-def test_a_stop_string_that_comes_before_min_new_tokens_is_no_end(server: LocalServer, folder: Path) -> None:
+def test_a_stop_string_that_comes_before_min_new_tokens_is_no_end(server, folder):
     [a] = AutoTokenizer.from_pretrained(folder)("a", add_special_tokens=False).input_ids
     params = {"max_new_tokens": 9, "logit_bias": {str(a): 100.0}, "stop": "aa", "temperature": 0.0}
     answers = [server.generate([5], **params, min_new_tokens=n) for n in (0, 5, 9)]
@@ -158,7 +149,7 @@ def test_a_stop_string_that_comes_before_min_new_tokens_is_no_end(server: LocalS
     assert resumed["text"] == "a" and len(resumed["output_ids"]) == 3
 
 
-def test_stop_tokens_end_unless_ignored_or_too_early(server: LocalServer) -> None:
+def test_stop_tokens_end_unless_ignored_or_too_early(server):
     params = {"max_new_tokens": 30, "sampling_seed": 5}
     free = server.generate([7, 8], **params, ignore_eos=True)["output_ids"]
     at = next(i for i in range(5, 30) if free.index(free[i]) == i)
@@ -172,7 +163,7 @@ def test_stop_tokens_end_unless_ignored_or_too_early(server: LocalServer) -> Non
     assert len(late) >= at + 3 and free[at] not in late[: at + 3]
 
 
-def test_the_end_of_sequence_token_ends(server: LocalServer) -> None:
+def test_the_end_of_sequence_token_ends(server):
     answers = [server.generate([i], max_new_tokens=400, temperature=5.0, sampling_seed=i) for i in range(8)]
     ended = [a for a in answers if a["meta_info"]["finish_reason"] == {"type": "stop", "matched": EOS}]
     assert ended and all(a["output_ids"].index(EOS) == len(a["output_ids"]) - 1 for a in ended)
@@ -190,31 +181,25 @@ def test_the_end_of_sequence_token_ends(server: LocalServer) -> None:
         (b'{"input_ids": [' + b"9" * 5000 + b"]}", "JSON"),
         (b"[1]", "body"),
         (b'{"text": "\\ud800"}', "hex escape"),
-        (b'{"input_ids": [1], "sampling_params": {"temprature": 1}}', "temperature"),
-        (b'{"input_ids": [1], "sampling_params": {"temperature": NaN}}', "temperature"),
-        (json.dumps({"input_ids": [1] * 512}).encode(), "512 tokens"),
         (json.dumps({"input_ids": [1] * 500, "sampling_params": {"max_new_tokens": 13}}).encode(), "max_new_tokens"),
     ],
 )
-def test_malformed_requests_get_400_and_the_server_goes_on(server: LocalServer, raw: bytes, named: str) -> None:
+def test_malformed_requests_get_400_and_the_server_goes_on(server, raw, named):
     status, answer = server.post("/generate", raw)
     assert status == 400 and named in answer["error"]["message"]
     assert len(server.generate([1, 2], max_new_tokens=3, ignore_eos=True)["output_ids"]) == 3
 
 
-def test_unknown_paths_and_methods_answer_json(server: LocalServer) -> None:
+def test_unknown_paths_methods_and_models_answer_json(server):
     assert server.get("/nowhere")[0] == 404 and server.get("/generate")[0] == 405
     assert "error" in server.get("/nowhere")[1]
     assert "use POST" in server.get("/generate")[1]["message"]
-
-
-def test_one_model_is_told_by_its_name(server: LocalServer) -> None:
     assert server.get("/v1/models/tiny") == (200, server.get("/v1/models")[1]["data"][0])
     status, answer = server.get("/v1/models/no/thing")
     assert status == 404 and "'no/thing'" in answer["message"] and "served are tiny" in answer["message"]
 
 
-def test_a_body_that_cannot_be_unpacked_is_the_clients_error(server: LocalServer) -> None:
+def test_a_body_that_cannot_be_unpacked_is_the_clients_error(server):
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=WAIT_S)
     connection.request("POST", "/generate", b"{}" * 100_000, {"Content-Encoding": "gzip"})
     response = connection.getresponse()
@@ -222,7 +207,7 @@ def test_a_body_that_cannot_be_unpacked_is_the_clients_error(server: LocalServer
     connection.close()
 
 
-def test_introspection_endpoints(server: LocalServer) -> None:
+def test_introspection_endpoints(server):
     assert server.get("/health") == (200, None)
     _, about = server.get("/model_info")
     assert about["weight_version"] == "0" and about["vocab_size"] == 260
@@ -237,7 +222,7 @@ def test_introspection_endpoints(server: LocalServer) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_place(folder: Path, stream: bool) -> None:
+def test_a_client_that_goes_away_frees_its_place(folder, stream):
     body = {"input_ids": [1], "stream": stream, "sampling_params": {"max_new_tokens": 500, "ignore_eos": True}}
     with LocalServer(served(folder), max_running=1) as server:
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=WAIT_S)
@@ -250,7 +235,7 @@ def test_a_client_that_goes_away_frees_its_place(folder: Path, stream: bool) -> 
         assert server.batcher.counters.num_generated_tokens < 500
 
 
-def test_logits_that_are_not_finite_end_the_request_only(folder: Path) -> None:
+def test_logits_that_are_not_finite_end_the_request_only(folder):
     model = served(folder)
     with LocalServer(model) as server:
         norm = model.module.model.norm.weight
@@ -270,7 +255,7 @@ def test_logits_that_are_not_finite_end_the_request_only(folder: Path) -> None:
         assert results([again]) == results([good]), "nothing of it is left in the cache"
 
 
-def test_numbers_that_are_not_finite_do_not_reach_those_who_share_the_prompt(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_do_not_reach_those_who_share_the_prompt(tmp_path):
     """The first to compute a prompt goes on writing to the page that its end is copied from."""
     model = served(save_tiny_llama(tmp_path, tied=False))
     request = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -288,7 +273,7 @@ def test_numbers_that_are_not_finite_do_not_reach_those_who_share_the_prompt(tmp
         assert results([server.generate(prompt, **request)]) == results([good])
 
 
-def test_the_longest_trajectory_can_be_scored(server: LocalServer) -> None:
+def test_the_longest_trajectory_can_be_scored(server):
     answer = server.generate([5] * 400, max_new_tokens=112, ignore_eos=True)
     whole = [5] * 400 + answer["output_ids"]
     assert len(whole) == 512
@@ -298,7 +283,7 @@ def test_the_longest_trajectory_can_be_scored(server: LocalServer) -> None:
     )
 
 
-def test_an_engine_failure_answers_everyone_and_shows_in_health(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_failure_answers_everyone_and_shows_in_health(folder, monkeypatch):
     with LocalServer(served(folder)) as server:
 
         def broken() -> None:
@@ -314,7 +299,7 @@ def test_an_engine_failure_answers_everyone_and_shows_in_health(folder: Path, mo
         assert server.post("/generate", {"input_ids": [1]})[0] == 503
 
 
-def test_whoever_hears_of_a_failure_finds_it_in_health(folder: Path) -> None:
+def test_whoever_hears_of_a_failure_finds_it_in_health(folder):
     def broken() -> None:
         raise RuntimeError("the cable is unplugged")
 
@@ -329,7 +314,7 @@ def test_whoever_hears_of_a_failure_finds_it_in_health(folder: Path) -> None:
     assert heard == [True, True] and "the cable is unplugged" in engine.failure
 
 
-def test_spans_are_runs_of_equal_versions() -> None:
+def test_spans_are_runs_of_equal_versions():
     assert version_spans([]) == []
     assert version_spans(["3", "3", "4"]) == [
         {"version": "3", "start": 0, "end": 2},

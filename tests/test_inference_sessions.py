@@ -1,18 +1,15 @@
 """Weight update sessions that go wrong: nothing of them becomes live, stays in memory, or stands in another's way."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.inference import WAIT_S, LocalServer, served, version
+from support.inference import WAIT_S, LocalServer, version
 
 from arealite.api.errors import WeightSyncError
 from arealite.inference.core import receiver
@@ -21,18 +18,12 @@ from arealite.inference.requests import UpdateOptions
 from arealite.weights.wire import checksum
 
 
-@pytest.fixture
-def server(folders: list[Path]) -> Iterator[LocalServer]:
-    with LocalServer(served(folders[0])) as running:
-        yield running
-
-
 def weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
     return list(load_file(folder / "model.safetensors").items())
 
 
 @pytest.fixture
-def send(server: LocalServer, tmp_path: Path) -> Callable[..., tuple[int, Any]]:
+def send(server, tmp_path):
     """A call that makes nothing live inside a session."""
 
     def sent(tensors: list[tuple[str, torch.Tensor]]) -> tuple[int, Any]:
@@ -48,16 +39,14 @@ def checksums(server: LocalServer) -> dict[str, int]:
     return {name: checksum(model.tensors[name]) for name in model.tensor_names}
 
 
-def test_a_whole_session_leaves_nothing_partial(server: LocalServer, folders: list[Path], send: Any) -> None:
+def test_a_whole_session_leaves_nothing_partial(server, folders, send):
     server.post("/begin_weight_update", {})
     assert send(weights(folders[1]))[0] == 200
     assert server.post("/end_weight_update", {})[0] == 200
     assert "partially" not in send([("nope", torch.ones(1))])[1]["message"]
 
 
-def test_a_session_whose_trainer_is_gone_is_dropped(
-    server: LocalServer, folders: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_whose_trainer_is_gone_is_dropped(server, folders, monkeypatch):
     """Its tensors take no memory for ever, and reach neither the weights nor anyone else's update."""
     before = checksums(server)
     found: list[weakref.ref[torch.Tensor]] = []
@@ -83,9 +72,7 @@ def test_a_session_whose_trainer_is_gone_is_dropped(
     assert found and version(server) == "0" and checksums(server) == before
 
 
-def test_a_whole_update_takes_the_place_of_an_unfinished_session(
-    server: LocalServer, folders: list[Path], send: Any
-) -> None:
+def test_a_whole_update_takes_the_place_of_an_unfinished_session(server, folders, send):
     server.post("/begin_weight_update", {})
     assert send([("model.norm.weight", torch.zeros(64))])[0] == 200
     assert send([("nope", torch.zeros(64))])[0] == 400
@@ -94,14 +81,12 @@ def test_a_whole_update_takes_the_place_of_an_unfinished_session(
     assert version(server) == "1" and checksums(server) == {name: checksum(t) for name, t in weights(folders[1])}
 
 
-def test_the_end_of_no_session_claims_no_success(server: LocalServer) -> None:
+def test_the_end_of_no_session_claims_no_success(server):
     status, answer = server.post("/end_weight_update", {"weight_version": "3"})
     assert status == 400 and "nothing was changed" in answer["message"] and version(server) == "0"
 
 
-def test_a_read_that_fails_in_any_way_fails_its_session(
-    server: LocalServer, folders: list[Path], send: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_that_fails_in_any_way_fails_its_session(server, folders, send, monkeypatch):
     tensors = weights(folders[1])
 
     def no_memory(*_: Any) -> Any:

@@ -1,7 +1,5 @@
 """One forward pass over spans: any cut of a prompt, any mix with others, any architecture gives the plain result."""
 
-from __future__ import annotations
-
 from array import array
 from functools import cache
 from pathlib import Path
@@ -12,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inference import EOS, VOCAB, LocalServer, output_logprobs, served
+from support import inference
+from support.inference import LocalServer, output_logprobs, served
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -37,19 +36,7 @@ from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.kernels import cpu
 
 LENGTH = 90  # of test sequences: several pages, and longer than every window here
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": EOS,
-    "pad_token_id": None,
-}
+SMALL = inference.SMALL | {"num_hidden_layers": 4, "head_dim": 16, "max_position_embeddings": 256}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MIXED = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2}
 TWO_ROPES = {
@@ -124,7 +111,7 @@ def in_passes(
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_pieces_and_decoded_tokens_give_the_plain_logits(kind: str, tmp_path: Path) -> None:
+def test_pieces_and_decoded_tokens_give_the_plain_logits(kind, tmp_path):
     model = served(save(ARCHITECTURES[kind](), tmp_path))
     rows = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
     for row, hidden in zip(rows, in_passes(model, MIXTURE, rows), strict=True):
@@ -134,7 +121,7 @@ def test_pieces_and_decoded_tokens_give_the_plain_logits(kind: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral, window", "qwen3 moe"])
-def test_greedy_answers_through_the_server_are_those_of_generate(kind: str, tmp_path: Path) -> None:
+def test_greedy_answers_through_the_server_are_those_of_generate(kind, tmp_path):
     model = served(save(ARCHITECTURES[kind](), tmp_path))
     rows = [tokens_of(4, 50), tokens_of(5, 3)]
     with LocalServer(model) as server:
@@ -149,7 +136,7 @@ def test_greedy_answers_through_the_server_are_those_of_generate(kind: str, tmp_
 
 
 @pytest.fixture(scope="module")
-def windowed(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+def windowed(tmp_path_factory):
     """Two layers that see everything and two with a window."""
     return served(save(Qwen3Config(**SMALL, **MIXED), tmp_path_factory.mktemp("windowed")))
 
@@ -161,7 +148,7 @@ def whole(model: ServedModel, row: int) -> torch.Tensor:
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), min_size=1, max_size=3), max_size=9))
-def test_any_cut_gives_the_whole_prompts_states(windowed: ServedModel, drawn: list[list[tuple[int, int]]]) -> None:
+def test_any_cut_gives_the_whole_prompts_states(windowed, drawn):
     """Rows in any order and mixture; what the draw leaves over comes in a last pass."""
     left = [LENGTH] * 3
     passes = []
@@ -174,14 +161,14 @@ def test_any_cut_gives_the_whole_prompts_states(windowed: ServedModel, drawn: li
         torch.testing.assert_close(hidden, whole(windowed, row), atol=1e-5, rtol=1e-5)
 
 
-def test_spans_longer_than_one_block_of_queries(windowed: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_longer_than_one_block_of_queries(windowed, monkeypatch):
     wanted = whole(windowed, 0)
     monkeypatch.setattr(layout, "QUERIES_PER_CALL", 16)
     got = in_passes(windowed, [[(0, 3)], [(0, LENGTH - 3)]], [tokens_of(0)])[0]
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_in_bf16_pieces_and_decoded_tokens_give_the_trainers_logprobs(smollm2: str) -> None:
+def test_in_bf16_pieces_and_decoded_tokens_give_the_trainers_logprobs(smollm2):
     """The same products and roundings by the kernels: what is left is the order of the vocabulary's sum."""
     from arealite.algorithm.packing import prefix_tree
     from arealite.engine.attention import ATTENTION, Layout
@@ -204,7 +191,7 @@ def test_in_bf16_pieces_and_decoded_tokens_give_the_trainers_logprobs(smollm2: s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_deterministic_tokens_are_the_same_bits_in_any_company(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_deterministic_tokens_are_the_same_bits_in_any_company(dtype, tmp_path):
     """Prompts one by one, and decode passes of one shape: with windows, too."""
     model = served(save(Qwen3Config(**SMALL, **MIXED), tmp_path), dtype, deterministic=True)
     rows = [tokens_of(0), tokens_of(1, 40), tokens_of(2, 60), tokens_of(3, 33)]
@@ -221,7 +208,7 @@ def test_deterministic_tokens_are_the_same_bits_in_any_company(dtype: torch.dtyp
         lambda: Gemma3TextConfig(**{**SMALL, "head_dim": 32}, **GEMMA3, rope_parameters=TWO_ROPES),
     ],
 )
-def test_in_bf16_windows_are_as_exact_as_in_the_plain_pass(config: Any, tmp_path: Path) -> None:
+def test_in_bf16_windows_are_as_exact_as_in_the_plain_pass(config, tmp_path):
     model = served(save(config(), tmp_path), torch.bfloat16)
     rows = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
     for row, hidden in zip(rows, in_passes(model, MIXTURE, rows), strict=True):
@@ -229,7 +216,7 @@ def test_in_bf16_windows_are_as_exact_as_in_the_plain_pass(config: Any, tmp_path
         assert (model.logits(hidden).float() - exact).norm() < 1.5 * (plain - exact).norm()
 
 
-def test_a_window_reads_no_page_outside_of_it(windowed: ServedModel) -> None:
+def test_a_window_reads_no_page_outside_of_it(windowed):
     pool = windowed.make_pool(1024)
     sequence = Sequence(GenerateRequest("long", tokens_of(0, 640), SamplingParams(1)))
     sequence.pages = array("i", pool.take(40))
@@ -252,7 +239,7 @@ def test_a_window_reads_no_page_outside_of_it(windowed: ServedModel) -> None:
         lambda: Qwen3Config(**{**SMALL, "head_dim": 32}, **MIXED),
     ],
 )
-def test_layers_of_the_common_kind_are_kernel_calls_with_the_same_bits(config: Any, tmp_path: Path) -> None:
+def test_layers_of_the_common_kind_are_kernel_calls_with_the_same_bits(config, tmp_path):
     model = served(save(config(), tmp_path), torch.bfloat16)
     rows = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
     direct = in_passes(model, MIXTURE, rows)
@@ -263,13 +250,13 @@ def test_layers_of_the_common_kind_are_kernel_calls_with_the_same_bits(config: A
     assert all(map(torch.equal, direct, in_passes(model, MIXTURE, rows)))
 
 
-def test_layers_of_other_kinds_are_refused(tmp_path: Path) -> None:
+def test_layers_of_other_kinds_are_refused(tmp_path):
     Qwen3NextConfig(**SMALL, layer_types=["linear_attention"] * 3 + ["full_attention"]).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="keep a state along the row"):
         served(tmp_path)
 
 
-def test_long_rope_is_served_up_to_where_it_changes(tmp_path: Path) -> None:
+def test_long_rope_is_served_up_to_where_it_changes(tmp_path):
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **factors}
     save(Phi3Config(**SMALL, rope_parameters=rope, original_max_position_embeddings=128), tmp_path)

@@ -1,11 +1,8 @@
 """Streams of /generate: cumulative, incremental, of batches, aborted, failing; metrics and tokens."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import socket
-from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,18 +13,17 @@ from support.inference import WAIT_S, LocalServer, fetch, output_logprobs, save_
 
 from arealite.inference.answers import ShownAnswer
 from arealite.inference.core.sequence import Sequence
-from arealite.inference.core.served_model import ServedModel
 from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.observe import waits
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+def model(tmp_path_factory):
     return served(save_tiny_llama(tmp_path_factory.mktemp("llama")))
 
 
 @pytest.fixture(scope="module")
-def server(model: ServedModel) -> Iterator[LocalServer]:
+def server(model):
     with LocalServer(model) as running:
         yield running
 
@@ -51,7 +47,7 @@ def without_times(answer: dict[str, Any]) -> dict[str, Any]:
     return {**answer, "meta_info": account}
 
 
-def test_a_stream_is_cumulative_and_ends_with_the_whole(server: LocalServer) -> None:
+def test_a_stream_is_cumulative_and_ends_with_the_whole(server):
     whole = server.post("/generate", asked())[1]
     server.post("/flush_cache", {})  # so that the prompt is computed in the same pieces
     parts = events(server, asked())
@@ -64,7 +60,7 @@ def test_a_stream_is_cumulative_and_ends_with_the_whole(server: LocalServer) -> 
         assert part["meta_info"]["weight_version"] == "0"
 
 
-def test_increments_add_up_to_the_whole(model: ServedModel) -> None:
+def test_increments_add_up_to_the_whole(model):
     with LocalServer(model, incremental_streaming=True) as server:
         whole = server.post("/generate", asked())[1]
         server.post("/flush_cache", {})
@@ -75,7 +71,7 @@ def test_increments_add_up_to_the_whole(model: ServedModel) -> None:
     assert [p for part in parts for p in output_logprobs(part)] == output_logprobs(whole)
 
 
-def test_a_batch_streams_each_answer_under_its_index(server: LocalServer) -> None:
+def test_a_batch_streams_each_answer_under_its_index(server):
     body = {**asked(n=2), "input_ids": [[1, 2, 3], [4, 5]]}
     whole = server.post("/generate", body)[1]
     last = {part["index"]: part for part in events(server, body)}
@@ -83,7 +79,7 @@ def test_a_batch_streams_each_answer_under_its_index(server: LocalServer) -> Non
     assert all(part["meta_info"]["finish_reason"] for part in last.values())
 
 
-def test_a_stop_string_is_never_shown(server: LocalServer) -> None:
+def test_a_stop_string_is_never_shown(server):
     free = server.post("/generate", asked(max_new_tokens=60))[1]["text"]
     position = next(i for i in range(10, 50) if free[i : i + 3].isascii() and free.find(free[i : i + 3]) == i)
     stop = free[position : position + 3]
@@ -92,7 +88,7 @@ def test_a_stop_string_is_never_shown(server: LocalServer) -> None:
     assert all(free[:position].startswith(part["text"]) for part in parts)
 
 
-def test_a_character_is_shown_when_it_is_whole(model: ServedModel) -> None:
+def test_a_character_is_shown_when_it_is_whole(model):
     ids = model.tokenizer("h\u00e9\U0001f600!").input_ids
     sequence = Sequence(GenerateRequest("r", [1], SamplingParams(20)))
     answer = ShownAnswer(model.tokenizer, sequence)
@@ -105,7 +101,7 @@ def test_a_character_is_shown_when_it_is_whole(model: ServedModel) -> None:
     assert texts == ["h", "h", "h\u00e9", "h\u00e9", "h\u00e9", "h\u00e9", "h\u00e9\U0001f600", "h\u00e9\U0001f600!"]
 
 
-def test_top_and_named_tokens_are_rendered(server: LocalServer) -> None:
+def test_top_and_named_tokens_are_rendered(server):
     body = {**asked(temperature=0, max_new_tokens=3), "logprob_start_len": 0, "top_logprobs_num": 2}
     body |= {"token_ids_logprob": [7, 8], "return_text_in_logprobs": True, "return_prompt_token_ids": True}
     answer = server.post("/generate", body)[1]
@@ -120,7 +116,7 @@ def test_top_and_named_tokens_are_rendered(server: LocalServer) -> None:
     assert about["input_token_logprobs"][0][0] is None
 
 
-def test_a_stream_survives_a_pause_and_an_abort_ends_it(model: ServedModel) -> None:
+def test_a_stream_survives_a_pause_and_an_abort_ends_it(model):
     with LocalServer(model) as server:
         server.step_delay_s = 0.01
         future = server.pool.submit(events, server, {**asked(max_new_tokens=400), "rid": "x"})
@@ -136,7 +132,7 @@ def test_a_stream_survives_a_pause_and_an_abort_ends_it(model: ServedModel) -> N
         assert [span["version"] for span in last["meta_info"]["weight_versions"]] == ["0", "1"]
 
 
-def test_a_failure_in_the_middle_is_the_last_event(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_middle_is_the_last_event(model, monkeypatch):
     with LocalServer(model) as server:
         server.step_delay_s = 0.01
         future = server.pool.submit(events, server, asked(max_new_tokens=400))
@@ -151,7 +147,7 @@ def test_a_failure_in_the_middle_is_the_last_event(model: ServedModel, monkeypat
         assert last["error"]["code"] == 503 and "the cable is unplugged" in last["error"]["message"]
 
 
-def test_metrics_tell_the_load_in_prometheus_form(model: ServedModel) -> None:
+def test_metrics_tell_the_load_in_prometheus_form(model):
     with LocalServer(model, max_running=1) as server:
         server.step_delay_s = 0.01
         futures = [server.pool.submit(server.post, "/generate", asked(max_new_tokens=300)) for _ in range(2)]
@@ -174,7 +170,7 @@ def test_metrics_tell_the_load_in_prometheus_form(model: ServedModel) -> None:
         assert info["resident_bytes"] > info["kv_cache_bytes"] > 0
 
 
-def test_a_chat_is_held_while_paused_and_aborted_by_its_id(model: ServedModel) -> None:
+def test_a_chat_is_held_while_paused_and_aborted_by_its_id(model):
     model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     body = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "max_tokens": 400, "rid": "chat"}
     with LocalServer(model) as server:
@@ -191,14 +187,14 @@ def test_a_chat_is_held_while_paused_and_aborted_by_its_id(model: ServedModel) -
     assert 3 < answer["usage"]["completion_tokens"] < 400 and choice["message"]["content"]
 
 
-def test_a_chat_stream_that_finds_no_place_is_refused_by_its_status(model: ServedModel) -> None:
+def test_a_chat_stream_that_finds_no_place_is_refused_by_its_status(model):
     with LocalServer(model) as server:
         server.engine._max_queued = 0
         status, answer = server.post("/v1/chat/completions", {"input_ids": [1], "stream": True})
         assert status == 503 and "would pass 0" in answer["message"]
 
 
-def test_the_bytes_of_tokens_are_those_of_the_text(server: LocalServer) -> None:
+def test_the_bytes_of_tokens_are_those_of_the_text(server):
     """Also of characters that several tokens make up."""
     text = "h\u00e9\U0001f600 "
     tokens = server.batcher.model.tokenizer(text).input_ids
@@ -211,7 +207,7 @@ def test_the_bytes_of_tokens_are_those_of_the_text(server: LocalServer) -> None:
     assert len(tokens) == 8 and bytes(named).decode() == text
 
 
-def test_a_streamed_tokens_offset_is_that_of_the_whole(server: LocalServer) -> None:
+def test_a_streamed_tokens_offset_is_that_of_the_whole(server):
     body = {"prompt": [1, 2], "max_tokens": 24, "logprobs": 0, "seed": 3, "ignore_eos": True}
     whole = server.post("/v1/completions", body)[1]["choices"][0]["logprobs"]["text_offset"]
     _, text = server.post("/v1/completions", {**body, "stream": True})
@@ -219,14 +215,14 @@ def test_a_streamed_tokens_offset_is_that_of_the_whole(server: LocalServer) -> N
     assert [o for part in parts for o in part["choices"][0]["logprobs"]["text_offset"]] == whole
 
 
-def test_an_echo_has_no_special_tokens_that_the_answer_has_not(server: LocalServer) -> None:
+def test_an_echo_has_no_special_tokens_that_the_answer_has_not(server):
     prompt = [257, *server.batcher.model.tokenizer("abc").input_ids]
     for skip, text in ((True, "abc"), (False, "<bos>abc")):
         body = {"prompt": prompt, "max_tokens": 0, "echo": True, "skip_special_tokens": skip}
         assert server.post("/v1/completions", body)[1]["choices"][0]["text"] == text
 
 
-def test_a_client_that_stops_reading_is_cut_off(model: ServedModel) -> None:
+def test_a_client_that_stops_reading_is_cut_off(model):
     body = {**asked(max_new_tokens=400), "top_logprobs_num": 200, "stream": True}
     with LocalServer(model, request_limit_s=3.0) as server:
         place = urlsplit(server.url)

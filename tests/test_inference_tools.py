@@ -1,9 +1,6 @@
 """Tool calls: read from text in both ways of writing, at once and piece by piece, and asked for by the prompt."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,16 +52,16 @@ CHATML = (
         (f"{PLAIN} is what I would call", f"{PLAIN} is what I would call", []),
     ],
 )  # fmt: skip
-def test_calls_are_found_and_nothing_else_is_lost(text: str, content: str, calls: list[ToolCall]) -> None:
+def test_calls_are_found_and_nothing_else_is_lost(text, content, calls):
     assert read_calls(text, AUTO, complete=True) == (content, calls)
 
 
-def test_each_way_reads_its_own() -> None:
+def test_each_way_reads_its_own():
     assert read_calls(PLAIN, ToolUse(("get_weather",), "hermes"), True) == (PLAIN, [])
     assert read_calls(TAGGED, ToolUse(("get_weather",), "plain"), True) == (TAGGED, [])
 
 
-def test_a_forced_call_is_complete_with_its_arguments() -> None:
+def test_a_forced_call_is_complete_with_its_arguments():
     named = ToolUse(("get_weather",), "auto", forced_start("auto", "get_weather"), "get_weather")
     assert read_calls(' {"city": "Paris"} and on and on', named, False) == ("", [PARIS])
     assert read_calls(' {"city": "Par', named, False) == ("", [])
@@ -81,7 +78,7 @@ pieces = st.sampled_from(
 
 @settings(max_examples=300, deadline=None)
 @given(parts=st.lists(pieces, max_size=6), way=st.sampled_from(["auto", "hermes", "plain"]))
-def test_pieces_only_add_to_what_was_shown(parts: list[str], way: str) -> None:
+def test_pieces_only_add_to_what_was_shown(parts, way):
     """So a stream can show every difference, and ends with the same as the whole."""
     text, use = "".join(parts), ToolUse(("get_weather",), way)
     whole = read_calls(text, use, True)
@@ -93,7 +90,7 @@ def test_pieces_only_add_to_what_was_shown(parts: list[str], way: str) -> None:
     assert whole[0].startswith(shown[0]) and whole[1][: len(shown[1])] == shown[1]
 
 
-def test_what_may_become_a_marker_is_held_back() -> None:
+def test_what_may_become_a_marker_is_held_back():
     assert held_back("ab<tool", ["<tool_call>", "b<t"]) == "ab"
     assert held_back("abx", ["<tool_call>"]) == "abx"
     assert held_back("aSTO", ["STOP", "TO!"]) == "a"
@@ -121,7 +118,7 @@ def prompt_of(body: dict[str, Any], source: str = CHATML, parser: str = "auto") 
     return texts[0]
 
 
-def test_messages_become_the_templates_prompt() -> None:
+def test_messages_become_the_templates_prompt():
     assert prompt_of({}) == "<user>u<assistant>"
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert prompt_of({"messages": parts}) == "<user>a\nb<assistant>"
@@ -131,7 +128,7 @@ def test_messages_become_the_templates_prompt() -> None:
     assert prompt_of({"chat_template_kwargs": {"loud": True, "asks": 1, "tokenizer": 1}}, shouting) == "u!"
 
 
-def test_tools_reach_a_template_that_knows_them() -> None:
+def test_tools_reach_a_template_that_knows_them():
     source = "{% for t in tools or [] %}{{ t.function.name }},{% endfor %}"
     source += "{{ messages[-1].tool_calls[0].function.arguments.a }}"
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 7}'}}
@@ -140,7 +137,7 @@ def test_tools_reach_a_template_that_knows_them() -> None:
     assert prompt_of({**body, "tool_choice": "none"}, source) == "7"
 
 
-def test_tools_are_told_in_the_system_message_to_a_template_that_does_not() -> None:
+def test_tools_are_told_in_the_system_message_to_a_template_that_does_not():
     told = prompt_of({"tools": [ADD]})
     assert told.startswith("<system>") and json.dumps(ADD["function"]) in told and "<tool_call>" in told
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "u"}]
@@ -159,7 +156,7 @@ def test_tools_are_told_in_the_system_message_to_a_template_that_does_not() -> N
          '<assistant><tool_call>\n{"name": "see", "arguments":'),
     ],
 )  # fmt: skip
-def test_a_required_call_is_begun_for_the_model(choice: Any, tools: list[Any], ending: str) -> None:
+def test_a_required_call_is_begun_for_the_model(choice, tools, ending):
     assert prompt_of({"tools": tools, "tool_choice": choice}).endswith(ending)
 
 
@@ -182,7 +179,7 @@ def test_a_required_call_is_begun_for_the_model(choice: Any, tools: list[Any], e
         ({"tools": [ADD], "tool_choice": "required", "continue_final_message": True}, "tool_choice"),
     ],
 )  # fmt: skip
-def test_wrong_chats_are_refused_by_name(body: dict[str, Any], named: str) -> None:
+def test_wrong_chats_are_refused_by_name(body, named):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHATML
 
@@ -196,14 +193,14 @@ def test_wrong_chats_are_refused_by_name(body: dict[str, Any], named: str) -> No
     assert named in str(caught.value)
 
 
-def test_a_template_that_fails_or_is_missing_is_the_clients_error() -> None:
+def test_a_template_that_fails_or_is_missing_is_the_clients_error():
     with pytest.raises(RequestError, match="roles must alternate"):
         prompt_of({}, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RequestError, match="no chat template"):
         ChatTemplate(None, None, "auto").encode(chat())
 
 
-def test_the_real_models_template_works(smollm2: Path) -> None:
+def test_the_real_models_template_works(smollm2):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)

@@ -1,9 +1,6 @@
 """Weights by process group: what the server takes whole, and what it refuses with nothing changed."""
 
-from __future__ import annotations
-
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,8 @@ from arealite.inference.core.receiver import Groups
 from arealite.weights.wire import checksum
 
 
-@pytest.fixture
-def server(folders: list[Path]) -> Iterator[LocalServer]:
-    with LocalServer(served(folders[0])) as running:
-        yield running
-
-
 @pytest.fixture(scope="module")
-def after(folders: list[Path]) -> Any:
+def after(folders):
     """What a server of the second folder answers."""
     with LocalServer(served(folders[1])) as running:
         return expected(running)
@@ -80,14 +71,14 @@ class Trainer:
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[GroupTrainer]:
+def process():
     process = GroupTrainer()
     yield process
     process.close()
 
 
 @pytest.fixture
-def trainer(server: LocalServer, process: GroupTrainer) -> Iterator[Trainer]:
+def trainer(server, process):
     trainer = Trainer(server, process)
     assert trainer.join()[0] == 200
     yield trainer
@@ -96,9 +87,7 @@ def trainer(server: LocalServer, process: GroupTrainer) -> Iterator[Trainer]:
 
 @pytest.mark.parametrize("flat", [True, False], ids=["flattened", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_broadcast_update_arrives_as_one_from_disk_does(
-    server: LocalServer, trainer: Trainer, folders: list[Path], after: Any, flat: bool, dtype: torch.dtype
-) -> None:
+def test_a_broadcast_update_arrives_as_one_from_disk_does(server, trainer, folders, after, flat, dtype):
     """One call without a session, as AReaL 1.0 sends it. A float of another width is cast, as at load."""
     before = expected(server)
     tensors = {name: tensor.to(dtype) for name, tensor in weights(folders[1]).items()}
@@ -111,9 +100,7 @@ def test_a_broadcast_update_arrives_as_one_from_disk_does(
         assert torch.equal(server.batcher.model.tensors[name], tensor.float())
 
 
-def test_a_session_shows_nothing_before_its_last_bucket(
-    server: LocalServer, trainer: Trainer, folders: list[Path], after: Any
-) -> None:
+def test_a_session_shows_nothing_before_its_last_bucket(server, trainer, folders, after):
     before = expected(server)
     tensors = list(weights(folders[1]).items())
     parts = [dict(tensors[:7]), dict(tensors[7:9]), dict(tensors[9:])]
@@ -127,9 +114,7 @@ def test_a_session_shows_nothing_before_its_last_bucket(
     assert server.post("/end_weight_update", {})[0] == 200
 
 
-def test_a_session_ends_with_what_it_staged(
-    server: LocalServer, trainer: Trainer, folders: list[Path], after: Any
-) -> None:
+def test_a_session_ends_with_what_it_staged(server, trainer, folders, after):
     tensors = weights(folders[1])
     assert server.post("/begin_weight_update", {"selector": "all"})[0] == 200
     assert trainer.send(tensors, True, flush_cache=False)[0] == 200
@@ -139,9 +124,7 @@ def test_a_session_ends_with_what_it_staged(
     assert version(server) == "6" and greedy(server) == after
 
 
-def test_a_session_with_a_refused_bucket_loads_nothing(
-    server: LocalServer, trainer: Trainer, folders: list[Path], after: Any
-) -> None:
+def test_a_session_with_a_refused_bucket_loads_nothing(server, trainer, folders, after):
     before = expected(server)
     tensors = list(weights(folders[1]).items())
     server.post("/begin_weight_update", {})
@@ -160,9 +143,7 @@ def test_a_session_with_a_refused_bucket_loads_nothing(
     assert version(server) == "5" and greedy(server) == after
 
 
-def test_without_a_session_a_refusal_tells_of_what_is_live_already(
-    server: LocalServer, trainer: Trainer, folders: list[Path]
-) -> None:
+def test_without_a_session_a_refusal_tells_of_what_is_live_already(server, trainer, folders):
     tensors = list(weights(folders[1]).items())
     assert trainer.send(dict(tensors[:3]), True, flush_cache=False)[0] == 200
     status, answer = trainer.send({tensors[4][0]: torch.ones(2, 2)}, True, flush_cache=False)
@@ -171,9 +152,7 @@ def test_without_a_session_a_refusal_tells_of_what_is_live_already(
     assert "partially" not in trainer.send({"nope": torch.ones(1)}, True)[1]["message"]
 
 
-def test_a_trainer_that_goes_away_neither_hangs_nor_harms_the_server(
-    server: LocalServer, trainer: Trainer, folders: list[Path], after: Any
-) -> None:
+def test_a_trainer_that_goes_away_neither_hangs_nor_harms_the_server(server, trainer, folders, after):
     before = expected(server)
     tensors = weights(folders[1])
     body = {
@@ -211,9 +190,7 @@ def test_a_trainer_that_goes_away_neither_hangs_nor_harms_the_server(
     ],
     ids=str,
 )
-def test_a_wrong_description_is_refused_before_anything_is_received(
-    server: LocalServer, trainer: Trainer, broken: dict[str, Any]
-) -> None:
+def test_a_wrong_description_is_refused_before_anything_is_received(server, trainer, broken):
     body = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[64]], "group_name": trainer.name}
     status, answer = server.post("/update_weights_from_distributed", {**body, **broken})
     assert status == 400 and answer["success"] is False
@@ -225,12 +202,12 @@ def test_a_wrong_description_is_refused_before_anything_is_received(
     [{"backend": "mpi"}, {"backend": "nccl"}, {"rank_offset": 0}, {"rank_offset": 2}, {"master_port": "x"}],
     ids=str,
 )
-def test_a_group_that_cannot_be_is_refused(server: LocalServer, wrong: dict[str, Any]) -> None:
+def test_a_group_that_cannot_be_is_refused(server, wrong):
     body = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2, "backend": "gloo"}
     assert server.post("/init_weights_update_group", {**body, **wrong})[0] == 400
 
 
-def test_a_group_without_its_trainer_is_given_up() -> None:
+def test_a_group_without_its_trainer_is_given_up():
     place = GroupPlace("127.0.0.1", 9, 2, "g", "gloo")
     with pytest.raises(WeightSyncError, match="127.0.0.1:9"):
         asyncio.run(Groups(torch.device("cpu"), limit_s=1.0).join(place, 1))

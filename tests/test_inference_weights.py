@@ -1,9 +1,6 @@
 """Weight updates from disk and shared memory: whole and verified, or refused with nothing changed."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,6 @@ from support.inference import LocalServer, greedy, save_tiny_llama, served, vers
 from arealite.api.types import WeightUpdateMeta, as_record
 from arealite.weights.link import WeightLink
 from arealite.weights.wire import checksum
-
-
-@pytest.fixture
-def server(folders: list[Path]) -> Iterator[LocalServer]:
-    with LocalServer(served(folders[0])) as running:
-        yield running
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,7 +40,7 @@ def expected(folder: Path) -> tuple[list[int], list[float]]:
         return greedy(fresh)
 
 
-def test_update_from_shared_memory(server: LocalServer, folders: list[Path]) -> None:
+def test_update_from_shared_memory(server, folders):
     before = greedy(server)
     _link, meta = publish(folders[1], 5)
     status, answer = server.post("/update_weights_from_shm", shm_body(meta))
@@ -58,7 +49,7 @@ def test_update_from_shared_memory(server: LocalServer, folders: list[Path]) -> 
     assert greedy(server) == expected(folders[1]) != before
 
 
-def test_update_from_disk(server: LocalServer, folders: list[Path]) -> None:
+def test_update_from_disk(server, folders):
     names = ["model.norm.weight", "model.embed_tokens.weight"]
     body = {"model_path": str(folders[1]), "weight_version": "7", "checksum_names": names}
     status, answer = server.post("/update_weights_from_disk", body)
@@ -67,7 +58,7 @@ def test_update_from_disk(server: LocalServer, folders: list[Path]) -> None:
     assert version(server) == "7" and greedy(server) == expected(folders[1])
 
 
-def test_checksums_are_read_from_the_live_parameters(server: LocalServer) -> None:
+def test_checksums_are_read_from_the_live_parameters(server):
     """Also those of tensors that an update leaves alone."""
     asked = {"checksum_names": ["model.norm.weight"]}
     server.post("/begin_weight_update", {})
@@ -98,9 +89,7 @@ def change(kind: str, tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("kind", ["missing", "unknown", "shape", "dtype"])
 @pytest.mark.parametrize("way", ["disk", "shm"])
-def test_a_wrong_update_is_refused_and_changes_nothing(
-    server: LocalServer, folders: list[Path], tmp_path: Path, kind: str, way: str
-) -> None:
+def test_a_wrong_update_is_refused_and_changes_nothing(server, folders, tmp_path, kind, way):
     before = greedy(server)
     tensors = tensors_of(folders[1])
     change(kind, tensors)
@@ -121,7 +110,7 @@ def test_a_wrong_update_is_refused_and_changes_nothing(
     assert greedy(server) == before
 
 
-def test_a_partial_update_needs_to_say_so(server: LocalServer, folders: list[Path], tmp_path: Path) -> None:
+def test_a_partial_update_needs_to_say_so(server, folders, tmp_path):
     norm = tensors_of(folders[1])["model.norm.weight"] * 3
     save_file({"model.norm.weight": norm}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     body = {"model_path": str(tmp_path), "weight_version": "2", "checksum_names": ["model.norm.weight"]}
@@ -130,7 +119,7 @@ def test_a_partial_update_needs_to_say_so(server: LocalServer, folders: list[Pat
     assert status == 200 and answer["checksums"] == {"model.norm.weight": checksum(norm)} and version(server) == "2"
 
 
-def test_a_tied_head_may_be_sent_or_left_out(server: LocalServer, folders: list[Path], tmp_path: Path) -> None:
+def test_a_tied_head_may_be_sent_or_left_out(server, folders, tmp_path):
     tensors = tensors_of(folders[1])
     assert "lm_head.weight" not in tensors
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -140,7 +129,7 @@ def test_a_tied_head_may_be_sent_or_left_out(server: LocalServer, folders: list[
     assert greedy(server) == expected(folders[1])
 
 
-def test_an_untied_head_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+def test_an_untied_head_is_a_tensor_of_its_own(tmp_path):
     folder = save_tiny_llama(tmp_path, tied=False)
     with LocalServer(served(folder)) as server:
         assert "lm_head.weight" in server.batcher.model.tensor_names
@@ -151,7 +140,7 @@ def test_an_untied_head_is_a_tensor_of_its_own(tmp_path: Path) -> None:
         assert status == 400 and "lm_head.weight" in answer["message"]
 
 
-def test_a_folder_that_is_replaced_does_not_change_the_served_weights(folders: list[Path], tmp_path: Path) -> None:
+def test_a_folder_that_is_replaced_does_not_change_the_served_weights(folders, tmp_path):
     """The server holds its weights in memory of its own, not in a map of the file."""
     folder = tmp_path / "model"
     shutil.copytree(folders[0], folder)
@@ -188,7 +177,7 @@ def test_a_folder_that_is_replaced_does_not_change_the_served_weights(folders: l
     ],
     ids=str,
 )
-def test_a_wrong_description_is_refused(server: LocalServer, folders: list[Path], broken: dict[str, Any]) -> None:
+def test_a_wrong_description_is_refused(server, folders, broken):
     _link, meta = publish(folders[1], 5)
     body = shm_body(meta)
     if "slot" in broken:
@@ -199,7 +188,7 @@ def test_a_wrong_description_is_refused(server: LocalServer, folders: list[Path]
     assert version(server) == "0" and server.get("/health")[0] == 200
 
 
-def test_a_missing_or_torn_folder_is_refused(server: LocalServer, folders: list[Path], tmp_path: Path) -> None:
+def test_a_missing_or_torn_folder_is_refused(server, folders, tmp_path):
     before = greedy(server)
     assert server.post("/update_weights_from_disk", {"model_path": str(tmp_path / "none")})[0] == 400
     raw = (folders[1] / "model.safetensors").read_bytes()
@@ -212,7 +201,7 @@ def test_a_missing_or_torn_folder_is_refused(server: LocalServer, folders: list[
 
 
 @pytest.mark.parametrize("kind", ["vanished", "folder"])
-def test_files_that_cannot_be_read_are_refused(server: LocalServer, tmp_path: Path, kind: str) -> None:
+def test_files_that_cannot_be_read_are_refused(server, tmp_path, kind):
     """A folder that is removed while it is read must not end the server."""
     path = tmp_path / "model.safetensors"
     if kind == "folder":
@@ -224,7 +213,7 @@ def test_files_that_cannot_be_read_are_refused(server: LocalServer, tmp_path: Pa
     assert server.get("/health")[0] == 200
 
 
-def test_the_version_alone_can_be_set(server: LocalServer) -> None:
+def test_the_version_alone_can_be_set(server):
     status, answer = server.post("/update_weight_version", {"new_version": "12", "abort_all_requests": False})
     assert status == 200 and answer == {"success": True, "message": "", "new_version": "12"}
     assert server.generate([1], max_new_tokens=1)["meta_info"]["weight_versions"][0]["version"] == "12"

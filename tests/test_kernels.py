@@ -1,8 +1,6 @@
 """The compiled kernels compute what PyTorch does, to rounding, and each row alone what it is among others: for every
 instruction set, those that this CPU lacks in emulation."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import os
@@ -11,7 +9,6 @@ import sys
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +44,7 @@ ROUNDING = 2**-8  # of bf16, relative
 @each_kind
 @pytest.mark.parametrize("width", [34, 576])
 @pytest.mark.parametrize("sizes", [[576], [160, 64, 64], [37, 100], [1]])
-def test_products_are_right_and_a_row_is_the_same_among_any_others(lib: Kernels, width: int, sizes: list[int]) -> None:
+def test_products_are_right_and_a_row_is_the_same_among_any_others(lib, width, sizes):
     weights = [normal(n, width, seed=i) for i, n in enumerate(sizes)]
     bias, x = normal(sum(sizes), seed=9), normal(131, width, seed=8)
     packed = lib.pack(weights)
@@ -89,9 +86,7 @@ def tree_attention(lib: Kernels, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     ("heads", "kv_heads", "dim", "window"),
     [(9, 3, 64, 0), (4, 4, 32, 0), (8, 1, 128, 0), (2, 1, 256, 0), (6, 2, 96, 37), (5, 5, 160, 64), (14, 2, 64, 16)],
 )
-def test_attention_over_pages_is_the_trainers_over_the_whole_sequence(
-    lib: Kernels, heads: int, kv_heads: int, dim: int, window: int
-) -> None:
+def test_attention_over_pages_is_the_trainers_over_the_whole_sequence(lib, heads, kv_heads, dim, window):
     """Sequences of odd lengths enter in chunks and single tokens, several at a time, into shuffled pages."""
     lengths = [77, 16, 130, 33]
     rng = np.random.default_rng(0)
@@ -135,7 +130,7 @@ def near(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> bool:
 
 @needs_kernels
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, Qwen3Config, GemmaConfig], ids=lambda c: c.__name__)
-def test_fused_and_packed_modules_are_those_of_the_plain_model(config: Any, lib: Kernels) -> None:
+def test_fused_and_packed_modules_are_those_of_the_plain_model(config, lib):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -169,9 +164,7 @@ def test_fused_and_packed_modules_are_those_of_the_plain_model(config: Any, lib:
 
 @needs_kernels
 @pytest.mark.parametrize(("vocab", "dtype"), [(49152, torch.bfloat16), (1000, torch.bfloat16), (257, torch.float32)])
-def test_sampled_tokens_are_those_of_the_pytorch_path(
-    vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampled_tokens_are_those_of_the_pytorch_path(vocab, dtype, monkeypatch):
     logits = torch.randn(64, vocab, generator=torch.Generator().manual_seed(1)).mul(4).to(dtype)
     params = [SamplingParams(1, temperature=[0.0, 1.0, 0.6, 1.4][i % 4], top_k=5 * (i % 8 == 7)) for i in range(64)]
     uniforms = uniform_numbers([3] * 64, range(64))
@@ -194,7 +187,7 @@ def logits_of(folder: Path, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor
 
 
 @needs_kernels
-def test_a_machine_without_kernels_serves_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_kernels_serves_the_same(tmp_path, monkeypatch):
     folder = save_tiny_llama(tmp_path, head_dim=32)
     fast, exact = logits_of(folder), logits_of(folder, torch.float32)
     monkeypatch.setattr(cpu, "load", lambda: None)
@@ -213,7 +206,7 @@ def choose(environment: dict[str, str], tmp_path: Path) -> str:
 
 @needs_kernels
 @pytest.mark.any_cpu
-def test_the_instruction_set_can_be_forced(tmp_path: Path) -> None:
+def test_the_instruction_set_can_be_forced(tmp_path):
     assert choose({}, tmp_path) == f"compiled kernels, {build.available()[0]}"
     assert choose({"AREALITE_KERNELS": "plain"}, tmp_path) == "compiled kernels, plain"
     assert choose({"AREALITE_KERNELS": "off"}, tmp_path) == "PyTorch, without compiled kernels (AREALITE_KERNELS=off)"
@@ -223,14 +216,14 @@ def test_the_instruction_set_can_be_forced(tmp_path: Path) -> None:
 
 
 @pytest.mark.any_cpu
-def test_without_a_compiler_the_reason_is_told(tmp_path: Path) -> None:
+def test_without_a_compiler_the_reason_is_told(tmp_path):
     said = choose({"PATH": str(tmp_path), "CC": "no-such-compiler"}, tmp_path)
     assert said.startswith("PyTorch, without compiled kernels (") and "no C compiler" in said
 
 
 @needs_kernels
 @pytest.mark.any_cpu
-def test_a_library_that_cannot_be_loaded_is_done_without(tmp_path: Path) -> None:
+def test_a_library_that_cannot_be_loaded_is_done_without(tmp_path):
     """As where the cache lies on a file system that runs no programs."""
     choose({"AREALITE_KERNELS": "plain"}, tmp_path)
     [library] = (tmp_path / "kernels").iterdir()
@@ -241,7 +234,7 @@ def test_a_library_that_cannot_be_loaded_is_done_without(tmp_path: Path) -> None
 
 @needs_kernels
 @pytest.mark.any_cpu
-def test_processes_that_compile_at_the_same_time_all_get_a_library(tmp_path: Path) -> None:
+def test_processes_that_compile_at_the_same_time_all_get_a_library(tmp_path):
     with ThreadPoolExecutor() as racing:
         said = list(racing.map(lambda _: choose({}, tmp_path), range(2)))
     assert said == [f"compiled kernels, {build.available()[0]}"] * 2
@@ -250,7 +243,7 @@ def test_processes_that_compile_at_the_same_time_all_get_a_library(tmp_path: Pat
 
 @needs_kernels
 @pytest.mark.parametrize("config", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config], ids=lambda c: c.__name__)
-def test_no_module_of_common_models_is_left_to_pytorch(config: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_module_of_common_models_is_left_to_pytorch(config, caplog):
     """Newer versions of transformers wrap and rename: what is no longer found would be slower without a word."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = AutoModelForCausalLM.from_config(config(vocab_size=120, num_key_value_heads=1, head_dim=32, **sizes))
@@ -277,9 +270,7 @@ def save_partly_rotated(folder: Path) -> Path:
 
 @pytest.mark.parametrize("kernels_on", [pytest.param(True, marks=needs_kernels), False])
 @pytest.mark.parametrize("save", [lambda folder: save_tiny_llama(folder, head_dim=32), save_partly_rotated])
-def test_server_and_trainer_have_the_same_logprobs(
-    save: Any, kernels_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_and_trainer_have_the_same_logprobs(save, kernels_on, tmp_path, monkeypatch):
     """Prefill in pieces, decode of single rows, and the trainer's packed pass with another sequence beside, in bf16."""
     rotate = Kernels.rotate
 

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from support.batches import actor_config, random_batch
+from support.batches import actor_config, random_batch, started
 from support.inference import LocalServer, save_tiny_llama, served
 from transformers import AddedToken, AutoTokenizer, GenerationConfig
 
@@ -19,10 +18,8 @@ from arealite.models.opening import open_tokenizer
 
 
 @pytest.fixture
-def folder(tmp_path):
-    yield save_tiny_llama(tmp_path / "tiny")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def folder(tmp_path, one_process):
+    return save_tiny_llama(tmp_path / "tiny")
 
 
 def edit(path: Path, **changes) -> None:
@@ -93,8 +90,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(folder, caplog):
         assert "tokens more, such as '<" in caplog.text
         status, answer = server.post("/generate", {"text": "x <b>", "sampling_params": {"max_new_tokens": 1}})
     assert status == 400 and "tokenizer has more tokens than the model" in str(answer)
-    engine = FSDPEngine(actor_config(folder), trainable=False)
-    engine.initialize()
+    engine = started(FSDPEngine(actor_config(folder), trainable=False))
     batch = random_batch(vocabulary=250)
     batch.tokens[3] = len(tokenizer) - 1
     with pytest.raises(ConfigError, match="only 260 embedding rows.*resize_token_embeddings"):
@@ -131,8 +127,7 @@ def test_an_export_is_read_as_its_source_by_old_readers_and_new(folder, tmp_path
     (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     edit(folder / "generation_config.json", temperature=0.6, do_sample=False, eos_token_id=[258, 259])
-    engine = FSDPEngine(actor_config(folder, dtype="bfloat16"))
-    engine.initialize()
+    engine = started(FSDPEngine(actor_config(folder, dtype="bfloat16")))
     engine.save(str(tmp_path / "out"))
     out = tmp_path / "out"
     assert old_spelling(out) == {
@@ -143,8 +138,7 @@ def test_an_export_is_read_as_its_source_by_old_readers_and_new(folder, tmp_path
         assert (out / file).read_text() == (folder / file).read_text()
     generation = GenerationConfig.from_pretrained(out)
     assert (generation.temperature, generation.eos_token_id) == (0.6, [258, 259])
-    again = FSDPEngine(actor_config(out), trainable=False)
-    again.initialize()
+    again = started(FSDPEngine(actor_config(out), trainable=False))
     assert again.hf_model.config.rope_parameters == engine.hf_model.config.rope_parameters
     old, new = (AutoTokenizer.from_pretrained(f) for f in (folder, out))
     assert old.chat_template == new.chat_template and "rag" in new.chat_template
@@ -153,8 +147,7 @@ def test_an_export_is_read_as_its_source_by_old_readers_and_new(folder, tmp_path
 
 def test_an_adapter_names_its_base_for_every_working_folder(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    engine = FSDPEngine(actor_config(folder.name, lora=LoRAConfig(rank=2, alpha=4, target_modules=["q_proj"])))
-    engine.initialize()
+    engine = started(FSDPEngine(actor_config(folder.name, lora=LoRAConfig(rank=2, alpha=4, target_modules=["q_proj"]))))
     engine.save(str(tmp_path / "adapter"))
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         folder

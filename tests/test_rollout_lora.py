@@ -1,11 +1,8 @@
 """Weight updates that are adapters: to the built-in server and to one as strict as SGLang, with requests in flight."""
 
-from __future__ import annotations
-
 import json
 import time
 import urllib.request
-from collections.abc import Iterator
 
 import numpy as np
 import peft
@@ -26,13 +23,13 @@ SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_
 
 
 @pytest.fixture(scope="module")
-def address(tiny_llama) -> Iterator[str]:
+def address(tiny_llama):
     with serving(tiny_llama) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def policies(tiny_llama, tmp_path_factory) -> list[tuple[dict[str, torch.Tensor], torch.nn.Module]]:
+def policies(tiny_llama, tmp_path_factory):
     """The adapters of even and of odd versions, each with its merged model."""
     found = []
     for seed in range(2):

@@ -1,7 +1,5 @@
 """One weight update with several real servers: by every link, by broadcast with a server lost, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -29,7 +27,7 @@ def started(tiny_llama: str) -> AbstractContextManager[list[tuple[Any, str]]]:
 
 
 @pytest.fixture(scope="module")
-def servers(tiny_llama) -> Iterator[list[tuple[Any, str]]]:
+def servers(tiny_llama):
     with started(tiny_llama) as found:
         yield found
 
@@ -43,7 +41,7 @@ def connected(servers: list[tuple[Any, str]]) -> Iterator[RemoteNativeEngine]:
 
 
 @pytest.fixture
-def engine(servers) -> Iterator[RemoteNativeEngine]:
+def engine(servers):
     with connected(servers) as engine:
         yield engine
 

@@ -1,7 +1,5 @@
 """`Run`, the frame of every training loop: what it does around steps, and that everything ends with it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -50,7 +48,7 @@ class Model:
 
 
 @pytest.fixture
-def config(tmp_path, smollm2) -> SFTConfig:
+def config(tmp_path, smollm2):
     config = SFTConfig(kind="sft", total_train_steps=9, train_dataset=DatasetConfig(batch_size=1))
     config.model.path, config.cluster.fileroot = smollm2, str(tmp_path)
     config.recover = RecoverConfig(freq_steps=1)

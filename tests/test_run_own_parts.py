@@ -1,13 +1,11 @@
 """Workflows and losses of a user's own: what they say is logged, whatever it is, and what is wrong is a sentence."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support.batches import actor_config, random_batch, train_one_step
+from support.batches import actor_config, random_batch, started, train_one_step
 from support.own_parts import reinforce
 from support.rollout import Episodes, heads, trajectory
 from support.runs import Run
@@ -21,15 +19,11 @@ from arealite.trainer import PPOTrainer
 
 
 @pytest.fixture
-def make(tiny_llama):
+def make(tiny_llama, one_process):
     def made(loss_fn, **changes):
-        actor = FSDPPPOActor(actor_config(tiny_llama, **changes), loss_fn=loss_fn)
-        actor.initialize()
-        return actor
+        return started(FSDPPPOActor(actor_config(tiny_llama, **changes), loss_fn=loss_fn))
 
-    yield made
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return made
 
 
 def test_a_run_with_both(tmp_path, tiny_llama):

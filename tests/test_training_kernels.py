@@ -19,7 +19,6 @@ from arealite.engine import attention
 from arealite.engine.attention import ATTENTION, Layout, tree_attention
 from arealite.engine.logprobs import token_logprobs
 from arealite.kernels import cpu, functions
-from arealite.kernels.cpu import Kernels
 from arealite.kernels.modules import fuse
 
 pytestmark = needs_kernels
@@ -42,7 +41,7 @@ def assert_near(got: list[torch.Tensor], wanted: list[torch.Tensor], roundings: 
 @pytest.mark.parametrize("width", [32, 576])
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("num", [1, 7, 300])
-def test_norm(lib: Kernels, width: int, plus_one: bool, num: int) -> None:
+def test_norm(lib, width, plus_one, num):
     def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, (width,), weight + plus_one, 1e-5)
 
@@ -53,7 +52,7 @@ def test_norm(lib: Kernels, width: int, plus_one: bool, num: int) -> None:
 
 @each_vector_kind
 @pytest.mark.parametrize("num", [1, 50, 3000])
-def test_gated_unit(lib: Kernels, num: int) -> None:
+def test_gated_unit(lib, num):
     gate, up, above = normal(num, 64) * 4, normal(num, 64, seed=1), normal(num, 64, seed=2)
     gate[0, :4] = torch.tensor([200.0, -200.0, 0.0, -90.0])
     got = gradients(lambda g, u: functions.silu_times(lib, g, u), gate, up, up=above)
@@ -63,7 +62,7 @@ def test_gated_unit(lib: Kernels, num: int) -> None:
 
 @each_vector_kind
 @pytest.mark.parametrize(("heads", "tokens", "dim"), [(4, 5, 32), (9, 700, 64), (1, 3, 128)])
-def test_rotation(lib: Kernels, heads: int, tokens: int, dim: int) -> None:
+def test_rotation(lib, heads, tokens, dim):
     x, up = (normal(1, tokens, heads, dim, seed=s).transpose(1, 2) for s in (0, 1))
     cos, sin = normal(2, 1, tokens, dim, seed=2)  # halves that differ, which real ones do not
 
@@ -81,9 +80,7 @@ def test_rotation(lib: Kernels, heads: int, tokens: int, dim: int) -> None:
 @pytest.mark.parametrize("vocabulary", [37, 8200])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("with_entropy", [True, False])
-def test_logprobs(
-    lib: Kernels, vocabulary: int, temperature: float, with_entropy: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logprobs(lib, vocabulary, temperature, with_entropy, monkeypatch):
     """Rows that are asked for no token, for several, and for one token twice; over several chunks."""
     monkeypatch.setattr(cpu, "load", lambda: lib)
     hidden, weight = normal(41, 32) * 0.5, normal(vocabulary, 32, seed=1)
@@ -107,7 +104,7 @@ def test_logprobs(
     assert_near(found, [g.float() for g in gradients(ours, hidden, weight, up=torch.ones(()))], 1)
 
 
-def test_a_logit_that_is_no_number_is_seen() -> None:
+def test_a_logit_that_is_no_number_is_seen():
     hidden, weight = normal(3, 32), normal(40, 32, seed=1)
     hidden[1, 3] = math.nan
     logp, entropy = token_logprobs(hidden, weight, torch.arange(3), torch.arange(3), 1.0, 16)
@@ -128,16 +125,16 @@ def test_a_logit_that_is_no_number_is_seen() -> None:
     ],
 )
 def test_attention_over_a_tree(
-    lib: Kernels,
-    lengths: list[int],
-    shared: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    window: int | None,
-    threads: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    lib,
+    lengths,
+    shared,
+    heads,
+    kv_heads,
+    dim,
+    window,
+    threads,
+    monkeypatch,
+):
     monkeypatch.setattr(cpu, "load", lambda: lib)
     monkeypatch.setattr(attention, "MAX_QUERIES", 256)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -185,7 +182,7 @@ def loss_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config, GemmaConfig], ids=lambda c: c.__name__)
-def test_a_fused_model_has_the_results_of_the_plain_one(config: Any, lib: Kernels) -> None:
+def test_a_fused_model_has_the_results_of_the_plain_one(config, lib):
     exact = model_of(config)
     plain = copy.deepcopy(exact).bfloat16()
     model = copy.deepcopy(exact)
@@ -222,7 +219,7 @@ class Kept:
         self.hooks.__exit__()
 
 
-def test_norms_and_gates_are_computed_again(lib: Kernels) -> None:
+def test_norms_and_gates_are_computed_again(lib):
     unit = torch.nn.Sequential(LlamaRMSNorm(64), LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=256)))
     unit.bfloat16()
     x = normal(100, 64)
@@ -257,7 +254,7 @@ def test_norms_and_gates_are_computed_again(lib: Kernels) -> None:
     assert not functions._made
 
 
-def test_a_result_that_was_changed_in_place_is_kept(lib: Kernels) -> None:
+def test_a_result_that_was_changed_in_place_is_kept(lib):
     weight = normal(64, 64)
 
     def run(gate: torch.Tensor) -> torch.Tensor:
@@ -272,7 +269,7 @@ def test_a_result_that_was_changed_in_place_is_kept(lib: Kernels) -> None:
     assert_near(found, plain, 4)
 
 
-def test_activations_of_fused_modules_are_computed_again_by_checkpointing(lib: Kernels) -> None:
+def test_activations_of_fused_modules_are_computed_again_by_checkpointing(lib):
     unit = torch.nn.Sequential(LlamaRMSNorm(64), LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=256)))
     unit.bfloat16()
     fuse(unit, lib)

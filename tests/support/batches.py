@@ -27,6 +27,19 @@ def actor_config(path, **changes) -> PPOActorConfig:
     return PPOActorConfig(path=str(path), **changes)
 
 
+def started(engine):
+    """Initialised."""
+    engine.initialize()
+    return engine
+
+
+def make(path, dims=None, **changes):
+    """A small policy."""
+    from arealite.engine.ppo.actor import FSDPPPOActor
+
+    return started(FSDPPPOActor(actor_config(path, **changes), dims))
+
+
 def random_batch(num_groups=4, size=3, prompt=7, longest=9, seed=0, vocabulary=49152) -> Batch:
     """Groups with a prompt each; some answers share their first tokens, one has a turn of the user in the middle. In
     the second group the second answer equals the first one, and the others are its beginning."""
@@ -94,10 +107,7 @@ def train_one_step(actor, batch: Batch) -> dict[str, float]:
 
 def outcome(path: str, case: str, rank: int, world_size: int) -> dict:
     """Statistics of one step from a fresh model, and numbers that stand for all weights after it."""
-    from arealite.engine.ppo.actor import FSDPPPOActor
-
-    actor = FSDPPPOActor(actor_config(path, **RANK_CASES[case]))
-    actor.initialize()
+    actor = make(path, **RANK_CASES[case])
     stats = train_one_step(actor, share(random_batch(), rank, world_size, case == "all on one rank"))
     actor.compute_logp(share(random_batch(), rank, world_size))  # leaves gathered copies, which are not the state
     weights = {name: t.double() for name, t in actor.named_full_tensors()}

@@ -1,52 +1,33 @@
 """What a GPU computes with, in plain PyTorch: a stand-in for its kernels, and one for its attention of packed rows."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch
 from torch.nn import functional
 
-from arealite.kernels.varlen import PackedRows
-
 
 class PlainKernels:
-    """kernels.gpu.GpuKernels for what the server asks of it."""
+    """kernels.gpu.GpuKernels for what the server asks of it: types and shapes are documented there."""
 
     name = "plain"
     device = torch.device("cpu")
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool) -> torch.Tensor:
+    def rms_norm(self, x, weight, eps, plus_one):
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (normed * (1 + weight.float())).to(x.dtype) if plus_one else weight * normed.to(x.dtype)
 
-    def add_rms_norm(
-        self, x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_rms_norm(self, x, added, weight, eps, plus_one):
         return x + added, self.rms_norm(x + added, weight, eps, plus_one)
 
-    def silu_times(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def silu_times(self, gate, up):
         return functional.silu(gate) * up
 
-    def rotate(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, back: bool = False
-    ) -> None:
+    def rotate(self, x, cos, sin, out, back=False):
         first, second = x.chunk(2, -1)
         out.copy_(x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None])
 
-    def decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        pool_layer: torch.Tensor,
-        tables: torch.Tensor,
-        lens: torch.Tensor,
-        window: int,
-        scale: float,
-        max_keys: int,
-    ) -> torch.Tensor:
+    def decode(self, q, k, v, pool_layer, tables, lens, window, scale, max_keys):
         assert tables.dtype == lens.dtype == torch.int32 and max_keys >= int(lens.max())
         out = torch.zeros_like(q)
         for row, num in enumerate(lens.tolist()):
@@ -62,9 +43,7 @@ class PlainKernels:
                 )[0, :, 0]
         return out
 
-    def sample(
-        self, logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def sample(self, logits, temperature, uniform):
         wide = logits.double() / torch.where(temperature > 0, temperature, 1)[:, None]
         logprobs = torch.log_softmax(wide, -1)
         upto = logprobs.exp().cumsum(-1)
@@ -74,9 +53,7 @@ class PlainKernels:
         return token, logprobs.gather(1, token[:, None])[:, 0].float(), ok
 
 
-def plain_varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, scale: float, window: int | None = None
-) -> torch.Tensor:
+def plain_varlen(q, k, v, rows, scale, window=None):
     """kernels.varlen.varlen_attention."""
     out = torch.empty_like(q)
     queries, keys = rows.queries.tolist(), rows.keys.tolist()

@@ -29,22 +29,17 @@ EOS = 258
 WAIT_S = 60
 
 
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": None,
+}  # fmt: skip
+
+
 def save_tiny_llama(folder: Path, seed: int = 0, tied: bool = True, context: int = 512, **changes: Any) -> Path:
     """A random two-layer Llama over bytes, with its tokenizer. The weights are large, so that logits differ."""
     torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    special = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": EOS}
-    config = LlamaConfig(
-        **{**sizes, **special, "max_position_embeddings": context, "tie_word_embeddings": tied, **changes}
-    )
-    model = LlamaForCausalLM(config)
+    special = {"pad_token_id": 256, "bos_token_id": 257, "max_position_embeddings": context}
+    model = LlamaForCausalLM(LlamaConfig(**SMALL | special | {"tie_word_embeddings": tied} | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
+from arealite.observe.processes import Heartbeat
 from arealite.observe.records import read_metrics
 from arealite.rollout.ledger import audit
 
@@ -104,15 +107,8 @@ class Run:
 
     def pids(self) -> dict[str, int]:
         """Living processes of the run by name, as they report themselves."""
-        found = {}
-        for path in (self.folder / "waits").glob("*.json"):
-            try:
-                beat = json.loads(path.read_text())
-                os.kill(beat["pid"], 0)
-                found[beat["process"]] = beat["pid"]
-            except (ValueError, OSError):
-                continue
-        return found
+        beats = map(Heartbeat.read, (self.folder / "waits").glob("*.json"))
+        return {beat.process: beat.pid for beat in beats if beat is not None and psutil.pid_exists(beat.pid)}
 
     def until(self, condition, what: str, limit_s: float = LIMIT_S) -> None:
         """Poll `condition()` while the launcher lives."""
