@@ -18,7 +18,7 @@ import transformers
 from support.batches import make, random_batch, share, train_one_step
 from support.layouts import on_ranks
 
-from arealite.api.cli_args import GenerationHyperparameters, LoRAConfig, OptimizerConfig, StatsLoggerConfig
+from arealite.api.cli_args import GenerationHyperparameters, LoRAConfig, NormConfig, OptimizerConfig, StatsLoggerConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.micro_batch import cut, idle, places_of
@@ -75,10 +75,18 @@ SAME: dict[str, dict[str, Any]] = {  # what leaves the outcome as it is
 OTHERS: dict[str, dict[str, Any]] = {
     "sequence ratios": {"importance_sampling_level": "sequence", "ppo_n_minibatches": 2},
     "bfloat16": {"dtype": "bfloat16"},
+    "sequence mean": {"loss_aggregation": "seq-mean-token-mean", "ppo_n_minibatches": 2},
+    "statistics over all ranks": {
+        "reward_norm": NormConfig("batch", "batch", leave_one_out=True), "adv_norm": NormConfig("group", "batch"),
+    },
+    "statistics of one share": {
+        "adv_norm": NormConfig("batch", "batch"), "ppo_n_minibatches": 2, "mask_truncated": True,
+    },
     "lora": {"lora": LoRAConfig(rank=4, alpha=3), "max_tokens_per_mb": 24},
     "lora, checkpointing": {"lora": LoRAConfig(4, 6, ["q_proj", "o_proj"]), "gradient_checkpointing": "full"},
-}
+}  # fmt: skip
 VARIATIONS = {**SAME, **OTHERS}
+ON_ONE_SHARE = ("all on one share", "statistics of one share")
 
 
 def num_ranks(dims: Dims) -> int:
@@ -99,6 +107,7 @@ EVERYWHERE = ["permuted, small budget", "checkpointing"]
 TWO_RANKS = ["plain", "sequence ratios"]
 CASES = [Case(layout, "llama", v) for layout, dims in LAYOUTS.items() if dims.e == 1 for v in EVERYWHERE]
 CASES += [Case(layout, "llama", v) for layout in ("d2", "t2", "c2", "p2") for v in TWO_RANKS]
+CASES += [Case("d2", "llama", v) for v in ("sequence mean", "statistics over all ranks", "statistics of one share")]
 CASES += [Case("t2", model, "permuted, small budget") for model in MODELS if model != "llama"]
 CASES += [Case("c2t2", model, "permuted, small budget") for model in ("gemma3_text", "mistral", "qwen3_moe")]
 CASES += [Case("d2", "llama", "all on one share"), Case("d2t2", "qwen3_moe", "all on one share")]
@@ -153,13 +162,13 @@ def two_steps(folder: str, dims: Dims, variation: str, changes: dict[str, Any], 
     optimizer = OptimizerConfig(lr=1e-2, eps=1e-3)  # eps as in actor_config; steps that change every weight visibly
     actor = make(folder, dims, optimizer=optimizer, **changes)
     whole, order = batch_of(variation)
-    lopsided = variation == "all on one share"
+    lopsided = variation in ON_ONE_SHARE
     mine = share(whole, actor.mesh.share, dims.d, lopsided)
     ids = share_ids(whole, order, actor.mesh.share, dims.d, lopsided)
     numbers: dict[str, float] = {}
     for step in range(2):
         stats = train_one_step(actor, mine)
-        numbers |= {f"{key} {step}": stats[key] for key in ("loss", "grad_norm", "entropy", "importance_weight_max")}
+        numbers |= {f"{key} {step}": number for key, number in stats.items() if key != "update_s"}
     logp = np.split(actor.compute_logp(mine), mine.cu_seqlens[1:-1])
     weights = {name: tensor.numpy() for name, tensor in actor.named_full_tensors(torch.float32)}
     digest = hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights))).hexdigest()

@@ -1,43 +1,34 @@
-"""Two FSDP2 ranks over real sockets make the step that one process makes."""
+"""Ranks over real sockets: their calls, and what they say of each other. Their steps: test_engine_layouts.py."""
 
 import os
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support.batches import RANK_CASES, outcome, trouble
+from support.batches import make, random_batch, share, train_one_step
 from support.forks import in_process
 from support.layouts import on_ranks
 
-from arealite.api.errors import WaitTimeout, WeightSyncError
+from arealite.api.errors import NumericalError, WaitTimeout, WeightSyncError
 
 
-def train(rank: int, path: str, folder: str) -> dict[str, Any]:
-    return {case: outcome(path, case, rank, 2) for case in RANK_CASES} | {"trouble": trouble(path, folder, rank)}
+def bad_numbers(rank: int, path: str) -> tuple[float, int, str]:
+    """What each makes of logprobs that are no numbers on rank 1 alone."""
+    actor = make(path, max_bad_steps=2)
+    mine = share(random_batch(), rank, 2)
+    train_one_step(actor, mine)
+    if rank == 1:
+        mine.logprobs = np.full_like(mine.logprobs, np.nan)
+    skipped = train_one_step(actor, mine)["skipped"]
+    with pytest.raises(NumericalError) as raised:
+        train_one_step(actor, mine)
+    return skipped, actor.num_updates, str(raised.value)
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tiny_llama, tmp_path_factory):
-    return on_ranks(2, train, tiny_llama, str(tmp_path_factory.mktemp("ranks")))
-
-
-@pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("case", RANK_CASES)
-def test_two_ranks_equal_one_process(two_ranks, tiny_llama, case):
-    alone = outcome(tiny_llama, case, 0, 1)
-    for rank in two_ranks:
-        assert rank[case]["stats"] == pytest.approx(alone["stats"], rel=1e-5, abs=1e-7)
-        for name, numbers in alone["weights"].items():
-            assert rank[case]["weights"][name] == pytest.approx(numbers, rel=1e-5, abs=1e-5), name
-
-
-def test_two_ranks_resume_and_agree_on_bad_numbers(two_ranks):
-    for rank in two_ranks:
-        found = rank["trouble"]
-        assert found["resumed"][0] == found["resumed"][1]
-        assert found["updates"] == [2, 2]
-        assert found["skipped"] == 1
-        assert "2 in a row" in found["error"] and "rank 1: loss of micro-batch 0" in found["error"]
+def test_ranks_agree_on_bad_numbers(tiny_llama):
+    for skipped, num_updates, error in on_ranks(2, bad_numbers, tiny_llama):
+        assert (skipped, num_updates) == (1, 1)
+        assert "2 in a row" in error and "rank 1: loss of micro-batch 0" in error
 
 
 def never_joined(port: int) -> str:

@@ -22,49 +22,41 @@ def one(**params: Any) -> Any:
     return parse({"input_ids": [1, 2, 3], "sampling_params": params}).requests[0].params
 
 
-@pytest.mark.parametrize(
-    ("body", "named"),
-    [
-        ([], "body"),
-        ({}, "text and input_ids"),
-        ({"text": "a", "input_ids": [1]}, "text and input_ids"),
-        ({"input_ids": []}, "input_ids"),
-        ({"input_ids": [[]]}, "input_ids[0]"),
-        ({"input_ids": [[1], []]}, "input_ids[1]"),
-        ({"input_ids": [1, [2]]}, "input_ids"),
-        ({"input_ids": [[1], 2]}, "input_ids[1]"),
-        ({"input_ids": [1, 100]}, "input_ids"),
-        ({"input_ids": [-1]}, "input_ids"),
-        ({"input_ids": [1.0]}, "input_ids"),
-        ({"input_ids": [True]}, "input_ids"),
-        ({"input_ids": [10**400]}, "input_ids"),
-        ({"input_ids": "12"}, "input_ids"),
-        ({"text": ""}, "empty"),
-        ({"text": []}, "text"),
-        ({"text": 3}, "text"),
-        ({"text": ["a", None]}, "text[1]"),
-        ({"input_ids": [[1], None]}, "input_ids[1]"),
-        ({"input_ids": [1] * 64}, "64 tokens"),
-        ({"input_ids": [1] * 48}, "48 tokens"),
-        ({"input_ids": [1], "stream": 1}, "stream"),
-        ({"input_ids": [1], "top_logprobs_num": -1}, "top_logprobs_num"),
-        ({"input_ids": [1], "top_logprobs_num": 10**6}, "top_logprobs_num"),
-        ({"input_ids": [1], "token_ids_logprob": [100]}, "token_ids_logprob"),
-        ({"input_ids": [1], "token_ids_logprob": [[1]]}, "token_ids_logprob"),
-        ({"input_ids": [1, 2], "num_prompt_tokens": 3}, "num_prompt_tokens"),
-        ({"input_ids": [1, 2], "num_prompt_tokens": 0}, "num_prompt_tokens"),
-        ({"input_ids": [[1]] * 65, "sampling_params": {"n": 1024}}, "66560"),
-        ({"input_ids": [1], "lora_path": "x"}, "lora_path"),
-        ({"input_ids": [1], "rid": 3}, "rid"),
-        ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, "rid"),
-        ({"input_ids": [1], "return_logprob": 1}, "return_logprob"),
-        ({"input_ids": [1], "return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
-        ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "sampling_params"),
-        ({"input_ids": [1], "sampling_params": [1]}, "sampling_params"),
-        ({"input_ids": [1], "sampling_params": "x"}, "sampling_params"),
-    ],
-)
-def test_wrong_bodies_are_refused_by_name(body, named):
+def prompt(*others: Any, **more: Any) -> dict[str, Any]:
+    return {"input_ids": [1, *others], **more}
+
+
+WRONG_BODIES: dict[str, list[Any]] = {  # named in the refusal
+    "body": [[]],
+    "text and input_ids": [{}, prompt(text="a")],
+    "input_ids[0]": [{"input_ids": [[]]}],
+    "input_ids[1]": [{"input_ids": [[1], other]} for other in ([], 2, None)],
+    "input_ids": [{"input_ids": ids} for ids in ([], [1, [2]], [1, 100], [-1], [1.0], [True], [10**400], "12")],
+    "empty": [{"text": ""}],
+    "text": [{"text": []}, {"text": 3}],
+    "text[1]": [{"text": ["a", None]}],
+    "64 tokens": [{"input_ids": [1] * 64}],
+    "48 tokens": [{"input_ids": [1] * 48}],
+    "stream": [prompt(stream=1)],
+    "top_logprobs_num": [prompt(top_logprobs_num=num) for num in (-1, 10**6)],
+    "token_ids_logprob": [prompt(token_ids_logprob=ids) for ids in ([100], [[1]])],
+    "num_prompt_tokens": [prompt(2, num_prompt_tokens=num) for num in (3, 0)],
+    "66560": [{"input_ids": [[1]] * 65, "sampling_params": {"n": 1024}}],
+    "lora_path": [prompt(lora_path="x")],
+    "rid": [prompt(rid=3), {"input_ids": [[1], [2]], "rid": ["a", "a"]}],
+    "return_logprob": [prompt(return_logprob=1)],
+    "logprob_start_len": [prompt(return_logprob=True, logprob_start_len=-2)],
+    "sampling_params": [{"input_ids": [[1], [2]], "sampling_params": [{}]}]
+    + [prompt(sampling_params=params) for params in ([1], "x")],
+}
+
+
+def pairs(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    return [(key, value) for key, values in table.items() for value in values]
+
+
+@pytest.mark.parametrize(("named", "body"), pairs(WRONG_BODIES))
+def test_wrong_bodies_are_refused_by_name(named, body):
     with pytest.raises(RequestError) as caught:
         parse(body)
     assert named in str(caught.value)
@@ -92,7 +84,7 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+@pytest.mark.parametrize(("key", "value"), pairs(WRONG))
 def test_wrong_sampling_values_are_refused_by_name(key, value):
     with pytest.raises(RequestError, match=f"^sampling_params.{key}|{key} {value} pass") as caught:
         one(**{key: value})
@@ -134,16 +126,8 @@ def test_tiny_temperatures_are_greedy():
 
 
 def test_batches_get_ids_and_params_of_their_own():
-    call = parse(
-        {
-            "input_ids": [[1], [2, 3]],
-            "rid": "r",
-            "sampling_params": [{"top_k": 5}, None],
-            "return_logprob": [True, False],
-            "token_ids_logprob": [7, 8],
-            "stream": True,
-        }
-    )
+    body = {"input_ids": [[1], [2, 3]], "rid": "r", "sampling_params": [{"top_k": 5}, None], "stream": True}
+    call = parse({**body, "return_logprob": [True, False], "token_ids_logprob": [7, 8]})
     assert call.batched and call.stream and [r.rid for r in call.requests] == ["r_0", "r_1"]
     assert [r.params.top_k for r in call.requests] == [5, 0]
     assert [r.return_logprob for r in call.requests] == [True, False]

@@ -42,28 +42,20 @@ class Trainer:
 
     def join(self) -> tuple[int, Any]:
         place = self.process.call("listen", 2, "127.0.0.1")
-        body = {
-            "master_address": place.address,
-            "master_port": str(place.port),  # as AReaL sends it
-            "rank_offset": 1,
-            "world_size": 2,
-            "group_name": place.name,
-            "backend": "gloo",
-        }
+        body = {"master_address": place.address, "master_port": str(place.port)}  # text, as AReaL sends it
+        body |= {"rank_offset": 1, "world_size": 2, "group_name": place.name, "backend": "gloo"}
         self.name = place.name
         asked = self.server.pool.submit(self.server.post, "/init_weights_update_group", body)
         self.process.call("join")
         return asked.result(WAIT_S)
 
+    def described(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        dtypes = [str(t.dtype).removeprefix("torch.") for t in tensors.values()]
+        shapes = [list(t.shape) for t in tensors.values()]
+        return {"names": list(tensors), "dtypes": dtypes, "shapes": shapes, "group_name": self.name}
+
     def send(self, tensors: dict[str, torch.Tensor], flat: bool, **more: Any) -> tuple[int, Any]:
-        body = {
-            "names": list(tensors),
-            "dtypes": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
-            "shapes": [list(t.shape) for t in tensors.values()],
-            "group_name": self.name,
-            "load_format": "flattened_bucket" if flat else None,
-            **more,
-        }
+        body = {**self.described(tensors), "load_format": "flattened_bucket" if flat else None, **more}
         asked = self.server.pool.submit(self.server.post, "/update_weights_from_distributed", body)
         raws = [t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors.values()]
         self.process.call("send", [b"".join(raws)] if flat else raws)
@@ -155,12 +147,7 @@ def test_without_a_session_a_refusal_tells_of_what_is_live_already(server, train
 def test_a_trainer_that_goes_away_neither_hangs_nor_harms_the_server(server, trainer, folders, after):
     before = expected(server)
     tensors = weights(folders[1])
-    body = {
-        "names": list(tensors),
-        "dtypes": ["float32"] * len(tensors),
-        "shapes": [list(t.shape) for t in tensors.values()],
-        "group_name": trainer.name,
-    }
+    body = trainer.described(tensors)
     waiting = server.pool.submit(server.post, "/update_weights_from_distributed", body)
     assert greedy(server) == before  # while it waits for the broadcast
     trainer.process.call("close")
@@ -173,28 +160,21 @@ def test_a_trainer_that_goes_away_neither_hangs_nor_harms_the_server(server, tra
     assert greedy(server) == after
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        {"dtypes": ["float33"]},
-        {"dtypes": ["nn"]},
-        {"dtypes": []},
-        {"names": [3]},
-        {"names": "model.norm.weight"},
-        {"shapes": [[-64]]},
-        {"shapes": [[2**40, 2**40]]},
-        {"shapes": [[0, 2**70]]},
-        {"shapes": [64]},
-        {"load_format": "zip"},
-        {"group_name": "elsewhere"},
-    ],
-    ids=str,
-)
-def test_a_wrong_description_is_refused_before_anything_is_received(server, trainer, broken):
-    body = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[64]], "group_name": trainer.name}
-    status, answer = server.post("/update_weights_from_distributed", {**body, **broken})
+WRONG = {
+    "dtypes": [["float33"], ["nn"], []],
+    "names": [[3], "model.norm.weight"],
+    "shapes": [[[-64]], [[2**40, 2**40]], [[0, 2**70]], [64]],
+    "load_format": ["zip"],
+    "group_name": ["elsewhere"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+def test_a_wrong_description_is_refused_before_anything_is_received(server, trainer, key, value):
+    norm = {"model.norm.weight": torch.ones(64)}
+    status, answer = server.post("/update_weights_from_distributed", {**trainer.described(norm), key: value})
     assert status == 400 and answer["success"] is False
-    assert trainer.send({"model.norm.weight": torch.ones(64)}, True)[0] == 200  # the group is still of use
+    assert trainer.send(norm, True)[0] == 200  # the group is still of use
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ import asyncio
 import json
 import math
 import signal
-import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from support.ranks import Meeting, on_ranks
 from support.rollout import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
 
 from arealite.api.errors import ConfigError, RequestError, RunStopped, WorkflowError
@@ -261,59 +261,17 @@ def test_evaluation_is_outside_ledger_and_bound_and_keeps_every_task(head, tmp_p
     assert engine.prepare_batch(Source(), Episodes()).num_groups == 4
 
 
-class Ranks:
-    """Collectives of `size` threads."""
-
-    def __init__(self, size, on_scatter=lambda num: None):
-        self.size, self.barrier, self.shares = size, threading.Barrier(size), None
-        self.on_scatter, self.num_scatters = on_scatter, 0
-
-    def rank(self, rank):
-        ranks = self
-
-        class One:
-            world_size = num_shares = ranks.size
-
-            def scatter(self, shares):
-                if rank == 0:
-                    ranks.shares = shares
-                    ranks.num_scatters += 1
-                    ranks.on_scatter(ranks.num_scatters)
-                ranks.barrier.wait(10)
-                mine = ranks.shares[rank]
-                ranks.barrier.wait(10)
-                return mine
-
-        one = One()
-        one.rank = rank
-        return one
-
-
-def on_all_ranks(head, size, act, ranks=None, **config):
-    """Runs `act(engine)` on each rank in a thread; results or errors by rank."""
-    ranks, outcomes = ranks or Ranks(size), [None] * size
-    engines = [head(ranks.rank(r), **config) for r in range(size)]
-
-    def run(rank):
-        try:
-            outcomes[rank] = act(engines[rank])
-        except Exception as error:
-            outcomes[rank] = error
-
-    threads = [threading.Thread(target=run, args=(r,)) for r in range(size)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(30)
-        assert not t.is_alive()
-    return outcomes
+def on_all_ranks(head, meeting, act, **config):
+    """What `act(engine)` returns on each rank, or the error that it raises."""
+    engines = [head(meeting.of(rank), **config) for rank in range(meeting.world_size)]
+    return on_ranks(meeting, lambda rank: act(engines[rank]))
 
 
 @pytest.mark.parametrize("size", [2, 3, 6])
 def test_ranks_get_whole_groups_of_one_step(head, size):
     workflow = Episodes(lambda task, tries: [trajectory(task, m, [0] * int(task.id[4:])) for m in range(2)])
     source = Source(position=1)
-    shares = on_all_ranks(head, size, lambda e: e.prepare_batch(source, workflow), max_head_offpolicyness=0)
+    shares = on_all_ranks(head, Meeting(size), lambda e: e.prepare_batch(source, workflow), max_head_offpolicyness=0)
     assert all(s.num_groups == 4 for s in shares)
     found = [(g, task) for s in shares for g, task in zip(s.group_ids.tolist(), s.task_ids, strict=True)]
     assert sorted(found) == sorted((g, f"e0-r{g + 1}") for g in range(4) for _ in range(2))
@@ -328,30 +286,27 @@ def test_an_error_of_the_head_reaches_all_ranks(head):
         raise ValueError("no such column")
 
     config = {"max_failed_groups": 1, "workflow_retries": 0}
-    outcomes = on_all_ranks(head, 3, lambda e: e.prepare_batch(Source(), Episodes(act)), **config)
+    outcomes = on_all_ranks(head, Meeting(3), lambda e: e.prepare_batch(Source(), Episodes(act)), **config)
     assert all(isinstance(o, WorkflowError) and "no such column" in str(o) for o in outcomes)
     assert str(outcomes[1]).startswith("on rank 0")
 
 
 def test_other_ranks_hear_from_a_head_that_takes_its_time(head):
     """Their waits have a limit, which a long step must not reach."""
-    enough = threading.Event()
+    meeting = Meeting(2)
 
     class Slow(Episodes):
         async def arun_episode(self, engine, task):
-            while not enough.is_set():
+            while meeting.num_scatters <= 3:
                 await asyncio.sleep(0.01)
             return [trajectory(task)]
 
-    ranks = Ranks(2, on_scatter=lambda num: num > 3 and enough.set())
-    outcomes = on_all_ranks(
-        head, 2, lambda e: e.prepare_batch(Source(), Slow()), ranks=ranks, limits=Limits(beat_s=0.0)
-    )
+    outcomes = on_all_ranks(head, meeting, lambda e: e.prepare_batch(Source(), Slow()), limits=Limits(beat_s=0.0))
     assert [o.num_groups for o in outcomes] == [4, 4]
 
 
 def test_other_ranks_need_no_server(head):
-    engine = head(Ranks(2).rank(1))
+    engine = head(Meeting(2).of(1))
     engine.pause()
     engine.resume()
     engine.mark_trained(0)

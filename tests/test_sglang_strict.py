@@ -2,12 +2,9 @@
 itself needs CUDA.
 """
 
-import numpy as np
 import pytest
-import torch
 from support.rollout import MembersWorkflow, quick_config, serving
-from test_rollout_native import reference_logprobs
-from transformers import AutoModelForCausalLM
+from test_rollout_native import check_versions, two_models
 
 from arealite.api.errors import RequestError, WeightSyncError
 from arealite.api.types import GenerationRequest, Task
@@ -24,12 +21,7 @@ def address(tiny_llama):
 
 @pytest.fixture(scope="module")
 def models(tiny_llama):
-    """Even versions, odd versions."""
-    pair = [AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32) for _ in range(2)]
-    with torch.no_grad():
-        for parameter in pair[1].parameters():
-            parameter.mul_(1.02)
-    return pair
+    return two_models(tiny_llama)
 
 
 class OldSGLang(SGLangBackend):
@@ -62,21 +54,11 @@ def test_updates_reach_requests_in_flight(address, models, tmp_path, pause_mode,
             assert engine.update_weights(meta, link) == {}  # SGLang confirms no single tensor
             engine.resume()
         groups = engine.wait(6, timeout_s=120)
-        stats = engine.stats()
-        scores = engine.score([groups[0].trajectories[0].tokens])[0]
+        trajectories = [t for group in groups for t in group.trajectories]
+        check_versions(engine, trajectories, engine.stats(), models, pause_mode)
     finally:
         engine.destroy()
         link.close()
-    assert stats["num_unexpected_versions"] == stats["num_failed"] == 0
-    trajectories = [t for group in groups for t in group.trajectories]
-    assert any(len(set(t.versions) - {-1}) > 1 for t in trajectories)
-    np.testing.assert_allclose(scores, reference_logprobs(models[0], trajectories[0].tokens), atol=1e-4)
-    if pause_mode == "in_place":
-        return  # requests keep the cache of the old weights: no one model gives their logprobs
-    for t in trajectories:
-        by_version = [reference_logprobs(m, t.tokens) for m in models]
-        expected = [by_version[v % 2][i] if v >= 0 else 0.0 for i, v in enumerate(t.versions)]
-        np.testing.assert_allclose(t.logprobs, expected, atol=2e-3)
 
 
 def test_what_the_server_says_of_itself_is_understood(address):

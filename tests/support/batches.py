@@ -1,4 +1,4 @@
-"""Batches and actors for tests of the trainer, and what a rank makes of them. Used by test_engine_*.py."""
+"""Batches and actors for tests of the trainer. Used by test_engine_*.py."""
 
 from __future__ import annotations
 
@@ -7,17 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from arealite.api.cli_args import NormConfig, OptimizerConfig, PPOActorConfig
+from arealite.api.cli_args import OptimizerConfig, PPOActorConfig
 from arealite.api.types import Batch
-
-RANK_CASES = {
-    "statistics over all ranks": {
-        "reward_norm": NormConfig("batch", "batch", leave_one_out=True),
-        "adv_norm": NormConfig("group", "batch"),
-    },
-    "sequence mean, two updates": {"loss_aggregation": "seq-mean-token-mean", "ppo_n_minibatches": 2},
-    "all on one rank": {"adv_norm": NormConfig("batch", "batch"), "ppo_n_minibatches": 2, "mask_truncated": True},
-}
 
 
 def actor_config(path, **changes) -> PPOActorConfig:
@@ -103,38 +94,3 @@ def train_one_step(actor, batch: Batch) -> dict[str, float]:
     actor.compute_advantages(mine)
     stats = actor.grpo_update(mine)
     return {name: value for name, value in stats.items() if name not in ("train_tokens_per_s", "mfu")}  # times
-
-
-def outcome(path: str, case: str, rank: int, world_size: int) -> dict:
-    """Statistics of one step from a fresh model, and numbers that stand for all weights after it."""
-    actor = make(path, **RANK_CASES[case])
-    stats = train_one_step(actor, share(random_batch(), rank, world_size, case == "all on one rank"))
-    actor.compute_logp(share(random_batch(), rank, world_size))  # leaves gathered copies, which are not the state
-    weights = {name: t.double() for name, t in actor.named_full_tensors()}
-    del stats["update_s"]
-    sums = {name: [float(t.sum()), float(t.square().sum()), float(t.flatten()[7])] for name, t in weights.items()}
-    return {"stats": stats, "weights": sums}
-
-
-def trouble(path: str, folder: str, rank: int) -> dict:
-    """What two ranks make of a recovery point, and of a NaN that only rank 1 sees."""
-    from arealite.api.errors import NumericalError
-    from arealite.engine.ppo.actor import FSDPPPOActor
-
-    first, second = (FSDPPPOActor(actor_config(path, max_bad_steps=2)) for _ in range(2))
-    mine = share(random_batch(), rank, 2)
-    first.initialize()
-    train_one_step(first, mine)
-    first.save_state(folder)
-    second.initialize()
-    second.load_state(folder)
-    runs = [train_one_step(actor, mine)["grad_norm"] for actor in (first, second)]
-    if rank == 1:
-        mine.logprobs = np.full_like(mine.logprobs, np.nan)
-    skipped = train_one_step(first, mine)["skipped"]
-    try:
-        train_one_step(first, mine)
-        error = ""
-    except NumericalError as raised:
-        error = str(raised)
-    return {"resumed": runs, "skipped": skipped, "error": error, "updates": [first.num_updates, second.num_updates]}
