@@ -1,4 +1,4 @@
-"""The `arealite` command: run, serve, check, prove, fetch, bench, reward, init. Starts in well under a second:
+"""The `arealite` command: run, serve, eval, check, prove, fetch, bench, reward, init. Starts in well under a second:
 nothing heavy is imported.
 """
 
@@ -47,6 +47,10 @@ After a stop or a kill the same command goes on from the last recovery point
   arealite check examples/arealite/quickstart.yaml \\
     allocation_mode=sglang:d4+fsdp:d4 cluster.num_gpus_per_node=8
     the plan for another machine than this one"""),
+    "eval": ("measure a model on data sets, or which of two is better", """examples:
+  arealite eval smollm2-135m --tasks test.jsonl --reward rewards.py:mine --n 8
+  arealite eval --help
+    all options"""),
     "prove": ("prove that a training step does not depend on how it is computed", """examples:
   arealite prove examples/arealite/quickstart.yaml
   arealite prove run.yaml actor.path=smollm2-135m --quick
@@ -95,6 +99,11 @@ def dispatch(words: list[str]) -> int:
         from arealite.rollout.bench import main as bench_serve
 
         return bench_serve(words[2:])
+    if words[:1] == ["eval"]:
+        from arealite.evaluation.eval_command import main as evaluate
+        from arealite.workflow.rlvr import RLVRWorkflow
+
+        return evaluate(words[1:], RLVRWorkflow)
     given = parse(words)
     if given.command == "run":
         from arealite.launcher.local import run

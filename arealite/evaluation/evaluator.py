@@ -1,4 +1,4 @@
-"""Asks the current model the held-out tasks and writes down how many it gets right. Called by the training script.
+"""Asks the model in training the held-out tasks and writes down how many it gets right. Called by the training script.
 
 Collective: every trainer rank makes the same calls; the requests go out from rank 0, where the rollout head is.
 """
@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from math import comb
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from arealite.api.errors import ArealiteError, RewardError
+from arealite.evaluation.figures import CORRECT_REWARD, sizes
+from arealite.evaluation.sheet import question_of
+from arealite.evaluation.statistics import estimate, pass_at_k
 from arealite.observe.progress import show
 from arealite.observe.reasons import by_kind, last_line
-from arealite.observe.records import EvaluationResult, rollout_rows, write_evaluation
+from arealite.observe.records import EvaluationResult, rollout_rows, version_spans, write_evaluation
+from arealite.observe.waits import in_background, waiting
 from arealite.rollout.share import Beat, from_head
 
 if TYPE_CHECKING:
@@ -23,19 +27,24 @@ if TYPE_CHECKING:
     from arealite.api.types import Group, Task
     from arealite.observe.run_folder import RunFolder
 
-CORRECT_REWARD = 1.0  # an answer counts for pass@k when its reward is at least this
+LOOK_S = 0.1
+LOOK_LIMIT_S = 60.0
 
 
 class GroupRunner(Protocol):
     """The one call of the rollout head that is needed: outside staleness and ledger, on rank 0 only."""
 
-    def run_groups(self, tasks: list[Task], workflow: RolloutWorkflow, beat: Beat) -> list[Group]: ...
+    def run_groups(self, tasks: list[Task], workflow: RolloutWorkflow) -> list[Group]: ...
 
 
 class Evaluator:
-    """Runs `tasks` with `workflow` (built with eval_gconfig).
+    """Runs `tasks` with `workflow` (built with eval_gconfig) beside what the trainer does: `begin` returns at once.
 
-    Results are in `evaluation/` of the run folder, so the accuracy before training outlives a restart.
+    The accuracy after a step is that of the weights of this step, all of whose answers are theirs: whoever is to give
+    the servers other weights calls `finish` before. Rollouts go on meanwhile, and so does the trainer up to there.
+
+    Results are in `evaluation/` of the run folder, so the accuracy before training outlives a restart. An evaluation
+    that a kill cut short leaves a note there, by which the resumed run knows that it is owed.
     """
 
     def __init__(
@@ -51,41 +60,70 @@ class Evaluator:
         self._workflow = workflow
         self._tasks = list(tasks)
         self._collective = collective
+        self._running: int | None = None  # the step, on all ranks
+        self._future: Future[tuple[list[Group], float]] | None = None  # on rank 0
         self._latest: EvaluationResult | None = None
 
-    def measure(self, step: int) -> dict[str, float]:
-        """As `evaluate`: the numbers of a training run's metrics, by name."""
-        result = self.evaluate(step)
-        return {} if result is None else {"accuracy": result.accuracy}
+    def begin(self, step: int) -> None:
+        """Ask all tasks, of the weights that the servers have after `step`. Raises ArealiteError: no room for notes."""
+        if self._running is not None:
+            raise ArealiteError(f"the evaluation after step {self._running} is still running: call finish() before")
+        self._running = step
+        if self._collective.rank == 0:
+            try:
+                self._folder.evaluation_dir.mkdir(parents=True, exist_ok=True)
+                self._folder.owed_evaluation(step).touch()
+            except OSError as error:
+                raise self._no_room(error) from error
+            self._future = in_background(self._ask, "evaluation")
 
-    def evaluate(self, step: int) -> EvaluationResult | None:
-        """The result on every rank, None when there are no held-out tasks. Collective.
-
-        Asked again after the same step, it returns the result it has: the weights are the same.
+    def finish(self) -> EvaluationResult | None:
+        """Wait for the evaluation that runs; its result, on every rank, None if none runs. Collective.
 
         Raises RewardError when no answer could be scored, ArealiteError when the answers cannot be had or written.
         """
-        if not self._tasks:
+        step, self._running = self._running, None
+        if step is None:
             return None
-        if self._latest is None or self._latest.step != step:
-            size = self._collective.num_shares
-            self._latest = from_head(lambda beat: [self._run(step, beat)] * size, self._collective)
+        size = self._collective.num_shares
+        self._latest = from_head(lambda beat: [self._result(step, beat)] * size, self._collective)
         return self._latest
 
-    def _run(self, step: int, beat: Beat) -> EvaluationResult:
+    def evaluate(self, step: int) -> EvaluationResult:
+        """`begin` and `finish`. Asked again after the same step, it returns the result it has."""
+        if self._latest is None or self._latest.step != step:
+            self.begin(step)
+            self.finish()
+        assert self._latest is not None, "finish has set it or raised"
+        return self._latest
+
+    def _ask(self) -> tuple[list[Group], float]:
         start = time.monotonic()
-        groups = self._rollout.run_groups(self._tasks, self._workflow, beat)
-        result = score(groups, step, len(self._tasks), time.monotonic() - start)
-        questions = {group.task.id: _question(group.task) for group in groups}
+        return self._rollout.run_groups(self._tasks, self._workflow), time.monotonic() - start
+
+    def _result(self, step: int, beat: Beat) -> EvaluationResult:
+        """On rank 0. Waits for: the held-out answers. Unblocked by: run_groups, which has a limit for their silence."""
+        assert self._future is not None, "begun on this rank"
+        with waiting("rollout.evaluation", "servers", LOOK_LIMIT_S) as wait:
+            while not self._future.done():
+                beat()
+                time.sleep(LOOK_S)
+                wait.restart()  # the limit is that of the requests themselves
+        groups, evaluate_s = self._future.result()
+        result = score(groups, step, len(self._tasks), evaluate_s)
+        questions = {group.task.id: question_of(group.task) for group in groups}
         rows = [row | {"question": questions[row["task"]]} for row in rollout_rows(groups)]
         try:
             write_evaluation(self._folder, result, rows)
+            self._folder.owed_evaluation(step).unlink(missing_ok=True)
         except OSError as error:
-            raise ArealiteError(
-                f"cannot write the evaluation to {self._folder.evaluation_dir}: {error.strerror}; make room there"
-            ) from error
+            raise self._no_room(error) from error
         show(result.line())
         return result
+
+    def _no_room(self, error: OSError) -> ArealiteError:
+        folder = self._folder.evaluation_dir
+        return ArealiteError(f"cannot write the evaluation to {folder}: {error.strerror}; make room there")
 
 
 def score(groups: Sequence[Group], step: int, num_tasks: int, evaluate_s: float) -> EvaluationResult:
@@ -98,17 +136,20 @@ def score(groups: Sequence[Group], step: int, num_tasks: int, evaluate_s: float)
         raise RewardError(
             f"none of the {num_tasks} held-out tasks has a scored answer, expected some accuracy; first error: {first}"
         )
-    accuracy, stderr = mean_and_stderr([sum(task_rewards) / len(task_rewards) for task_rewards in scored])
+    means = [sum(task_rewards) / len(task_rewards) for task_rewards in scored]
+    accuracy = estimate(means, min(0.0, *means), max(1.0, *means))
     return EvaluationResult(
         step=step,
-        accuracy=accuracy,
-        stderr=stderr,
+        accuracy=accuracy.mean,
+        low=accuracy.low,
+        high=accuracy.high,
         num_tasks=num_tasks,
         num_tasks_scored=len(scored),
         num_samples=sum(len(task_rewards) for task_rewards in scored),
         num_reward_errors=sum(t.status == "reward_error" for t in trajectories),
         num_failed=sum(t.status in ("failed", "aborted") for t in trajectories) + num_tasks - len(groups),
         evaluate_s=evaluate_s,
+        versions=sorted({version for t in trajectories for version, _ in version_spans(t)}),
         pass_at=_pass_at(scored),
         why=by_kind(last_line(t.error) for t in trajectories if t.status != "ok"),
     )
@@ -120,30 +161,4 @@ def _pass_at(scored: list[list[float]]) -> dict[int, float]:
     if fewest < 2:
         return {}
     counts = [(len(rewards), sum(reward >= CORRECT_REWARD for reward in rewards)) for rewards in scored]
-    sizes = [2**i for i in range(fewest.bit_length())]
-    return {k: float(np.mean([pass_at_k(n, num_correct, k) for n, num_correct in counts])) for k in sizes}
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Probability that k of the samples, drawn without replacement, hold a correct one: unbiased for pass@k.
-
-    Chen et al. 2021, "Evaluating Large Language Models Trained on Code". Raises ValueError unless
-    0 <= num_correct <= num_samples and 1 <= k <= num_samples.
-    """
-    if not 0 <= num_correct <= num_samples:
-        raise ValueError(f"num_correct is {num_correct}, expected 0 .. {num_samples}")
-    if not 1 <= k <= num_samples:
-        raise ValueError(f"k is {k}, expected 1 .. {num_samples} (the number of samples)")
-    return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
-
-
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of at least one value and its standard error (sample standard deviation over the root of n; 0 for one)."""
-    array = np.asarray(values, dtype=np.float64)
-    stderr = float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else 0.0
-    return float(array.mean()), stderr
-
-
-def _question(task: Task) -> str:
-    """What the user asked: the raw prompt, or the content of the last message."""
-    return task.prompt if task.prompt is not None else str((task.messages or [{"content": ""}])[-1]["content"])
+    return {k: float(np.mean([pass_at_k(n, num_correct, k) for n, num_correct in counts])) for k in sizes(fewest)}

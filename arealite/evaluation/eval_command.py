@@ -1,0 +1,356 @@
+"""`arealite eval`: how good a model is at data sets, or which of two is better; and stored answers graded again.
+
+Called by cli.py, which brings the workflow that answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from arealite.api.atomic import write_json, write_text
+from arealite.api.cli_args import DatasetConfig, GenerationHyperparameters, GRPOConfig, InferenceEngineConfig
+from arealite.api.errors import ConfigError, RewardError
+from arealite.api.load_config import Reader, load_config_file
+from arealite.api.paths import expand
+from arealite.api.protocols import RolloutWorkflow
+from arealite.api.types import as_record
+from arealite.dataset.loader import load_tasks, load_tokenizer
+from arealite.dataset.prompts import prompt_of
+from arealite.evaluation.asking import AskedModel, describe_server
+from arealite.evaluation.figures import (
+    Comparison,
+    compare,
+    difficulties,
+    figures,
+    mean_rewards,
+    paired,
+    table,
+)
+from arealite.evaluation.page import Among, page
+from arealite.evaluation.sheet import AnswerSheet, GradedAnswer, Problem, check_comparable, digest, weights_of
+from arealite.evaluation.statistics import is_decided, looks, order
+from arealite.models.fetch import resolve_model
+from arealite.observe.progress import terminal_width
+from arealite.observe.reasons import last_line
+from arealite.reward.pool import RewardFunction, RewardPool
+
+OVERRIDE = re.compile(r"[a-z_][\w.]*=")
+ADDRESS = re.compile(r"https?://\S+|[\w.-]+:\d+|\[[\da-fA-F:]+\]:\d+")
+NO_TERMINAL_WIDTH = 100
+DEFAULTS = ("server.deterministic=true", "rollout.max_concurrent_rollouts=256")  # where nobody says otherwise
+MAX_CHANGES_SHOWN = 10
+END = """examples:
+  arealite eval smollm2-135m --tasks examples/arealite/addition/test.jsonl \\
+    --reward arealite.reward.number:number_reward --n 8
+  arealite eval smollm2-135m runs/quickstart/addition/checkpoints/step_000024 \\
+    --config examples/arealite/quickstart.yaml --n 8 eval_gconfig.temperature=1 \\
+    --reward arealite.reward.number:number_reward --until-decided
+    which of two is better; ends as soon as that is clear
+  arealite eval http://127.0.0.1:30000 --tasks test.jsonl --reward rewards.py:mine
+    a server that runs already (built in, SGLang, vLLM)
+  arealite eval runs/eval/test/one runs/eval/test/other
+    answers that are there already
+  arealite eval reverify runs/eval/test/one --reward rewards.py:better
+    grade stored answers again; nothing is sampled
+
+The same command goes on where it was stopped; no answer is sampled twice."""
+
+
+class WorkflowMaker(Protocol):
+    """workflow.rlvr.RLVRWorkflow, or alike."""
+
+    def __call__(
+        self,
+        reward_fn: RewardFunction,
+        gconfig: GenerationHyperparameters,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        config: InferenceEngineConfig,
+        context_length: int | None,
+    ) -> RolloutWorkflow: ...
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line; `models` and `overrides` apart from each other."""
+    parser = argparse.ArgumentParser(
+        prog="arealite eval",
+        description="Measure a model on data sets, or compare two: mean reward, pass@k, majority vote, with intervals.",
+        epilog=END,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("words", nargs="+", metavar="MODEL", help="a folder, a name, a URL, or a stored evaluation; one or two of them")
+    add("--tasks", help="data sets, with commas between; default: the configuration's valid_dataset")
+    add("--n", type=int, metavar="N", help="answers per problem; default: eval_gconfig.n_samples")
+    add("--until-decided", action="store_true", help="of two models: stop when it is clear which is better")
+    add("--config", type=expand, metavar="YAML", help="prompts, sampling and servers as in this run")
+    add("--reward", metavar="MODULE:FUNCTION", help="what grades the answers; or FILE.py:FUNCTION")
+    add(
+        "--difficulty",
+        metavar="COLUMN",
+        help="of the data set; default: difficulty or level, else the first's pass rate",
+    )
+    add("--out", type=expand, metavar="FOLDER", help="default: cluster.fileroot/eval/TASKS")
+    given = parser.parse_intermixed_args(words)
+    given.overrides = [word for word in given.words if OVERRIDE.match(word)]
+    given.models = [word for word in given.words if not OVERRIDE.match(word)]
+    given.is_again = given.models[:1] == ["reverify"]
+    given.models = given.models[given.is_again :]
+    if not 1 <= len(given.models) <= (1 if given.is_again else 2):
+        parser.error(
+            f"expected {'a stored evaluation' if given.is_again else 'one or two models'}, found {given.models}"
+        )
+    if given.until_decided and len(given.models) != 2:
+        parser.error("--until-decided is about which of two models is better: give a second one")
+    if given.n is not None and given.n < 1:
+        parser.error(f"--n is {given.n}, expected at least 1")
+    return given
+
+
+def main(words: list[str], make_workflow: WorkflowMaker) -> int:
+    """Returns the exit code 0; what is wrong is raised as ArealiteError, or ends with argparse's message."""
+    given = parse(words)
+    if given.is_again:
+        reverify(Path(expand(given.models[0])), given.reward)
+        return 0
+    with ExitStack() as stack:
+        sheets, asked = [], []
+        for slot, model in enumerate(given.models):
+            if not ADDRESS.fullmatch(model) and AnswerSheet.exists(stored := Path(expand(model))):
+                sheets.append(AnswerSheet(stored))
+                continue
+            one = prepare(model, given, make_workflow, slot)
+            stack.callback(one.sheet.end)
+            stack.callback(one.close)
+            asked.append(one)
+            sheets.append(one.sheet)
+        if len(sheets) == 2:
+            if sheets[0].folder.resolve() == sheets[1].folder.resolve():
+                raise ConfigError(f"both models are {sheets[0].name}: give another one to compare it with")
+            check_comparable(*sheets)
+        problems = sheets[0].problems
+        plan = order(len(problems), num_samples_of(given, sheets, asked), seed=0)
+        wanted = [(problems[i].task.id, sample) for i, sample in plan]
+        comparison = answer_all(sheets, asked, wanted, given)
+    report(sheets, given.difficulty, set(wanted), comparison)
+    return 0
+
+
+def num_samples_of(given: argparse.Namespace, sheets: Sequence[AnswerSheet], asked: Sequence[AskedModel]) -> int:
+    """Answers per problem: as asked for; of stored sheets no more than they have."""
+    stored = [sheet for sheet in sheets if all(one.sheet is not sheet for one in asked)]
+    most = [max((len(of_problem) for of_problem in sheet.answers.values()), default=0) for sheet in stored]
+    wanted = [one.num_samples for one in asked] + ([given.n] if given.n else [])
+    return max(1, min([*most, *wanted]))
+
+
+def answer_all(
+    sheets: Sequence[AnswerSheet],
+    asked: Sequence[AskedModel],
+    wanted: Sequence[tuple[str, int]],
+    given: argparse.Namespace,
+) -> Comparison | None:
+    """Have the `wanted` answers (problem, sample) given, in this order, or as many as a decision takes. Of two sheets
+    returns how they compare."""
+    stops = looks(len(wanted)) if given.until_decided else [len(wanted)]
+    for look, stop in enumerate(stops, 1):
+        for one in asked:
+            one.ask(wanted[:stop])
+            if not given.until_decided:
+                one.close()  # its memory is the next one's
+        if len(sheets) == 1:
+            return None
+        looked, taken = (look, len(stops)), [sheet.graded(set(wanted[:stop])) for sheet in sheets]
+        if is_decided(paired(*map(mean_rewards, taken)), len(stops)):
+            break
+    groups = difficulties(sheets[0].problems, given.difficulty, mean_rewards(taken[0]))
+    return compare(sheets, groups, taken, looked, 2 * len(wanted))
+
+
+# -- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def prepare(model: str, given: argparse.Namespace, make_workflow: WorkflowMaker, slot: int) -> AskedModel:
+    """Everything that is needed to ask a model, checked; nothing is started. Raises ConfigError, DatasetError."""
+    remote = describe_server(url_of(model)) if ADDRESS.fullmatch(model) else None
+    folder = resolve_model(remote.tokenizer if remote else model)
+    configs = {name: config_of(given, folder, path) for name, path in tasks_of(given).items()}
+    config = next(iter(configs.values()))
+    tokenizer = load_tokenizer(config)
+    reward_fn = reward_of(given.reward)
+    problems = [
+        Problem(replace(task, id=f"{name}/{task.id}"), name, *prompt_of(tokenizer, task))
+        for name, own in configs.items()
+        for task in load_tasks(dataset_of(own), tokenizer, config.seed, reward_fn)
+    ]
+    sampling = {key: value for key, value in vars(config.eval_gconfig).items() if key != "n_samples"}
+    by_dataset = {name: [as_record(p.task) for p in problems if p.dataset == name] for name in configs}
+    server = {"dtype": config.server.dtype, "deterministic": config.server.deterministic}
+    identity = {
+        "model": model,
+        "weights": remote.weights if remote else weights_of(folder),
+        "server": "remote" if remote else server,
+        "tasks": {name: digest(records) for name, records in by_dataset.items()},
+        "prompts": digest([problem.prompt_text for problem in problems]),
+        "sampling": sampling,
+        "seed": config.seed,
+        "reward": f"{reward_fn.__module__}:{reward_fn.__qualname__}",
+    }
+    root = Path(given.out or Path(config.cluster.fileroot) / "eval" / slug("-".join(configs)))
+    sheet = AnswerSheet(root / slug(model))
+    sheet.begin(identity, problems)
+    workflow = make_workflow(
+        reward_fn,
+        replace(config.eval_gconfig, n_samples=1),
+        tokenizer,
+        config=config.rollout,
+        context_length=config.server.context_length,
+    )
+    num_servers = len(given.models) if given.until_decided else 1
+    return AskedModel(sheet, config, workflow, folder, remote, slot if given.until_decided else 0, num_servers)
+
+
+def tasks_of(given: argparse.Namespace) -> dict[str, str]:
+    """Name -> path of each data set; "" for that of the configuration."""
+    if given.tasks is None:
+        if not given.config:
+            raise ConfigError("no tasks: give --tasks FILE, or --config with a valid_dataset")
+        return {"held-out": ""}
+    named: dict[str, str] = {}
+    for path in filter(None, given.tasks.split(",")):
+        parts = Path(path)
+        name = f"{parts.parent.name}-{parts.stem}" if parts.stem in ("test", "train", "valid") else parts.stem
+        named[name.strip("-") if name.strip("-") not in named else f"{name}-{len(named)}"] = path
+    return named
+
+
+def config_of(given: argparse.Namespace, folder: str, path: str) -> GRPOConfig:
+    """The configuration of a run that would evaluate the model in `folder` on `path`."""
+    file = Path(given.config or os.devnull)
+    said = Reader(GRPOConfig, file, given.overrides).places
+    before = [f"actor.path={folder}"] + [d for d in DEFAULTS if d.partition("=")[0] not in said]
+    if not given.config:
+        before.append(f"train_dataset.path={path}")
+    if path:
+        before.append(f"valid_dataset.path={path}")
+    if given.n is not None:
+        before.append(f"eval_gconfig.n_samples={given.n}")
+        if given.n > 1 and not given.config:
+            before.append("eval_gconfig.temperature=1.0")
+    # Rules between training and evaluation are no concern here.
+    for key, same in (("actor.dtype", "server.dtype"), ("gconfig.max_new_tokens", "eval_gconfig.max_new_tokens")):
+        if same in said and key not in said:
+            before.append(f"{key}=${{{same}}}")
+    if "tokenizer_path" not in said:
+        before.append(f"tokenizer_path={folder}")
+    return load_config_file(file, [*before, *given.overrides], GRPOConfig)
+
+
+def dataset_of(config: GRPOConfig) -> DatasetConfig:
+    if config.valid_dataset is None:
+        raise ConfigError("the configuration has no valid_dataset: give --tasks FILE")
+    return config.valid_dataset
+
+
+def reward_of(name: str | None) -> RewardFunction:
+    """The function of "module:function" or "file.py:function". Raises ConfigError."""
+    module, colon, function = (name or "").rpartition(":")
+    if not colon or not module or not function:
+        raise ConfigError(
+            f"--reward is {name}: give MODULE:FUNCTION, such as arealite.reward.math:math_reward, or FILE.py:FUNCTION"
+        )
+    if module.endswith(".py"):  # reward workers find it by the name of its module
+        sys.path.insert(0, str(Path(module).resolve().parent))
+        module = Path(module).stem
+    try:
+        found: RewardFunction = vars(importlib.import_module(module))[function]
+    except (ImportError, KeyError) as error:
+        raise ConfigError(f"--reward {name}: {type(error).__name__}: {error}") from error
+    return found
+
+
+def url_of(model: str) -> str:
+    return model.rstrip("/") if "://" in model else f"http://{model}"
+
+
+def slug(name: str) -> str:
+    """A name for a folder, with the end of `name` in it."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[-80:] or "model"
+
+
+# -- what comes of it -------------------------------------------------------------------------------------------------
+
+
+def report(sheets: Sequence[AnswerSheet], difficulty: str | None, among: Among, comparison: Comparison | None) -> None:
+    """Table, result.json and report.html: in the sheet's folder; of two, in one beside the last. Raises OSError."""
+    baseline = mean_rewards(sheets[0].graded(among)) if comparison else {}
+    groups = difficulties(sheets[0].problems, difficulty, baseline)
+    results = [figures(sheet, groups, among) for sheet in sheets]
+    folder = sheets[-1].folder
+    if comparison is not None:
+        folder = folder.parent / f"{sheets[0].folder.name}--{folder.name}"
+    write_json(folder / "result.json", {"results": results, "comparison": comparison and comparison.as_json()})
+    write_text(folder / "report.html", page(sheets, results, comparison, among))
+    console = Console(highlight=False, width=terminal_width() or NO_TERMINAL_WIDTH)
+    console.print(table(results, comparison))
+    if comparison is not None:
+        console.print(Text(f"verdict: {comparison.words}", style="bold"))
+    for path in ("result.json", "report.html"):
+        console.print(Text(str(folder / path)), soft_wrap=True)
+
+
+def reverify(folder: Path, reward: str | None) -> None:
+    """Grade the answers of a sheet again, by `reward` or by what graded them before; show what changed, keep the new
+    grades, and report. Raises ConfigError."""
+    if not AnswerSheet.exists(folder):
+        raise ConfigError(f"{folder} holds no evaluation: give the folder with its answers.jsonl")
+    sheet = AnswerSheet(folder)
+    reward_fn = reward_of(reward or sheet.identity["reward"])
+    with ExitStack() as stack:
+        sheet.begin(sheet.identity, sheet.problems)
+        stack.callback(sheet.end)
+        pool = RewardPool(reward_fn, num_workers=os.cpu_count() or 1)
+        stack.callback(pool.close)
+        before = [(problem, answer) for problem in sheet.problems for answer in sheet.of(problem.task.id)]
+        after = asyncio.run(_grade(pool, before))
+        console = Console(highlight=False, width=terminal_width() or NO_TERMINAL_WIDTH)
+        changed = [(old, new) for (_, old), new in zip(before, after, strict=True) if old.reward != new.reward]
+        console.print(f"{len(changed)} of {len(before)} answers have another reward than before")
+        for old, new in changed[:MAX_CHANGES_SHOWN]:
+            was, now = ("not graded" if a.reward is None else f"{a.reward:g}" for a in (old, new))
+            text = " ".join(new.text.split())[-60:]
+            console.print(
+                Text(f"  {old.problem} sample {old.sample}: {was} -> {now}  {new.error or text}"), soft_wrap=True
+            )
+        if changed:
+            sheet.regrade(after, f"{reward_fn.__module__}:{reward_fn.__qualname__}")
+    report([sheet], None, None, None)
+
+
+async def _grade(pool: RewardPool, answers: Sequence[tuple[Problem, GradedAnswer]]) -> list[GradedAnswer]:
+    async def one(problem: Problem, answer: GradedAnswer) -> GradedAnswer:
+        task = problem.task
+        try:
+            score = await pool.score(
+                problem.prompt_text, answer.text, problem.prompt_ids, answer.token_ids, task.answer, task.extras
+            )
+        except RewardError as error:
+            return replace(answer, reward=None, reward_parts={}, error=last_line(str(error)))
+        return replace(answer, reward=score.reward, reward_parts=score.parts, error="")
+
+    return await asyncio.gather(*(one(problem, answer) for problem, answer in answers))
