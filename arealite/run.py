@@ -79,7 +79,8 @@ AnyClosed = TypeVar("AnyClosed", bound=Closed)
 
 logger = logging.getLogger(__name__)
 
-# The held-out numbers of the weights after so many steps, by name; on all ranks.
+# Measures the weights after so many steps on what is held out, or begins to; held-out numbers that are there, by name.
+# On all ranks.
 Evaluate = Callable[[int], Mapping[str, float]]
 
 
@@ -142,8 +143,8 @@ class Run:
     def steps(self, evaluate: Evaluate | None = None) -> Iterator[int]:
         """The steps that are left, counted from 0; the block of each is timed as `step_s`. After it: checkpoint,
         evaluation, metrics (what is in `stats`, and what the rollout client says) and recovery point, each when due."""
-        if evaluate is not None and self._next == 0 and self.config.evaluator.at_start:
-            evaluate(0)
+        if evaluate is not None and ((self._next == 0 and self.config.evaluator.at_start) or self._owes_evaluation()):
+            evaluate(self._next)
         if self.is_head:
             self._logger.begin(self._next)
         for step in range(self._next, self.total_steps):
@@ -160,7 +161,7 @@ class Run:
             finished, epoch, self.collective, last and self.config.evaluator.at_end
         ):
             with self.stats.timer("eval"):
-                self.stats.update({f"eval_{name}": value for name, value in evaluate(finished).items()})
+                self.note_evaluation(evaluate(finished))
         stats = self.stats.export()
         if self.is_head:
             groups = None if self._rollout is None else self._rollout.last_groups
@@ -168,6 +169,15 @@ class Run:
             self._logger.commit(finished - 1, epoch, stats | told, groups, self.tokenizer)
         # Last of all, because what comes after it is done again after a kill.
         self._recover.maybe_save(finished, epoch, last)
+
+    def note_evaluation(self, numbers: Mapping[str, float]) -> None:
+        """Held-out numbers, for the line of the step that is being made."""
+        self.stats.update({f"eval_{name}": value for name, value in numbers.items()})
+
+    def _owes_evaluation(self) -> bool:
+        """Whether one of these weights had begun when the run was killed. Collective."""
+        owed: bool = self.collective.on_head(self.folder.owed_evaluation(self._next).is_file)
+        return owed
 
     def _report(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.is_head:

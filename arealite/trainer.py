@@ -76,11 +76,30 @@ def open_evaluation(
     workflow: RolloutWorkflow,
     reward_fn: RewardFunction | None,
 ) -> Evaluate | None:
-    """What `run.steps` calls to ask the held-out tasks with `workflow`; None where `config` has none."""
+    """What `run.steps` calls to ask the held-out tasks with `workflow`; None where `config` has none.
+
+    They are asked beside the next step's rollouts and training. The upload at its end waits for the answers that are
+    left, so that all of them are by the weights that were to be measured; the numbers stand in that step's line.
+    """
     if config.valid_dataset is None:
         return None
     tasks = load_tasks(config.valid_dataset, run.tokenizer, config.seed, reward_fn)
-    return Evaluator(run.folder, rollout, workflow, tasks, actor.collective).measure
+    evaluator = Evaluator(run.folder, rollout, workflow, tasks, actor.collective)
+
+    def finish() -> dict[str, float]:
+        with run.stats.timer("eval"):
+            result = evaluator.finish()
+        return {} if result is None else result.metrics()
+
+    def measure(step: int) -> dict[str, float]:
+        numbers = finish()  # where a step uploads nothing
+        evaluator.begin(step)
+        # After the last step no upload comes, and servers that take turns with the trainer stand still in a step.
+        is_alone = step == run.total_steps or AllocationMode.parse(config.allocation_mode).colocated
+        return finish() if is_alone else numbers
+
+    actor.before_upload = lambda: run.note_evaluation(finish())
+    return measure
 
 
 class PPOTrainer:

@@ -25,14 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 REWARDS = '''"""Rewards of the tests."""
 import time
 
-def vowels(prompt, completion, prompt_ids, completion_ids, *, answer):
+def vowels(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
     return float(any(letter in completion.lower() for letter in "aeiou"))
 
-def slow(prompt, completion, prompt_ids, completion_ids, *, answer):
-    time.sleep(0.1)
+def slow(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
+    time.sleep(0.05)
     return vowels(prompt, completion, prompt_ids, completion_ids, answer=answer)
 
-def picky(prompt, completion, prompt_ids, completion_ids, *, answer):
+def picky(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
     if len(completion_ids) % 2:
         raise ValueError("an odd answer")
     return 1.0
@@ -97,7 +97,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(place, folde
     assert straight.wait(120) == 0
     one, other = result_of(folder), result_of(place / "straight" / folder.name)
     assert one == other and one["results"][0]["num_answers"] == 40
-    assert "report.html" in told and re.search(r"pass@4 +│ [01]\.\d+ \[", told)
+    assert "report.html" in told and re.search(r"pass@4 +│ +[01]\.\d+ \[", told)
     third = start(words)  # everything is there: no server is started
     assert third.wait(60) == 0 and len(answers_of(folder)) == 40
     assert (folder / "logs" / "server-0.log").read_text().count("=== ") == 2
@@ -124,7 +124,7 @@ def test_two_models_are_compared_and_only_what_is_comparable(place, folders, cap
     assert main([*other, "eval_gconfig.temperature=0.5"]) == 2
     assert "sampling.temperature: 0.5 and 1.0" in capsys.readouterr().err
     assert main(command(place, folders[1], str(sheets[0]), out="graded", reward="slow")) == 2
-    assert "reward: 'rewards:slow' and 'rewards:vowels'" in capsys.readouterr().err
+    assert re.search(r"reward.name: '\S+/rewards.py:slow' and '\S+/rewards.py:vowels'", capsys.readouterr().err)
     (place / "sums.jsonl").write_text('{"prompt": "another", "answer": "1"}\n')
     assert main(command(place, folders[1], str(sheets[0]), out="tasks")) == 2
     told = capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_stored_answers_are_graded_again_without_sampling(place, folders, capsys
     assert result_of(folder)["results"][0]["num_reward_errors"] == sum(a["reward"] is None for a in after)
     assert answers_of(folder.parent / folder.name) != before
     assert [json.loads(line) for line in (folder / "answers.1.jsonl").read_text().splitlines()] == before
-    assert AnswerSheet(folder).identity["reward"] == "rewards:picky"
+    assert AnswerSheet(folder).identity["reward"]["name"].endswith("rewards.py:picky")
 
 
 @pytest.mark.parametrize(
@@ -190,8 +190,8 @@ def test_command_lines_that_make_no_sense(words, told, capsys):
 def test_what_is_missing_is_named_before_anything_starts(place, folders, capsys):
     for words, told in (
         ([str(folders[0])], "no tasks"),
-        ([str(folders[0]), "--tasks", str(place / "sums.jsonl")], "--reward is None"),
-        ([str(folders[0]), "--tasks", str(place / "sums.jsonl"), "--reward", "json:nothing"], "KeyError: 'nothing'"),
+        ([str(folders[0]), "--tasks", str(place / "sums.jsonl")], "nothing says how to grade"),
+        ([str(folders[0]), "--tasks", str(place / "sums.jsonl"), "--reward", "json:nothing"], "no function 'nothing'"),
         ([str(place), "--tasks", str(place / "sums.jsonl"), "--reward", "json:dumps"], "no tokenizer can be read"),
         ([*command(place, folders[0])[1:], "eval_gconfig.temperature=0"], "all answers of a group would be equal"),
         (["reverify", str(place)], "holds no evaluation"),

@@ -83,10 +83,10 @@ class FSDPEngine:
         self.temperature: float = 1.0 if config.temperature is None else config.temperature
         if not self.temperature > 0:
             raise ConfigError("actor.temperature is 0: greedy answers have no logprobs to train on; set it above 0")
-        self.version = 0
-        self.num_updates = self._num_bad_updates = 0  # optimiser updates: applied; skipped in a row
+        self.version = self.num_updates = self._num_bad_updates = 0  # optimiser updates: applied; skipped in a row
         self._planned_steps: int | None = None
         self._adapter: dict[str, Any] | None = None  # LoRA: what PEFT's adapter_config.json says
+        self.before_upload: Callable[[], object] = lambda: None  # collective, while servers have the earlier weights
         self._rollout: InferenceEngine | None = None
         self._link: WeightLink | None = None
         self._sent: WeightUpdateMeta | None = None
@@ -295,14 +295,14 @@ class FSDPEngine:
 
     def upload_weights(self, meta: WeightUpdateMeta | None = None) -> int:
         """Publish the weights as the current version, have all servers load them, and verify that they did. Generation
-        is paused for the swap alone, or stays paused if it is.
-
-        `meta` None: publish over the link. Otherwise the weights that it describes are already published. Returns the
-        version. Raises WeightSyncError (or what the servers' client raises) on all ranks.
+        is paused for the swap alone, or stays paused if it is. `meta` None: publish over the link. Otherwise the
+        weights that it describes are already published. Returns the version. Raises WeightSyncError (or what the
+        servers' client raises) on all ranks.
         """
         if self._rollout is None or self._link is None:
             raise WeightSyncError("no inference engine to send weights to: call connect_engine(rollout, link) first")
         rollout, link, is_head = self._rollout, self._link, self.collective.rank == 0
+        self.before_upload()
         self.collective.barrier("upload_weights")
         failure: WeightSyncError | None = None
         if meta is None:

@@ -10,7 +10,6 @@ import asyncio
 import importlib
 import os
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -46,6 +45,7 @@ from arealite.evaluation.statistics import is_decided, looks, order
 from arealite.models.fetch import resolve_model
 from arealite.observe.progress import terminal_width
 from arealite.observe.reasons import last_line
+from arealite.reward.audit import find_reward
 from arealite.reward.pool import RewardFunction, RewardPool
 
 OVERRIDE = re.compile(r"[a-z_][\w.]*=")
@@ -192,7 +192,7 @@ def prepare(model: str, given: argparse.Namespace, make_workflow: WorkflowMaker,
     configs = {name: config_of(given, folder, path) for name, path in tasks_of(given).items()}
     config = next(iter(configs.values()))
     tokenizer = load_tokenizer(config)
-    reward_fn = reward_of(given.reward)
+    reward_fn, reward = reward_of(given.reward)
     problems = [
         Problem(replace(task, id=f"{name}/{task.id}"), name, *prompt_of(tokenizer, task))
         for name, own in configs.items()
@@ -209,7 +209,7 @@ def prepare(model: str, given: argparse.Namespace, make_workflow: WorkflowMaker,
         "prompts": digest([problem.prompt_text for problem in problems]),
         "sampling": sampling,
         "seed": config.seed,
-        "reward": f"{reward_fn.__module__}:{reward_fn.__qualname__}",
+        "reward": reward,
     }
     root = Path(given.out or Path(config.cluster.fileroot) / "eval" / slug("-".join(configs)))
     sheet = AnswerSheet(root / slug(model))
@@ -267,21 +267,16 @@ def dataset_of(config: GRPOConfig) -> DatasetConfig:
     return config.valid_dataset
 
 
-def reward_of(name: str | None) -> RewardFunction:
-    """The function of "module:function" or "file.py:function". Raises ConfigError."""
-    module, colon, function = (name or "").rpartition(":")
-    if not colon or not module or not function:
-        raise ConfigError(
-            f"--reward is {name}: give MODULE:FUNCTION, such as arealite.reward.math:math_reward, or FILE.py:FUNCTION"
-        )
-    if module.endswith(".py"):  # reward workers find it by the name of its module
-        sys.path.insert(0, str(Path(module).resolve().parent))
-        module = Path(module).stem
-    try:
-        found: RewardFunction = vars(importlib.import_module(module))[function]
-    except (ImportError, KeyError) as error:
-        raise ConfigError(f"--reward {name}: {type(error).__name__}: {error}") from error
-    return found
+def reward_of(name: str | None) -> tuple[RewardFunction, dict[str, str]]:
+    """The function that `--reward` names; and what it is known by: its name, and a digest of its code. Raises
+    ConfigError."""
+    if name is None:
+        raise ConfigError("nothing says how to grade: give --reward MODULE:FUNCTION or FILE.py:FUNCTION")
+    found = find_reward(name)
+    place, colon, function = name.partition(":")
+    is_file = place.endswith(".py")
+    source = Path(place).resolve() if is_file else Path(str(importlib.import_module(place).__file__))
+    return found, {"name": f"{source if is_file else place}{colon}{function}", "code": digest(source.read_text())}
 
 
 def url_of(model: str) -> str:
@@ -320,7 +315,7 @@ def reverify(folder: Path, reward: str | None) -> None:
     if not AnswerSheet.exists(folder):
         raise ConfigError(f"{folder} holds no evaluation: give the folder with its answers.jsonl")
     sheet = AnswerSheet(folder)
-    reward_fn = reward_of(reward or sheet.identity["reward"])
+    reward_fn, graded_by = reward_of(reward or sheet.identity["reward"]["name"])
     with ExitStack() as stack:
         sheet.begin(sheet.identity, sheet.problems)
         stack.callback(sheet.end)
@@ -338,7 +333,8 @@ def reverify(folder: Path, reward: str | None) -> None:
                 Text(f"  {old.problem} sample {old.sample}: {was} -> {now}  {new.error or text}"), soft_wrap=True
             )
         if changed:
-            sheet.regrade(after, f"{reward_fn.__module__}:{reward_fn.__qualname__}")
+            sheet.regrade(after)
+        sheet.set_identity({**sheet.identity, "reward": graded_by})
     report([sheet], None, None, None)
 
 

@@ -115,11 +115,11 @@ class AnswerSheet:
                 " remove that folder"
             )
         if not self.identity:
-            self.identity, self.problems = identity, list(problems)
+            self.problems = list(problems)
             rows = [asdict(problem) | {"task": as_record(problem.task)} for problem in problems]
             write_jsonl(self.folder / "problems.jsonl", rows)
             self.answers = {problem.task.id: {} for problem in problems}
-            write_json(self.folder / "identity.json", identity)
+            self.set_identity(identity)
         if self._torn:
             os.truncate(path := self.folder / "answers.jsonl", path.stat().st_size - len(self._torn))
             self._torn = b""
@@ -137,7 +137,7 @@ class AnswerSheet:
     def _keep(self, answer: GradedAnswer) -> None:
         self.answers[answer.problem][answer.sample] = answer
 
-    def regrade(self, answers: Iterable[GradedAnswer], reward: str) -> None:
+    def regrade(self, answers: Iterable[GradedAnswer]) -> None:
         """Put other grades in place of all; the earlier file stays, numbered. Raises OSError."""
         path = self.folder / "answers.jsonl"
         number = 1 + len(list(self.folder.glob("answers.*.jsonl")))
@@ -146,8 +146,11 @@ class AnswerSheet:
         write_jsonl(path, map(vars, answers))
         for answer in answers:
             self._keep(answer)
-        self.identity["reward"] = reward
-        write_json(self.folder / "identity.json", self.identity)
+
+    def set_identity(self, identity: dict[str, Any]) -> None:
+        """Raises OSError."""
+        self.identity = identity
+        write_json(self.folder / "identity.json", identity)
 
     def of(self, problem: str, among: Collection[tuple[str, int]] | None = None) -> list[GradedAnswer]:
         """The answers to a problem in the order of its samples; only those `among` (problem, sample), if given."""

@@ -175,31 +175,38 @@ def rollout_stats(groups: Sequence[Group]) -> dict[str, float]:
 class EvaluationResult:
     """Held-out accuracy after `step` steps.
 
-    `accuracy` is the mean over scored tasks of the task's mean reward, `stderr` its standard error over tasks (0 for
-    one task). Answers whose reward failed are in `num_reward_errors`, never a reward of 0; a task without any scored
-    answer is in `num_tasks` but not in `num_tasks_scored`. `pass_at[k]` is there for several samples per task. `why`:
-    how many answers have no reward, by reason.
+    `accuracy` is the mean over scored tasks of the task's mean reward, `low` to `high` its 95% interval over tasks
+    (evaluation/statistics.py). Answers whose reward failed are in `num_reward_errors`, never a reward of 0; a task
+    without any scored answer is in `num_tasks` but not in `num_tasks_scored`. `versions`: of the weights that wrote the
+    answers. `pass_at[k]` is there for several samples per task. `why`: how many answers have no reward, by reason.
     """
 
     step: int
     accuracy: float
-    stderr: float
+    low: float
+    high: float
     num_tasks: int
     num_tasks_scored: int
     num_samples: int
     num_reward_errors: int
     num_failed: int
     evaluate_s: float
+    versions: list[int] = field(default_factory=list)
     pass_at: dict[int, float] = field(default_factory=dict)
     why: dict[str, int] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """What a line of metrics.jsonl says of it, as eval_<name>; the step is the one whose weights were asked."""
+        return {"step": self.step, "accuracy": self.accuracy, "accuracy_low": self.low, "accuracy_high": self.high}
 
     def line(self) -> Text:
         """What it found, for the person who watches the run."""
         scored = "" if self.num_tasks_scored == self.num_tasks else f"{self.num_tasks_scored} of "
+        mixed = f"  by weights of several versions: {self.versions}" if len(self.versions) > 1 else ""
         chances = "".join(f"  pass@{k} {value:.3f}" for k, value in self.pass_at.items())
         return Text(
-            f"held-out accuracy after {self.step} steps: {self.accuracy:.3f} ± {self.stderr:.3f} on"
-            f" {scored}{self.num_tasks} tasks{chances}  {self.evaluate_s:.0f} s"
+            f"held-out accuracy after {self.step} steps: {self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}] on"
+            f" {scored}{self.num_tasks} tasks{chances}  {self.evaluate_s:.0f} s{mixed}"
         )
 
 

@@ -73,6 +73,10 @@ class RunFolder:
         """The held-out answers given after `step` steps."""
         return self.evaluation_dir / f"step_{step:06d}.jsonl"
 
+    def owed_evaluation(self, step: int) -> Path:
+        """A note that the evaluation after `step` steps has begun; it is there until the result is."""
+        return self.evaluation_dir / f"step_{step:06d}.owed"
+
     def checkpoint(self, step: int) -> Path:
         """The Hugging Face folder saved after `step` steps."""
         return self.checkpoints_dir / f"step_{step:06d}"

@@ -84,8 +84,8 @@ def summarise(folder: RunFolder, lines: Lines, evaluations: Lines) -> dict[str, 
     return common | {
         "accuracy_before": before.get("accuracy"),
         "accuracy_after": after.get("accuracy"),
-        "accuracy_before_stderr": before.get("stderr"),
-        "accuracy_after_stderr": after.get("stderr"),
+        "accuracy_before_interval": [before.get("low"), before.get("high")],
+        "accuracy_after_interval": [after.get("low"), after.get("high")],
         "pass_at_before": before.get("pass_at", {}),
         "pass_at_after": after.get("pass_at", {}),
         "num_held_out_tasks": evaluations[-1]["num_tasks"] if evaluations else 0,
@@ -165,10 +165,10 @@ def _table(summary: dict[str, Any]) -> Table:
     table.add_column("after", justify="right", style="bold green")
     num_scored, num_tasks = list(dict.fromkeys(summary["num_held_out_tasks_scored"])), summary["num_held_out_tasks"]
     of_all = f" of {num_tasks}" if num_scored not in ([], [num_tasks]) else ""
-    accuracy = [(summary[f"accuracy_{when}"], summary[f"accuracy_{when}_stderr"]) for when in ("before", "after")]
+    accuracy = [(summary[f"accuracy_{when}"], summary[f"accuracy_{when}_interval"]) for when in ("before", "after")]
     table.add_row(
         f"accuracy on {' and '.join(map(str, num_scored or [num_tasks]))}{of_all} held-out tasks",
-        *("not measured" if mean is None else f"{mean:.3f} ± {stderr or 0:.3f}" for mean, stderr in accuracy),
+        *("not measured" if mean is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, (low, high) in accuracy),
     )
     chances = [summary[f"pass_at_{when}"] for when in ("before", "after")]
     for k in sorted(set().union(*chances), key=int):
@@ -244,9 +244,13 @@ def plot_reward(folder: RunFolder, lines: Lines, evaluations: Lines) -> str:
                   label="training reward, each step")  # fmt: skip
         axes.plot(list(rewards), means, color=REWARD_COLOR, linewidth=2, label="running mean")
     if evaluations:
-        steps, accuracy, errors = ([e[key] for e in evaluations] for key in ("step", "accuracy", "stderr"))
+        steps, accuracy, lows, highs = ([e[key] for e in evaluations] for key in ("step", "accuracy", "low", "high"))
+        errors = [
+            [a - b for a, b in zip(accuracy, lows, strict=True)],
+            [b - a for a, b in zip(accuracy, highs, strict=True)],
+        ]
         axes.errorbar(steps, accuracy, yerr=errors, color=HELD_OUT_COLOR, fmt="D--", markersize=6, linewidth=1.2,
-                      capsize=3, label="held-out accuracy ± standard error")  # fmt: skip
+                      capsize=3, label="held-out accuracy, 95% interval")  # fmt: skip
         for step, value in {steps[0]: accuracy[0], steps[-1]: accuracy[-1]}.items():
             axes.annotate(f"{value:.2f}", (step, value), xytext=(9, -15), textcoords="offset points", ha="left",
                           color=HELD_OUT_COLOR, fontweight="bold", annotation_clip=False)  # fmt: skip

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 
 from arealite.observe.processes import Heartbeat
-from arealite.observe.records import read_metrics
+from arealite.observe.records import read_evaluations, read_metrics
+from arealite.observe.run_folder import RunFolder
 from arealite.rollout.ledger import audit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +83,7 @@ class Run:
         assert summary["mismatch_mean"] < 1e-4
         assert {"accuracy_before", "accuracy_after", "train_s", "tokens_per_s"} <= summary.keys()
         assert [line["step"] for line in self.steps()] == list(range(num_steps))
+        self.check_evaluations()
         rollouts = sorted((self.folder / "rollouts").glob("step_*.jsonl"))
         assert len(rollouts) == num_steps
         rows = [json.loads(line) for line in rollouts[0].read_text().splitlines()]
@@ -92,6 +94,17 @@ class Run:
         report = audit(self.folder / "ledger.jsonl")
         assert not report.violations
         assert sum(state == "trained" for state in report.states.values()) == num_steps * 4
+
+    def check_evaluations(self) -> None:
+        """Each was made beside the steps, by the weights of its step alone, and its interval is in the metrics."""
+        results = {e["step"]: e for e in read_evaluations(RunFolder(self.folder))}
+        assert results and not list((self.folder / "evaluation").glob("*.owed"))
+        assert {step: e["versions"] for step, e in results.items()} == {step: [step] for step in results}
+        told = {line["eval_step"]: line for line in self.steps() if "eval_step" in line}
+        assert told.keys() <= results.keys() and max(results) in told
+        for step, line in told.items():
+            names = {"eval_accuracy": "accuracy", "eval_accuracy_low": "low", "eval_accuracy_high": "high"}
+            assert {name: line[name] for name in names} == {name: results[step][of] for name, of in names.items()}
 
     def steps(self) -> list[dict]:
         """What is known of each finished step that was not done again."""
