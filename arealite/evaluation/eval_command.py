@@ -10,18 +10,16 @@ import asyncio
 import importlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from arealite.api.atomic import write_json, write_text
-from arealite.api.cli_args import DatasetConfig, GenerationHyperparameters, GRPOConfig, InferenceEngineConfig
+from arealite.api.cli_args import DatasetConfig, GRPOConfig
 from arealite.api.errors import ConfigError, RewardError
 from arealite.api.load_config import Reader, load_config_file
 from arealite.api.paths import expand
@@ -70,20 +68,6 @@ END = """examples:
 The same command goes on where it was stopped; no answer is sampled twice."""
 
 
-class WorkflowMaker(Protocol):
-    """workflow.rlvr.RLVRWorkflow, or alike."""
-
-    def __call__(
-        self,
-        reward_fn: RewardFunction,
-        gconfig: GenerationHyperparameters,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        config: InferenceEngineConfig,
-        context_length: int | None,
-    ) -> RolloutWorkflow: ...
-
-
 def parse(words: list[str]) -> argparse.Namespace:
     """The command line; `models` and `overrides` apart from each other."""
     parser = argparse.ArgumentParser(
@@ -122,8 +106,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     return given
 
 
-def main(words: list[str], make_workflow: WorkflowMaker) -> int:
-    """Returns the exit code 0; what is wrong is raised as ArealiteError, or ends with argparse's message."""
+def main(words: list[str], make_workflow: Callable[..., RolloutWorkflow]) -> int:
+    """Returns the exit code 0; what is wrong is raised as ArealiteError, or ends with argparse's message.
+    `make_workflow`: workflow.rlvr.RLVRWorkflow, or what takes the same and answers with one trajectory."""
     given = parse(words)
     if given.is_again:
         reverify(Path(expand(given.models[0])), given.reward)
@@ -185,7 +170,9 @@ def answer_all(
 # -- what is asked ----------------------------------------------------------------------------------------------------
 
 
-def prepare(model: str, given: argparse.Namespace, make_workflow: WorkflowMaker, slot: int) -> AskedModel:
+def prepare(
+    model: str, given: argparse.Namespace, make_workflow: Callable[..., RolloutWorkflow], slot: int
+) -> AskedModel:
     """Everything that is needed to ask a model, checked; nothing is started. Raises ConfigError, DatasetError."""
     remote = describe_server(url_of(model)) if ADDRESS.fullmatch(model) else None
     folder = resolve_model(remote.tokenizer if remote else model)
@@ -245,7 +232,7 @@ def config_of(given: argparse.Namespace, folder: str, path: str) -> GRPOConfig:
     said = Reader(GRPOConfig, file, given.overrides).places
     before = [f"actor.path={folder}"] + [d for d in DEFAULTS if d.partition("=")[0] not in said]
     if not given.config:
-        before.append(f"train_dataset.path={path}")
+        before.append("train_dataset.path=unused")
     if path:
         before.append(f"valid_dataset.path={path}")
     if given.n is not None:
