@@ -10,8 +10,7 @@ from support.inference import WAIT_S, fetch, wait_until
 from transformers import AutoTokenizer
 
 from arealite.api.errors import RequestError
-from arealite.inference.openai.calls import OpenAICall, Served, model_defaults
-from arealite.inference.openai.completions import parse_completion
+from arealite.inference.openai.completions import OpenAICall, Served, model_defaults, parse_completion
 from arealite.inference.requests import ServedLimits
 
 MODEL = "smol"

@@ -16,8 +16,7 @@ from arealite.launcher import machine as machine_module
 from arealite.launcher.allocation import trainer_dims
 from arealite.launcher.check import check
 from arealite.launcher.machine import Machine
-from arealite.launcher.plan import make_plan, share_cores
-from arealite.launcher.servers import PORT, flags
+from arealite.launcher.plan import PORT, flags, make_plan, share_cores
 
 SCRIPT = ("train.py", "--config", "run.yaml", "seed=2")
 GRPO = "actor: {path: m}\ntrain_dataset: {path: d.jsonl}\n"

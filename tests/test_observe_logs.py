@@ -17,7 +17,6 @@ from arealite.api.types import Group, Task, Trajectory
 from arealite.observe.progress import Progress, format_span, time_shares
 from arealite.observe.reasons import MAX_KINDS, by_kind
 from arealite.observe.records import (
-    MetricsFile,
     num_restarts,
     read_metrics,
     rollout_rows,
@@ -133,9 +132,11 @@ def test_line_torn_by_a_kill_costs_only_itself(tmp_path, cut):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk_stops_at_the_metrics_with_a_clear_error():
-    with pytest.raises(ArealiteError, match=r"cannot write .*full: No space left .* make room"):
-        MetricsFile(Path("/dev/full"), 0).write(0, 0, {"loss": 1.0})
+def test_full_disk_stops_at_the_metrics_with_a_clear_error(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log, _ = logger(RunFolder(tmp_path))
+    with pytest.raises(ArealiteError, match=r"cannot write .*metrics.jsonl: No space left .* make room"):
+        log.commit(0, 0, {"loss": 1.0})
 
 
 def test_full_disk_drops_rollouts_visibly_and_goes_on(tmp_path, monkeypatch):

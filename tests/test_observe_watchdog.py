@@ -73,7 +73,7 @@ def processes(tmp_path):
 def test_silence_names_the_frozen_process_and_the_others_show_stacks(processes):
     processes.start("server-0", "clients")
     processes.start("trainer-0", "server-0")
-    watchdog = Watchdog(processes.folder, 0.05, stall_s=STALL_S)
+    watchdog = Watchdog(processes.folder, 0.05, stall_s=3 * STALL_S)  # the first waits while the second starts
     watchdog.look(processes.pids())
     processes.started["server-0"].send_signal(signal.SIGSTOP)
     report = processes.look_until_report(watchdog)
@@ -95,8 +95,8 @@ def test_silence_names_the_frozen_process_and_the_others_show_stacks(processes):
 def test_a_frozen_process_explains_an_older_wait_of_another(processes):
     processes.start("trainer-0", "server-0")
     processes.start("server-0", "clients")
-    watchdog = Watchdog(processes.folder, 0.05, stall_s=4 * STALL_S)
-    end = time.monotonic() + 2 * STALL_S
+    watchdog = Watchdog(processes.folder, 0.05, stall_s=6 * STALL_S)
+    end = time.monotonic() + STALL_S
     while time.monotonic() < end:
         assert watchdog.look(processes.pids()) is None
         time.sleep(0.05)

@@ -16,7 +16,6 @@ from arealite.engine import determinism, fsdp_engine, state
 from arealite.engine.ppo import actor as actor_module
 from arealite.prove import step as steps
 from arealite.prove.command import Prover, engine, table
-from arealite.prove.layouts import candidates, check_layout
 from arealite.prove.rollouts import check_rollouts
 
 CONFIG = "examples/arealite/quickstart.yaml"
@@ -102,7 +101,7 @@ def test_ranks_that_die_are_a_failure_with_their_error(config):
     # As many as a model of 30 layers has: the ranks must get them all, to fail for the reason that is meant.
     reference.gradients |= {f"layer {i}": torch.zeros(1) for i in range(300)}
     broken = steps.replace(config.actor, max_tokens_per_mb=None)
-    finding = check_layout(broken, reference, Dims())
+    finding = steps.check_layout(broken, reference, Dims())
     assert finding.outcome == "FAIL" and "TypeError" in finding.reason and "rank 0" in finding.reason
 
 
@@ -115,8 +114,8 @@ def test_a_layout_that_is_refused_fails_if_it_is_the_users_own(config):
 
 def test_candidates_and_judgement():
     every = [Dims(d=2, t=2), Dims(d=2), Dims(t=2), Dims(c=2), Dims(p=2), Dims(d=2, e=2)]
-    assert candidates(Dims(d=2, t=2), has_experts=True) == every
-    assert candidates(Dims(), has_experts=False) == every[1:-1]
+    assert steps.candidates(Dims(d=2, t=2), has_experts=True) == every
+    assert steps.candidates(Dims(), has_experts=False) == every[1:-1]
     near, far = {"logprobs": (1e-4, 9.0)}, {"gradients": (0.0, float("nan"))}
     assert steps.judge("c", "x", near, "float32").outcome == "pass"
     found = steps.judge("c", "x", near | far, "bfloat16")

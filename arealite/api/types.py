@@ -29,6 +29,11 @@ class Dims:
     c: int = 1
     e: int = 1
 
+    @property
+    def size(self) -> int:
+        """Devices. Experts are spread over those that are there anyway."""
+        return self.d * self.t * self.p * self.c
+
     def __str__(self) -> str:
         sizes = {"t": self.t, "p": self.p, "c": self.c, "e": self.e}
         return f"d{self.d}" + "".join(f"{letter}{size}" for letter, size in sizes.items() if size > 1)

@@ -24,7 +24,7 @@ from arealite.api.atomic import clean_folder, partial_name, put_in_place, remove
 from arealite.api.errors import ArealiteError, RecoveryError, RunStopped
 from arealite.engine.checkpoint import WriteFailures, attempt, attempt_on_ranks
 from arealite.observe import stop
-from arealite.observe.claim import claim, trace_of_a_run
+from arealite.observe.claim import claim
 from arealite.observe.frequency import Frequency
 from arealite.observe.waits import in_background, waiting
 
@@ -225,10 +225,10 @@ class RecoverHandler:
         """The newest complete point's record; None when there is no point, or when none is wanted."""
         for folder in (self._folder.recover_dir, self._folder.checkpoints_dir):
             clean_folder(folder)
-        claim(self._folder, self._run_config, "trainer")
+        used = claim(self._folder, self._run_config, "trainer")
         points = self._points()
         if not points:
-            if trace_of_a_run(self._folder) is not None:
+            if used:
                 logger.warning("%s holds no recovery point: its run begins again", self._folder.root)
             return None
         for point in reversed(points):

@@ -20,10 +20,9 @@ from arealite.api.errors import ConfigError
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.engine import MAX_QUEUED, Engine
 from arealite.inference.core.served_model import ServedModel
-from arealite.inference.http.routes import build_app
+from arealite.inference.http.routes import ServerSettings, build_app
 from arealite.inference.openai.tools import PARSERS
 from arealite.inference.reward_server import RewardServer, is_reward_model
-from arealite.inference.settings import ServerSettings
 from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
 

@@ -51,8 +51,8 @@ class Component:
 
     @property
     def world_size(self) -> int:
-        """Devices it uses. Outside the MoE form experts are spread over devices that are there anyway."""
-        return self.dims.d * self.dims.t * self.dims.p * self.dims.c
+        """Devices it uses."""
+        return self.dims.size
 
     @property
     def engine_dims(self) -> Dims:
@@ -193,7 +193,7 @@ class _Parser:
         attn = self.dims("dtpc", "attn; experts have their layout in ffn")
         self.expect("|", "ffn", ":")
         start, ffn = self.at, self.dims("dtpe", "ffn")
-        attn_total, ffn_total = attn.d * attn.t * attn.p * attn.c, ffn.d * ffn.t * ffn.p * ffn.e
+        attn_total, ffn_total = attn.size, ffn.size * ffn.e
         if attn_total != ffn_total:
             self.fail(f"ffn has {ffn_total} devices and attn has {attn_total}; they are the same devices", start)
         if attn.p != ffn.p:

@@ -110,19 +110,15 @@ def last_point(folder: RunFolder) -> str:
 @contextmanager
 def exclusive(folder: RunFolder) -> Iterator[None]:
     """Hold the run folder's lock; the kernel releases it when this process ends, however that happens."""
-    lock = FileLock(folder.root / "lock", timeout=LOCK_LIMIT_S)
     try:
-        lock.acquire()
+        with FileLock(folder.root / "lock", timeout=LOCK_LIMIT_S):
+            yield
     except Timeout:
         beat = Heartbeat.read(folder.waits_dir / f"{waits.LAUNCHER}.json")
         raise ConfigError(
             f"{folder.root} is in use by the launcher with pid {beat.pid if beat else 'unknown'}: stop that one, or"
             " choose another trial_name"
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -31,33 +32,32 @@ KEPT = (
 )  # fmt: skip
 
 
-def claim(folder: RunFolder, config: RunConfig, by: str) -> None:
-    """Make `folder` the run's of `config`; what has changed since the last start is a warning. `by`: who asks.
+def claim(folder: RunFolder, config: RunConfig, by: str) -> Path | None:
+    """Make `folder` the run's of `config`; what has changed since the last start is a warning. `by`: who asks. Returns
+    something that an earlier start has left there, and that another run would mix with or write over.
 
     Raises:
         RecoveryError: it is used, and `recover.mode` forbids that, or by a run of another configuration.
     """
-    values = {key: value for key, value, _ in walk(config)}
-    ours = json.loads(json.dumps(finite_json(values)))  # as it will be read back
-    earlier = _earlier(folder.identity)
-    if used := trace_of_a_run(folder):
+    ours = json.loads(json.dumps(finite_json({key: value for key, value, _ in walk(config)})))  # as it is read back
+    results = (*folder.recover_dir.glob("point_*"), *folder.checkpoints_dir.glob("step_*"))
+    trace = next((path for path in (*results, folder.metrics, folder.ledger) if path.exists()), None)
+    earlier: dict[str, dict[str, Any]] = {}
+    if trace is not None:
         if config.recover.mode != "auto":
             raise RecoveryError(
-                f"recover.mode is {config.recover.mode}, and {folder.root} holds an earlier run ({used.name}); expected"
-                " an unused folder. Choose another trial_name, or recover.mode=auto to go on with that run"
+                f"recover.mode is {config.recover.mode}, and {folder.root} holds an earlier run ({trace.name});"
+                " expected an unused folder. Choose another trial_name, or recover.mode=auto to go on with that run"
             )
+        with suppress(OSError, ValueError):  # none yet, or cut off by a full disk
+            earlier = dict(json.loads(folder.identity.read_text(encoding="utf-8")))
         _compare(folder, earlier.get(by, ours), ours)
     try:
         folder.create()
-        write_json(folder.identity, (earlier if used else {}) | {by: ours})
+        write_json(folder.identity, earlier | {by: ours})
     except OSError as error:
         raise RecoveryError(f"cannot write {folder.identity}: {error.strerror}; set cluster.fileroot") from error
-
-
-def trace_of_a_run(folder: RunFolder) -> Path | None:
-    """Something that a run has left in the folder and that another one would mix with or write over."""
-    results = (*folder.recover_dir.glob("point_*"), *folder.checkpoints_dir.glob("step_*"))
-    return next((path for path in (*results, folder.metrics, folder.ledger) if path.exists()), None)
+    return trace
 
 
 def _compare(folder: RunFolder, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -66,19 +66,10 @@ def _compare(folder: RunFolder, theirs: dict[str, Any], ours: dict[str, Any]) ->
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key)
     }
-    lines = [line for key, line in changed.items() if any(fnmatchcase(key, pattern) for pattern in KEPT)]
-    if lines:
-        listed = "".join(f"  {line}\n" for line in lines)
+    if lines := [f"  {line}\n" for key, line in changed.items() if any(fnmatchcase(key, kept) for kept in KEPT)]:
         raise RecoveryError(
-            f"{folder.root} holds a run of another configuration:\n{listed}Set these back to go on with that run, or"
-            " choose another trial_name for a new one"
+            f"{folder.root} holds a run of another configuration:\n{''.join(lines)}Set these back to go on with that"
+            " run, or choose another trial_name for a new one"
         )
     if changed:
         logger.warning("this run goes on with changed settings: %s", "; ".join(changed.values()))
-
-
-def _earlier(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # none yet, or cut off by a full disk
-        return {}

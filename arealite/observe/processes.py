@@ -69,13 +69,21 @@ class Heartbeat:
 
 
 class Pulse:
-    """The newest heartbeat in `path` of `pid` (0: of any process), and how long ago it changed by the reader's own
-    clock: clocks that jump or differ do not matter."""
+    """One process, `name`, by its heartbeat: the newest in `path` of `pid` (0: of any process), and how long ago it
+    changed by the reader's own clock: clocks that jump or differ do not matter."""
 
     def __init__(self, path: Path, pid: int = 0) -> None:
-        self.path, self.pid = path, pid
+        self.path, self.name, self.pid = path, path.stem, pid
         self.beat: Heartbeat | None = None
         self.restart()
+
+    @property
+    def state(self) -> str:
+        return process_state(self.pid)
+
+    @property
+    def is_frozen(self) -> bool:
+        return process_status(self.pid) in FROZEN
 
     @property
     def age_s(self) -> float:

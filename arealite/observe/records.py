@@ -9,63 +9,20 @@ metrics.jsonl is append-only. A run that goes on at step k after a restart first
 from __future__ import annotations
 
 import json
-import math
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.text import Text
 
-from arealite.api.atomic import finite_json, write_json, write_jsonl
-from arealite.api.errors import ArealiteError
+from arealite.api.atomic import write_json, write_jsonl
 
 if TYPE_CHECKING:
     from arealite.api.types import Group, Trajectory
     from arealite.observe.run_folder import RunFolder
-
-
-class MetricsFile:
-    """The append-only metrics.jsonl of a run folder, opened when its first line (of `first_step`) is at hand. Raises
-    ArealiteError when it cannot be written."""
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            earlier = path.read_bytes() if path.is_file() else b""
-        except OSError as error:
-            raise self._refusal(error) from error
-        if earlier:
-            after_torn = "" if earlier.endswith(b"\n") else "\n"
-            self._append({"event": "resumed", "step": first_step, "at": time.time()}, after_torn)
-
-    def write(
-        self, step: int, epoch: int, stats: dict[str, float], why: dict[str, dict[str, int]] | None = None
-    ) -> None:
-        """One line, handed to the system before this returns; `why`: the reasons behind its counts of failures."""
-        record: dict[str, Any] = {"step": step, "epoch": epoch, "at": time.time(), **stats}
-        if why:
-            record["why"] = why
-        if nonfinite := sorted(name for name, value in stats.items() if not math.isfinite(value)):
-            record["nonfinite"] = nonfinite
-        self._append(record)
-
-    def _append(self, record: dict[str, Any], before: str = "") -> None:
-        try:
-            with open(self._path, "a", encoding="utf-8") as out:
-                out.write(before + json.dumps(finite_json(record), allow_nan=False) + "\n")
-        except OSError as error:
-            raise self._refusal(error) from error
-
-    def _refusal(self, error: OSError) -> ArealiteError:
-        return ArealiteError(
-            f"cannot write {self._path}: {error.strerror}. The metrics are the record of the run, so it stops here; "
-            "make room or set cluster.fileroot to another disk, and start the same command again to go on"
-        )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -98,45 +55,41 @@ def num_restarts(path: Path) -> int:
     return sum(line.get("event") == "resumed" for line in _lines(path))
 
 
-class Decoder(Protocol):
-    """The one call of a tokenizer that is needed here."""
-
-    def decode(self, token_ids: list[int]) -> str: ...
-
-
 def version_spans(trajectory: Trajectory) -> list[list[int]]:
     """[[version, number of tokens], ...] of the generated tokens, in order."""
     generated = [v for v, m in zip(trajectory.versions, trajectory.loss_mask, strict=True) if m]
     return [[version, len(list(run))] for version, run in groupby(generated)]
 
 
-def rollout_rows(groups: Iterable[Group], tokenizer: Decoder | None = None) -> list[dict[str, Any]]:
-    """One JSON-ready row per trajectory. Texts the workflow did not keep are decoded when a tokenizer is given."""
-    return [_row(group, t, tokenizer) for group in groups for t in group.trajectories]
-
-
-def _row(group: Group, trajectory: Trajectory, tokenizer: Decoder | None) -> dict[str, Any]:
-    prompt, completion = trajectory.prompt_text, trajectory.completion_text
-    if tokenizer is not None:
-        first = trajectory.loss_mask.index(True) if True in trajectory.loss_mask else len(trajectory.tokens)
-        prompt = prompt or tokenizer.decode(trajectory.tokens[:first])
-        completion = completion or tokenizer.decode(trajectory.tokens[first:])
-    return {
-        "task": group.task.id,
-        "ordinal": group.ordinal,
-        "member": trajectory.member,
-        "status": trajectory.status,
-        "prompt": prompt,
-        "completion": completion,
-        "answer": group.task.answer,
-        "reward": trajectory.reward,
-        "reward_parts": trajectory.reward_parts,
-        "statistics": trajectory.statistics,
-        "finish_reason": trajectory.finish_reason,
-        "num_tokens": sum(trajectory.loss_mask),
-        "versions": version_spans(trajectory),
-        "error": trajectory.error,
-    }
+def rollout_rows(groups: Iterable[Group], tokenizer: Any = None) -> list[dict[str, Any]]:
+    """One JSON-ready row per trajectory. Texts that the workflow did not keep are decoded when a tokenizer is given."""
+    rows = []
+    for group in groups:
+        for t in group.trajectories:
+            prompt, completion = t.prompt_text, t.completion_text
+            if tokenizer is not None:
+                first = [*t.loss_mask, True].index(True)
+                prompt = prompt or tokenizer.decode(t.tokens[:first])
+                completion = completion or tokenizer.decode(t.tokens[first:])
+            rows.append(
+                {
+                    "task": group.task.id,
+                    "ordinal": group.ordinal,
+                    "member": t.member,
+                    "status": t.status,
+                    "prompt": prompt,
+                    "completion": completion,
+                    "answer": group.task.answer,
+                    "reward": t.reward,
+                    "reward_parts": t.reward_parts,
+                    "statistics": t.statistics,
+                    "finish_reason": t.finish_reason,
+                    "num_tokens": sum(t.loss_mask),
+                    "versions": version_spans(t),
+                    "error": t.error,
+                }
+            )
+    return rows
 
 
 def rollout_stats(groups: Sequence[Group]) -> dict[str, float]:

@@ -5,14 +5,17 @@ Called around the training loop on rank 0.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from arealite.api.atomic import write_jsonl
+from arealite.api.atomic import finite_json, write_jsonl
+from arealite.api.errors import ArealiteError
 from arealite.observe.progress import Progress
 from arealite.observe.reasons import reasons
-from arealite.observe.records import Decoder, MetricsFile, rollout_rows, rollout_stats
+from arealite.observe.records import rollout_rows, rollout_stats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +42,7 @@ class StatsLogger:
         self._num_dropped = 0
         self._last_commit_s = time.monotonic()
         self._progress = progress or Progress(total_steps)
-        self._metrics: MetricsFile | None = None
+        self._is_open = False
         self._tensorboard: SummaryWriter | None = None
 
     def begin(self, step: int) -> None:
@@ -52,7 +55,7 @@ class StatsLogger:
         epoch: int,
         stats: dict[str, float],
         groups: Sequence[Group] | None = None,
-        tokenizer: Decoder | None = None,
+        tokenizer: Any = None,
     ) -> dict[str, float]:
         """Write step `step` (0 .. total_steps - 1: as many steps were done before it); returns its numbers.
 
@@ -61,7 +64,8 @@ class StatsLogger:
         gets the time since the last commit as `step_s`. Call on rank 0. Raises ArealiteError when metrics.jsonl cannot
         be written.
         """
-        metrics = self._metrics or self._open(step)
+        if not self._is_open:
+            self._open(step)
         since_s, self._last_commit_s = time.monotonic() - self._last_commit_s, time.monotonic()
         merged = {"step_s": since_s} | ({} if groups is None else rollout_stats(groups))
         merged |= {name: float(value) for name, value in stats.items()}
@@ -76,8 +80,12 @@ class StatsLogger:
         self._write_events(step, merged)
         if self._num_dropped:
             merged["num_logs_dropped"] = self._num_dropped
-        why = reasons.drain()
-        metrics.write(step, epoch, merged, why)
+        record: dict[str, Any] = {"step": step, "epoch": epoch, "at": time.time(), **merged}
+        if why := reasons.drain():
+            record["why"] = why
+        if nonfinite := sorted(name for name, value in merged.items() if not math.isfinite(value)):
+            record["nonfinite"] = nonfinite
+        self._append(record)
         self._progress.step(step, merged, why)
         return merged
 
@@ -86,8 +94,9 @@ class StatsLogger:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _open(self, first_step: int) -> MetricsFile:
-        self._metrics = MetricsFile(self._folder.metrics, first_step)
+    def _open(self, first_step: int) -> None:
+        self._append({"event": "resumed", "step": first_step, "at": time.time()}, resumes=True)
+        self._is_open = True
         if self._config.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # slow to load
@@ -98,7 +107,24 @@ class StatsLogger:
                 self._progress.note(f"no TensorBoard events: {error}; {remedy}")
             except OSError as error:
                 self._progress.note(f"no TensorBoard events: {error}")
-        return self._metrics
+
+    def _append(self, record: dict[str, Any], resumes: bool = False) -> None:
+        """One line of metrics.jsonl, handed to the system before this returns. `resumes`: only to what an earlier start
+        of the run has left, whose last line a kill may have cut off."""
+        path, line = self._folder.metrics, f"{json.dumps(finite_json(record), allow_nan=False)}\n".encode()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a+b") as file:
+                if resumes and file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    file.write(line if file.read() == b"\n" else b"\n" + line)
+                elif not resumes:
+                    file.write(line)
+        except OSError as error:
+            raise ArealiteError(
+                f"cannot write {path}: {error.strerror}. The metrics are the record of the run, so it stops here; make"
+                " room or set cluster.fileroot to another disk, and start the same command again to go on"
+            ) from error
 
     def _write_events(self, step: int, stats: dict[str, float]) -> None:
         if self._tensorboard is None:

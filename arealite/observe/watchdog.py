@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arealite.observe import waits
-from arealite.observe.processes import FROZEN, Pulse, WaitRecord, process_state, process_status, processes_of_run
+from arealite.observe.processes import Pulse, WaitRecord, process_state, processes_of_run
 from arealite.observe.run_folder import RunFolder
 
 OVERDUE_GRACE_S = 5.0  # for a wait past its limit to raise its own error, which says more
@@ -40,22 +40,6 @@ class StallReport:
     text: str
 
 
-class Watched(Pulse):
-    """One process of the run, by the name it was started under."""
-
-    def __init__(self, folder: RunFolder, name: str, pid: int) -> None:
-        super().__init__(folder.waits_dir / f"{name}.json", pid)
-        self.name = name
-
-    @property
-    def state(self) -> str:
-        return process_state(self.pid)
-
-    @property
-    def is_frozen(self) -> bool:
-        return process_status(self.pid) in FROZEN
-
-
 class Watchdog:
     """Judges one set of processes. Make a new one for each start of the run.
 
@@ -65,7 +49,7 @@ class Watchdog:
 
     def __init__(self, folder: RunFolder, heartbeat_s: float, stall_s: float, grace_s: float = OVERDUE_GRACE_S) -> None:
         self.folder, self.heartbeat_s, self.stall_s, self.grace_s = folder, heartbeat_s, stall_s, grace_s
-        self._watched: dict[str, Watched] = {}
+        self._watched: dict[str, Pulse] = {}
         self._looked = time.monotonic()
         self._excused = -float("inf")
 
@@ -79,9 +63,9 @@ class Watchdog:
         gap_s = now - self._looked
         if gap_s < min(self.heartbeat_s, self.stall_s / 4):
             return None
-        self._looked, known = now, self._watched
+        self._looked, known, waits_dir = now, self._watched, self.folder.waits_dir
         self._watched = {
-            name: known[name] if name in known and known[name].pid == pid else Watched(self.folder, name, pid)
+            name: known[name] if name in known and known[name].pid == pid else Pulse(waits_dir / f"{name}.json", pid)
             for name, pid in processes.items()
         }
         for watched in self._watched.values():

@@ -1,7 +1,7 @@
 """`arealite prove`: the step of the user's own model and configuration does not depend on how it is computed.
 
-Called by cli.py. Prints a table; exit code 1 when a check fails. What needs more ranks or a server is in layouts.py and
-rollouts.py.
+Called by cli.py. Prints a table; exit code 1 when a check fails. What needs more ranks is in step.py, what needs a
+server in rollouts.py.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ from arealite.models.fetch import resolve_model
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
 from arealite.prove import step as steps
-from arealite.prove.layouts import CHECK, candidates, check_layout, size_of
 from arealite.prove.rollouts import check_mismatch, check_rollouts
-from arealite.prove.step import ABSOLUTE, TOLERANCES, Distance, Finding, Step, judge, take_step
+from arealite.prove.step import ABSOLUTE, LAYOUT, TOLERANCES, Distance, Finding, Step, judge, take_step
 
 MAX_PROMPT_TOKENS = 64  # of a prompt its last ones are used
 LONGEST_ANSWER = 10
@@ -125,13 +124,14 @@ class Prover:
     def _check_layouts(self, config: PPOActorConfig, reference: Step) -> Iterator[Finding]:
         settings = json.loads((Path(resolve_model(config.path)) / "config.json").read_text())
         configured = trainer_dims(self.config)
-        for dims in candidates(configured, bool(settings.get("num_experts") or settings.get("num_local_experts"))):
-            size = size_of(dims)
-            if size > self.max_ranks:
-                why = f"{size} ranks and there are {self.max_ranks}: give --ranks {size}"
-                yield Finding(CHECK, str(dims), "skipped", reason=why)
+        for dims in steps.candidates(
+            configured, bool(settings.get("num_experts") or settings.get("num_local_experts"))
+        ):
+            if dims.size > self.max_ranks:
+                why = f"{dims.size} ranks and there are {self.max_ranks}: give --ranks {dims.size}"
+                yield Finding(LAYOUT, str(dims), "skipped", reason=why)
                 continue
-            finding = check_layout(config, reference, dims)
+            finding = steps.check_layout(config, reference, dims)
             is_refused = finding.outcome == "skipped" and dims == configured
             yield replace(finding, outcome="FAIL") if is_refused else finding
 

@@ -12,11 +12,12 @@ import random
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arealite.api.errors import ArealiteError, ConfigError, ServerUnreachable
+import numpy as np
+
+from arealite.api.errors import ArealiteError, ConfigError
 from arealite.api.types import GenerationRequest
 from arealite.rollout.backends.protocol import Backend
 from arealite.rollout.backends.sglang import NativeBackend, SGLangBackend
@@ -26,15 +27,6 @@ from arealite.rollout.transport import Address, Transport, addresses_of
 BACKENDS: dict[str, type[Backend]] = {"native": NativeBackend, "sglang": SGLangBackend, "vllm": VLLMBackend}
 FIRST_TOKEN_ID = 100  # below are special tokens in most vocabularies
 PERCENTILES = (50, 90, 99)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One finished request: how long it took, and its size in tokens."""
-
-    latency_s: float
-    num_prompt_tokens: int
-    num_output_tokens: int
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -121,85 +113,75 @@ def workload(args: argparse.Namespace, num: int, seed: int) -> list[GenerationRe
     return requests[:num]
 
 
-class ClosedLoop:
+async def closed_loop(
+    args: argparse.Namespace, transport: Transport, requests: list[GenerationRequest]
+) -> tuple[list[tuple[float, int, int]], list[str], float]:
     """Clients that share one list of requests; a group stays on the server that was least busy when it began.
 
-    Consumes: the requests. Produces: timings. Waits for: each request's answer, at most `limit_s`.
+    Returns, of each that was answered, how long it took and the tokens of its prompt and its answer; the messages of
+    what failed; and the seconds from the first sending to the last answer.
+
+    Consumes: the requests. Produces: timings. Waits for: each request's answer, at most `--limit-s`.
     Unblocked by: the server, or the limit.
     """
+    backend, num_busy = BACKENDS[args.backend](), dict.fromkeys(addresses_of(args.address), 0)
+    home: dict[str, Address] = {}
+    timings: list[tuple[float, int, int]] = []
+    errors: list[str] = []
+    rest = iter(requests)
 
-    def __init__(self, servers: list[Address], backend: Backend, limit_s: float) -> None:
-        self.transport = Transport()
-        self._backend, self._limit_s = backend, limit_s
-        self._num_busy = dict.fromkeys(servers, 0)
-        self._home: dict[str, Address] = {}
+    async def client() -> None:
+        for request in rest:
+            server = home.setdefault(request.group_id, min(num_busy, key=num_busy.__getitem__))
+            num_busy[server] += 1
+            call, sent = backend.generate_call(request, request.rid, []), time.perf_counter()
+            try:
+                async with asyncio.timeout(args.limit_s):
+                    answer = await transport.stream(server, call, lambda _: None)
+                num_output = len(backend.parse_part(answer, server.id).token_ids)
+                timings.append((time.perf_counter() - sent, len(request.input_ids), num_output))
+            except TimeoutError:
+                errors.append(f"{server.id} gave no answer within {args.limit_s:g} s")
+            except ArealiteError as error:
+                errors.append(str(error))
+            finally:
+                num_busy[server] -= 1
 
-    async def run(self, requests: list[GenerationRequest], concurrency: int) -> tuple[list[Timing], list[str], float]:
-        """What finished, the messages of what failed, and the seconds from the first sending to the last answer."""
-        timings: list[Timing] = []
-        errors: list[str] = []
-        rest = iter(requests)
-
-        async def client() -> None:
-            for request in rest:
-                server = self._home.get(request.group_id) or min(self._num_busy, key=lambda s: self._num_busy[s])
-                self._home[request.group_id] = server
-                self._num_busy[server] += 1
-                sent = time.perf_counter()
-                try:
-                    num = await self._one(request, server)
-                    timings.append(Timing(time.perf_counter() - sent, len(request.input_ids), num))
-                except ArealiteError as error:
-                    errors.append(str(error))
-                finally:
-                    self._num_busy[server] -= 1
-
-        began = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(concurrency)))
-        return timings, errors, time.perf_counter() - began
-
-    async def _one(self, request: GenerationRequest, server: Address) -> int:
-        call = self._backend.generate_call(request, request.rid, [])
-        try:
-            async with asyncio.timeout(self._limit_s):
-                answer = await self.transport.stream(server, call, lambda _: None)
-        except TimeoutError as error:
-            raise ServerUnreachable(f"{server.id} gave no answer within {self._limit_s:g} s") from error
-        return len(self._backend.parse_part(answer, server.id).token_ids)
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(args.concurrency)))
+    return timings, errors, time.perf_counter() - began
 
 
-def figures(timings: list[Timing], wall_s: float, num_failed: int) -> dict[str, Any]:
+def figures(timings: list[tuple[float, int, int]], wall_s: float, num_failed: int) -> dict[str, Any]:
     """Totals, rates per second, and percentiles of latency (seconds) and of seconds per output token."""
-    num_prompt, num_output = sum(t.num_prompt_tokens for t in timings), sum(t.num_output_tokens for t in timings)
+    latency_s, num_prompt, num_output = np.reshape(timings, (-1, 3)).T
     report: dict[str, Any] = {
         "num_requests": len(timings),
         "num_failed": num_failed,
         "wall_s": wall_s,
-        "num_prompt_tokens": num_prompt,
-        "num_output_tokens": num_output,
-        "output_tokens_per_s": num_output / wall_s,
-        "total_tokens_per_s": (num_output + num_prompt) / wall_s,
+        "num_prompt_tokens": int(num_prompt.sum()),
+        "num_output_tokens": int(num_output.sum()),
+        "output_tokens_per_s": num_output.sum() / wall_s,
+        "total_tokens_per_s": (num_output + num_prompt).sum() / wall_s,
         "requests_per_s": len(timings) / wall_s,
     }
-    latencies = [t.latency_s for t in timings]
-    per_token = [t.latency_s / t.num_output_tokens for t in timings if t.num_output_tokens]
-    for name, values in (("latency_s", sorted(latencies)), ("per_output_token_s", sorted(per_token))):
-        for percent in PERCENTILES if values else ():
-            report[f"{name}_p{percent}"] = values[min(len(values) - 1, len(values) * percent // 100)]
-    return {key: round(value, 6) if isinstance(value, float) else value for key, value in report.items()}
+    some = num_output > 0
+    for name, values in (("latency_s", latency_s), ("per_output_token_s", latency_s[some] / num_output[some])):
+        for percent in PERCENTILES if len(values) else ():
+            report[f"{name}_p{percent}"] = np.percentile(values, percent, method="higher")
+    return {key: round(float(value), 6) if isinstance(value, float) else value for key, value in report.items()}
 
 
 async def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The figures of one run, and the failures' messages."""
-    num_warmup = args.concurrency if args.num_warmup is None else args.num_warmup
-    loop = ClosedLoop(addresses_of(args.address), BACKENDS[args.backend](), args.limit_s)
+    num_warmup, transport = args.concurrency if args.num_warmup is None else args.num_warmup, Transport()
     try:
         # Whatever is wrong while it warms up shows again in what is measured.
-        await loop.run(workload(args, num_warmup, args.seed + 1), args.concurrency)
+        await closed_loop(args, transport, workload(args, num_warmup, args.seed + 1))
         requests = workload(args, args.num_requests or 4 * args.concurrency, args.seed)
-        timings, errors, wall_s = await loop.run(requests, args.concurrency)
+        timings, errors, wall_s = await closed_loop(args, transport, requests)
     finally:
-        await loop.transport.close()
+        await transport.close()
     return figures(timings, wall_s, len(errors)), errors
 
 

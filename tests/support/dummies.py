@@ -105,8 +105,7 @@ def config_with(overrides: dict[str, object]) -> GRPOConfig:
 
 
 def plan_of(folder: Path, trainers: list[str], servers: list[str]) -> Plan:
-    from arealite.launcher.plan import Plan, ProcessPlan
-    from arealite.launcher.servers import PORT
+    from arealite.launcher.plan import PORT, Plan, ProcessPlan
 
     me = str(Path(__file__).resolve())
     env = {"AREALITE_HEARTBEAT_S": "0.1", "AREALITE_STALL_S": "2"}

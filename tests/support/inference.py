@@ -21,8 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.engine import Engine
 from arealite.inference.core.served_model import ServedModel
-from arealite.inference.http.routes import build_app
-from arealite.inference.settings import ServerSettings
+from arealite.inference.http.routes import ServerSettings, build_app
 
 VOCAB = 260  # 256 bytes, then pad, bos, eos and one unused
 EOS = 258

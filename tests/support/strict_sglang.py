@@ -14,7 +14,7 @@ from aiohttp import web
 
 from arealite.inference.core.engine import Engine
 from arealite.inference.http import routes
-from arealite.inference.settings import ServerSettings
+from arealite.inference.http.routes import ServerSettings
 
 VERSION = "0.5.23"
 UPDATES = "/update_weights_from_distributed"

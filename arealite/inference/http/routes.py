@@ -1,5 +1,5 @@
-"""The HTTP surface of the built-in server: generation in SGLang's and OpenAI's protocols, pausing, health, and how
-errors are answered. The other routes are in control.py and introspection.py.
+"""The HTTP surface of the built-in server: generation in SGLang's and OpenAI's protocols, pausing, what is served, how
+busy the server is, and how errors are answered. The routes that change what is served are in control.py.
 
 `build_app` is called by serve.py and by tests. Routes check, wait and render; the engine thread does the rest.
 """
@@ -7,13 +7,15 @@ errors are answered. The other routes are in control.py and introspection.py.
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import psutil
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
@@ -21,20 +23,40 @@ from arealite.api.errors import PromptError, RequestError, WaitTimeout, WeightSy
 from arealite.dataset.prompts import encode
 from arealite.inference.core.engine import Engine, EngineFailure, PauseMode
 from arealite.inference.core.served_model import ServedModel
-from arealite.inference.http.bodies import read_body, read_json
+from arealite.inference.http.bodies import read_body, read_json, shown
 from arealite.inference.http.control import ControlRoutes
 from arealite.inference.http.generation import GenerateCall, entry_of, parse_generate
-from arealite.inference.http.introspection import Introspection
 from arealite.inference.http.streaming import Submissions, error_body, send_events
-from arealite.inference.openai.calls import Choice, OpenAICall, Served, chunks, model_defaults, whole_answer
 from arealite.inference.openai.chat import ChatChoice, ChatTemplate, parse_chat
-from arealite.inference.openai.completions import CompletionChoice, parse_completion
+from arealite.inference.openai.completions import (
+    Choice,
+    CompletionChoice,
+    OpenAICall,
+    Served,
+    chunks,
+    model_defaults,
+    parse_completion,
+    whole_answer,
+)
 from arealite.inference.requests import Body, ServedLimits
-from arealite.inference.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
+SERVER_VERSION = "arealite-native-0.1"
 MAX_BODY_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What the routes need besides the engine. `flags` are the command line's, for /server_info."""
+
+    served_model_name: str
+    flags: dict[str, Any]
+    hold_limit_s: float = 600.0  # longest time a new request is held while paused
+    request_limit_s: float = 3600.0  # longest time a request may take, and a stream may be silent
+    incremental_streaming: bool = False  # /generate streams what is new, not all so far
+    tool_call_parser: str = "auto"
+    model_defaults: bool = True  # OpenAI calls take sampling defaults from generation_config.json
 
 
 class AbortBody(Body):
@@ -50,13 +72,14 @@ class PauseBody(Body):
 
 @dataclass(frozen=True)
 class ServerRoutes:
-    """Routes over one engine."""
+    """Routes over one engine, whose counters are read from the event loop: what tells of them waits for no step."""
 
     _engine: Engine
     _settings: ServerSettings
     _served: Served
     _template: ChatTemplate
     _submissions: Submissions
+    _started_at: float = field(default_factory=time.time)
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -67,6 +90,11 @@ class ServerRoutes:
             web.post("/pause_generation", self.pause),
             web.post("/continue_generation", self.resume),
             web.get("/health", self.health),
+            web.get("/model_info", self.model_info),
+            web.get("/server_info", self.server_info),
+            web.get("/v1/models", self.models),
+            web.get("/v1/models/{name:.+}", self.model),
+            web.get("/metrics", self.metrics),
         ]
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
@@ -130,6 +158,107 @@ class ServerRoutes:
             raise EngineFailure(self._engine.failure or "the engine has stopped")
         return web.Response()
 
+    async def model_info(self, request: web.Request) -> web.Response:
+        model = self._engine.batcher.model
+        return web.json_response(
+            {
+                "model_path": model.path,
+                "served_model_name": self._settings.served_model_name,
+                "tokenizer_path": model.path if model.tokenizer is None else model.tokenizer.name_or_path,
+                "is_generation": True,
+                "weight_version": self._engine.batcher.weight_version,
+                "model_type": model.config.model_type,
+                "architectures": [type(model.module).__name__],
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "vocab_size": model.vocab_size,
+                "context_length": model.context_length,
+            }
+        )
+
+    async def server_info(self, request: web.Request) -> web.Response:
+        batcher = self._engine.batcher
+        state = {**vars(batcher.counters), "last_gen_throughput": batcher.counters.tokens_per_s}
+        return web.json_response(
+            {
+                **self._settings.flags,
+                "version": SERVER_VERSION,
+                **dict.fromkeys(("tp_size", "pp_size", "dp_size", "ep_size"), 1),
+                "context_length": self._served.limits.context_length,
+                "max_total_num_tokens": self._served.limits.kv_cache_tokens,
+                "max_req_input_len": self._served.limits.max_tokens - 1,
+                "startup_time": self._started_at,
+                "weight_version": batcher.weight_version,
+                "paused": self._engine.paused,
+                "resident_bytes": resident_bytes(),
+                "kv_cache_bytes": batcher.scheduler.pool.tensor.nbytes,
+                "internal_states": [{**state, "num_retractions": batcher.scheduler.num_retractions}],
+            }
+        )
+
+    def _cards(self) -> list[dict[str, Any]]:
+        """The model, and its adapters below it."""
+        name = self._settings.served_model_name
+        card = {
+            "id": name,
+            "object": "model",
+            "created": int(self._started_at),
+            "owned_by": "arealite",
+            "root": self._engine.batcher.model.path,
+            "parent": None,
+            "max_model_len": self._served.limits.context_length,
+        }
+        adapters = [
+            {**card, "id": adapter, "root": adapter, "parent": name} for adapter in self._served.limits.adapters
+        ]
+        return [card, *adapters]
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": self._cards()})
+
+    async def model(self, request: web.Request) -> web.Response:
+        name, cards = request.match_info["name"], {card["id"]: card for card in self._cards()}
+        if name not in cards:
+            raise web.HTTPNotFound(reason=f"no model {shown(name)} here; served are {', '.join(cards)}")
+        return web.json_response(cards[name])
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """Gauges in Prometheus' text format."""
+        batcher = self._engine.batcher
+        scheduler, counters = batcher.scheduler, batcher.counters
+        num_running, num_waiting, num_used = len(scheduler.running), len(scheduler.waiting), scheduler.num_used_tokens
+        num_prompt_tokens = counters.num_cached_tokens + counters.num_prefill_tokens
+        num_paused = self._submissions.num_held + (num_running + num_waiting if self._engine.paused else 0)
+        gauges = {
+            "sglang:num_running_reqs": (num_running, "Requests being decoded."),
+            "sglang:num_queue_reqs": (num_waiting, "Requests waiting for a place."),
+            "sglang:num_used_tokens": (num_used, "Tokens of the KV cache that are held."),
+            "sglang:token_usage": (
+                num_used / self._served.limits.kv_cache_tokens,
+                "Share of the KV cache that is held.",
+            ),
+            "sglang:gen_throughput": (counters.tokens_per_s if num_running else 0.0, "Generated tokens per second."),
+            "sglang:cache_hit_rate": (
+                counters.num_cached_tokens / max(1, num_prompt_tokens),
+                "Share of prompt tokens found computed.",
+            ),
+            "sglang:num_paused_reqs": (num_paused, "Requests held or stopped by a pause."),
+            "sglang:num_retracted_reqs": (scheduler.num_retractions, "Retractions since the start."),
+            "arealite:num_nan_reqs": (counters.num_nan_requests, "Requests ended by logits that were not finite."),
+            "arealite:kv_cache_bytes": (scheduler.pool.tensor.nbytes, "Size of the KV cache."),
+            "process_resident_memory_bytes": (resident_bytes(), "Resident memory."),
+        }
+        quoted = self._settings.served_model_name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        lines = [
+            f'# HELP {name} {text}\n# TYPE {name} gauge\n{name}{{model_name="{quoted}"}} {float(value)}\n'
+            for name, (value, text) in gauges.items()
+        ]
+        return web.Response(text="".join(lines), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+def resident_bytes() -> int:
+    """This process's memory now."""
+    return int(psutil.Process().memory_info().rss)
+
 
 class Encoder:
     """Text to token ids. Text that cannot fit the context is refused before it is encoded, which may take long."""
@@ -192,6 +321,5 @@ def build_app(engine: Engine, settings: ServerSettings) -> web.Application:
     served = Served(limits, settings.served_model_name, defaults)
     app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)  # type: ignore[list-item]
     app.add_routes(ServerRoutes(engine, settings, served, template, submissions).routes())
-    app.add_routes(Introspection(engine, settings, limits, submissions).routes())
     app.add_routes(ControlRoutes(engine).routes())
     return app

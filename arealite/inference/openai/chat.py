@@ -15,7 +15,7 @@ from arealite.dataset.prompts import chat_messages, check_variables, render
 from arealite.inference.answers import ShownAnswer
 from arealite.inference.http.bodies import checked, json_object, shown
 from arealite.inference.http.generation import TokenIds, json_number
-from arealite.inference.openai.calls import (
+from arealite.inference.openai.completions import (
     MAX_TOP_LOGPROBS,
     Choice,
     OpenAIBody,
@@ -66,7 +66,7 @@ class ChatBody(OpenAIBody):
 
 
 def parse_chat(fields: dict[str, Any], served: Served, template: ChatTemplate) -> OpenAICall:
-    """Raises RequestError: anything missing, contradictory, of the wrong type, out of range or not supported."""
+    """As `parse_completion`."""
     body = checked(ChatBody, fields)
     if body.input_ids is None:
         prompt_ids, use = template.encode(body)
