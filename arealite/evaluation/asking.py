@@ -25,8 +25,7 @@ from arealite.evaluation.sheet import AnswerSheet, GradedAnswer, Problem
 from arealite.launcher.allocation import Component
 from arealite.launcher.child import Child, kill_leftovers
 from arealite.launcher.machine import Machine
-from arealite.launcher.plan import COMMON_ENV, ProcessPlan, share_cores
-from arealite.launcher.plan import HOST, server_command
+from arealite.launcher.plan import COMMON_ENV, HOST, ProcessPlan, server_command, share_cores
 from arealite.launcher.supervisor import answers, free_ports
 from arealite.observe.progress import format_span, show
 from arealite.observe.reasons import last_line
