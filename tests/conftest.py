@@ -119,6 +119,26 @@ def one_process():
 
 
 @pytest.fixture
+def head(tmp_path):
+    """head(collective, **config) -> a client on a fake server (its field `server`), with tmp_path/ledger.jsonl."""
+    from support.rollout import FakeServer, RemoteNativeEngine, quick_config
+
+    engines = []
+    with FakeServer() as server:
+
+        def connect(collective=None, limits=None, **changes):
+            engine = RemoteNativeEngine(quick_config(**changes), 1, tmp_path / "ledger.jsonl", limits)
+            engines.append(engine)
+            engine.initialize(collective, addresses=[server.address])
+            engine.server = server
+            return engine
+
+        yield connect
+        for engine in engines:
+            engine.destroy()
+
+
+@pytest.fixture
 def free_port():
     """A loopback port that was free a moment ago. Servers that can bind port 0 themselves should do that instead."""
     with socket.socket() as sock:

@@ -79,15 +79,8 @@ def test_text_needs_no_quotes_in_files_either(word, tmp_path):
     assert load_config_file(tmp_path / "again.yaml", [], GRPOConfig) == in_file
 
 
-PATHS = [
-    "tokenizer_path",
-    "actor.path",
-    "ref.path",
-    "critic.path",
-    "train_dataset.path",
-    "valid_dataset.path",
-    "cluster.fileroot",
-]
+PATHS = [f"{section}.path" for section in ("actor", "ref", "critic", "train_dataset", "valid_dataset")]
+PATHS += ["tokenizer_path", "cluster.fileroot"]
 
 
 @pytest.mark.parametrize("key", PATHS)
@@ -164,12 +157,8 @@ def test_held_out_tasks_are_asked_as_training_tasks_are(tmp_path):
     assert config.eval_gconfig == followed and config.eval_gconfig.stop is not config.gconfig.stop
     assert (config.valid_dataset.system_prompt, config.valid_dataset.prompt_template) == ("s", "{prompt}?")
     assert config.valid_dataset.chat_template_kwargs == {"enable_thinking": False}
-    own = [
-        "valid_dataset.chat_template_kwargs.x=1",
-        "eval_gconfig.max_new_tokens=9",
-        "eval_gconfig.stop=[]",
-        "valid_dataset.system_prompt=null",
-    ]
+    own = ["valid_dataset.chat_template_kwargs.x=1", "valid_dataset.system_prompt=null"]
+    own += ["eval_gconfig.max_new_tokens=9", "eval_gconfig.stop=[]"]
     other = load(tmp_path, text, *prompts, *own)
     assert other.eval_gconfig == dataclasses.replace(followed, max_new_tokens=9, stop=[])
     assert (other.valid_dataset.system_prompt, other.valid_dataset.prompt_template) == (None, "{prompt}?")
@@ -199,38 +188,32 @@ def test_unknown_keys_name_file_line_and_nearest(tmp_path):
     nearest = "actor.optimizer or ref.optimizer or critic.optimizer"
     assert found[2] == f"run.yaml:8: unknown key 'optimizer': did you mean {nearest}?"
     assert found[3].startswith("run.yaml:9: unknown key 'zzz': the top level has kind, experiment_name,")
-    assert (
-        found[4].startswith("command line: unknown key 'actor.lr': did you mean ") and "actor.optimizer.lr" in found[4]
-    )
+    assert found[4].startswith("command line: unknown key 'actor.lr': did you mean ")
+    assert "actor.optimizer.lr" in found[4]
     assert found[5].startswith("command line: unknown key 'rollout.etaa': rollout has max_head_offpolicyness,")
     assert len(found) == 6
 
 
-@pytest.mark.parametrize(
-    ("key", "said"),
-    [
-        ("group_size", "here it is gconfig.n_samples"),
-        ("actor.group_size", "here it is gconfig.n_samples"),
-        ("actor.group_reward_norm", "here it is actor.reward_norm.mean and actor.reward_norm.std"),
-        ("actor.group_adv_norm", "here it is actor.adv_norm.mean and"),
-        ("launcher.type", "here it is allocation_mode, such as sglang:d4+fsdp:d4"),
-        ("actor_rollout_ref.rollout.n", "here it is gconfig.n_samples"),
-        ("data.train_batch_size", "here it is train_dataset.batch_size, in prompts"),
-        ("num_generations", "here it is gconfig.n_samples"),
-        ("sglang.mem_fraction_static", "here it is server, and its own flags in server.args"),
-        ("max_model_len", "here it is server.context_length"),
-        ("model_name", "here it is actor.path"),
-        ("scheduler.type", "here it is nothing: the command starts all processes"),
-        ("stats_logger.wandb.mode", "here it is stats_logger"),
-        ("gconfig.stop_strings", "here it is gconfig.stop"),
-        ("zzz.type", "the top level has kind, "),
-    ],
-)
-def test_names_of_other_systems_get_a_pointer(key, said, tmp_path):
+ELSEWHERE = {  # what it is called here
+    **dict.fromkeys(["group_size", "actor.group_size", "num_generations", "actor_rollout_ref.rollout.n"],
+                    "gconfig.n_samples"),
+    "actor.group_reward_norm": "actor.reward_norm.mean and actor.reward_norm.std",
+    "actor.group_adv_norm": "actor.adv_norm.mean and",
+    "launcher.type": "allocation_mode, such as sglang:d4+fsdp:d4",
+    "data.train_batch_size": "train_dataset.batch_size, in prompts",
+    "sglang.mem_fraction_static": "server, and its own flags in server.args",
+    "max_model_len": "server.context_length", "model_name": "actor.path", "gconfig.stop_strings": "gconfig.stop",
+    "scheduler.type": "nothing: the command starts all processes", "stats_logger.wandb.mode": "stats_logger",
+    "zzz.type": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+def test_names_of_other_systems_get_a_pointer(key, tmp_path):
+    said = f"here it is {ELSEWHERE[key]}" if ELSEWHERE[key] else "the top level has kind, "
     nested = "".join(f"{'  ' * i}{word}:\n" for i, word in enumerate(key.split(".")))[:-1] + " 3\n"
-    in_file = [
-        line for line in problems_of(tmp_path, nested.replace("actor:\n", "actor:\n  path: m\n")) if said in line
-    ]
+    nested = nested.replace("actor:\n", "actor:\n  path: m\n")
+    in_file = [line for line in problems_of(tmp_path, nested) if said in line]
     on_command_line = problems_of(tmp_path, MINIMAL, f"{key}=3")
     assert len(in_file) == 1 and said in on_command_line[0]
 
@@ -304,14 +287,7 @@ def test_keys_below_a_value_are_unknown(tmp_path):
 
 def test_everything_wrong_is_reported_at_once(tmp_path):
     found = problems_of(tmp_path, "sed: 1\nseed: x\ngconfig: {n_samples: 1}\n")
-    kinds = (
-        "unknown key 'sed'",
-        "expected an integer",
-        "actor.path is missing",
-        "train_dataset.path",
-        "n_samples is 1",
-    )
-    assert len(found) == len(kinds)
+    kinds = ["unknown key 'sed'", "an integer", "actor.path is missing", "train_dataset.path", "n_samples is 1"]
     assert all(kind in said for kind, said in zip(kinds, found, strict=True))
 
 

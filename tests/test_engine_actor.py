@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.batches import actor_config, make, random_batch, started, train_one_step
+from support.inference import plain_logprobs
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
@@ -28,10 +29,7 @@ def plain_logp(model, batch, temperature=1.0):
     out = np.zeros(len(batch.tokens), np.float32)
     for i in range(batch.num_sequences):
         span = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
-        ids = torch.from_numpy(batch.tokens[span])[None]
-        with torch.no_grad():
-            logp = (model(ids).logits[0].float() / temperature).log_softmax(-1)
-        out[span][1:] = logp[:-1].gather(1, ids[0, 1:, None])[:, 0].numpy()
+        out[span][1:] = plain_logprobs(model, batch.tokens[span], temperature)
     return np.where(batch.loss_mask, out, 0)
 
 

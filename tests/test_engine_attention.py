@@ -146,6 +146,7 @@ def test_gradients_of_what_many_rows_share_are_rounded_once():
 def test_sequences_longer_than_a_window_equal_transformers(tmp_path):
     """Gemma 3: layers with a window of 4 and with full attention, by turns, and a rope for each."""
     from support.batches import actor_config, random_batch, started
+    from support.inference import plain_logprobs
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     from arealite.engine.fsdp_engine import FSDPEngine
@@ -167,9 +168,6 @@ def test_sequences_longer_than_a_window_equal_transformers(tmp_path):
     finally:
         engine.destroy()
     for begin, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
-        tokens = torch.from_numpy(batch.tokens[begin:end])
-        with torch.no_grad():
-            logits = model(tokens[None]).logits[0]
-        expected = logits[:-1].log_softmax(-1).gather(-1, tokens[1:, None])[:, 0].numpy()
+        expected = plain_logprobs(model, batch.tokens[begin:end]).numpy()
         mask = batch.loss_mask[begin:end][1:]
         np.testing.assert_allclose(got[begin + 1 : end][mask], expected[mask], atol=2e-5)

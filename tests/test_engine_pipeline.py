@@ -7,43 +7,28 @@ import pytest
 import torch
 from support.batches import make, random_batch, share, started, train_one_step
 from support.layouts import on_ranks
+from test_engine_layouts import VOCABULARY, save_model
 
 from arealite.api.errors import ConfigError, NumericalError, WaitTimeout
 from arealite.api.types import Dims
 from arealite.engine.parallel import pipeline
 from arealite.engine.parallel.pipeline import stage_starts
 
-VOCABULARY = 128
-# kind, whether its head is tied to the embedding, tokens per micro-batch: 1 makes one of every sequence
+# kind, tokens per micro-batch (1 makes one of every sequence), changes of the model
 MODELS = {
-    "llama tied": ("llama", True, 24),
-    "llama": ("llama", False, 40),
-    "qwen2": ("qwen2", False, 1),
-    "gemma3": ("gemma3_text", True, 4096),
+    "llama tied": ("llama", 24, {}),
+    "llama": ("llama", 40, {"tie_word_embeddings": False}),
+    "qwen2": ("qwen2", 1, {}),
+    "gemma3": ("gemma3_text", 4096, {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]}),
 }
-
-
-def tiny(folder, kind: str, tied: bool) -> str:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1,
-        "tie_word_embeddings": tied, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    if kind == "gemma3_text":
-        types = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
-        sizes |= {"head_dim": 8, "sliding_window": 4, "layer_types": types}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
-        model.to(torch.float32).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {name: tiny(tmp_path_factory.mktemp("model"), *spec[:2]) for name, spec in MODELS.items()}
+    return {
+        name: save_model(kind, tmp_path_factory.mktemp("model"), num_hidden_layers=5, **changes)
+        for name, (kind, _, changes) in MODELS.items()
+    }
 
 
 def share_of(actor, **options):
@@ -69,7 +54,7 @@ def steps(rank, folders, dims, micro_batches_per_stage):
     pipeline.MICRO_BATCHES_PER_STAGE = micro_batches_per_stage
     found = {}
     for name, folder in folders.items():
-        actor = make(folder, dims, max_tokens_per_mb=MODELS[name][2])
+        actor = make(folder, dims, max_tokens_per_mb=MODELS[name][1])
         mine = share_of(actor)
         logp = actor.compute_logp(mine)
         found[name] = logp, [numbers(train_one_step(actor, mine)) for _ in range(2)], weights(actor)

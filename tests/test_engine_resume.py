@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_engine_layouts
 from support.batches import actor_config, make, random_batch, share, train_one_step
 from support.layouts import on_ranks
 from test_engine_layouts import TOLERANCE, VOCABULARY, save_model
@@ -11,10 +12,7 @@ from test_engine_layouts import TOLERANCE, VOCABULARY, save_model
 from arealite.api.cli_args import OptimizerConfig
 from arealite.api.types import Dims
 
-LAYOUTS = {
-    "d1": Dims(), "d2": Dims(d=2), "t2": Dims(t=2), "p2": Dims(p=2), "d2t2": Dims(d=2, t=2),
-    "d2e2": Dims(d=2, e=2), "d4e2": Dims(d=4, e=2), "t2e2": Dims(t=2, e=2),
-}  # fmt: skip
+LAYOUTS = {"d1": Dims(), **test_engine_layouts.LAYOUTS}
 KINDS = ("adamw", "adafactor")
 # (layout that goes on, layout whose point it reads); None: it begins, writes the point, and goes on itself.
 FIRST = {1: [("d1", None)], 4: [("d2t2", None)], 2: [("d2", None), ("t2", None), ("p2", None)]}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.inference import LocalServer, output_logprobs
+from support.inference import LocalServer, output_logprobs, save_random
 from test_inference_spans import tokens_of
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -30,14 +30,8 @@ def folder(tmp_path_factory):
 
 
 def save(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
     config = Qwen2Config(vocab_size=512, num_key_value_heads=2, max_position_embeddings=2048, **SIZES)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2 if parameter.dim() == 2 else 1)
-    model.save_pretrained(folder)
-    return folder
+    return save_random(config, folder, 2, seed)
 
 
 def load(folder: Path, dtype: torch.dtype) -> ServedModel:

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 from support.gpu import PlainKernels, plain_varlen
-from support.inference import LocalServer, output_logprobs, wait_until
-from test_inference_spans import ARCHITECTURES, LENGTH, MIXTURE, in_passes, plain_logits, save, tokens_of
+from support.inference import LocalServer, output_logprobs, save_random, served, wait_until
+from test_inference_spans import ARCHITECTURES, LENGTH, MIXTURE, ROWS, in_passes, plain_logits, tokens_of
 
 from arealite.inference.core import layout, receiver, sampler, served_model
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.engine import Engine, UpdateOptions
 from arealite.inference.core.layout import Transfer
 from arealite.inference.core.sampler import NUM_LIKELIEST, uniform_numbers
-from arealite.inference.core.served_model import ServedModel
 from arealite.inference.requests import SamplingParams
 from arealite.kernels.linears import Joined
 from arealite.weights.wire import checksum
@@ -29,22 +28,17 @@ def on_gpu(monkeypatch):
         monkeypatch.setattr(module, "for_device", lambda _: PlainKernels())
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> ServedModel:
-    return ServedModel.load(str(folder), dtype, torch.device("cpu"), None, deterministic=False)
-
-
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("has_varlen", [False, True])
 @pytest.mark.parametrize("name", CHOSEN)
 def test_any_mix_of_spans_gives_the_plain_result(name, has_varlen, tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "_has_varlen", lambda _: has_varlen)
     monkeypatch.setattr(layout, "varlen_attention", plain_varlen)
-    folder = save(ARCHITECTURES[name](), tmp_path)
-    rows = [tokens_of(0), tokens_of(1, LENGTH + 7), tokens_of(2, 5)]
-    model = load(folder)
-    hidden = in_passes(model, MIXTURE, rows)
+    folder = save_random(ARCHITECTURES[name](), tmp_path)
+    model = served(folder)
+    hidden = in_passes(model, MIXTURE, ROWS)
     with torch.inference_mode():
-        for row, states in zip(rows, hidden, strict=True):
+        for row, states in zip(ROWS, hidden, strict=True):
             torch.testing.assert_close(
                 model.logits(states), plain_logits(folder, row)[: len(states)], rtol=2e-4, atol=2e-4
             )
@@ -53,8 +47,8 @@ def test_any_mix_of_spans_gives_the_plain_result(name, has_varlen, tmp_path, mon
 @pytest.mark.usefixtures("on_gpu")
 def test_joined_weights_are_the_layers_own(tmp_path):
     """Of one product; an update in place reaches it, and names and values are those of the checkpoint."""
-    folder = save(ARCHITECTURES["qwen2, two layers with a window"](), tmp_path)
-    model = load(folder)
+    folder = save_random(ARCHITECTURES["qwen2, two layers with a window"](), tmp_path)
+    model = served(folder)
     assert isinstance(model._linears._groups[0]._products, Joined)
     attn = model.module.model.layers[0].self_attn
     shared = {layer.weight.untyped_storage().data_ptr() for layer in (attn.q_proj, attn.k_proj, attn.v_proj)}
@@ -72,14 +66,8 @@ def test_joined_weights_are_the_layers_own(tmp_path):
 
 
 def test_rows_with_and_without_restrictions_are_drawn_together(monkeypatch):
-    kinds = [
-        {},
-        {"top_k": 5},
-        {"top_p": 0.8},
-        {"temperature": 0.0},
-        {"min_p": 0.1, "temperature": 0.7},
-        {"top_p": 1 - 1e-6},
-    ]
+    kinds = [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.0}, {"min_p": 0.1, "temperature": 0.7}]
+    kinds.append({"top_p": 1 - 1e-6})
     params = [SamplingParams(1, **kind) for kind in kinds for _ in range(8)]
     logits = torch.randn(len(params), 3 * NUM_LIKELIEST, generator=torch.Generator().manual_seed(1))
     uniforms = uniform_numbers([5] * len(params), range(len(params)))
@@ -102,7 +90,7 @@ ODD = [{"top_p": 0.7, "sampling_seed": 3}, {"frequency_penalty": 0.5, "temperatu
 
 def answers_of(folder: Path, bodies: list[dict[str, Any]], max_running: int = 3) -> tuple[list[Any], Batcher]:
     """Of a server of `max_running` places, to requests that come while others run."""
-    with LocalServer(load(folder), max_running=max_running, kv_tokens=1024) as server:
+    with LocalServer(served(folder), max_running=max_running, kv_tokens=1024) as server:
         answers = server.generate_many(bodies)
         return answers, server.batcher
 
@@ -136,7 +124,7 @@ def test_a_pause_takes_in_what_was_begun(mode, folder):
     wanted = answers_of(
         folder, [{"input_ids": tokens_of(1), "sampling_params": {"max_new_tokens": 50, "temperature": 0}}]
     )
-    with LocalServer(load(folder)) as server:
+    with LocalServer(served(folder)) as server:
         server.step_delay_s = 0.01
         running = server.pool.submit(server.generate, tokens_of(1), max_new_tokens=50, temperature=0)
         wait_until(lambda: server.batcher.counters.num_generated_tokens > 5)
@@ -154,7 +142,7 @@ def test_a_full_cache_retracts_as_ever(folder):
         for i in range(3)
     ]
     wanted, _ = answers_of(folder, bodies)
-    with LocalServer(load(folder), max_running=3, kv_tokens=320) as server:
+    with LocalServer(served(folder), max_running=3, kv_tokens=320) as server:
         answers = server.generate_many(bodies)
         assert server.batcher.scheduler.num_retractions > 0
     assert [a["output_ids"] for a in answers] == [w["output_ids"] for w in wanted]
@@ -173,7 +161,7 @@ def test_arrays_of_any_kind_travel_in_one_copy():
 
 def test_what_did_not_become_live_is_not_confirmed(folder, monkeypatch):
     """The checksum is then that of the live tensor; a NaN that is the same NaN is confirmed."""
-    model = load(folder)
+    model = served(folder)
     name, other = model.tensor_names[:2]
     staged = {name: model.tensors[name].detach().clone(), other: model.tensors[other].detach() + 1}
     staged[name].view(-1)[0] = model.tensors[name].data.view(-1)[0] = torch.nan

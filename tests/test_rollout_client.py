@@ -8,7 +8,7 @@ import time
 import pytest
 from aiohttp import web
 from support.inference import wait_until
-from support.rollout import FakeServer, MembersWorkflow, clients, disk, expected_token, one, quick_config
+from support.rollout import Clients, FakeServer, MembersWorkflow, disk, expected_token, one, quick_config
 
 from arealite.api.errors import (
     ConfigError,
@@ -32,28 +32,27 @@ def expected(engine, rid, num_prompt, num_tokens):
 
 @pytest.fixture
 def connect():
-    with clients() as connect:
+    with Clients() as connect:
         yield connect
 
 
 @pytest.mark.parametrize("pause_mode", ["abort", "retract"])
 def test_every_token_keeps_the_version_that_produced_it(connect, pause_mode):
-    with FakeServer() as a, FakeServer() as b:
-        a.interrupt_share = b.interrupt_share = 0.05
-        engine = connect([a, b], pause_mode=pause_mode, max_head_offpolicyness=8, consumer_batch_size=4)
-        workflow = MembersWorkflow(num_members=3, max_new_tokens=60)
-        for i in range(8):
-            engine.submit(Task(f"e0-r{i}", prompt="x"), workflow)
-        for version in range(1, 6):
-            engine.pause()
-            engine.update_weights(disk(version))
-            engine.resume()
-        groups = engine.wait(8, timeout_s=60)
-        stats = engine.stats()
-        truth = {}
-        for server in (a, b):
-            for rid, positions in server.truth.items():
-                truth.setdefault(rid, {}).update(positions)
+    a, b, engine = connect(2, pause_mode=pause_mode, max_head_offpolicyness=8, consumer_batch_size=4)
+    a.interrupt_share = b.interrupt_share = 0.05
+    workflow = MembersWorkflow(num_members=3, max_new_tokens=60)
+    for i in range(8):
+        engine.submit(Task(f"e0-r{i}", prompt="x"), workflow)
+    for version in range(1, 6):
+        engine.pause()
+        engine.update_weights(disk(version))
+        engine.resume()
+    groups = engine.wait(8, timeout_s=60)
+    stats = engine.stats()
+    truth = {}
+    for server in (a, b):
+        for rid, positions in server.truth.items():
+            truth.setdefault(rid, {}).update(positions)
     assert [g.ordinal for g in groups] == list(range(8))
     versions_seen = set()
     for group in groups:
@@ -69,55 +68,49 @@ def test_every_token_keeps_the_version_that_produced_it(connect, pause_mode):
 
 
 def test_a_server_with_the_wrong_version_is_counted(connect):
-    with FakeServer() as server:
-        server.version = 9
-        engine = connect([server])
-        assert one(engine).versions == [9] * 20
-        assert engine.stats()["num_unexpected_versions"] == 20
+    server, engine = connect(1)
+    server.version = 9
+    assert one(engine).versions == [9] * 20
+    assert engine.stats()["num_unexpected_versions"] == 20
 
 
 def test_budget_used_up_by_an_interruption_is_length(connect):
-    with FakeServer() as server:
-        engine = connect([server])
-        server.answer_with = lambda: web.json_response(server._answer([1, 2], [0, 0], "abort"))
-        assert one(engine, max_new_tokens=2).finish_reason == "length"
+    server, engine = connect(1)
+    server.answer_with = lambda: web.json_response(server._answer([1, 2], [0, 0], "abort"))
+    assert one(engine, max_new_tokens=2).finish_reason == "length"
 
 
 def test_lost_connections_are_tried_again_elsewhere(connect):
-    with FakeServer() as a, FakeServer() as b:
-        engine = connect([a, b])
-        a.num_drops = b.num_drops = 1
-        done = one(engine)
-        assert done.token_ids == expected(engine, "t.0", 3, 20)
-        assert len(a.requests) + len(b.requests) == 3
-        assert a.requests and b.requests
-        assert engine.stats()["num_request_failures"] == 2
+    a, b, engine = connect(2)
+    a.num_drops = b.num_drops = 1
+    done = one(engine)
+    assert done.token_ids == expected(engine, "t.0", 3, 20)
+    assert len(a.requests) + len(b.requests) == 3
+    assert a.requests and b.requests
+    assert engine.stats()["num_request_failures"] == 2
 
 
 def test_a_dead_server_costs_nothing_while_another_lives(connect):
-    with FakeServer() as b:
-        with FakeServer() as a:
-            engine = connect([a, b])
-        results = [one(engine, rid=f"{i}.0", group_id=str(i)) for i in range(4)]
-        assert all(r.server_id == "server-1" for r in results)
+    a, _, engine = connect(2)
+    a.die()
+    results = [one(engine, rid=f"{i}.0", group_id=str(i)) for i in range(4)]
+    assert all(r.server_id == "server-1" for r in results)
 
 
 def test_endless_failure_ends_with_the_servers_words(connect):
-    with FakeServer() as server:
-        engine = connect([server], request_retries=2)
-        server.answer_with = lambda: web.Response(status=503, text="queue full")
-        with pytest.raises(ServerUnreachable, match=r"t\.0 got no token in 3 sendings.*server-0.*503.*queue full"):
-            one(engine)
-        assert len(server.requests) == 3
+    server, engine = connect(1, request_retries=2)
+    server.answer_with = lambda: web.Response(status=503, text="queue full")
+    with pytest.raises(ServerUnreachable, match=r"t\.0 got no token in 3 sendings.*server-0.*503.*queue full"):
+        one(engine)
+    assert len(server.requests) == 3
 
 
 def test_a_refused_request_is_not_sent_again(connect):
-    with FakeServer() as server:
-        engine = connect([server])
-        server.answer_with = lambda: web.json_response({"error": {"message": "too long"}}, status=400)
-        with pytest.raises(RequestError, match=r"server-0.*400.*too long"):
-            one(engine)
-        assert len(server.requests) == 1
+    server, engine = connect(1)
+    server.answer_with = lambda: web.json_response({"error": {"message": "too long"}}, status=400)
+    with pytest.raises(RequestError, match=r"server-0.*400.*too long"):
+        one(engine)
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -129,82 +122,75 @@ def test_a_refused_request_is_not_sent_again(connect):
     ],
 )
 def test_an_answer_outside_the_protocol_is_refused(connect, change, message):
-    with FakeServer() as server:
-        engine = connect([server])
-        answer = {**server._answer([1], [0], "length"), **change}
-        server.answer_with = lambda: web.json_response(answer)
-        with pytest.raises(RequestError, match=message):
-            one(engine)
+    server, engine = connect(1)
+    answer = {**server._answer([1], [0], "length"), **change}
+    server.answer_with = lambda: web.json_response(answer)
+    with pytest.raises(RequestError, match=message):
+        one(engine)
 
 
 def test_a_logprob_that_is_nan_is_refused(connect):
-    with FakeServer() as server:
-        engine = connect([server])
-        answer = server._answer([1], [0], "length", {"input_token_logprobs": [[None, 5, None], [None, 1, None]]})
-        answer["meta_info"]["output_token_logprobs"][0][0] = None
-        server.answer_with = lambda: web.json_response(answer)
-        for act in (lambda: one(engine), lambda: engine.score([[5, 1]])):
-            with pytest.raises(RequestError, match="not a finite number"):
-                act()
+    server, engine = connect(1)
+    answer = server._answer([1], [0], "length", {"input_token_logprobs": [[None, 5, None], [None, 1, None]]})
+    answer["meta_info"]["output_token_logprobs"][0][0] = None
+    server.answer_with = lambda: web.json_response(answer)
+    for act in (lambda: one(engine), lambda: engine.score([[5, 1]])):
+        with pytest.raises(RequestError, match="not a finite number"):
+            act()
 
 
 @pytest.mark.parametrize("tokens", [[], [1]])
 def test_a_servers_own_error_is_not_taken_for_an_interruption(connect, tokens):
     """The built-in server ends a request whose logits are NaN so, with HTTP 200; going on would end the same way."""
-    with FakeServer() as server:
-        engine = connect([server])
-        answer = server._answer(tokens, [0] * len(tokens), "abort")
-        answer["meta_info"]["finish_reason"] |= {"message": "the logits were not finite", "err_type": "NumericalError"}
-        server.answer_with = lambda: web.json_response(answer)
-        with pytest.raises(RequestError, match=r"server-0.*NumericalError: the logits were not finite"):
-            one(engine)
-        assert len(server.requests) == 1
-        with pytest.raises(RequestError, match="the logits were not finite"):
-            engine.score([[5, 1]])
+    server, engine = connect(1)
+    answer = server._answer(tokens, [0] * len(tokens), "abort")
+    answer["meta_info"]["finish_reason"] |= {"message": "the logits were not finite", "err_type": "NumericalError"}
+    server.answer_with = lambda: web.json_response(answer)
+    with pytest.raises(RequestError, match=r"server-0.*NumericalError: the logits were not finite"):
+        one(engine)
+    assert len(server.requests) == 1
+    with pytest.raises(RequestError, match="the logits were not finite"):
+        engine.score([[5, 1]])
 
 
 def test_a_slow_request_is_aborted_and_goes_on_with_its_tokens(connect):
     """The server samples one token a sending and then falls silent: every sending must keep what came before."""
-    with FakeServer() as server:
-        engine = connect([server], request_timeout_s=0.1, request_retries=0)
-        server.is_silent = True
-        done = one(engine, max_new_tokens=4)
-        assert done.token_ids == expected(engine, "t.0", 3, 4)
-        assert [len(r["input_ids"]) for r in server.requests] == [3, 4, 5, 6]
-        assert [r["sampling_params"]["max_new_tokens"] for r in server.requests] == [4, 3, 2, 1]
-        assert len({r["sampling_params"]["sampling_seed"] for r in server.requests}) == 1
-        assert engine.stats()["num_request_timeouts"] == 3
+    server, engine = connect(1, request_timeout_s=0.1, request_retries=0)
+    server.is_silent = True
+    done = one(engine, max_new_tokens=4)
+    assert done.token_ids == expected(engine, "t.0", 3, 4)
+    assert [len(r["input_ids"]) for r in server.requests] == [3, 4, 5, 6]
+    assert [r["sampling_params"]["max_new_tokens"] for r in server.requests] == [4, 3, 2, 1]
+    assert len({r["sampling_params"]["sampling_seed"] for r in server.requests}) == 1
+    assert engine.stats()["num_request_timeouts"] == 3
 
 
 def test_a_server_that_never_answers_ends_in_an_error(connect):
-    with FakeServer() as server:
-        engine = connect([server], request_timeout_s=0.1, request_retries=1)
-        server.is_deaf = True
-        with pytest.raises(ServerUnreachable, match=r"server-0 .* within 0.1 s"):
-            one(engine)
-        assert server.calls.count("/abort_request") >= 2
+    server, engine = connect(1, request_timeout_s=0.1, request_retries=1)
+    server.is_deaf = True
+    with pytest.raises(ServerUnreachable, match=r"server-0 .* within 0.1 s"):
+        one(engine)
+    assert server.calls.count("/abort_request") >= 2
 
 
 def test_time_spent_paused_does_not_count(connect):
-    with FakeServer(token_s=0.002) as server:
-        engine = connect([server], request_timeout_s=0.5, pause_mode="retract", request_retries=0)
-        engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow(max_new_tokens=20))
-        engine.pause()
-        engine.pause()
-        with pytest.raises(WaitTimeout):
-            engine._live.run(asyncio.Event().wait(), "test.pause", 1.0)
-        engine.resume()
-        assert engine.wait(1, timeout_s=30)[0].trajectories[0].status == "ok"
-        assert engine.stats()["num_request_timeouts"] == 0
+    _, engine = connect(1, request_timeout_s=0.5, pause_mode="retract", request_retries=0, token_s=0.002)
+    engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow(max_new_tokens=20))
+    engine.pause()
+    engine.pause()
+    with pytest.raises(WaitTimeout):
+        engine._live.run(asyncio.Event().wait(), "test.pause", 1.0)
+    engine.resume()
+    assert engine.wait(1, timeout_s=30)[0].trajectories[0].status == "ok"
+    assert engine.stats()["num_request_timeouts"] == 0
 
 
 def test_a_waiting_caller_names_what_it_waits_for(connect):
-    with FakeServer() as server:
-        engine = connect([server])
-        server.is_deaf = True
-        engine.submit(Task("e0-r3", prompt="x"), MembersWorkflow(num_members=3))
-        with pytest.raises(WaitTimeout) as stall:
-            engine.wait(1, timeout_s=0.5)
+    server, engine = connect(1)
+    server.is_deaf = True
+    engine.submit(Task("e0-r3", prompt="x"), MembersWorkflow(num_members=3))
+    with pytest.raises(WaitTimeout) as stall:
+        engine.wait(1, timeout_s=0.5)
     line = str(stall.value)
     assert "waits for server-0: rollout.wait" in line
     assert "task e0-r3 (group 0)" in line
@@ -212,44 +198,40 @@ def test_a_waiting_caller_names_what_it_waits_for(connect):
 
 
 def test_a_groups_members_share_a_server_and_groups_spread(connect):
-    with FakeServer() as a, FakeServer() as b:
-        engine = connect([a, b])
-        workflow = MembersWorkflow(num_members=4)
-        engine.run_groups([Task(f"e0-r{i}", prompt="x") for i in range(8)], workflow)
-        homes = [{r["routing_key"] for r in s.requests} for s in (a, b)]
-        assert not homes[0] & homes[1]
-        assert len(homes[0]) == len(homes[1]) == 4
+    a, b, engine = connect(2)
+    workflow = MembersWorkflow(num_members=4)
+    engine.run_groups([Task(f"e0-r{i}", prompt="x") for i in range(8)], workflow)
+    homes = [{r["routing_key"] for r in s.requests} for s in (a, b)]
+    assert not homes[0] & homes[1]
+    assert len(homes[0]) == len(homes[1]) == 4
 
 
 def test_weights_reach_all_servers_and_are_confirmed(connect):
-    with FakeServer() as a, FakeServer() as b:
-        engine = connect([a, b])
-        b.checksums = {"w": 8}
-        receipts = engine.update_weights(WeightUpdateMeta("shm", 3, "/proc/1/fd/9", checksums={"w": 7}))
-        assert receipts == {"server-0": {"w": 7}, "server-1": {"w": 8}}
-        assert engine.get_version() == a.version == b.version == 3
-        assert "/update_weights_from_shm" in a.calls
+    a, b, engine = connect(2)
+    b.checksums = {"w": 8}
+    receipts = engine.update_weights(WeightUpdateMeta("shm", 3, "/proc/1/fd/9", checksums={"w": 7}))
+    assert receipts == {"server-0": {"w": 7}, "server-1": {"w": 8}}
+    assert engine.get_version() == a.version == b.version == 3
+    assert "/update_weights_from_shm" in a.calls
 
 
 def test_sglang_takes_weights_from_disk_only(connect):
-    with FakeServer() as server:
-        engine = connect([server], kind=RemoteSGLangEngine)
-        assert engine.update_weights(disk(1)) == {}  # it cannot confirm single tensors
-        with pytest.raises(ConfigError, match="weight_update=disk"):
-            engine.update_weights(WeightUpdateMeta("shm", 2, "/x"))
+    _, engine = connect(1, kind=RemoteSGLangEngine)
+    assert engine.update_weights(disk(1)) == {}  # it cannot confirm single tensors
+    with pytest.raises(ConfigError, match="weight_update=disk"):
+        engine.update_weights(WeightUpdateMeta("shm", 2, "/x"))
 
 
 def test_score_keeps_order_and_starts_with_zero(connect):
-    with FakeServer() as a, FakeServer() as b:
-        engine = connect([a, b])
-        assert engine.score([[5, 1], [5, 2, 3], [9]]) == [[0.0, -0.1], [0.0, -0.2, -0.3], [0.0]]
+    _, _, engine = connect(2)
+    assert engine.score([[5, 1], [5, 2, 3], [9]]) == [[0.0, -0.1], [0.0, -0.2, -0.3], [0.0]]
 
 
 def test_servers_that_do_not_come_up_are_named(connect):
     with FakeServer() as a, FakeServer() as b:
         b.health = 503
         with pytest.raises(ServerUnreachable, match=r"server-1 \(http://.*/health\) failed with HTTP 503"):
-            connect([a, b], setup_timeout_s=0.5)
+            connect.to([a, b], setup_timeout_s=0.5)
     assert not [t for t in threading.enumerate() if t.name == "rollout"]
 
 
@@ -280,20 +262,19 @@ def test_addresses_as_servers_print_them():
 
 def test_a_frozen_server_is_named_while_weights_are_sent(connect):
     """Not the request that hangs on another server, nor resume(), which would be called only afterwards."""
-    with FakeServer() as a, FakeServer() as b:
-        engine = connect([a, b])
-        a.is_deaf = True
-        engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow())
-        b.is_frozen = True
-        thread = threading.Thread(target=engine.pause)
-        thread.start()
-        try:
-            wait_until(lambda: "waits for server-1: rollout.pause" in _open_waits())
-            assert thread.is_alive()
-            assert f"server-1: http://{b.address}/pause_generation not answered yet" in _open_waits()
-        finally:
-            b.is_frozen = False
-            thread.join(20)
+    a, b, engine = connect(2)
+    a.is_deaf = True
+    engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow())
+    b.is_frozen = True
+    thread = threading.Thread(target=engine.pause)
+    thread.start()
+    try:
+        wait_until(lambda: "waits for server-1: rollout.pause" in _open_waits())
+        assert thread.is_alive()
+        assert f"server-1: http://{b.address}/pause_generation not answered yet" in _open_waits()
+    finally:
+        b.is_frozen = False
+        thread.join(20)
 
 
 def test_a_result_that_comes_at_the_last_moment_is_not_lost(connect):
@@ -305,70 +286,65 @@ def test_a_result_that_comes_at_the_last_moment_is_not_lost(connect):
         except asyncio.CancelledError:
             return "groups"
 
-    with FakeServer() as server:
-        engine = connect([server])
-        assert engine._live.run(finishes_when_cancelled(), "test", 0.1) == "groups"
+    _, engine = connect(1)
+    assert engine._live.run(finishes_when_cancelled(), "test", 0.1) == "groups"
 
 
 def test_destroy_leaves_no_server_paused(connect):
     """As after an exception between pause and resume."""
-    with FakeServer() as a, FakeServer() as b:
-        engine = connect([a, b])
-        engine.pause()
-        assert a.pause_mode == b.pause_mode == "retract"
-        b.die()
-        engine.destroy()
-        assert a.pause_mode is None
+    a, b, engine = connect(2)
+    engine.pause()
+    assert a.pause_mode == b.pause_mode == "retract"
+    b.die()
+    engine.destroy()
+    assert a.pause_mode is None
 
 
 def test_a_failed_update_leaves_generation_as_it_was(connect):
-    with FakeServer() as server:
-        engine = connect([server], kind=RemoteSGLangEngine)  # its updates need a pause
-        server.refuse_update = "no room left"
-        with pytest.raises(WeightSyncError, match="no room left"):
-            engine.update_weights(disk(1))
-        assert engine._live.gate.is_open and engine.get_version() == 0
-        wait_until(lambda: server.pause_mode is None)
-        assert one(engine).versions == [0] * 20
+    server, engine = connect(1, kind=RemoteSGLangEngine)  # its updates need a pause
+    server.refuse_update = "no room left"
+    with pytest.raises(WeightSyncError, match="no room left"):
+        engine.update_weights(disk(1))
+    assert engine._live.gate.is_open and engine.get_version() == 0
+    wait_until(lambda: server.pause_mode is None)
+    assert one(engine).versions == [0] * 20
 
 
 def test_a_server_that_was_left_paused_is_taken_over(connect):
     """The trainer before was killed between pause and resume."""
     with FakeServer() as server:
         server.pause_mode = "retract"
-        assert one(connect([server])).token_ids
+        assert one(connect.to([server])).token_ids
 
 
 def test_destroy_tells_the_servers_what_is_given_up(connect):
-    with FakeServer() as server:
-        engine = connect([server])
-        server.is_silent = True
-        engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow())
-        wait_until(lambda: server.requests)
-        engine.destroy()
-        assert "/abort_request" in server.calls
+    server, engine = connect(1)
+    server.is_silent = True
+    engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow())
+    wait_until(lambda: server.requests)
+    engine.destroy()
+    assert "/abort_request" in server.calls
 
 
 def test_destroy_ends_a_wait_of_another_thread(connect):
-    with FakeServer() as server:
-        engine = connect([server])
-        server.is_deaf = True
-        engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow())
-        raised = []
+    server, engine = connect(1)
+    server.is_deaf = True
+    engine.submit(Task("e0-r0", prompt="x"), MembersWorkflow())
+    raised = []
 
-        def waiter():
-            try:
-                engine.wait(1)
-            except WorkflowError as error:
-                raised.append(str(error))
+    def waiter():
+        try:
+            engine.wait(1)
+        except WorkflowError as error:
+            raised.append(str(error))
 
-        thread = threading.Thread(target=waiter)
-        thread.start()
-        wait_until(lambda: "rollout.wait" in _open_waits())
-        engine.destroy()
-        thread.join(20)
-        assert not thread.is_alive()
-        assert raised and "the run ended" in raised[0]
+    thread = threading.Thread(target=waiter)
+    thread.start()
+    wait_until(lambda: "rollout.wait" in _open_waits())
+    engine.destroy()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert raised and "the run ended" in raised[0]
 
 
 def _open_waits() -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.ranks import Meeting, on_ranks
-from support.rollout import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
+from support.rollout import Episodes, MembersWorkflow, Source, ordinals, quick_config, simulate, trajectory
 
 from arealite.api.errors import ConfigError, RequestError, RunStopped, WorkflowError
 from arealite.api.types import Batch, Group, Task, as_record
@@ -23,12 +23,6 @@ from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.ledger import Ledger, audit
 from arealite.rollout.router import Limits
 from arealite.rollout.staleness import StalenessBound
-
-
-@pytest.fixture
-def head(tmp_path):
-    with heads(tmp_path) as connect:
-        yield connect
 
 
 def test_synchronous_steps_are_the_tasks_in_order(head, tmp_path):

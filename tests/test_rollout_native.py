@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.inference import plain_logprobs
 from support.rollout import Source, quick_config, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,14 +29,6 @@ def server(tiny_llama):
         yield address
 
 
-def reference_logprobs(model, tokens):
-    """Plain: one forward pass over the whole sequence; entry t is log p(token t | tokens < t), the first is 0."""
-    with torch.no_grad():
-        logits = model(torch.tensor([tokens])).logits[0].float()
-    logp = torch.log_softmax(logits[:-1], dim=-1)
-    return [0.0, *logp.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()]
-
-
 def two_models(path):
     """The weights of even and of odd versions."""
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for _ in range(2)]
@@ -51,11 +44,11 @@ def check_versions(engine, trajectories, stats, models, pause_mode, last=0, with
     assert any(len(set(t.versions) - {-1}) > 1 for t in trajectories)
     sequences = [t.tokens for t in trajectories[-16:]]
     for tokens, scores in zip(sequences, engine.score(sequences), strict=True):
-        np.testing.assert_allclose(scores, reference_logprobs(models[last % 2], tokens), atol=within)
+        np.testing.assert_allclose(scores, [0.0, *plain_logprobs(models[last % 2], tokens).tolist()], atol=within)
     if pause_mode == "in_place":
         return  # requests keep the cache of the old weights: no one model gives their logprobs
     for t in trajectories:
-        by_version = [reference_logprobs(model, t.tokens) for model in models]
+        by_version = [[0.0, *plain_logprobs(model, t.tokens).tolist()] for model in models]
         expected = [by_version[v % 2][i] if v >= 0 else 0.0 for i, v in enumerate(t.versions)]
         np.testing.assert_allclose(t.logprobs, expected, atol=2e-3)
 

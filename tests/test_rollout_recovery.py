@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from support.rollout import Episodes, MembersWorkflow, Source, heads, ordinals, quick_config, simulate, trajectory
+from support.rollout import Episodes, MembersWorkflow, Source, ordinals, quick_config, simulate, trajectory
 
 from arealite.api.errors import RecoveryError, WorkflowError
 from arealite.api.types import Task
@@ -12,12 +12,6 @@ from arealite.rollout.counters import Counters
 from arealite.rollout.executor import RolloutExecutor
 from arealite.rollout.ledger import Ledger, audit
 from arealite.rollout.staleness import StalenessBound
-
-
-@pytest.fixture
-def head(tmp_path):
-    with heads(tmp_path) as connect:
-        yield connect
 
 
 def run_steps(engine, source, workflow, first, last, save_at=()):

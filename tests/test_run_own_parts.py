@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.batches import actor_config, random_batch, started, train_one_step
 from support.own_parts import reinforce
-from support.rollout import Episodes, heads, trajectory
+from support.rollout import Episodes, trajectory
 from support.runs import Run
 
 from arealite.api.cli_args import GRPOConfig
@@ -76,7 +76,7 @@ def test_what_a_loss_returns_is_checked(make, returned, told):
         train_one_step(make(loss_fn), random_batch())
 
 
-def test_statistics_of_a_workflow_are_logged_and_checked(tmp_path):
+def test_statistics_of_a_workflow_are_logged_and_checked(head):
     task = Task(id="r0", prompt="")
     ok = [replace(trajectory(task, i), statistics={"num_turns": i, "odd": float("nan")}) for i in range(2)]
     group = Group(task, 0, [*ok, trajectory(task, 2)])
@@ -84,15 +84,12 @@ def test_statistics_of_a_workflow_are_logged_and_checked(tmp_path):
     assert stats["workflow_num_turns"] == 0.5 and stats["workflow_odd"] != stats["workflow_odd"]
     assert [row["statistics"] for row in rollout_rows([group])][1]["num_turns"] == 1
 
-    with heads(tmp_path) as connect:
-        engine = connect()
-        for found, told in (({"x": torch.tensor(3)}, None), ({"x": "many"}, "the statistics {'x': 'many'}: could not")):
-            workflow = Episodes(lambda task, tries, found=found: [replace(trajectory(task), statistics=found)])
-            (group,) = engine.run_groups([task], workflow)
-            (t,) = group.trajectories
-            assert (
-                (t.statistics == {"x": 3.0} and type(t.statistics["x"]) is float) if told is None else told in t.error
-            )
+    engine = head()
+    for found, told in (({"x": torch.tensor(3)}, None), ({"x": "many"}, "the statistics {'x': 'many'}: could not")):
+        workflow = Episodes(lambda task, tries, found=found: [replace(trajectory(task), statistics=found)])
+        (group,) = engine.run_groups([task], workflow)
+        (t,) = group.trajectories
+        assert (t.statistics == {"x": 3.0} and type(t.statistics["x"]) is float) if told is None else told in t.error
 
 
 def test_a_trainer_needs_a_reward_or_a_workflow(tiny_llama):

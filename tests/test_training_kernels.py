@@ -1,7 +1,5 @@
 """The compiled kernels of the trainer: gradients against PyTorch's in float32, and models that are fused with them."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any
@@ -9,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.kernels import each_vector_kind, needs_kernels, normal
+from support.kernels import each_vector_kind, model_of, needs_kernels, normal
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
+from transformers import GemmaConfig, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from arealite.algorithm.packing import prefix_tree
@@ -161,14 +159,6 @@ def test_attention_over_a_tree(
         assert float((x.float() - z).norm()) <= 1.1 * float((y.float() - z).norm())
 
 
-def model_of(config: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return AutoModelForCausalLM.from_config(
-        config(vocab_size=120, num_key_value_heads=2, head_dim=32, **sizes), attn_implementation=ATTENTION
-    )
-
-
 def loss_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     rows = [np.arange(3, 40), np.arange(5, 80)]
     tree = prefix_tree(rows)
@@ -183,7 +173,7 @@ def loss_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor
 
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config, GemmaConfig], ids=lambda c: c.__name__)
 def test_a_fused_model_has_the_results_of_the_plain_one(config, lib):
-    exact = model_of(config)
+    exact = model_of(config, attn_implementation=ATTENTION)
     plain = copy.deepcopy(exact).bfloat16()
     model = copy.deepcopy(exact)
     fuse(model, lib)  # before its weights get their type, as the trainer does it
@@ -198,25 +188,6 @@ def test_a_fused_model_has_the_results_of_the_plain_one(config, lib):
         size = float(gradient.norm()) + 1e-6
         error, usual = (float((g[name].float() - gradient).norm()) / size for g in (found, plain_found))
         assert error <= max(1.5 * usual, 2 * ROUNDING), f"{name}: {error} off, and {usual} without kernels"
-
-
-class Kept:
-    """Bytes that autograd keeps, counted once per storage."""
-
-    def __init__(self) -> None:
-        self.sizes: dict[int, int] = {}
-
-    def __enter__(self) -> Kept:
-        def keep(x: torch.Tensor) -> torch.Tensor:
-            self.sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.hooks.__exit__()
 
 
 def test_norms_and_gates_are_computed_again(lib):
@@ -274,7 +245,13 @@ def test_activations_of_fused_modules_are_computed_again_by_checkpointing(lib):
     unit.bfloat16()
     fuse(unit, lib)
     x = normal(100, 64)
-    with Kept() as kept:
+    kept: dict[int, int] = {}  # bytes that autograd keeps, by storage
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         found = gradients(lambda x: checkpoint(unit, x, use_reentrant=False), x, up=x)
     assert all(torch.equal(a, b) for a, b in zip(found, gradients(unit, x, up=x), strict=True))
-    assert sum(kept.sizes.values()) <= 2 * 100 * 64
+    assert sum(kept.values()) <= 2 * 100 * 64

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.inference import plain_logprobs
 from support.rollout import quick_config
 from transformers import AutoModelForCausalLM
 
@@ -105,10 +106,7 @@ def generate(engine, **changes):
 
 def gap(found, tokens, model, temperature=1.0, first=0):
     """Mean |difference| between the logprobs of the tokens from `first` on and those of a plain forward pass."""
-    with torch.no_grad():
-        logits = model(torch.tensor([[*PROMPT, *tokens]])).logits[0].float()
-    logp = torch.log_softmax(logits[:-1] / temperature, dim=-1)
-    expected = logp.gather(1, torch.tensor([*PROMPT, *tokens][1:])[:, None])[len(PROMPT) - 1 + first :, 0]
+    expected = plain_logprobs(model, [*PROMPT, *tokens], temperature)[len(PROMPT) - 1 + first :]
     return float(np.abs(np.asarray(found) - expected.numpy()).mean())
 
 

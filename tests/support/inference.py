@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from aiohttp import web
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.engine import Engine
@@ -34,16 +34,21 @@ SMALL = {
 }  # fmt: skip
 
 
-def save_tiny_llama(folder: Path, seed: int = 0, tied: bool = True, context: int = 512, **changes: Any) -> Path:
-    """A random two-layer Llama over bytes, with its tokenizer. The weights are large, so that logits differ."""
+def save_random(config: Any, folder: Path, factor: float = 4, seed: int = 0) -> Path:
+    """A random model with so much larger matrices, so that logits differ and attention looks at few tokens."""
     torch.manual_seed(seed)
-    special = {"pad_token_id": 256, "bos_token_id": 257, "max_position_embeddings": context}
-    model = LlamaForCausalLM(LlamaConfig(**SMALL | special | {"tie_word_embeddings": tied} | changes))
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(5)
+            parameter.mul_(factor if parameter.dim() == 2 else 1)
     model.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_llama(folder: Path, seed: int = 0, tied: bool = True, context: int = 512, **changes: Any) -> Path:
+    """A random two-layer Llama over bytes, with its tokenizer."""
+    special = {"pad_token_id": 256, "bos_token_id": 257, "max_position_embeddings": context}
+    save_random(LlamaConfig(**SMALL | special | {"tie_word_embeddings": tied} | changes), folder, 5, seed)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
@@ -61,6 +66,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def served(folder: Path, dtype: torch.dtype = torch.float32, deterministic: bool = False) -> ServedModel:
     return ServedModel.load(str(folder), dtype, torch.device("cpu"), None, deterministic)
+
+
+def plain_logprobs(model: Any, tokens: Any, temperature: float = 1.0) -> torch.Tensor:
+    """float32 [n - 1]: log p(token t | tokens < t) for t >= 1, by one pass of a Hugging Face model over the whole."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.as_tensor(tokens)[None]).logits[0, :-1].float() / temperature
+    return torch.log_softmax(logits, -1).gather(1, torch.as_tensor(tokens)[1:, None])[:, 0]
 
 
 class LocalServer:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from arealite.kernels import build, cpu
 from arealite.kernels.cpu import Kernels
@@ -55,6 +56,14 @@ def _kernels(kind: str) -> Kernels | None:
         return None
     finally:
         shutil.rmtree(target.parent)
+
+
+def model_of(config: Any, num_layers: int = 2, heads: int = 4, **options: Any) -> Any:
+    """A small random model, always the same; `config`: the class of its configuration."""
+    sizes = {"vocab_size": 120, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    sizes |= {"num_hidden_layers": num_layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(**sizes), **options)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -8,8 +8,8 @@ import json
 import random
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -51,17 +51,10 @@ def simulate(work: Coroutine[Any, Any, Any]) -> Any:
 def trajectory(task: Task, member: int = 0, versions: list[int] | None = None, **changes: Any) -> Trajectory:
     """An "ok" trajectory of one prompt token and one generated token per version."""
     versions = [0] if versions is None else versions
-    fields: dict[str, Any] = {
-        "task_id": task.id,
-        "member": member,
-        "tokens": [1, *range(2, 2 + len(versions))],
-        "loss_mask": [False] + [True] * len(versions),
-        "logprobs": [0.0] + [-0.5] * len(versions),
-        "versions": [-1, *versions],
-        "reward": 1.0,
-        "finish_reason": "stop",
-    }
-    return Trajectory(**{**fields, **changes})
+    num = len(versions)
+    tokens, mask, logprobs = [1, *range(2, 2 + num)], [False] + [True] * num, [0.0] + [-0.5] * num
+    plain = Trajectory(task.id, member, tokens, mask, logprobs, [-1, *versions], 1.0, "stop")
+    return replace(plain, **changes)
 
 
 def tasks_from(first: int = 0) -> Iterator[Task]:
@@ -327,22 +320,27 @@ class FakeServer:
 QUICK = Limits(abort_grace_s=0.3, first_backoff_s=0.01, max_backoff_s=0.05, probe_s=0.05, file_s=0.02)
 
 
-@contextmanager
-def clients(**config: Any) -> Iterator[Callable[..., RemoteNativeEngine]]:
-    """connect(servers, kind, **config) -> a client of fake servers, with short waits; all are destroyed at the end."""
-    engines: list[Any] = []
+class Clients(ExitStack):
+    """Clients of fake servers, with short waits. At the end the servers go first."""
 
-    def connect(servers: list[FakeServer], kind: Any = RemoteNativeEngine, **changes: Any) -> Any:
-        engine = kind(quick_config(**{**config, **changes}), limits=QUICK)
-        engines.append(engine)
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def __call__(self, num_servers: int, kind: Any = RemoteNativeEngine, token_s: float = 0.001, **changes: Any) -> Any:
+        """(*new servers, their client)"""
+        servers = [FakeServer(token_s).__enter__() for _ in range(num_servers)]
+        try:
+            return *servers, self.to(servers, kind, **changes)
+        finally:
+            for server in servers:
+                self.push(server)
+
+    def to(self, servers: list[FakeServer], kind: Any = RemoteNativeEngine, **changes: Any) -> Any:
+        engine = kind(quick_config(**{**self.config, **changes}), limits=QUICK)
+        self.callback(engine.destroy)
         engine.initialize(addresses=[server.address for server in servers])
         return engine
-
-    try:
-        yield connect
-    finally:
-        for engine in engines:
-            engine.destroy()
 
 
 def one(engine: Any, **changes: Any) -> Any:
@@ -353,24 +351,6 @@ def one(engine: Any, **changes: Any) -> Any:
 
 def disk(version: int) -> WeightUpdateMeta:
     return WeightUpdateMeta("disk", version, "/weights", checksums={"w": 7})
-
-
-@contextmanager
-def heads(folder: Path) -> Iterator[Callable[..., RemoteNativeEngine]]:
-    """head(collective, **config) -> a client on a fake server (its field `server`), with `folder`/ledger.jsonl."""
-    engines = []
-    with FakeServer() as server:
-
-        def connect(collective: Any = None, limits: Limits | None = None, **changes: Any) -> Any:
-            engine: Any = RemoteNativeEngine(quick_config(**changes), 1, folder / "ledger.jsonl", limits)
-            engines.append(engine)
-            engine.initialize(collective, addresses=[server.address])
-            engine.server = server
-            return engine
-
-        yield connect
-        for engine in engines:
-            engine.destroy()
 
 
 def ordinals(engine: RemoteNativeEngine) -> list[int]:
