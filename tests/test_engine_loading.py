@@ -12,16 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support.layouts import on_ranks
-from transformers import AutoModelForCausalLM
-from transformers.models.gemma2 import Gemma2Config
-from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
-from transformers.models.gpt_oss import GptOssConfig
-from transformers.models.llama import LlamaConfig, LlamaForCausalLM
-from transformers.models.mistral import MistralConfig, MistralForCausalLM
-from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
-from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError
 from arealite.engine.loading import Checkpoint, build_model, materialize
@@ -38,21 +29,20 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 KINDS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=64)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES)),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3)),
-}
+    "llama": {"rope_parameters": LLAMA3_ROPE}, "qwen2": {"tie_word_embeddings": True}, "qwen3": {}, "mistral": {},
+    "qwen3_moe": EXPERTS, "gemma3_text": {"sliding_window": 64}, "mixtral": {"num_local_experts": 3},
+}  # fmt: skip
 
 
-def save_model(kind: str, folder: Path, **how) -> str:
+def config_of(kind: str, **changes):
+    return AutoConfig.for_model(kind, **SIZES | KINDS.get(kind, {}) | changes)
+
+
+def save_model(kind: str, folder: Path, changes: dict | None = None, **how) -> str:
     """A random model of this kind in bf16, in several files if `max_shard_size` says so."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = KINDS[kind]().to(torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config_of(kind, **changes or {})).to(torch.bfloat16)
     for name, buffer in model.named_buffers():  # what the configuration says in full is in no checkpoint
         assert name not in model.state_dict(), buffer
     model.save_pretrained(folder, **how)
@@ -139,10 +129,7 @@ BROKEN = {
         r"missing \(model.layers.0.mlp.experts.gate_up_proj",
     ),
     "bytes": (lambda t: t | {NORM: torch.zeros(32, dtype=torch.int8)}, "quantised"),
-    "untied": (
-        lambda t: {**t, HEAD: t[EMBEDDING] + 1},
-        "set tie_word_embeddings to false",
-    ),
+    "untied": (lambda t: {**t, HEAD: t[EMBEDDING] + 1}, "set tie_word_embeddings to false"),
 }
 
 
@@ -192,23 +179,23 @@ ROPES = {
 
 @pytest.mark.parametrize("kind", ROPES)
 def test_positions_that_depend_on_the_longest_sequence_are_refused(tmp_path, kind):
-    LlamaConfig(**SIZES, rope_parameters=ROPES[kind]).save_pretrained(tmp_path)
+    config_of("llama", rope_parameters=ROPES[kind]).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"rope_type {kind}.*yarn"):
         load_model(str(tmp_path))
     by_layers = {"sliding_attention": LLAMA3_ROPE, "full_attention": ROPES[kind]}
-    Gemma3TextConfig(**SIZES, sliding_window=64, rope_parameters=by_layers).save_pretrained(tmp_path)
+    config_of("gemma3_text", rope_parameters=by_layers).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"rope_type {kind}"):
         load_model(str(tmp_path))
 
 
 def test_attention_that_is_not_computed_is_refused_before_any_rollout(tmp_path):
-    Gemma3TextConfig(**SIZES, sliding_window=64, use_bidirectional_attention=True).save_pretrained(tmp_path)
+    config_of("gemma3_text", use_bidirectional_attention=True).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="even alone a sequence gets other scores"):
         load_model(str(tmp_path))
-    GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1).save_pretrained(tmp_path)
+    config_of("gpt_oss", num_local_experts=2, num_experts_per_tok=1).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="cannot be computed on packed sequences: "):
         load_model(str(tmp_path))
-    Gemma2Config(**SIZES, attn_logit_softcapping=50.0, final_logit_softcapping=None).save_pretrained(tmp_path)
+    config_of("gemma2", attn_logit_softcapping=50.0, final_logit_softcapping=None).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="soft-capping or sinks"):
         load_model(str(tmp_path))
 
@@ -260,8 +247,8 @@ def load_half(rank: int, path: str) -> tuple[int, int, int]:
 
 
 def test_a_rank_takes_the_memory_of_its_shards(tmp_path):
-    sizes = SIZES | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 128}
-    LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20MB")
-    for shards, largest, peak in on_ranks(2, load_half, str(tmp_path)):
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 128}
+    path = save_model("llama", tmp_path, sizes, max_shard_size="20MB")
+    for shards, largest, peak in on_ranks(2, load_half, path):
         assert shards > 60e6
         assert shards / 2 < peak < shards + largest + 20e6, (shards, largest, peak)

@@ -39,6 +39,15 @@ class Servers:
         return {s: {key: checksum(held[key]) for key in meta.checksums} for s, held in self.live.items()}
 
 
+def check_stale_copy(actor, monkeypatch):
+    """One that is sent again after a step is noticed."""
+    stale = [(name, tensor.clone()) for name, tensor in actor.named_full_tensors()]
+    train_one_step(actor, random_batch())
+    monkeypatch.setattr(actor, "named_full_tensors", lambda **_: iter(stale))
+    with pytest.raises(WeightSyncError, match="changed nothing"):
+        actor.upload_weights()
+
+
 @pytest.mark.parametrize("kind", ["shm", "disk"])
 def test_upload_is_verified(tiny_llama, tmp_path, kind):
     actor, servers = make(tiny_llama), Servers()
@@ -83,14 +92,10 @@ def test_servers_that_are_not_ready_stop_all_ranks(tiny_llama, tmp_path):
 
 
 def test_a_stale_copy_is_noticed(tiny_llama, tmp_path, monkeypatch):
-    actor, servers = make(tiny_llama), Servers()
-    actor.connect_engine(servers, WeightLink("disk", tmp_path))
+    actor = make(tiny_llama)
+    actor.connect_engine(Servers(), WeightLink("disk", tmp_path))
     actor.upload_weights()
-    stale = [(name, tensor.clone()) for name, tensor in actor.named_full_tensors()]
-    train_one_step(actor, random_batch())
-    monkeypatch.setattr(actor, "named_full_tensors", lambda **_: iter(stale))
-    with pytest.raises(WeightSyncError, match="changed nothing"):
-        actor.upload_weights()
+    check_stale_copy(actor, monkeypatch)
 
 
 @pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)])
@@ -114,12 +119,8 @@ def test_steps_below_the_rounding_are_told_and_no_stale_copy(tiny_llama, tmp_pat
         with monkeypatch.context() as renamed, pytest.raises(WeightSyncError, match="changed nothing"):
             renamed.setattr(actor, "_parameters", {f"own.{name}": p for name, p in actor._parameters.items()})
             actor.upload_weights()
-    stale = [(name, tensor.clone()) for name, tensor in actor.named_full_tensors()]
     optimizer.lr = 0.1
-    train_one_step(actor, random_batch())
-    monkeypatch.setattr(actor, "named_full_tensors", lambda **_: iter(stale))
-    with pytest.raises(WeightSyncError, match="changed nothing"):
-        actor.upload_weights()
+    check_stale_copy(actor, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
