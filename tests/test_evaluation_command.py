@@ -93,13 +93,11 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(place, folde
     after = answers_of(folder)
     assert after[: len(before)] == before and len(after) == 40
     assert len({(a["problem"], a["sample"]) for a in after}) == 40
-    straight = start(command(place, folders[0], reward="slow", out="straight"))
-    assert straight.wait(120) == 0
+    assert main(command(place, folders[0], reward="slow", out="straight")) == 0
     one, other = result_of(folder), result_of(place / "straight" / folder.name)
     assert one == other and one["results"][0]["num_answers"] == 40
     assert "report.html" in told and re.search(r"pass@4 +│ +[01]\.\d+ \[", told)
-    third = start(words)  # everything is there: no server is started
-    assert third.wait(60) == 0 and len(answers_of(folder)) == 40
+    assert main(words) == 0 and len(answers_of(folder)) == 40  # everything is there: no server is started
     assert (folder / "logs" / "server-0.log").read_text().count("=== ") == 2
 
 

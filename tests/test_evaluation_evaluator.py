@@ -15,6 +15,7 @@ from arealite.api.atomic import read_jsonl
 from arealite.api.cli_args import StatsLoggerConfig
 from arealite.api.errors import ArealiteError, RewardError
 from arealite.api.types import Group, Task, Trajectory
+from arealite.cli import main
 from arealite.evaluation import evaluator as evaluator_module
 from arealite.evaluation.evaluator import Evaluator
 from arealite.observe.progress import Progress
@@ -196,3 +197,17 @@ def test_report_without_matplotlib_says_so(tmp_path, monkeypatch):
     out = io.StringIO()
     report(RunFolder(tmp_path), Console(file=out, width=200, highlight=False))
     assert "pip install matplotlib" in out.getvalue()
+
+
+def test_held_out_answers_of_a_run_are_graded_again(tmp_path, capsys):
+    make(tmp_path, [[1.0], [0.0], [0.0], [None]])[0].evaluate(0)
+    before = read_jsonl(RunFolder(tmp_path).evaluation(0))
+    place = tmp_path / "graders_of_runs.py"
+    place.write_text("def reward(prompt, completion, *ids, answer): return float(answer == '2' or ids == ([1], [2]))\n")
+    assert main(["eval", "reverify", str(tmp_path), "--reward", f"{place}:reward"]) == 0
+    told = capsys.readouterr().out
+    assert "step_000000: 3 of 4 answers have another reward than before" in told and "not graded -> 1" in told
+    assert "mean reward 0.333 [0.032, 0.851] before, 1.000 [" in told
+    assert read_jsonl(RunFolder(tmp_path).evaluation(0)) == before
+    assert main(["eval", "reverify", str(tmp_path)]) == 2
+    assert "nothing says how to grade" in capsys.readouterr().err

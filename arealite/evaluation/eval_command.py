@@ -18,13 +18,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from arealite.api.atomic import write_json, write_text
+from arealite.api.atomic import read_jsonl, write_json, write_text
 from arealite.api.cli_args import DatasetConfig, GRPOConfig
 from arealite.api.errors import ConfigError, RewardError
 from arealite.api.load_config import Reader, load_config_file
 from arealite.api.paths import expand
 from arealite.api.protocols import RolloutWorkflow
-from arealite.api.types import as_record
+from arealite.api.types import Task, as_record
 from arealite.dataset.loader import load_tasks, load_tokenizer
 from arealite.dataset.prompts import prompt_of
 from arealite.evaluation.asking import AskedModel, describe_server
@@ -36,13 +36,23 @@ from arealite.evaluation.figures import (
     mean_rewards,
     paired,
     table,
+    told_mean,
 )
 from arealite.evaluation.page import Among, page
-from arealite.evaluation.sheet import AnswerSheet, GradedAnswer, Problem, check_comparable, digest, weights_of
+from arealite.evaluation.sheet import (
+    AnswerSheet,
+    GradedAnswer,
+    Problem,
+    by_problem,
+    check_comparable,
+    digest,
+    weights_of,
+)
 from arealite.evaluation.statistics import is_decided, looks, order
 from arealite.models.fetch import resolve_model
-from arealite.observe.progress import terminal_width
+from arealite.observe.progress import show, terminal_width
 from arealite.observe.reasons import last_line
+from arealite.observe.run_folder import RunFolder
 from arealite.reward.audit import find_reward
 from arealite.reward.pool import RewardFunction, RewardPool
 
@@ -63,7 +73,7 @@ END = """examples:
   arealite eval runs/eval/test/one runs/eval/test/other
     answers that are there already
   arealite eval reverify runs/eval/test/one --reward rewards.py:better
-    grade stored answers again; nothing is sampled
+    grade stored answers again, or a run's held-out ones; nothing is sampled
 
 The same command goes on where it was stopped; no answer is sampled twice."""
 
@@ -297,32 +307,60 @@ def report(sheets: Sequence[AnswerSheet], difficulty: str | None, among: Among, 
 
 
 def reverify(folder: Path, reward: str | None) -> None:
-    """Grade the answers of a sheet again, by `reward` or by what graded them before; show what changed, keep the new
-    grades, and report. Raises ConfigError."""
+    """Grade stored answers again, by `reward` or by what graded them before, and show what changed: those of an
+    evaluation, which keeps the new grades; or the held-out answers of a run, whose records stay as they are. Raises
+    ConfigError."""
     if not AnswerSheet.exists(folder):
-        raise ConfigError(f"{folder} holds no evaluation: give the folder with its answers.jsonl")
+        return reverify_run(RunFolder(folder), reward)
     sheet = AnswerSheet(folder)
     reward_fn, graded_by = reward_of(reward or sheet.identity["reward"]["name"])
-    with ExitStack() as stack:
-        sheet.begin(sheet.identity, sheet.problems)
-        stack.callback(sheet.end)
-        pool = RewardPool(reward_fn, num_workers=os.cpu_count() or 1)
-        stack.callback(pool.close)
-        before = [(problem, answer) for problem in sheet.problems for answer in sheet.of(problem.task.id)]
-        after = asyncio.run(_grade(pool, before))
-        console = Console(highlight=False, width=terminal_width() or NO_TERMINAL_WIDTH)
-        changed = [(old, new) for (_, old), new in zip(before, after, strict=True) if old.reward != new.reward]
-        console.print(f"{len(changed)} of {len(before)} answers have another reward than before")
-        for old, new in changed[:MAX_CHANGES_SHOWN]:
-            was, now = ("not graded" if a.reward is None else f"{a.reward:g}" for a in (old, new))
-            text = " ".join(new.text.split())[-60:]
-            console.print(
-                Text(f"  {old.problem} sample {old.sample}: {was} -> {now}  {new.error or text}"), soft_wrap=True
-            )
-        if changed:
+    sheet.begin(sheet.identity, sheet.problems)
+    try:
+        stored = [(problem, answer) for problem in sheet.problems for answer in sheet.of(problem.task.id)]
+        after, num_changed = graded_again(stored, reward_fn)
+        if num_changed:
             sheet.regrade(after)
         sheet.set_identity({**sheet.identity, "reward": graded_by})
-    report([sheet], None, None, None)
+    finally:
+        sheet.end()
+    return report([sheet], None, None, None)
+
+
+def reverify_run(folder: RunFolder, reward: str | None) -> None:
+    """Of each evaluation of a training run. Raises ConfigError: it has none."""
+    steps = sorted(folder.evaluation_dir.glob("step_*.jsonl"))
+    if not steps:
+        raise ConfigError(f"{folder.root} holds no evaluation: give a folder with answers.jsonl, or that of a run")
+    reward_fn, _ = reward_of(reward)
+    for path in steps:
+        stored = []
+        for row in read_jsonl(path):
+            task = Task(row["task"], prompt=row["question"], answer=row["answer"], extras=row["extras"])
+            grade = (row["finish_reason"], row["reward"], row["reward_parts"], row["error"])
+            answer = GradedAnswer(task.id, row["member"], row["completion"], row["token_ids"], *grade)
+            stored.append((Problem(task, "held-out", row["prompt"], row["prompt_ids"]), answer))
+        after, _ = graded_again(stored, reward_fn, f"{path.stem}: ")
+        before = [answer for _, answer in stored]
+        was, now = (mean_rewards(by_problem(answers)) for answers in (before, after))
+        show(Text(f"{path.stem}: mean reward {told_mean(was)} before, {told_mean(now)} now"))
+
+
+def graded_again(
+    stored: Sequence[tuple[Problem, GradedAnswer]], reward_fn: RewardFunction, place: str = ""
+) -> tuple[list[GradedAnswer], int]:
+    """The answers with other grades, and how many are other than before, of which some are shown."""
+    pool = RewardPool(reward_fn, num_workers=os.cpu_count() or 1)
+    try:
+        after = asyncio.run(_grade(pool, stored))
+    finally:
+        pool.close()
+    changed = [(old, new) for (_, old), new in zip(stored, after, strict=True) if old.reward != new.reward]
+    show(Text(f"{place}{len(changed)} of {len(after)} answers have another reward than before"))
+    for old, new in changed[:MAX_CHANGES_SHOWN]:
+        was, now = ("not graded" if a.reward is None else f"{a.reward:g}" for a in (old, new))
+        text = new.error or " ".join(new.text.split())[-60:]
+        show(Text(f"{old.problem} sample {old.sample}: {was} -> {now}  {text}"))
+    return after, len(changed)
 
 
 async def _grade(pool: RewardPool, answers: Sequence[tuple[Problem, GradedAnswer]]) -> list[GradedAnswer]:

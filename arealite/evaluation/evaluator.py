@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from arealite.rollout.share import Beat, from_head
 
 if TYPE_CHECKING:
     from arealite.api.protocols import Collective, RolloutWorkflow
-    from arealite.api.types import Group, Task
+    from arealite.api.types import Group, Task, Trajectory
     from arealite.observe.run_folder import RunFolder
 
 LOOK_S = 0.1
@@ -111,8 +111,8 @@ class Evaluator:
                 wait.restart()  # the limit is that of the requests themselves
         groups, evaluate_s = self._future.result()
         result = score(groups, step, len(self._tasks), evaluate_s)
-        questions = {group.task.id: question_of(group.task) for group in groups}
-        rows = [row | {"question": questions[row["task"]]} for row in rollout_rows(groups)]
+        asked = [(group.task, trajectory) for group in groups for trajectory in group.trajectories]
+        rows = [row | asked_row(*of_row) for row, of_row in zip(rollout_rows(groups), asked, strict=True)]
         try:
             write_evaluation(self._folder, result, rows)
             self._folder.owed_evaluation(step).unlink(missing_ok=True)
@@ -124,6 +124,13 @@ class Evaluator:
     def _no_room(self, error: OSError) -> ArealiteError:
         folder = self._folder.evaluation_dir
         return ArealiteError(f"cannot write the evaluation to {folder}: {error.strerror}; make room there")
+
+
+def asked_row(task: Task, trajectory: Trajectory) -> dict[str, Any]:
+    """What the row of a held-out answer has beside that of a rollout, so that it can be graded again."""
+    own = list(zip(trajectory.tokens, trajectory.loss_mask, strict=True))
+    ids = {"prompt_ids": [t for t, is_own in own if not is_own], "token_ids": [t for t, is_own in own if is_own]}
+    return {"question": question_of(task), "extras": task.extras, **ids}
 
 
 def score(groups: Sequence[Group], step: int, num_tasks: int, evaluate_s: float) -> EvaluationResult:

@@ -76,6 +76,11 @@ def mean_of(values: Values) -> dict[str, Any] | None:
     return asdict(estimate(numbers, min(0.0, *numbers), max(1.0, *numbers))) if numbers else None
 
 
+def told_mean(values: Values) -> str:
+    cell = mean_of(values)
+    return f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" if cell else "none"
+
+
 def sizes(most: int) -> list[int]:
     """1, 2, 4 ... and the number of samples itself."""
     return sorted({*(2**i for i in range(most.bit_length())), most})

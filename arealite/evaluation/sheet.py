@@ -159,12 +159,20 @@ class AnswerSheet:
 
     def graded(self, among: Collection[tuple[str, int]] | None = None) -> dict[str, list[GradedAnswer]]:
         """The answers that have a reward, by problem; problems without any are left out."""
-        found = {p: [a for a in self.of(p, among) if a.reward is not None] for p in self.answers}
-        return {problem: answers for problem, answers in found.items() if answers}
+        return by_problem(answer for problem in self.answers for answer in self.of(problem, among))
 
     @property
     def num_answers(self) -> int:
         return sum(map(len, self.answers.values()))
+
+
+def by_problem(answers: Iterable[GradedAnswer]) -> dict[str, list[GradedAnswer]]:
+    """The answers that have a reward, by problem."""
+    found: dict[str, list[GradedAnswer]] = {}
+    for answer in answers:
+        if answer.reward is not None:
+            found.setdefault(answer.problem, []).append(answer)
+    return found
 
 
 def check_comparable(one: AnswerSheet, other: AnswerSheet) -> None:
