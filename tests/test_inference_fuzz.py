@@ -128,9 +128,7 @@ raw_bodies = (
 types_of_content = st.sampled_from(["application/json", "text/plain", "multipart/form-data", "\x01", "a/b; charset=zz"])
 
 
-def send(
-    connection: http.client.HTTPConnection, method: str, path: str, body: bytes, **headers: str
-) -> tuple[int, str]:
+def send(connection, method: str, path: str, body: bytes, **headers: str) -> tuple[int, str]:
     connection.request(method, path, body, headers)
     response = connection.getresponse()
     return response.status, response.read().decode()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.inference import LocalServer, served, wait_until
+from support.inference import served, wait_until
 
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.served_model import ServedModel
@@ -10,37 +10,35 @@ from arealite.inference.core.served_model import ServedModel
 PROMPT = list(range(40))
 
 
-def test_the_kv_cache_gives_its_memory_back_while_nothing_runs(folder):
-    with LocalServer(served(folder)) as server:
-        before = server.generate(PROMPT, max_new_tokens=8, temperature=0)["output_ids"]
-        assert server.post("/release_memory_occupation", {"tags": ["weights"]}) == (200, None)
-        assert server.get("/server_info")[1]["kv_cache_bytes"] > 0, "weights stay, and so does the rest"
-        for _ in range(2):
-            assert server.post("/release_memory_occupation", {"tags": ["kv_cache"]}) == (200, None)
-        assert server.get("/server_info")[1]["kv_cache_bytes"] == 0
-        waiting = server.pool.submit(server.generate, PROMPT, max_new_tokens=8, temperature=0)
-        wait_until(lambda: server.batcher.scheduler.waiting)
-        for _ in range(2):
-            assert server.post("/resume_memory_occupation", {}) == (200, None)
-        assert waiting.result(60)["output_ids"] == before
-
-
-def test_keys_and_values_in_use_are_not_given_up(folder):
-    with LocalServer(served(folder)) as server:
-        server.step_delay_s = 0.02
-        running = server.pool.submit(server.generate, PROMPT, max_new_tokens=60, ignore_eos=True)
-        wait_until(lambda: server.batcher.scheduler.running)
-        status, answer = server.post("/release_memory_occupation", {})
-        assert status == 400 and "pause_generation" in answer["message"]
-        assert server.post("/pause_generation", {"mode": "retract"})[0] == 200
-        assert server.post("/release_memory_occupation", {}) == (200, None)
+def test_the_kv_cache_gives_its_memory_back_while_nothing_runs(server):
+    before = server.generate(PROMPT, max_new_tokens=8, temperature=0)["output_ids"]
+    assert server.post("/release_memory_occupation", {"tags": ["weights"]}) == (200, None)
+    assert server.get("/server_info")[1]["kv_cache_bytes"] > 0, "weights stay, and so does the rest"
+    for _ in range(2):
+        assert server.post("/release_memory_occupation", {"tags": ["kv_cache"]}) == (200, None)
+    assert server.get("/server_info")[1]["kv_cache_bytes"] == 0
+    waiting = server.pool.submit(server.generate, PROMPT, max_new_tokens=8, temperature=0)
+    wait_until(lambda: server.batcher.scheduler.waiting)
+    for _ in range(2):
         assert server.post("/resume_memory_occupation", {}) == (200, None)
-        assert server.post("/continue_generation", {})[0] == 200
-        server.step_delay_s = 0
-        assert len(running.result(60)["output_ids"]) == 60
+    assert waiting.result(60)["output_ids"] == before
 
 
-def test_a_step_without_memory_is_made_with_fewer(folder, monkeypatch, caplog):
+def test_keys_and_values_in_use_are_not_given_up(server):
+    server.step_delay_s = 0.02
+    running = server.pool.submit(server.generate, PROMPT, max_new_tokens=60, ignore_eos=True)
+    wait_until(lambda: server.batcher.scheduler.running)
+    status, answer = server.post("/release_memory_occupation", {})
+    assert status == 400 and "pause_generation" in answer["message"]
+    assert server.post("/pause_generation", {"mode": "retract"})[0] == 200
+    assert server.post("/release_memory_occupation", {}) == (200, None)
+    assert server.post("/resume_memory_occupation", {}) == (200, None)
+    assert server.post("/continue_generation", {})[0] == 200
+    server.step_delay_s = 0
+    assert len(running.result(60)["output_ids"]) == 60
+
+
+def test_a_step_without_memory_is_made_with_fewer(server, monkeypatch, caplog):
     """What runs begins anew and gives the same answers; a single request for which there is none ends the engine."""
     bodies = [
         {"input_ids": PROMPT[: 20 + i], "sampling_params": {"max_new_tokens": 6, "temperature": 0}} for i in range(4)
@@ -53,15 +51,14 @@ def test_a_step_without_memory_is_made_with_fewer(folder, monkeypatch, caplog):
         return forward(self, pool, spans, num_rows)
 
     monkeypatch.setattr(ServedModel, "forward", scarce)
-    with LocalServer(served(folder)) as server:
-        wanted = [answer["output_ids"] for answer in server.generate_batch(bodies)]
-        server.post("/flush_cache", {})
-        most = 2
-        assert [answer["output_ids"] for answer in server.generate_batch(bodies)] == wanted
-        assert server.batcher.scheduler.max_running == 2 and "--kv-cache-tokens" in caplog.text
-        most = 0
-        status, answer = server.post("/generate", bodies[0])
-        assert status == 503 and "no memory for a step of 1 requests" in str(answer)
+    wanted = [answer["output_ids"] for answer in server.generate_batch(bodies)]
+    server.post("/flush_cache", {})
+    most = 2
+    assert [answer["output_ids"] for answer in server.generate_batch(bodies)] == wanted
+    assert server.batcher.scheduler.max_running == 2 and "--kv-cache-tokens" in caplog.text
+    most = 0
+    status, answer = server.post("/generate", bodies[0])
+    assert status == 503 and "no memory for a step of 1 requests" in str(answer)
 
 
 def test_what_a_card_has_free_sizes_the_kv_cache(folder, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.inference import EOS, LocalServer, output_logprobs, served
+from support.inference import EOS, output_logprobs
 from transformers import AutoModelForCausalLM
 
 from arealite.inference.core.logits import adjust
@@ -79,18 +79,17 @@ def test_numbers_stay_finite_whatever_is_asked():
     assert bool(torch.isfinite(after).all())
 
 
-def test_no_wish_makes_an_answer_fail(folder):
-    with LocalServer(served(folder)) as server:
-        params = {"max_new_tokens": 2, "min_new_tokens": 2, "temperature": 1e300}
-        params["logit_bias"] = {"7": 1e300, "8": -1e300}
-        assert server.generate([1, 2], **params)["meta_info"]["finish_reason"]["type"] == "length"
-        assert server.batcher.counters.num_nan_requests == 0
+def test_no_wish_makes_an_answer_fail(server):
+    params = {"max_new_tokens": 2, "min_new_tokens": 2, "temperature": 1e300}
+    params["logit_bias"] = {"7": 1e300, "8": -1e300}
+    assert server.generate([1, 2], **params)["meta_info"]["finish_reason"]["type"] == "length"
+    assert server.batcher.counters.num_nan_requests == 0
 
 
 WISHES = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": {"7": 9.0}}
 
 
-def test_answers_and_logprobs_are_those_of_the_adjusted_logits(folder):
+def test_answers_and_logprobs_are_those_of_the_adjusted_logits(server, folder):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt, answer = [7, 8, 9, 8], []
     logprobs: list[float] = []
@@ -102,34 +101,31 @@ def test_answers_and_logprobs_are_those_of_the_adjusted_logits(folder):
         answer.append(int(row.argmax()))
         logprobs.append(float(torch.log_softmax(row, -1).max()))
     assert len(set(answer)) > 15, "penalties make it vary"
-    with LocalServer(served(folder)) as server:
-        found = server.generate(prompt, max_new_tokens=25, temperature=0, ignore_eos=True, **WISHES)
-        assert found["output_ids"] == answer
-        assert output_logprobs(found) == pytest.approx(logprobs, abs=1e-3)
-        head, known = answer[:10], {"num_prompt_tokens": len(prompt)}
-        rest = {"max_new_tokens": 15, "temperature": 0, "ignore_eos": True, **WISHES}
-        resumed = server.generate(prompt + head, top=known, **rest)
-        assert resumed["output_ids"] == answer[10:], "an interruption that the client tells of changes nothing"
-        assert server.generate(prompt + head, **rest)["output_ids"] != answer[10:]
+    found = server.generate(prompt, max_new_tokens=25, temperature=0, ignore_eos=True, **WISHES)
+    assert found["output_ids"] == answer
+    assert output_logprobs(found) == pytest.approx(logprobs, abs=1e-3)
+    head, known = answer[:10], {"num_prompt_tokens": len(prompt)}
+    rest = {"max_new_tokens": 15, "temperature": 0, "ignore_eos": True, **WISHES}
+    resumed = server.generate(prompt + head, top=known, **rest)
+    assert resumed["output_ids"] == answer[10:], "an interruption that the client tells of changes nothing"
+    assert server.generate(prompt + head, **rest)["output_ids"] != answer[10:]
 
 
-def test_the_least_length_counts_what_came_before_an_interruption(folder):
+def test_the_least_length_counts_what_came_before_an_interruption(server):
     sure = {"max_new_tokens": 12, "temperature": 0, "logit_bias": {str(EOS): 1000.0}}
-    with LocalServer(served(folder)) as server:
-        assert len(server.generate([1, 2], min_new_tokens=6, **sure)["output_ids"]) == 7
-        resumed = server.generate([1, 2, 3, 4], min_new_tokens=6, top={"num_prompt_tokens": 2}, **sure)
-        assert len(resumed["output_ids"]) == 5
-        assert server.generate([1, 2], **sure)["output_ids"] == [EOS]
+    assert len(server.generate([1, 2], min_new_tokens=6, **sure)["output_ids"]) == 7
+    resumed = server.generate([1, 2, 3, 4], min_new_tokens=6, top={"num_prompt_tokens": 2}, **sure)
+    assert len(resumed["output_ids"]) == 5
+    assert server.generate([1, 2], **sure)["output_ids"] == [EOS]
 
 
-def test_likeliest_and_named_tokens_come_with_their_logprobs(folder):
+def test_likeliest_and_named_tokens_come_with_their_logprobs(server, folder):
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt, named = [5 + i % 7 for i in range(50)], (3, 200)
     top = {"logprob_start_len": 10, "top_logprobs_num": 4, "token_ids_logprob": list(named)}
-    with LocalServer(served(folder)) as server:
-        server.batcher.scheduler.step_tokens = 16  # the prompt is scored piece by piece
-        answer = server.generate(prompt, max_new_tokens=3, temperature=0.5, sampling_seed=2, ignore_eos=True, top=top)
-        [first, second] = server.generate([1, 2], n=2, max_new_tokens=20, sampling_seed=2, ignore_eos=True)
+    server.batcher.scheduler.step_tokens = 16  # the prompt is scored piece by piece
+    answer = server.generate(prompt, max_new_tokens=3, temperature=0.5, sampling_seed=2, ignore_eos=True, top=top)
+    [first, second] = server.generate([1, 2], n=2, max_new_tokens=20, sampling_seed=2, ignore_eos=True)
     assert first["output_ids"] != second["output_ids"], "samples of one prompt differ, seeded or not"
     about = answer["meta_info"]
     with torch.inference_mode():

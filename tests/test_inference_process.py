@@ -35,9 +35,7 @@ def folder(tmp_path_factory):
 
 
 @contextmanager
-def server_process(
-    folder: Path, *flags: str, code: str | None = None, env: dict[str, str] | None = None
-) -> Iterator[tuple[Any, str]]:
+def server_process(folder: Path, *flags: str, code="", env=None) -> Iterator[tuple[Any, str]]:
     """The process and its address."""
     command = [sys.executable, *(["-c", code] if code else ["-m", "arealite.inference.serve"])]
     command += ["--model", str(folder), "--port", "0", "--dtype", "float32", *flags]

@@ -166,14 +166,7 @@ def test_any_mix_is_answered_once_and_as_if_alone(model, alone, seed):
     assert batcher.scheduler.num_used_tokens == 0
 
 
-def scheduler_of(
-    num_pages: int,
-    *names: str,
-    length: int = 10,
-    max_running: int = 8,
-    step_tokens: int = 512,
-    joining_share: int | None = None,
-) -> Scheduler:
+def scheduler_of(num_pages, *names, length=10, max_running=8, step_tokens=512, joining_share=None) -> Scheduler:
     """Without a model; requests wait in it whose prompts begin with their names' letters."""
     pool = PagePool(1, 1, 1, num_pages * PAGE_TOKENS, torch.float32, torch.device("cpu"))
     scheduler = Scheduler(pool, max_running, step_tokens, False, joining_share)

@@ -17,12 +17,6 @@ from arealite.inference.http.generation import version_spans
 from arealite.inference.requests import GenerateRequest, SamplingParams
 
 
-@pytest.fixture(scope="module")
-def server(folder):
-    with LocalServer(served(folder)) as running:
-        yield running
-
-
 def bodies(num: int, seed: int = 0, **params: Any) -> list[dict[str, Any]]:
     """Requests of mixed lengths, each with a seed of its own."""
     rng = random.Random(seed)
@@ -242,24 +236,23 @@ def test_a_client_that_goes_away_frees_its_place(folder, path, stream):
         assert server.batcher.counters.num_generated_tokens < 500
 
 
-def test_logits_that_are_not_finite_end_the_request_only(folder):
-    model = served(folder)
-    with LocalServer(model) as server:
-        norm = model.module.model.norm.weight
-        good = server.generate(list(range(40)), max_new_tokens=20, sampling_seed=1, ignore_eos=True)
-        with torch.no_grad():
-            norm.fill_(torch.nan)
-            model.module.model.layers[0].input_layernorm.weight.fill_(torch.nan)
-        server.post("/flush_cache", {})
-        answer = server.generate(list(range(40)), max_new_tokens=5)
-        assert answer["output_ids"] == [] and answer["meta_info"]["finish_reason"]["type"] == "abort"
-        assert "not finite" in answer["meta_info"]["finish_reason"]["message"]
-        assert 'num_nan_reqs{model_name="tiny"} 1' in server.get("/metrics")[1]
-        with torch.no_grad():
-            norm.fill_(1)
-            model.module.model.layers[0].input_layernorm.weight.fill_(1)
-        again = server.generate(list(range(40)), max_new_tokens=20, sampling_seed=1, ignore_eos=True)
-        assert results([again]) == results([good]), "nothing of it is left in the cache"
+def test_logits_that_are_not_finite_end_the_request_only(server):
+    module, request = server.batcher.model.module.model, {"max_new_tokens": 20, "sampling_seed": 1, "ignore_eos": True}
+    weights = module.norm.weight, module.layers[0].input_layernorm.weight
+    good = server.generate(list(range(40)), **request)
+    with torch.no_grad():
+        for weight in weights:
+            weight.fill_(torch.nan)
+    server.post("/flush_cache", {})
+    answer = server.generate(list(range(40)), max_new_tokens=5)
+    assert answer["output_ids"] == [] and answer["meta_info"]["finish_reason"]["type"] == "abort"
+    assert "not finite" in answer["meta_info"]["finish_reason"]["message"]
+    assert 'num_nan_reqs{model_name="tiny"} 1' in server.get("/metrics")[1]
+    with torch.no_grad():
+        for weight in weights:
+            weight.fill_(1)
+    again = server.generate(list(range(40)), **request)
+    assert results([again]) == results([good]), "nothing of it is left in the cache"
 
 
 def test_numbers_that_are_not_finite_do_not_reach_those_who_share_the_prompt(tmp_path):
@@ -290,20 +283,19 @@ def test_the_longest_trajectory_can_be_scored(server):
     )
 
 
-def test_an_engine_failure_answers_everyone_and_shows_in_health(folder, monkeypatch):
-    with LocalServer(served(folder)) as server:
+def test_an_engine_failure_answers_everyone_and_shows_in_health(server, monkeypatch):
 
-        def broken() -> None:
-            raise RuntimeError("the cable is unplugged")
+    def broken() -> None:
+        raise RuntimeError("the cable is unplugged")
 
-        monkeypatch.setattr(server.batcher, "step", broken)
-        futures = [server.pool.submit(server.post, "/generate", {"input_ids": [i]}) for i in range(3)]
-        for future in futures:
-            status, answer = future.result(WAIT_S)
-            assert status == 503 and "the cable is unplugged" in answer["error"]["message"]
-        status, answer = server.get("/health")
+    monkeypatch.setattr(server.batcher, "step", broken)
+    futures = [server.pool.submit(server.post, "/generate", {"input_ids": [i]}) for i in range(3)]
+    for future in futures:
+        status, answer = future.result(WAIT_S)
         assert status == 503 and "the cable is unplugged" in answer["error"]["message"]
-        assert server.post("/generate", {"input_ids": [1]})[0] == 503
+    status, answer = server.get("/health")
+    assert status == 503 and "the cable is unplugged" in answer["error"]["message"]
+    assert server.post("/generate", {"input_ids": [1]})[0] == 503
 
 
 def test_whoever_hears_of_a_failure_finds_it_in_health(folder):

@@ -79,9 +79,7 @@ def plain_logits(folder: Path, tokens: list[int], dtype: torch.dtype = torch.flo
         return model(input_ids=torch.tensor([tokens])).logits[0]
 
 
-def in_passes(
-    model: ServedModel, passes: list[list[tuple[int, int]]], rows: list[list[int]], num_rows: int = 0
-) -> list[torch.Tensor]:
+def in_passes(model: ServedModel, passes, rows: list[list[int]], num_rows: int = 0) -> list[torch.Tensor]:
     """Hidden states of each row, computed as listed: per pass, pairs of a row and how many of its tokens come next."""
     pool = model.make_pool(sum(pages_for(len(row)) for row in rows) * PAGE_TOKENS)
     pool.tensor[:] = 7.0  # what is not written is not looked at

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from support.inference import WAIT_S, LocalServer, fetch, output_logprobs, save_tiny_llama, served, wait_until
+from support.inference import WAIT_S, LocalServer, fetch, output_logprobs, served, wait_until
 
 from arealite.inference.answers import ShownAnswer
 from arealite.inference.core.sequence import Sequence
@@ -17,15 +17,9 @@ from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.observe import waits
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return served(save_tiny_llama(tmp_path_factory.mktemp("llama")))
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    with LocalServer(model) as running:
-        yield running
+@pytest.fixture
+def model(folder):
+    return served(folder)
 
 
 def events(server: LocalServer, body: dict[str, Any]) -> list[Any]:
@@ -116,35 +110,33 @@ def test_top_and_named_tokens_are_rendered(server):
     assert about["input_token_logprobs"][0][0] is None
 
 
-def test_a_stream_survives_a_pause_and_an_abort_ends_it(model):
-    with LocalServer(model) as server:
-        server.step_delay_s = 0.01
-        future = server.pool.submit(events, server, {**asked(max_new_tokens=400), "rid": "x"})
-        wait_until(lambda: server.batcher.counters.num_generated_tokens > 3)
-        server.post("/pause_generation", {"mode": "retract"})
-        server.post("/update_weight_version", {"new_version": "1", "abort_all_requests": False})
-        made = server.batcher.counters.num_generated_tokens
-        server.post("/continue_generation", {})
-        wait_until(lambda: server.batcher.counters.num_generated_tokens > made + 3)
-        server.post("/abort_request", {"rid": "x"})
-        last = future.result()[-1]
-        assert last["meta_info"]["finish_reason"]["type"] == "abort"
-        assert [span["version"] for span in last["meta_info"]["weight_versions"]] == ["0", "1"]
+def test_a_stream_survives_a_pause_and_an_abort_ends_it(server):
+    server.step_delay_s = 0.01
+    future = server.pool.submit(events, server, {**asked(max_new_tokens=400), "rid": "x"})
+    wait_until(lambda: server.batcher.counters.num_generated_tokens > 3)
+    server.post("/pause_generation", {"mode": "retract"})
+    server.post("/update_weight_version", {"new_version": "1", "abort_all_requests": False})
+    made = server.batcher.counters.num_generated_tokens
+    server.post("/continue_generation", {})
+    wait_until(lambda: server.batcher.counters.num_generated_tokens > made + 3)
+    server.post("/abort_request", {"rid": "x"})
+    last = future.result()[-1]
+    assert last["meta_info"]["finish_reason"]["type"] == "abort"
+    assert [span["version"] for span in last["meta_info"]["weight_versions"]] == ["0", "1"]
 
 
-def test_a_failure_in_the_middle_is_the_last_event(model, monkeypatch):
-    with LocalServer(model) as server:
-        server.step_delay_s = 0.01
-        future = server.pool.submit(events, server, asked(max_new_tokens=400))
-        wait_until(lambda: server.batcher.counters.num_generated_tokens > 3)
+def test_a_failure_in_the_middle_is_the_last_event(server, monkeypatch):
+    server.step_delay_s = 0.01
+    future = server.pool.submit(events, server, asked(max_new_tokens=400))
+    wait_until(lambda: server.batcher.counters.num_generated_tokens > 3)
 
-        def broken() -> None:
-            raise RuntimeError("the cable is unplugged")
+    def broken() -> None:
+        raise RuntimeError("the cable is unplugged")
 
-        monkeypatch.setattr(server.batcher, "step", broken)
-        *good, last = future.result()
-        assert all("error" not in event for event in good)
-        assert last["error"]["code"] == 503 and "the cable is unplugged" in last["error"]["message"]
+    monkeypatch.setattr(server.batcher, "step", broken)
+    *good, last = future.result()
+    assert all("error" not in event for event in good)
+    assert last["error"]["code"] == 503 and "the cable is unplugged" in last["error"]["message"]
 
 
 def test_metrics_tell_the_load_in_prometheus_form(model):
@@ -170,28 +162,26 @@ def test_metrics_tell_the_load_in_prometheus_form(model):
         assert info["resident_bytes"] > info["kv_cache_bytes"] > 0
 
 
-def test_a_chat_is_held_while_paused_and_aborted_by_its_id(model):
-    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+def test_a_chat_is_held_while_paused_and_aborted_by_its_id(server):
+    server.batcher.model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     body = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "max_tokens": 400, "rid": "chat"}
-    with LocalServer(model) as server:
-        server.step_delay_s = 0.01
-        server.post("/pause_generation", {})
-        future = server.pool.submit(server.post, "/v1/chat/completions", body)
-        wait_until(lambda: 'num_paused_reqs{model_name="tiny"} 1' in server.get("/metrics")[1])
-        server.post("/continue_generation", {})
-        wait_until(lambda: server.batcher.counters.num_generated_tokens > 3)
-        server.post("/abort_request", {"rid": "chat"})
-        status, answer = future.result()
+    server.step_delay_s = 0.01
+    server.post("/pause_generation", {})
+    future = server.pool.submit(server.post, "/v1/chat/completions", body)
+    wait_until(lambda: 'num_paused_reqs{model_name="tiny"} 1' in server.get("/metrics")[1])
+    server.post("/continue_generation", {})
+    wait_until(lambda: server.batcher.counters.num_generated_tokens > 3)
+    server.post("/abort_request", {"rid": "chat"})
+    status, answer = future.result()
     [choice] = answer["choices"]
     assert status == 200 and answer["id"] == "chat" and choice["finish_reason"] == "abort"
     assert 3 < answer["usage"]["completion_tokens"] < 400 and choice["message"]["content"]
 
 
-def test_a_chat_stream_that_finds_no_place_is_refused_by_its_status(model):
-    with LocalServer(model) as server:
-        server.engine._max_queued = 0
-        status, answer = server.post("/v1/chat/completions", {"input_ids": [1], "stream": True})
-        assert status == 503 and "would pass 0" in answer["message"]
+def test_a_chat_stream_that_finds_no_place_is_refused_by_its_status(server):
+    server.engine._max_queued = 0
+    status, answer = server.post("/v1/chat/completions", {"input_ids": [1], "stream": True})
+    assert status == 503 and "would pass 0" in answer["message"]
 
 
 def test_the_bytes_of_tokens_are_those_of_the_text(server):

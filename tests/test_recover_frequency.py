@@ -7,34 +7,22 @@ from arealite.api.cli_args import FrequencyConfig
 from arealite.observe.frequency import Frequency
 
 
-def due_steps(frequency, steps, epoch_of=lambda step: 0):
-    return [step for step in steps if frequency.due(step, epoch_of(step), Alone())]
+def due_steps(frequency, steps):
+    return [step for step in steps if frequency.due(step, step // 3, Alone())]
 
 
-def test_nothing_given_is_never_and_silent():
+@pytest.mark.parametrize("first", [1, 4, 5, 6, 8])
+def test_steps_and_epochs_are_due_after_a_resume_as_before(first):
+    """The run begins, or goes on, with step `first`; an epoch has three steps."""
+    for config, wanted in ((FrequencyConfig(freq_steps=4), [4, 8, 12]), (FrequencyConfig(freq_epochs=2), [6, 12])):
+        frequency = Frequency(config)
+        frequency.restart((first - 1) // 3)
+        assert due_steps(frequency, range(first, 15)) == [step for step in wanted if step >= first]
+
+
+def test_nothing_given_is_never_and_silent_and_the_last_step_is_always_one():
     assert not any(Frequency(FrequencyConfig()).due(step, 0, None) for step in range(1, 50))
-
-
-def test_the_last_step_is_always_one():
     assert all(Frequency(config).due(7, 0, None, last=True) for config in (FrequencyConfig(), FrequencyConfig(2)))
-
-
-def test_steps():
-    assert due_steps(Frequency(FrequencyConfig(freq_steps=4)), range(1, 14)) == [4, 8, 12]
-
-
-@pytest.mark.parametrize("resumed_at", [3, 4, 5])
-def test_a_resumed_run_is_due_at_the_same_steps(resumed_at):
-    frequency = Frequency(FrequencyConfig(freq_steps=4))
-    assert due_steps(frequency, range(resumed_at + 1, 13)) == [step for step in (4, 8, 12) if step > resumed_at]
-
-
-def test_epochs():
-    frequency = Frequency(FrequencyConfig(freq_epochs=2))
-    assert due_steps(frequency, range(1, 16), lambda step: step // 3) == [6, 12]
-    resumed = Frequency(FrequencyConfig(freq_epochs=2))
-    resumed.restart(2)  # at step 7, in epoch 2
-    assert due_steps(resumed, range(8, 16), lambda step: step // 3) == [12]
 
 
 def test_seconds():

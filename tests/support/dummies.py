@@ -123,9 +123,7 @@ def plan_of(folder: Path, trainers: list[str], servers: list[str]) -> Plan:
 class Launched:
     """A launcher in a process of its own; the context manager ends whatever is left of it."""
 
-    def __init__(
-        self, folder: Path, trainers: list[str], servers: list[str], stdout: int | None = None, **overrides: object
-    ) -> None:
+    def __init__(self, folder: Path, trainers: list[str], servers: list[str], stdout=None, **overrides: object) -> None:
         self.folder = RunFolder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder.parent / f"{folder.name}.launcher.log"

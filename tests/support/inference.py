@@ -78,14 +78,7 @@ def plain_logprobs(model: Any, tokens: Any, temperature: float = 1.0) -> torch.T
 class LocalServer:
     """The server in this process, on a real socket, its event loop in a thread of its own."""
 
-    def __init__(
-        self,
-        model: ServedModel,
-        max_running: int = 8,
-        kv_tokens: int = 2048,
-        hold_limit_s: float = WAIT_S,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, model: ServedModel, max_running=8, kv_tokens=2048, hold_limit_s=WAIT_S, **settings) -> None:
         self.engine = Engine(Batcher(model, max_running, kv_tokens, "0"), seed=0)
         self.batcher = self.engine.batcher
         self.step_delay_s = 0.0  # a test that acts on a running request slows the engine down meanwhile

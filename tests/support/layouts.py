@@ -55,9 +55,7 @@ def ranks(world_size: int, work: Callable[..., Any], *args: Any) -> Iterator[lis
                 process.join()
 
 
-def _rank(
-    send: Any, rank: int, world_size: int, port: int, path: list[str], work: Callable[..., Any], args: Any
-) -> None:
+def _rank(send: Any, rank: int, world_size: int, port: int, path: list[str], work: Any, args: Any) -> None:
     sys.path[:] = path
     os.environ.update(
         {

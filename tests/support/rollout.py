@@ -299,9 +299,7 @@ class FakeServer:
                 await show({**self._answer(tokens, versions, ""), "final": False})
         return self._answer(tokens, versions, "length")
 
-    def _answer(
-        self, tokens: list[int], versions: list[int], reason: str, more: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def _answer(self, tokens: list[int], versions: list[int], reason: str, more=None) -> dict[str, Any]:
         spans: list[dict[str, Any]] = []
         for i, version in enumerate(versions):
             if spans and spans[-1]["version"] == str(version):
