@@ -96,25 +96,21 @@ def test_what_may_become_a_marker_is_held_back():
     assert held_back("aSTO", ["STOP", "TO!"]) == "a"
 
 
-def template(source: str = CHATML, parser: str = "auto") -> tuple[ChatTemplate, list[str]]:
-    """A template, and the texts that were encoded with it."""
-    tokenizer, texts = byte_tokenizer(), []
-    tokenizer.chat_template = source
-
-    def encode(text: str, special: bool) -> list[int]:
-        texts.append(text)
-        return [1]
-
-    return ChatTemplate(tokenizer, encode, parser), texts
-
-
 def chat(**fields: Any) -> ChatBody:
     return checked(ChatBody, {"messages": [{"role": "user", "content": "u"}], **fields})
 
 
 def prompt_of(body: dict[str, Any], source: str = CHATML, parser: str = "auto") -> str:
-    made, texts = template(source, parser)
-    made.encode(chat(**body))
+    tokenizer, texts = byte_tokenizer(), []
+    tokenizer.chat_template = source
+
+    def encode(text: str, special: bool) -> list[int]:
+        if not text.isascii():
+            raise RequestError("surrogate")
+        texts.append(text)
+        return [1]
+
+    ChatTemplate(tokenizer, encode, parser).encode(chat(**body))
     return texts[0]
 
 
@@ -180,16 +176,8 @@ def test_a_required_call_is_begun_for_the_model(choice, tools, ending):
     ],
 )  # fmt: skip
 def test_wrong_chats_are_refused_by_name(body, named):
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHATML
-
-    def encode(text: str, special: bool) -> list[int]:
-        if not text.isascii():
-            raise RequestError("surrogate")
-        return [1]
-
     with pytest.raises(RequestError) as caught:
-        ChatTemplate(tokenizer, encode, "auto").encode(chat(**body))
+        prompt_of(body)
     assert named in str(caught.value)
 
 
