@@ -162,17 +162,18 @@ def test_metrics_tell_the_load_in_prometheus_form(model):
         assert info["resident_bytes"] > info["kv_cache_bytes"] > 0
 
 
-def test_a_chat_is_held_while_paused_and_aborted_by_its_id(server):
-    server.batcher.model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+def test_a_chat_is_held_while_paused_and_aborted_by_its_id(model):
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     body = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "max_tokens": 400, "rid": "chat"}
-    server.step_delay_s = 0.01
-    server.post("/pause_generation", {})
-    future = server.pool.submit(server.post, "/v1/chat/completions", body)
-    wait_until(lambda: 'num_paused_reqs{model_name="tiny"} 1' in server.get("/metrics")[1])
-    server.post("/continue_generation", {})
-    wait_until(lambda: server.batcher.counters.num_generated_tokens > 3)
-    server.post("/abort_request", {"rid": "chat"})
-    status, answer = future.result()
+    with LocalServer(model) as server:
+        server.step_delay_s = 0.01
+        server.post("/pause_generation", {})
+        future = server.pool.submit(server.post, "/v1/chat/completions", body)
+        wait_until(lambda: 'num_paused_reqs{model_name="tiny"} 1' in server.get("/metrics")[1])
+        server.post("/continue_generation", {})
+        wait_until(lambda: server.batcher.counters.num_generated_tokens > 3)
+        server.post("/abort_request", {"rid": "chat"})
+        status, answer = future.result()
     [choice] = answer["choices"]
     assert status == 200 and answer["id"] == "chat" and choice["finish_reason"] == "abort"
     assert 3 < answer["usage"]["completion_tokens"] < 400 and choice["message"]["content"]
