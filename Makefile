@@ -24,7 +24,7 @@ endif
 # Two files of tests at a time; conftest.py puts the longest first.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: docs setup check test test-fast test-features fetch peer quickstart vllm-cpu areal-client format clean
+.PHONY: docs sandbox setup check test test-fast test-features fetch peer quickstart vllm-cpu areal-client format clean
 
 setup: $(STAMP)
 
@@ -45,13 +45,18 @@ fetch: $(STAMP)
 
 # The environments are made side by side. Where vLLM's cannot be, its tests are skipped and say so.
 test:
-	$(MAKE) --no-print-directory -j2 peer check fetch
+	$(MAKE) --no-print-directory -j2 peer sandbox check fetch
 	$(PYTEST)
 	$(MAKE) --no-print-directory test-features
 
 # For a contributor's loop.
 test-fast: fetch
 	$(PYTEST) -m fast
+
+# What locks programs up best; without it Landlock does (Linux 5.13).
+sandbox:
+	@command -v bwrap > /dev/null || apt-get install -y -q bubblewrap > /dev/null || \
+		echo 'bubblewrap is not installed: its tests are skipped' >&2
 
 peer:
 	-$(MAKE) --no-print-directory vllm-cpu

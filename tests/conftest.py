@@ -27,8 +27,8 @@ LONGEST = [f"test_{name}.py" for name in (
 KINDS = {
     "process": """cli_refusals docs engine_layouts engine_loading engine_pipeline engine_ranks engine_resume
         engine_roles engine_weights evaluation_command inference_openai inference_process launcher_local
-        observe_watchdog prove recover_background recover_points reward_audit reward_judges reward_pool rollout_updates
-        run run_life run_lora
+        observe_watchdog prove recover_background recover_points reward_audit reward_code reward_judges reward_pool
+        reward_sandbox rollout_updates run run_life run_lora
         run_own_parts run_recovery run_stalls run_supervised run_wirings server_chaos vllm_server weights_group""",
     "model": """engine_actor engine_export engine_flops engine_lora engine_objective gpu_kernels gpu_server gpu_training
         evaluation_statistics inference_fuzz inference_gpu inference_lora inference_model inference_pause
