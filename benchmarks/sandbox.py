@@ -18,7 +18,7 @@ import sys
 import time
 
 from arealite.reward.code import code_verify
-from arealite.reward.sandbox import Limits, Sandbox, SandboxError
+from arealite.reward.sandbox import ProcessLimits, Sandbox, SandboxError
 
 PROGRAM = "import math\nnumbers = list(map(int, input().split()))\nprint(sum(numbers), math.prod(numbers))\n"
 GIVEN, EXPECTED = b"3 4 5\n", b"12 60\n"
@@ -44,7 +44,7 @@ def main() -> None:
         for side, times in seconds.items():
             for _ in range(TURN):
                 began = time.perf_counter()
-                out = bare() if side == "bare" else sandboxes[side].run(PROGRAM, GIVEN, Limits()).stdout
+                out = bare() if side == "bare" else sandboxes[side].run(PROGRAM, GIVEN, ProcessLimits()).stdout
                 times.append(time.perf_counter() - began)
                 assert out == EXPECTED, out
     for sandbox in sandboxes.values():

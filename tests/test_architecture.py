@@ -30,7 +30,7 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 NO_TORCH = ("api", "launcher", "rollout", "workflow", "reward", "cli")
 NO_BOUNDARY = ("api", "algorithm", "weights", "dataset")  # no user code, HTTP route or supervisor lives here
 MAX_FILE_LINES = 400
-MAX_LINES = {"arealite": 28_234, "tests": 23_500}  # of all files; raised only for a new capability
+MAX_LINES = {"arealite": 30_400, "tests": 23_500}  # of all files; raised only for a new capability
 MAX_FUNCTION_LINES = 60
 MAX_CONFIG_FIELDS = 162
 BANNED_FOLDERS = ("utils", "util", "experimental", "helpers", "common", "misc")
@@ -49,6 +49,7 @@ KNOWN_NAMES = {
     "server_info",
     "n_samples",  # configuration names of the field
     "ppo_n_minibatches",
+    "id2info",  # of code_verify
 }
 SECONDS_WITHOUT_UNIT = re.compile(r"(^|_)timeout$|_(seconds?|secs?|millis|ms)$")
 COUNT_WITHOUT_PREFIX = re.compile(r"^n_|[^_]_count$")

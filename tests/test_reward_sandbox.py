@@ -13,11 +13,11 @@ import pytest
 from support.hostile import FUNCTIONS, QUICK, SLOW
 
 from arealite.reward.code import grade
-from arealite.reward.problems import Problem
-from arealite.reward.sandbox import Limits, Sandbox, SandboxError, best_kind
+from arealite.reward.problems import CodeProblem
+from arealite.reward.sandbox import ProcessLimits, Sandbox, SandboxError, best_kind
 
 KINDS = ("bubblewrap", "landlock")
-LIMITS = Limits(limit_s=3.0, memory_bytes=512 << 20, output_bytes=1 << 20, file_bytes=4 << 20)
+LIMITS = ProcessLimits(limit_s=3.0, memory_bytes=512 << 20, output_bytes=1 << 20, file_bytes=4 << 20)
 SLACK_S = 3.0  # of a busy machine, for the end of a process that is over its limit
 
 
@@ -76,7 +76,7 @@ def hostile(programs):
 def test_programs(sandbox, host, program):
     """The expected output is drawn after the program is written, so only the checker can leak it."""
     answer = str(secrets.randbelow(10**12) + 10**12)
-    problem = Problem("stdin", (("3 4\n", answer),), limits=LIMITS)
+    problem = CodeProblem("stdin", (("3 4\n", answer),), limits=LIMITS)
     start = time.monotonic()
     verdict = grade(problem, filled(program, host), sandbox)
     assert verdict.reason != "passed" and verdict.sandbox == sandbox.kind
@@ -84,18 +84,19 @@ def test_programs(sandbox, host, program):
     assert host["secret"] not in verdict.told and answer not in verdict.told
     unharmed(host)
     assert (
-        grade(Problem("stdin", (("3 4\n", "7"),)), "print(sum(map(int, input().split())))", sandbox).reason == "passed"
+        grade(CodeProblem("stdin", (("3 4\n", "7"),)), "print(sum(map(int, input().split())))", sandbox).reason
+        == "passed"
     )
 
 
 @hostile(SLOW)
 def test_programs_that_do_not_end(sandbox, host, program):
-    problem = Problem("stdin", (("3 4\n", "7"),), limits=Limits(limit_s=0.5, memory_bytes=512 << 20))
+    problem = CodeProblem("stdin", (("3 4\n", "7"),), limits=ProcessLimits(limit_s=0.5, memory_bytes=512 << 20))
     start = time.monotonic()
     verdict = grade(problem, program, sandbox)
     assert verdict.reason in ("timeout", "crash")
     assert time.monotonic() - start < 0.5 + SLACK_S
-    assert grade(Problem("stdin", (("", "1"),)), "print(1)", sandbox).reason == "passed"
+    assert grade(CodeProblem("stdin", (("", "1"),)), "print(1)", sandbox).reason == "passed"
 
 
 CHECK = "def check(candidate):\n    assert candidate(5) == {0}\n    assert abs(candidate(5) - {0}) < 1\ncheck(f)"
@@ -103,15 +104,15 @@ CHECK = "def check(candidate):\n    assert candidate(5) == {0}\n    assert abs(c
 
 @hostile(FUNCTIONS)
 def test_functions(sandbox, host, program):
-    answer, limits = secrets.randbelow(10**12) + 10**12, Limits(limit_s=1.5, memory_bytes=512 << 20)
-    check = Problem("check", ((CHECK.format(answer), "passed"),), "f", "def f(x):\n    pass\n", limits)
-    for problem in (check, Problem("call", (([5], answer),), "f", "", limits)):
+    answer, limits = secrets.randbelow(10**12) + 10**12, ProcessLimits(limit_s=1.5, memory_bytes=512 << 20)
+    check = CodeProblem("check", ((CHECK.format(answer), "passed"),), "f", "def f(x):\n    pass\n", limits)
+    for problem in (check, CodeProblem("call", (([5], answer),), "f", "", limits)):
         start = time.monotonic()
         verdict = grade(problem, program, sandbox)
         assert verdict.reason != "passed"
         assert str(answer) not in verdict.told or problem is check  # a check's own error may tell what it expected
         assert time.monotonic() - start < limits.limit_s + SLACK_S
-    honest = Problem("check", ((CHECK.format(9), "passed"),), "f", "def f(x):\n    pass\n", limits)
+    honest = CodeProblem("check", ((CHECK.format(9), "passed"),), "f", "def f(x):\n    pass\n", limits)
     assert grade(honest, "def f(x): return x + 4", sandbox).reason == "passed"
 
 
@@ -149,10 +150,10 @@ def test_a_program_that_reads_nothing_does_not_hold_up_a_long_input(sandbox):
 
 WORKER = """
 import sys, time
-from arealite.reward.sandbox import Limits, Sandbox
+from arealite.reward.sandbox import ProcessLimits, Sandbox
 sandbox = Sandbox(sys.argv[1])
 print(sandbox._process.pid, sandbox._scratch, flush=True)
-sandbox.run("import time\\nopen('x', 'w').write('x')\\ntime.sleep(600)", b"", Limits(limit_s=600))
+sandbox.run("import time\\nopen('x', 'w').write('x')\\ntime.sleep(600)", b"", ProcessLimits(limit_s=600))
 """
 
 
@@ -178,7 +179,7 @@ def test_a_sandbox_that_is_killed_is_an_error_and_not_a_zero(sandbox):
         ]:
             process.kill()
         with pytest.raises(SandboxError):
-            grade(Problem("stdin", (("", "1"),)), "print(1)", other)
+            grade(CodeProblem("stdin", (("", "1"),)), "print(1)", other)
 
 
 def test_the_best_kind_is_one_that_works():

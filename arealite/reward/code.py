@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from arealite.api.errors import RewardError
 from arealite.reward.plain_values import decode, encode
-from arealite.reward.problems import Problem, extract_program, load_problems_with_testcase_batch, problem_of
-from arealite.reward.sandbox import Ended, Limits, Sandbox, SandboxError, Stopped, call, check
+from arealite.reward.problems import CodeProblem, extract_program, load_problems_with_testcase_batch, problem_of
+from arealite.reward.sandbox import Ended, ProcessLimits, Sandbox, SandboxError, Stopped, call, check
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Verdict:
     sandbox: str = ""
 
 
-def grade(problem: Problem, program: str, sandbox: Sandbox | RemoteSandbox) -> Verdict:
+def grade(problem: CodeProblem, program: str, sandbox: Sandbox | RemoteSandbox) -> Verdict:
     """Run the tests until the first that fails. Raises SandboxError: nothing is known about the program."""
     verdict = partial(Verdict, num_tests=len(problem.tests), sandbox=sandbox.kind)
     if not program.strip():
@@ -141,7 +141,7 @@ class RemoteSandbox:
     def close(self) -> None:
         """Nothing is kept open."""
 
-    def run(self, code: str, stdin: bytes, limits: Limits) -> Ended:
+    def run(self, code: str, stdin: bytes, limits: ProcessLimits) -> Ended:
         """As Sandbox.run. Raises SandboxError."""
         body = {
             "code": code, "language": "python", "stdin": stdin.decode(errors="replace"), "run_timeout": limits.limit_s,
@@ -165,7 +165,7 @@ class RemoteSandbox:
         except (OSError, ValueError, KeyError, TypeError, urllib.error.URLError) as error:
             raise SandboxError(f"{self.url}/run_code: {type(error).__name__}: {error}") from error
 
-    def called(self, problem: Problem, program: str, arguments: list[Any], expected: Any) -> tuple[str, str]:
+    def called(self, problem: CodeProblem, program: str, arguments: list[Any], expected: Any) -> tuple[str, str]:
         """As `_called`: the value comes back behind a mark on its standard output."""
         if problem.kind == "check":
             raise RewardError("tests that are code need a sandbox here: a remote one would show them to the program")
@@ -225,7 +225,9 @@ def _same_word(word: str, want: str) -> bool:
     return one == other if is_exact else abs(one - other) <= Decimal(RELATIVE) * max(Decimal(1), abs(other))
 
 
-def _called(problem: Problem, program: str, arguments: list[Any], expected: Any, sandbox: Sandbox) -> tuple[str, str]:
+def _called(
+    problem: CodeProblem, program: str, arguments: list[Any], expected: Any, sandbox: Sandbox
+) -> tuple[str, str]:
     """Why the call failed, and what was seen; empty when the value is the expected one."""
     try:
         answer = call(sandbox, program, problem.entry, encode(arguments), problem.limits)
@@ -250,7 +252,7 @@ def _failure(ended: Ended) -> tuple[Any, str]:
     return ("crash", told or f"exit code {ended.code}") if ended.code else ("", "")
 
 
-def _whole(problem: Problem, program: str) -> str:
+def _whole(problem: CodeProblem, program: str) -> str:
     """The program with what stands before it; a base model continues the preamble's signature."""
     entry = problem.entry.partition(".")[0]
     if not problem.preamble or not entry:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from arealite.reward.sandbox import Limits
+from arealite.reward.sandbox import ProcessLimits
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 PYTHON = ("", "python", "python3", "py")
@@ -32,7 +32,7 @@ import collections, math, random, re, string
 
 
 @dataclass(frozen=True)
-class Problem:
+class CodeProblem:
     """What a program is asked.
 
     `kind` "stdin": each test is (input text, expected output); "call": (arguments, expected value) of the function
@@ -44,10 +44,10 @@ class Problem:
     tests: tuple[tuple[Any, Any], ...]
     entry: str = ""
     preamble: str = ""
-    limits: Limits = field(default_factory=Limits)
+    limits: ProcessLimits = field(default_factory=ProcessLimits)
 
 
-def problem_of(row: Mapping[str, Any]) -> Problem:
+def problem_of(row: Mapping[str, Any]) -> CodeProblem:
     """The problem of a data set's row, told by its columns:
 
     - `input_output` (APPS, TACO; a dict or its JSON): "inputs", "outputs", and "fn_name" for calls;
@@ -65,7 +65,7 @@ def problem_of(row: Mapping[str, Any]) -> Problem:
         if row.get("test") and row.get("entry_point"):
             prompt = str(row.get("code_prompt") or row.get("prompt") or "")
             entry = str(row["entry_point"])
-            return Problem("check", ((f"{row['test']}\ncheck({entry})", "passed"),), entry, prompt)
+            return CodeProblem("check", ((f"{row['test']}\ncheck({entry})", "passed"),), entry, prompt)
         if row.get("test_list"):
             return _mbpp(row)
     except (KeyError, TypeError, AttributeError, SyntaxError, zlib.error, pickle.UnpicklingError, EOFError) as error:
@@ -94,7 +94,7 @@ def extract_program(completion: str) -> str:
 
 def load_problems_with_testcase_batch(
     id2info: Mapping[str, Mapping[str, Any]], query_ids: Sequence[str], test_case_batch_size: int | None = None
-) -> dict[str, list[Problem]]:
+) -> dict[str, list[CodeProblem]]:
     """{query id: its problem}, cut into some of at most `test_case_batch_size` tests. Raises ValueError, KeyError."""
     loaded = {}
     for query in query_ids:
@@ -109,45 +109,45 @@ def _json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def _apps(row: Mapping[str, Any]) -> Problem:
+def _apps(row: Mapping[str, Any]) -> CodeProblem:
     tests = _json(row["input_output"])
     inputs, outputs, entry = tests["inputs"], tests["outputs"], tests.get("fn_name") or row.get("fn_name")
     if len(inputs) != len(outputs) or not inputs:
         raise ValueError(
             f"input_output has {len(inputs)} inputs and {len(outputs)} outputs; expected as many of each, some"
         )
-    limit_s = float(row.get("timeout") or Limits.limit_s)
-    memory = int(row.get("memory") or 0) << 20 or Limits.memory_bytes
-    limits = Limits(limit_s=limit_s, memory_bytes=memory)
+    limit_s = float(row.get("timeout") or ProcessLimits.limit_s)
+    memory = int(row.get("memory") or 0) << 20 or ProcessLimits.memory_bytes
+    limits = ProcessLimits(limit_s=limit_s, memory_bytes=memory)
     preamble = str(row.get("starter_code") or "") if not entry else ""
     if not entry:
         lines = ["\n".join(map(str, text)) if isinstance(text, list) else str(text) for text in (*inputs, *outputs)]
-        return Problem(
+        return CodeProblem(
             "stdin", tuple(zip(lines[: len(inputs)], lines[len(inputs) :], strict=True)), "", preamble, limits
         )
     is_method = "class Solution" in str(row.get("starter_code") or "")
     # APPS wraps the expected value of some calls into a list.
-    return Problem(
+    return CodeProblem(
         "call", tuple(zip(inputs, outputs, strict=True)), f"Solution.{entry}" if is_method else entry, "", limits
     )
 
 
-def _live_code_bench(row: Mapping[str, Any]) -> Problem:
+def _live_code_bench(row: Mapping[str, Any]) -> CodeProblem:
     cases = [*_json(row.get("public_test_cases") or []), *_packed(row.get("private_test_cases") or [])]
     entry = (_json(row.get("metadata") or {}) or {}).get("func_name")
     if not cases:
         raise ValueError("public_test_cases and private_test_cases are empty")
     if cases[0].get("testtype", "stdin") == "stdin":
-        return Problem("stdin", tuple((case["input"], case["output"]) for case in cases))
+        return CodeProblem("stdin", tuple((case["input"], case["output"]) for case in cases))
     tests = tuple(
         ([json.loads(line) for line in case["input"].splitlines() if line.strip()], json.loads(case["output"]))
         for case in cases
     )
     is_method = "class Solution" in str(row.get("starter_code") or "class Solution")
-    return Problem("call", tests, f"Solution.{entry}" if is_method else str(entry), IMPORTS)
+    return CodeProblem("call", tests, f"Solution.{entry}" if is_method else str(entry), IMPORTS)
 
 
-def _mbpp(row: Mapping[str, Any]) -> Problem:
+def _mbpp(row: Mapping[str, Any]) -> CodeProblem:
     tests = [str(test) for test in _json(row["test_list"])]
     setup = "\n".join(_json(row["test_imports"])) if row.get("test_imports") else str(row.get("test_setup_code") or "")
     names = [name for test in tests for name in called_names(ast.parse(test)) if name not in vars(builtins)]
@@ -158,7 +158,7 @@ def _mbpp(row: Mapping[str, Any]) -> Problem:
         for alias in node.names
     }
     entry = next(name for name in names if name not in known)
-    return Problem("check", tuple((f"{setup}\n{test}", "passed") for test in tests), entry)
+    return CodeProblem("check", tuple((f"{setup}\n{test}", "passed") for test in tests), entry)
 
 
 def called_names(tree: ast.AST) -> list[str]:

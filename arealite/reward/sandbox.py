@@ -55,7 +55,7 @@ class SandboxError(RewardError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProcessLimits:
     """Of one process: wall clock and CPU seconds, address space, output (stdout and stderr each), files, threads."""
 
     limit_s: float = 6.0
@@ -92,7 +92,7 @@ def best_kind() -> Kind:
     for kind in ("bubblewrap", "landlock"):
         try:
             with Sandbox(kind) as sandbox:
-                ended = sandbox.run("print(1)", b"", Limits())
+                ended = sandbox.run("print(1)", b"", ProcessLimits())
                 if ended.stdout == b"1\n":
                     return kind
                 tried.append(f"{kind}: {ended.stderr[-300:].decode(errors='replace')}")
@@ -110,7 +110,9 @@ class Sandbox:
     def __init__(self, kind: Kind | None = None) -> None:
         self.kind: Kind = kind or best_kind()
         self._uid = FIRST_UID + os.getpid() * 64 + next(_numbers) % 64 if os.getuid() == 0 else None
-        self._scratch = "/tmp/scratch" if self.kind == "bubblewrap" else tempfile.mkdtemp(prefix="arealite-sandbox-")
+        self._scratch = (
+            str(Path("/tmp", "scratch")) if self.kind == "bubblewrap" else tempfile.mkdtemp(prefix="arealite-sandbox-")
+        )
         self.reports: dict[int, dict[str, Any]] = {}  # how processes ended that nobody has asked about yet
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         words = [sys.executable, "-I", "-c", START, str(PACKAGE.parent), self.kind, str(theirs.fileno()), self._scratch]
@@ -155,13 +157,13 @@ class Sandbox:
         if self.kind == "landlock":
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def run(self, code: str, stdin: bytes, limits: Limits) -> Ended:
+    def run(self, code: str, stdin: bytes, limits: ProcessLimits) -> Ended:
         """A program from its start to its end. Raises SandboxError."""
         with self.started({"run": "script", "code": code}, limits, stdin) as process:
             return process.wait()
 
     @contextmanager
-    def started(self, job: dict[str, Any], limits: Limits, stdin: bytes = b"") -> Iterator[Process]:
+    def started(self, job: dict[str, Any], limits: ProcessLimits, stdin: bytes = b"") -> Iterator[Process]:
         """A process that has been given its job; killed, if it still runs, when the block ends. Raises SandboxError."""
         order = {
             "what": "start", "id": next(_numbers), "uid": self._uid_in(), "readable": _readable(), **asdict(limits)
@@ -204,7 +206,7 @@ class Process:
     """One locked-up process, seen from outside: what it writes, what it says on its line, and how it ended."""
 
     def __init__(
-        self, sandbox: Sandbox, number: int, line: socket.socket, pipes: list[int], stdin: bytes, limits: Limits
+        self, sandbox: Sandbox, number: int, line: socket.socket, pipes: list[int], stdin: bytes, limits: ProcessLimits
     ) -> None:
         self._sandbox, self._number, self._line, self._limits = sandbox, number, line, limits
         self._stdin = memoryview(stdin)
@@ -347,7 +349,7 @@ class Process:
         return True
 
 
-def check(sandbox: Sandbox, program: str, job: dict[str, Any], limits: Limits) -> tuple[str, Ended | None]:
+def check(sandbox: Sandbox, program: str, job: dict[str, Any], limits: ProcessLimits) -> tuple[str, Ended | None]:
     """What a data set's check says, "passed" or its error. It runs in one process and calls the program's functions
     in another: it sees plain values of them, they see nothing of it. And how the program ended, if it did.
 
@@ -372,7 +374,7 @@ def check(sandbox: Sandbox, program: str, job: dict[str, Any], limits: Limits) -
                 return "it ended in a call", stopped.ended
 
 
-def call(sandbox: Sandbox, program: str, name: str, arguments: list[Any], limits: Limits) -> Any:
+def call(sandbox: Sandbox, program: str, name: str, arguments: list[Any], limits: ProcessLimits) -> Any:
     """The answer as JSON: {"value"}, or {"raised", "text"}. Raises Stopped, SandboxError; ValueError on nonsense."""
     with sandbox.started({"run": "functions", "code": program}, limits) as functions:
         functions.receive()

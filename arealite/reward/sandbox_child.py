@@ -179,7 +179,7 @@ class Running:
     why: str = ""
 
 
-class Supervisor:
+class SandboxSupervisor:
     """Owns the processes of this sandbox. One order per message on the control socket, with four descriptors."""
 
     def __init__(self, kind: str, control: socket.socket, scratch: str) -> None:
@@ -273,6 +273,6 @@ def main() -> None:
     control = socket.socket(fileno=int(descriptor))
     control.sendall(b"ready")
     try:
-        Supervisor(kind, control, scratch).serve()
+        SandboxSupervisor(kind, control, scratch).serve()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

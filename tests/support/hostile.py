@@ -128,7 +128,7 @@ QUICK = {
     "environment by libc": "import ctypes\nctypes.CDLL(None).getenv.restype = ctypes.c_char_p\nprint(ctypes.CDLL(None).getenv(b'AREALITE_SECRET'))",
     "/etc/passwd": "print(open('/etc/passwd').read())",
     "/etc/shadow": "print(open('/etc/shadow').read())",
-    "keys": "import os\nprint(os.listdir(os.path.expanduser('~/.ssh')), os.listdir('/root/.ssh'))",
+    "keys": "import os\nprint(os.listdir(os.path.expanduser('~/.ssh')))",
     "write beside": "open('{secret_file}', 'a').write('x')",
     "write to the library": "import json\nopen(json.__file__, 'a').write('#')",
     "write to the interpreter": "import sys\nopen(sys.executable, 'ab').write(b'')",
