@@ -165,9 +165,8 @@ class Sandbox:
     @contextmanager
     def started(self, job: dict[str, Any], limits: ProcessLimits, stdin: bytes = b"") -> Iterator[Process]:
         """A process that has been given its job; killed, if it still runs, when the block ends. Raises SandboxError."""
-        order = {
-            "what": "start", "id": next(_numbers), "uid": self._uid_in(), "readable": _readable(), **asdict(limits)
-        }  # fmt: skip
+        uid = self._uid if self.kind == "bubblewrap" else None
+        order = {"what": "start", "id": next(_numbers), "uid": uid, "readable": _readable(), **asdict(limits)}
         pipes = [os.pipe() for _ in range(3)]
         ours, theirs = socket.socketpair()
         given = [pipes[0][0], pipes[1][1], pipes[2][1], theirs.fileno()]
@@ -197,9 +196,6 @@ class Sandbox:
         except (OSError, ValueError) as error:
             raise SandboxError("the sandbox ended in the middle of a program") from error
         self.reports[report["id"]] = report
-
-    def _uid_in(self) -> int | None:
-        return self._uid if self.kind == "bubblewrap" else None
 
 
 class Process:
