@@ -6,6 +6,7 @@ with the place of each; the fields say what the words mean; pydantic checks type
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -49,22 +50,15 @@ def load_config(argv: list[str], cls: type[T]) -> T:
     sentence in place of a traceback.
     """
     sys.excepthook = tell
-    if {"-h", "--help"} & set(argv):
-        print(f"usage: {sys.argv[0]} --config FILE [key=value ...]\n\n`arealite check FILE --explain` shows all keys.")
-        sys.exit(0)
-    path: str | None = None
-    overrides: list[str] = []
-    rest = iter(argv)
-    for word in rest:
-        if word == "--config":
-            path = next(rest, None)
-        elif word.startswith("--config="):
-            path = word.partition("=")[2]
-        else:
-            overrides.append(word)
-    if not path:
+    keys = "`arealite check FILE --explain` shows all keys."
+    options = argparse.ArgumentParser(
+        usage=f"{sys.argv[0]} --config FILE [key=value ...]", epilog=keys, allow_abbrev=False
+    )
+    options.add_argument("--config", nargs="?", metavar="FILE", help="the configuration, in YAML")
+    given, overrides = options.parse_known_args(argv)
+    if not given.config:
         raise ConfigError(f"no configuration file in {' '.join(argv)!r}: give --config FILE key=value ...")
-    return load_config_file(Path(path), overrides, cls)
+    return load_config_file(given.config, overrides, cls)
 
 
 def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -207,11 +207,9 @@ class Batch:
         spans = [np.arange(self.cu_seqlens[i], self.cu_seqlens[i + 1]) for i in chosen]
         at = np.concatenate(spans) if spans else np.zeros(0, np.int64)
         changes: dict[str, Any] = {}
-        for name in PER_TOKEN:
+        for name in PER_TOKEN + PER_SEQUENCE:
             array = getattr(self, name)
-            changes[name] = None if array is None else array[at]
-        for name in PER_SEQUENCE:
-            changes[name] = getattr(self, name)[chosen]
+            changes[name] = None if array is None else array[at if name in PER_TOKEN else chosen]
         changes["cu_seqlens"] = np.cumsum([0, *(int(self.lengths[i]) for i in chosen)]).astype(np.int64)
         changes["task_ids"] = [self.task_ids[i] for i in chosen]
         return replace(self, **changes)

@@ -10,10 +10,12 @@ import itertools
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from arealite.api.atomic import write_json
 from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_run_config, to_yaml
@@ -69,7 +71,7 @@ def launch(plan: Plan, config: RunConfig, folder: RunFolder) -> int:
         if left := kill_leftovers(folder):
             say(f"ended what an earlier launcher of this run left behind: {', '.join(left)}")
         folder.config_yaml.write_text(to_yaml(config))
-        folder.plan_json.write_text(plan.as_json())
+        write_json(folder.plan_json, asdict(plan))
         waits.configure(folder.root, waits.LAUNCHER, config.watchdog.heartbeat_s, config.watchdog.stall_s)
         try:
             return start_and_restart(plan, config, folder, stops)

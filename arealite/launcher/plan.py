@@ -106,9 +106,6 @@ class Plan:
     def trainers(self) -> tuple[ProcessPlan, ...]:
         return tuple(p for p in self.processes if p.role == "trainer")
 
-    def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
 
 def make_plan(config: RunConfig, machine: Machine, model: str, trainer_command: Sequence[str]) -> Plan:
     """The processes of a run on one machine.

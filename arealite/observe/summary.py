@@ -62,11 +62,9 @@ def report(folder: RunFolder, console: Console | None = None) -> dict[str, Any]:
         "checkpoints": folder.checkpoints_dir,
         "logs": folder.logs_dir,
     }
-    for name, path in places.items():
-        if path.exists():
-            console.print(Text(f"{name:<22}{path}"), soft_wrap=True)
-    console.print("summary, all the figures of the run:")
-    console.print(Text(str(folder.summary_json)), soft_wrap=True)
+    found = [f"{name:<22}{path}" for name, path in places.items() if path.exists()]
+    for line in (*found, "summary, all the figures of the run:", str(folder.summary_json)):
+        console.print(Text(line), soft_wrap=True)
     return summary
 
 
@@ -112,8 +110,7 @@ def summarise_supervised(folder: RunFolder, lines: Lines, evaluations: Lines) ->
         table.add_column(heading, justify="right")
     for source, measured, prefix in (("training", lines, ""), ("held-out", evaluations, "eval_")):
         for name, words in MEASURES.items():
-            values = [row[name] for row in measured if row.get(name) is not None]
-            if values:
+            if values := [row[name] for row in measured if row.get(name) is not None]:
                 summary |= {f"{prefix}{name}_first": values[0], f"{prefix}{name}_last": values[-1]}
                 table.add_row(f"{source} {words}", _number(values[0], "{:.4f}"), _number(values[-1], "{:.4f}"))
     for name in ("steps", "num_steps_skipped", "num_restarts"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -28,7 +29,6 @@ from arealite.inference.openai.completions import (
 from arealite.inference.openai.tools import (
     CLOSE,
     PARSERS,
-    ToolCall,
     ToolUse,
     as_text,
     forced_start,
@@ -176,7 +176,10 @@ class ChatChoice(Choice):
     def content(self, answer: ShownAnswer, whole: bool) -> tuple[dict[str, Any], bool]:
         use = self.call.use
         text, calls = (answer.text, []) if use is None else read_calls(answer.text, use, answer.finished)
-        new = [_told_call(call) for call in calls[self.num_calls :]]
+        new = [
+            {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": asdict(call)}
+            for call in calls[self.num_calls :]
+        ]
         if whole:
             message = {"role": "assistant", "content": text if text.strip() or not calls else None}
             return {"message": {**message, "tool_calls": new} if new else message}, bool(calls)
@@ -200,8 +203,3 @@ class ChatChoice(Choice):
                 {**named(sequence.logprobs[i], sequence.tokens[sequence.num_prompt + i]), "top_logprobs": tops}
             )
         return {"content": content, "refusal": None}
-
-
-def _told_call(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
