@@ -145,6 +145,20 @@ def test_a_running_server_is_asked_by_its_url(place, folders, capsys):
     assert identity["server"] == "remote" and identity["model"] == server.url
     assert len(answers_of(folder.parent)) == 20
     assert {tuple(a["versions"]) for a in answers_of(folder.parent)} == {(0,)}
+    # The prompts of a run's configuration, its held-out tasks and its sampling.
+    train, valid = (
+        {"path": "unused", "prompt_template": "Add: {prompt}"},
+        {"path": f"{place}/sums.jsonl", "num_rows": 3},
+    )
+    run = {"train_dataset": train, "valid_dataset": valid, "actor": {"path": "x"}, "eval_gconfig": {"temperature": 0.5}}
+    (place / "run.yaml").write_text(json.dumps(run))
+    words = command(place, folders[1], n=2, out="configured")
+    del words[words.index("--tasks") : words.index("--tasks") + 2]
+    assert main([*words, "--config", str(place / "run.yaml")]) == 0
+    (folder,) = [p.parent for p in (place / "configured").glob("*/identity.json")]
+    prompts = [json.loads(line)["prompt_text"] for line in (folder / "problems.jsonl").read_text().splitlines()]
+    assert prompts == [f"Add: {i} and {i + 1} is" for i in range(3)] and len(answers_of(folder)) == 6
+    assert json.loads((folder / "identity.json").read_text())["sampling"]["temperature"] == 0.5
     assert main(command(place, "127.0.0.1:1")) == 2
     assert "does not answer as an inference server does" in capsys.readouterr().err
 

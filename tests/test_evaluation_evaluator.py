@@ -99,8 +99,8 @@ def test_the_same_step_is_not_asked_twice(tmp_path):
 
 def test_the_trainer_goes_on_beside_an_evaluation(tmp_path):
     """`begin` returns while nothing is answered; `finish` waits for all of it, once. Until then the result is owed."""
-    asked = threading.Event()
-    evaluator, head = make(tmp_path, [[1.0]] * 4, before=lambda: asked.wait(30))
+    asked, waits = threading.Event(), []
+    evaluator, head = make(tmp_path, [[1.0]] * 4, before=lambda: waits.append(asked.wait(5)))
     owed = RunFolder(tmp_path).owed_evaluation(3)
     assert evaluator.finish() is None
     evaluator.begin(3)
@@ -109,6 +109,7 @@ def test_the_trainer_goes_on_beside_an_evaluation(tmp_path):
         evaluator.begin(4)
     asked.set()
     assert evaluator.finish().step == 3 and evaluator.finish() is None and head.calls == 1
+    assert waits == [True], "the answers had to wait for what the trainer does after begin()"
     assert not owed.exists() and read_evaluations(RunFolder(tmp_path))[0]["step"] == 3
 
 

@@ -54,9 +54,10 @@ class RemoteModel:
 def describe_server(url: str) -> RemoteModel:
     """Raises ConfigError: nothing at the URL that rollouts can use."""
     told: dict[str, Any] = {}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # as the client, which asks no proxy
     for path in ("/version", "/model_info", "/get_model_info", "/v1/models"):
         try:
-            with urllib.request.urlopen(f"{url}{path}", timeout=DESCRIBE_LIMIT_S) as answer:
+            with opener.open(f"{url}{path}", timeout=DESCRIBE_LIMIT_S) as answer:
                 told[path] = json.load(answer)
         except urllib.error.HTTPError:  # there is a server, which does not know this path
             continue
@@ -74,7 +75,7 @@ def describe_server(url: str) -> RemoteModel:
 
 
 class AskedModel:
-    """One model and its sheet. `open` before `ask`; `close` ends what `open` started.
+    """One model and its sheet. What `ask` starts, `close` ends.
 
     Args:
         workflow: answers one task with one trajectory.
@@ -124,12 +125,8 @@ class AskedModel:
                 told = time.monotonic()
                 num_new = self.sheet.num_answers - before
                 left_s = (len(tasks) - num_new) * (told - start) / max(num_new, 1)
-                left = f"  {format_span(left_s)} left" if num_new else ""
-                show(
-                    Text(
-                        f"{self.sheet.name}: {num_new} of {len(tasks)} answers  {num_new / (told - start):.1f}/s{left}"
-                    )
-                )
+                pace = f"  {num_new / (told - start):.1f}/s  {format_span(left_s)} left" if num_new else ""
+                show(Text(f"{self.sheet.name}: {num_new} of {len(tasks)} answers{pace}"))
 
         groups = rollout.run_groups(
             [replace(problem.task, id=name) for name, (problem, _) in tasks.items()],

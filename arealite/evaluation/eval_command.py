@@ -200,7 +200,7 @@ def prepare(
     server = {"dtype": config.server.dtype, "deterministic": config.server.deterministic}
     identity = {
         "model": model,
-        "weights": remote.weights if remote else weights_of(folder),
+        "weights": remote.weights if remote else weights_of(folder) if Path(folder).is_dir() else folder,
         "server": "remote" if remote else server,
         "tasks": {name: digest(records) for name, records in by_dataset.items()},
         "prompts": digest([problem.prompt_text for problem in problems]),

@@ -140,7 +140,7 @@ def by_length(answers: dict[str, list[GradedAnswer]]) -> dict[str, Any]:
 def quarters(values: Sequence[float]) -> list[tuple[str, float, float]]:
     """Ranges that hold about a quarter of the values each, fewer where many are equal: (name, low, below what)."""
     edges = np.unique(np.quantile(values, [0, 0.25, 0.5, 0.75], method="nearest")).tolist()
-    names = [f"{low:g} to below {high:g}" for low, high in pairwise(edges)] + [f"{edges[-1]:g} to {max(values):g}"]
+    names = [f"{low:g} to below {high:g}" for low, high in pairwise(edges)] + [f"{edges[-1]:g} and more"]
     return list(zip(names, edges, [*edges[1:], inf], strict=True))
 
 

@@ -185,7 +185,7 @@ def check_comparable(one: AnswerSheet, other: AnswerSheet) -> None:
         )
 
 
-WHAT = {"prompts": "the prompts as the models read them (chat template, system prompt)", "tasks": "tasks"}
+WHAT = {"prompts": "the prompts as the models read them (chat template, system prompt)"}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], within: str = "") -> list[str]:
