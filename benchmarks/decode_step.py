@@ -21,9 +21,9 @@ import torch
 
 from arealite.inference.core import batcher, layout
 from arealite.inference.core.batcher import Batcher
+from arealite.inference.core.requests import GenerateRequest, SamplingParams
 from arealite.inference.core.sequence import Sequence
 from arealite.inference.core.served_model import ServedModel
-from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.kernels import build, cpu, linears
 from arealite.kernels.cpu import Kernels
 from arealite.models.fetch import resolve_model

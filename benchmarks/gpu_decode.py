@@ -30,9 +30,9 @@ from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.cache import pages_for
 from arealite.inference.core.graphs import Started
 from arealite.inference.core.layout import ATTENTION_NAME
+from arealite.inference.core.requests import GenerateRequest, SamplingParams
 from arealite.inference.core.sequence import Sequence
 from arealite.inference.core.served_model import ServedModel
-from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.kernels.functions import use_gpu
 
 # layers, width, width of the gated unit, query and key heads, vocabulary, whether head and embedding are one

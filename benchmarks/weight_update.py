@@ -31,8 +31,7 @@ from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.types import GenerationRequest
 from arealite.models.fetch import resolve_model
 from arealite.rollout.client import RemoteNativeEngine
-from arealite.weights.handshake import verify
-from arealite.weights.link import WeightLink
+from arealite.weights.link import WeightLink, verify
 
 LINKS = ("shm", "distributed", "disk")
 NUM_REQUESTS = 16
@@ -101,17 +100,17 @@ class Load:
 
 def watch_swaps(engine: RemoteNativeEngine, swaps: list[float]) -> None:
     """Note how long each swap takes, from the client's call to the server's answer."""
-    loads: Any = engine._live.fleet.loads
-    ask = loads.ask
+    fleet: Any = engine._live.fleet
+    ask = fleet.ask
 
-    async def timed(server: Any, call: Any) -> Any:
+    async def timed(server: Any, call: Any, limit_s: float | None = None) -> Any:
         start = time.perf_counter()
-        answer = await ask(server, call)
+        answer = await ask(server, call, limit_s)
         if call.path == "/end_weight_update":
             swaps.append(time.perf_counter() - start)
         return answer
 
-    loads.ask = timed
+    fleet.ask = timed
 
 
 def measure(

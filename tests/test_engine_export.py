@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from arealite.engine import export
 from arealite.engine.checkpoint import attempt_on_ranks
-from arealite.inference.core.receiver import load, stage
 from arealite.inference.core.served_model import ServedModel
-from arealite.weights import files
-from arealite.weights.naming import hub_tensors
+from arealite.inference.core.weight_updates import load, stage
+from arealite.models.naming import hub_tensors
+from arealite.weights import wire
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -32,7 +32,7 @@ def test_a_saved_folder_has_the_names_of_the_hub(kind, tmp_path, monkeypatch):
     found = load_file(tmp_path / "one" / "model.safetensors")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in wanted.items())
-    monkeypatch.setattr(export, "write_tensors", partial(files.write_tensors, shard_bytes=40_000))
+    monkeypatch.setattr(export, "write_tensors", partial(wire.write_tensors, shard_bytes=40_000))
     actor.save(str(tmp_path / "several"))
     written = sorted(p.name for p in (tmp_path / "several").glob("*.safetensors"))
     assert written == [f"model-{i:05d}-of-{len(written):05d}.safetensors" for i in range(1, len(written) + 1)]
@@ -57,7 +57,7 @@ def test_one_file_is_in_memory_at_a_time(tmp_path):
             most = max(most, sum(ref() is not None for ref in alive))
             yield f"t{i}", tensor
 
-    files.write_tensors(tmp_path, tensors(), shard_bytes=4000)
+    wire.write_tensors(tmp_path, tensors(), shard_bytes=4000)
     assert len(list(tmp_path.glob("*.safetensors"))) == 8
     assert 4 <= most <= 6  # one file's worth, the one that comes and the one that went
 
@@ -66,16 +66,16 @@ def fail_on_head(rank: int, path: str, out: str) -> list[str]:
     """What each of three saves says: one into a place that cannot be, one that breaks in the midst, one that works."""
     actor = make(path)
     told = [attempt_on_ranks(actor.collective, actor.save, Path(out) / "file" / "step")]
-    export.write_tensors, write = partial(files.write_tensors, shard_bytes=40_000), files.save_file
+    export.write_tensors, write = partial(wire.write_tensors, shard_bytes=40_000), wire.save_file
 
     def full(tensors, file, metadata):
         if file.name == "2":
             raise OSError("No space left on device")
         write(tensors, file, metadata)
 
-    files.save_file = full
+    wire.save_file = full
     told.append(attempt_on_ranks(actor.collective, actor.save, Path(out) / "step"))
-    files.save_file = write
+    wire.save_file = write
     told.append(attempt_on_ranks(actor.collective, actor.save, Path(out) / "step"))
     return told
 

@@ -16,8 +16,7 @@ from arealite.engine.checkpoint import Saver
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.observe.run_folder import RunFolder
 from arealite.weights.link import WeightLink
-from arealite.weights.receive import iterate_tensors
-from arealite.weights.wire import checksum
+from arealite.weights.wire import checksum, iterate_tensors
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

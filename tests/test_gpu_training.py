@@ -15,8 +15,7 @@ from arealite.engine.memory import explained_shortage
 from arealite.engine.parallel.ranks import pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.weights.link import WeightLink
-from arealite.weights.receive import iterate_tensors
-from arealite.weights.wire import checksum
+from arealite.weights.wire import checksum, iterate_tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SEQUENCES = {

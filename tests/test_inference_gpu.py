@@ -10,12 +10,12 @@ from support.gpu import PlainKernels, plain_varlen
 from support.inference import LocalServer, output_logprobs, save_random, served, wait_until
 from test_inference_spans import ARCHITECTURES, LENGTH, MIXTURE, ROWS, in_passes, plain_logits, tokens_of
 
-from arealite.inference.core import layout, receiver, sampler, served_model
+from arealite.inference.core import layout, sampler, served_model, weight_updates
 from arealite.inference.core.batcher import Batcher
-from arealite.inference.core.engine import Engine, UpdateOptions
+from arealite.inference.core.engine import Engine
 from arealite.inference.core.layout import Transfer
+from arealite.inference.core.requests import SamplingParams, UpdateOptions
 from arealite.inference.core.sampler import NUM_LIKELIEST, uniform_numbers
-from arealite.inference.requests import SamplingParams
 from arealite.kernels.linears import Joined
 from arealite.weights.wire import checksum
 
@@ -165,8 +165,8 @@ def test_what_did_not_become_live_is_not_confirmed(folder, monkeypatch):
     name, other = model.tensor_names[:2]
     staged = {name: model.tensors[name].detach().clone(), other: model.tensors[other].detach() + 1}
     staged[name].view(-1)[0] = model.tensors[name].data.view(-1)[0] = torch.nan
-    assert receiver.confirmed(model, staged, [name, other, model.tensor_names[2]]) == {name}
-    monkeypatch.setattr(receiver, "load", lambda *_: None)
+    assert weight_updates.confirmed(model, staged, [name, other, model.tensor_names[2]]) == {name}
+    monkeypatch.setattr(weight_updates, "load", lambda *_: None)
     engine = Engine(Batcher(model, 1, 64, "0"), seed=0)
-    found = engine.update_weights(staged, UpdateOptions(checksum_names=[name, other]))
+    found = weight_updates.make_live(engine, staged, UpdateOptions(checksum_names=[name, other]))
     assert found == {other: checksum(model.tensors[other])}

@@ -10,8 +10,8 @@ from support.inference import WAIT_S, fetch
 from transformers import AutoTokenizer
 
 from arealite.api.errors import RequestError
+from arealite.inference.core.requests import ServedLimits
 from arealite.inference.openai.completions import OpenAICall, Served, model_defaults, parse_completion
-from arealite.inference.requests import ServedLimits
 
 MODEL = "smol"
 ASK = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]

@@ -11,8 +11,8 @@ from support.inference import EOS, output_logprobs
 from transformers import AutoModelForCausalLM
 
 from arealite.inference.core.logits import adjust
+from arealite.inference.core.requests import GenerateRequest, SamplingParams
 from arealite.inference.core.sequence import Sequence
-from arealite.inference.requests import GenerateRequest, SamplingParams
 
 
 def plainly(logits: list[float], prompt: list[int], answer: list[int], wanted: dict[str, Any]) -> list[float]:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arealite.api.errors import RequestError
+from arealite.inference.core.requests import ServedLimits
 from arealite.inference.http.generation import parse_generate
-from arealite.inference.requests import ServedLimits
 
 LIMITS = ServedLimits(vocab_size=100, context_length=64, kv_cache_tokens=48, encode=lambda text: [1] * len(text))
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arealite.inference.core.requests import SamplingParams
 from arealite.inference.core.sampler import NUM_LIKELIEST, sample, uniform_numbers
-from arealite.inference.requests import SamplingParams
 
 NUM_DRAWS = 20_000
 

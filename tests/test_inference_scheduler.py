@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.cache import PAGE_TOKENS, PagePool
-from arealite.inference.core.engine import Engine, PauseMode, QueueFull, UpdateOptions
+from arealite.inference.core.engine import Engine, PauseMode, QueueFull
+from arealite.inference.core.requests import GenerateRequest, SamplingParams, UpdateOptions
 from arealite.inference.core.scheduler import JOINING_LIMIT_S, Scheduler
 from arealite.inference.core.sequence import Sequence
-from arealite.inference.requests import GenerateRequest, SamplingParams
+from arealite.inference.core.weight_updates import make_live
 
 MAX_NEW = 12
 MAX_STEPS = 3000
@@ -116,9 +117,8 @@ def disturb(rng: random.Random, engine: Engine, paused: PauseMode | None) -> Pau
         engine.pause(rng.choice(("abort", "retract", "in_place")))
         return engine.paused
     elif event == 2 and paused != "in_place":
-        engine.update_weights(
-            {}, UpdateOptions(weight_version=str(rng.random()), abort_all_requests=rng.random() < 0.2)
-        )
+        options = UpdateOptions(weight_version=str(rng.random()), abort_all_requests=rng.random() < 0.2)
+        make_live(engine, {}, options)
     elif event == 3:
         engine.flush_cache()
     elif event == 4:

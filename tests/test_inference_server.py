@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.engine import Engine, EngineFailure
+from arealite.inference.core.requests import GenerateRequest, SamplingParams
 from arealite.inference.http.generation import version_spans
-from arealite.inference.requests import GenerateRequest, SamplingParams
 
 
 def bodies(num: int, seed: int = 0, **params: Any) -> list[dict[str, Any]]:

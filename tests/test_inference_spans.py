@@ -30,9 +30,9 @@ from arealite.api.errors import ConfigError
 from arealite.inference.core import layout
 from arealite.inference.core.cache import PAGE_TOKENS, pages_for
 from arealite.inference.core.layout import KVLayout, span_order
+from arealite.inference.core.requests import GenerateRequest, SamplingParams
 from arealite.inference.core.sequence import Sequence, Span
 from arealite.inference.core.served_model import ServedModel
-from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.kernels import cpu
 
 LENGTH = 90  # of test sequences: several pages, and longer than every window here

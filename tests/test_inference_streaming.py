@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 import pytest
 from support.inference import WAIT_S, LocalServer, fetch, output_logprobs, served, wait_until
 
-from arealite.inference.answers import ShownAnswer
+from arealite.inference.core.answers import ShownAnswer
+from arealite.inference.core.requests import GenerateRequest, SamplingParams
 from arealite.inference.core.sequence import Sequence
-from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.observe import waits
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.inference import byte_tokenizer
 
 from arealite.api.errors import RequestError
-from arealite.inference.answers import held_back
+from arealite.inference.core.answers import held_back
 from arealite.inference.http.bodies import checked
 from arealite.inference.openai.chat import ChatBody, ChatTemplate
 from arealite.inference.openai.tools import ToolCall, ToolUse, forced_start, read_calls

@@ -12,7 +12,7 @@ from support.inference import WAIT_S, LocalServer, greedy, served, version
 
 from arealite.api.errors import WeightSyncError
 from arealite.api.types import GroupPlace
-from arealite.inference.core.receiver import Groups
+from arealite.inference.core.weight_updates import Groups
 from arealite.weights.wire import checksum
 
 

@@ -15,9 +15,9 @@ from support.inference import WAIT_S, LocalServer, greedy, save_tiny_llama, serv
 
 from arealite.api.errors import WeightSyncError
 from arealite.api.types import WeightUpdateMeta, as_record
-from arealite.inference.core import receiver
+from arealite.inference.core import weight_updates
+from arealite.inference.core.requests import UpdateOptions
 from arealite.inference.core.weight_updates import Updates
-from arealite.inference.requests import UpdateOptions
 from arealite.weights.link import WeightLink
 from arealite.weights.wire import checksum
 
@@ -230,7 +230,7 @@ def test_a_session_whose_trainer_is_gone_is_dropped(server, folders, monkeypatch
     """Its tensors take no memory for ever, and reach neither the weights nor anyone else's update."""
     before = live(server)
     found: list[weakref.ref[torch.Tensor]] = []
-    staging = receiver.stage
+    staging = weight_updates.stage
 
     def stage(*args: Any) -> dict[str, torch.Tensor]:
         staged = staging(*args)
@@ -247,7 +247,7 @@ def test_a_session_whose_trainer_is_gone_is_dropped(server, folders, monkeypatch
         with pytest.raises(WeightSyncError, match="nothing more came"):
             await updates.end(UpdateOptions(weight_version="3"))
 
-    monkeypatch.setattr(receiver, "stage", stage)
+    monkeypatch.setattr(weight_updates, "stage", stage)
     asyncio.run(abandon())
     assert found and version(server) == "0" and live(server) == before
 

@@ -30,9 +30,9 @@ from arealite.engine.attention import ATTENTION, Layout
 from arealite.engine.logprobs import token_logprobs
 from arealite.engine.packed_model import PackedModel
 from arealite.inference.core.cache import PAGE_TOKENS, pages_for
+from arealite.inference.core.requests import GenerateRequest, SamplingParams
 from arealite.inference.core.sampler import sample, uniform_numbers
 from arealite.inference.core.sequence import Sequence, Span
-from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.kernels import build, cpu
 from arealite.kernels.cpu import Kernels, PagedSpans, TreeRuns
 from arealite.kernels.linears import PackedLinears

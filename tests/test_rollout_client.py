@@ -22,7 +22,7 @@ from arealite.api.types import Task, WeightUpdateMeta
 from arealite.observe import waits
 from arealite.rollout.client import RemoteNativeEngine, RemoteSGLangEngine
 from arealite.rollout.generate import seed_of
-from arealite.rollout.transport import addresses_of
+from arealite.rollout.router import addresses_of
 
 
 def expected(engine, rid, num_prompt, num_tokens):
@@ -116,7 +116,7 @@ def test_a_refused_request_is_not_sent_again(connect):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"output_ids": [1, 2]}, "do not belong together"),
+        ({"output_ids": [1, 2]}, "2 tokens and 1 logprobs that belong to them"),
         ({"output_ids": None}, "without"),
         ({"meta_info": {}}, "without"),
     ],

@@ -15,8 +15,7 @@ from arealite.api.errors import ConfigError, WeightSyncError
 from arealite.api.types import Task
 from arealite.observe.records import version_spans
 from arealite.rollout.client import RemoteNativeEngine, RemoteSGLangEngine
-from arealite.weights.handshake import verify
-from arealite.weights.link import WeightLink
+from arealite.weights.link import WeightLink, verify
 
 SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
 

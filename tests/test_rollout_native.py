@@ -11,8 +11,7 @@ from arealite.api.cli_args import GenerationHyperparameters
 from arealite.api.types import GenerationRequest, Task
 from arealite.reward.number import number_reward
 from arealite.rollout.client import RemoteNativeEngine
-from arealite.weights.handshake import verify
-from arealite.weights.link import WeightLink
+from arealite.weights.link import WeightLink, verify
 from arealite.workflow.rlvr import RLVRWorkflow
 
 

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError, WeightSyncError
 from arealite.rollout.client import RemoteNativeEngine
-from arealite.weights.handshake import verify
-from arealite.weights.link import WeightLink
+from arealite.weights.link import WeightLink, verify
 
 NUM_SERVERS = 2
 
@@ -87,7 +86,7 @@ def test_buckets_reach_all_servers(servers, engine, tiny_llama, tmp_path, monkey
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_server_lost_in_a_broadcast_costs_the_others_nothing_but_time(way, tiny_llama, tmp_path, monkeypatch):
     """The broadcast fails for all; it is made again, in a new group, for those that are left."""
-    monkeypatch.setattr(plain := "arealite.weights.group.broadcast", limited(plain))
+    monkeypatch.setattr(plain := "arealite.weights.wire.broadcast", limited(plain))
     link, weights = WeightLink("distributed", tmp_path, bucket_bytes=100_000), versions_of_weights(tiny_llama)
     with started(tiny_llama) as servers, connected(servers) as engine:
         engine.update_weights(link.publish(next(weights), 1), link)
@@ -111,9 +110,9 @@ def test_a_server_lost_in_a_broadcast_costs_the_others_nothing_but_time(way, tin
 
 
 def limited(name: str):
-    from arealite.weights import group
+    from arealite.weights import wire
 
-    plain = group.broadcast
+    plain = wire.broadcast
     return lambda *args, **more: plain(*args, **{**more, "limit_s": 3.0})
 
 

@@ -30,8 +30,7 @@ from arealite.launcher.machine import Machine, find_vllm
 from arealite.launcher.plan import make_plan
 from arealite.rollout.backends.vllm import VLLMCompletionsBackend
 from arealite.rollout.client import RemotevLLMEngine
-from arealite.weights.handshake import verify
-from arealite.weights.link import WeightLink
+from arealite.weights.link import WeightLink, verify
 
 START_LIMIT_S = 300
 CLOSE = 0.12  # mean |difference| of logprobs between vLLM and a plain forward pass in bf16
@@ -242,7 +241,7 @@ def test_adapters_by_request(engine, model, tmp_path):
 def control(engine, call):
     """A call to the one server."""
     (server,) = engine._live.router.servers
-    return engine._live.run(engine._live.transport.send(server, call, 60), "test")
+    return engine._live.run(engine._live.router.transport.send(server, call, 60), "test")
 
 
 def test_without_the_scale_out_route_completions_serve(engine, model):

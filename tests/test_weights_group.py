@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from arealite.weights.group import broadcast, join_group
+from arealite.weights.wire import broadcast, join_group
 
 LIMIT_S = 60.0
 

@@ -14,10 +14,9 @@ import torch
 from arealite.api.cli_args import GenerationHyperparameters, StatsLoggerConfig
 from arealite.api.errors import WeightSyncError
 from arealite.api.types import Batch, Completion, Group, Task, Trajectory, WeightUpdateMeta
-from arealite.weights.handshake import MismatchGuard, verify
-from arealite.weights.link import WeightLink
-from arealite.weights.receive import iterate_tensors
-from arealite.weights.wire import checksum, cut
+from arealite.weights.handshake import MismatchGuard
+from arealite.weights.link import WeightLink, verify
+from arealite.weights.wire import checksum, cut, iterate_tensors
 
 
 def make_tensors(seed: int = 0, num_tensors: int = 40) -> dict[str, torch.Tensor]:
@@ -49,7 +48,7 @@ def test_shared_memory_is_read_by_another_process(tmp_path):
     sent = make_tensors(3)
     meta = link.publish(sent.items(), 3)
     program = (
-        "import sys, json; from arealite.api.types import *; from arealite.weights.receive import iterate_tensors;"
+        "import sys, json; from arealite.api.types import *; from arealite.weights.wire import iterate_tensors;"
         "from arealite.weights.wire import checksum;"
         "meta = WeightUpdateMeta('shm', 3, sys.argv[1], tuple(TensorSlot(**s) for s in json.loads(sys.argv[2])));"
         "print(json.dumps({n: checksum(t) for n, t in iterate_tensors(meta)}))"

@@ -4,6 +4,7 @@ Raised everywhere; caught only at the boundaries listed in tests/test_architectu
 """
 
 SENTENCE = "arealite: "  # begins the line of an error that is told without its traceback, and its class's name follows
+SHOWN_NAMES = 5  # in a message
 
 
 class ArealiteError(Exception):
@@ -56,3 +57,9 @@ class RunStopped(ArealiteError):
 
 class RecoveryError(ArealiteError):
     """A recovery point is missing or incomplete, or the run folder belongs to another run."""
+
+
+def listed(names: list[str]) -> str:
+    """Some of them for a message, and how many there are beside."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from arealite.api.atomic import new_folder
 from arealite.models.folder import read_config
-from arealite.weights.files import write_adapter, write_tensors
+from arealite.weights.wire import write_adapter, write_tensors
 
 CODE_FILES = ("*.py",)  # of an architecture or a tokenizer that transformers does not have
 TOKENIZER_FILES = (

@@ -41,11 +41,10 @@ from arealite.engine.parallel.ranks import RankCollective, RankMesh, join_ranks,
 from arealite.engine.parallel.spread import parallelize
 from arealite.engine.training_stats import Update, summary
 from arealite.models.fetch import resolve_model
+from arealite.models.naming import hub_tensors
 from arealite.observe import waits
 from arealite.observe.timeline import span
-from arealite.weights.handshake import unchanged, verify
-from arealite.weights.link import WeightLink
-from arealite.weights.naming import hub_tensors
+from arealite.weights.link import WeightLink, unchanged, verify
 from arealite.weights.wire import checksum
 
 logger = logging.getLogger(__name__)

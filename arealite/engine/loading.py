@@ -22,13 +22,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from arealite.api.errors import ConfigError
-from arealite.weights.naming import HubPart, hub_parts
+from arealite.api.errors import ConfigError, listed
+from arealite.models.naming import HubPart, hub_parts
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 OLD_BUFFERS = r"rotary_emb\.inv_freq$"  # older checkpoints hold what the model computes from its configuration
-SHOWN_NAMES = 5  # names listed in an error message
 COMPARED_ROWS = 8192  # of a tied weight that the checkpoint has twice, at one time
 
 
@@ -126,7 +125,7 @@ class Checkpoint:
         return None
 
     def _refuse(self, path: str, model: Any, wrong: dict[str, list[str]]) -> None:
-        told = [f"{len(names)} tensors {kind} ({_listed(names)})" for kind, names in wrong.items() if names]
+        told = [f"{len(names)} tensors {kind} ({listed(names)})" for kind, names in wrong.items() if names]
         if told:
             raise ConfigError(
                 f"{path} is no whole checkpoint of a {type(model).__name__} as its config.json describes it:"
@@ -225,14 +224,14 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         files = {name: folder / file for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
         absent = sorted({file.name for file in files.values() if not file.exists()})
         if absent:
-            raise ConfigError(f"{folder / INDEX} names {_listed(absent)}, which {folder} lacks: download it again")
+            raise ConfigError(f"{folder / INDEX} names {listed(absent)}, which {folder} lacks: download it again")
         return files
     if (folder / SINGLE).exists():
         with safe_open(folder / SINGLE, "pt") as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)
     others = sorted(f.name for f in chain(folder.glob("*.safetensors"), folder.glob("*.bin"), folder.glob("*.gguf")))
     raise ConfigError(
-        f"{folder} has neither {SINGLE} nor {INDEX}" + (f", only {_listed(others)}" if others else "") + ": training"
+        f"{folder} has neither {SINGLE} nor {INDEX}" + (f", only {listed(others)}" if others else "") + ": training"
         " reads safetensors; load it with transformers once and write it anew with save_pretrained"
     )
 
@@ -253,7 +252,7 @@ def _shapes(files: Mapping[str, Path]) -> dict[str, list[int]]:
                     others.append(f"{name} {view.get_dtype()}")
     if others:
         raise ConfigError(
-            f"{len(others)} tensors are no plain floats ({_listed(others)}), so the checkpoint is quantised; training"
+            f"{len(others)} tensors are no plain floats ({listed(others)}), so the checkpoint is quantised; training"
             " needs the full weights: take the model it was made from"
         )
     return shapes
@@ -261,8 +260,3 @@ def _shapes(files: Mapping[str, Path]) -> dict[str, list[int]]:
 
 def _besides(names: list[str], patterns: list[str]) -> list[str]:
     return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more

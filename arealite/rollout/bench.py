@@ -22,7 +22,7 @@ from arealite.api.types import GenerationRequest
 from arealite.rollout.backends.protocol import Backend
 from arealite.rollout.backends.sglang import NativeBackend, SGLangBackend
 from arealite.rollout.backends.vllm import VLLMBackend
-from arealite.rollout.transport import Address, Transport, addresses_of
+from arealite.rollout.router import Address, Transport, addresses_of
 
 BACKENDS: dict[str, type[Backend]] = {"native": NativeBackend, "sglang": SGLangBackend, "vllm": VLLMBackend}
 FIRST_TOKEN_ID = 100  # below are special tokens in most vocabularies

@@ -1,7 +1,7 @@
 """The public client: one object over all inference servers, and the rollout head on trainer rank 0.
 
 Scripts create RemoteNativeEngine, RemoteSGLangEngine or RemotevLLMEngine; workflows get it as their `engine`. The work
-is done by generate.py (requests), fleet.py (control) and executor.py (tasks in flight).
+is done in the connection's loop by generate.py (requests), fleet.py (control) and executor.py (tasks in flight).
 """
 
 from __future__ import annotations
@@ -10,28 +10,34 @@ import asyncio
 import itertools
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.errors import ConfigError, WorkflowError
+from arealite.api.errors import ArealiteError, ConfigError, WorkflowError
 from arealite.api.protocols import Collective, DataSource, RolloutWorkflow, WeightSender
-from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, Trajectory, WeightUpdateMeta
+from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
 from arealite.observe import stop, waits
-from arealite.observe.reasons import reasons
+from arealite.observe.loop_thread import CALL_LIMIT_S, STOP_LIMIT_S, LoopThread
 from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
 from arealite.rollout.backends.protocol import Backend
 from arealite.rollout.backends.sglang import NativeBackend, SGLangBackend
 from arealite.rollout.backends.vllm import VLLMBackend
-from arealite.rollout.connection import Connection
-from arealite.rollout.episodes import EpisodeFailed, run_episode
+from arealite.rollout.counters import Counters
+from arealite.rollout.episodes import run_alone
 from arealite.rollout.executor import Filter, RolloutExecutor
-from arealite.rollout.router import Limits
+from arealite.rollout.fleet import Fleet
+from arealite.rollout.generate import Generator
+from arealite.rollout.ledger import Ledger
+from arealite.rollout.membership import Watch
+from arealite.rollout.router import Limits, Router, addresses_of
 from arealite.rollout.share import Beat, from_head, split_batch
-from arealite.rollout.transport import addresses_of
+from arealite.rollout.staleness import StalenessBound
 
 ADDRESSES_VARIABLE = "AREAL_LLM_SERVER_ADDRS"
+DEFAULT_BATCH_SIZE = 64  # groups; of a client that only evaluates, where it limits how many run at a time
 
 
 class RemoteInferenceEngine:
@@ -57,17 +63,14 @@ class RemoteInferenceEngine:
         limits: Limits | None = None,
     ) -> None:
         run_dir = os.environ.get(RUN_DIR_VARIABLE)
-        self._folder = RunFolder(Path(run_dir)) if run_dir else None
-        self.config = config
-        self.seed = seed
+        folder = RunFolder(Path(run_dir)) if run_dir else None
+        self.config, self.seed, self.limits = config, seed, limits or Limits()
+        self.ledger_path = ledger_path or (folder.ledger if folder else None)
+        self.servers_file = folder.servers if folder else None
         self.last_groups: list[Group] = []
-        self._limits = limits or Limits()
         self._collective: Collective | None = None
         self._version = 0
-        self._ledger_path = ledger_path or (self._folder.ledger if self._folder else None)
         self._connection: Connection | None = None
-
-    # -- life ----------------------------------------------------------------------------------------------------
 
     def initialize(self, collective: Collective | None = None, addresses: list[str] | None = None) -> None:
         """Find the servers (argument, else AREAL_LLM_SERVER_ADDRS) and wait for their health. Only rank 0 connects.
@@ -86,10 +89,14 @@ class RemoteInferenceEngine:
                 f"no inference server is known: start the script with `arealite run`, or set {ADDRESSES_VARIABLE} to"
                 " host:port,host:port"
             )
-        servers_file = self._folder.servers if self._folder else None
-        self._connection = Connection(
-            self, servers, self.backend(), self.config, self.seed, self._ledger_path, servers_file, self._limits
-        )
+        connection = Connection(self)
+        try:
+            limit_s = self.config.setup_timeout_s + CALL_LIMIT_S
+            connection.run(connection.watch.start(servers), "rollout.servers_healthy", limit_s)
+        except BaseException:  # also on Ctrl-C: the thread and its sockets must not outlive a failed start
+            connection.close()
+            raise
+        self._connection = connection
 
     def add_server(self, address: str) -> None:
         """One more server (host:port), used as soon as it is healthy and holds the current weights. Rank 0 only."""
@@ -106,8 +113,6 @@ class RemoteInferenceEngine:
     def is_head(self) -> bool:
         """Whether this process is the rollout head: trainer rank 0, or a client on its own."""
         return self._collective is None or self._collective.rank == 0
-
-    # -- requests ------------------------------------------------------------------------------------------------
 
     async def agenerate(self, request: GenerationRequest) -> Completion:
         """Sample one sequence; awaited by workflows, in the client's own loop. Errors: see generate.py.
@@ -127,7 +132,8 @@ class RemoteInferenceEngine:
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Logprobs (temperature 1) of each sequence's own tokens; the first is 0."""
-        return self._live.run(self._live.fleet.score(sequences), "rollout.score")
+        live = self._live
+        return live.run(live.generator.score(sequences, live.fleet.adapter), "rollout.score")
 
     def load_adapter(self, name: str, path: str) -> None:
         """All servers load the LoRA adapter in folder `path` (PEFT's format); requests then choose it by `name`.
@@ -146,10 +152,7 @@ class RemoteInferenceEngine:
     # -- groups --------------------------------------------------------------------------------------------------
 
     def prepare_batch(
-        self,
-        dataloader: DataSource,
-        workflow: RolloutWorkflow,
-        should_accept: Filter | None = None,
+        self, dataloader: DataSource, workflow: RolloutWorkflow, should_accept: Filter | None = None
     ) -> Batch:
         """Collective: the next `consumer_batch_size` groups under the staleness bound; this rank's share of them.
 
@@ -175,14 +178,9 @@ class RemoteInferenceEngine:
 
         async def one(ordinal: int, task: Task) -> Group:
             async with slots:
-                try:
-                    trajectories = await run_episode(self, task, workflow, self.config.workflow_retries)
-                except EpisodeFailed as failure:
-                    reasons.tell("failed", failure.reason)
-                    nothing = Trajectory(task.id, 0, [], [], [], [], None, "abort", "failed", error=failure.detail)
-                    trajectories = [nothing]
-                live.counters.num_events += 1
-                return Group(task, ordinal, trajectories)
+                group = await run_alone(self, ordinal, task, workflow, self.config.workflow_retries)
+            live.counters.num_events += 1
+            return group
 
         async def all_groups() -> list[Group]:
             return await asyncio.gather(*(one(i, task) for i, task in enumerate(tasks)))
@@ -262,8 +260,6 @@ class RemoteInferenceEngine:
         if live := self._connection:
             live.call(lambda: self._apply_version(live, version), "rollout.set_version")
 
-    # -- records -------------------------------------------------------------------------------------------------
-
     def stats(self) -> dict[str, float]:
         """Counts and means since the last call, and the servers that take requests now (rank 0; empty elsewhere)."""
         if not self.is_head:
@@ -285,8 +281,6 @@ class RemoteInferenceEngine:
         if self.is_head:
             self._live.call(lambda: self._executor.restore(state), "rollout.restore")
         self.set_version(state["version"])
-
-    # -- inside --------------------------------------------------------------------------------------------------
 
     def _next_groups(
         self, source: DataSource, workflow: RolloutWorkflow, should_accept: Filter | None, beat: Beat
@@ -315,7 +309,7 @@ class RemoteInferenceEngine:
             self.last_groups = take(beat)
             return split_batch(self.last_groups, 1 if self._collective is None else self._collective.num_shares)
 
-        batch: Batch = from_head(shares, self._collective, self._limits.beat_s)
+        batch: Batch = from_head(shares, self._collective, self.limits.beat_s)
         return batch
 
     def _apply_version(self, live: Connection, version: int) -> None:
@@ -334,6 +328,56 @@ class RemoteInferenceEngine:
         if self._connection is None:
             raise WorkflowError("the rollout engine is not connected: call initialize() first; only rank 0 connects")
         return self._connection
+
+
+class Connection(LoopThread):
+    """Everything that rank 0 has while it is connected to the servers, in the loop of one thread."""
+
+    def __init__(self, engine: RemoteInferenceEngine) -> None:
+        config, limits = engine.config, engine.limits
+        size, eta = config.consumer_batch_size or DEFAULT_BATCH_SIZE, config.max_head_offpolicyness
+        bound = StalenessBound(eta, size, config.max_concurrent_rollouts or (eta + 1) * size)
+        self.counters = Counters()
+        self.router = Router(self.counters, config.setup_timeout_s, limits)
+        self.gate = self.router.gate
+        self.fleet = Fleet(self.router, config)
+        self.watch = Watch(self.fleet, engine.backend(), limits, engine.servers_file)
+        self.generator = Generator(self.router, config, self.counters, limits, engine.seed)
+        self.executor = RolloutExecutor(
+            engine, bound, Ledger(engine.ledger_path), config, self.counters, lambda: not self.gate.is_open
+        )
+        # A request, its abort, and then rewards: the longest time without any event while nothing is wrong.
+        grace_s = limits.abort_grace_s + config.reward_timeout_s
+        silence_s = max(config.request_timeout_s, config.setup_timeout_s) + 2 * grace_s
+        super().__init__("rollout", silence_s, self._look_around, lambda: self.counters.num_events)
+
+    async def resume(self) -> None:
+        """Let servers and episodes go on, after a pause by whomever."""
+        await self.fleet.resume()
+        self.executor.pump()
+
+    def close(self) -> None:
+        """Cancel what runs, note in the ledger what was not trained, let no server stay paused, and close all
+        connections."""
+
+        async def end() -> None:
+            await self.executor.close("the run ended")
+            others = asyncio.all_tasks() - {asyncio.current_task()} - self.generator.aborts
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            if not self.gate.is_open or any(s.state == "updating" for s in self.router.servers):
+                with suppress(ArealiteError, TimeoutError):  # who cannot be reached now is started anew, or is gone
+                    await asyncio.wait_for(self.fleet.resume(), STOP_LIMIT_S)
+            await self.generator.close()
+            await self.router.transport.close()
+
+        self.stop(end(), "rollout.close")
+
+    def _look_around(self) -> tuple[str, list[str]]:
+        """Who has to act next, and what is waited for: servers, groups, then requests without an answer for longest."""
+        owner = self.fleet.owner() or self.generator.owner()
+        return owner, [*self.fleet.pending(), *self.executor.pending(), *self.generator.pending()]
 
 
 class RemoteNativeEngine(RemoteInferenceEngine):

@@ -12,8 +12,8 @@ import numpy as np
 
 from arealite.api.errors import ConfigError, DatasetError, RequestError, WorkflowError
 from arealite.api.protocols import InferenceEngine, RolloutWorkflow
-from arealite.api.types import FinishReason, Status, Task, Trajectory
-from arealite.observe.reasons import last_line
+from arealite.api.types import FinishReason, Group, Status, Task, Trajectory
+from arealite.observe.reasons import last_line, reasons
 
 NOT_RETRIED = (RequestError, ConfigError, DatasetError)  # running the episode again would end the same way
 LOGPROB_SLACK = 1e-3  # of rounding, above 0
@@ -57,6 +57,18 @@ async def run_episode(
         detail = next((t.error for t in trajectories if t.error), "no error text")
         whole = f"{trajectories[0].status} for all {len(trajectories)} members: {last_line(detail)}"
         raise EpisodeFailed(whole, detail, trajectories)
+
+
+async def run_alone(
+    engine: InferenceEngine, ordinal: int, task: Task, workflow: RolloutWorkflow, num_retries: int
+) -> Group:
+    """The task's group, outside of any step; of a task that failed one trajectory of status "failed" with the error."""
+    try:
+        trajectories = await run_episode(engine, task, workflow, num_retries)
+    except EpisodeFailed as failure:
+        reasons.tell("failed", failure.reason)
+        trajectories = [Trajectory(task.id, 0, [], [], [], [], None, "abort", "failed", error=failure.detail)]
+    return Group(task, ordinal, trajectories)
 
 
 def _sound(task: Task, trajectories: list[Trajectory]) -> list[Trajectory]:

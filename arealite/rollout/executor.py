@@ -1,6 +1,6 @@
 """The table of tasks in flight: keeps as many running as the staleness bound allows, and hands out finished groups.
 
-Made by connection.py on trainer rank 0; everything here runs in the client's asyncio loop, so nothing needs a lock.
+Made by client.py on trainer rank 0; everything here runs in the client's asyncio loop, so nothing needs a lock.
 """
 
 from __future__ import annotations

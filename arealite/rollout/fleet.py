@@ -1,40 +1,50 @@
-"""The servers as one: pause, resume, weight updates, adapters, scores; and how one that comes back joins the others.
+"""The servers as one: pause, resume, adapters, and how any of them come to a version of the weights.
 
-Called by client.py and membership.py; runs in the client's asyncio loop. Requests themselves are sent by generate.py.
+Called by client.py and membership.py; runs in the client's asyncio loop, the trainer's broadcasts in a thread. Requests
+themselves are sent by generate.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
 
 from arealite.api.cli_args import InferenceEngineConfig
-from arealite.api.errors import ArealiteError, RequestError, ServerUnreachable, WeightSyncError
+from arealite.api.errors import ArealiteError, ConfigError, RequestError, ServerUnreachable, WeightSyncError, listed
 from arealite.api.protocols import WeightSender
 from arealite.api.types import WeightUpdateMeta
+from arealite.observe import waits
 from arealite.rollout.backends.protocol import Call
-from arealite.rollout.router import Router, Server
-from arealite.rollout.transport import ConnectionLost, Transport
-from arealite.rollout.weight_load import WeightLoads
+from arealite.rollout.router import ConnectionLost, Router, Server
 
-T = TypeVar("T")
+SEND_LIMIT_S = 150.0  # above the group's own limits: to meet, and for one broadcast
+GRACE_S = 5.0  # for the answers to a broadcast that failed; who is silent then has caused it
+
+Ask = Callable[[Server, Call], Awaitable[Any]]
+Receipt = dict[str, int] | None
 
 
 class Fleet:
-    """A server that fails is taken out, and the others go on without it."""
+    """A server that fails is taken out, and the others go on without it.
 
-    def __init__(self, router: Router, transport: Transport, config: InferenceEngineConfig) -> None:
-        self.router, self.transport, self.config = router, transport, config
+    Weights reach servers in one way, `_bring`: in an update, in its repetition without those that failed, and when one
+    comes back. After it each server holds the weights, or is out until it answers again, or waits for the next time.
+    """
+
+    def __init__(self, router: Router, config: InferenceEngineConfig) -> None:
+        self.router, self.config = router, config
         self.gate = router.gate
-        self.loads = WeightLoads(self.ask, config.pause_mode)
         self._update: WeightUpdateMeta | None = None  # the last one
         self._send: WeightSender | None = None  # its sender
         # Between pause and update the trainer may be writing the next weights where the last ones are.
         self._is_readable = False
+        # The process group of weights is kept from one update to the next, as long as its servers stay the same.
+        self._group, self._group_servers = "", list[Server]()
         self._adapters: dict[str, str] = {}  # name -> folder
         self._lock = asyncio.Lock()  # a server that rejoins sees one state of the others
         self._unanswered: dict[object, tuple[str, str]] = {}  # key -> server id and its line, oldest first
@@ -64,21 +74,21 @@ class Fleet:
         self.gate.close()
         await self.prepare_update()
         async with self._lock:
-            await self._all(self._reachable(), self._set_pause)
+            await self._tell_gate()
 
     async def resume(self) -> None:
         """Let all servers generate again."""
         async with self._lock:
             self._is_readable = self._update is not None
             self.gate.open()
-            await self._all(self._reachable(), self._set_pause)
+            await self._tell_gate()
 
     async def update_weights(
         self, meta: WeightUpdateMeta, send: WeightSender | None = None
     ) -> dict[str, dict[str, int]]:
         """All servers load `meta` at the same time; receipts of those that give one. Generation is paused when it has
-        to be, and stays so. Servers that fail are taken out; when all are unreachable, the first that comes back is
-        waited for, `setup_timeout_s`.
+        to be, and stays so. Servers that fail are taken out, and where a broadcast failed with them it is made again;
+        when all are gone, the first that comes back is waited for, `setup_timeout_s`.
 
         Raises:
             WeightSyncError: no server took the weights; names each and its message.
@@ -88,46 +98,29 @@ class Fleet:
             await self._some_reachable(meta.version, deadline)
             async with self._lock:
                 try:
-                    receipts = await self._load(self._reachable(), meta, send)
+                    receipts = await self._bring(self._reachable(), meta, send)
                 except (WeightSyncError, RequestError, ServerUnreachable) as error:
                     raise WeightSyncError(f"version {meta.version} reached no server: {error}") from error
                 if receipts:
                     self._update, self._send, self._is_readable = meta, send, True
-                    for server in receipts:
-                        server.update = meta
-                        if server.state == "updating":
-                            self.router.move(server, "serving", f"it holds version {meta.version}")
                     return {server.id: receipt for server, receipt in receipts.items() if receipt is not None}
 
-    async def join(self, server: Server) -> bool:
-        """Bring a server that answers to the state of the others; False when the weights cannot be had before the
-        next update.
+    async def catch_up(self, server: Server) -> None:
+        """Bring a server that answers to the state of the others; it stays "updating" when the weights cannot be had
+        before the next update.
 
         Raises:
             WeightSyncError, ServerUnreachable, RequestError, ConfigError: it cannot be used.
         """
-        await self._detect(server)
         async with self._lock:
-            if not await self._holds_update(server):
-                if not self._is_readable:
-                    return False
+            is_current = await self._holds_update(server)
+            if server.state != "updating":  # it was taken out, or is no longer listed
+                return
+            if is_current:
+                await self._equip(server)
+            elif self._is_readable:
                 assert self._update is not None, "without an update there is none to lack"
-                receipts = await self._load([server], self._update, self._send, is_join=True)
-                if server not in receipts:
-                    raise ConnectionLost(server.why)
-                receipt = receipts[server] or self._update.checksums
-                wrong = [name for name, value in self._update.checksums.items() if receipt.get(name) != value]
-                if wrong:
-                    raise WeightSyncError(f"{server.id} holds other weights than it was sent: {', '.join(wrong[:4])}")
-            for name, path in self._adapters.items():
-                with suppress(RequestError):  # it has none of this name
-                    await self.ask(server, server.backend.unload_lora_call(name))
-                await self.ask(server, server.backend.lora_call(name, path))
-            await self._set_pause(server)
-            server.update = self._update
-            if server.state == "updating":  # else it was taken out, or is no longer listed
-                self.router.move(server, "serving", "it answers, and holds the current weights")
-        return True
+                await self._bring([server], self._update, self._send)
 
     async def set_adapter(self, name: str, path: str | None) -> None:
         """All servers load the adapter in folder `path` as `name`, those that come later too; None: they unload it.
@@ -135,66 +128,70 @@ class Fleet:
         Raises:
             RequestError: a server refused it.
         """
+        refusals: list[RequestError] = []
 
-        def call(server: Server) -> Coroutine[Any, Any, Any]:
+        async def change(server: Server) -> None:
             backend = server.backend
-            return self.ask(server, backend.lora_call(name, path) if path else backend.unload_lora_call(name))
+            try:
+                await self.ask(server, backend.lora_call(name, path) if path else backend.unload_lora_call(name))
+            except RequestError as error:
+                refusals.append(error)
 
         async with self._lock:
-            servers = [s for s in self.router.servers if s.state in ("serving", "draining")]
-            outcomes = await asyncio.gather(*map(call, servers), return_exceptions=True)
-            if refusal := next((o for o in outcomes if isinstance(o, RequestError)), None):
-                raise refusal
-            self._successes(dict(zip(servers, outcomes, strict=True)))
+            await self._each([s for s in self.router.servers if s.state in ("serving", "draining")], change)
+            if refusals:
+                raise refusals[0]
             self._adapters = {k: v for k, v in self._adapters.items() if k != name} | ({name: path} if path else {})
-
-    async def score(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Logprobs of each sequence's own tokens, sent again to another server when one fails.
-
-        Raises:
-            RequestError: a server refused it.
-            ServerUnreachable: `request_retries` further sendings failed too.
-        """
-
-        async def one(tokens: list[int]) -> list[float]:
-            num_failures = 0
-            while True:
-                async with self.router.server_for("", len(tokens)) as server:
-                    call = server.backend.score_call(tokens, uuid.uuid4().hex, self.adapter)
-                    try:
-                        answer = await self.ask(server, call, self.config.request_timeout_s)
-                        self.router.heard(server)
-                        return server.backend.parse_scores(answer, len(tokens), server.id)
-                    except ServerUnreachable as error:
-                        self.router.fail(server, str(error))
-                        num_failures += 1
-                        if num_failures > self.config.request_retries:
-                            raise
-
-        return list(await asyncio.gather(*map(one, sequences)))
 
     async def ask(self, server: Server, call: Call, limit_s: float | None = None) -> Any:
         """The answer, within `setup_timeout_s` if not said otherwise. Raises as `Transport.send`."""
         key = object()
         self._unanswered[key] = (server.id, f"{server.url}{call.path} not answered yet")
         try:
-            return await server.ask(self.transport.send(server, call, limit_s or self.config.setup_timeout_s))
+            return await self.router.ask(server, call, limit_s or self.config.setup_timeout_s)
         finally:
             del self._unanswered[key]
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    async def _detect(self, server: Server) -> None:
-        """Put the backend for the server's version. Raises ConfigError when the server cannot be used as it runs."""
-        if server.is_detected:
-            return
-        facts = {}
-        for path in server.backend.facts_paths:
-            with suppress(RequestError):  # this version has no such route
-                # vLLM looks at all of its machine before it tells its settings for the first time: seconds.
-                limit_s = self.config.setup_timeout_s
-                facts[path] = await self.transport.send(server, Call(path, method="GET"), limit_s)
-        server.backend, server.is_detected = server.backend.detect(facts, server.id), True
+    def _reachable(self) -> list[Server]:
+        return [server for server in self.router.servers if server.is_reachable]
+
+    async def _some_reachable(self, version: int, deadline: float) -> None:
+        """Waits for: a server that answers probes, until `deadline`. Unblocked by: membership.py's loops, or the
+        limit."""
+        while (left_s := deadline - time.monotonic()) <= 0 or not self._reachable():
+            if not await self.router.wait_change(left_s):
+                raise WeightSyncError(
+                    f"version {version} reached no server within {self.config.setup_timeout_s:g} s"
+                    f" (rollout.setup_timeout_s): {self.router.lines()}"
+                )
+
+    async def _each(
+        self, servers: list[Server], act: Callable[[Server], Coroutine[Any, Any, Any]]
+    ) -> dict[Server, ArealiteError]:
+        """`act` on these servers at once. Those that fail are taken out, and returned. All are waited for, so that none
+        is still at work when the caller reacts."""
+        outcomes = zip(servers, await asyncio.gather(*map(act, servers), return_exceptions=True), strict=True)
+        failures: dict[Server, ArealiteError] = {}
+        for server, outcome in outcomes:
+            if isinstance(outcome, ArealiteError):
+                failures[server] = outcome
+                self.router.lose(server, outcome)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+        return failures
+
+    async def _tell_gate(self) -> None:
+        """All that can be reached are paused, or not, as the gate is. Raises ArealiteError: all refuse it."""
+        servers = self._reachable()
+        _raise_refusal(servers, await self._each(servers, self._set_pause), ConnectionLost)
+
+    async def _set_pause(self, server: Server) -> None:
+        backend = server.backend
+        await self.ask(
+            server, backend.resume_call() if self.gate.is_open else backend.pause_call(self.config.pause_mode)
+        )
 
     async def _holds_update(self, server: Server) -> bool:
         """Whether the server took the last update from us, and still says so: in an earlier life of the run it may have
@@ -207,66 +204,185 @@ class Fleet:
             return False  # this version has no such route
         return isinstance(facts, dict) and facts.get("weight_version") == str(self._update.version)
 
-    def _reachable(self) -> list[Server]:
-        return [server for server in self.router.servers if server.is_reachable]
+    async def _equip(self, server: Server) -> None:
+        """A server that comes back and holds the weights gets what else the others have, and serves."""
+        for name, path in self._adapters.items():
+            with suppress(RequestError):  # it has none of this name
+                await self.ask(server, server.backend.unload_lora_call(name))
+            await self.ask(server, server.backend.lora_call(name, path))
+        await self._set_pause(server)
+        if server.state == "updating":  # else it was taken out, or is no longer listed
+            self.router.move(server, "serving", "it answers, and holds the current weights")
 
-    async def _set_pause(self, server: Server) -> None:
-        """Paused or not, as the others are."""
-        backend = server.backend
-        await self.ask(
-            server, backend.resume_call() if self.gate.is_open else backend.pause_call(self.config.pause_mode)
-        )
+    async def _bring(
+        self, servers: list[Server], meta: WeightUpdateMeta, send: WeightSender | None
+    ) -> dict[Server, Receipt]:
+        """One attempt to have `servers` hold the weights of `meta`, all at the same time. Returns the receipts of those
+        that do. Who fails is taken out; where a broadcast failed for all because of some, the others stay as they are.
 
-    async def _load(
-        self, servers: list[Server], meta: WeightUpdateMeta, send: WeightSender | None, is_join: bool = False
-    ) -> dict[Server, dict[str, int] | None]:
-        """Receipts. A server that comes back is paused for it, and what it still worked at is ended."""
-
-        async def pause() -> None:  # in the middle of an update, which has the lock
-            if self.gate.is_open and not is_join:
-                self.gate.close()
-                await self._all(self._reachable(), self._set_pause)
-
-        back = [s for s in servers if s.state == "updating"]
-        others = len(back) < len(servers)
-        reached = await self._all(back, lambda s: self.ask(s, s.backend.pause_call("abort")), others)
-        ready = [s for s in servers if s in reached or s not in back]
-        receipts = self._successes(await self.loads.load(ready, meta, send, pause))
-        released = await self._all([s for s in back if s in receipts], self._set_pause, others)
-        return {s: receipt for s, receipt in receipts.items() if s in released or s not in back}
-
-    async def _some_reachable(self, version: int, deadline: float) -> None:
-        """Waits for: a server that answers probes, until `deadline`. Unblocked by: the loops below, or the limit."""
-        while not self._reachable():
-            if not await self.router.wait_change(deadline - time.monotonic()):
-                raise WeightSyncError(
-                    f"version {version} reached no server within {self.config.setup_timeout_s:g} s"
-                    f" (rollout.setup_timeout_s): {self.router.lines()}"
-                )
-
-    async def _all(
-        self, servers: list[Server], act: Callable[[Server], Coroutine[Any, Any, T]], others: bool = False
-    ) -> dict[Server, T]:
-        """`act` on these servers at once; results of those that did not fail, the others are taken out. All are waited
-        for, so that none is still at work when the caller reacts. `others`: there are servers beside these.
+        A server that comes back ("updating") is paused before, so that what it still worked at is ended; it serves once
+        its receipt is right and it has what else the others have.
 
         Raises:
-            ArealiteError: none succeeded, there are no others, and it was not only that they are gone.
+            ConfigError: a server cannot read updates of this kind.
+            ArealiteError: none holds them, and it was not only that they are gone.
         """
-        outcomes = await asyncio.gather(*map(act, servers), return_exceptions=True)
-        return self._successes(dict(zip(servers, outcomes, strict=True)), others)
+        back = [s for s in servers if s.state == "updating"]
 
-    def _successes(self, outcomes: Mapping[Server, T | BaseException], others: bool = False) -> dict[Server, T]:
-        results: dict[Server, T] = {}
-        refused: list[ArealiteError] = []
-        for server, outcome in outcomes.items():
-            if isinstance(outcome, ArealiteError):
-                self.router.fail(server, str(outcome), is_dead=isinstance(outcome, ConnectionLost))
-                refused += [] if isinstance(outcome, ConnectionLost) else [outcome]
-            elif isinstance(outcome, BaseException):
-                raise outcome
-            else:
-                results[server] = outcome
-        if refused and not results and not others:
-            raise refused[0]
-        return results
+        async def pause() -> None:
+            if self.gate.is_open and len(back) < len(servers):
+                self.gate.close()
+                await self._tell_gate()
+
+        async def check_in(server: Server) -> None:
+            receipt = attempt.receipts[server] or meta.checksums
+            if wrong := [name for name, value in meta.checksums.items() if receipt.get(name) != value]:
+                raise WeightSyncError(f"{server.id} holds other weights than it was sent: {listed(wrong)}")
+            await self._equip(server)
+
+        failures = await self._each(back, lambda s: self.ask(s, s.backend.pause_call("abort")))
+        attempt = _Attempt(self.ask, [s for s in servers if s not in failures], meta, send)
+        try:
+            known = self._group if attempt.servers == self._group_servers else ""
+            await attempt.run(known, self.config.pause_mode, pause)
+        finally:
+            if attempt.failures and send is not None:
+                send.leave()
+            self._group, self._group_servers = attempt.group, [] if attempt.failures else attempt.servers
+        for server, error in attempt.lost().items():
+            failures[server] = error
+            self.router.lose(server, error)
+        failures |= await self._each([s for s in back if s in attempt.receipts], check_in)
+        _raise_refusal(servers, failures, ServerUnreachable if attempt.is_shared else ConnectionLost)
+        receipts = {server: receipt for server, receipt in attempt.receipts.items() if server not in failures}
+        for server in receipts:
+            server.update = meta
+        return receipts
+
+
+def _raise_refusal(servers: list[Server], failures: dict[Server, ArealiteError], gone: type[ServerUnreachable]) -> None:
+    """When all `servers` have failed, and not only because they are gone."""
+    refusals = [error for error in failures.values() if not isinstance(error, gone)]
+    if refusals and len(failures) == len(servers):
+        raise refusals[0]
+
+
+class _Attempt:
+    """The conversation of one update with all `servers` at once: answers, failures and receipts so far. In a broadcast
+    all fail together, else each server for itself. `group`: the name of the process group."""
+
+    def __init__(self, ask: Ask, servers: list[Server], meta: WeightUpdateMeta, send: WeightSender | None) -> None:
+        self.servers, self.group = servers, ""
+        self.failures: dict[Server, ArealiteError] = {}  # the first to fail first
+        self.receipts: dict[Server, Receipt] = {}
+        self.is_shared = meta.kind == "distributed"
+        self._ask, self.meta, self._send = ask, meta, send
+        self._answers: dict[Server, list[Any]] = {s: [] for s in servers}
+
+    def lost(self) -> dict[Server, ArealiteError]:
+        """Those that failed by themselves: where a broadcast lost some, the others had to fail with them."""
+        gone: dict[Server, ArealiteError]
+        gone = {s: error for s, error in self.failures.items() if isinstance(error, ServerUnreachable)}
+        return gone if self.is_shared and gone and not self.receipts else self.failures
+
+    async def run(self, group: str, pause_mode: str, pause: Callable[[], Awaitable[None]]) -> None:
+        """`group`: the one that these servers and the trainer, and no others, are in already; empty when there is none.
+        `pause` is awaited before the first call that must find generation paused."""
+        if not self.servers:
+            return
+        if self.is_shared:
+            self.group = group or await self._join_group()
+        meta = replace(self.meta, group=self.group)
+        plans = {s: s.backend.update_plan(meta, pause_mode) for s in self.servers if not self._is_over}
+        is_staged = all(plan.is_staged for plan in plans.values())
+        if not is_staged:
+            await pause()
+        await self._make({s: plan.before for s, plan in plans.items()})
+        for bucket in range(len(meta.buckets)):
+            if not self._is_over:
+                await self._broadcast({s: plan.buckets[bucket] for s, plan in plans.items()}, bucket)
+        if self._is_over:
+            if not is_staged:  # the next attempt must find no session open
+                left = [s for s, plan in plans.items() if plan.before and s not in self.lost()]
+                await asyncio.gather(*(self._one(s, [replace(plans[s].after[0], may_be_refused=True)]) for s in left))
+            return
+        if is_staged and pause_mode == "in_place":  # else the swap makes requests start over, at one stroke
+            await pause()
+        await self._make({s: plan.after for s, plan in plans.items()})
+        for server in (s for s in self.servers if s not in self.failures):
+            try:
+                self.receipts[server] = server.backend.parse_receipt(self._answers[server], meta, server.id)
+            except WeightSyncError as error:
+                self.failures[server] = error
+
+    @property
+    def _is_over(self) -> bool:
+        return bool(self.failures) if self.is_shared else len(self.failures) == len(self.servers)
+
+    async def _make(self, calls: dict[Server, list[Call]]) -> None:
+        """To all that have not failed, at once; each server's calls one after another."""
+        if not self._is_over:
+            await asyncio.gather(*(self._one(s, own) for s, own in calls.items() if s not in self.failures))
+
+    async def _one(self, server: Server, calls: list[Call]) -> None:
+        try:
+            for call in calls:
+                with suppress(*([RequestError] if call.may_be_refused else [])):
+                    self._answers[server].append(await self._ask(server, call))
+        except ServerUnreachable as error:
+            self.failures.setdefault(server, error)
+        except RequestError as error:
+            self.failures.setdefault(server, WeightSyncError(f"the weights did not reach {server.id}: {error}"))
+
+    async def _join_group(self) -> str:
+        """The name of a new group of these servers and the trainer, if none failed."""
+        send = self._sender
+        hosts = [urlsplit(s.url).hostname or "" for s in self.servers]
+        towards = next((host for host in hosts if host not in ("127.0.0.1", "localhost", "::1")), hosts[0])
+        size = 1 + sum(s.backend.num_ranks for s in self.servers)
+        place = await waits.in_thread(lambda: send.listen(size, towards), "weight group", "trainer", SEND_LIMIT_S)
+        calls, rank = {}, 1
+        for server in self.servers:
+            calls[server] = server.backend.group_call(place, rank)
+            rank += server.backend.num_ranks
+        await self._together(calls, waits.in_thread(send.join, "weight group", "servers", SEND_LIMIT_S))
+        return place.name
+
+    async def _broadcast(self, calls: dict[Server, Call], bucket: int) -> None:
+        send = self._sender
+        work = waits.in_thread(lambda: send.send(bucket), f"weights, bucket {bucket}", "trainer", SEND_LIMIT_S)
+        await self._together(calls, work)
+
+    async def _together(self, calls: dict[Server, Call], work: Awaitable[Any]) -> None:
+        """Calls that are answered when the trainer has done its part, `work`, which fails when a server does.
+
+        Waits for: both. Unblocked by: the group's limit; after a failure by GRACE_S, when the silent ones have failed.
+        """
+        sending = asyncio.ensure_future(work)
+        asking = {s: asyncio.ensure_future(self._one(s, [call])) for s, call in calls.items()}
+        waiting: set[asyncio.Future[Any]] = {sending, *asking.values()}
+        while waiting and not self.failures and not (sending.done() and sending.exception()):
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting and not self.failures:
+            return
+        self._sender.cancel()
+        sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # it has been heard of
+        self._sender.leave()
+        await asyncio.wait(asking.values(), timeout=GRACE_S)
+        why = sending.exception() if sending.done() else None
+        for server, call in asking.items():
+            if not call.done():
+                call.cancel()
+                lost = ServerUnreachable(f"{server.id} ({server.url}) took no part in a broadcast: {why}")
+                self.failures.setdefault(server, lost)
+        if not self.failures and why is not None:
+            self.failures.update(dict.fromkeys(self.servers, WeightSyncError(str(why))))
+        first = next(iter(self.failures.values()))
+        for server in self.servers:
+            self.failures.setdefault(server, WeightSyncError(f"{server.id} did not get all of a broadcast: {first}"))
+
+    @property
+    def _sender(self) -> WeightSender:
+        if self._send is None:
+            raise ConfigError("this update needs its sender: call update_weights(meta, send) with the weight link")
+        return self._send

@@ -21,7 +21,6 @@ from arealite.observe.waits import mark
 from arealite.rollout.backends.protocol import Segment
 from arealite.rollout.counters import Counters
 from arealite.rollout.router import Limits, Router, Server
-from arealite.rollout.transport import Transport
 
 CLOSE_GRACE_S = 1.0  # how long destroy waits for servers to hear that requests were given up
 MIN_WAIT_S = 0.1  # while the gate is closed, time does not get shorter: look again only so often
@@ -68,14 +67,13 @@ class Generator:
 
     def __init__(
         self,
-        transport: Transport,
         router: Router,
         config: InferenceEngineConfig,
         counters: Counters,
         limits: Limits,
         seed: int,
     ) -> None:
-        self.transport, self.router, self.gate = transport, router, router.gate
+        self.router, self.gate = router, router.gate
         self.config, self.counters, self.limits, self.seed = config, counters, limits, seed
         self.version = self.announced_version = 0
         self._flights: set[Flight] = set()
@@ -113,6 +111,35 @@ class Generator:
         try:
             with span("request", rid=request.rid):
                 return await self._until_done(flight)
+        finally:
+            self._flights.discard(flight)
+
+    async def score(self, sequences: list[list[int]], lora: str | None) -> list[list[float]]:
+        """Logprobs of each sequence's own tokens under the adapter `lora`, sent again to another server when one fails.
+
+        Raises:
+            RequestError: a server refused it.
+            ServerUnreachable: `request_retries` further sendings failed too.
+        """
+        return list(await asyncio.gather(*(self._scores(tokens, lora) for tokens in sequences)))
+
+    async def _scores(self, tokens: list[int], lora: str | None) -> list[float]:
+        flight = Flight(GenerationRequest("to score", tokens, 0, lora=lora))
+        self._flights.add(flight)
+        try:
+            while True:
+                async with self.router.server_for("", len(tokens)) as server:
+                    flight.server_id = server.id
+                    call = server.backend.score_call(tokens, uuid.uuid4().hex, lora)
+                    try:
+                        answer = await self.router.ask(server, call, self.config.request_timeout_s)
+                        self.router.heard(server)
+                        return server.backend.parse_scores(answer, len(tokens), server.id)
+                    except ServerUnreachable as error:
+                        self.router.fail(server, str(error))
+                        flight.num_failures += 1
+                        if flight.num_failures > self.config.request_retries:
+                            raise
         finally:
             self._flights.discard(flight)
 
@@ -175,7 +202,7 @@ class Generator:
             newest = event
             self._progress(flight, server)
 
-        call = server.start(self.transport.stream(server, sending, keep))
+        call = server.start(self.router.transport.stream(server, sending, keep))
         deadline = self.gate.clock_s() + self.config.request_timeout_s
         told = f"{server.id} ({server.url}) {{}} {flight.request.rid} within {self.config.request_timeout_s} s"
         try:
@@ -214,7 +241,7 @@ class Generator:
 
     async def _abort(self, server: Server, wire_id: str) -> None:
         try:
-            await self.transport.send(server, server.backend.abort_call(wire_id), self.limits.abort_grace_s)
+            await self.router.transport.send(server, server.backend.abort_call(wire_id), self.limits.abort_grace_s)
         except (ServerUnreachable, RequestError):
             self.counters.add("num_request_failures")  # the sending itself reports what is wrong
 

@@ -1,6 +1,6 @@
 """The loops that keep the list of servers true: they probe, take out, bring back, add and drain servers.
 
-Made by connection.py; everything runs in the client's asyncio loop.
+Made by client.py; everything runs in the client's asyncio loop.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from arealite.api.errors import ArealiteError, ConfigError, ServerUnreachable
+from arealite.api.errors import ArealiteError, ConfigError, RequestError, ServerUnreachable
 from arealite.rollout.backends.protocol import Backend, Call
 from arealite.rollout.fleet import Fleet
-from arealite.rollout.router import Limits, Server, State
-from arealite.rollout.transport import Address, ConnectionLost, addresses_of
+from arealite.rollout.router import Address, ConnectionLost, Limits, Server, State, addresses_of
 
 FIRST_PROBE_LIMIT_S = 30.0  # SGLang generates a token for it, and may have to compile first
 
@@ -142,7 +141,7 @@ class Watch:
         try:
             await self._probe(server)
         except ConnectionLost as error:
-            self._router.fail(server, str(error), is_dead=True)
+            self._router.lose(server, error)
         except ArealiteError:
             return False  # it lives, or is frozen: its silence decides
         return True
@@ -157,28 +156,35 @@ class Watch:
 
     async def _bring_in(self, server: Server) -> None:
         """From joining or out to updating when it answers, and to serving when it has what the others have; a server
-        whose weights cannot be had stays updating until the next update brings them."""
+        whose weights cannot be had stays updating until the next update brings them. The others wait for it, so one
+        that freezes meanwhile is taken out."""
+        num_misses = 0
         try:
             await self._probe(server)
             if server.state in ("joining", "out"):
                 self._router.move(server, "updating", server.why)
-            if server.state == "updating":  # else it is no longer listed
-                await self._joined(server)
+            joining = asyncio.ensure_future(self._join(server))
+            try:
+                while not (await asyncio.wait({joining}, timeout=self._limits.probe_s))[0]:
+                    num_misses = 0 if await self._answers(server) else num_misses + 1
+                    self._judge(server, num_misses)
+                joining.result()
+            finally:
+                joining.cancel()
         except ArealiteError as error:
             server.refusal = error if isinstance(error, ConfigError) else None
-            self._router.fail(server, str(error), is_dead=isinstance(error, ConnectionLost))
+            self._router.lose(server, error)
 
-    async def _joined(self, server: Server) -> None:
-        """Fleet.join, watched: the others wait for it, so a server that freezes in it is taken out."""
-        joining = asyncio.ensure_future(self._fleet.join(server))
-        num_misses = 0
-        try:
-            while not (await asyncio.wait({joining}, timeout=self._limits.probe_s))[0]:
-                num_misses = 0 if await self._answers(server) else num_misses + 1
-                self._judge(server, num_misses)
-            joining.result()
-        finally:
-            joining.cancel()
+    async def _join(self, server: Server) -> None:
+        """Raises ConfigError when the server cannot be used as it runs, and what Fleet.catch_up raises."""
+        if not server.is_detected:
+            facts = {}
+            limit_s = self._fleet.config.setup_timeout_s  # vLLM looks at all of its machine before it first tells
+            for path in server.backend.facts_paths:
+                with suppress(RequestError):  # this version has no such route
+                    facts[path] = await self._router.transport.send(server, Call(path, method="GET"), limit_s)
+            server.backend, server.is_detected = server.backend.detect(facts, server.id), True
+        await self._fleet.catch_up(server)
 
     async def _probe(self, server: Server) -> None:
         """Where /health samples a token, a server that was out is asked for less: it may be paused still."""
@@ -186,7 +192,7 @@ class Watch:
         was_out = server.state in ("out", "updating") and not backend.is_healthy_paused
         call = Call(backend.version_path if was_out else backend.health_path, method="GET")
         limit_s = FIRST_PROBE_LIMIT_S if is_new else self._silence_s / 2
-        await server.ask(self._fleet.transport.send(server, call, limit_s))
+        await self._router.ask(server, call, limit_s)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         loop = asyncio.ensure_future(work)

@@ -1,6 +1,5 @@
-"""Proof that the servers hold the trainer's weights: checksums after every update, logprobs of a probe now and then.
-
-Called by the train engine's `upload_weights` (verify) and by the training loop (MismatchGuard).
+"""Proof that trainer and servers compute the same: logprobs of the same tokens by both, now and then, in the training
+loop. That the servers hold the trainer's weights is checked after every update, by link.py's `verify`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arealite.api.errors import WeightSyncError
-from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, Trajectory, WeightUpdateMeta
+from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, Trajectory
 
 if TYPE_CHECKING:
     from arealite.api.cli_args import GenerationHyperparameters, StatsLoggerConfig
@@ -22,48 +21,6 @@ logger = logging.getLogger(__name__)
 
 NUM_PROBE_SEQUENCES = 4
 NUM_PROBE_TOKENS = 16  # of an answer that is sampled for the probe alone
-
-
-def verify(
-    meta: WeightUpdateMeta,
-    receipts: dict[str, dict[str, int]],
-    previous: WeightUpdateMeta | None = None,
-    must_differ: bool = False,
-) -> None:
-    """Every server's checksums equal the trainer's, and the update changed something where it had to.
-
-    `receipts` maps server id to {tensor name: CRC-32 of the live parameter}. `must_differ`: an optimiser step lies
-    between `previous` and `meta`, and its effect is no smaller than the rounding to the wire dtype.
-
-    Raises:
-        WeightSyncError: names the server and the tensors.
-    """
-    for server, confirmed in receipts.items():
-        absent = [name for name in meta.checksums if name not in confirmed]
-        if absent:
-            raise WeightSyncError(
-                f"{server} took weights of version {meta.version} without confirming {_listed(absent)};"
-                " expected the checksum of each"
-            )
-        wrong = [name for name, value in meta.checksums.items() if confirmed[name] != value]
-        if wrong:
-            raise WeightSyncError(
-                f"{server} holds other weights than the trainer after the update to version {meta.version}:"
-                f" {_listed(wrong)} differ (CRC-32 {confirmed[wrong[0]]:08x}, trainer {meta.checksums[wrong[0]]:08x})."
-                " Training on would be off-policy without anyone knowing; check weight names, dtype and server"
-                " version"
-            )
-    if must_differ and previous is not None and (same := unchanged(meta, previous)):
-        raise WeightSyncError(
-            f"the update from version {previous.version} to {meta.version} changed nothing: {_listed(list(same))} are"
-            " the same bytes although the optimiser made a step that shows in the trainer's weights: the copy is stale"
-        )
-
-
-def unchanged(meta: WeightUpdateMeta, previous: WeightUpdateMeta) -> dict[str, int]:
-    """{tensor: CRC-32} of those whose checksums both have, if all of them are the same; else none."""
-    common = {name: meta.checksums[name] for name in sorted(meta.checksums.keys() & previous.checksums.keys())}
-    return common if all(previous.checksums[name] == value for name, value in common.items()) else {}
 
 
 class MismatchGuard:
@@ -182,8 +139,3 @@ def logprob_gap(trainer: np.ndarray, server: np.ndarray, mask: np.ndarray) -> np
     if not np.isfinite(gap).all():
         raise WeightSyncError("a probe's logprob is NaN or infinite: look for NaN in the weights of trainer and server")
     return gap
-
-
-def _listed(names: list[str], most: int = 4) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,6 +1,7 @@
-"""The trainer's end of a weight link: put one version of the weights where servers can read it, or send it to them.
+"""The trainer's end of a weight link: put one version of the weights where servers can read it, or send it to them; and
+check what they say they hold.
 
-Called by the train engine's `upload_weights`; the servers' end is receive.py.
+Called by the train engine's `upload_weights`; what both ends use is in wire.py.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ import torch
 from safetensors import SafetensorError
 
 from arealite.api.atomic import clean_folder, new_folder, remove_folder
-from arealite.api.errors import ConfigError, WeightSyncError
+from arealite.api.errors import ConfigError, WeightSyncError, listed
 from arealite.api.types import TensorSlot, WeightUpdateMeta
-from arealite.weights.files import write_adapter, write_tensors
-from arealite.weights.group import GroupSender
-from arealite.weights.wire import BUCKET_BYTES, Buckets, checksum, raw_bytes, slot_of
+from arealite.weights.wire import GroupSender, checksum, raw_bytes, slot_of, write_adapter, write_tensors
 
 logger = logging.getLogger(__name__)
 
+BUCKET_BYTES = 64 << 20  # of one broadcast
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every dtype's size
 CHECKED_SHARE = 16  # one tensor in so many is confirmed at every version, and another one in so many by turns
 NUM_VERSIONS_KEPT = 2
@@ -220,3 +220,85 @@ class _Segment:
         self._unpin()
         self._map = None
         os.close(self._fd)
+
+
+class Buckets:
+    """The newest version as a few runs of bytes on `device`. The memory is used again for the next version."""
+
+    def __init__(self, device: torch.device, bucket_bytes: int) -> None:
+        self.device = device
+        self.slots: list[list[TensorSlot]] = []
+        self._bucket_bytes = bucket_bytes
+        self._flat: list[torch.Tensor] = []  # uint8 [bucket_bytes, or the bytes of the one tensor that is larger]
+
+    def fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Take in all tensors, and hand each of them on. A bucket holds one dtype, end to end, so all are aligned."""
+        self.slots = []
+        newest: dict[torch.dtype, int] = {}
+        for name, tensor in tensors:
+            index = newest.get(tensor.dtype)
+            if index is None or self._num_bytes(index) + tensor.nbytes > self._bucket_bytes:
+                index = newest[tensor.dtype] = len(self.slots)
+                self._make_room(index, tensor.nbytes)
+                self.slots.append([])
+            slot = slot_of(name, tensor, self._num_bytes(index))
+            self._flat[index][slot.offset : slot.offset + slot.nbytes].copy_(raw_bytes(tensor))
+            self.slots[index].append(slot)
+            yield name, tensor
+        del self._flat[len(self.slots) :]
+
+    def bytes_of(self, index: int) -> torch.Tensor:
+        """uint8 [bytes of the bucket's tensors]."""
+        return self._flat[index][: self._num_bytes(index)]
+
+    def _num_bytes(self, index: int) -> int:
+        last = self.slots[index][-1:]
+        return last[0].offset + last[0].nbytes if last else 0
+
+    def _make_room(self, index: int, num_bytes: int) -> None:
+        if index == len(self._flat) or len(self._flat[index]) < num_bytes:
+            self._flat[index : index + 1] = [
+                torch.empty(max(self._bucket_bytes, num_bytes), dtype=torch.uint8, device=self.device)
+            ]
+
+
+def verify(
+    meta: WeightUpdateMeta,
+    receipts: dict[str, dict[str, int]],
+    previous: WeightUpdateMeta | None = None,
+    must_differ: bool = False,
+) -> None:
+    """Every server's checksums equal the trainer's, and the update changed something where it had to.
+
+    `receipts` maps server id to {tensor name: CRC-32 of the live parameter}. `must_differ`: an optimiser step lies
+    between `previous` and `meta`, and its effect is no smaller than the rounding to the wire dtype.
+
+    Raises:
+        WeightSyncError: names the server and the tensors.
+    """
+    for server, confirmed in receipts.items():
+        absent = [name for name in meta.checksums if name not in confirmed]
+        if absent:
+            raise WeightSyncError(
+                f"{server} took weights of version {meta.version} without confirming {listed(absent)};"
+                " expected the checksum of each"
+            )
+        wrong = [name for name, value in meta.checksums.items() if confirmed[name] != value]
+        if wrong:
+            raise WeightSyncError(
+                f"{server} holds other weights than the trainer after the update to version {meta.version}:"
+                f" {listed(wrong)} differ (CRC-32 {confirmed[wrong[0]]:08x}, trainer {meta.checksums[wrong[0]]:08x})."
+                " Training on would be off-policy without anyone knowing; check weight names, dtype and server"
+                " version"
+            )
+    if must_differ and previous is not None and (same := unchanged(meta, previous)):
+        raise WeightSyncError(
+            f"the update from version {previous.version} to {meta.version} changed nothing: {listed(list(same))} are"
+            " the same bytes although the optimiser made a step that shows in the trainer's weights: the copy is stale"
+        )
+
+
+def unchanged(meta: WeightUpdateMeta, previous: WeightUpdateMeta) -> dict[str, int]:
+    """{tensor: CRC-32} of those whose checksums both have, if all of them are the same; else none."""
+    common = {name: meta.checksums[name] for name in sorted(meta.checksums.keys() & previous.checksums.keys())}
+    return common if all(previous.checksums[name] == value for name, value in common.items()) else {}

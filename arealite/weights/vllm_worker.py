@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from arealite.api.types import TensorSlot, WeightUpdateMeta
-from arealite.weights.group import broadcast, join_group, leave_group
-from arealite.weights.receive import iterate_tensors
-from arealite.weights.wire import checksum, cut
+from arealite.weights.wire import broadcast, checksum, cut, iterate_tensors, join_group, leave_group
 
 
 class WeightReceiver:

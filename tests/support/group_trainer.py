@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from arealite.api.errors import WeightSyncError
-from arealite.weights.group import GroupSender, broadcast
+from arealite.weights.wire import GroupSender, broadcast
 
 WAIT_S = 60
 

@@ -55,7 +55,7 @@ def join_ranks(device: torch.device, timeout_s: float) -> bool:
     """
     if dist.is_initialized():
         return False
-    # The device is not bound to the group (`device_id`): NCCL would make weights/group.py's groups, whose other members
+    # The device is not bound to the group (`device_id`): NCCL would make weights/wire.py's groups, whose other members
     # are servers, as parts of this one.
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = group_limit(device, timeout_s)

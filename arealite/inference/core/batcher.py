@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from arealite.inference.answers import find_stop_string
+from arealite.inference.core.answers import find_stop_string
 from arealite.inference.core.cache import PAGE_TOKENS
 from arealite.inference.core.graphs import Started, decode_graphs
 from arealite.inference.core.layout import to_device

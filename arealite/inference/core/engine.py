@@ -18,15 +18,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from arealite.api.errors import ArealiteError, RequestError, WeightSyncError
-from arealite.inference.core import receiver
+from arealite.api.errors import ArealiteError, RequestError
 from arealite.inference.core.adapters import Adapter
 from arealite.inference.core.batcher import Batcher, abort_reason
+from arealite.inference.core.requests import GenerateRequest
 from arealite.inference.core.sequence import Sequence
-from arealite.inference.requests import GenerateRequest, UpdateOptions
 from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
-from arealite.weights.wire import checksum
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +50,7 @@ class QueueFull(EngineFailure):
 
 class Engine:
     """Owner of a Batcher. `start`, `stop`, `submit_all`, `call` and `ask` may be used from any thread; the methods that
-    change what is served (pause, abort, update_weights, ...) run on the engine thread, through `call` or `ask`."""
+    change what is served (pause, abort, replace_adapter, ...) run on the engine thread, through `call` or `ask`."""
 
     def __init__(
         self, batcher: Batcher, seed: int, max_queued: int = MAX_QUEUED, num_threads: int | None = None
@@ -171,41 +169,16 @@ class Engine:
             self.abort(lambda _: True)
         self.batcher.weight_version = version
 
-    def update_weights(self, staged: dict[str, torch.Tensor], options: UpdateOptions) -> dict[str, int]:
-        """Load new weights (of receiver.stage); returns the CRC-32 of those live tensors in `checksum_names` that are
-        not, byte for byte, what was staged.
-
-        Running requests are aborted (`abort_all_requests`) or retracted, unless paused in place, where they keep the
-        keys and values of the old weights. Computed prompts are forgotten in any case.
-
-        Raises:
-            WeightSyncError: the update was refused; weights and version are as before.
-        """
-        model, scheduler = self.batcher.model, self.batcher.scheduler
-        keep_running = self.paused == "in_place" and not options.abort_all_requests
-        if keep_running and options.flush_cache and scheduler.running:
-            raise WeightSyncError(
-                "paused in_place with requests running: their cache cannot be flushed; send flush_cache: false, or"
-                " pause with mode retract"
-            )
-        receiver.check_names(model, options.checksum_names)
-        self._forget_computed(options.abort_all_requests)
-        receiver.load(model, staged)
-        confirmed = receiver.confirmed(model, staged, options.checksum_names)
-        if options.weight_version is not None:
-            self.batcher.weight_version = options.weight_version
-        return {name: checksum(model.tensors[name]) for name in options.checksum_names if name not in confirmed}
-
     def replace_adapter(self, name: str, adapter: Adapter, weight_version: str | None) -> None:
         """Serve `adapter` under `name` from now on, instead of the one of that name, if there is one. Running requests
-        and computed prompts fare as in `update_weights`."""
-        self._forget_computed(False)
+        and computed prompts fare as in weight_updates.py's `make_live`."""
+        self.forget_computed(False)
         self.batcher.model.adapters.add(name, adapter, in_place=True)
         if weight_version is not None:
             self.batcher.weight_version = weight_version
 
-    def _forget_computed(self, abort_all: bool) -> None:
-        """Weights are about to change: see `update_weights`."""
+    def forget_computed(self, abort_all: bool) -> None:
+        """Weights are about to change: requests end (`abort_all`), or start over unless they are paused in place."""
         self.batcher.scheduler.prefix.clear()  # first, so that nothing of those who end now is kept
         if abort_all:
             self.abort(lambda _: True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from arealite.inference.core.layout import to_device
-from arealite.inference.requests import SamplingParams
+from arealite.inference.core.requests import SamplingParams
 from arealite.kernels.functions import for_device
 
 NUM_LIKELIEST = 1024  # candidates that are sorted first; the whole row only where a nucleus holds more

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arealite.inference.requests import GenerateRequest
+from arealite.inference.core.requests import GenerateRequest
 
 Scored = list[tuple[float, int]]  # (logprob, token id)
 

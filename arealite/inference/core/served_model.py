@@ -22,15 +22,15 @@ from arealite.inference.core.adapters import Adapters
 from arealite.inference.core.cache import PAGE_TOKENS, PagePool, pages_for
 from arealite.inference.core.decoder import call_kernels
 from arealite.inference.core.layout import ATTENTION_NAME, GpuLayout, KVLayout, ShapeProbe, packed_attention, to_device
+from arealite.inference.core.requests import GenerateRequest, SamplingParams
 from arealite.inference.core.sequence import Sequence, Span
-from arealite.inference.requests import GenerateRequest, SamplingParams
 from arealite.kernels.cpu import DIM_STEP, Kernels
 from arealite.kernels.functions import AnyKernels, for_device, head_product
 from arealite.kernels.linears import Joined, PackedLinears
 from arealite.kernels.modules import fuse
 from arealite.models.fidelity import Rows, check_fidelity, token_scores
+from arealite.models.naming import hub_parts
 from arealite.models.opening import open_config, open_tokenizer
-from arealite.weights.naming import hub_parts
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from arealite.api.errors import RequestError
-from arealite.inference.requests import Body
+from arealite.inference.core.requests import Body
 
 B = TypeVar("B", bound=Body)
 

@@ -14,15 +14,13 @@ from pydantic import Field, NonNegativeInt
 
 from arealite.api.errors import RequestError
 from arealite.api.types import GroupPlace, TensorSlot, WeightUpdateMeta
-from arealite.inference.core import receiver
 from arealite.inference.core.adapters import Adapter, read_adapter
 from arealite.inference.core.engine import Engine
-from arealite.inference.core.receiver import Groups, NamedTensors, layout
-from arealite.inference.core.weight_updates import Updates
+from arealite.inference.core.requests import Body, UpdateOptions
+from arealite.inference.core.weight_updates import Groups, NamedTensors, Updates, check_slots, layout
 from arealite.inference.http.bodies import read_body
-from arealite.inference.requests import Body, UpdateOptions
 from arealite.observe import waits
-from arealite.weights.receive import iterate_tensors
+from arealite.weights.wire import iterate_tensors
 
 DEFAULT_GROUP = "weight_update_group"
 MAX_RECEIVED = 4  # times the model's bytes: more in one call is a mistake, for which no memory is taken
@@ -41,7 +39,7 @@ class DiskBody(UpdateOptions):
 
 
 class SlotBody(Body):
-    """One tensor of a shared-memory update; whether it fits the model is judged by the receiver."""
+    """One tensor of a shared-memory update; whether it fits the model is judged by `check_slots`."""
 
     name: str
     dtype: str
@@ -138,7 +136,7 @@ class ControlRoutes:
     async def update_from_shm(self, body: ShmBody) -> dict[str, Any]:
         slots = tuple(slot.slot() for slot in body.slots)
         segment = WeightUpdateMeta("shm", 0, body.path, slots)
-        receiver.check_slots(self._model, slots)
+        check_slots(self._model, slots)
         return await self._take(lambda: iterate_tensors(segment), body, castable=False, needs_all=not body.partial)
 
     async def join_group(self, body: GroupBody) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from arealite.api.errors import RequestError
-from arealite.inference.answers import ShownAnswer
+from arealite.inference.core.answers import ShownAnswer
+from arealite.inference.core.requests import Body, GenerateRequest, SamplingParams, ServedLimits
 from arealite.inference.core.sequence import Scored
 from arealite.inference.http.bodies import checked, json_object, refusal, shown
-from arealite.inference.requests import Body, GenerateRequest, SamplingParams, ServedLimits
 
 MAX_REQUESTS = 65_536  # of one body
 MAX_TOP_LOGPROBS = 1024

@@ -22,6 +22,7 @@ from aiohttp.typedefs import Handler
 from arealite.api.errors import PromptError, RequestError, WaitTimeout, WeightSyncError
 from arealite.dataset.prompts import encode
 from arealite.inference.core.engine import Engine, EngineFailure, PauseMode
+from arealite.inference.core.requests import Body, ServedLimits
 from arealite.inference.core.served_model import ServedModel
 from arealite.inference.http.bodies import read_body, read_json, shown
 from arealite.inference.http.control import ControlRoutes
@@ -38,7 +39,6 @@ from arealite.inference.openai.completions import (
     parse_completion,
     whole_answer,
 )
-from arealite.inference.requests import Body, ServedLimits
 
 logger = logging.getLogger(__name__)
 

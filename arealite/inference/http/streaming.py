@@ -16,10 +16,10 @@ from typing import Any
 from aiohttp import web
 
 from arealite.api.errors import WaitTimeout
-from arealite.inference.answers import ShownAnswer
+from arealite.inference.core.answers import ShownAnswer
 from arealite.inference.core.engine import Engine, EngineFailure
+from arealite.inference.core.requests import GenerateRequest
 from arealite.inference.core.sequence import Sequence
-from arealite.inference.requests import GenerateRequest
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from pydantic import Field
 
 from arealite.api.errors import PromptError, RequestError
 from arealite.dataset.prompts import chat_messages, check_variables, render
-from arealite.inference.answers import ShownAnswer
+from arealite.inference.core.answers import ShownAnswer
+from arealite.inference.core.requests import Body
 from arealite.inference.http.bodies import checked, json_object, shown
 from arealite.inference.http.generation import TokenIds, json_number
 from arealite.inference.openai.completions import (
@@ -35,7 +36,6 @@ from arealite.inference.openai.tools import (
     instructions,
     read_calls,
 )
-from arealite.inference.requests import Body
 
 Encode = Callable[[str, bool], list[int]]  # text, and whether the tokenizer adds its special tokens
 TOOL_CHOICES = ("none", "auto", "required")

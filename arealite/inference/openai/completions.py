@@ -18,7 +18,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from arealite.api.errors import RequestError
-from arealite.inference.answers import ShownAnswer
+from arealite.inference.core.answers import ShownAnswer
+from arealite.inference.core.requests import Body, ServedLimits
 from arealite.inference.core.sequence import Scored
 from arealite.inference.http.bodies import checked, shown
 from arealite.inference.http.generation import (
@@ -30,7 +31,6 @@ from arealite.inference.http.generation import (
     version_spans,
 )
 from arealite.inference.openai.tools import ToolUse
-from arealite.inference.requests import Body, ServedLimits
 
 MAX_TOP_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 16  # of a completion

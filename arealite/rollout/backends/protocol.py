@@ -1,16 +1,16 @@
 """What the client must know about a server's wire protocol: requests to send, answers to read. No input or output here.
 
-Implemented by sglang.py and vllm.py; called by generate.py, fleet.py, weight_load.py and bench.py.
+Implemented by sglang.py and vllm.py; called by generate.py, fleet.py, membership.py and bench.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, get_args
 
-from arealite.api.errors import RequestError
+from arealite.api.errors import ConfigError, RequestError
 from arealite.api.types import FinishReason, GenerationRequest, GroupPlace, WeightUpdateMeta
 
 UNNAMED_VERSION = "default"  # what SGLang and vLLM call their weights before the first update
@@ -42,12 +42,6 @@ class Segment:
     cut_mass: float = 0.0
 
 
-ADAPTER_NEEDS_ABORT = (
-    "rollout.pause_mode is {}, but {} replaces an adapter only while no request uses it: set rollout.pause_mode=abort,"
-    " with which requests go on from the tokens they have"
-)
-
-
 @dataclass(frozen=True)
 class UpdatePlan:
     """The calls of one weight update, to be made on a paused server (unless `is_staged`), in order: `before`, one of
@@ -62,14 +56,18 @@ class UpdatePlan:
 
 
 class Backend(Protocol):
-    """One server's protocol. Until `detect`, that of the newest version known."""
+    """One server's protocol. Until `detect`, that of the newest version known. A subclass takes answers apart
+    (`_part`, `_scores`); that they are whole is checked here."""
 
     name: str  # as in the allocation mode
+    title: str  # as its makers write it
     health_path: str
     is_healthy_paused: bool  # whether that route answers while generation is paused
     version_path: str  # GET; answers with weight_version
     facts_paths: tuple[str, ...]  # GET; what `detect` wants to know. A server may lack some of them
     num_ranks: int  # members that the server has in a process group of weights
+    expected_part: str  # what an answer to `generate_call` must have
+    expected_scores: str  # and one to `score_call`
 
     def detect(self, facts: Mapping[str, Any], server_id: str) -> Backend:
         """The backend for the server that answered `facts` (path -> JSON answer; paths that it lacks are absent).
@@ -87,12 +85,39 @@ class Backend(Protocol):
         Raises:
             RequestError: the answer breaks the protocol, holds a logprob that is not a number, or is an error.
         """
+        try:
+            part = self._part(answer, server_id)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise RequestError(
+                f"{server_id} answered a request without {error}; expected {self.expected_part}"
+            ) from error
+        num_tokens, num_logprobs = len(part.token_ids), len(part.logprobs)
+        if num_logprobs != num_tokens:
+            raise RequestError(f"{server_id} sent {num_tokens} tokens and {num_logprobs} logprobs that belong to them")
+        if part.finish_reason not in get_args(FinishReason):
+            raise RequestError(
+                f"{server_id} sent the finish reason {part.finish_reason!r}; expected stop, length or abort"
+            )
+        return replace(part, logprobs=_finite(part.logprobs, server_id))
+
+    def _part(self, answer: Any, server_id: str) -> Segment:
+        """What the answer says; any of KeyError, IndexError, TypeError and ValueError where it is no such answer."""
 
     def score_call(self, tokens: list[int], wire_id: str, lora: str | None) -> Call:
         """Asks for the logprobs of `tokens` themselves (temperature 1), under the adapter `lora`."""
 
     def parse_scores(self, answer: Any, num_tokens: int, server_id: str) -> list[float]:
         """`num_tokens` logprobs; the first, which has no context, is 0. Raises RequestError as `parse_part` does."""
+        try:
+            values = self._scores(answer, server_id)
+        except (KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
+            raise RequestError(f"{server_id} answered a scoring request without {self.expected_scores}") from error
+        if len(values) != num_tokens:
+            raise RequestError(f"{server_id} scored {len(values)} tokens; expected {num_tokens}")
+        return [0.0, *_finite(values[1:], server_id)][:num_tokens]
+
+    def _scores(self, answer: Any, server_id: str) -> list[Any]:
+        """One entry per token, the first of any value; errors as of `_part`."""
 
     def abort_call(self, wire_id: str) -> Call:
         """Ends the request sent under `wire_id`; its own call is then answered with the tokens it has."""
@@ -107,8 +132,19 @@ class Backend(Protocol):
 
     def unload_lora_call(self, name: str) -> Call: ...
 
+    def _replace_lora(self, meta: WeightUpdateMeta, pause_mode: str) -> list[Call]:
+        """The adapter of an update in place of the one of its name, where the server waits for those who use it."""
+        if pause_mode != "abort":
+            raise ConfigError(
+                f"rollout.pause_mode is {pause_mode}, but {self.title} replaces an adapter only while no request uses"
+                " it: set rollout.pause_mode=abort, with which requests go on from the tokens they have"
+            )
+        name = meta.adapter or ""
+        unload = replace(self.unload_lora_call(name), may_be_refused=True)  # it is not there before the first update
+        return [unload, self.lora_call(name, meta.path)]
+
     def group_call(self, place: GroupPlace, rank: int) -> Call:
-        """Joins the process group of weights/group.py with this and the following ranks; answered once all members
+        """Joins the process group of weights/wire.py with this and the following ranks; answered once all members
         have joined."""
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
@@ -122,7 +158,7 @@ class Backend(Protocol):
         """
 
 
-def finite(values: list[Any], server_id: str) -> list[float]:
+def _finite(values: list[Any], server_id: str) -> list[float]:
     """The logprobs. Raises RequestError when one is not a finite number."""
     if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in values):
         raise RequestError(f"{server_id} sent a logprob that is not a finite number: its weights may hold NaN")

@@ -6,20 +6,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
 from arealite.api.types import GenerationRequest, GroupPlace, WeightUpdateMeta, as_record
-from arealite.rollout.backends.protocol import (
-    ADAPTER_NEEDS_ABORT,
-    UNNAMED_VERSION,
-    Call,
-    Segment,
-    UpdatePlan,
-    finite,
-    token_versions,
-)
+from arealite.rollout.backends.protocol import UNNAMED_VERSION, Backend, Call, Segment, UpdatePlan, token_versions
 
 CHECKED_VERSION = (0, 5, 23)
 SPANS_SINCE = (0, 5, 20)  # answers tell which weights made which token
@@ -29,10 +20,12 @@ NUM_EVENTS = 8  # of a stream at most: each holds all that went before
 MIN_EVENT_TOKENS = 32
 
 
-class SGLangBackend:
-    """SGLang as released (a Backend). It cannot confirm single tensors: its updates have no receipt."""
+class SGLangBackend(Backend):
+    """SGLang as released. It cannot confirm single tensors: its updates have no receipt."""
 
-    name = "sglang"
+    name, title = "sglang", "SGLang"
+    expected_part = "output_ids and meta_info with finish_reason, as SGLang sends them"
+    expected_scores = "input_token_logprobs"
     health_path = "/health"
     is_healthy_paused = False  # it samples a token
     streams = True  # a server that dies then leaves the tokens it has sampled
@@ -79,37 +72,19 @@ class SGLangBackend:
             body["lora_path"] = request.lora  # SGLang's word for the adapter's name
         return Call("/generate", body)
 
-    def parse_part(self, answer: Any, server_id: str) -> Segment:
-        try:
-            notes = answer["meta_info"]
-            token_ids = [int(t) for t in answer["output_ids"]]
-            # With max_new_tokens=0 there is an entry without a token.
-            entries = (notes.get("output_token_logprobs") or [])[: len(token_ids)]
-            finish = notes["finish_reason"] or {"type": "abort"}  # null in a stream: as far as it came
-            reason = finish["type"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise RequestError(
-                f"{server_id} answered /generate without {error}; expected output_ids and meta_info with"
-                " finish_reason, as SGLang sends them"
-            ) from error
+    def _part(self, answer: Any, server_id: str) -> Segment:
+        notes = answer["meta_info"]
+        token_ids = [int(t) for t in answer["output_ids"]]
+        entries = notes.get("output_token_logprobs") or []  # with max_new_tokens=0 there is one without a token
+        finish = notes["finish_reason"] or {"type": "abort"}  # null in a stream: as far as it came
         _check_error(finish, server_id)
-        if len(entries) != len(token_ids) or [e[1] for e in entries] != token_ids:
-            raise RequestError(
-                f"{server_id} sent {len(token_ids)} tokens and {len(entries)} logprobs that do not belong together"
-            )
-        if reason not in ("stop", "length", "abort"):
-            raise RequestError(f"{server_id} sent the finish reason {reason!r}; expected stop, length or abort")
         matched = finish.get("matched")
+        spans, whole = notes.get("weight_versions") or [], notes.get("weight_version", UNNAMED_VERSION)
         return Segment(
             token_ids=token_ids,
-            logprobs=finite([entry[0] for entry in entries], server_id),
-            versions=token_versions(
-                notes.get("weight_versions") or [],
-                notes.get("weight_version", UNNAMED_VERSION),
-                len(token_ids),
-                server_id,
-            ),
-            finish_reason=reason,
+            logprobs=[entry[0] for entry, token in zip(entries, token_ids, strict=False) if entry[1] == token],
+            versions=token_versions(spans, whole, len(token_ids), server_id),
+            finish_reason=finish["type"],
             matched=matched[0] if isinstance(matched, list) else matched,
             text=answer.get("text") or "",
             cut_mass=float(notes.get("cut_mass") or 0.0),  # the built-in server's
@@ -127,15 +102,9 @@ class SGLangBackend:
             body["lora_path"] = lora
         return Call("/generate", body)
 
-    def parse_scores(self, answer: Any, num_tokens: int, server_id: str) -> list[float]:
-        try:
-            _check_error(answer["meta_info"]["finish_reason"], server_id)
-            values = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]]
-        except (KeyError, TypeError, IndexError) as error:
-            raise RequestError(f"{server_id} answered a scoring request without input_token_logprobs") from error
-        if len(values) != num_tokens:
-            raise RequestError(f"{server_id} scored {len(values)} tokens; expected {num_tokens}")
-        return [0.0, *finite(values[1:], server_id)][:num_tokens]
+    def _scores(self, answer: Any, server_id: str) -> list[Any]:
+        _check_error(answer["meta_info"]["finish_reason"], server_id)
+        return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]]
 
     def abort_call(self, wire_id: str) -> Call:
         return Call("/abort_request", {"rid": wire_id})
@@ -168,8 +137,9 @@ class SGLangBackend:
         last = {"flush_cache": pause_mode != "in_place", "weight_version": str(meta.version)}
         if meta.kind == "disk":
             return UpdatePlan(after=[Call("/update_weights_from_disk", {"model_path": meta.path, **last})])
-        if meta.kind == "lora":
-            return self._adapter_plan(meta, pause_mode)
+        if meta.kind == "lora":  # each loading has prefixes of its own in the cache
+            stamp = {"new_version": str(meta.version), "abort_all_requests": False}
+            return UpdatePlan(after=[*self._replace_lora(meta, pause_mode), Call("/update_weight_version", stamp)])
         if meta.kind == "shm":
             raise ConfigError(f"weight_update is {meta.kind!r}, which SGLang cannot read; set weight_update=disk")
         if self._num_stages > 1:
@@ -183,15 +153,6 @@ class SGLangBackend:
         if self.version < SESSION_SINCE:
             return UpdatePlan(buckets=buckets)
         return UpdatePlan([Call("/begin_weight_update", {})], buckets, [Call("/end_weight_update", {})])
-
-    def _adapter_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
-        """Unloading waits for those who use the adapter. Each loading has prefixes of its own in the cache."""
-        if pause_mode != "abort":
-            raise ConfigError(ADAPTER_NEEDS_ABORT.format(pause_mode, "SGLang"))
-        name = meta.adapter or ""
-        stamp = {"new_version": str(meta.version), "abort_all_requests": False}
-        unload = replace(self.unload_lora_call(name), may_be_refused=True)  # it is not there before the first update
-        return UpdatePlan(after=[unload, self.lora_call(name, meta.path), Call("/update_weight_version", stamp)])
 
     def _bucket_call(self, meta: WeightUpdateMeta, start: int, end: int) -> Call:
         body: dict[str, Any] = {"load_format": "flattened_bucket", "flush_cache": False}
@@ -210,7 +171,7 @@ class SGLangBackend:
 class NativeBackend(SGLangBackend):
     """The built-in server (`arealite serve`)."""
 
-    name = "native"
+    name, title = "native", "the built-in server"
     is_healthy_paused = True
     facts_paths: tuple[str, ...] = ()
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from arealite.api.errors import ConfigError, RequestError, WeightSyncError
+from arealite.api.errors import ConfigError, WeightSyncError
 from arealite.api.types import VLLM_WORKER_EXTENSION, GenerationRequest, GroupPlace, WeightUpdateMeta, as_record
 from arealite.rollout.backends.protocol import (
-    ADAPTER_NEEDS_ABORT,
     UNNAMED_VERSION,
+    Backend,
     Call,
     Segment,
     UpdatePlan,
-    finite,
     token_versions,
     version_number,
 )
@@ -37,14 +35,16 @@ PAUSES = {
 }
 
 
-class VLLMBackend:
-    """vLLM with --enable-scale-out (a Backend).
+class VLLMBackend(Backend):
+    """vLLM with --enable-scale-out.
 
     `takes_seed`: on CPUs it does not, so sampling there is not reproducible: vLLM 0.32 ends with "CPU Generator does
     not use offset" once it computes the prompt of a request that has a seed in parts.
     """
 
-    name = "vllm"
+    name, title = "vllm", "vLLM"
+    expected_part = "choices with token_ids, logprobs and finish_reason, as vLLM sends them"
+    expected_scores = "prompt_logprobs"
     health_path = "/health"
     is_healthy_paused = True
     version_path = WEIGHTS
@@ -94,36 +94,20 @@ class VLLMBackend:
         body = {"request_id": wire_id, "token_ids": tokens, "sampling_params": sampling}
         return Call(GENERATE, body | ({"model": lora} if lora else {}))
 
-    def parse_part(self, answer: Any, server_id: str) -> Segment:
-        try:
-            choice = answer["choices"][0]
-            token_ids = [int(t) for t in choice["token_ids"]]
-            logprobs = self._logprobs(choice) if token_ids else []
-            reason, matched = choice["finish_reason"], choice["stop_reason"]
-            versions = self._versions(choice, len(token_ids), server_id)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise RequestError(
-                f"{server_id} answered a request without {error}; expected choices with token_ids, logprobs and"
-                " finish_reason, as vLLM sends them"
-            ) from error
-        if len(logprobs) != len(token_ids):
-            raise RequestError(f"{server_id} sent {len(token_ids)} tokens and {len(logprobs)} logprobs")
-        if reason not in ("stop", "length", "abort"):
-            raise RequestError(f"{server_id} sent the finish reason {reason!r}; expected stop, length or abort")
+    def _part(self, answer: Any, server_id: str) -> Segment:
+        choice = answer["choices"][0]
+        token_ids = [int(t) for t in choice["token_ids"]]
+        logprobs = self._logprobs(choice) if token_ids else []
+        known = [math.nan if value is None or value <= LOGPROB_FLOOR else value for value in logprobs]
+        versions = self._versions(choice, len(token_ids), server_id)
+        reason, matched = choice["finish_reason"], choice["stop_reason"]
         if reason == "stop" and matched is None and token_ids:
             matched = token_ids[-1]  # vLLM does not name the end-of-sequence token
-        known = [math.nan if value is None or value <= LOGPROB_FLOOR else value for value in logprobs]
-        return Segment(token_ids, finite(known, server_id), versions, reason, matched, choice.get("text") or "")
+        return Segment(token_ids, known, versions, reason, matched, choice.get("text") or "")
 
-    def parse_scores(self, answer: Any, num_tokens: int, server_id: str) -> list[float]:
-        try:
-            entries = self._prompt_logprobs(answer)
-            values = [next(iter(entry.values()))["logprob"] for entry in entries[1:]]
-        except (KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
-            raise RequestError(f"{server_id} answered a scoring request without prompt_logprobs") from error
-        if len(values) != max(0, num_tokens - 1):
-            raise RequestError(f"{server_id} scored {len(values) + 1} tokens; expected {num_tokens}")
-        return [0.0, *finite(values, server_id)][:num_tokens]
+    def _scores(self, answer: Any, server_id: str) -> list[Any]:
+        entries = self._prompt_logprobs(answer)
+        return [0.0, *[next(iter(entry.values()))["logprob"] for entry in entries[1:]]]
 
     def _logprobs(self, choice: dict[str, Any]) -> list[float]:
         return [entry["logprob"] for entry in choice["logprobs"]["content"]]
@@ -184,14 +168,9 @@ class VLLMBackend:
     def _adapter_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
         """Requests remember the folder that their adapter came from, so those that were queued since the pause go too.
         The cache knows adapters by name alone."""
-        if pause_mode != "abort":
-            raise ConfigError(ADAPTER_NEEDS_ABORT.format(pause_mode, "vLLM"))
-        name = meta.adapter or ""
-        unload = replace(self.unload_lora_call(name), may_be_refused=True)  # it is not there before the first update
-        flush = Call(FLUSH)
         stamp = Call("/update_weight_version", {"new_version": str(meta.version)})
         end_queued = Call("/abort_requests", {})
-        return UpdatePlan(after=[unload, self.lora_call(name, meta.path), end_queued, flush, stamp])
+        return UpdatePlan(after=[*self._replace_lora(meta, pause_mode), end_queued, Call(FLUSH), stamp])
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         """Checksums of the tensors as they reached the loaders: the live ones are fused, sharded or repacked."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from arealite.inference.core.requests import GenerateRequest
 from arealite.inference.core.sequence import Sequence
-from arealite.inference.requests import GenerateRequest
 
 BYTES_PER_CHARACTER = 4  # UTF-8 at most; a token is at least one byte
 UNFINISHED_CHARACTER = "\ufffd"  # what the first bytes of a character decode to
