@@ -250,7 +250,8 @@ def test_difficulty_is_a_column_or_the_first_models_pass_rate(tmp_path):
     sheet = sheet_of(tmp_path / "a", [[0.0], [0.5], [1.0]] + [[0.25]] * 9)
     by_column = difficulties(sheet.problems, None, {})
     assert len(by_column) == 4 and sum(map(len, by_column.values())) == 12  # twelve numbers, in quarters
-    assert difficulties(sheet.problems, "color", {}) == {}
+    with pytest.raises(ConfigError, match="--difficulty is color, and the problems have difficulty"):
+        difficulties(sheet.problems, "color", {})
     for problem in sheet.problems:
         problem.task.extras.clear()
     rates = {"d/r0": 0.0, "d/r1": 0.5, "d/r2": 1.0}

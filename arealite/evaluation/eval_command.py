@@ -139,6 +139,7 @@ def main(words: list[str], make_workflow: Callable[..., RolloutWorkflow]) -> int
                 raise ConfigError(f"both models are {sheets[0].name}: give another one to compare it with")
             check_comparable(*sheets)
         problems = sheets[0].problems
+        difficulties(problems, given.difficulty, {})  # a column that is not there is told before anything starts
         plan = order(len(problems), num_samples_of(given, sheets, asked), seed=0)
         wanted = [(problems[i].task.id, sample) for i, sample in plan]
         comparison = answer_all(sheets, asked, wanted, given)

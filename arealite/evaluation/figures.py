@@ -13,7 +13,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from arealite.api.errors import RewardError
+from arealite.api.errors import ConfigError, RewardError
 from arealite.evaluation.sheet import AnswerSheet, GradedAnswer, Problem
 from arealite.evaluation.statistics import (
     ALPHA,
@@ -146,10 +146,11 @@ def quarters(values: Sequence[float]) -> list[tuple[str, float, float]]:
 
 def difficulties(problems: Sequence[Problem], column: str | None, baseline: Values) -> dict[str, list[str]]:
     """Problems by the column of the data set that says how difficult they are, else by the pass rate of `baseline`;
-    {} where there is neither."""
-    names = (
-        [column] if column else [name for name in DIFFICULTY_COLUMNS if any(name in p.task.extras for p in problems)]
-    )
+    {} where there is neither. Raises ConfigError: no problem has the `column`."""
+    columns = list(dict.fromkeys(name for problem in problems for name in problem.task.extras))
+    if column and column not in columns:
+        raise ConfigError(f"--difficulty is {column}, and the problems have {', '.join(columns) or 'no other column'}")
+    names = [column] if column else [name for name in DIFFICULTY_COLUMNS if name in columns]
     groups: dict[str, list[str]] = {}
     if names:
         said = {p.task.id: p.task.extras[names[0]] for p in problems if p.task.extras.get(names[0]) is not None}
@@ -271,6 +272,7 @@ def table(results: Sequence[dict[str, Any]], comparison: Comparison | None) -> T
         ("problems graded", [f"{r['num_problems_graded']} of {r['num_problems']}" for r in results]),
         ("answers", [str(r["num_answers"]) for r in results]),
         ("answers that could not be graded", [str(r["num_reward_errors"]) for r in results]),
+        ("versions of the weights that answered", [str(r["num_versions"]) for r in results]),
         ("tokens of an answer; cut off", [f"{r['num_tokens_mean']:.0f}; {r['truncated_share']:.1%}" for r in results]),
     ):
         out.add_row(name, *told, *([""] if comparison else []))
