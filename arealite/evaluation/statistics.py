@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, comb, lgamma, log
 
 import numpy as np
@@ -64,36 +65,33 @@ def majority_at_k(votes: Sequence[tuple[int, int]], num_silent: int, k: int) -> 
     if not 1 <= k <= num_samples:
         raise ValueError(f"k is {k}, expected 1 .. {num_samples} (the number of samples)")
     share, total = k / num_samples, 0.0
-    for j, (count, num_correct) in enumerate(votes):
-        if not num_correct:
-            continue
-        own = _binomial(count, share)
-        others = [other for i, (other, _) in enumerate(votes) if i != j]
-        for t in range(1, min(count, k) + 1):
-            left = _wins(others, num_silent, t, k - t, share)
-            total += num_correct / count * own[t] * left
+    right: dict[int, float] = {}  # answers with as many votes win as often: how much of them is right
+    for count, num_correct in votes:
+        right[count] = right.get(count, 0.0) + num_correct / count
+    for count, worth in right.items():
+        own, others = _binomial(count, share), [other for other, _ in votes]
+        others.remove(count)
+        for t in range(1, min(count, k) + 1 if worth else 1):
+            total += worth * own[t] * _wins(others, num_silent, t, k - t, share)
     return float(min(1.0, total / _binomial(num_samples, share)[k]))
 
 
 def _wins(others: list[int], num_silent: int, t: int, num_left: int, share: float) -> float:
     """Sum over the draws of `num_left` samples in which nobody has more than `t`, each by 1 / (1 + how many have t)."""
-    ways = [_binomial(num_silent, share)[: num_left + 1]]  # [number of ties][samples drawn]
+    ways = np.zeros((num_left // t + 1, num_left + 1))  # [who have t][samples drawn]
+    silent = _binomial(num_silent, share)[: num_left + 1]
+    ways[0, : len(silent)] = silent
     for count in others:
-        pmf = _binomial(count, share)
-        below, tie = pmf[:t], float(pmf[t]) if count >= t else 0.0
-        grown = [np.convolve(way, below)[: num_left + 1] for way in ways]
-        if tie:
-            grown.append(np.zeros(1))
-            for i, way in enumerate(ways):
-                shifted = np.concatenate([np.zeros(t), way * tie])[: num_left + 1]
-                wider = np.zeros(max(len(shifted), len(grown[i + 1])))
-                wider[: len(grown[i + 1])] += grown[i + 1]
-                wider[: len(shifted)] += shifted
-                grown[i + 1] = wider
+        pmf, grown = _binomial(count, share), np.zeros_like(ways)
+        for drawn in range(min(t, count + 1, num_left + 1)):
+            grown[:, drawn:] += pmf[drawn] * ways[:, : num_left + 1 - drawn]
+        if t <= min(count, num_left):
+            grown[1:, t:] += pmf[t] * ways[:-1, : num_left + 1 - t]
         ways = grown
-    return sum(float(way[num_left]) / (1 + ties) for ties, way in enumerate(ways) if len(way) > num_left)
+    return float(np.sum(ways[:, num_left] / np.arange(1, len(ways) + 1)))
 
 
+@lru_cache(maxsize=4096)
 def _binomial(n: int, p: float) -> np.ndarray:
     """Probabilities of 0 .. n, float64 [n + 1]."""
     if p == 1.0:
