@@ -87,9 +87,13 @@ def open_evaluation(
     evaluator = Evaluator(run.folder, rollout, workflow, tasks, actor.collective)
 
     def finish() -> dict[str, float]:
-        with run.stats.timer("eval"):
-            result = evaluator.finish()
+        result = evaluator.finish()
         return {} if result is None else result.metrics()
+
+    def before_upload() -> None:
+        if evaluator.is_running:
+            with run.stats.timer("eval"):
+                run.note_evaluation(finish())
 
     def measure(step: int) -> dict[str, float]:
         numbers = finish()  # where a step uploads nothing
@@ -98,7 +102,7 @@ def open_evaluation(
         is_alone = step == run.total_steps or AllocationMode.parse(config.allocation_mode).colocated
         return finish() if is_alone else numbers
 
-    actor.before_upload = lambda: run.note_evaluation(finish())
+    actor.before_upload = before_upload
     return measure
 
 

@@ -64,9 +64,14 @@ class Evaluator:
         self._future: Future[tuple[list[Group], float]] | None = None  # on rank 0
         self._latest: EvaluationResult | None = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether one has begun that `finish` has not ended; the same on all ranks."""
+        return self._running is not None
+
     def begin(self, step: int) -> None:
         """Ask all tasks, of the weights that the servers have after `step`. Raises ArealiteError: no room for notes."""
-        if self._running is not None:
+        if self.is_running:
             raise ArealiteError(f"the evaluation after step {self._running} is still running: call finish() before")
         self._running = step
         if self._collective.rank == 0:
