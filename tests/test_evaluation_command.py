@@ -17,7 +17,7 @@ from arealite.api.errors import ConfigError, RewardError
 from arealite.api.types import Task
 from arealite.cli import main
 from arealite.evaluation.eval_command import parse
-from arealite.evaluation.figures import compare, difficulties, figures
+from arealite.evaluation.figures import compare, difficulties, figures, quarters
 from arealite.evaluation.page import page
 from arealite.evaluation.sheet import AnswerSheet, GradedAnswer, Problem, check_comparable
 
@@ -235,7 +235,7 @@ def sheet_of(folder, rewards, texts=None, **identity):
 
 def test_errors_are_not_zeros_and_votes_are_counted(tmp_path):
     sheet = sheet_of(tmp_path / "a", [[1.0, 1.0, 0.0, None], [0.0, 0.0, 1.0, 0.0], [None] * 4])
-    found = figures(sheet, {}, None)
+    found = figures(sheet, {}, quarters([1, 2, 3, 4]), None)
     assert found["mean_reward"]["mean"] == pytest.approx((2 / 3 + 1 / 4) / 2)
     assert (found["num_problems"], found["num_problems_graded"], found["num_reward_errors"]) == (3, 2, 5)
     assert found["pass_at"][1]["num_problems"] == 2 and found["pass_at"][4]["num_problems"] == 1
@@ -243,7 +243,7 @@ def test_errors_are_not_zeros_and_votes_are_counted(tmp_path):
     assert found["majority_at"][4]["mean"] == 0.0  # of the second problem, whose 3 of 4 votes are wrong
     assert sum(part["num_answers"] for part in found["by_length"].values()) == 7
     with pytest.raises(RewardError, match="none of the answers of b has a reward; the first: why"):
-        figures(sheet_of(tmp_path / "b", [[None]]), {}, None)
+        figures(sheet_of(tmp_path / "b", [[None]]), {}, [], None)
 
 
 def test_difficulty_is_a_column_or_the_first_models_pass_rate(tmp_path):
@@ -303,7 +303,9 @@ def test_the_page_shows_everything_in_a_browser_and_runs_nothing_of_the_answers(
     other = sheet_of(tmp_path / "<i>other", [[1.0, 0.0], [1.0, 1.0]], texts)
     groups = {HOSTILE: ["d/r0"], "hard": ["d/r1"]}
     comparison = compare([one, other], groups, [one.graded(), other.graded()], (1, 1), 8)
-    html = page([one, other], [figures(sheet, groups, None) for sheet in (one, other)], comparison, None)
+    html = page(
+        [one, other], [figures(sheet, groups, quarters([1, 2]), None) for sheet in (one, other)], comparison, None
+    )
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", html)
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
 

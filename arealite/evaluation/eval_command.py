@@ -33,8 +33,10 @@ from arealite.evaluation.figures import (
     compare,
     difficulties,
     figures,
+    lengths_of,
     mean_rewards,
     paired,
+    quarters,
     table,
     told_mean,
 )
@@ -293,7 +295,8 @@ def report(sheets: Sequence[AnswerSheet], difficulty: str | None, among: Among, 
     """Table, result.json and report.html: in the sheet's folder; of two, in one beside the last. Raises OSError."""
     baseline = mean_rewards(sheets[0].graded(among)) if comparison else {}
     groups = difficulties(sheets[0].problems, difficulty, baseline)
-    results = [figures(sheet, groups, among) for sheet in sheets]
+    spans = quarters(lengths_of(sheets, among))
+    results = [figures(sheet, groups, spans, among) for sheet in sheets]
     folder = sheets[-1].folder
     if comparison is not None:
         folder = folder.parent / f"{sheets[0].folder.name}--{folder.name}"

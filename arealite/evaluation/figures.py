@@ -33,6 +33,7 @@ PASS_RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 Answers = Sequence[GradedAnswer]
 Values = dict[str, float]  # of problems, by id
+Span = tuple[str, float, float]  # its name, from, to below
 PARTS = {"pass_at": "pass@", "majority_at": "maj@", "by_dataset": "", "by_difficulty": "", "by_length": ""}
 
 
@@ -87,10 +88,11 @@ def sizes(most: int) -> list[int]:
 
 
 def figures(
-    sheet: AnswerSheet, groups: dict[str, list[str]], among: Collection[tuple[str, int]] | None
+    sheet: AnswerSheet, groups: dict[str, list[str]], spans: Sequence[Span], among: Collection[tuple[str, int]] | None
 ) -> dict[str, Any]:
     """All numbers of one sheet, JSON-ready; every estimate has mean, low, high, num_problems. `groups`: problems by
-    difficulty. Only answers `among` (problem, sample) count, if given. Raises RewardError: none has a reward."""
+    difficulty; `spans`: of the lengths of answers. Only answers `among` (problem, sample) count, if given. Raises
+    RewardError: none has a reward."""
     answers = sheet.graded(among)
     if not answers:
         first = next((a.error for found in sheet.answers.values() for a in found.values()), "there is no answer")
@@ -116,7 +118,7 @@ def figures(
         "majority_at": {k: mean_of(majorities(answers, k)) for k in sizes(most) if k > 1},
         "by_dataset": {name: mean_of(values) for name, values in by_dataset.items()} if len(by_dataset) > 1 else {},
         "by_difficulty": {name: mean_of(of(rewards, ids)) for name, ids in groups.items()},
-        "by_length": by_length(answers),
+        "by_length": by_length(answers, spans),
         "num_tokens_mean": float(np.mean(lengths)),
         "truncated_share": float(np.mean([a.finish_reason == "length" for a in everything])),
     }
@@ -126,19 +128,25 @@ def of(values: Values, problems: Sequence[str]) -> Values:
     return {problem: values[problem] for problem in problems if problem in values}
 
 
-def by_length(answers: dict[str, list[GradedAnswer]]) -> dict[str, Any]:
-    """Mean reward of the answers in each quarter of all lengths: of a problem's answers in it, then over problems."""
-    lengths = [len(a.token_ids) for found in answers.values() for a in found]
+def by_length(answers: dict[str, list[GradedAnswer]], spans: Sequence[Span]) -> dict[str, Any]:
+    """Mean reward of the answers within each span of lengths: of a problem's answers in it, then over problems."""
     parts = {}
-    for name, low, high in quarters(lengths):
+    for name, low, high in spans:
         part = {p: [a for a in found if low <= len(a.token_ids) < high] for p, found in answers.items()}
         part = {problem: found for problem, found in part.items() if found}
         parts[f"{name} tokens"] = {**(mean_of(mean_rewards(part)) or {}), "num_answers": sum(map(len, part.values()))}
     return parts
 
 
-def quarters(values: Sequence[float]) -> list[tuple[str, float, float]]:
-    """Ranges that hold about a quarter of the values each, fewer where many are equal: (name, low, below what)."""
+def lengths_of(sheets: Sequence[AnswerSheet], among: Collection[tuple[str, int]] | None) -> list[int]:
+    """Tokens of all graded answers."""
+    return [len(a.token_ids) for sheet in sheets for found in sheet.graded(among).values() for a in found]
+
+
+def quarters(values: Sequence[float]) -> list[Span]:
+    """Ranges that hold about a quarter of the values each, fewer where many are equal."""
+    if not values:
+        return []
     edges = np.unique(np.quantile(values, [0, 0.25, 0.5, 0.75], method="nearest")).tolist()
     names = [f"{low:g} to below {high:g}" for low, high in pairwise(edges)] + [f"{edges[-1]:g} and more"]
     return list(zip(names, edges, [*edges[1:], inf], strict=True))
