@@ -1,26 +1,23 @@
-"""Rewards for mathematics: symbolic equality (math-verify), and GSM8K's final number."""
+"""Rewards for mathematics: equality of answers, and GSM8K's final number. Called by scripts through reward/pool.py."""
 
 from __future__ import annotations
 
 import re
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
-from math_verify import parse, verify
-from sympy import Expr
-
-from arealite.reward.number import MINUS, NUMBER, plain
+from arealite.reward.answers import DENIAL, MAX_TEXT, Ungraded, extract_answer, last_box
+from arealite.reward.equality import math_equal
+from arealite.reward.number import NUMBER, plain
+from arealite.reward.spelling import TooCostly, check_cost, normal
 
 VALUE = rf"(?>({NUMBER.pattern})(?:\s*/\s*([1-9]\d*))?)"  # a number, or a fraction
 # What follows the mark of a heading is text ("#### Step 2: add"), or a number that counts headings ("#### 2. Add").
-FINAL_MARK = re.compile(rf"####[\s*$€£\\(]*{VALUE}(?![.:)]\s+\S)")
+FINAL_MARK = re.compile(rf"####[\s*$€£\\(]*{VALUE}(?![.:)]\s+\S)", re.A)
 FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d+\}?)?")
-SCIENTIFIC = re.compile(r"(?<![\w.])\d+(?:\.\d+)?[eE][-+]?\d{1,2}(?!\w)")  # 1e-05, to LaTeX a product with e
-SMALL = 1e-3  # below it, six decimals hold three digits or fewer
-# Towers of powers and factorials whose digits would fill memory: not to be computed where none is expected.
-HUGE = re.compile(r"\d{5,}\s*!|!\s*!|\^\s*\{?\s*-?\d+\s*\^|\^\s*\{?\s*-?\d{6,}")
 LEADING_SIGN = re.compile(r"^\s*([-+])\s+")
 BOXED = r"\boxed{"
 
@@ -28,40 +25,33 @@ BOXED = r"\boxed{"
 def math_reward(
     prompt: str, completion: str, prompt_ids: list[int], completion_ids: list[int], *, answer: str, **extras: Any
 ) -> float:
-    """1.0 when the completion's final expression equals `answer` symbolically, else 0.0.
+    """1.0 when the completion's answer (`extract_answer`, policy `final`) equals `answer` (`math_equal`), else 0.0.
 
-    Fractions, roots, sets, LaTeX and \\boxed are understood; `answer` may be bare LaTeX. An answer that cannot be
-    parsed raises; a completion without an expression scores 0.0.
+    `answer` may be bare LaTeX, or a solution with a box or `####`. A completion whose answer would cost too much to
+    compare is Ungraded: 0.0, counted.
 
     Raises:
-        ValueError: `answer` holds no expression.
+        ValueError: `answer` is empty, or beyond the limits of `math_equal`.
     """
-    # The library's own limits use signal.alarm, fail outside a main thread, and then return "wrong"; the worker's
-    # hard limit replaces them, and errors are raised rather than scored 0.
-    answer, completion = _latex(answer), _latex(completion)
-    gold = parse(f"${answer}$" if "$" not in answer and BOXED not in answer else answer, parsing_timeout=None)
-    if not gold:
-        raise ValueError(f"the task's answer is {answer!r}; expected a mathematical expression")
-    if BOXED in completion and HUGE.search(_last_box(completion)) and not HUGE.search(answer):
-        return 0.0
-    found = parse(completion, parsing_timeout=None)
-    is_equal = bool(found) and verify(gold, found, timeout_seconds=None, raise_on_error=True)
-    return float(is_equal and not _differ_below_rounding(gold[0], found[0]))
+    gold = _gold(answer)
+    found = extract_answer(completion)
+    try:
+        return float(found is not None and math_equal(found, gold))
+    except TooCostly:
+        return Ungraded(0.0)
 
 
-def _latex(text: str) -> str:
-    """Signs, currencies and powers of ten so that the library reads them; a dollar without a partner is a currency."""
-    text = text.translate(MINUS).replace(r"\$", "")
-    text = SCIENTIFIC.sub(lambda number: f"{Decimal(number[0]):f}", text)
-    return text.replace("$", "") if text.count("$") == 1 else text
-
-
-def _differ_below_rounding(one: Any, other: Any) -> bool:
-    """Whether two numbers are so small that the library, which rounds to six decimals, does not see them differ."""
-    if not all(isinstance(x, Expr) and x.is_number and x.is_real for x in (one, other)):
-        return False
-    largest = max(abs(one), abs(other))
-    return bool(largest < SMALL and abs(one - other) > largest / 1000)
+@lru_cache(maxsize=4096)
+def _gold(answer: str) -> str:
+    has_mark = BOXED in answer or FINAL_MARK.search(answer)
+    gold = (extract_answer(answer, "marked") if has_mark else answer) or ""
+    try:
+        check_cost(gold)
+    except TooCostly as error:
+        raise ValueError(f"the task's answer {gold[:80]!r} cannot be compared: {error}") from error
+    if not normal(gold):
+        raise ValueError(f"the task's answer is {answer!r:.200}; expected a mathematical expression")
+    return gold
 
 
 def gsm8k_reward(
@@ -82,27 +72,21 @@ def gsm8k_reward(
 
 
 def final_number(text: str) -> Fraction | None:
-    """The result of a solution; None if it is no number."""
-    text = plain(UNIT.sub(" ", FRACTION.sub(r"\1/\2", text)))
+    """The result of a solution; None if it is no number, or a last line without a mark asks or denies it."""
+    text = plain(UNIT.sub(" ", FRACTION.sub(r"\1/\2", text[-MAX_TEXT:])))
     *_, marked = [None, *FINAL_MARK.finditer(text)]
     if marked is not None and marked.start() > text.rfind(BOXED):
         return _value(marked)
-    if BOXED in text:
-        text = LEADING_SIGN.sub(r"\1", _last_box(text))
-    *_, last = [None, *re.finditer(VALUE, text)]
+    boxed, _ = last_box(text)
+    if boxed is None:
+        *_, text = ["", *(line for line in text.splitlines() if re.search(VALUE, line, re.A))]
+        if DENIAL.search(text) or text.rstrip().endswith("?"):
+            return None
+    else:
+        text = LEADING_SIGN.sub(r"\1", boxed)
+    *_, last = [None, *re.finditer(VALUE, text, re.A)]
     return last and _value(last)
 
 
 def _value(found: re.Match[str]) -> Fraction:
     return Fraction(Decimal(found[1].replace(",", ""))) / Fraction(Decimal(found[2] or 1))
-
-
-def _last_box(text: str) -> str:
-    """What is inside the last box of a text that has one."""
-    text = text.rpartition(BOXED)[2]
-    depth = 1
-    for i, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[:i]
-    return text

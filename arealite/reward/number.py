@@ -6,13 +6,20 @@ import re
 from decimal import Decimal
 from typing import Any
 
+from arealite.reward.answers import DENIAL, MINUS
+
 # A sign counts when it does not follow a word or a bracket ("5-7" holds 5 and 7).
 NUMBER = re.compile(
-    r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?"
+    r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?",
+    re.A,
 )
-MINUS = dict.fromkeys(map(ord, "\u2212\u2013\u2012\ufe63\uff0d"), "-")  # what typesetters use for it
 CURRENCY = re.compile(r"([-+])\s*\\?[$€£]\s*(?=[\d.])")  # between the sign and its number
 TEN_TO = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[\u00d7\u00b7*])\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})(?!\d)\s*\}?")
+
+MAX_LOOKED_AT = 20_000
+SENTENCE = re.compile(r"(?:[^.!?\n]|\.(?=\d))+[.!?]?")
+CLAIM = re.compile(r"=|\b(?:is|are|equals|makes|gives)\b")
+EXPRESSION = re.compile(r"[\s\d.,()+*/x\u00d7-]*[+*/x\u00d7-][\s\d.,()+*/x\u00d7-]*")  # a sum repeated, no result
 
 
 def plain(text: str) -> str:
@@ -29,9 +36,10 @@ def numbers_in(text: str) -> list[Decimal]:
 def number_reward(
     prompt: str, completion: str, prompt_ids: list[int], completion_ids: list[int], *, answer: str, **extras: Any
 ) -> float:
-    """1.0 when the first or the last number of the completion equals `answer`, else 0.0.
+    """1.0 when the number that the completion claims equals `answer`, else 0.0.
 
-    First or last, because a chat model answers "12" as well as "5 + 7 = 12".
+    A chat model answers "12", "5 + 7 = 12" or "12 is 5 + 7": the claim is the one number on a side of the last "=" or
+    "is" of the last sentence with a number, else its last number. A sentence that asks or denies claims nothing.
 
     Raises:
         ValueError: `answer` holds no number.
@@ -39,5 +47,16 @@ def number_reward(
     expected = numbers_in(answer)
     if not expected:
         raise ValueError(f"the task's answer is {answer!r}; expected a number")
-    found = numbers_in(completion)
-    return float(bool(found) and expected[-1] in (found[0], found[-1]))
+    return float(claimed_number(completion[-MAX_LOOKED_AT:]) == expected[-1])
+
+
+def claimed_number(text: str) -> Decimal | None:
+    """The number that a short text says is the result; None if it says none."""
+    sentences = [s for s in SENTENCE.findall(text) if NUMBER.search(s)]
+    if not sentences or DENIAL.search(sentences[-1]) or sentences[-1].rstrip().endswith("?"):
+        return None
+    *_, left, right = ["", "", *CLAIM.split(sentences[-1])]
+    for side in (right, left):
+        if len(numbers := numbers_in(side)) == 1:
+            return numbers[0]
+    return None if EXPRESSION.fullmatch(sentences[-1]) else numbers_in(sentences[-1])[-1]

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, SupportsFloat
 
+from arealite.reward.answers import Ungraded
+
 PR_SET_PDEATHSIG = 1
 
 Setup = tuple[list[str], str | None, str | None, bytes]  # sys.path, the script, its package, the pickled function
@@ -44,6 +46,8 @@ def told_result(result: Any) -> Outcome:
             hint = ": a branch of it returns nothing" if value is None else ""
             told = f"the reward function returned {name} = {value!r:.200}; expected a finite number{hint}"
             return 0.0, {}, told
+    if isinstance(result, Ungraded):
+        parts["ungraded"] = 1.0
     return parts.pop("reward"), parts, ""
 
 

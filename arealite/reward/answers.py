@@ -1,0 +1,155 @@
+"""What counts as the answer of a completion, by a named policy. Called by math.py; imports nothing heavy.
+
+| policy | the answer |
+|---|---|
+| `boxed` | the last `\\boxed{}`; without one there is none |
+| `marked` | the last box, else what follows the last mark: `####`, `<answer>`, "the answer is", "Answer:", or Chinese |
+| `final` | the same, else the last formula between dollars or number of the last line that has one |
+
+A `####` or `<answer>` after the last box comes before it. Text up to `</think>` is no answer, nor is thinking that does
+not end. Without box or `####`, a question or a denial ("is not 10") answers nothing. What a mark gives is the whole
+phrase: "5 or 6" is two numbers and equals neither.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, get_args
+
+Policy = Literal["boxed", "marked", "final"]
+MAX_TEXT = 200_000  # characters at the end of a completion that are looked at
+MAX_NESTED_BOXES = 5
+BOX = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?=[\d\w\\$(-]))")
+TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.S | re.I)
+# What follows the mark of a heading is text ("#### Step 2: add"), or a number that counts headings ("#### 2. Add").
+HASHES = re.compile(
+    r"(?:^|(?<=\s))####[ *]*(?!(?:step|part|case|solution|explanation)\b|\d+[.:)] +\S)([^\n]*)", re.M | re.I
+)
+PHRASE = re.compile(
+    r"(?:\b(?:final |correct |right )?(?:answer|result|solution)(?: to [^.\n:]{1,80}| choice| option)?"
+    r"(?:\s*is(?: that)?(?![\w'])|\s*[:=]|\s*would be)|\b(?:correct|right) (?:choice|option) is"
+    r"|(?:最终|正确|最后)?(?:答案|结果|选项)(?:应该|应当|应)?\s*(?:是|为|选|[:\uff1a])|故选|因此选|所以选)"
+    r"\s*[:\uff1a]?\s*(?:\*\*)?\s*(?=([^\n]*))",
+    re.I,
+)
+FORMULA = re.compile(
+    r"\$\$?([^$\n]{1,2000})\$\$?|\\\(((?:(?!\\\)).){1,2000})\\\)|\\\[((?:(?!\\\]).){1,2000})\\\]", re.S
+)
+NUMBER_OR_FRACTION = re.compile(
+    r"(?:(?<![\w)}.])[-+]\s?)?\\?[$€£¥]?(?:\\[dt]?frac\{-?\d+\}\{-?\d+\}|(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?"
+    r"(?:\s?/\s?\d+)?|\.\d+)(?:\s?\\?%)?"
+)
+MANY_BRACKETS = re.compile(r"[(\[{]{30}|[)\]}]{30}")
+DENIAL = re.compile(
+    r"\bnot\b|n['\u2019]t\b|\bnever\b|\bno\b(?!\.)|\bneither\b|\bcannot\b|\bwrong\b|\bincorrect\b|\bunknown\b|\bimpossible\b|不是|不等|不对|错误|并非|不为",
+    re.I,
+)
+MINUS = dict.fromkeys(map(ord, "\u2212\u2013\u2012\ufe63\uff0d"), "-")  # what typesetters use for it
+
+
+class Ungraded(float):
+    """A reward of 0 for an answer that would cost too much to grade; the worker counts it as the part `ungraded`."""
+
+
+def extract_answer(text: str, policy: Policy = "final") -> str | None:
+    """The answer that `text` gives, as written; None if it gives none.
+
+    Raises ValueError: there is no policy of that name.
+    """
+    if policy not in get_args(Policy):
+        raise ValueError(f"the policy is {policy!r}; expected one of {', '.join(get_args(Policy))}")
+    text = _said(text[-MAX_TEXT:]).translate(MINUS)
+    boxed, box_start = last_box(text)
+    if policy == "boxed":
+        return boxed
+    for pattern in (HASHES, TAG):
+        marks = [mark for mark in pattern.finditer(text) if mark[1].strip()]
+        if marks and marks[-1].start() > box_start:
+            return _sentence(marks[-1][1])
+    if boxed is not None:
+        return boxed
+    phrases = list(PHRASE.finditer(text))
+    if phrases:
+        answer = _sentence(phrases[-1][1])
+        start = max(text.rfind(end, 0, phrases[-1].start()) for end in ("\n", ". ", "。", "! "))
+        denied = DENIAL.search(text[start + 1 : phrases[-1].start()]) or DENIAL.match(answer)
+        return None if denied or phrases[-1][1].rstrip().endswith(("?", "?")) or not answer else _formula_in(answer)
+    return _last_value(text) if policy == "final" else None
+
+
+def last_box(text: str) -> tuple[str | None, int]:
+    """What is inside the last outermost box, without boxes around it alone, and where it starts; else (None, -1)."""
+    inside, start, end = None, -1, -1
+    for box in BOX.finditer(text):
+        if box.start() < end:
+            continue
+        if not box[0].endswith("{"):
+            bare = re.compile(r"\\[dt]?frac\s*\{?\d+\}?\{?\d+\}?|-?[\w.,]+|\$[^$]*\$").match(text, box.end())
+            inside, start, end = bare[0] if bare else None, box.start(), box.end()
+            continue
+        end = _closing(text, box.end())
+        inside, start = text[box.end() : end], box.start()
+    for _ in range(MAX_NESTED_BOXES):
+        nested = BOX.match((inside or "").strip())
+        if inside is None or nested is None or not nested[0].endswith("{"):
+            break
+        inside = inside.strip()
+        close = _closing(inside, nested.end())
+        if inside[close + 1 :].strip():
+            break
+        inside = inside[nested.end() : close]
+    return (inside.strip() if inside is not None else None), start
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the brace that is open at `start` closes; an open one ends with its line."""
+    depth = 1
+    for brace in re.finditer(r"\\?[{}]|\n\n", text[start:]):
+        depth += (brace[0] == "{") - (brace[0] == "}")
+        if depth == 0 or brace[0] == "\n\n":
+            return start + brace.start()
+    return len(text)
+
+
+def _said(text: str) -> str:
+    """What comes after the thinking; nothing if the thinking does not end."""
+    before, ended, after = text.rpartition("</think>")
+    return after if ended else before if before else "" if "<think>" in text else text
+
+
+def _sentence(text: str) -> str:
+    """A marked phrase up to the end of its sentence, without what decorates it."""
+    text = re.split(
+        r"(?<=[^.\s])[.!?](?=\s+[A-Z\u4e00-\u9fff]|\s*$)|[。;]|(?<!\d),?\s+(?:because|since|so|which|as)\b",
+        text,
+        maxsplit=1,
+    )[0]
+    return re.sub(r"\s*\((?:which|because|since|that)\b[^()]*\)\s*$", "", text.strip().strip("*_`").strip())
+
+
+def _formula_in(phrase: str) -> str:
+    """The formula of a phrase that has one and says nothing else that could be an answer, else the phrase."""
+    formulas = list(FORMULA.finditer(phrase))
+    rest = FORMULA.sub(" ", phrase)
+    if len(formulas) == 1 and not re.search(r"\d|\b(?:or|and)\b|或|和", rest):
+        return next(group for group in formulas[0].groups() if group)
+    return phrase
+
+
+def _last_value(text: str) -> str | None:
+    """The last formula or number of the last line that has one; None where that line asks or denies."""
+    for line in reversed(text.strip().splitlines()):
+        values = [*FORMULA.finditer(line)] or [*NUMBER_OR_FRACTION.finditer(line)]
+        if MANY_BRACKETS.search(line):
+            return None
+        if not values:
+            if line.rstrip().endswith("?"):
+                return None
+            continue
+        start = max(line.rfind(end, 0, values[-1].start()) for end in (". ", "! ", "。", "? "))
+        clause = line[start + 1 :]
+        if DENIAL.search(clause) or clause.rstrip().endswith(("?", "?")):
+            return None
+        return next((group for group in values[-1].groups() if group), values[-1][0])
+    stripped = text.strip()
+    return stripped if stripped and len(stripped) <= 80 and not DENIAL.search(stripped) else None
