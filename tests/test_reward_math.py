@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from arealite.reward import answers, equality, formulas, number
-from arealite.reward.answers import Ungraded, extract_answer
+from arealite.reward import equality, extraction, formulas, number
 from arealite.reward.equality import math_equal
+from arealite.reward.extraction import Ungraded, extract_answer
 from arealite.reward.math import gsm8k_reward, math_reward
 from arealite.reward.number import number_reward
 from arealite.reward.pool import RewardPool
@@ -89,8 +89,10 @@ def test_what_a_number_reward_does_not_take(completion):
 BOX = r"\boxed{%s}"
 HOSTILE = [
     "9" * 10_000_000, BOX % ("9" * 10_000_000), BOX % ("{" * 10_000), "(" * 10_000 + "10" + ")" * 10_000,
-    BOX % ("(" * 10_000 + "10" + ")" * 10_000), r"\boxed{" * 10_000 + "10", r"\boxed{9}" * 10_000, "10 " * 1_000_000 + "9",
-    r"\frac{1}{" * 5_000 + "10" + "}" * 5_000, BOX % (r"\frac{1}{" * 60 + "10" + "}" * 60), BOX % (r"\sqrt{" * 200 + "10"),
+    BOX % ("(" * 10_000 + "10" + ")" * 10_000), r"\boxed{" * 10_000 + "10", r"\boxed{9}" * 10_000,
+    "10 " * 1_000_000 + "9",
+    r"\frac{1}{" * 5_000 + "10" + "}" * 5_000,
+    BOX % (r"\frac{1}{" * 60 + "10" + "}" * 60), BOX % (r"\sqrt{" * 200 + "10"),
     *(BOX % tower for tower in (
         "10^{10^{10}}", "10^{10^{10^{10}}}", "9^9^9^9", "2^{2^{2^{2^{2}}}}", "10^{99999999}", "(10^{999})^{999}", "9**9**9",
         "10^{9!}", "((9^9)^9)^9999", "2^{9999999}", "x^{10^{10}}", "1e999999999", "10^{-10^{10}}", "(9^{99})^{(9^{9})}",
@@ -153,8 +155,8 @@ def test_time_is_bounded_by_the_comparison_itself(monkeypatch):
 
 MUTATIONS = {
     "no sign": (number, "MINUS", {}),
-    "denials are answers": (answers, "DENIAL", re.compile(r"(?!)")),
-    "no marks": (answers, "PHRASE", re.compile(r"(?!)")),
+    "denials are answers": (extraction, "DENIAL", re.compile(r"(?!)")),
+    "no marks": (extraction, "PHRASE", re.compile(r"(?!)")),
     "any rounding": (equality, "MIN_DIGITS", 1),
     "no units": (equality, "_unit", lambda text: ""),
     "order does not matter": (equality, "_covers", lambda parts, others: True),
@@ -162,7 +164,7 @@ MUTATIONS = {
     "no structures": (equality, "_structure", lambda text: None),
     "no formulas": (equality, "_same_formula", lambda one, other: False),
     "every formula": (equality, "_same_formula", lambda one, other: True),
-    "first box": (answers, "BOX", re.compile(r"(?<!\})\\boxed\{")),
+    "no boxes": (extraction, "BOX", re.compile(r"(?!)")),
 }
 
 
@@ -174,9 +176,6 @@ def test_planted_mutations_are_seen(name, monkeypatch):
     module, attribute, value = MUTATIONS[name]
     equality._quantity.cache_clear()
     monkeypatch.setattr(module, attribute, value)
-    if costly:
-        spelling.check_cost("10^{99999}")
-        return
     number_wrong = number_reward("", "\u22125", [], [], answer="-5") != 1 or number_reward(
         "", "It is not 5", [], [], answer="5"
     )

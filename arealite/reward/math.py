@@ -8,8 +8,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from arealite.reward.answers import DENIAL, MAX_TEXT, Ungraded, extract_answer, last_box
 from arealite.reward.equality import math_equal
+from arealite.reward.extraction import DENIAL, MAX_TEXT, Ungraded, extract_answer, last_box
 from arealite.reward.number import NUMBER, plain
 from arealite.reward.spelling import TooCostly, check_cost, normal
 

@@ -6,7 +6,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from arealite.reward.answers import DENIAL, MINUS
+from arealite.reward.extraction import DENIAL, MINUS
 
 # A sign counts when it does not follow a word or a bracket ("5-7" holds 5 and 7).
 NUMBER = re.compile(

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import Any
 
-from arealite.reward.answers import MINUS, extract_answer
+from arealite.reward.extraction import MINUS, extract_answer
 
 MAX_LENGTH, MAX_DEPTH, MAX_DIGITS, MAX_PARTS = 1_000, 25, 200, 64
 MAX_EXPONENT = 5_000

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, SupportsFloat
 
-from arealite.reward.answers import Ungraded
+from arealite.reward.extraction import Ungraded
 
 PR_SET_PDEATHSIG = 1
 
