@@ -81,7 +81,7 @@ def math_equal(a: str, b: str) -> bool:
         return False
     warm_up()
     with limited():
-        return _equal(one, other)
+        return bool(_equal(one, other))
 
 
 def _equal(one: str, other: str) -> bool:
@@ -133,7 +133,7 @@ def _structure(text: str) -> Structure | None:
     if (
         len(
             parts := split(
-                text, r"(?<!\d),(?!\d{3}(?!\d))|,\s|;|(?<=\d),(?=\d)(?!\d{3}(?!\d))|\band\b|\bor\b|和|或|\bcup\b"
+                text, r"(?<!\d),|,(?!\d{3}(?!\d))|;|(?<=\d),(?=\d)(?!\d{3}(?!\d))|\band\b|\bor\b|和|或|\bcup\b"
             )
         )
         > 1
@@ -357,7 +357,7 @@ def _unit(text: str) -> str:
 
 def _without_unit(text: str) -> str:
     return re.sub(
-        r"^\s*[$€£¥](?=[\d\\])|(?<=[\d}])\s*(?:°|%|\b(?:cm|mm|km|units?|inches|feet|meters|square \w+)\b"
+        r"^\s*[$€£¥](?=[\d\\])|(?<=[\d}i\s])\s*(?:°|%|\b(?:cm|mm|km|units?|inches|feet|meters|square \w+)\b"
         r"(?:\^\{?\d\}?)?)\s*$",
         "",
         text,

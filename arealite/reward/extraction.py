@@ -39,6 +39,7 @@ NUMBER_OR_FRACTION = re.compile(
     r"(?:(?<![\w)}.])[-+]\s?)?\\?[$€£¥]?(?:\\[dt]?frac\{-?\d+\}\{-?\d+\}|(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?"
     r"(?:\s?/\s?\d+)?|\.\d+)(?:\s?\\?%)?"
 )
+EITHER = re.compile(r"\bor\b|或")
 MANY_BRACKETS = re.compile(r"[(\[{]{30}|[)\]}]{30}")
 DENIAL = re.compile(
     r"\bnot\b|n['\u2019]t\b|\bnever\b|\bno\b(?!\.)|\bneither\b|\bcannot\b|\bwrong\b|\bincorrect\b|\bunknown\b|\bimpossible\b|不是|不等|不对|错误|并非|不为",
@@ -148,7 +149,7 @@ def _last_value(text: str) -> str | None:
             continue
         start = max(line.rfind(end, 0, values[-1].start()) for end in (". ", "! ", "。", "? "))
         clause = line[start + 1 :]
-        if DENIAL.search(clause) or clause.rstrip().endswith(("?", "?")):
+        if DENIAL.search(clause) or (len(values) > 1 and EITHER.search(clause)) or clause.rstrip().endswith(("?", "?")):
             return None
         return next((group for group in values[-1].groups() if group), values[-1][0])
     stripped = text.strip()
