@@ -39,6 +39,7 @@ NUMBER_OR_FRACTION = re.compile(
     r"(?:(?<![\w)}.])[-+]\s?)?\\?[$€£¥]?(?:\\[dt]?frac\{-?\d+\}\{-?\d+\}|(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?"
     r"(?:\s?/\s?\d+)?|\.\d+)(?:\s?\\?%)?"
 )
+BARE = re.compile(r"[(\[{][^\nA-Za-z?]{1,80}[)\]}]")  # a tuple, interval or set and nothing else
 EITHER = re.compile(r"\bor\b|或")
 MANY_BRACKETS = re.compile(r"[(\[{]{30}|[)\]}]{30}")
 DENIAL = re.compile(
@@ -139,6 +140,8 @@ def _formula_in(phrase: str) -> str:
 
 def _last_value(text: str) -> str | None:
     """The last formula or number of the last line that has one; None where that line asks or denies."""
+    if BARE.fullmatch(text.strip()):
+        return text.strip()
     for line in reversed(text.strip().splitlines()):
         values = [*FORMULA.finditer(line)] or [*NUMBER_OR_FRACTION.finditer(line)]
         if MANY_BRACKETS.search(line):

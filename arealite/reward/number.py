@@ -6,7 +6,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from arealite.reward.extraction import DENIAL, MINUS
+from arealite.reward.extraction import DENIAL, MINUS, last_box
 
 # A sign counts when it does not follow a word or a bracket ("5-7" holds 5 and 7).
 NUMBER = re.compile(
@@ -52,6 +52,9 @@ def number_reward(
 
 def claimed_number(text: str) -> Decimal | None:
     """The number that a short text says is the result; None if it says none."""
+    boxed, _ = last_box(text)
+    if boxed is not None:
+        text = re.sub(r"^-\s+", "-", boxed.translate(MINUS))
     sentences = [s for s in SENTENCE.findall(text) if NUMBER.search(s)]
     if not sentences or DENIAL.search(sentences[-1]) or sentences[-1].rstrip().endswith("?"):
         return None
