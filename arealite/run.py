@@ -20,10 +20,11 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from arealite.api.cli_args import RunConfig
+from arealite.api.protocols import Stateful, Trained
 from arealite.api.types import Group
 from arealite.dataset.loader import StatefulDataLoader, load_tokenizer
-from arealite.engine.checkpoint import Savable, Saver
-from arealite.engine.recover import Recoverable, RecoverHandler
+from arealite.engine.checkpoint import Saver
+from arealite.engine.recover import RecoverHandler
 from arealite.observe import waits
 from arealite.observe.frequency import Frequency
 from arealite.observe.run_folder import RunFolder
@@ -46,32 +47,12 @@ class Closed(Protocol):
     def close(self) -> None: ...
 
 
-class Trained(Recoverable, Savable, Protocol):
-    """What the run is for: an engine, or several that are saved together (engine/roles.py)."""
-
-    def plan_steps(self, num_steps: int) -> None: ...
-
-
-class Rollout(Protocol):
+class Rollout(Stateful, Protocol):
     """What a run records of its rollout client: numbers, the groups of the last step, the state for recovery points."""
 
     last_groups: list[Group]
 
     def stats(self) -> dict[str, float]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class NoRollout:
-    """Of a run without servers."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 AnyOpened = TypeVar("AnyOpened", bound=Opened)
@@ -135,7 +116,7 @@ class Run:
         self._logger = StatsLogger(self.folder, self.config.stats_logger, self.total_steps)
         self._stack.push(self._report)
         trained.plan_steps(self.total_steps)
-        self._recover = RecoverHandler(self.config, self.folder, trained, rollout or NoRollout(), dataloader)
+        self._recover = RecoverHandler(self.config, self.folder, trained, rollout, dataloader)
         self._next = self._stack.enter_context(self._recover.session())
         self._saver.begin(self._next, self._recover.epoch, trained, self.total_steps)
         self._evaluation.restart(self._recover.epoch)

@@ -14,7 +14,7 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig
 from arealite.api.cli_args import LoRAConfig
 from arealite.api.errors import ConfigError
 from arealite.engine.fsdp_engine import FSDPEngine
-from arealite.models.opening import open_tokenizer
+from arealite.models.folder import open_tokenizer
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_nobody_is_asked_whether_a_folders_code_may_run(folder):
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]}, tokenizer_class="Own")
     (folder / "tokenizer.json").unlink()
     script = (
-        f"from arealite.models.opening import *\nfor f in (open_config, open_tokenizer):\n try: f({str(folder)!r})\n"
+        f"from arealite.models.folder import *\nfor f in (open_config, open_tokenizer):\n try: f({str(folder)!r})\n"
     )
     script += " except Exception as error: print(type(error).__name__)\n"
     ran = subprocess.run([sys.executable, "-c", script], input="y\ny\n", capture_output=True, text=True, timeout=120)

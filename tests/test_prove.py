@@ -12,7 +12,7 @@ from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_config_file
 from arealite.api.types import Dims
-from arealite.engine import determinism, fsdp_engine, state
+from arealite.engine import determinism, recover
 from arealite.engine.ppo import actor as actor_module
 from arealite.prove import step as steps
 from arealite.prove.command import Prover, engine, table
@@ -60,7 +60,7 @@ def mean_per_micro_batch(monkeypatch):
 
 
 def forgetful_resume(monkeypatch):
-    load = state.load_state
+    load = recover.load_state
 
     def half_moments(path, parameters, optimizer, *args, **kwargs):
         counters = load(path, parameters, optimizer, *args, **kwargs)
@@ -68,7 +68,7 @@ def forgetful_resume(monkeypatch):
             moments["exp_avg"].mul_(0.5)
         return counters
 
-    monkeypatch.setattr(fsdp_engine.state, "load_state", half_moments)
+    monkeypatch.setattr(recover, "load_state", half_moments)
 
 
 @pytest.mark.parametrize(

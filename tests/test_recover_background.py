@@ -113,17 +113,17 @@ def recover_of(root: str, *parts: Any) -> RecoverHandler:
 
 def live(rank: int, model: str, root: str) -> None:
     """Trains from the newest point on, with a point after every step, on a disk that takes its time."""
-    from arealite.engine import state
+    from arealite.engine import recover as points
 
     logging.disable()
-    save = state.dcp.save
+    save = points.dcp.save
 
     def slow(*args, **options):
         time.sleep(0.03)
         save(*args, **options)
         time.sleep(0.03)
 
-    state.dcp.save = slow
+    points.dcp.save = slow
     actor = engine(model, Dims(d=2), optimizer={"lr_scheduler": "constant"}, collective_timeout_s=30.0)
     rollout, loader = Counter(), Counter()
     recover = recover_of(root, actor, rollout, loader)

@@ -1,7 +1,7 @@
 """What parts that do not know each other call on one another: the rollout head, the trainer's ranks, a workflow.
 
-Implemented in engine/ (Collective, Scorer), dataset/ (DataSource), weights/ (WeightSender), rollout/ (InferenceEngine)
-and by users (RolloutWorkflow). Called across: everything else about these classes is their own.
+Implemented in engine/ (Collective, Trained, Scorer), dataset/ (DataSource), weights/ (WeightSender), rollout/
+(InferenceEngine) and by users (RolloutWorkflow). Called across: everything else about these classes is their own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedTokenizerBase
 
     from arealite.api.types import Batch, Completion, GenerationRequest, GroupPlace, Task, Trajectory, WeightUpdateMeta
 
@@ -38,16 +39,40 @@ class Collective(Protocol):
         """Waits for all ranks, at most the configured limit; `what` names the wait in a stall report."""
 
 
-class DataSource(Protocol):
+class Stateful(Protocol):
+    """The rollout client or the data loader: its state is a JSON-ready dict, saved on rank 0 (the head) and given back
+    to every rank."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class DataSource(Stateful, Protocol):
     """An endless, resumable stream of tasks: the StatefulDataLoader, or a script's own."""
 
     def __next__(self) -> Task: ...
 
     def __iter__(self) -> Iterator[Task]: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+class Trained(Protocol):
+    """What a run is for: an engine, or several that are saved together (engine/roles.py)."""
+
+    @property
+    def collective(self) -> Collective: ...
+
+    @property
+    def background(self) -> Collective:
+        """The same ranks, for the calls of one other thread."""
+
+    def plan_steps(self, num_steps: int) -> None: ...
+
+    def save(self, path: str, tokenizer: PreTrainedTokenizerBase | None) -> None: ...
+
+    def stage_state(self, path: str) -> Callable[[], None]: ...
+
+    def load_state(self, path: str) -> None: ...
 
 
 class WeightSender(Protocol):

@@ -26,7 +26,7 @@ from arealite.dataset.prompts import check_shown, check_variables, encode, promp
 from arealite.dataset.rows import kept_rows, task_of
 from arealite.dataset.sources import Row
 from arealite.models.fetch import resolve_model
-from arealite.models.opening import open_config, open_tokenizer
+from arealite.models.folder import open_config, open_tokenizer
 
 logger = logging.getLogger(__name__)
 

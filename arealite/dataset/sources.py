@@ -19,7 +19,7 @@ from arealite.api.cli_args import DatasetConfig
 from arealite.api.config_rules import REASONING_GYM
 from arealite.api.errors import DatasetError
 from arealite.api.paths import is_local
-from arealite.models.hub import find_on_hub
+from arealite.models.folder import find_on_hub
 
 SUFFIXES = (".jsonl", ".parquet")
 SAVED_MARKS = ("state.json", "dataset_dict.json")  # in a folder that datasets' save_to_disk wrote

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from arealite.api.cli_args import SaverConfig
-    from arealite.api.protocols import Collective
+    from arealite.api.protocols import Collective, Trained
     from arealite.observe.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -69,15 +69,6 @@ class WriteFailures:
         return False
 
 
-class Savable(Protocol):
-    """An engine, or several together (roles.py)."""
-
-    @property
-    def collective(self) -> Collective: ...
-
-    def save(self, path: str, tokenizer: PreTrainedTokenizerBase | None) -> None: ...
-
-
 class Saver:
     """Saves `checkpoints/step_000020` when due and keeps the newest `num_kept`; never deletes the one just saved. The
     run's `tokenizer` goes into each, that of the model's folder if not given."""
@@ -91,7 +82,7 @@ class Saver:
         self._folder = folder
         self._failures = WriteFailures()
 
-    def begin(self, step: int, epoch: int, actor: Savable, total_steps: int) -> None:
+    def begin(self, step: int, epoch: int, actor: Trained, total_steps: int) -> None:
         """Before the first step, when `step` are finished. A run that has no more to make says so, and saves what it
         has, unless it did: it may have been stopped earlier, and its length been lowered. Collective."""
         self.frequency.restart(epoch)
@@ -106,12 +97,12 @@ class Saver:
         if not actor.collective.on_head(self._folder.checkpoint(step).exists):
             self.save(step, actor, last=True)
 
-    def maybe_save(self, step: int, epoch: int, actor: Savable, last: bool = False) -> Path | None:
+    def maybe_save(self, step: int, epoch: int, actor: Trained, last: bool = False) -> Path | None:
         """Save if it is due after `step` finished steps, or when this was the `last` one; the folder, or None.
         Collective."""
         return self.save(step, actor, last) if self.frequency.due(step, epoch, actor.collective, last) else None
 
-    def save(self, step: int, actor: Savable, last: bool = False) -> Path | None:
+    def save(self, step: int, actor: Trained, last: bool = False) -> Path | None:
         """Save now; None when it failed with a warning. Collective. `actor.save` swaps the folder in atomically.
 
         Raises ArealiteError on every rank at the second failure in a row, and when the `last` weights are not saved.

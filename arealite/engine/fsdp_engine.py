@@ -20,7 +20,7 @@ from arealite.api.cli_args import TrainEngineConfig
 from arealite.api.errors import ConfigError, NumericalError, WeightSyncError
 from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Batch, Dims, WeightUpdateMeta
-from arealite.engine import export, state
+from arealite.engine import export, recover
 from arealite.engine.determinism import be_deterministic
 from arealite.engine.flops import ModelFlops, peak_flops
 from arealite.engine.loading import Checkpoint, materialize
@@ -380,7 +380,7 @@ class FSDPEngine:
         """Copy weights, moments, counters and random numbers of all ranks; returns the call that writes them under
         `path`, for a thread of its own. Only that call raises OSError or RuntimeError when they cannot be written."""
         counters = {"version": self.version, "num_updates": self.num_updates, "num_bad_updates": self._num_bad_updates}
-        return state.stage_state(path, self._parameters, self.optimizer, counters, self.background)
+        return recover.stage_state(path, self._parameters, self.optimizer, counters, self.background)
 
     def save_state(self, path: str) -> None:
         """`stage_state` and write at once."""
@@ -391,7 +391,7 @@ class FSDPEngine:
 
     def load_state(self, path: str) -> None:
         """Go on exactly where `save_state` was called. Raises RecoveryError."""
-        counters = state.load_state(path, self._parameters, self.optimizer, self.collective)
+        counters = recover.load_state(path, self._parameters, self.optimizer, self.collective)
         self.version, self.num_updates = counters["version"], counters["num_updates"]
         self._num_bad_updates = counters["num_bad_updates"]
         self._sent, self._changed_since_sent = None, False

@@ -5,11 +5,9 @@ Called by engine/packed_model.py, which builds, and by engine/fsdp_engine.py, wh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from arealite.api.errors import ConfigError, listed
+from arealite.models.folder import stored_tensors
 from arealite.models.naming import HubPart, hub_parts
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 OLD_BUFFERS = r"rotary_emb\.inv_freq$"  # older checkpoints hold what the model computes from its configuration
 COMPARED_ROWS = 8192  # of a tied weight that the checkpoint has twice, at one time
@@ -86,9 +84,12 @@ class Checkpoint:
             ConfigError: no safetensors there, or tensors that are missing, left over, misshapen or no plain floats.
         """
         self.folder = _local_folder(path)
-        with _reading(self.folder):
-            self._files = _tensor_files(self.folder)
-            found = _shapes(self._files)
+        self._stored = stored_tensors(self.folder)
+        if others := [f"{name} {t.dtype}" for name, t in self._stored.items() if t.dtype not in FLOATS]:
+            raise ConfigError(
+                f"{len(others)} tensors are no plain floats ({_listed(others)}), so the checkpoint is quantised;"
+                " training needs the full weights: take the model it was made from"
+            )
         self.hub_parts = hub_parts(model)  # the names that it would have on the hub, however this one is written
         self._parts: dict[str, tuple[HubPart, ...]] = {}
         tensors = model.state_dict(keep_vars=True)
@@ -104,11 +105,12 @@ class Checkpoint:
             if self._parts.setdefault(first, parts) is parts and first in wrong["missing"]:
                 wrong["missing"].remove(first)  # the checkpoint has a tied weight under its second name only
         used = {part.name for parts in self._parts.values() for part in parts}
-        wrong["left over"] = [name for name in found if name not in used]
+        wrong["left over"] = [name for name in self._stored if name not in used]
         for name, parts in self._parts.items():
             empty = torch.empty_like(tensors[name], device="meta")
-            shapes = {part.name: list(empty[part.index].shape) for part in parts}
-            wrong["misshapen"] += [f"{n} {found[n]} for {shape}" for n, shape in shapes.items() if shape != found[n]]
+            for part in parts:
+                wanted, found = list(empty[part.index].shape), self._stored[part.name].shape
+                wrong["misshapen"] += [f"{part.name} {found} for {wanted}"] if found != wanted else []
         ignored = [*ignore, *(model._keys_to_ignore_on_load_unexpected or ()), OLD_BUFFERS]
         self._refuse(path, model, {kind: _besides(names, ignored) for kind, names in wrong.items()})
         with _reading(self.folder):
@@ -120,7 +122,7 @@ class Checkpoint:
         for parts in (self.hub_parts[name], (HubPart(name),)):
             for rename in (str, lambda n: n.removeprefix(f"{prefix}."), lambda n: f"{prefix}.{n}"):
                 renamed = tuple(HubPart(rename(part.name), part.index) for part in parts)
-                if all(part.name in self._files for part in renamed):
+                if all(part.name in self._stored for part in renamed):
                     return renamed
         return None
 
@@ -168,7 +170,7 @@ class Checkpoint:
                     _copy_overlap(local, begins, part, tensor.shape, self._slices(part.name, opened, stack))
 
     def _slices(self, name: str, opened: dict[Path, Any], stack: ExitStack) -> Any:
-        file = self._files[name]
+        file = self._stored[name].file
         if file not in opened:
             opened[file] = stack.enter_context(safe_open(file, "pt"))
         return opened[file].get_slice(name)
@@ -216,46 +218,6 @@ def _reading(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"the checkpoint {folder} cannot be read: {error}; download or export it again") from error
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor."""
-    if (folder / INDEX).exists():
-        files = {name: folder / file for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
-        absent = sorted({file.name for file in files.values() if not file.exists()})
-        if absent:
-            raise ConfigError(f"{folder / INDEX} names {listed(absent)}, which {folder} lacks: download it again")
-        return files
-    if (folder / SINGLE).exists():
-        with safe_open(folder / SINGLE, "pt") as file:
-            return dict.fromkeys(file.keys(), folder / SINGLE)
-    others = sorted(f.name for f in chain(folder.glob("*.safetensors"), folder.glob("*.bin"), folder.glob("*.gguf")))
-    raise ConfigError(
-        f"{folder} has neither {SINGLE} nor {INDEX}" + (f", only {listed(others)}" if others else "") + ": training"
-        " reads safetensors; load it with transformers once and write it anew with save_pretrained"
-    )
-
-
-def _shapes(files: Mapping[str, Path]) -> dict[str, list[int]]:
-    """By tensor. Raises ConfigError for numbers that are no plain floats."""
-    shapes: dict[str, list[int]] = {}
-    others: list[str] = []
-    for path in dict.fromkeys(files.values()):
-        with safe_open(path, "pt") as file:
-            held = set(file.keys())
-            for name in [name for name, where in files.items() if where == path]:
-                if name not in held:
-                    raise ConfigError(f"{path} lacks {name}, which {INDEX} names there: download it again")
-                view = file.get_slice(name)
-                shapes[name] = list(view.get_shape())
-                if view.get_dtype() not in FLOATS:
-                    others.append(f"{name} {view.get_dtype()}")
-    if others:
-        raise ConfigError(
-            f"{len(others)} tensors are no plain floats ({listed(others)}), so the checkpoint is quantised; training"
-            " needs the full weights: take the model it was made from"
-        )
-    return shapes
 
 
 def _besides(names: list[str], patterns: list[str]) -> list[str]:

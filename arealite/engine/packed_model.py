@@ -29,7 +29,7 @@ from arealite.kernels import cpu
 from arealite.kernels.functions import for_device, recomputing
 from arealite.kernels.modules import fuse, fuse_linears
 from arealite.models.fidelity import Rows, check_fidelity
-from arealite.models.opening import open_config
+from arealite.models.folder import open_config
 
 # Rotary embeddings that are others for all tokens of a forward pass once one of them stands far enough in its sequence
 ROPES_BY_LONGEST = {"dynamic", "longrope"}

@@ -1,4 +1,5 @@
-"""Recovery points: everything a killed run needs to go on as if nothing had happened. Called by the training script.
+"""Recovery points: everything a killed run needs to go on as if nothing had happened. Called by run.py, and for the
+trainer's part of a point by engine/fsdp_engine.py.
 
 A point is a folder, recover/point_000020: point.json (step, data position, rollout head), actor/ (model, optimizer,
 schedule, RNG of every rank), COMPLETE (sizes of all files, written last). The state is copied, and a thread
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +20,19 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from arealite.api.atomic import clean_folder, partial_name, put_in_place, remove_folder, sync
 from arealite.api.errors import ArealiteError, RecoveryError, RunStopped
 from arealite.engine.checkpoint import WriteFailures, attempt, attempt_on_ranks
+from arealite.engine.memory import CPU, wait_for
+from arealite.engine.optim import moments, set_num_updates
 from arealite.observe import stop
 from arealite.observe.claim import claim
 from arealite.observe.frequency import Frequency
@@ -30,35 +40,13 @@ from arealite.observe.waits import in_background, waiting
 
 if TYPE_CHECKING:
     from arealite.api.cli_args import RunConfig
-    from arealite.api.protocols import Collective
+    from arealite.api.protocols import Collective, Stateful, Trained
+    from arealite.engine.parallel.ranks import RankCollective
     from arealite.observe.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE"
-
-
-class Stateful(Protocol):
-    """The rollout client or the data loader: its state is a JSON-ready dict, saved on rank 0 (the head) and given back
-    to every rank."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Recoverable(Protocol):
-    """The trainer's side of a point: an engine, or several together (roles.py)."""
-
-    @property
-    def collective(self) -> Collective: ...
-
-    @property
-    def background(self) -> Collective: ...
-
-    def stage_state(self, path: str) -> Callable[[], None]: ...
-
-    def load_state(self, path: str) -> None: ...
 
 
 @dataclass
@@ -77,10 +65,12 @@ class RecoverHandler:
     """
 
     def __init__(
-        self, run_config: RunConfig, folder: RunFolder, actor: Recoverable, rollout: Stateful, dataloader: Stateful
+        self, run_config: RunConfig, folder: RunFolder, actor: Trained, rollout: Stateful | None, dataloader: Stateful
     ) -> None:
+        """`rollout`: None for a run without servers."""
         self.frequency = Frequency(run_config.recover)
-        self.actor, self.rollout, self.dataloader = actor, rollout, dataloader
+        self.actor = actor
+        self._others = {"dataloader": dataloader} | ({} if rollout is None else {"rollout": rollout})
         self.epoch = 0
         self._config = run_config.recover
         self._folder = folder
@@ -145,9 +135,8 @@ class RecoverHandler:
         partial = partial_name(point)
 
         def begin() -> str:
-            states = {"rollout": self.rollout.state_dict(), "dataloader": self.dataloader.state_dict()}
-            record = {"step": step, "epoch": epoch, "at": time.time(), **states}
-            why_not = attempt(_begin, partial, record)
+            states = {name: part.state_dict() for name, part in self._others.items()}
+            why_not = attempt(_begin, partial, {"step": step, "epoch": epoch, "at": time.time(), **states})
             if why_not:
                 shutil.rmtree(partial, ignore_errors=True)
             return why_not
@@ -213,8 +202,8 @@ class RecoverHandler:
         step = int(found["step"])
         point = self._folder.recovery_point(step)
         self.actor.load_state(str(point / "actor"))
-        self.dataloader.load_state_dict(found["dataloader"])
-        self.rollout.load_state_dict(found["rollout"])
+        for name, part in self._others.items():
+            part.load_state_dict(found[name])
         if self.actor.collective.rank == 0:
             logger.warning("going on after step %d, from %s", step, point)
         self.epoch, self._finished, self._newest = found["epoch"], step, step
@@ -278,3 +267,86 @@ def _read(point: Path) -> dict[str, Any] | None:
         return dict(json.loads((point / "point.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError):
         return None
+
+
+# --- the trainer's part: tensors have Hugging Face's names and are written by torch.distributed.checkpoint, which reads
+# them back into any other layout of the ranks (a rank without random numbers starts them from the seed)
+
+
+def _tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    """Live tensors by name: loading writes into them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        found[f"model.{name}"] = parameter.detach()
+        if optimizer is not None:
+            found |= {f"{key}.{name}": moment for key, moment in moments(optimizer, parameter).items()}
+    return found
+
+
+def stage_state(
+    path: str,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer | None,
+    counters: dict[str, int],
+    ranks: RankCollective,
+) -> Callable[[], None]:
+    """Copy everything to the CPU's memory; returns the call that writes the copy under `path`, an existing or new
+    folder. That call is collective over `ranks`, may be made in another thread than the caller's next ones, and raises
+    OSError or RuntimeError."""
+    folder = Path(path)
+    tensors = _tensors(parameters, optimizer)
+    staged = {name: tensor.to(CPU, non_blocking=True, copy=True) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values()}:
+        wait_for(device)
+    randoms = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+    }
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # It syncs its files to the disk. torch's own async_save is "experimental and subject to change".
+            dcp.save(staged, checkpoint_id=folder / "tensors", process_group=ranks.group)
+        except CheckpointException as error:  # no Exception in torch's class tree
+            raise OSError(f"cannot write the trainer's state under {folder}: {error}") from None
+        staged.clear()
+        own = folder / f"random-{ranks.rank}.pt"
+        torch.save(randoms, own)
+        sync(own)
+        if ranks.rank == 0:
+            (folder / "counters.json").write_text(json.dumps(counters))
+
+    return write
+
+
+def load_state(
+    path: str, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None, ranks: RankCollective
+) -> dict[str, int]:
+    """Read what `stage_state` wrote, on these or other ranks, into the live tensors; returns its counters. Collective.
+
+    Raises:
+        RecoveryError: something is missing, or belongs to another model or optimizer.
+    """
+    folder = Path(path)
+    try:
+        counters = json.loads((folder / "counters.json").read_text())
+        dcp.load(_tensors(parameters, optimizer), checkpoint_id=folder / "tensors", process_group=ranks.group)
+    except (OSError, ValueError, CheckpointException) as error:
+        raise RecoveryError(
+            f"cannot read the trainer's state under {folder}: {error}; expected one written with this model and"
+            " optimizer. Remove this recovery point to go on from the one before it"
+        ) from None
+    if optimizer is not None:
+        set_num_updates(optimizer, counters["num_updates"])
+    own = folder / f"random-{ranks.rank}.pt"
+    if own.exists():
+        randoms = torch.load(own, weights_only=False)
+        torch.set_rng_state(randoms["torch"])
+        if randoms["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(randoms["cuda"])
+        random.setstate(randoms["python"])
+        np.random.set_state(randoms["numpy"])
+    return counters

@@ -20,7 +20,7 @@ from arealite.api.errors import ConfigError, RequestError
 from arealite.inference.core.engine import EngineFailure
 from arealite.inference.http.bodies import read_json
 from arealite.inference.http.routes import answer_errors
-from arealite.models.opening import open_config, open_tokenizer
+from arealite.models.folder import open_config, open_tokenizer
 
 MAX_BODY_BYTES = 64 << 20
 MAX_BATCH_TOKENS = 8192  # of one forward pass, padding included

@@ -29,8 +29,14 @@ from arealite.launcher.machine import Machine
 from arealite.launcher.memory_estimate import COLOCATED_KV_SHARE, KV_SHARE, ModelShape, server_parts, trainer_parts
 from arealite.launcher.plan import Plan, make_plan
 from arealite.models.fetch import MODELS, resolve_model
-from arealite.models.folder import TESTED, has_chat_template, model_fault, read_config, tokenizer_fault
-from arealite.models.hub import find_on_hub
+from arealite.models.folder import (
+    TESTED,
+    find_on_hub,
+    has_chat_template,
+    model_fault,
+    read_config,
+    tokenizer_fault,
+)
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
 

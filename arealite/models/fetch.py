@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from arealite.api.errors import DatasetError
 from arealite.api.paths import cache_root, expand, is_local
-from arealite.models.hub import find_on_hub
+from arealite.models.folder import find_on_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,15 +1,27 @@
-"""What the files of a model folder say about it, without loading anything. Called by the launcher before a run."""
+"""A model folder or hub id: what its files say about it, its configuration and tokenizer, or a sentence that says why
+there is none. Called by the launcher before a run, and by all that load a model or ask the hub.
+
+No code that a folder brings along is ever run, and nobody is asked whether it should be.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from arealite.api.errors import ConfigError, DatasetError
 
 # What the tests train. Other models run as far as nothing refuses them.
 TESTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "mistral", "mixtral")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+HUB_LIMIT_S = 3.0
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)  # transformers raises, of a file
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
@@ -35,30 +47,59 @@ def model_fault(path: str) -> str:
         return f"has no config.json with a model_type, found {', '.join(names[:5])}: give a Hugging Face folder"
     if config.get("quantization_config") is not None:
         return "is quantised, and training needs its full weights: take the model it was made from"
-    if INDEX in names:
-        weights = sorted(set(re.findall(r"[\w.-]+[.]safetensors", (folder / INDEX).read_text())))
-    elif SINGLE in names:
-        weights = [SINGLE]
-    else:
-        return (
-            f"has neither {SINGLE} nor {INDEX}: load it with transformers once and write it anew with save_pretrained"
-        )
-    for name in weights:
-        if not _is_whole(folder / name):
-            return f"has no whole file {name}: fetch it again, `git lfs pull` where the folder was cloned"
+    try:
+        stored_tensors(folder)
+    except ConfigError as error:
+        return str(error).removeprefix(f"{folder} ")
     return ""
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size < path.stat().st_size else {}
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        return path.stat().st_size == 8 + size + max(ends, default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a safetensors header says of a tensor."""
+
+    file: Path
+    shape: list[int]
+    dtype: str  # such as "BF16"
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """By name, what the safetensors of a model folder hold; their headers alone are read.
+
+    Raises:
+        ConfigError: there are none, not all that the index names, or one that is not whole.
+    """
+    names_in: dict[str, list[str]] = {}
+    if (folder / INDEX).exists():
+        try:
+            for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items():
+                names_in.setdefault(file, []).append(name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{folder / INDEX} cannot be read ({error!r}): download it again") from error
+    elif (folder / SINGLE).exists():
+        names_in[SINGLE] = []  # all
+    else:
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))[:5]
+        raise ConfigError(
+            f"{folder} has neither {SINGLE} nor {INDEX}" + (f", only {', '.join(others)}" if others else "") + ":"
+            " load it with transformers once and write it anew with save_pretrained"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for file, names in names_in.items():
+        try:
+            with safe_open(folder / file, "np") as opened:
+                held = opened.keys()
+                if lacking := sorted(set(names).difference(held)):
+                    raise ConfigError(f"{folder / file} lacks {lacking[0]}, which {INDEX} names there: fetch it again")
+                for name in names or held:
+                    view = opened.get_slice(name)
+                    tensors[name] = StoredTensor(folder / file, list(view.get_shape()), view.get_dtype())
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{folder} has no whole file {file} ({error}): fetch it again, `git lfs pull` where the folder was"
+                " cloned"
+            ) from error
+    return tensors
 
 
 def tokenizer_fault(path: str) -> str:
@@ -76,3 +117,81 @@ def has_chat_template(path: str) -> bool:
         return '"chat_template"' in (folder / "tokenizer_config.json").read_text()
     except OSError:
         return True
+
+
+def open_config(path: str, **changes: Any) -> Any:
+    """transformers' configuration of the model, with `changes`. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
+    except UNREADABLE as error:
+        raise ConfigError(f"no causal language model can be loaded from {_named(path)}: {_why(path, error)}") from error
+
+
+def open_tokenizer(path: str) -> Any:
+    """Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"no tokenizer can be read from {_named(path)}: {_why(path, error)[:500]}; set tokenizer_path to a folder"
+            " or hub id that has one"
+        ) from error
+
+
+def _named(path: str) -> str:
+    return path if Path(path).exists() else f"{path} (not a local folder, so a hub id)"
+
+
+def _why(path: str, error: Exception) -> str:
+    folder = Path(path)
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and not (folder / "config.json").is_file():
+        base = re.search(r'"base_model_name_or_path": *"([^"]*)"', adapter.read_text())
+        return (
+            f"it is a LoRA adapter for {base[1] if base else 'some model'}, and no model: merge it into that model"
+            " first (peft's merge_and_unload, then save_pretrained), or give the path of that model"
+        )
+    if "trust_remote_code" in str(error):
+        return (
+            "its code comes with it (auto_map in its json files) and not with transformers, and no such code is run"
+            " here: choose a model whose architecture transformers has, or a conversion to one"
+        )
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def find_on_hub(name: str, kind: str = "model") -> None:
+    """Raise DatasetError when the hub does not know `name`, or does not answer and has no copy of it in its cache.
+
+    One short question: left alone, the hub's libraries try for half a minute each time. Once it has not answered,
+    this process and those that it starts use what the cache has.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
+
+    copies = [Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)]
+    if kind == "dataset":  # the library of data sets keeps what it has read beside that
+        cache = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
+        copies.append(Path(cache) / name.replace("/", "___"))
+    why = "offline mode is set"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().repo_info(name, repo_type=kind, timeout=HUB_LIMIT_S)
+            return
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            said = str(error).splitlines()[0]
+            raise DatasetError(f"{name} is neither a local path nor a {kind} on the hub: {said}") from None
+        except HfHubHTTPError:
+            return  # it answers: its libraries know more
+        except Exception as error:  # of whichever HTTP client the hub's library has
+            why = f"{constants.ENDPOINT} does not answer ({error or type(error).__name__})"
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if not any(copy.exists() for copy in copies):
+        raise DatasetError(
+            f"{name} is no local path, and {why}: as a hub id it is in no cache here. Check the path, or the network"
+        )

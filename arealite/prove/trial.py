@@ -13,7 +13,7 @@ import torch
 from arealite.api.errors import ConfigError
 from arealite.engine.packed_model import LANGUAGE, REWARD, load_model
 from arealite.inference.core.served_model import check_architecture
-from arealite.models.opening import open_config
+from arealite.models.folder import open_config
 
 
 def main(path: str, kind: str, dtype: str = "") -> None:

@@ -29,8 +29,8 @@ from arealite.kernels.functions import AnyKernels, for_device, head_product
 from arealite.kernels.linears import Joined, PackedLinears
 from arealite.kernels.modules import fuse
 from arealite.models.fidelity import Rows, check_fidelity, token_scores
+from arealite.models.folder import open_config, open_tokenizer
 from arealite.models.naming import hub_parts
-from arealite.models.opening import open_config, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
