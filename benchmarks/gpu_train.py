@@ -148,7 +148,7 @@ def training(path: str, device: torch.device, **settings: Any) -> Iterator[FSDPP
 
 
 def flops_of(actor: FSDPPPOActor, batch: Batch) -> float:
-    return sum(actor._flops.count(micro) for micro in actor._micro_batches(batch, "benchmark"))
+    return sum(actor.sharded.flops.count(micro) for micro in actor._micro_batches(batch, "benchmark"))
 
 
 def update(actor: FSDPPPOActor, batch: Batch) -> None:
@@ -170,26 +170,26 @@ def parts(bench: Bench, actor: FSDPPPOActor, batch: Batch) -> Result:
         return found
 
     def norms() -> None:
-        total = sum(gradient_norms(actor._parameters, actor.device).values())
-        clip_gradients(actor._parameters.values(), 1e9, total)
+        total = sum(gradient_norms(actor.sharded.parameters, actor.mesh.device).values())
+        clip_gradients(actor.sharded.parameters.values(), 1e9, total)
 
-    assert actor.optimizer is not None
+    assert actor.sharded.optimizer is not None
     for _ in range(bench.steps + 1):
-        logp, entropy = timed("forward_ms", lambda: actor.model(micro, 1.0))
+        logp, entropy = timed("forward_ms", lambda: actor.sharded.model(micro, 1.0))
         timed("backward_ms", (logp.mean() + 0 * entropy.sum()).backward)
         del logp, entropy
         timed("norms_ms", norms)
-        timed("optimizer_ms", actor._placement.step)
-        actor.optimizer.zero_grad(set_to_none=True)
-        for module in actor._sharded:
+        timed("optimizer_ms", actor.sharded.placement.step)
+        actor.sharded.optimizer.zero_grad(set_to_none=True)
+        for module in actor.sharded.modules:
             module.reshard()
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def head_ms(bench: Bench, actor: FSDPPPOActor, num_tokens: int) -> float:
     """Milliseconds of the head, forward and backward, without the model before it."""
-    config = actor.hf_model.config
-    made = {"device": bench.device, "dtype": actor.dtype, "requires_grad": True}
+    config = actor.sharded.hf_model.config
+    made = {"device": bench.device, "dtype": actor.sharded.dtype, "requires_grad": True}
     hidden, weight = (torch.randn(n, config.hidden_size, **made) for n in (num_tokens, config.vocab_size))
     row_of = torch.arange(num_tokens, device=bench.device)
     targets = row_of % config.vocab_size
@@ -217,7 +217,7 @@ def measure(bench: Bench, path: str, num_tokens: int, checkpointing: str, peak_f
     with training(path, bench.device, max_tokens_per_mb=num_tokens, gradient_checkpointing=checkpointing) as actor:
         for num_sequences in NUM_SEQUENCES:
             # One token more than is computed: from the last one nothing is predicted.
-            vocabulary = actor.hf_model.config.vocab_size
+            vocabulary = actor.sharded.hf_model.config.vocab_size
             batch = make_batch([1] * num_sequences, num_tokens // num_sequences, 1, vocabulary)
             free_memory(bench.device)
             update_s = bench.median_s(lambda: update(actor, batch))  # noqa: B023
@@ -242,7 +242,7 @@ def measure_sharing(bench: Bench, path: str, num_tokens: int, num_groups: int) -
     """Groups of 16 answers, each half as long as their prompt; computed once per prompt, and once per sequence."""
     prompt = num_tokens // 16
     with training(path, bench.device, max_tokens_per_mb=num_tokens, gradient_checkpointing="selective") as actor:
-        batch = make_batch([prompt] * num_groups, prompt // 2, NUM_ANSWERS, actor.hf_model.config.vocab_size)
+        batch = make_batch([prompt] * num_groups, prompt // 2, NUM_ANSWERS, actor.sharded.hf_model.config.vocab_size)
         found: Result = {}
         for name, is_shared in (("shared", True), ("alone", False)):
             actor.config.share_prompts = is_shared

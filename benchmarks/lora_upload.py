@@ -28,10 +28,11 @@ from arealite.weights.link import WeightLink
 def move(actor: FSDPPPOActor) -> None:
     """As an optimiser step would, so that the update has something to say."""
     with torch.no_grad():
-        for parameter in actor._parameters.values():
+        for parameter in actor.sharded.parameters.values():
             parameter.add_(0.01)
     actor.version += 1
-    actor._changed_since_sent = True
+    assert actor._upload is not None
+    actor._upload.is_changed = True
 
 
 def measure(model: str, address: str, kind: str, rank: int | None, repeats: int) -> dict[str, float | str]:

@@ -102,7 +102,7 @@ def run_ours(model: str, sequences: list[dict[str, Any]], group_size: int, steps
         stats = actor.grpo_update(batch)
         say(step_s=time.perf_counter() - started, loss=stats["loss"], grad_norm=stats["grad_norm"])
     say_peak()
-    micro = cut(batch, actor.config.max_tokens_per_mb, actor.device)
+    micro = cut(batch, actor.config.max_tokens_per_mb, actor.mesh.device)
     say(
         num_nodes=sum(len(m.tokens) for m in micro),
         num_rows=sum(len(m.predicting) for m in micro),

@@ -162,8 +162,8 @@ def test_bad_numbers_skip_the_update_and_stop_the_run_at_the_third(tiny_llama, c
         expected = "loss is not finite.*micro-batch 0 of 1 .tasks .*task-2"
     else:
         with torch.no_grad():
-            actor.hf_model.model.layers[1].mlp.up_proj.weight.to_local()[3, 3] = np.inf
-        for module in actor._sharded:
+            actor.sharded.hf_model.model.layers[1].mlp.up_proj.weight.to_local()[3, 3] = np.inf
+        for module in actor.sharded.modules:
             module.reshard()
         expected = "weight model.layers.1.mlp.up_proj.weight is not finite; gradient of model"
     with caplog.at_level(logging.WARNING):
@@ -187,7 +187,7 @@ def test_gradients_are_clipped_by_their_norm_over_all_weights(tiny_llama):
     for limit in (1e9, norm / 4):
         actor = make(tiny_llama, optimizer=OptimizerConfig(lr=1e-3, beta1=0.0, max_grad_norm=limit))
         assert train_one_step(actor, random_batch())["grad_norm"] == pytest.approx(norm)
-        moments.append([actor.optimizer.state[p]["exp_avg"].to_local() for p in actor.optimizer.state])
+        moments.append([actor.sharded.optimizer.state[p]["exp_avg"].to_local() for p in actor.sharded.optimizer.state])
     for straight, clipped in zip(*moments, strict=True):
         torch.testing.assert_close(clipped, straight / 4, rtol=1e-4, atol=1e-8)
 

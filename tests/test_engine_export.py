@@ -13,18 +13,16 @@ from support.layouts import on_ranks
 from test_engine_loading import save_model
 from transformers import AutoModelForCausalLM
 
-from arealite.engine import export
 from arealite.engine.checkpoint import attempt_on_ranks
 from arealite.inference.core.served_model import ServedModel
 from arealite.inference.core.weight_updates import load, stage
-from arealite.models.naming import hub_tensors
 from arealite.weights import wire
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "qwen2"])
-def test_a_saved_folder_has_the_names_of_the_hub(kind, tmp_path, monkeypatch):
+def test_a_saved_folder_has_the_names_of_the_hub(kind, tmp_path):
     path = save_model(kind, tmp_path / "hub")
     wanted = load_file(tmp_path / "hub" / "model.safetensors")
     actor = make(path)
@@ -32,8 +30,7 @@ def test_a_saved_folder_has_the_names_of_the_hub(kind, tmp_path, monkeypatch):
     found = load_file(tmp_path / "one" / "model.safetensors")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in wanted.items())
-    monkeypatch.setattr(export, "write_tensors", partial(wire.write_tensors, shard_bytes=40_000))
-    actor.save(str(tmp_path / "several"))
+    actor.sharded.save(str(tmp_path / "several"), shard_bytes=40_000)
     written = sorted(p.name for p in (tmp_path / "several").glob("*.safetensors"))
     assert written == [f"model-{i:05d}-of-{len(written):05d}.safetensors" for i in range(1, len(written) + 1)]
     assert len(written) > 1
@@ -65,8 +62,8 @@ def test_one_file_is_in_memory_at_a_time(tmp_path):
 def fail_on_head(rank: int, path: str, out: str) -> list[str]:
     """What each of three saves says: one into a place that cannot be, one that breaks in the midst, one that works."""
     actor = make(path)
-    told = [attempt_on_ranks(actor.collective, actor.save, Path(out) / "file" / "step")]
-    export.write_tensors, write = partial(wire.write_tensors, shard_bytes=40_000), wire.save_file
+    save, write = partial(actor.sharded.save, shard_bytes=40_000), wire.save_file
+    told = [attempt_on_ranks(actor.collective, save, Path(out) / "file" / "step")]
 
     def full(tensors, file, metadata):
         if file.name == "2":
@@ -74,9 +71,9 @@ def fail_on_head(rank: int, path: str, out: str) -> list[str]:
         write(tensors, file, metadata)
 
     wire.save_file = full
-    told.append(attempt_on_ranks(actor.collective, actor.save, Path(out) / "step"))
+    told.append(attempt_on_ranks(actor.collective, save, Path(out) / "step"))
     wire.save_file = write
-    told.append(attempt_on_ranks(actor.collective, actor.save, Path(out) / "step"))
+    told.append(attempt_on_ranks(actor.collective, save, Path(out) / "step"))
     return told
 
 
@@ -99,9 +96,9 @@ def test_the_native_server_takes_experts_one_by_one_or_together(tmp_path):
     actor = make(path)
     before = {name: tensor.clone() for name, tensor in actor.named_full_tensors()}
     with torch.no_grad():
-        for parameter in actor.model.parameters():
+        for parameter in actor.sharded.model.parameters():
             parameter.mul_(1.5)
-    hub = list(hub_tensors(actor.named_full_tensors(), actor._checkpoint.hub_parts))
+    hub = list(actor.sharded.hub_tensors())
     assert {name for name, _ in hub} == load_file(tmp_path / "model.safetensors").keys() == set(served.tensor_names)
     load(served, stage(served, lambda: hub, castable=False, needs_all=True))
     for name, tensor in before.items():

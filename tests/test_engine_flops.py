@@ -83,10 +83,10 @@ def norms(rank, folder, dims):
     def keep(optimizer, *_):
         from arealite.engine.export import whole
 
-        for name, p in actor._parameters.items():
+        for name, p in actor.sharded.parameters.items():
             seen[name] = float(whole(p.grad).double().square().sum())
 
-    actor.optimizer.register_step_pre_hook(keep)
+    actor.sharded.optimizer.register_step_pre_hook(keep)
     actor.config.optimizer.max_grad_norm = float("inf")
     stats = train_one_step(actor, share(random_batch(), actor.mesh.share, dims.d))
     return {name: value for name, value in stats.items() if "grad_norm" in name}, seen

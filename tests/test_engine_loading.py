@@ -242,8 +242,8 @@ def load_half(rank: int, path: str) -> tuple[int, int, int]:
     engine = FSDPEngine(TrainEngineConfig(path=path, dtype="float32"), trainable=False)
     with PeakMemory() as peak:
         engine.initialize()
-    shards = [p.to_local().nbytes for p in engine.model.parameters()]
-    return sum(shards), max(p.nbytes for p in engine.model.parameters()), peak.num_bytes
+    shards = [p.to_local().nbytes for p in engine.sharded.model.parameters()]
+    return sum(shards), max(p.nbytes for p in engine.sharded.model.parameters()), peak.num_bytes
 
 
 def test_a_rank_takes_the_memory_of_its_shards(tmp_path):

@@ -34,7 +34,7 @@ def shake(actor):
     """B away from 0, so that A has gradients too."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, p in actor._parameters.items():
+        for name, p in actor.sharded.parameters.items():
             if ".lora_B." in name:
                 local(p).normal_(0, 0.3, generator=generator)
 
@@ -69,12 +69,14 @@ def test_loss_and_gradients_are_those_of_peft(tiny_llama, tmp_path, checkpointin
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
     assert nll(actor, batch) == pytest.approx(nll(theirs, batch), rel=1e-5)
-    found = {f"base_model.model.{name}": p for name, p in actor._parameters.items()}
+    found = {f"base_model.model.{name}": p for name, p in actor.sharded.parameters.items()}
     expected = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys() and len(found) == 2 * 7 * 2
     for name, p in expected.items():
         torch.testing.assert_close(local(found[name].grad), p.grad, rtol=1e-4, atol=1e-5)
-    assert all(p.grad is None for name, p in actor.hf_model.named_parameters() if name not in actor._parameters)
+    assert all(
+        p.grad is None for name, p in actor.sharded.hf_model.named_parameters() if name not in actor.sharded.parameters
+    )
 
 
 def test_what_is_saved_is_the_adapter_and_merges_to_what_was_trained(tiny_llama, tmp_path):
@@ -107,18 +109,18 @@ def test_what_is_saved_is_the_adapter_and_merges_to_what_was_trained(tiny_llama,
 
 def test_the_base_is_held_in_the_compute_dtype_and_the_adapters_in_float32(tiny_llama):
     actor, batch = make(tiny_llama, dtype="bfloat16"), random_batch()
-    held = {name: (p.dtype, p.requires_grad) for name, p in actor.hf_model.named_parameters()}
-    assert {d for n, d in held.items() if n in actor._parameters} == {(torch.float32, True)}
-    assert {d for n, d in held.items() if n not in actor._parameters} == {(torch.bfloat16, False)}
-    assert actor.hf_model.model.rotary_emb.inv_freq.dtype == torch.float32
+    held = {name: (p.dtype, p.requires_grad) for name, p in actor.sharded.hf_model.named_parameters()}
+    assert {d for n, d in held.items() if n in actor.sharded.parameters} == {(torch.float32, True)}
+    assert {d for n, d in held.items() if n not in actor.sharded.parameters} == {(torch.bfloat16, False)}
+    assert actor.sharded.hf_model.model.rotary_emb.inv_freq.dtype == torch.float32
     # One process computes with the frozen weights themselves: FSDP would hold a gathered copy besides.
-    named = actor.hf_model.named_parameters()
-    assert {name for name, p in named if isinstance(p, DTensor)} == actor._parameters.keys()
+    named = actor.sharded.hf_model.named_parameters()
+    assert {name for name, p in named if isinstance(p, DTensor)} == actor.sharded.parameters.keys()
     full = batches.make(tiny_llama, dtype="bfloat16")
     np.testing.assert_array_equal(actor.compute_logp(batch), full.compute_logp(batch))  # B is 0
     train_one_step(actor, batch)
-    assert {str(p.dtype) for p in actor.optimizer.state} == {"torch.float32"}
-    assert len(actor.optimizer.state) == len(actor._parameters)
+    assert {str(p.dtype) for p in actor.sharded.optimizer.state} == {"torch.float32"}
+    assert len(actor.sharded.optimizer.state) == len(actor.sharded.parameters)
     assert np.abs(actor.compute_logp(batch) - full.compute_logp(batch)).max() > 1e-3
 
 
@@ -140,7 +142,7 @@ def test_a_recovery_point_holds_the_adapters_alone(tiny_llama, tmp_path):
         train_one_step(actors[0], batch)
     actors[0].save_state(str(tmp_path / "state"))
     size = sum(f.stat().st_size for f in (tmp_path / "state" / "tensors").iterdir())
-    assert size < 0.1 * sum(4 * p.numel() for p in actors[0].hf_model.parameters())
+    assert size < 0.1 * sum(4 * p.numel() for p in actors[0].sharded.hf_model.parameters())
     actors[1].load_state(str(tmp_path / "state"))
     stats = [train_one_step(actor, batch) for actor in actors]
     for key in ("loss", "grad_norm"):
@@ -160,8 +162,8 @@ def test_a_bad_update_is_skipped_and_clipping_holds(tiny_llama):
     now = dict(actor.named_full_tensors(torch.float32))
     assert all(torch.equal(before[name], now[name]) for name in before)
     seen = []
-    actor.optimizer.register_step_pre_hook(
-        lambda *_: seen.append(sum(float(local(p.grad).square().sum()) for p in actor._parameters.values()))
+    actor.sharded.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(sum(float(local(p.grad).square().sum()) for p in actor.sharded.parameters.values()))
     )
     train_one_step(actor, batch)
     assert seen == [pytest.approx(1e-12, rel=1e-3)]

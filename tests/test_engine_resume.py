@@ -130,19 +130,21 @@ def asleep(rank: int, model: str, folder: str) -> list[Any]:
     found = []
     for sleeps, moves in ((False, False), (True, False), (True, True)):
         actor = engine(model, Dims(d=2))
-        shards = [p.to_local().data_ptr() for p in actor._parameters.values()]
+        shards = [p.to_local().data_ptr() for p in actor.sharded.parameters.values()]
         if moves:
             memory.moved = elsewhere
         for number in range(2):
             if sleeps:
                 actor.sleep()
-                assert all(m._get_fsdp_state()._fsdp_param_group.is_sharded for m in actor._sharded)
+                assert all(m._get_fsdp_state()._fsdp_param_group.is_sharded for m in actor.sharded.modules)
                 actor.save_state(folder)  # a point may fall into the sleep
                 actor.wake()
             stats = step(actor, number)
-        assert moves != (shards == [p.to_local().data_ptr() for p in actor._parameters.values()])
+        assert moves != (shards == [p.to_local().data_ptr() for p in actor.sharded.parameters.values()])
         found.append((stats, weights(actor)))
-    assert num_moved > 4 * 3 * sum(p.to_local().numel() for p in actor._parameters.values())  # with two moments each
+    assert num_moved > 4 * 3 * sum(
+        p.to_local().numel() for p in actor.sharded.parameters.values()
+    )  # with two moments each
     return found
 
 
@@ -164,7 +166,9 @@ def test_a_frozen_engine_has_weights_in_the_compute_dtype_and_the_same_logprobs(
         each.initialize()
         logps.append(each.compute_logp(batch))
     assert np.array_equal(*logps)
-    num_bytes = [sum(p.numel() * p.element_size() for p in each._parameters.values()) for each in (trained, frozen)]
+    num_bytes = [
+        sum(p.numel() * p.element_size() for p in each.sharded.parameters.values()) for each in (trained, frozen)
+    ]
     assert num_bytes[0] == 2 * num_bytes[1]
 
 
@@ -174,8 +178,8 @@ def test_adafactor_remembers_next_to_nothing(model):
     sizes = {}
     for kind in KINDS:
         actor = engine(model, optimizer={"kind": kind})
-        parameters = actor._parameters.values()
-        states = [m for p in parameters for m in moments(actor.optimizer, p).values()]
+        parameters = actor.sharded.parameters.values()
+        states = [m for p in parameters for m in moments(actor.sharded.optimizer, p).values()]
         sizes[kind] = sum(m.nbytes for m in states) / sum(p.nbytes for p in parameters)
     assert sizes["adamw"] == 2
     assert sizes["adafactor"] < 0.05

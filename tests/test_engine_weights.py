@@ -14,6 +14,7 @@ from arealite.api.cli_args import LoRAConfig, OptimizerConfig, SaverConfig
 from arealite.api.errors import RecoveryError, WaitTimeout, WeightSyncError
 from arealite.engine.checkpoint import Saver
 from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.engine.sharded_model import ShardedModel
 from arealite.observe.run_folder import RunFolder
 from arealite.weights.link import WeightLink
 from arealite.weights.wire import checksum, iterate_tensors
@@ -42,7 +43,7 @@ def check_stale_copy(actor, monkeypatch):
     """One that is sent again after a step is noticed."""
     stale = [(name, tensor.clone()) for name, tensor in actor.named_full_tensors()]
     train_one_step(actor, random_batch())
-    monkeypatch.setattr(actor, "named_full_tensors", lambda **_: iter(stale))
+    monkeypatch.setattr(ShardedModel, "named_full_tensors", lambda *_, **__: iter(stale))
     with pytest.raises(WeightSyncError, match="changed nothing"):
         actor.upload_weights()
 
@@ -103,20 +104,23 @@ def test_steps_below_the_rounding_are_told_and_no_stale_copy(tiny_llama, tmp_pat
     optimizer = OptimizerConfig(lr=1e-5)
     actor, servers = make(tiny_llama, dtype="bfloat16", lora=lora, optimizer=optimizer), Servers()
     with torch.no_grad():
-        for p in actor._parameters.values():
+        for p in actor.sharded.parameters.values():
             p.copy_(torch.ones_like(p))  # an adapter's zeros would show any step
     actor.connect_engine(servers, WeightLink("disk", tmp_path))
     actor.upload_weights()
-    before = [p.to_local().clone() for p in actor._parameters.values()]
+    before = [p.to_local().clone() for p in actor.sharded.parameters.values()]
     for seed in (1, 2):
         train_one_step(actor, random_batch(seed=seed))
         actor.upload_weights()
-    assert not all(torch.equal(p.to_local(), old) for p, old in zip(actor._parameters.values(), before, strict=True))
+    assert not all(
+        torch.equal(p.to_local(), old) for p, old in zip(actor.sharded.parameters.values(), before, strict=True)
+    )
     assert caplog.text.count("at learning rate 1e-05 moved none of") == 1  # said once
     if lora is None:  # as where the hub's names are not the model's: nothing is left that could tell
         train_one_step(actor, random_batch())
         with monkeypatch.context() as renamed, pytest.raises(WeightSyncError, match="changed nothing"):
-            renamed.setattr(actor, "_parameters", {f"own.{name}": p for name, p in actor._parameters.items()})
+            others = {f"own.{name}": p for name, p in actor.sharded.parameters.items()}
+            renamed.setattr(actor._upload, "sharded", dataclasses.replace(actor.sharded, parameters=others))
             actor.upload_weights()
     optimizer.lr = 0.1
     check_stale_copy(actor, monkeypatch)
@@ -151,7 +155,7 @@ def test_a_checkpoint_has_the_tokenizer_of_the_run(tiny_llama, tmp_path):
     saver = Saver(SaverConfig(freq_steps=1), RunFolder(tmp_path), tokenizer)
     folder = saver.maybe_save(1, 0, actor)
     assert AutoTokenizer.from_pretrained(folder).chat_template == other.chat_template
-    own = actor.hf_model.generation_config.eos_token_id
+    own = actor.sharded.hf_model.generation_config.eos_token_id
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [own, other.eos_token_id]
 
 

@@ -97,12 +97,12 @@ def trained(model, tmp_path, sleeps=False, **settings):
             actor.compute_advantages(batch)
             if sleeps:
                 actor.sleep()
-                assert all(not x.is_cuda for s in actor.optimizer.state.values() for x in s.values())
+                assert all(not x.is_cuda for s in actor.sharded.optimizer.state.values() for x in s.values())
                 actor.save_state(str(tmp_path))
                 actor.wake()
                 actor.load_state(str(tmp_path))
             actor.grpo_update(batch)
-            assert all(p.is_cuda != (settings.get("offload") == "all") for p in actor._parameters.values())
+            assert all(p.is_cuda != (settings.get("offload") == "all") for p in actor.sharded.parameters.values())
         return {name: tensor.clone() for name, tensor in actor.named_full_tensors(torch.float32)}
     finally:
         actor.destroy()

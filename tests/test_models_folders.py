@@ -139,7 +139,7 @@ def test_an_export_is_read_as_its_source_by_old_readers_and_new(folder, tmp_path
     generation = GenerationConfig.from_pretrained(out)
     assert (generation.temperature, generation.eos_token_id) == (0.6, [258, 259])
     again = started(FSDPEngine(actor_config(out), trainable=False))
-    assert again.hf_model.config.rope_parameters == engine.hf_model.config.rope_parameters
+    assert again.sharded.hf_model.config.rope_parameters == engine.sharded.hf_model.config.rope_parameters
     old, new = (AutoTokenizer.from_pretrained(f) for f in (folder, out))
     assert old.chat_template == new.chat_template and "rag" in new.chat_template
     assert old.get_vocab() == new.get_vocab() and old.special_tokens_map == new.special_tokens_map

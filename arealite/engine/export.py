@@ -1,4 +1,4 @@
-"""Whole tensors out of a sharded model: for the servers, and as a Hugging Face folder. For engine/fsdp_engine.py."""
+"""Whole tensors out of a sharded model: for the servers, and as a Hugging Face folder. For engine/sharded_model.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from arealite.api.atomic import new_folder
 from arealite.models.folder import read_config
-from arealite.weights.wire import write_adapter, write_tensors
+from arealite.weights.wire import SHARD_BYTES, write_adapter, write_tensors
 
 CODE_FILES = ("*.py",)  # of an architecture or a tokenizer that transformers does not have
 TOKENIZER_FILES = (
@@ -33,7 +33,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_tensors(
-    model: Any, dtype: torch.dtype, device: torch.device, name_of: Callable[[str], str | None] = lambda name: name
+    model: Any, dtype: torch.dtype, device: torch.device, name_of: Callable[[str], str | None]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, tensor in `dtype` on `device`) of a transformers model; a tied weight comes once, by its first
     name. `name_of`: a parameter's name in the checkpoint; None leaves it out.
@@ -59,6 +59,7 @@ def write_folder(
     dtype: torch.dtype,
     source: str,
     end_token: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a Hugging Face folder: weights, config, generation config, and the tokenizer files of `source`, whose
     `end_token` ends generation beside those of the model.
@@ -68,7 +69,7 @@ def write_folder(
     """
     try:
         with new_folder(Path(path)) as folder:
-            write_tensors(folder, tensors)
+            write_tensors(folder, tensors, shard_bytes)
             _write_configs(folder, model, dtype, end_token)
             _copy(model.config.name_or_path, CODE_FILES, folder)
             _copy(source, TOKENIZER_FILES, folder)

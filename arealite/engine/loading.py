@@ -1,6 +1,6 @@
 """A model built without memory for its weights, and a checkpoint from which each rank reads just its own shards.
 
-Called by engine/packed_model.py, which builds, and by engine/fsdp_engine.py, which fills the model once it is spread.
+Called by engine/packed_model.py, which builds, and by engine/sharded_model.py, which fills the model once it is spread.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Checkpoint:
         self._stored = stored_tensors(self.folder)
         if others := [f"{name} {t.dtype}" for name, t in self._stored.items() if t.dtype not in FLOATS]:
             raise ConfigError(
-                f"{len(others)} tensors are no plain floats ({_listed(others)}), so the checkpoint is quantised;"
+                f"{len(others)} tensors are no plain floats ({listed(others)}), so the checkpoint is quantised;"
                 " training needs the full weights: take the model it was made from"
             )
         self.hub_parts = hub_parts(model)  # the names that it would have on the hub, however this one is written

@@ -1,4 +1,5 @@
-"""LoRA (arXiv:2106.09685) by peft: trained adapters beside the frozen linear layers of a model. For fsdp_engine.py."""
+"""LoRA (arXiv:2106.09685) by peft: trained adapters beside the frozen linear layers of a model. For
+engine/sharded_model.py."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What the trainer keeps, and where: weights and moments on the accelerator or out of its way on the CPU, activations
-or what they are computed again from. Called by engine/fsdp_engine.py and what it calls.
+or what they are computed again from. Called by engine/sharded_model.py, engine/fsdp_engine.py and what they call.
 
 From a GPU tensors go into pinned memory, which PyTorch keeps for the next time, and come back out of it: all copies are
 under way at once, and waited for once.

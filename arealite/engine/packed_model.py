@@ -1,6 +1,6 @@
 """A Hugging Face model as the trainer calls it: packed tokens in, what its head says of the loss tokens out.
 
-Called by engine/fsdp_engine.py. The head is applied inside the module's forward, where FSDP has gathered its weight.
+Called by engine/sharded_model.py. The head is applied inside the module's forward, where FSDP has gathered its weight.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a checkpoint on the hub calls the tensors of a transformers model: the names that every server's loader knows.
 
 transformers keeps all experts of a layer in one tensor, `experts.gate_up_proj` [experts, 2 x intermediate, hidden];
-hub checkpoints, SGLang and vLLM have them one by one, `experts.7.gate_proj.weight`. Read by engine/checkpoint/ and by
-the native server.
+hub checkpoints, SGLang and vLLM have them one by one, `experts.7.gate_proj.weight`. Read by engine/loading.py,
+engine/sharded_model.py and the native server.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Prover:
         with engine(config) as actor:
             batch = steps.with_logprobs(self.batch, actor, self._rng())
             reference = take_step(actor, batch)
-            num_tokens = sum(len(m.tokens) for m in cut(batch, 1 << 40, actor.device, config.share_prompts))
+            num_tokens = sum(len(m.tokens) for m in cut(batch, 1 << 40, actor.mesh.device, config.share_prompts))
             for check, changes in packings(config, num_tokens, self.quick):
                 yield self._varied(check, actor, reference, config, changes)
             apart = {"logprobs": steps.logprob_distance(reference.logp, plain_logprobs(actor, batch))}
@@ -198,11 +198,13 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> Di
 def plain_logprobs(actor: FSDPPPOActor, batch: Batch) -> np.ndarray:
     """float32 [T] of the loss tokens: every sequence alone, through transformers' forward pass and its own attention.
     An adapter that has not been trained yet adds nothing."""
-    model = AutoModelForCausalLM.from_pretrained(actor.folder, dtype=actor.dtype, attn_implementation="sdpa")
-    model = model.to(actor.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        actor.sharded.folder, dtype=actor.sharded.dtype, attn_implementation="sdpa"
+    )
+    model = model.to(actor.mesh.device).eval()
     out = np.zeros(len(batch.tokens), np.float32)
     for begin, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
-        tokens = torch.from_numpy(batch.tokens[begin:end]).to(actor.device)
+        tokens = torch.from_numpy(batch.tokens[begin:end]).to(actor.mesh.device)
         with torch.no_grad():
             logp = (model(input_ids=tokens[None]).logits[0, :-1].float() / actor.temperature).log_softmax(-1)
         out[begin + 1 : end] = logp.gather(-1, tokens[1:, None])[:, 0].cpu().numpy()

@@ -98,7 +98,7 @@ def server(model: str, dtype: str) -> Iterator[str]:
 
 def check_rollouts(config: GRPOConfig, tasks: list[Task], prompt: Prompt, actor: FSDPPPOActor) -> list[Finding]:
     """`actor` computes in float32 at learning rate 0. Two findings: the steps, and the logprobs of both sides."""
-    with server(actor.folder, "float32") as address:
+    with server(actor.sharded.folder, "float32") as address:
         first, second = (_rollout(config, tasks, prompt, address, asynchronous) for asynchronous in (False, True))
     for batch in (first, second):
         if actor.needs_prox_logp or actor.config.kl_weight:
@@ -115,7 +115,7 @@ def check_rollouts(config: GRPOConfig, tasks: list[Task], prompt: Prompt, actor:
 
 def check_mismatch(config: GRPOConfig, tasks: list[Task], prompt: Prompt, actor: FSDPPPOActor) -> Finding:
     """Logprobs of both sides alone, in the actor's type."""
-    with server(actor.folder, actor.config.dtype) as address:
+    with server(actor.sharded.folder, actor.config.dtype) as address:
         batch = _rollout(config, tasks, prompt, address, asynchronous=False)
     return _mismatch(batch, actor.compute_logp(batch), actor)
 
@@ -140,7 +140,7 @@ def _rollout(config: GRPOConfig, tasks: list[Task], prompt: Prompt, address: str
 
 def _mismatch(batch: Batch, logp: np.ndarray, actor: FSDPPPOActor) -> Finding:
     mask = batch.loss_mask
-    by_kernels = actor.device.type == "cpu" and cpu.load() is not None
+    by_kernels = actor.mesh.device.type == "cpu" and cpu.load() is not None
     mean = float(np.abs(logp - batch.logprobs)[mask].mean())
     apart = {
         "logprobs": logprob_distance(np.where(mask, logp, 0), np.where(mask, batch.logprobs, 0)),

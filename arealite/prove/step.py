@@ -108,10 +108,10 @@ def take_step(actor: FSDPPPOActor, batch: Batch, reference: Step | None = None) 
     step = Step(batch)
 
     def look(*_: object) -> None:
-        for module in actor.model.modules():
+        for module in actor.sharded.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # the parameters with gradients are the sharded ones
-        for name, p in actor.hf_model.named_parameters():
+        for name, p in actor.sharded.hf_model.named_parameters():
             if not p.requires_grad or p.grad is None:
                 continue
             whole = (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).float().cpu()
@@ -125,9 +125,9 @@ def take_step(actor: FSDPPPOActor, batch: Batch, reference: Step | None = None) 
     mine = replace(batch)
     step.logp = actor.compute_logp(mine)
     actor.compute_advantages(mine)
-    assert actor.optimizer is not None and mine.advantages is not None
+    assert actor.sharded.optimizer is not None and mine.advantages is not None
     step.scale = float(np.abs(mine.advantages[batch.loss_mask]).mean()) if batch.loss_mask.any() else 0.0
-    hook = actor.optimizer.register_step_pre_hook(look)
+    hook = actor.sharded.optimizer.register_step_pre_hook(look)
     try:
         stats = actor.grpo_update(mine)
     finally:

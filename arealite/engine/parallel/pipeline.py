@@ -1,6 +1,6 @@
 """Pipeline parallelism: the layers of one model on stages of ranks, several micro-batches on their way through them.
 
-Called by engine/fsdp_engine.py; `over_stages` by engine/export.py.
+Called by engine/fsdp_engine.py and engine/sharded_model.py.
 """
 
 from __future__ import annotations

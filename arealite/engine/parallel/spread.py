@@ -1,4 +1,4 @@
-"""Spreads one Hugging Face model over the ranks; every dimension is a function. Called by engine/fsdp_engine.py."""
+"""Spreads one Hugging Face model over the ranks; every dimension is a function. Called by engine/sharded_model.py."""
 
 from __future__ import annotations
 
