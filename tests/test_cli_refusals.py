@@ -14,7 +14,7 @@ import yaml
 from arealite.api.errors import DatasetError
 from arealite.cli import main
 from arealite.launcher.child import first_error
-from arealite.models import hub
+from arealite.models.folder import find_on_hub
 
 SFT_ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 GOOD = {
@@ -203,9 +203,9 @@ def test_an_offline_hub_answers_fast(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     began = time.monotonic()
     with pytest.raises(DatasetError, match=r"owner/name is no local path, and http://127.0.0.1:9 does not answer"):
-        hub.find_on_hub("owner/name")
+        find_on_hub("owner/name")
     assert time.monotonic() - began < 10 and os.environ["HF_HUB_OFFLINE"] == "1" and constants.HF_HUB_OFFLINE
     (tmp_path / "models--owner--name").mkdir()
-    hub.find_on_hub("owner/name")  # a copy is there
+    find_on_hub("owner/name")  # a copy is there
     with pytest.raises(DatasetError, match="offline mode is set"):
-        hub.find_on_hub("owner/name", "dataset")
+        find_on_hub("owner/name", "dataset")

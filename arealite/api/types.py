@@ -176,6 +176,11 @@ class Batch:
         """Tokens per sequence, int64 [N]."""
         return np.diff(self.cu_seqlens)
 
+    @property
+    def owners(self) -> np.ndarray:
+        """The sequence of each token, int64 [T]."""
+        return np.repeat(np.arange(self.num_sequences), self.lengths)
+
     @classmethod
     def pack(cls, groups: list[Group], first_group_id: int = 0, num_groups: int | None = None) -> Batch:
         """Pack the `ok` trajectories of `groups`; group ids count from `first_group_id` in the order given."""

@@ -7,7 +7,7 @@ arguments. No T x T mask exists at any time.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +46,8 @@ class Layout:
 
     tree: PrefixTree
     device: torch.device
+    _blocks: dict[int | None, list[Block]] = field(default_factory=dict)
+    _runs: dict[int | None, TreeRuns] = field(default_factory=dict)
 
     @property
     def max_keys(self) -> int:
@@ -57,10 +59,6 @@ class Layout:
             self._blocks[window] = _blocks(self.tree, window or self.max_keys, self.device)
         return self._blocks[window]
 
-    @cached_property
-    def _blocks(self) -> dict[int | None, list[Block]]:
-        return {}
-
     def runs(self, window: int | None) -> TreeRuns:
         """For the compiled kernels; `window` as for blocks."""
         if window not in self._runs:
@@ -70,10 +68,6 @@ class Layout:
             runs = np.asarray([(starts[row] + stop - keys, keys, num) for num, keys, row, stop in found], np.int32)
             self._runs[window] = TreeRuns(runs, np.concatenate(self.tree.paths).astype(np.int32), window or 0)
         return self._runs[window]
-
-    @cached_property
-    def _runs(self) -> dict[int | None, TreeRuns]:
-        return {}
 
     @cached_property
     def varlen(self) -> tuple[torch.Tensor, PackedRows]:
@@ -238,13 +232,6 @@ def _attend(
     return torch.softmax(scores, -1).to(q.dtype), queries, keys, values
 
 
-def _kernels_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernels | None:
-    """The compiled kernels, where they can read these tensors."""
-    if not functions.fits(q, k, v) or q.shape[-1] % cpu.DIM_STEP or any(x.stride(-1) != 1 for x in (q, k, v)):
-        return None
-    return cpu.load()
-
-
 def tree_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -279,10 +266,11 @@ def tree_attention(
     num_padding = query.shape[2] - num_nodes
     q, k, v = (x[0, :, :num_nodes].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    is_readable = not q.shape[-1] % cpu.DIM_STEP and all(x.stride(-1) == 1 for x in (q, k, v))  # by compiled kernels
     if q.is_cuda and q.dtype != torch.float32:
         nodes, rows = tree_layout.varlen
         out = varlen_attention(q, gather(k, nodes), gather(v, nodes), rows, scale, window)
-    elif (compiled := _kernels_for(q, k, v)) is not None:
+    elif is_readable and functions.fits(q, k, v) and (compiled := cpu.load()) is not None:
         out = _CompiledAttention.apply(q, k, v, compiled, tree_layout.runs(window), scale)
     else:
         out = _TreeAttention.apply(q, k, v, tree_layout.blocks(window), scale)

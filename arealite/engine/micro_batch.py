@@ -95,8 +95,7 @@ def cut(
 
 def count_loss(batch: Batch, ranks: RankCollective) -> Denominators:
     """Tokens in the loss and sequences that have any, of all ranks. Collective."""
-    owner = np.repeat(np.arange(batch.num_sequences), batch.lengths)
-    counts = torch.tensor([int(batch.loss_mask.sum()), len(np.unique(owner[batch.loss_mask]))])
+    counts = torch.tensor([int(batch.loss_mask.sum()), len(np.unique(batch.owners[batch.loss_mask]))])
     return Denominators(*ranks.reduce(counts, "sum").tolist())
 
 
@@ -108,8 +107,8 @@ def columns_of(
     present: dict[str, np.ndarray] = {}
     for name in names:
         if (values := getattr(batch, name)) is not None:
-            values = np.repeat(values, batch.lengths) if name in PER_SEQUENCE else values
-            present[name] = values[micro.at].astype(np.float32, copy=False)
+            at = batch.owners[micro.at] if name in PER_SEQUENCE else micro.at
+            present[name] = values[at].astype(np.float32, copy=False)
     rows = on_device(np.stack(list(present.values())), device) if present else ()  # one copy
     return dict.fromkeys(names) | dict(zip(present, rows, strict=True))
 

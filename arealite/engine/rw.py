@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from arealite.algorithm.losses import Denominators, pair_loss
@@ -54,14 +53,9 @@ class FSDPRWEngine(FSDPEngine):
     def evaluate_rw(self, batch: Batch) -> dict[str, float]:
         """`loss`, `accuracy` and `margin` under the current weights, over all ranks. Collective."""
         over, mask = count_loss(batch, self.collective), batch.loss_mask
-        scores, groups, rewards = (
-            torch.from_numpy(x[mask])
-            for x in (
-                self.compute_values(batch),
-                np.repeat(batch.group_ids, batch.lengths),
-                np.repeat(batch.rewards, batch.lengths),
-            )
-        )
+        owner = batch.owners[mask]
+        columns = (self.compute_values(batch)[mask], batch.group_ids[owner], batch.rewards[owner])
+        scores, groups, rewards = map(torch.from_numpy, columns)
         loss, parts = rw_loss(None, scores, over=over, group_ids=groups, rewards=rewards)
         sums = torch.stack([loss, parts["accuracy"], parts["margin"]]).double()
         means = dict(zip(("loss", *parts), self.collective.reduce(sums, "sum").tolist(), strict=True))

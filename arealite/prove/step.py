@@ -274,7 +274,7 @@ def _spread_step(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding
     is_mine = batch.group_ids % dims.d == actor.mesh.share
     step = take_step(actor, batch.select(np.flatnonzero(is_mine)), reference)
     # Every rank has its share's logprobs, and its stage's gradients.
-    my_tokens, stage = np.repeat(is_mine, batch.lengths), actor.mesh.stage_rank
+    my_tokens, stage = is_mine[batch.owners], actor.mesh.stage_rank
     gathered = actor.collective.gather((my_tokens, step.logp, stage, (step.squared_distance, step.largest)))
     whole = np.zeros_like(reference.logp)
     for where, logp, *_ in gathered:

@@ -80,7 +80,7 @@ class MismatchGuard:
         """The sequences with the most fresh tokens, or new answers to their prompts; and after how many tokens an
         answer might end."""
         version, num_forced = rollout.get_version(), self._gconfig.min_new_tokens
-        owner = np.repeat(np.arange(batch.num_sequences), batch.lengths)
+        owner = batch.owners
         num_fresh = np.bincount(owner[fresh_tokens(batch, version, num_forced)], minlength=batch.num_sequences)
         probe = batch.select(np.argsort(-num_fresh, kind="stable")[:NUM_PROBE_SEQUENCES])
         if num_fresh.any() or not batch.num_sequences:

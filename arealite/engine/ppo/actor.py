@@ -127,7 +127,7 @@ class FSDPPPOActor(FSDPEngine):
         sum; batch.returns are filled too, with what the critic is to learn (from truncated answers as well).
         """
         config = self.config
-        mask, sequence_of = batch.loss_mask, owners(batch)
+        mask, sequence_of = batch.loss_mask, batch.owners
         owner = torch.from_numpy(sequence_of[mask])
         groups = torch.from_numpy(batch.group_ids)
         rewards = torch.from_numpy(batch.rewards)
@@ -163,8 +163,7 @@ class FSDPPPOActor(FSDPEngine):
 
     def _in_loss(self, batch: Batch) -> np.ndarray:
         """bool [T]: generated tokens, but for those of truncated answers where `mask_truncated` leaves them out."""
-        left_out = batch.truncated & self.config.mask_truncated
-        return batch.loss_mask & ~np.repeat(left_out, batch.lengths)
+        return batch.loss_mask & ~(batch.truncated & self.config.mask_truncated)[batch.owners]
 
     def _normalise(self, x: torch.Tensor, groups: torch.Tensor, norm: NormConfig) -> torch.Tensor:
         return normalise(x, groups, norm.mean, norm.std, norm.leave_one_out, norm.eps, self.collective.reduce)
@@ -185,7 +184,7 @@ class FSDPPPOActor(FSDPEngine):
         untrained: dict[str, str] = {}  # this rank's
 
         def note(part: Batch, update: Update | None) -> None:
-            kept = {part.task_ids[i] for i in np.unique(owners(part)[part.loss_mask])}
+            kept = {part.task_ids[i] for i in np.unique(part.owners[part.loss_mask])}
             why = CUT_OFF if config.mask_truncated else NOT_IN_LOSS
             untrained.update(dict.fromkeys(set(part.task_ids) - kept, why))
             if update is not None and update.skipped:
@@ -230,11 +229,6 @@ SOURCES = {
     "prox_logp": "batch.prox_logp = actor.compute_logp(batch)",
     "ref_logp": "batch.ref_logp = ref.compute_logp(batch)",
 }
-
-
-def owners(batch: Batch) -> np.ndarray:
-    """int64 [T]: the sequence of each token."""
-    return np.repeat(np.arange(batch.num_sequences), batch.lengths)
 
 
 def _spread(tokens: torch.Tensor, mask: np.ndarray) -> np.ndarray:
