@@ -204,7 +204,7 @@ def test_a_frozen_reference_scores_and_does_not_train(tiny_llama):
     ref = started(FSDPEngine(actor_config(tiny_llama), trainable=False))
     batch = random_batch()
     np.testing.assert_allclose(ref.compute_logp(batch), make(tiny_llama).compute_logp(batch), atol=1e-6)
-    assert not any(p.requires_grad for p in ref.model.parameters())
+    assert not any(p.requires_grad for p in ref.sharded.model.parameters())
 
 
 @pytest.mark.parametrize("layer", ["conv", "chunked_attention"])
