@@ -15,12 +15,14 @@ from arealite.api.errors import ConfigError
 from arealite.api.protocols import RolloutWorkflow
 from arealite.api.types import Group
 from arealite.dataset.loader import StatefulDataLoader, load_tasks
+from arealite.dataset.sources import read_rows
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import FSDPPPOActor, PolicyLoss, grpo_loss_fn
 from arealite.engine.ppo.critic import FSDPPPOCritic
 from arealite.engine.roles import Critic, Reference, TrainedTogether, Turns
 from arealite.evaluation.evaluator import Evaluator
 from arealite.launcher.allocation import AllocationMode, trainer_dims
+from arealite.reward.named import named_reward
 from arealite.reward.pool import RewardFunction
 from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine, RemotevLLMEngine
 from arealite.run import Evaluate, Run
@@ -110,7 +112,8 @@ class PPOTrainer:
     """One rank of a run: what it learns from, and the loop.
 
     Args:
-        reward_fn: what single-turn answers are worth (workflow/rlvr.py); not needed beside a `workflow`.
+        reward_fn: what single-turn answers are worth (workflow/rlvr.py); not needed beside a `workflow`, or where the
+            data set has a verifier of its own (dataset/catalog.py).
         should_accept: whether to train on a group; called on rank 0.
         workflow: makes what runs the episodes; or one object, which then runs those of held-out tasks as well.
         loss_fn: the loss of the policy, as in engine/ppo/actor.py.
@@ -129,7 +132,13 @@ class PPOTrainer:
         loss_fn: PolicyLoss = grpo_loss_fn,
     ) -> None:
         if workflow is None and reward_fn is None:
-            raise ConfigError("PPOTrainer was given neither a reward_fn nor a workflow: give one of them")
+            first = next(read_rows(config.train_dataset, config.seed), None)
+            if first is None or not first.verifier:
+                raise ConfigError(
+                    "PPOTrainer was given neither a reward_fn nor a workflow, and the data set names no verifier: give"
+                    " one of them"
+                )
+            reward_fn = named_reward
         if workflow is not None and not callable(workflow):
             _check_workflow(workflow)
         self.config = config

@@ -92,8 +92,10 @@ def test_statistics_of_a_workflow_are_logged_and_checked(head):
         assert (t.statistics == {"x": 3.0} and type(t.statistics["x"]) is float) if told is None else told in t.error
 
 
-def test_a_trainer_needs_a_reward_or_a_workflow(tiny_llama):
+def test_a_trainer_needs_a_reward_or_a_workflow(tiny_llama, tmp_path):
     config = GRPOConfig()
+    (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "1"}')
+    config.train_dataset.path = str(tmp_path / "rows.jsonl")
     config.actor.path = tiny_llama
     with pytest.raises(ConfigError, match="neither a reward_fn nor a workflow"):
         PPOTrainer(config)

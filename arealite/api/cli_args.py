@@ -57,7 +57,13 @@ class GenerationHyperparameters(Section):
 class DatasetConfig(Section):
     """Where tasks come from."""
 
-    path: str = setting("", "a JSONL / Parquet file, a folder of them, a hub id, or reasoning_gym:TASK", is_path=True)
+    path: str = setting(
+        "", "a JSONL / Parquet file, a folder, a name of the catalog, a hub id, or reasoning_gym:TASK", is_path=True
+    )
+    columns: dict[str, str] = setting(dict, "which column is what, such as question: problem; else by usual names")
+    malformed_rows: Literal["refuse", "skip"] = setting(
+        "refuse", "refuse a bad row, or leave it out, counted and shown"
+    )
     split: str = setting("train", "split of a hub data set")
     subset: str | None = setting(None, "configuration name of a hub data set (GSM8K: main)")
     params: dict[str, Any] = setting(dict, "parameters of a reasoning_gym task")

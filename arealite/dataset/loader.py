@@ -77,18 +77,27 @@ def load_tasks(
 ) -> list[Task]:
     """All tasks in the order of their rows, "r<row>" their ids; longer ones than `max_prompt_tokens`, and empty ones,
     are left out, counted and reported. `seed` matters for generated tasks only. A `reward_fn` whose argument `answer`
-    has no default needs an answer in each row; others may have rows without.
+    has no default needs an answer in each row; others may have rows without. One with an argument `verifier` is given
+    the name of what grades a row.
 
     Raises DatasetError: not found, a malformed row (file, line and column named), nothing left.
     """
     chat = tokenizer.chat_template is not None
-    needs_answer = reward_fn is not None and _needs_answer(reward_fn)
+    answer, verifier = (_argument(reward_fn, name) for name in ("answer", "verifier"))
+    needs_answer = answer is not None and answer.default is answer.empty
     check_variables(tokenizer, config.chat_template_kwargs, are_known=True)
 
     def made(row: Row) -> tuple[Task, int] | None:
         task = task_of(row, config, chat, needs_answer)
         if task is None:
             return None
+        if verifier is not None:  # reward/named.py
+            if not row.verifier:
+                raise DatasetError(
+                    f"{row.where}: nothing says how to grade answers: give the script a reward function, or the rows a"
+                    " column `verifier` with package.module:FUNCTION"
+                )
+            task.extras["verifier"] = row.verifier
         text = prompt_text(tokenizer, task)
         if task.messages is not None:
             check_shown(tokenizer, task.messages, text, **task.template_options)
@@ -102,12 +111,11 @@ def load_tasks(
     return tasks
 
 
-def _needs_answer(reward_fn: Callable[..., Any]) -> bool:
+def _argument(reward_fn: Callable[..., Any] | None, name: str) -> inspect.Parameter | None:
     try:
-        answer = inspect.signature(reward_fn).parameters.get("answer")
+        return None if reward_fn is None else inspect.signature(reward_fn).parameters.get(name)
     except (TypeError, ValueError):  # it does not tell its arguments
-        return False
-    return answer is not None and answer.default is answer.empty
+        return None
 
 
 class StatefulDataLoader(Generic[Drawn]):

@@ -28,6 +28,7 @@ ANSWER_COLUMNS = ("answer", "ground_truth", "solution")
 # Names under which a reward function gets other things: a column of that name cannot be passed on as an extra.
 RESERVED = ("prompt", "completion", "prompt_ids", "completion_ids", "answer")
 FINAL_ANSWER = re.compile(r"(?<!#)####(?!#)([^\n]*)\Z")  # GSM8K's last line; elsewhere it may be a heading
+BOXED = "\\boxed{"
 GROUPED = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")  # a number with commas between its thousands
 MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{(\s*[\"']content|[^{}]*[\"']role)[\"']\s*:")
 MAX_EXACT = 2**53  # integers up to here are exact as floats
@@ -49,12 +50,17 @@ def kept_rows(
     limit = vars(config)[limit_name]
     left_out: dict[str, list[str]] = {EMPTY: [], f"exceed {limit_name} ({limit})": []}
     empty, long = left_out.values()
+    malformed: list[str] = []
     shortest = math.inf
-    for row in read_rows(config, seed):
+    for row in read_rows(config, seed, malformed):
         try:
             made = make(row)
-        except PromptError as error:
-            raise DatasetError(f"{row.where}: {error}") from error
+        except (PromptError, DatasetError) as error:
+            fault = error if isinstance(error, DatasetError) else DatasetError(f"{row.where}: {error}")
+            if config.malformed_rows == "refuse":
+                raise fault from error
+            malformed.append(str(fault))
+            continue
         if made is None:
             empty.append(row.where)
         elif limit is not None and made[1] > limit:
@@ -63,7 +69,9 @@ def kept_rows(
         else:
             kept.append(made[0])
     reasons = "; ".join(f"{len(rows)} {why}, the first is {rows[0]}" for why, rows in left_out.items() if rows)
-    num_left_out = len(empty) + len(long)
+    if malformed:
+        reasons += f"{'; ' if reasons else ''}{len(malformed)} are malformed, the first is {malformed[0]}"
+    num_left_out = len(empty) + len(long) + len(malformed)
     if not kept:
         told = f"{reasons or 'it has no rows'}{f'; the shortest has {shortest} tokens' if long else ''}"
         raise DatasetError(f"data set {config.path!r} has nothing to use: {told}: check path, split and limits")
@@ -79,16 +87,22 @@ def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = Fa
     Looks for `messages`, then `question`, `problem` or `prompt` (text: the user message; a list, or its JSON:
     messages), then `text` (raw text that the model continues). With `chat` False (the tokenizer has no chat template)
     questions are raw text as well. The answer is `answer`, `ground_truth` or `solution`; where its last line has
-    GSM8K's "####", what follows that. All other columns become extras. Raises DatasetError naming file, row and column.
+    GSM8K's "####", what follows that; of a solution, what is in the last \\boxed{}. All other columns become
+    extras. Raises DatasetError naming file, row and column.
     """
     column, value = find_column(row, ("messages", *QUESTION_COLUMNS, "text"), "a question")
     answer_column, cell = find_column(row, ANSWER_COLUMNS, "an answer", is_needed=needs_answer)
+    if cell is None and row.values.get("task") == "math":  # AReaL's rows: some right answers, all equal
+        answer_column, cell = "solutions", next(iter(row.values.get("solutions") or []), None)
     answer = None if cell is None else text_of(row, answer_column, cell).strip()
     extras = extras_of(row, used=(column, answer_column))
     if answer is not None and (final := FINAL_ANSWER.search(answer)):
         extras.setdefault("solution", answer)
         answer = final[1].strip()
         answer = (answer.replace(",", "") if GROUPED.fullmatch(answer) else answer) or None
+    elif answer is not None and answer_column == "solution" and BOXED in answer:
+        extras.setdefault("solution", answer)
+        answer = last_box(answer)
     if value is None or (answer is None and needs_answer):
         return None
     messages: list[Message] | None = None
@@ -111,6 +125,16 @@ def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = Fa
         messages = with_system_message(row, messages, config.system_prompt)
     options = {} if messages is None else template_variables(row, config)
     return Task(f"r{row.number}", messages, prompt, answer, extras, options)
+
+
+def last_box(text: str) -> str | None:
+    """What the last \\boxed{} of a solution holds; None if that is nothing."""
+    text, depth = text.rpartition(BOXED)[2], 1
+    for i, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:i].strip() or None
+    return text.strip() or None
 
 
 def find_column(row: Row, names: tuple[str, ...], what: str, is_needed: bool = True) -> tuple[str, Any]:

@@ -19,6 +19,7 @@ from arealite.api.cli_args import DatasetConfig
 from arealite.api.config_rules import REASONING_GYM
 from arealite.api.errors import DatasetError
 from arealite.api.paths import is_local
+from arealite.dataset.catalog import CatalogEntry, entry_of, mapped, verifier_of
 from arealite.models.folder import find_on_hub
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -27,27 +28,50 @@ SAVED_MARKS = ("state.json", "dataset_dict.json")  # in a folder that datasets' 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: `number` counts from 0 over the whole source, `where` is "file:line" or "file row n"."""
+    """One row: `number` counts from 0 over the whole source, `where` is "file:line" or "file row n"; `verifier`: the
+    name of what grades answers to it, "" if nothing says so."""
 
     number: int
     where: str
     values: dict[str, Any]
+    verifier: str = ""
 
 
-def read_rows(config: DatasetConfig, seed: int) -> Iterator[Row]:
-    """The first `num_rows` rows of the configured source, in its own order. Raises DatasetError."""
+def read_rows(config: DatasetConfig, seed: int, skipped: list[str] | None = None) -> Iterator[Row]:
+    """The first `num_rows` rows of the configured source, in its own order. What is wrong with malformed ones goes to
+    `skipped` where `malformed_rows` is skip. Raises DatasetError."""
+    entry = entry_of(config.path)
+    columns = config.columns or (entry.columns if entry else {})
+    for number, (where, values) in enumerate(islice(_found(config, entry, seed), config.num_rows)):
+        fault = values if isinstance(values, DatasetError) else None
+        if fault is None and not isinstance(values, dict):
+            fault = DatasetError(f"{where}: found {type(values).__name__}, expected one mapping of columns per row")
+        if fault is None:
+            try:
+                named = mapped(values, columns, entry.left_out if entry else ()) if columns else values
+            except LookupError as error:
+                whose = "columns" if config.columns else f"{config.path}, as {entry.hub if entry else ''},"
+                fault = DatasetError(f"{where}: {whose} wants a column that is not there: {error.args[0]}")
+        if fault is None:
+            yield Row(number, where, named, verifier_of(config.path, values))
+        elif config.malformed_rows == "refuse":
+            raise fault
+        elif skipped is not None:
+            skipped.append(str(fault))
+
+
+def _found(config: DatasetConfig, entry: CatalogEntry | None, seed: int) -> Iterator[tuple[str, Any]]:
+    """Where each row is, and the row; or the DatasetError that says why it cannot be read."""
+    path = Path(config.path)
     if config.path.startswith(REASONING_GYM):
-        found = generated_rows(config, seed)
-    elif (path := Path(config.path)).exists():
-        found = local_rows(path, config.split)
-    elif is_local(config.path):
+        return generated_rows(config, seed)
+    if path.is_dir() and entry is not None and not any((path / name).is_file() for name in SAVED_MARKS):
+        return copied_rows(path, config, entry)
+    if path.exists():
+        return local_rows(path, config.split)
+    if is_local(config.path):
         raise DatasetError(f"data set {config.path!r} does not exist: give a JSONL / Parquet file or a folder of them")
-    else:
-        found = hub_rows(config)
-    for number, (where, values) in enumerate(islice(found, config.num_rows)):
-        if not isinstance(values, dict):
-            raise DatasetError(f"{where}: found {type(values).__name__}, expected one mapping of columns per row")
-        yield Row(number, where, values)
+    return hub_rows(config, entry)
 
 
 def local_rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
@@ -90,7 +114,7 @@ def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 fault = f"cannot be read ({str(error)[:80]}): mend the line"
             else:
                 continue
-            raise DatasetError(f"{where}: {fault}")
+            yield where, DatasetError(f"{where}: {fault}")
 
 
 def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -119,13 +143,36 @@ def saved_rows(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
     yield from ((f"{folder} row {number}", values) for number, values in enumerate(rows))
 
 
-def hub_rows(config: DatasetConfig) -> Iterator[tuple[str, Any]]:
-    find_on_hub(config.path, "dataset")
+def copied_rows(folder: Path, config: DatasetConfig, entry: CatalogEntry) -> Iterator[tuple[str, Any]]:
+    """Rows of a local copy of a known data set, in the hub's layout."""
+    split, subset = entry.split(config.split), config.subset or entry.subset
+    if entry.files:
+        for file in sorted(folder.glob(entry.files)):
+            yield from jsonl_rows(file)
+        return
+    where = {"data_dir": subset} if subset and (folder / subset).is_dir() else {}
+    yield from _loaded(f"{folder} (split {split})", str(folder), split=split, **where)
+
+
+def hub_rows(config: DatasetConfig, entry: CatalogEntry | None) -> Iterator[tuple[str, Any]]:
+    """Rows of the hub's copy, also of those in its cache."""
+    if entry is None:
+        path, subset, split = config.path, config.subset, config.split
+    else:
+        path, subset, split = entry.hub, config.subset or entry.subset, entry.split(config.split)
+    find_on_hub(path, "dataset")
+    named = f"{path} (subset {subset}, split {split})"
+    if entry is not None and entry.files:  # its script is not run
+        yield from _loaded(named, "json", data_files=f"hf://datasets/{path}/{entry.files}", split="train")
+    else:
+        yield from _loaded(named, path, subset, split=split)
+
+
+def _loaded(named: str, *place: str | None, **options: Any) -> Iterator[tuple[str, Any]]:
     import datasets
 
-    named = f"{config.path} (subset {config.subset}, split {config.split})"
     try:
-        rows = datasets.load_dataset(config.path, config.subset, split=config.split)
+        rows = datasets.load_dataset(*place, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DatasetError(
             f"data set {named} is neither a local file or folder nor found on the hub: {str(error).strip()[:500]}."

@@ -25,6 +25,7 @@ from arealite.api.load_config import Reader, load_config_file
 from arealite.api.paths import expand
 from arealite.api.protocols import RolloutWorkflow
 from arealite.api.types import Task, as_record
+from arealite.dataset.catalog import entry_of
 from arealite.dataset.loader import load_tasks, load_tokenizer
 from arealite.dataset.prompts import prompt_of
 from arealite.evaluation.asking import AskedModel, describe_server
@@ -62,6 +63,7 @@ OVERRIDE = re.compile(r"[a-z_][\w.]*=")
 ADDRESS = re.compile(r"https?://\S+|[\w.-]+:\d+|\[[\da-fA-F:]+\]:\d+")
 NO_TERMINAL_WIDTH = 100
 DEFAULTS = ("server.deterministic=true", "rollout.max_concurrent_rollouts=256")  # where nobody says otherwise
+NAMED_REWARD = "arealite.reward.named:named_reward"  # as the data sets say
 MAX_CHANGES_SHOWN = 10
 END = """examples:
   arealite eval smollm2-135m --tasks examples/arealite/addition/test.jsonl \\
@@ -95,7 +97,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--n", type=int, metavar="N", help="answers per problem; default: eval_gconfig.n_samples")
     add("--until-decided", action="store_true", help="of two models: stop when it is clear which is better")
     add("--config", type=expand, metavar="YAML", help="prompts, sampling and servers as in this run")
-    add("--reward", metavar="MODULE:FUNCTION", help="what grades the answers; or FILE.py:FUNCTION")
+    add("--reward", metavar="MODULE:FUNCTION", help="what grades; or FILE.py:FUNCTION; default: the data set's")
     add(
         "--difficulty",
         metavar="COLUMN",
@@ -248,6 +250,8 @@ def config_of(given: argparse.Namespace, folder: str, path: str) -> GRPOConfig:
         before.append("train_dataset.path=unused")
     if path:
         before.append(f"valid_dataset.path={path}")
+        if (entry := entry_of(path)) and "test" in entry.splits and "valid_dataset.split" not in said:
+            before.append("valid_dataset.split=test")
     if given.n is not None:
         before.append(f"eval_gconfig.n_samples={given.n}")
         if given.n > 1 and not given.config:
@@ -268,10 +272,9 @@ def dataset_of(config: GRPOConfig) -> DatasetConfig:
 
 
 def reward_of(name: str | None) -> tuple[RewardFunction, dict[str, str]]:
-    """The function that `--reward` names; and what it is known by: its name, and a digest of its code. Raises
-    ConfigError."""
-    if name is None:
-        raise ConfigError("nothing says how to grade: give --reward MODULE:FUNCTION or FILE.py:FUNCTION")
+    """The function that `--reward` names, else that which the rows name; and what it is known by: its name, and a
+    digest of its code. Raises ConfigError."""
+    name = name or NAMED_REWARD
     found = find_reward(name)
     place, colon, function = name.partition(":")
     is_file = place.endswith(".py")
@@ -335,6 +338,8 @@ def reverify_run(folder: RunFolder, reward: str | None) -> None:
     steps = sorted(folder.evaluation_dir.glob("step_*.jsonl"))
     if not steps:
         raise ConfigError(f"{folder.root} holds no evaluation: give a folder with answers.jsonl, or that of a run")
+    if reward is None:
+        raise ConfigError("nothing says how to grade: give --reward MODULE:FUNCTION or FILE.py:FUNCTION")
     reward_fn, _ = reward_of(reward)
     for path in steps:
         stored = []

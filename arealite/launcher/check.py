@@ -20,6 +20,7 @@ from arealite.api.config_rules import REASONING_GYM, lengths
 from arealite.api.errors import ConfigError, DatasetError
 from arealite.api.load_config import load_run_config, to_yaml
 from arealite.api.paths import is_local
+from arealite.dataset.catalog import described, hub_id
 from arealite.dataset.examples import check_row
 from arealite.dataset.rows import task_of
 from arealite.dataset.sources import read_rows
@@ -65,6 +66,7 @@ def check(config_path: str, overrides: list[str], explained: bool) -> str:
         ("machine", f"{machine.name}: {len(machine.cores)} cores, {len(machine.gpus)} GPUs, {num_bytes} available"),
         *([] if machine.gpus else [("CPU kernels", build.expectation())]),
         ("wiring", f"{plan.allocation}: {wiring(plan, config)}"),
+        *(("data", line) for line in sources_told(config, rows)),
         ("steps", steps(config, rows.get("train_dataset"))),
         *([("staleness", staleness(config))] if isinstance(config, GRPOConfig) else []),
         *(("WARNING", warning) for warning in warnings(config, rows)),
@@ -76,6 +78,14 @@ def check(config_path: str, overrides: list[str], explained: bool) -> str:
         "MEMORY (estimated peaks, meant to be within 20%)": memory(plan, config, machine, width),
     }
     return "\n\n".join("\n".join([title, *indented(lines)]) for title, lines in sections.items())
+
+
+def sources_told(config: RunConfig, rows: dict[str, int]) -> Iterator[str]:
+    """What each data set is: where it lies, its columns, rows and verifier."""
+    for name, source in {"train_dataset": config.train_dataset, "valid_dataset": config.valid_dataset}.items():
+        if source is not None:
+            known = f"; {rows[name]} rows" if name in rows else ""
+            yield f"{name}: {described(source.path, source.columns)}{known}"
 
 
 def note_on(model: str) -> str:
@@ -232,7 +242,7 @@ def inspect(config: RunConfig, starts: bool) -> tuple[str, dict[str, int]]:
             elif is_local(source.path):
                 rows[name] = count_rows(source, config, has_chat_template(folders["tokenizer_path"]))
             elif starts:
-                find_on_hub(source.path, "dataset")
+                find_on_hub(hub_id(source.path), "dataset")
         except DatasetError as error:
             problems.append(f"{name}: {error}")
     model = folders[f"{key}.path"]
