@@ -203,11 +203,15 @@ def generator(recipe: str) -> Any:
     """The task generator of a JSON recipe {name, size, seed, parameters}; one per process and recipe."""
     try:
         import reasoning_gym
+        from reasoning_gym.composite import DatasetSpec
     except ImportError:
         raise DatasetError(f"{REASONING_GYM} tasks need the package: pip install 'arealite[quickstart]'") from None
     parameters = json.loads(recipe)
     name = parameters.pop("name")
     try:
+        if name == "composite":  # a mixture of tasks: its parts are records in the package, mappings in JSON and YAML
+            parts = parameters.get("datasets", [])
+            parameters["datasets"] = [DatasetSpec(**({"weight": 1.0, "config": {}} | part)) for part in parts]
         return reasoning_gym.create_dataset(name, **parameters)
     except (ValueError, TypeError, AssertionError) as error:
         raise DatasetError(f"reasoning_gym cannot make task {name!r} with {parameters}: {error}") from None
