@@ -192,7 +192,12 @@ class Recording:
         (t,) = trajectories
         if t.status in ("ok", "reward_error"):
             written = [token for token, is_own in zip(t.tokens, t.loss_mask, strict=True) if is_own]
-            grade = (t.reward, t.reward_parts, last_line(t.error), [version for version, _ in version_spans(t)])
+            grade = (
+                t.reward,
+                t.reward_parts,
+                last_line(t.error) if t.error else "",
+                [version for version, _ in version_spans(t)],
+            )
             self._sheet.add(GradedAnswer(problem.task.id, sample, t.completion_text, written, t.finish_reason, *grade))
         return trajectories
 

@@ -79,6 +79,13 @@ def _root(found: re.Match[str]) -> str:
     return rf"\sqrt{{{next(group for group in found.groups() if group is not None)}}}"
 
 
+def _repeating(found: re.Match[str]) -> str:
+    """0.1(23)... as a fraction."""
+    whole, once, again = found[1] or "0", found[2], found[3]
+    bottom = (10 ** len(again) - 1) * 10 ** len(once)
+    return rf"\frac{{{int(whole + once + again) - int(whole + once)}}}{{{bottom}}}"
+
+
 SPELLINGS: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(pattern), spelling)
     for pattern, spelling in (
@@ -89,7 +96,7 @@ SPELLINGS: list[tuple[re.Pattern[str], Any]] = [
         (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-        (r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\{(?:[^{}]|\{[^{}]*\})*\})\s*(\d)", r"\\frac\1{\2}"),
         (r"\\frac\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}", r"\\frac{\1}{\2}"),
         (r"\{,\}", ","),
         (r"\\(?:text|textbf|mathrm|mbox|mathbf|textit|operatorname|mathit|textrm)\s*\{([^{}]*)\}", r" \1 "),
@@ -104,6 +111,10 @@ SPELLINGS: list[tuple[re.Pattern[str], Any]] = [
         (r"±", r"\\pm "), (r"∈", r"\\in "), (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\l?vert|\\r?vert", "|"),
         (r"\\begin\{[bvB]matrix\}", r"\\begin{pmatrix}"), (r"\\end\{[bvB]matrix\}", r"\\end{pmatrix}"),
         (r"(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan)(?=[\s({\d^_])", r"\\\1"),
+        (r"\\(sin|cos|tan|cot|sec|csc)\s*[({]?\s*(\d+(?:\.\d+)?)\s*°\s*[)}]?", r"\\\1(\\frac{\2\\pi}{180})"),
+        (r"(\d*)\.(\d*)\\overline\s*\{\s*(\d{1,20})\s*\}", _repeating),
+        (r"(?<![\w.,])\d{1,3}(?: \d{3})+(?![\w,])", lambda number: number[0].replace(" ", "")),
+        (r"(?i)\b(?:one|a)[- ]half\b", "1/2"), (r"(?i)\bone[- ]third\b", "1/3"), (r"(?i)\bone[- ]quarter\b", "1/4"),
         (r"\*\*", "^"), (r"(?<=[\w)}])\s*\*\s*(?=[\w(\\{])", r" \\cdot "), (r"\s+\^", "^"), (r"[ \t\n]+", " "),
     )
 ]  # fmt: skip
