@@ -33,16 +33,20 @@ def sandbox(request):
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    """What programs must not get at: a file, a process, a port, an environment variable."""
+    """What programs must not get at: a file, processes, a port, a mailbox, an environment variable."""
     secret = secrets.token_hex(16)
     file = tmp_path_factory.mktemp("host") / "secret.txt"
     file.write_text(secret)
     os.environ["AREALITE_SECRET"] = secret
     victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    mailbox.bind(f"\0{secret}-mailbox")
+    with socket.create_server(("127.0.0.1", 0)) as server, mailbox:
         server.setblocking(False)
+        mailbox.setblocking(False)
         yield {
-            "secret": secret, "secret_file": file, "victim": victim, "server": server, "port": server.getsockname()[1]
+            "secret": secret, "secret_file": file, "victim": victim, "server": server, "port": server.getsockname()[1],
+            "status": file.stat(), "mailbox": mailbox, "cores": os.sched_getaffinity(0),
         }  # fmt: skip
     del os.environ["AREALITE_SECRET"]
     victim.kill()
@@ -55,6 +59,7 @@ def filled(program, host):
         "victim": host["victim"].pid,
         "port": host["port"],
         "checker": os.getpid(),
+        "mailbox": host["mailbox"].getsockname()[1:].decode(),
     }
     for name, value in known.items():
         program = program.replace(f"{{{name}}}", str(value))
@@ -64,6 +69,11 @@ def filled(program, host):
 def unharmed(host):
     assert host["victim"].poll() is None
     assert host["secret_file"].read_text() == host["secret"]
+    status, before = host["secret_file"].stat(), host["status"]
+    assert (status.st_mode, status.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+    assert os.sched_getaffinity(0) == host["cores"]
+    with pytest.raises(BlockingIOError):
+        host["mailbox"].recv(10)
     with pytest.raises(BlockingIOError):
         host["server"].accept()
 

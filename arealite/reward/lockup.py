@@ -38,9 +38,20 @@ CALLS = {
     "userfaultfd": (323, 282), "vfork": (58, None), "clock_settime": (227, 112), "clock_adjtime": (305, 266),
     "adjtimex": (159, 171), "inotify_init1": (294, 26), "sched_setattr": (314, 274), "sched_setscheduler": (144, 119),
     "ioprio_set": (251, 30), "setpriority": (141, 140), "mlock": (149, 228), "mlock2": (325, 284),
-    "mlockall": (151, 230),
+    "mlockall": (151, 230), "sched_setaffinity": (203, 122), "sched_setparam": (142, 118), "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    # Of files, what Landlock has no rule for (landlock(7), "Current limitations"): an owner's rights reach everywhere.
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
+    "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
+    "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    "setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469), "truncate": (76, 45),
 }  # fmt: skip
 CLONE, KILL, TKILL, TGKILL, PRLIMIT = (56, 220), (62, 129), (200, 130), (234, 131), (302, 261)
+FCNTL, IOCTL, PRCTL, SOCKETPAIR = (72, 25), (16, 29), (157, 167), (53, 199)
+# Commands that have the kernel send a signal to any process of the same user: F_SETOWN, F_SETSIG, F_SETOWN_EX, and
+# FIOSETOWN, SIOCSPGRP. A program that outlives its supervisor: PR_SET_PDEATHSIG.
+SIGNALLING = (8, 10, 15), (0x8901, 0x8902)
 CLONE_THREAD, CLONE_NEW = 0x00010000, 0x7E020000
 EPERM, ENOSYS = 1, 38
 LOAD, EQUAL, SET, GREATER, RETURN = 0x20, 0x15, 0x45, 0x25, 0x06
@@ -81,6 +92,15 @@ def system_call_filter(pid: int) -> bytes:
         (RETURN, 0, 0, refuse(EPERM)),
     ]  # fmt: skip
     when(PRLIMIT, only_read)
+    for call, offset, commands in (
+        (FCNTL, 24, SIGNALLING[0]),
+        (IOCTL, 24, SIGNALLING[1]),
+        (PRCTL, 16, (PR_SET_PDEATHSIG,)),
+    ):
+        refused = [(EQUAL, len(commands) - place, 0, command) for place, command in enumerate(commands)]
+        when(call, [(LOAD, 0, 0, offset), *refused, (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, refuse(EPERM))])
+    streams = [(LOAD, 0, 0, low + 8), (SET, 0, 1, 6), (RETURN, 0, 0, refuse(EPERM)), (RETURN, 0, 0, ALLOW)]
+    when(SOCKETPAIR, streams)  # a pair of datagram sockets can send to any address
     lines.append((RETURN, 0, 0, ALLOW))
     return b"".join(struct.pack("HBBI", *line) for line in lines)
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import builtins
 import importlib
 import io
+import itertools
 import json
+import math
 import os
 import random
 import select
@@ -240,7 +242,8 @@ class SandboxSupervisor:
                 continue
             run = self.running.pop(pid)
             os.close(run.pidfd)
-            shutil.rmtree(run.folder, ignore_errors=True)
+            if os.path.isdir(run.folder):
+                remove(run.folder)
             report = {
                 "id": run.number,
                 "code": os.waitstatus_to_exitcode(status),
@@ -250,17 +253,35 @@ class SandboxSupervisor:
             self.control.sendall(json.dumps(report).encode())
 
 
-def used_bytes(folder: str) -> int:
-    total = 0
-    try:
-        for entry in os.scandir(folder):
-            status = entry.stat(follow_symlinks=False)
-            total += 4096 + status.st_blocks * 512
-            if entry.is_dir(follow_symlinks=False):
-                total += used_bytes(entry.path)
-    except OSError:
-        pass  # it is being changed, or is not there yet
+def used_bytes(folder: str) -> float:
+    """Bytes on the disk of all within; infinite where it cannot be counted (paths beyond the system's length)."""
+    total, folders = 0, [folder]
+    while folders:
+        try:
+            for entry in os.scandir(folders.pop()):
+                status = entry.stat(follow_symlinks=False)
+                total += 4096 + status.st_blocks * 512
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+        except FileNotFoundError:
+            pass  # it is being changed, or is not there yet
+        except OSError:
+            return math.inf
     return total
+
+
+def remove(folder: str) -> None:
+    """A folder and all within, however deep: what is in a folder within is moved up before that is removed."""
+    numbers = itertools.count()
+    while entries := list(os.scandir(folder)):
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            for inner in list(os.scandir(entry.path)):
+                os.rename(inner.path, os.path.join(folder, f".moved {next(numbers)}"))
+            os.rmdir(entry.path)
+    os.rmdir(folder)
 
 
 def main() -> None:

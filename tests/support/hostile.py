@@ -88,6 +88,12 @@ QUICK = {
     "stop parent": "import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)",
     "signal by queue": "import ctypes, os\nprint(ctypes.CDLL(None).sigqueue(os.getppid(), 9, 0))",
     "signal by pidfd": "import os, signal\nsignal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
+    "signal by a pipe's owner": (
+        "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, {victim})\nfcntl.fcntl(r, 10, 9)\n"
+        "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')"
+    ),
+    "cores of the checker": "import os\nos.sched_setaffinity({checker}, {0})",
+    "outliving the parent": "import ctypes\nprint(ctypes.CDLL(None).prctl(1, 0, 0, 0, 0))",
     "thread kill": "import ctypes, os\nprint(ctypes.CDLL(None).syscall(200, os.getppid(), 9))",
     "trace parent": "import ctypes, os\nprint(ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0))",
     "trace process 1": "import ctypes\nprint(ctypes.CDLL(None).ptrace(16, 1, 0, 0))",
@@ -135,6 +141,11 @@ QUICK = {
     "write to /": "open('/x', 'w').write('x')",
     "write to /dev/shm": "open('/dev/shm/x', 'w').write('x' * 1000)",
     "remove all": "import shutil\nshutil.rmtree('/', ignore_errors=True)",
+    "mode of the secret file": "import os\nos.chmod('{secret_file}', 0o777)",
+    "times of the secret file": "import os\nos.utime('{secret_file}', (0, 0))",
+    "truncated secret file": "import os\nos.truncate('{secret_file}', 0)",
+    "deep folders": "import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')",
+    "folder that cannot be read": "import os\nopen('x', 'wb').write(b'x' * 100000)\nos.chmod('.', 0)",
     "symlink out": "import os\nos.symlink('{secret_file}', 'link')\nprint(open('link').read())",
     "hard link out": "import os\nos.link('{secret_file}', 'link')\nprint(open('link').read())",
     "up and out": "print(open('../' * 30 + '{secret_file}'.lstrip('/')).read())",
@@ -150,6 +161,9 @@ QUICK = {
     "name service": "import socket\nprint(socket.gethostbyname('example.com'))",
     "http": "import urllib.request\nprint(urllib.request.urlopen('http://127.0.0.1:{port}').read())",
     "abstract socket": "import socket\ns = socket.socket(socket.AF_UNIX)\ns.bind('\\0x')",
+    "datagram to the host": (
+        "import socket\na, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\na.sendto(b'out', '\\0{mailbox}')"
+    ),
     "listen": "import socket\nsocket.create_server(('127.0.0.1', 0))",
     "raw socket": "import ctypes\nprint(ctypes.CDLL(None).syscall(41, 17, 3, 0))",
     "io_uring": "import ctypes\nprint(ctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(120)))",
