@@ -41,12 +41,14 @@ def host(tmp_path_factory):
     victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     mailbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     mailbox.bind(f"\0{secret}-mailbox")
-    with socket.create_server(("127.0.0.1", 0)) as server, mailbox:
+    with socket.create_server(("127.0.0.1", 0)) as server, mailbox, socket.socket(type=socket.SOCK_DGRAM) as udp:
+        udp.bind(server.getsockname())
+        udp.setblocking(False)
         server.setblocking(False)
         mailbox.setblocking(False)
         yield {
             "secret": secret, "secret_file": file, "victim": victim, "server": server, "port": server.getsockname()[1],
-            "status": file.stat(), "mailbox": mailbox, "cores": os.sched_getaffinity(0),
+            "status": file.stat(), "mailbox": mailbox, "udp": udp, "cores": os.sched_getaffinity(0),
         }  # fmt: skip
     del os.environ["AREALITE_SECRET"]
     victim.kill()
@@ -72,8 +74,9 @@ def unharmed(host):
     status, before = host["secret_file"].stat(), host["status"]
     assert (status.st_mode, status.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
     assert os.sched_getaffinity(0) == host["cores"]
-    with pytest.raises(BlockingIOError):
-        host["mailbox"].recv(10)
+    for receiver in (host["mailbox"], host["udp"]):
+        with pytest.raises(BlockingIOError):
+            receiver.recv(10)
     with pytest.raises(BlockingIOError):
         host["server"].accept()
 

@@ -93,7 +93,6 @@ QUICK = {
         "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')"
     ),
     "cores of the checker": "import os\nos.sched_setaffinity({checker}, {0})",
-    "outliving the parent": "import ctypes\nprint(ctypes.CDLL(None).prctl(1, 0, 0, 0, 0))",
     "thread kill": "import ctypes, os\nprint(ctypes.CDLL(None).syscall(200, os.getppid(), 9))",
     "trace parent": "import ctypes, os\nprint(ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0))",
     "trace process 1": "import ctypes\nprint(ctypes.CDLL(None).ptrace(16, 1, 0, 0))",
