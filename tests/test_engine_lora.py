@@ -44,7 +44,7 @@ def nll(actor_or_model, batch):
     if isinstance(actor_or_model, FSDPPPOActor):
         total = 0.0
         for micro in actor_or_model._micro_batches(batch, "test"):
-            logp, _ = actor_or_model.model(micro, 1.0)
+            logp, _ = actor_or_model.sharded.model(micro, 1.0)
             loss = -logp.sum()
             loss.backward()
             total += float(loss.detach())

@@ -95,8 +95,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                     view = opened.get_slice(name)
                     tensors[name] = StoredTensor(folder / file, list(view.get_shape()), view.get_dtype())
         except (OSError, SafetensorError) as error:
+            why = str(error).replace(str(folder / file), file)
             raise ConfigError(
-                f"{folder} has no whole file {file} ({error}): fetch it again, `git lfs pull` where the folder was"
+                f"{folder} has no whole file {file} ({why}): fetch it again, `git lfs pull` where the folder was"
                 " cloned"
             ) from error
     return tensors
