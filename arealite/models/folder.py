@@ -97,8 +97,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         except (OSError, SafetensorError) as error:
             why = str(error).replace(str(folder / file), file)
             raise ConfigError(
-                f"{folder} has no whole file {file} ({why}): fetch it again, `git lfs pull` where the folder was"
-                " cloned"
+                f"{folder} has no whole file {file} ({why}): fetch it again, `git lfs pull` where the folder was cloned"
             ) from error
     return tensors
 
