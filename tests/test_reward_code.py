@@ -255,6 +255,13 @@ def test_what_is_no_value_is_refused(bad):
         decode(bad)
 
 
+def test_all_tests_together_have_a_limit(sandbox):
+    row = {"input_output": {"inputs": ["1"] * 9, "outputs": ["1"] * 9}}
+    slow = "import time\ntime.sleep(0.3)\nprint(input())"
+    verdict = grade(problem_of(row), slow, sandbox, whole_limit_s=1.0)
+    assert verdict.reason == "timeout" and 0 < verdict.num_passed < 9
+
+
 def test_batches_of_test_cases():
     rows = {"a": {"input_output": {"inputs": list("12345"), "outputs": list("12345")}}}
     assert [len(p.tests) for p in load_problems_with_testcase_batch(rows, ["a"], test_case_batch_size=2)["a"]] == [

@@ -11,14 +11,15 @@ import logging
 import os
 import re
 import secrets
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from functools import partial
-from math import isclose
+from math import inf, isclose
 from typing import Any, Literal
 
 from arealite.api.errors import RewardError
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?", re.ASCII)
 RELATIVE = 1e-6  # of numbers that are printed with a fraction or an exponent
 MAX_SHOWN = 300  # characters of an error
+WHOLE_LIMIT_S = 10.0  # of a reward: below rollout.reward_timeout_s, so that a slow program is a zero and no error
 
 Reason = Literal["passed", "no code", "wrong answer", "timeout", "crash", "output", "files"]
 
@@ -46,13 +48,21 @@ class Verdict:
     sandbox: str = ""
 
 
-def grade(problem: CodeProblem, program: str, sandbox: Sandbox | RemoteSandbox) -> Verdict:
-    """Run the tests until the first that fails. Raises SandboxError: nothing is known about the program."""
+def grade(problem: CodeProblem, program: str, sandbox: Sandbox | RemoteSandbox, whole_limit_s: float = inf) -> Verdict:
+    """Run the tests until the first that fails, or until all have taken `whole_limit_s` together, which is a timeout.
+
+    Raises SandboxError: nothing is known about the program.
+    """
     verdict = partial(Verdict, num_tests=len(problem.tests), sandbox=sandbox.kind)
     if not program.strip():
         return verdict("no code", 0)
     whole = _whole(problem, program)
+    deadline = time.monotonic() + whole_limit_s
     for number, (given, expected) in enumerate(problem.tests):
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return verdict("timeout", number, told=f"all tests together may take {whole_limit_s:g} s")
+        problem = replace(problem, limits=replace(problem.limits, limit_s=min(problem.limits.limit_s, left_s)))
         if problem.kind == "stdin":
             ended = sandbox.run(whole, str(given).encode(errors="replace"), problem.limits)
             reason, told = _failure(ended)
@@ -83,7 +93,7 @@ def code_reward(
         ValueError: the row has no tests that can be read.
         SandboxError: there is no sandbox, or it broke.
     """
-    verdict = grade(problem_of(row), extract_program(completion), _sandbox_of_process())
+    verdict = grade(problem_of(row), extract_program(completion), _sandbox_of_process(), WHOLE_LIMIT_S)
     reasons = ("passed", "wrong answer", "timeout", "crash", "output", "files", "no code")
     parts = {reason.replace(" ", "_"): float(verdict.reason == reason) for reason in reasons}
     return {"reward": parts["passed"], **parts}
