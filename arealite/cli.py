@@ -28,6 +28,8 @@ COMMANDS = {
     server and trainer take turns
   arealite run train.py --config run.yaml allocation_mode=sglang:d4+fsdp:d4
     eight GPUs
+  arealite run train.py --config run.yaml --dry-run
+    which processes would lie on which node, and why; start nothing
 
 exit codes:
   0  done
@@ -105,7 +107,7 @@ def dispatch(words: list[str]) -> int:
 
         return evaluate(words[1:], RLVRWorkflow)
     given = parse(words)
-    if given.command == "run":
+    if given.command == "run" and not given.dry_run:
         from arealite.launcher.local import run
 
         return run(given.script, given.config, given.overrides)
@@ -117,10 +119,11 @@ def dispatch(words: list[str]) -> int:
         from arealite.reward.audit import find_reward, report
 
         return report(find_reward(given.function), given.rows, given.num_rows, given.limit_s, given.json)
-    if given.command == "check":
+    if given.command in ("check", "run"):
         from arealite.launcher.check import check
 
-        answer = check(given.config, given.overrides, given.explain)
+        is_check = given.command == "check"
+        answer = check(given.config, given.overrides, is_check and given.explain, *([] if is_check else [given.script]))
     elif given.command == "init":
         answer = init(Path(given.folder))
     else:
@@ -169,6 +172,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         for name, (what, end) in COMMANDS.items()
     }
     add["run"]("script", type=expand, help="the training script")
+    add["run"]("--dry-run", action="store_true", help="show what `arealite check` shows, and start nothing")
     add["run"]("--config", type=expand, required=True, metavar="YAML", help="the configuration")
     add["check"]("config", type=expand, metavar="YAML", help="the configuration")
     add["check"]("--explain", action="store_true", help="document every field")

@@ -224,7 +224,7 @@ def trainer_env(model: str) -> dict[str, str]:
     from arealite.launcher.plan import make_plan
 
     config = GRPOConfig(allocation_mode="native:d1|fsdp:d1")
-    plan = make_plan(config, Machine.local(config.cluster), model, ["script.py"])
+    plan = make_plan(config, [Machine.local(config.cluster)], model, ["script.py"])
     return {**os.environ, **plan.trainers[0].env, "MASTER_PORT": "0"}
 
 

@@ -87,7 +87,7 @@ CASES = [
     ("rollout.reward_timeout_s=0", "rollout.reward_timeout_s is 0, expected at least 0.1",
      "rollout.reward_timeout_s=5"),
     ("watchdog.heartbeat_s=5; watchdog.stall_s=5", "every process would look stalled", "watchdog.heartbeat_s=1"),
-    ("cluster.num_nodes=2", "cluster.num_nodes is 2: set weight_update=disk", "weight_update=disk"),
+    ("cluster.num_nodes=2; weight_update=shm", "cluster.num_nodes is 2: leave it out", "weight_update=disk"),
 ]  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def test_the_memory_of_gpus(monkeypatch, tiny_llama, tmp_path):
     config = GRPOConfig(allocation_mode="native:d1|fsdp:d1", actor=PPOActorConfig(path=tiny_llama))
     told = {}
     for config.server.kv_cache_tokens in (1000, 10**9):
-        plan = make_plan(config, machine, tiny_llama, ["train.py"])
+        plan = make_plan(config, [machine], tiny_llama, ["train.py"])
         told[config.server.kv_cache_tokens] = check.memory(plan, config, machine, 120)
     assert "of 7.81 GiB free" in told[1000][-1]
     assert "of 7.81 GiB free" in told[10**9][-2] and "does not fit" in told[10**9][-1]

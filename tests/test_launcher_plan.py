@@ -16,7 +16,8 @@ from arealite.launcher import machine as machine_module
 from arealite.launcher.allocation import trainer_dims
 from arealite.launcher.check import check
 from arealite.launcher.machine import Machine
-from arealite.launcher.plan import PORT, flags, make_plan, share_cores
+from arealite.launcher.placement import share_cores
+from arealite.launcher.plan import PORT, flags, make_plan
 
 SCRIPT = ("train.py", "--config", "run.yaml", "seed=2")
 GRPO = "actor: {path: m}\ntrain_dataset: {path: d.jsonl}\n"
@@ -30,7 +31,7 @@ def plan_for(allocation, machine=None, cls=GRPOConfig, **settings):
     for key, value in settings.items():
         section, _, name = key.rpartition("__")
         setattr(vars(config)[section] if section else config, name, value)
-    return make_plan(config, machine or Machine((0, 1)), "model", SCRIPT)
+    return make_plan(config, [machine or Machine((0, 1))] * config.cluster.num_nodes, "model", SCRIPT)
 
 
 def sft_plan(allocation, machine=None):
@@ -145,7 +146,7 @@ def test_sglang_command_passes_flags_through():
 def test_vllm_command_and_environment(tiny_llama):
     config = GRPOConfig(allocation_mode="vllm:d1+fsdp:d1")
     config.server.context_length, config.server.kv_cache_tokens = 256, 1000
-    plan = make_plan(config, Machine((4, 5), vllm_python="other/python"), tiny_llama, SCRIPT)
+    plan = make_plan(config, [Machine((4, 5), vllm_python="other/python")], tiny_llama, SCRIPT)
     server = plan.servers[0]
     assert server.command[:3] == ("other/python", "-m", "vllm.entrypoints.openai.api_server")
     words = " ".join(server.command)
@@ -156,7 +157,7 @@ def test_vllm_command_and_environment(tiny_llama):
     assert (Path(server.env["PYTHONPATH"]) / "arealite" / "weights" / "vllm_worker.py").exists()
     assert "PYTHONPATH" not in plan.trainers[0].env
     config.server.args = {"enforce-eager": False}
-    on_gpus = make_plan(config, Machine((0,), ("0", "1"), vllm_python="other/python"), "hub/model", SCRIPT)
+    on_gpus = make_plan(config, [Machine((0,), ("0", "1"), vllm_python="other/python")], "hub/model", SCRIPT)
     assert "--enforce-eager" not in on_gpus.servers[0].command
     assert "VLLM_CPU_OMP_THREADS_BIND" not in on_gpus.servers[0].env
 
@@ -203,7 +204,14 @@ REFUSED = [  # (allocation, what is said, other settings)
     ("sglang:d1+fsdp:d1", "need GPUs", {}),
     ("native:d4+fsdp:d8", "needs 12 GPUs .*there are 8", {"machine": gpu_machine(8)}),
     ("vllm:d1+fsdp:d1", "after top_p", {"machine": gpu_machine(2), "gconfig__top_p": 0.9}),
-    ("native:d1+fsdp:d1", "num_nodes is 2", {"cluster__num_nodes": 2}),
+    ("native:d1+fsdp:d1", r"is shm, .*which server-0 \(node 1\) cannot read",
+     {"cluster__num_nodes": 2, "weight_update": "shm"}),
+    ("sglang:d1t8+fsdp:d8", "needs 8 GPUs of one node, which have 6.* 2 too few .*node 0 0, node 1 4, node 2 6",
+     {"machine": gpu_machine(6), "cluster__num_nodes": 3}),
+    ("sglang:d2t3|fsdp:d6", "devices 3 to 5 of sglang:d2t3, one server's, lie on two nodes of 4",
+     {"machine": gpu_machine(4), "cluster__num_nodes": 2}),
+    ("sglang:d4t2+fsdp:d9", "needs 17 GPUs .*there are 16 .8 on each of cluster.num_nodes=2",
+     {"machine": gpu_machine(8), "cluster__num_nodes": 2}),
     ("sglang:d1+fsdp:d1", "weight_update is shm, which .* set weight_update=disk",
      {"machine": gpu_machine(2), "weight_update": "shm"}),
     ("sglang:p2+fsdp:d1", "weight_update is distributed, which",
@@ -304,7 +312,7 @@ def test_experts_of_the_moe_form_are_spread_over_the_ranks_of_attention(allocati
 
 def test_roles_share_the_policys_ranks():
     config = GRPOConfig(allocation_mode=ROLES, critic=PPOCriticConfig(), ref=TrainEngineConfig())
-    plan = make_plan(config, Machine((0, 1, 2)), "model", SCRIPT)
+    plan = make_plan(config, [Machine((0, 1, 2))], "model", SCRIPT)
     assert [p.name for p in plan.processes] == ["server-0", "trainer-0", "trainer-1"]
     assert trainer_dims(config) == Dims(d=2)
     assert trainer_dims(config, "critic") == trainer_dims(config, "ref") == Dims(t=2)

@@ -58,7 +58,7 @@ def address(smollm2, tmp_path_factory):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    server = make_plan(config, machine, smollm2, ["none"]).servers[0].on_port(port)
+    server = make_plan(config, [machine], smollm2, ["none"]).servers[0].on_port(port)
     log = tmp_path_factory.mktemp("vllm") / "log"
     with open(log, "wb") as out:
         process = subprocess.Popen(

@@ -358,7 +358,7 @@ class GRPOConfig(RunConfig):
     weight_update: Literal["shm", "disk", "distributed"] = setting(
         "shm",
         "how weights reach the servers: memory of this host, a shared folder, broadcast;"
-        " SGLang servers cannot read shm, and have distributed if not given",
+        " SGLang servers and other nodes cannot read shm, and have distributed if not given",
     )
     gconfig: GenerationHyperparameters = setting(GenerationHyperparameters, "sampling of training answers")
     eval_gconfig: GenerationHyperparameters = setting(

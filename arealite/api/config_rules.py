@@ -63,7 +63,7 @@ def derived_values(config: RunConfig) -> Iterator[tuple[str, Any]]:
         yield "weight_update", "disk"
         if replaces_adapters_only_when_unused(config):
             yield "rollout.pause_mode", "abort"
-    elif "sglang" in config.allocation_mode:  # it cannot read shm
+    elif "sglang" in config.allocation_mode or config.cluster.num_nodes > 1:  # cannot read shm
         yield "weight_update", "distributed"
 
 
@@ -239,7 +239,8 @@ def servers(config: GRPOConfig) -> Iterator[str]:
     if config.weight_update == "shm" and config.cluster.num_nodes > 1:
         yield (
             f"weight_update is shm, which works within one machine, but cluster.num_nodes is"
-            f" {config.cluster.num_nodes}: set weight_update=disk or distributed"
+            f" {config.cluster.num_nodes}: leave it out (then it is distributed), or"
+            " set weight_update=disk"
         )
     if config.server.dtype != config.actor.dtype and lora is None:
         yield (

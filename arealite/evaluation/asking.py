@@ -25,7 +25,8 @@ from arealite.evaluation.sheet import AnswerSheet, GradedAnswer, Problem
 from arealite.launcher.allocation import Component
 from arealite.launcher.child import Child, kill_leftovers
 from arealite.launcher.machine import Machine
-from arealite.launcher.plan import COMMON_ENV, HOST, ProcessPlan, server_command, share_cores
+from arealite.launcher.placement import share_cores
+from arealite.launcher.plan import COMMON_ENV, LOOPBACK, ProcessPlan, server_command
 from arealite.launcher.supervisor import answers, free_ports
 from arealite.observe.progress import format_span, show
 from arealite.observe.reasons import last_line
@@ -176,7 +177,7 @@ class AskedModel:
                     raise ServerUnreachable(server.obituary())
                 wait.check()
                 time.sleep(PROBE_S)
-        return f"{HOST}:{port}"
+        return f"{LOOPBACK}:{port}"
 
 
 class Recording:

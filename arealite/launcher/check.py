@@ -48,12 +48,13 @@ MIN_ROOM = 30  # columns for the last cell of a row; where there are fewer it ha
 AS_YAML = {"None": "null", "True": "true", "False": "false"}
 
 
-def check(config_path: str, overrides: list[str], explained: bool) -> str:
-    """The whole answer of `arealite check`. Raises ConfigError."""
+def check(config_path: str, overrides: list[str], explained: bool, script: str = "SCRIPT") -> str:
+    """The whole answer of `arealite check`, and of `arealite run --dry-run`. Raises ConfigError."""
     config = load_run_config(config_path, overrides)
     machine = Machine.described(config.cluster)
     model, rows = inspect(config, starts=False)
-    plan = make_plan(config, machine, model, ["SCRIPT", "--config", config_path, *overrides])
+    nodes = [machine] * config.cluster.num_nodes
+    plan = make_plan(config, nodes, model, [script, "--config", config_path, *overrides])
     width = (terminal_width() or UNLIMITED) - 2
     settings = to_yaml(config, min(width, 120)).splitlines()
     if explained:
@@ -63,6 +64,7 @@ def check(config_path: str, overrides: list[str], explained: bool) -> str:
     facts = [
         ("folder", str(RunFolder.of(config).root)),
         ("model", f"{model} ({note_on(model)})"),
+        *([("nodes", f"{len(nodes)}, each as the next line")] if nodes[1:] else []),
         ("machine", f"{machine.name}: {len(machine.cores)} cores, {len(machine.gpus)} GPUs, {num_bytes} available"),
         *([] if machine.gpus else [("CPU kernels", build.expectation())]),
         ("wiring", f"{plan.allocation}: {wiring(plan, config)}"),
@@ -75,6 +77,7 @@ def check(config_path: str, overrides: list[str], explained: bool) -> str:
         "CONFIGURATION": settings,
         "RUN": table(facts, width),
         "PROCESSES": table(process_rows(plan), width),
+        "WHERE, AND WHY THERE": table([(p.name, f"node {p.node}", p.why) for p in plan.processes], width),
         "MEMORY (estimated peaks, meant to be within 20%)": memory(plan, config, machine, width),
     }
     return "\n\n".join("\n".join([title, *indented(lines)]) for title, lines in sections.items())
@@ -141,13 +144,14 @@ def staleness(config: GRPOConfig) -> str:
 
 
 def process_rows(plan: Plan) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("name", "where", "devices", "cores", "threads", "port", "command")]
+    rows: list[tuple[str, ...]] = [("name", "node", "devices", "cores", "threads", "port", "command")]
     for p in plan.processes:
         runs = [[n for _, n in run] for _, run in groupby(enumerate(p.cores), lambda pair: pair[1] - pair[0])]
         cores = ",".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs) or "all"
         port = "chosen at start" if p.role == "server" else "-"
         command = " ".join(p.command[1:])
-        rows.append((p.name, p.node, ",".join(p.devices) or "cpu", cores, p.env["OMP_NUM_THREADS"], port, command))
+        devices = ",".join(p.devices) or "cpu"
+        rows.append((p.name, str(p.node), devices, cores, p.env["OMP_NUM_THREADS"], port, command))
     return rows
 
 
@@ -171,12 +175,19 @@ def memory(plan: Plan, config: RunConfig, machine: Machine, width: int) -> list[
         lines.append(f"each {role} ({sum(p.role == role for p in plan.processes)}): {amount(each[role])}")
         lines += indented(table([(p.name, amount(p.num_bytes), p.assumption) for p in of_role], width - 2))
     if machine.gpus:
-        total = max(sum(each[p.role] for p in plan.processes if gpu in p.devices) for gpu in machine.gpus)
+        sharing = {
+            (p.node, gpu): [q for q in plan.processes if q.node == p.node and gpu in q.devices]
+            for p in plan.processes
+            for gpu in p.devices
+        }
+        total = max(sum(each[p.role] for p in of_gpu) for of_gpu in sharing.values())
         free = machine.gpu_bytes
         lines.append(f"the fullest GPU: {amount(total)} of {amount(free)} free")
     else:
-        total, free = sum(each[p.role] for p in plan.processes), machine.memory_bytes
-        lines.append(f"all processes: {amount(total)} of {amount(free)} available")
+        of_nodes = [sum(each[p.role] for p in plan.processes if p.node == node) for node in range(plan.num_nodes)]
+        total, free = max(of_nodes), machine.memory_bytes
+        whose = "all processes" if plan.num_nodes == 1 else "the processes of the fullest node"
+        lines.append(f"{whose}: {amount(total)} of {amount(free)} available")
     if free and total > free:
         lines.append(
             "WARNING: this does not fit. Lower actor.max_tokens_per_mb or server.kv_cache_tokens, or set"

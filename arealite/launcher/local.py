@@ -43,9 +43,14 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
     except (SyntaxError, ValueError) as error:  # found here rather than when all servers are up
         raise ConfigError(f"{script} is no Python: {error}") from None
     config = load_run_config(config_path, overrides)
+    if config.cluster.num_nodes > 1:
+        raise ConfigError(
+            f"cluster.num_nodes is {config.cluster.num_nodes}, but the local launcher starts processes on this machine"
+            " only: set it to 1"
+        )
     model, rows = inspect(config, starts=True)
     machine = Machine.local(config.cluster)
-    plan = make_plan(config, machine, model, [script, "--config", config_path, *overrides])
+    plan = make_plan(config, [machine], model, [script, "--config", config_path, *overrides])
     if not machine.gpus:
         say(f"CPU: {build.expectation()}")
     for warning in warnings(config, rows):

@@ -1,13 +1,12 @@
-"""From configuration and machine to the list of processes: commands, environment, cores, devices. Pure.
+"""From configuration and machines to the list of processes: nodes, commands, environment, cores, devices. Pure.
 
-Called by local.py, which starts them, and by check.py, which shows them. Ports are chosen at the start: PORT in a
-command and MASTER_PORT in an environment stand for them until then. A server's own flags (`server.args`) come last and
-replace those chosen here; false takes a flag away.
+Called by local.py, which starts them, and by check.py, which shows them. Ports and addresses are known at the start:
+PORT and HOST (of the process), HEAD (where trainer rank 0 is) and MASTER_PORT in an environment stand for them until
+then. A server's own flags (`server.args`) come last and replace those chosen here; false takes a flag away.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,15 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from arealite.api.cli_args import GRPOConfig, RunConfig
-from arealite.api.errors import ConfigError
+from arealite.api.errors import ConfigError, listed
 from arealite.api.types import VLLM_WORKER_EXTENSION
 from arealite.launcher.allocation import DIMENSIONS, AllocationMode, Component
 from arealite.launcher.machine import Machine
 from arealite.launcher.memory_estimate import RUNNING_REQUESTS, ModelShape, kv_cache_bytes
+from arealite.launcher.placement import Place, place_processes, share_cores
 from arealite.models.fetch import resolve_model
 
-PORT = "{port}"
-HOST = "127.0.0.1"
+PORT, HOST, HEAD = "{port}", "{host}", "{head}"
+LOOPBACK = "127.0.0.1"  # the address of every process, where there is one node
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 UNKNOWN_KV_CACHE_BYTES = 2 << 30  # for a model that is not a folder on this machine
 # How each backend calls what all of them are given.
@@ -67,9 +67,9 @@ ALLOCATOR_ENV = {
 
 @dataclass(frozen=True)
 class ProcessPlan:
-    """One process: the `slot`-th of its role, on `node`. `cores` it may run on (empty: all), `devices` it computes on
-    (empty: the CPU). It is ready when it answers 200 to GET `ready_path` (empty: when it has been started); `restart`
-    says what is started again when bad luck ends it, it alone or the run."""
+    """One process: the `slot`-th of its role, on the `node`-th node, for the reason `why`. `cores` it may run on
+    (empty: all), `devices` it computes on (empty: the CPU). It is ready when it answers 200 to GET `ready_path` (empty:
+    when it has been started); `restart` says what is started again when bad luck ends it, it alone or the run."""
 
     role: Literal["server", "trainer"]
     slot: int
@@ -77,17 +77,20 @@ class ProcessPlan:
     env: dict[str, str] = field(default_factory=dict)
     cores: tuple[int, ...] = ()
     devices: tuple[str, ...] = ()
-    node: str = "localhost"
+    node: int = 0
     ready_path: str = ""
     restart: Literal["alone", "run"] = "run"
+    why: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.role}-{self.slot}"
 
-    def on_port(self, port: int) -> ProcessPlan:
-        """This process with its port filled in."""
-        return replace(self, command=tuple(str(port) if word == PORT else word for word in self.command))
+    def on_port(self, port: int, host: str = LOOPBACK, head: str = LOOPBACK) -> ProcessPlan:
+        """This process with port and addresses filled in."""
+        known = {PORT: str(port), HOST: host, HEAD: head}
+        env = {name: known.get(value, value) for name, value in self.env.items()}
+        return replace(self, command=tuple(known.get(word, word) for word in self.command), env=env)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Plan:
     allocation: str
     processes: tuple[ProcessPlan, ...]
     colocated: bool = False
+    num_nodes: int = 1
 
     @property
     def servers(self) -> tuple[ProcessPlan, ...]:
@@ -107,11 +111,11 @@ class Plan:
         return tuple(p for p in self.processes if p.role == "trainer")
 
 
-def make_plan(config: RunConfig, machine: Machine, model: str, trainer_command: Sequence[str]) -> Plan:
-    """The processes of a run on one machine.
+def make_plan(config: RunConfig, machines: Sequence[Machine], model: str, trainer_command: Sequence[str]) -> Plan:
+    """The processes of a run on `machines`, the nodes, of which the first is the launcher's.
 
     `model` is what servers load (folder or hub id), `trainer_command` the script with its arguments, without the
-    interpreter. Raises ConfigError for what this version or this machine cannot run.
+    interpreter. Raises ConfigError for what this version or these machines cannot run.
     """
     mode = AllocationMode.parse(config.allocation_mode)
     actor, rollout, watchdog = mode.train, mode.inference, config.watchdog
@@ -119,34 +123,42 @@ def make_plan(config: RunConfig, machine: Machine, model: str, trainer_command: 
         raise ConfigError(f"allocation_mode {mode} has no trainer: add one, such as fsdp:d1")
     _check_roles(config, mode, actor)
     _check_backends(config, mode)
-    _check_devices(config, mode, machine)
+    _check_machine(config, mode, machines[0])
     takes_turns = mode.colocated or (isinstance(config, GRPOConfig) and config.rollout.max_head_offpolicyness == 0)
-    num_servers, num_ranks = (rollout.num_servers if rollout else 0), actor.world_size
-    cores = share_cores(machine.cores, num_servers, num_ranks, takes_turns)
-    devices = _share_devices(mode, num_servers, machine)
-    # As torchrun does it: all ranks see all trainer devices, LOCAL_RANK picks one.
-    of_trainers = tuple(d for own_devices in devices[num_servers:] for d in own_devices)
+    servers, ranks = place_processes(mode, machines)
+    _check_reach(config, servers)
+    shares = [
+        iter(share_cores(m.cores, *(sum(p.node == node for p in side) for side in (servers, ranks)), takes_turns))
+        for node, m in enumerate(machines)
+    ]
     common = {"AREALITE_HEARTBEAT_S": str(watchdog.heartbeat_s), "AREALITE_STALL_S": str(watchdog.stall_s)}
     common |= COMMON_ENV | ({"AREALITE_COLOCATED": "1"} if mode.colocated else {})
     processes = []
-    for i, (own_cores, own_devices) in enumerate(zip(cores, devices, strict=True)):
+    for i, place in enumerate([*servers, *ranks]):
+        machine, own_cores, rank = machines[place.node], next(shares[place.node]), i - len(servers)
         env = common | {"OMP_NUM_THREADS": str(len(own_cores))}
-        rank = i - num_servers
         if rank < 0:
             assert isinstance(config, GRPOConfig) and rollout is not None
-            command, visible = server_command(config, rollout, model, machine), own_devices
+            command, visible = server_command(config, rollout, model, machine), place.devices
             env |= server_env(config, rollout, own_cores, machine)
             process = ProcessPlan("server", i, command, ready_path="/health", restart="alone")
         else:
-            process, visible = ProcessPlan("trainer", rank, (sys.executable, *trainer_command)), of_trainers
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": HOST}  # torchrun's
-            env |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+            process = ProcessPlan("trainer", rank, (sys.executable, *trainer_command))
+            beside = [other for other in ranks if other.node == place.node]
+            # As torchrun does it: the ranks of a node see all of its trainer devices, LOCAL_RANK picks one.
+            visible = tuple(gpu for other in beside for gpu in other.devices)
+            env |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(sum(r.node == place.node for r in ranks[:rank])),
+                "MASTER_ADDR": HEAD,
+            }
+            env |= {"WORLD_SIZE": str(len(ranks)), "LOCAL_WORLD_SIZE": str(len(beside))}
             env |= GPU_ALLOCATOR_ENV if machine.gpus else ALLOCATOR_ENV
         env["CUDA_VISIBLE_DEVICES"] = ",".join(visible)  # without GPUs too: the machine may have some all the same
         pinned = own_cores if config.launcher.pin_cores and not machine.gpus else ()
         env |= config.launcher.env
-        processes.append(replace(process, env=env, cores=pinned, devices=own_devices, node=machine.name))
-    return Plan(str(mode), tuple(processes), mode.colocated)
+        processes.append(replace(process, env=env, cores=pinned, devices=place.devices, node=place.node, why=place.why))
+    return Plan(str(mode), tuple(processes), mode.colocated, len(machines))
 
 
 def _check_roles(config: RunConfig, mode: AllocationMode, actor: Component) -> None:
@@ -200,11 +212,6 @@ def _check_backends(config: RunConfig, mode: AllocationMode) -> None:
                 f"allocation_mode: {component} cuts every expert into t{ffn.t}, and here experts stay whole:"
                 f" they go to ranks by e alone, and tokens to them. Use t1 for ffn, such as {wider}, or a larger e"
             )
-    if config.cluster.num_nodes > 1:
-        raise ConfigError(
-            f"cluster.num_nodes is {config.cluster.num_nodes}, but the local launcher starts processes on this machine"
-            " only: set it to 1"
-        )
     if (rollout := mode.inference) is not None and isinstance(config, GRPOConfig):
         reads_no_shm = config.weight_update == "shm" and rollout.backend == "sglang"
         if reads_no_shm or (config.weight_update == "distributed" and rollout.dims.p > 1):
@@ -213,27 +220,29 @@ def _check_backends(config: RunConfig, mode: AllocationMode) -> None:
             )
 
 
-def _check_devices(config: RunConfig, mode: AllocationMode, machine: Machine) -> None:
-    """Refuses what this machine cannot run."""
-    rollout, num_gpus = mode.inference, len(machine.gpus)
+def _check_machine(config: RunConfig, mode: AllocationMode, machine: Machine) -> None:
+    """Refuses servers that this kind of machine cannot run."""
+    rollout = mode.inference
     if rollout is not None and rollout.backend == "vllm":
         assert isinstance(config, GRPOConfig)
         _check_vllm(config, machine)
-    if not num_gpus:
-        if rollout is not None and rollout.backend == "sglang":
+    if rollout is not None and not machine.gpus:
+        if rollout.backend == "sglang":
             raise ConfigError(
                 "sglang servers need GPUs and this machine has none: use native or vllm (to plan for another machine:"
                 " arealite check ... cluster.num_gpus_per_node=8)"
             )
-        if rollout is not None and rollout.backend == "vllm" and rollout.dims.t > 1:
+        if rollout.backend == "vllm" and rollout.dims.t > 1:
             raise ConfigError(f"vllm:t{rollout.dims.t} needs GPUs and this machine has none: use vllm:d1")
-    elif mode.num_devices > num_gpus:
-        groups = ", ".join(f"{'|'.join(map(str, group))} {group[0].world_size}" for group in mode.groups)
-        sharing = "|".join(f"{c.backend}:d{num_gpus}" for c in (rollout, mode.train) if c is not None)
+
+
+def _check_reach(config: RunConfig, servers: Sequence[Place]) -> None:
+    """Refuses weights in memory where a server lies on another node than trainer rank 0, which writes them."""
+    far = [f"server-{i} (node {place.node})" for i, place in enumerate(servers) if place.node]
+    if far and isinstance(config, GRPOConfig) and config.weight_update == "shm":
         raise ConfigError(
-            f"allocation_mode {mode} needs {mode.num_devices} GPUs ({groups}), and there are {num_gpus}"
-            f" (cluster.num_gpus_per_node: {config.cluster.num_gpus_per_node}): lower the dimensions, or join"
-            f" components by '|' so that they share devices: allocation_mode='{sharing}'"
+            f"weight_update is shm, memory of the host of trainer-0 (node 0), which {listed(far)} cannot read: set"
+            " weight_update=distributed, or disk where all nodes share cluster.fileroot"
         )
 
 
@@ -252,40 +261,6 @@ def _check_vllm(config: GRPOConfig, machine: Machine) -> None:
         )
     if config.server.deterministic and not machine.gpus:
         raise ConfigError("server.deterministic is true, which vLLM cannot do on CPUs: leave it out, or use native")
-
-
-def share_cores(cores: Sequence[int], num_servers: int, num_trainers: int, takes_turns: bool) -> list[tuple[int, ...]]:
-    """The cores of each process, servers first.
-
-    Side by side: disjoint shares. Taking turns: servers share all cores among themselves, trainers too. More
-    processes than cores: one core each, by turns, so that no core has two more than another.
-    """
-
-    def split(num_parts: int) -> list[tuple[int, ...]]:
-        if num_parts > len(cores):
-            return [(cores[i % len(cores)],) for i in range(num_parts)]
-        bounds = [i * len(cores) // num_parts for i in range(num_parts + 1)] if num_parts else []
-        return [tuple(cores[a:b]) for a, b in itertools.pairwise(bounds)]
-
-    return split(num_servers) + split(num_trainers) if takes_turns else split(num_servers + num_trainers)
-
-
-def _share_devices(mode: AllocationMode, num_servers: int, machine: Machine) -> list[tuple[str, ...]]:
-    """The GPUs of each server, then of each trainer rank; empty tuples without GPUs."""
-    rollout, actor = mode.inference, mode.train
-    assert actor is not None, "refused before"
-    if not machine.gpus:
-        return [()] * (num_servers + actor.world_size)
-    gpus = iter(machine.gpus)
-    of_label: dict[str, tuple[str, ...]] = {}
-    for group in mode.groups:
-        shared = tuple(itertools.islice(gpus, group[0].world_size))
-        of_label |= {component.label: shared for component in group}
-    of_trainers: list[tuple[str, ...]] = [(gpu,) for gpu in of_label[actor.label]]
-    if rollout is None:
-        return of_trainers
-    width = rollout.world_size // num_servers
-    return [of_label[rollout.label][at : at + width] for at in range(0, rollout.world_size, width)] + of_trainers
 
 
 def server_command(config: GRPOConfig, rollout: Component, model: str, machine: Machine) -> tuple[str, ...]:

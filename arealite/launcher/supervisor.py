@@ -21,7 +21,7 @@ from arealite.api.atomic import write_text
 from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ArealiteError, WaitTimeout
 from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Child, kill_leftovers, say
-from arealite.launcher.plan import HOST, Plan, ProcessPlan
+from arealite.launcher.plan import LOOPBACK, Plan, ProcessPlan
 from arealite.observe import waits
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.watchdog import Watchdog
@@ -56,13 +56,13 @@ def free_ports(count: int) -> list[int]:
     with ExitStack() as open_sockets:
         probes = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
-            probe.bind((HOST, 0))
+            probe.bind((LOOPBACK, 0))
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def answers(port: int, path: str, limit_s: float) -> bool:
     """Whether a server says 200 to GET `path`. Without proxies: it is on this machine."""
-    with closing(http.client.HTTPConnection(HOST, port, timeout=limit_s)) as connection:
+    with closing(http.client.HTTPConnection(LOOPBACK, port, timeout=limit_s)) as connection:
         try:
             connection.request("GET", path)
             return connection.getresponse().status == 200
@@ -113,7 +113,7 @@ class Keeper:
         return [r for r in self.replicas if r.state in ("starting", "dead")]
 
     def addresses(self) -> list[str]:
-        return [f"{HOST}:{r.port}" for r in self.replicas if r.state != "given up"]
+        return [f"{LOOPBACK}:{r.port}" for r in self.replicas if r.state != "given up"]
 
     @property
     def has_begun(self) -> bool:
