@@ -31,7 +31,7 @@ def test_success_leaves_logs_and_nothing_else(tmp_path, capfd):
     folder = RunFolder(tmp_path / "run")
     plan, core = plan_of(folder.root, ["step", "environment", "orphan"], OK), max(os.sched_getaffinity(0))
     plan = replace(plan, processes=tuple(replace(p, cores=(core,)) for p in plan.processes))
-    assert launch(plan, config_with({}), folder) == 0
+    assert launch(lambda _: plan, config_with({}), folder) == 0
     out = capfd.readouterr().out
     assert out == "hello from step\nstep 0\nstep 1\n"  # trainer-0 only, and nothing after its last line
     assert {p.name for p in folder.logs_dir.iterdir()} == {f"{process.name}.log" for process in plan.processes}
@@ -60,7 +60,7 @@ def test_success_leaves_logs_and_nothing_else(tmp_path, capfd):
 )
 def test_first_error_of_the_first_dead_process_is_shown(trainers, told, untold, tmp_path, capfd):
     folder = RunFolder(tmp_path / "run")
-    assert launch(plan_of(folder.root, trainers, OK), config_with({}), folder) == 1
+    assert launch(lambda _: plan_of(folder.root, trainers, OK), config_with({}), folder) == 1
     said = capfd.readouterr().err
     assert all(text in said for text in told) and untold not in said
     assert processes_of_run(folder.root) == {}
@@ -71,7 +71,7 @@ def test_server_that_does_not_come_up(behaviour, said, tmp_path, capfd):
     folder = RunFolder(tmp_path / "run")
     limit_s = 1.0 if behaviour == "silent" else 20.0
     config = config_with({"launcher.startup_timeout_s": limit_s})
-    assert launch(plan_of(folder.root, ["step"], ["ok", behaviour]), config, folder) == 1
+    assert launch(lambda _: plan_of(folder.root, ["step"], ["ok", behaviour]), config, folder) == 1
     err = capfd.readouterr().err
     assert said in err and "server-1" in err
     assert not (folder.logs_dir / "trainer-0.log").exists()
@@ -80,7 +80,7 @@ def test_server_that_does_not_come_up(behaviour, said, tmp_path, capfd):
 
 def test_a_taken_port_is_tried_again_on_another(tmp_path, capfd):
     folder = RunFolder(tmp_path / "run")
-    assert launch(plan_of(folder.root, ["step"], ["port_taken"]), config_with({}), folder) == 0
+    assert launch(lambda _: plan_of(folder.root, ["step"], ["port_taken"]), config_with({}), folder) == 0
     said = capfd.readouterr().err
     assert "Address already in use" in said and "restart 1 of at most 3" in said
 
@@ -164,7 +164,7 @@ def test_two_launchers_never_share_a_folder(tmp_path):
     with Launched(tmp_path / "run", WAITING, OK) as run:
         run.pids("trainer-0")
         with pytest.raises(ConfigError, match=f"in use by the launcher with pid {run.process.pid}"):
-            launch(plan_of(run.folder.root, ["step"], OK), config_with({}), run.folder)
+            launch(lambda _: plan_of(run.folder.root, ["step"], OK), config_with({}), run.folder)
         (run.folder.root / "go").touch()
         assert run.wait() == 0
 
@@ -255,4 +255,4 @@ def test_fresh_refuses_a_used_folder(tmp_path):
     folder = RunFolder(tmp_path / "run").create()
     folder.ledger.write_text("{}\n")
     with pytest.raises(RecoveryError, match=r"holds an earlier run \(ledger.jsonl\)"):
-        launch(plan_of(folder.root, ["step"], OK), config_with({"recover.mode": "fresh"}), folder)
+        launch(lambda _: plan_of(folder.root, ["step"], OK), config_with({"recover.mode": "fresh"}), folder)

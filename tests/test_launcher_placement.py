@@ -71,7 +71,7 @@ def test_nodes_have_cores_and_addresses_of_their_own():
     config = GRPOConfig(allocation_mode="native:d3+fsdp:d1", weight_update="distributed")
     plan = make_plan(config, machines, "model", SCRIPT)
     assert {p.name: (p.node, p.cores) for p in plan.processes} == {
-        "server-0": (1, (4, 5)), "server-1": (1, (6, 7)), "server-2": (0, (0,)), "trainer-0": (0, (1,))
+        "server-0": (1, (4, 5)), "server-1": (0, (0,)), "server-2": (1, (6, 7)), "trainer-0": (0, (1,))
     }  # fmt: skip
     server, trainer = (
         plan.servers[0].on_port(31000, "10.0.0.2", "10.0.0.1"),

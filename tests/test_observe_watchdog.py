@@ -9,6 +9,7 @@ import time
 import pytest
 from support.dummies import Launched, is_alive
 
+from arealite.observe.processes import OwnProcess
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.watchdog import Watchdog
 
@@ -49,13 +50,13 @@ class Processes:
             assert time.monotonic() < end
             time.sleep(0.02)
 
-    def pids(self):
-        return {name: process.pid for name, process in self.started.items()}
+    def watched(self):
+        return {name: OwnProcess(process.pid) for name, process in self.started.items()}
 
     def look_until_report(self, watchdog, limit_s=20.0):
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
-            if report := watchdog.look(self.pids()):
+            if report := watchdog.look(self.watched()):
                 return report
             time.sleep(0.05)
         return None
@@ -74,7 +75,7 @@ def test_silence_names_the_frozen_process_and_the_others_show_stacks(processes):
     processes.start("server-0", "clients")
     processes.start("trainer-0", "server-0")
     watchdog = Watchdog(processes.folder, 0.05, stall_s=3 * STALL_S)  # the first waits while the second starts
-    watchdog.look(processes.pids())
+    watchdog.look(processes.watched())
     processes.started["server-0"].send_signal(signal.SIGSTOP)
     report = processes.look_until_report(watchdog)
     assert report.culprit == "server-0"
@@ -98,7 +99,7 @@ def test_a_frozen_process_explains_an_older_wait_of_another(processes):
     watchdog = Watchdog(processes.folder, 0.05, stall_s=6 * STALL_S)
     end = time.monotonic() + STALL_S
     while time.monotonic() < end:
-        assert watchdog.look(processes.pids()) is None
+        assert watchdog.look(processes.watched()) is None
         time.sleep(0.05)
     processes.started["server-0"].send_signal(signal.SIGSTOP)  # the trainer's wait is the first to grow too old
     report = processes.look_until_report(watchdog)
@@ -137,7 +138,7 @@ def test_a_process_whose_heartbeat_file_vanished_is_not_forgotten(processes):
     processes.start("trainer-0", "server-0")
     watchdog = Watchdog(processes.folder, 0.05, stall_s=STALL_S)
     time.sleep(0.1)
-    assert watchdog.look(processes.pids()) is None
+    assert watchdog.look(processes.watched()) is None
     processes.started["trainer-0"].kill()
     processes.started["trainer-0"].wait(20)  # its number stands for a process that hangs after its last beat
     (processes.folder.waits_dir / "trainer-0.json").unlink()
@@ -149,10 +150,10 @@ def test_a_watchdog_that_slept_itself_blames_nobody(processes):
     processes.start("trainer-0", "server-0")
     watchdog = Watchdog(processes.folder, 0.05, stall_s=STALL_S)
     time.sleep(0.1)
-    assert watchdog.look(processes.pids()) is None
+    assert watchdog.look(processes.watched()) is None
     processes.started["trainer-0"].send_signal(signal.SIGSTOP)
     time.sleep(1.5 * STALL_S)  # everything stood still, the watchdog too
-    assert watchdog.look(processes.pids()) is None
+    assert watchdog.look(processes.watched()) is None
 
 
 @pytest.mark.parametrize("victim", ["server-0", "trainer-0", "trainer-1"])

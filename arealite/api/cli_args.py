@@ -321,6 +321,12 @@ class LauncherConfig(Section):
         10.0, "time from SIGTERM to SIGKILL; trainers that are stopped end their step first", low=0
     )
     startup_timeout_s: float = setting(600.0, "longest wait for servers to come up", low=1)
+    node_timeout_s: float = setting(
+        300.0, "longest wait for the agents of all nodes, and for a lost one without which the run cannot go on", low=1
+    )
+    node_silence_s: float = setting(
+        30.0, "head and agents that have not heard of each other for so long are lost to each other", low=0.5
+    )
 
 
 @dataclass

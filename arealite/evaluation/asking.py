@@ -23,11 +23,11 @@ from arealite.api.protocols import InferenceEngine, RolloutWorkflow
 from arealite.api.types import Dims, Task, Trajectory
 from arealite.evaluation.sheet import AnswerSheet, GradedAnswer, Problem
 from arealite.launcher.allocation import Component
-from arealite.launcher.child import Child, kill_leftovers
+from arealite.launcher.child import Child, OwnNode
 from arealite.launcher.machine import Machine
 from arealite.launcher.placement import share_cores
 from arealite.launcher.plan import COMMON_ENV, LOOPBACK, ProcessPlan, server_command
-from arealite.launcher.supervisor import answers, free_ports
+from arealite.launcher.supervisor import answers
 from arealite.observe.progress import format_span, show
 from arealite.observe.reasons import last_line
 from arealite.observe.records import version_spans
@@ -148,7 +148,7 @@ class AskedModel:
         if self._rollout is not None:
             self._rollout.destroy()
         if self._server is not None:
-            self._server.kill(RunFolder(self.sheet.folder))
+            self._server.kill()
         self._rollout = self._server = None
         self._workflow.close()
 
@@ -168,16 +168,16 @@ class AskedModel:
         devices = machine.gpus[self._slot % len(machine.gpus) :][:1] if machine.gpus else ()
         env = COMMON_ENV | {"OMP_NUM_THREADS": str(len(cores)), "CUDA_VISIBLE_DEVICES": ",".join(devices)}
         plan = ProcessPlan("server", self._slot, command, env | config.launcher.env, ready_path="/health")
-        kill_leftovers(run_folder)  # of an evaluation that was killed
-        (port,) = free_ports(1)
-        self._server = server = Child.start(plan.on_port(port), run_folder)
+        node = OwnNode(run_folder, machine)
+        node.clean()  # of an evaluation that was killed
+        self._server = server = node.start(plan, LOOPBACK, {})
         with waiting("start of the evaluation's server", server.name, config.rollout.setup_timeout_s) as wait:
-            while not answers(port, plan.ready_path, PROBE_LIMIT_S):
+            while not answers(LOOPBACK, server.port, plan.ready_path, PROBE_LIMIT_S):
                 if server.exit_code is not None:
                     raise ServerUnreachable(server.obituary())
                 wait.check()
                 time.sleep(PROBE_S)
-        return f"{LOOPBACK}:{port}"
+        return f"{LOOPBACK}:{server.port}"
 
 
 class Recording:

@@ -1,7 +1,8 @@
-"""A child process of the launcher: its start, its log, how it ended, and an end that leaves nothing behind; and the
-terminal, to which logs and the launcher's own words go.
+"""A child process: its start, its log, how it ended, and an end that leaves nothing behind; the node on which such
+processes are started; and the terminal, to which logs and the launcher's own words go.
 
-Called by supervisor.py and local.py, from the main thread only: the kernel ties a child to the thread that started it.
+Called by supervisor.py, local.py and agent.py, from the main thread only: the kernel ties a child to the thread that
+started it.
 """
 
 from __future__ import annotations
@@ -10,17 +11,27 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import BinaryIO
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import BinaryIO, Protocol
 
 from arealite.api.errors import SENTENCE
 from arealite.launcher import shim
-from arealite.launcher.plan import ProcessPlan
-from arealite.observe.processes import DEAD, process_state, process_status, processes_of_run
+from arealite.launcher.machine import Machine
+from arealite.launcher.plan import LOOPBACK, ProcessPlan
+from arealite.launcher.rendezvous import KEY_VARIABLE
+from arealite.observe.processes import (
+    DEAD,
+    SLOT_VARIABLE,
+    Watched,
+    process_state,
+    process_status,
+    processes_of_run,
+)
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
 
@@ -42,85 +53,175 @@ SIGNAL_HINTS: dict[int, str] = {
 }
 
 
-@dataclass
-class Child:
-    """One started process. Its log stays open, since it may be moved or removed meanwhile; `offset` is where this
-    start begins in it, `echoed` up to where the terminal has it, both in bytes."""
+class Started(Watched, Protocol):
+    """A process that was started on a node, as the supervisor sees it. `port`: where it listens; 0, not known yet."""
 
     plan: ProcessPlan
+    port: int
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def exit_code(self) -> int | None:
+        """Negative for a signal, and when it was lost with its node; None while it lives."""
+
+    def kill(self) -> None:
+        """SIGKILL to it and to all that was started under its name; the others live on."""
+
+    def output(self) -> str:
+        """What it wrote since its start; the last part only when that is very long."""
+
+    def echo(self, limit_s: float = 0.0) -> None:
+        """Copy to stdout what its log has gained, as much as the terminal takes within `limit_s`."""
+
+    def obituary(self, brief: bool = False) -> str:
+        """How it ended, and its first real error; without the traceback when `brief`."""
+
+    def close(self) -> None:
+        """It has ended, and nothing more is asked of it."""
+
+
+class Hands(Protocol):
+    """One node, as the supervisor uses it: what starts and ends its processes. `name` is for people, `address` where
+    the others reach it; `loss` says why it is gone, empty while it is there."""
+
+    address: str
+    machine: Machine
+    loss: str
+
+    @property
+    def name(self) -> str: ...
+
+    def start(self, plan: ProcessPlan, head: str, env: dict[str, str]) -> Started:
+        """Start a process; `head` is the address of the first node, `env` what only this start knows."""
+
+    def clean(self) -> list[str]:
+        """End all that is left of the run on this node, and wait for that; names what was."""
+
+
+@dataclass
+class OwnNode:
+    """This machine, with what all processes on it are given in `env`; `slot` numbers the nodes of a run."""
+
+    folder: RunFolder
+    machine: Machine
+    slot: int = 0
+    address: str = LOOPBACK
+    env: dict[str, str] = field(default_factory=dict)
+    loss: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.machine.name
+
+    def start(self, plan: ProcessPlan, head: str, env: dict[str, str]) -> Child:
+        """As Hands.start. Raises OSError: there is no room for its log."""
+        (port,) = free_ports(1, self.address)
+        child = Child.start(plan.on_port(port, self.address, head), self.folder, self.slot, **{**self.env, **env})
+        child.port = port
+        return child
+
+    def clean(self, name: str = "") -> list[str]:
+        """As Hands.clean, or only what was started under this name."""
+        return kill_leftovers(self.folder, name, self.slot)
+
+
+@dataclass
+class Child:
+    """One started process of this machine, as Started describes. Its log stays open, since it may be moved or removed
+    meanwhile; `offset` is where this start begins in it, `echoed` up to where the terminal has it, both in bytes."""
+
+    plan: ProcessPlan
+    folder: RunFolder
+    slot: int
     process: subprocess.Popen[bytes]
     log: BinaryIO
     offset: int
     echoed: int
+    port: int = 0
 
     @classmethod
-    def start(cls, plan: ProcessPlan, folder: RunFolder, **env: str) -> Child:
+    def start(cls, plan: ProcessPlan, folder: RunFolder, slot: int = 0, **env: str) -> Child:
         """Start it in a session of its own, its output appended to logs/<name>.log; `env` is what only this start
         knows."""
         folder.logs_dir.mkdir(parents=True, exist_ok=True)
         path = folder.logs_dir / f"{plan.name}.log"
-        env |= {RUN_DIR_VARIABLE: str(folder.root), "AREALITE_PROCESS": plan.name}
+        env |= {RUN_DIR_VARIABLE: str(folder.root), "AREALITE_PROCESS": plan.name, SLOT_VARIABLE: str(slot)}
         if width := terminal_width():  # its log is copied there
             env["COLUMNS"] = str(width)
+        inherited = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
         cores = ",".join(map(str, plan.cores)) or "-"
         with open(path, "ab") as log:
             log.write(f"=== {time.strftime('%F %T')} start of {plan.name}: {' '.join(plan.command)}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", shim.__file__, str(os.getpid()), cores, *plan.command],
-                env={**os.environ, **plan.env, **env},
+                env={**inherited, **plan.env, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            return cls(plan, process, open(path, "rb"), log.tell(), log.tell())
+            return cls(plan, folder, slot, process, open(path, "rb"), log.tell(), log.tell())
 
     @property
     def name(self) -> str:
         return self.plan.name
 
     @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def status(self) -> str:
+        return process_status(self.pid)
+
+    @property
     def exit_code(self) -> int | None:
         """Negative for a signal; None while it lives."""
         return self.process.poll()
 
-    def send(self, number: int) -> None:
-        """A signal to it and its group."""
+    def send(self, number: int, is_alone: bool = False) -> None:
         if self.exit_code is None:  # reaped: the number may belong to somebody else by now
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
+                (os.kill if is_alone else os.killpg)(self.pid, number)
 
-    def kill(self, folder: RunFolder) -> None:
-        """SIGKILL to it and to all that was started under its name; the others live on."""
+    def kill(self) -> None:
         self.send(signal.SIGKILL)
-        kill_leftovers(folder, self.name)
+        kill_leftovers(self.folder, self.name, self.slot)
         self.process.poll()  # reaps
 
     def output(self) -> str:
-        """What it wrote since its start; the last part only when that is very long."""
         size = os.fstat(self.log.fileno()).st_size
         start = max(self.offset, size - MAX_LOG_BYTES)
         return os.pread(self.log.fileno(), size - start, start).decode(errors="replace")
 
     def echo(self, limit_s: float = 0.0) -> None:
-        """Copy to stdout what its log has gained, as much as the terminal takes within `limit_s`."""
         self.echoed += write(STDOUT, os.pread(self.log.fileno(), MAX_COPIED_BYTES, self.echoed), limit_s)
 
     def obituary(self, brief: bool = False) -> str:
-        """How it ended, and its first real error; without the traceback when `brief`."""
-        how = "still runs" if self.exit_code is None else describe_exit(self.exit_code)
-        error = first_error(self.output(), brief).replace("\n", "\n  ")
-        return f"{self.name} (pid {self.process.pid}) {how}. Its log, {self.log.name}, says:\n  {error}"
+        return obituary(self, self.log.name, brief)
+
+    def close(self) -> None:
+        self.process.poll()  # reaps
+        self.log.close()
 
 
-def kill_leftovers(folder: RunFolder, name: str = "") -> list[str]:
-    """End all processes of this run, or only those of this name, and wait until they have given back memory, ports
-    and devices; returns their names."""
+def obituary(child: Started, log: str, brief: bool) -> str:
+    """What Started.obituary returns, where `log` is the place of its log."""
+    how = "still runs" if child.exit_code is None else describe_exit(child.exit_code)
+    error = first_error(child.output(), brief).replace("\n", "\n  ")
+    return f"{child.name} (pid {child.pid}) {how}. Its log, {log}, says:\n  {error}"
+
+
+def kill_leftovers(folder: RunFolder, name: str = "", slot: int | None = None) -> list[str]:
+    """End all processes of this run on this machine, or only those of this name, of the agent of this slot, and wait
+    until they have given back memory, ports and devices; returns their names."""
     killed: dict[int, str] = {}
     end = time.monotonic() + KILL_LIMIT_S
     while True:
-        left = {pid: n for pid, n in processes_of_run(folder.root).items() if name in ("", n)}
+        left = {pid: n for pid, n in processes_of_run(folder.root, slot).items() if name in ("", n)}
         killed |= left
         for pid in left:
             with suppress(ProcessLookupError):
@@ -159,6 +260,16 @@ def first_error(log: str, brief: bool = False) -> str:
         half = MAX_ERROR_LINES // 2
         block = [*block[:half], f"    ... {len(block) - 2 * half} more lines in the log ...", *block[-half:]]
     return "\n".join(block).rstrip()
+
+
+def free_ports(count: int, address: str = LOOPBACK) -> list[int]:
+    """Different ports of this machine's `address` that the system says are free now; who binds one must be ready to
+    find it taken."""
+    with ExitStack() as open_sockets:
+        probes = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((address, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def write(fd: int, content: bytes, limit_s: float) -> int:

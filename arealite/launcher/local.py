@@ -1,4 +1,4 @@
-"""`arealite run` on one machine: the run folder, its lock, starts and restarts, signals. Called by cli.py.
+"""`arealite run`: the run folder, its lock, the nodes, starts and restarts, signals. Called by cli.py.
 
 Exit codes: 0 all trainers are done; 1 a process failed (its first real error is printed); 2 refused before anything
 started; 128 + n stopped by signal n.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from arealite.api.load_config import load_run_config, to_yaml
 from arealite.kernels import build
 from arealite.launcher.check import inspect, warnings
 from arealite.launcher.child import kill_leftovers, say
+from arealite.launcher.head import Head
 from arealite.launcher.machine import Machine
 from arealite.launcher.plan import Plan, make_plan
 from arealite.launcher.supervisor import RunFailed, StopRequested, Supervisor
@@ -29,6 +30,8 @@ from arealite.observe import waits
 from arealite.observe.claim import claim
 from arealite.observe.processes import Heartbeat
 from arealite.observe.run_folder import RunFolder
+
+Planned = Callable[[Sequence[Machine]], Plan]  # the processes of a run on these nodes
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOCK_LIMIT_S = 2.0  # for the kernel to take the lock from a launcher that was killed just now
@@ -43,14 +46,13 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
     except (SyntaxError, ValueError) as error:  # found here rather than when all servers are up
         raise ConfigError(f"{script} is no Python: {error}") from None
     config = load_run_config(config_path, overrides)
-    if config.cluster.num_nodes > 1:
-        raise ConfigError(
-            f"cluster.num_nodes is {config.cluster.num_nodes}, but the local launcher starts processes on this machine"
-            " only: set it to 1"
-        )
     model, rows = inspect(config, starts=True)
     machine = Machine.local(config.cluster)
-    plan = make_plan(config, [machine], model, [script, "--config", config_path, *overrides])
+
+    def plan(machines: Sequence[Machine]) -> Plan:
+        return make_plan(config, machines, model, [script, "--config", config_path, *overrides])
+
+    plan([machine] * config.cluster.num_nodes)  # refused before anything starts
     if not machine.gpus:
         say(f"CPU: {build.expectation()}")
     for warning in warnings(config, rows):
@@ -58,8 +60,9 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
     return launch(plan, config, RunFolder.of(config))
 
 
-def launch(plan: Plan, config: RunConfig, folder: RunFolder) -> int:
-    """Run a plan in `folder` to its end, with the restarts that `recover` allows; returns the exit code.
+def launch(plan: Planned, config: RunConfig, folder: RunFolder) -> int:
+    """Run in `folder` what `plan` makes of the nodes, to its end, with the restarts that `recover` allows; returns the
+    exit code.
 
     Call from the main thread. Raises ConfigError when the folder is in use, RecoveryError when it is another run's.
     """
@@ -76,22 +79,31 @@ def launch(plan: Plan, config: RunConfig, folder: RunFolder) -> int:
         if left := kill_leftovers(folder):
             say(f"ended what an earlier launcher of this run left behind: {', '.join(left)}")
         folder.config_yaml.write_text(to_yaml(config))
-        write_json(folder.plan_json, asdict(plan))
         waits.configure(folder.root, waits.LAUNCHER, config.watchdog.heartbeat_s, config.watchdog.stall_s)
+        code = 1
         try:
-            return start_and_restart(plan, config, folder, stops)
+            head = Head(config, folder, stops)
+            try:
+                code = start_and_restart(plan, config, folder, head, stops)
+            finally:
+                head.close(code)
         finally:
             waits.shut_down()
+        return code
 
 
-def start_and_restart(plan: Plan, config: RunConfig, folder: RunFolder, stops: list[int]) -> int:
-    """Consumes: ends of starts. Produces: the exit code. Waits for: Supervisor.run. Unblocked by: its return."""
+def start_and_restart(plan: Planned, config: RunConfig, folder: RunFolder, head: Head, stops: list[int]) -> int:
+    """Consumes: ends of starts. Produces: the exit code. Waits for: nodes, Supervisor.run. Unblocked by: their
+    return."""
     recover = config.recover
     max_restarts = recover.max_restarts if recover.mode == "auto" else 0
-    say(f"run folder {folder.root}: {', '.join(p.name for p in plan.processes)}")
+    say(f"run folder {folder.root}{head.invitation}")
     for num_restarts in itertools.count(1):
         try:
-            Supervisor(plan, config, folder, stops).run()
+            made, nodes = head.gather(plan)
+            write_json(folder.plan_json, asdict(made))
+            say(", ".join(p.name if len(nodes) == 1 else f"{p.name} on {nodes[p.node].name}" for p in made.processes))
+            Supervisor(made, config, folder, nodes, stops).run()
             return 0
         except StopRequested as stopped:
             say(f"{stopped}; all processes have ended. The same command goes on {last_point(folder)}")

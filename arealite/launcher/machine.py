@@ -1,5 +1,5 @@
-"""What this machine has, or one that the configuration describes: cores, GPUs, memory. Called by check.py and local.py;
-the plan itself only sees the record.
+"""What this machine has, or one that the configuration describes: cores, GPUs, memory, addresses. Called by check.py,
+head.py and agent.py; the plan itself only sees the record.
 """
 
 from __future__ import annotations
@@ -7,9 +7,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import psutil
@@ -97,3 +101,30 @@ def _gpu_bytes() -> int:
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return min((int(word) << 20 for word in ran.stdout.split() if word.isdigit()), default=0)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that processes of one run must agree on; empty where one is not installed."""
+    found = {"python": "{}.{}".format(*sys.version_info)}
+    for name in ("arealite", "torch", "transformers"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def own_address() -> str:
+    """The address of this machine on its way out, loopback where there is none. Nothing is sent."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # reserved for documentation (RFC 5737)
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+def interface_env(address: str) -> dict[str, str]:
+    """Has process groups use the interface that has `address`; empty where none is found."""
+    for name, addresses in psutil.net_if_addrs().items():
+        for own in addresses:
+            with suppress(ValueError):
+                if ip_address(address) in ip_network(f"{own.address}/{own.netmask}", strict=False):
+                    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+    return {}

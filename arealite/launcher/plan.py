@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -127,10 +128,8 @@ def make_plan(config: RunConfig, machines: Sequence[Machine], model: str, traine
     takes_turns = mode.colocated or (isinstance(config, GRPOConfig) and config.rollout.max_head_offpolicyness == 0)
     servers, ranks = place_processes(mode, machines)
     _check_reach(config, servers)
-    shares = [
-        iter(share_cores(m.cores, *(sum(p.node == node for p in side) for side in (servers, ranks)), takes_turns))
-        for node, m in enumerate(machines)
-    ]
+    num_servers, num_ranks = (Counter(place.node for place in side) for side in (servers, ranks))
+    shares = [iter(share_cores(m.cores, num_servers[n], num_ranks[n], takes_turns)) for n, m in enumerate(machines)]
     common = {"AREALITE_HEARTBEAT_S": str(watchdog.heartbeat_s), "AREALITE_STALL_S": str(watchdog.stall_s)}
     common |= COMMON_ENV | ({"AREALITE_COLOCATED": "1"} if mode.colocated else {})
     processes = []
@@ -149,7 +148,7 @@ def make_plan(config: RunConfig, machines: Sequence[Machine], model: str, traine
             visible = tuple(gpu for other in beside for gpu in other.devices)
             env |= {
                 "RANK": str(rank),
-                "LOCAL_RANK": str(sum(r.node == place.node for r in ranks[:rank])),
+                "LOCAL_RANK": str(rank - [r.node for r in ranks].index(place.node)),
                 "MASTER_ADDR": HEAD,
             }
             env |= {"WORLD_SIZE": str(len(ranks)), "LOCAL_WORLD_SIZE": str(len(beside))}

@@ -8,20 +8,19 @@ which would come again: the run ends with it.
 from __future__ import annotations
 
 import http.client
-import os
 import re
 import signal
-import socket
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
 from arealite.api.atomic import write_text
 from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ArealiteError, WaitTimeout
-from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Child, kill_leftovers, say
-from arealite.launcher.plan import LOOPBACK, Plan, ProcessPlan
+from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Hands, Started, free_ports, say
+from arealite.launcher.plan import Plan, ProcessPlan
 from arealite.observe import waits
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.watchdog import Watchdog
@@ -51,18 +50,9 @@ class StopRequested(Exception):
         self.number = number
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports that the system says are free now; who binds one must be ready to find it taken."""
-    with ExitStack() as open_sockets:
-        probes = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((LOOPBACK, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def answers(port: int, path: str, limit_s: float) -> bool:
-    """Whether a server says 200 to GET `path`. Without proxies: it is on this machine."""
-    with closing(http.client.HTTPConnection(LOOPBACK, port, timeout=limit_s)) as connection:
+def answers(host: str, port: int, path: str, limit_s: float) -> bool:
+    """Whether a server says 200 to GET `path`. Without proxies: it is one of the run's nodes."""
+    with closing(http.client.HTTPConnection(host, port, timeout=limit_s)) as connection:
         try:
             connection.request("GET", path)
             return connection.getresponse().status == 200
@@ -76,12 +66,13 @@ class Replica:
     until it is given up."""
 
     plan: ProcessPlan
-    child: Child
-    port: int
+    node: Hands
+    child: Started
     since: float  # monotonic, of the last start or of the first answer after it; when dead, of the next start
     state: Literal["starting", "ready", "dead", "given up"] = "starting"
     was_ready: bool = False
     num_restarts: int = 0  # in a row
+    address: str = ""  # host:port, once it is known
 
     @property
     def may_start_again(self) -> bool:
@@ -92,11 +83,12 @@ class Replica:
 
 
 class Keeper:
-    """The servers of one start of the run: started together, started again one by one when they die, their addresses in
-    the run folder's `servers` file, which the trainer's client follows."""
+    """The servers of one start of the run: started together, started again one by one when they die, each on its node,
+    their addresses in the run folder's `servers` file, which the trainer's client follows."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(self, config: RunConfig, folder: RunFolder, nodes: Sequence[Hands]) -> None:
+        self._folder, self._nodes = folder, nodes
+        self._node_limit_s = config.launcher.node_timeout_s
         self._max_restarts = config.recover.max_restarts if config.recover.mode == "auto" else 0
         self._probe_s = min(PROBE_LIMIT_S, config.watchdog.stall_s / 4)
         self._startup_limit_s = config.launcher.startup_timeout_s
@@ -104,16 +96,19 @@ class Keeper:
         self.replicas: list[Replica] = []
 
     def start(self, plans: tuple[ProcessPlan, ...]) -> None:
-        for plan, port in zip(plans, free_ports(len(plans)), strict=True):
-            child = Child.start(plan.on_port(port), self._folder)
-            self.replicas.append(Replica(plan, child, port, time.monotonic()))
+        for plan in plans:
+            node = self._nodes[plan.node]
+            self.replicas.append(Replica(plan, node, self._start(plan, node), time.monotonic()))
+
+    def _start(self, plan: ProcessPlan, node: Hands) -> Started:
+        return node.start(plan, self._nodes[0].address, {})
 
     def unready(self) -> list[Replica]:
         """Those that do not answer yet, or are about to be started."""
         return [r for r in self.replicas if r.state in ("starting", "dead")]
 
     def addresses(self) -> list[str]:
-        return [f"{LOOPBACK}:{r.port}" for r in self.replicas if r.state != "given up"]
+        return [r.address for r in self.replicas if r.state != "given up"]
 
     @property
     def has_begun(self) -> bool:
@@ -125,7 +120,7 @@ class Keeper:
         now = time.monotonic()
         for replica in self.replicas:
             if replica.state == "dead" and now >= replica.since:
-                self._start_again(replica)
+                self._start_again(replica, now - replica.since)
             elif replica.state in ("starting", "ready") and replica.child.exit_code is not None:
                 self._died(replica)
             elif replica.state == "ready" and now - replica.since > STEADY_S:
@@ -138,7 +133,7 @@ class Keeper:
         """End a process that hangs, and all that it has started, if it is a server that `look` then starts again."""
         for replica in self.replicas:
             if replica.plan.name == name and replica.num_restarts < self._max_restarts:
-                replica.child.kill(self._folder)
+                replica.child.kill()
                 return True
         return False
 
@@ -150,17 +145,25 @@ class Keeper:
             replica.num_restarts += 1
             say(f"{obituary}\n{name} alone: restart {replica.num_restarts} of at most {self._max_restarts}")
             return
+        self._give_up(replica, obituary)
+
+    def _give_up(self, replica: Replica, why: str) -> None:
         replica.state = "given up"
-        replica.child.kill(self._folder)  # what it left behind may hold memory and devices
+        replica.child.kill()  # what it left behind may hold memory and devices
         if self.addresses():
-            say(f"{obituary}\n{name} is not started again")
+            say(f"{why}\n{replica.plan.name} is not started again")
             self._write_addresses()
 
-    def _start_again(self, replica: Replica) -> None:
-        replica.child.kill(self._folder)  # as in `_died`
-        replica.child.log.close()
-        (replica.port,) = free_ports(1)
-        replica.child = Child.start(replica.plan.on_port(replica.port), self._folder)
+    def _start_again(self, replica: Replica, waited_s: float) -> None:
+        """As soon as its node is there. Without any server on another node the run is better started again."""
+        if replica.node.loss:
+            is_last = all(r.node.loss for r in self.replicas if r.state != "given up")
+            if is_last or waited_s > self._node_limit_s:
+                self._give_up(replica, f"{replica.node.loss} and has not come back")
+            return
+        replica.child.kill()  # as in `_give_up`
+        replica.child.close()
+        replica.child = self._start(replica.plan, replica.node)
         replica.state, replica.since = "starting", time.monotonic()
 
     def _probe_one(self) -> None:
@@ -170,12 +173,14 @@ class Keeper:
             return
         self._num_probes += 1
         replica = starting[self._num_probes % len(starting)]
-        if answers(replica.port, replica.plan.ready_path, self._probe_s):
+        host, port = replica.node.address, replica.child.port
+        if port and answers(host, port, replica.plan.ready_path, self._probe_s):
             replica.state, replica.was_ready, replica.since = "ready", True, time.monotonic()
+            replica.address = f"{host}:{port}"
             self._write_addresses()
         elif replica.was_ready and time.monotonic() - replica.since > self._startup_limit_s:
             say(f"{replica.plan.name} is not healthy after launcher.startup_timeout_s; it is ended")
-            replica.child.kill(self._folder)
+            replica.child.kill()
 
     def _write_addresses(self) -> None:
         """Replace the file at once, so that readers see a whole list. Dead servers keep their line until they are
@@ -185,16 +190,18 @@ class Keeper:
 
 
 class Supervisor:
-    """Runs a plan once. Who asks a second time by signal to stop (`stops`, the signals so far) is not made to wait for
-    the processes' grace."""
+    """Runs a plan once, on `nodes`. Who asks a second time by signal to stop (`stops`, the signals so far) is not made
+    to wait for the processes' grace."""
 
-    def __init__(self, plan: Plan, config: RunConfig, folder: RunFolder, stops: list[int]) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: Plan, config: RunConfig, folder: RunFolder, nodes: Sequence[Hands], stops: list[int]
+    ) -> None:
+        self.plan, self.nodes = plan, nodes
         self.config = config
         self.folder = folder
         self.stops = stops
-        self.keeper = Keeper(config, folder)
-        self.trainers: list[Child] = []
+        self.keeper = Keeper(config, folder, nodes)
+        self.trainers: list[Started] = []
         self.has_trainer = False  # whether the script has come so far that it reports its waits
         self.is_told = False  # the trainers, to stop
         self.all_alive_s = 0.0  # monotonic, when all trainers lived for the last time
@@ -252,10 +259,11 @@ class Supervisor:
             say(f"servers are up after {time.monotonic() - began:.0f} s; trainers load data and model")
 
     def start_trainers(self) -> None:
-        port, addresses = str(free_ports(1)[0]), ",".join(self.keeper.addresses())
+        head = self.nodes[0].address
+        (port,) = free_ports(1, head)
+        env = {"MASTER_PORT": str(port), "AREAL_LLM_SERVER_ADDRS": ",".join(self.keeper.addresses())}
         for plan in self.plan.trainers:
-            child = Child.start(plan, self.folder, MASTER_PORT=port, AREAL_LLM_SERVER_ADDRS=addresses)
-            self.trainers.append(child)
+            self.trainers.append(self.nodes[plan.node].start(plan, head, env))
 
     def look(self) -> None:
         """One tick: copy the log, raise if a process died or stalled or a stop was asked for."""
@@ -271,14 +279,14 @@ class Supervisor:
             raise self.judge()
         if self.keeper.unready() and self.trainers:
             self.watchdog.excuse()
-        report = self.watchdog.look({c.name: c.process.pid for c in self.children if c.exit_code is None})
+        report = self.watchdog.look({c.name: c for c in self.children if c.exit_code is None})
         if report is not None:
             say(report.text)
             if not self.keeper.end(report.culprit):
                 raise RunFailed(report.headline, may_restart=self.config.watchdog.action == "restart")
 
     @property
-    def children(self) -> list[Child]:
+    def children(self) -> list[Started]:
         return [*(r.child for r in self.keeper.replicas), *self.trainers]
 
     def may_stop(self) -> bool:
@@ -291,13 +299,13 @@ class Supervisor:
             if self.config.recover.mode != "off":
                 say("stopping after this step, with a recovery point; asked once more, at once")
             for c in alive:
-                os.kill(c.process.pid, signal.SIGTERM)
+                c.send(signal.SIGTERM, is_alone=True)
             self.is_told, self.all_alive_s = True, time.monotonic()
         if len(alive) == len(self.trainers):
             self.all_alive_s = time.monotonic()
         return time.monotonic() - self.all_alive_s > self.config.launcher.stop_grace_s
 
-    def failed(self) -> list[Child]:
+    def failed(self) -> list[Started]:
         return [] if self.stops else [c for c in self.trainers if c.exit_code not in (None, 0)]
 
     def judge(self) -> RunFailed:
@@ -329,12 +337,12 @@ class Supervisor:
             time.sleep(POLL_S)
         for c in self.children:
             c.send(signal.SIGKILL)
-        kill_leftovers(self.folder)
+        for node in self.nodes:
+            node.clean()
         for c in self.trainers[:1]:
             c.echo(SAY_LIMIT_S)
         for c in self.children:
-            c.process.poll()  # reaps
-            c.log.close()
+            c.close()
         forget_heartbeats(self.folder)
 
 

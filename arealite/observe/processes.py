@@ -10,6 +10,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -21,6 +22,7 @@ STATES = {
     psutil.STATUS_TRACING_STOP: "stopped by a debugger (state t)",
     psutil.STATUS_ZOMBIE: "dead, not yet reaped (state Z)",
 }
+SLOT_VARIABLE = "AREALITE_SLOT"  # of the node, in the environment of a run's processes
 FROZEN = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
@@ -68,22 +70,40 @@ class Heartbeat:
         write_text(path, json.dumps(asdict(self)), durable=False)
 
 
-class Pulse:
-    """One process, `name`, by its heartbeat: the newest in `path` of `pid` (0: of any process), and how long ago it
-    changed by the reader's own clock: clocks that jump or differ do not matter."""
+class Watched(Protocol):
+    """A process of the run, on whatever node; `status` in psutil's words."""
 
-    def __init__(self, path: Path, pid: int = 0) -> None:
-        self.path, self.name, self.pid = path, path.stem, pid
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def status(self) -> str: ...
+
+    def send(self, number: int, is_alone: bool = False) -> None:
+        """A signal to its group, or to it alone."""
+
+
+class Pulse:
+    """One process, `name`, by its heartbeat: the newest in `path` of `process` (of any, where that is not known), and
+    how long ago it changed by the reader's own clock: clocks that jump or differ do not matter."""
+
+    def __init__(self, path: Path, process: Watched | None = None) -> None:
+        self.path, self.name, self.process = path, path.stem, process
         self.beat: Heartbeat | None = None
         self.restart()
 
     @property
+    def pid(self) -> int:
+        return self.process.pid if self.process is not None else 0
+
+    @property
     def state(self) -> str:
-        return process_state(self.pid)
+        status = self.process.status if self.process is not None else "unknown"
+        return STATES.get(status, status)
 
     @property
     def is_frozen(self) -> bool:
-        return process_status(self.pid) in FROZEN
+        return self.process is not None and self.process.status in FROZEN
 
     @property
     def age_s(self) -> float:
@@ -118,8 +138,9 @@ def process_state(pid: int) -> str:
     return STATES.get(status, status)
 
 
-def processes_of_run(run_dir: Path) -> dict[int, str]:
-    """Living processes that were started for this run, with the name they were given: {pid: "trainer-0"}.
+def processes_of_run(run_dir: Path, slot: int | None = None) -> dict[int, str]:
+    """Living processes of this machine that were started for this run, by the agent of this slot if one is given, with
+    the name they were given: {pid: "trainer-0"}.
 
     Known by their environment, so children of a trainer are among them, under the trainer's name, even when they
     have outlived it. The launcher is not: its own environment has no AREALITE_PROCESS.
@@ -129,6 +150,8 @@ def processes_of_run(run_dir: Path) -> dict[int, str]:
         try:
             variables = process.environ()
         except psutil.Error:  # ended meanwhile, or belongs to somebody else
+            continue
+        if slot is not None and variables.get(SLOT_VARIABLE) != str(slot):
             continue
         if variables.get("AREALITE_RUN_DIR") == str(run_dir) and "AREALITE_PROCESS" in variables:
             names[process.pid] = variables["AREALITE_PROCESS"]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from arealite.api.errors import WaitTimeout
-from arealite.observe.processes import Heartbeat, Pulse, WaitRecord, process_state
+from arealite.observe.processes import SLOT_VARIABLE, Heartbeat, Pulse, WaitRecord, process_state
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.timeline import span
 
@@ -202,6 +202,8 @@ class _Heart(threading.Thread):
         self.folder, self.heartbeat_s, self.stall_s = folder, heartbeat_s, stall_s
         self.path = folder.waits_dir / f"{_process.name}.json"
         self.launcher = Pulse(folder.waits_dir / f"{LAUNCHER}.json")
+        # Of another node's launcher the agent knows more.
+        self.is_beside_launcher = self.path != self.launcher.path and os.environ.get(SLOT_VARIABLE, "0") == "0"
         self.stop = threading.Event()
         self.num_beats = 0
         self.named_pid = 0  # of the silent launcher that was named
@@ -210,7 +212,7 @@ class _Heart(threading.Thread):
         while not self.stop.wait(self.heartbeat_s):
             try:
                 self.write()
-                if self.path != self.launcher.path:
+                if self.is_beside_launcher:
                     self.watch_launcher()
             except OSError as error:  # a full disk must not end the heartbeat; the next beat tries again
                 print(f"{_process.name}: heartbeat not written: {error}", file=sys.stderr, flush=True)

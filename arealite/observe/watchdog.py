@@ -13,12 +13,11 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arealite.observe import waits
-from arealite.observe.processes import Pulse, WaitRecord, process_state, processes_of_run
+from arealite.observe.processes import Pulse, WaitRecord, Watched, process_state, processes_of_run
 from arealite.observe.run_folder import RunFolder
 
 OVERDUE_GRACE_S = 5.0  # for a wait past its limit to raise its own error, which says more
@@ -57,16 +56,16 @@ class Watchdog:
         """Others wait now for something that is being repaired: that counts as progress."""
         self._excused = time.monotonic()
 
-    def look(self, processes: Mapping[str, int]) -> StallReport | None:
-        """Judge the processes {name: pid} by their newest heartbeats. Call every tick; it paces itself."""
+    def look(self, processes: Mapping[str, Watched]) -> StallReport | None:
+        """Judge the processes, by name, by their newest heartbeats. Call every tick; it paces itself."""
         now = time.monotonic()
         gap_s = now - self._looked
         if gap_s < min(self.heartbeat_s, self.stall_s / 4):
             return None
         self._looked, known, waits_dir = now, self._watched, self.folder.waits_dir
         self._watched = {
-            name: known[name] if name in known and known[name].pid == pid else Pulse(waits_dir / f"{name}.json", pid)
-            for name, pid in processes.items()
+            name: known[name] if name in known and known[name].process == p else Pulse(waits_dir / f"{name}.json", p)
+            for name, p in processes.items()
         }
         for watched in self._watched.values():
             watched.look()
@@ -121,7 +120,8 @@ class Watchdog:
         culprit, headline = stalls[0][0], f"STALL: {stalls[0][1]}"
         self.folder.stalls_dir.mkdir(parents=True, exist_ok=True)
         path = self.folder.stalls_dir / f"stall_{time.strftime('%Y%m%d_%H%M%S')}_{culprit}.txt"
-        dumps = stacks_of(self.folder, {w.name: w.pid for w in self._watched.values() if w.beat and not w.is_frozen})
+        asked = [(w.name, w.process) for w in self._watched.values() if w.beat and not w.is_frozen]
+        dumps = stacks_of(self.folder, {name: process for name, process in asked if process is not None})
         sections = {
             "who waits for whom (oldest first)": self._wait_lines() + waits.lines(),
             "last progress": [f"{name}: {what} {ago_s:.1f} s ago" for what, ago_s, name in self._marks()] or ["none"],
@@ -168,21 +168,20 @@ class Watchdog:
         return lines
 
 
-def stacks_of(folder: RunFolder, pids: Mapping[str, int]) -> dict[str, str]:
-    """A fresh dump of all threads of each process {name: pid}; empty for one that does not answer in time.
+def stacks_of(folder: RunFolder, processes: Mapping[str, Watched]) -> dict[str, str]:
+    """A fresh dump of all threads of each process, by name; empty for one that does not answer in time.
 
     Ask only processes that have a heartbeat: SIGUSR1 kills others.
     """
-    paths = {name: folder.stacks_dir / f"{name}.txt" for name in pids}
+    paths = {name: folder.stacks_dir / f"{name}.txt" for name in processes}
     sizes = {name: path.stat().st_size for name, path in paths.items() if path.exists()}
     for name in sizes:
-        with suppress(ProcessLookupError):
-            os.kill(pids[name], signal.SIGUSR1)
+        processes[name].send(signal.SIGUSR1, is_alone=True)
     end = time.monotonic() + ANSWER_LIMIT_S
     before: dict[str, str] = {}
     while True:
         written = {name: paths[name].read_bytes()[size:] for name, size in sizes.items()}
-        dumps = dict.fromkeys(pids, "") | {n: text.decode(errors="replace").strip() for n, text in written.items()}
+        dumps = dict.fromkeys(processes, "") | {n: text.decode(errors="replace").strip() for n, text in written.items()}
         if (dumps == before and all(dumps.values())) or time.monotonic() > end:  # all answered, and none still does
             return dumps
         before = dumps

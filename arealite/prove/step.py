@@ -31,7 +31,7 @@ from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims, Group, Task, Trajectory
 from arealite.engine.parallel.ranks import join_ranks, pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.launcher.supervisor import free_ports
+from arealite.launcher.child import free_ports
 from arealite.observe.waits import waiting
 
 # Largest differences allowed, by compute type: in float32 what another order of sums makes; in bfloat16 what another

@@ -1,6 +1,6 @@
 """Small real processes for the launcher's tests: servers, trainers, a launcher to be killed. Used by test_launcher_*.
 
-python support/dummies.py server PORT BEHAVIOUR
+python support/dummies.py server HOST PORT BEHAVIOUR
 python support/dummies.py trainer FOLDER BEHAVIOUR
 python support/dummies.py launch FOLDER '{"trainers": [...], "servers": [...], "overrides": {...}}'
 """
@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ class Health(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def server(port: int, behaviour: str) -> None:
+def server(host: str, port: int, behaviour: str) -> None:
     if behaviour == "die":
         raise RuntimeError("no such model")
     if behaviour == "silent":
@@ -56,7 +57,7 @@ def server(port: int, behaviour: str) -> None:
     if behaviour == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     waits.configure_from_env()
-    http.server.ThreadingHTTPServer(("127.0.0.1", port), Health).serve_forever()
+    http.server.ThreadingHTTPServer((host, port), Health).serve_forever()
 
 
 def trainer(folder: Path, behaviour: str) -> None:
@@ -104,26 +105,29 @@ def config_with(overrides: dict[str, object]) -> GRPOConfig:
     return config
 
 
-def plan_of(folder: Path, trainers: list[str], servers: list[str]) -> Plan:
-    from arealite.launcher.plan import PORT, Plan, ProcessPlan
+def plan_of(folder: Path, trainers: list[str], servers: list[str], num_nodes: int = 1) -> Plan:
+    """Behaviours, with "@1" at their end for those on node 1, or the last one where there are fewer."""
+    from arealite.launcher.plan import HOST, PORT, Plan, ProcessPlan
 
     me = str(Path(__file__).resolve())
     env = {"AREALITE_HEARTBEAT_S": "0.1", "AREALITE_STALL_S": "2"}
-    processes = [
-        ProcessPlan("server", i, (sys.executable, me, "server", PORT, behaviour), env, ready_path="/", restart="alone")
-        for i, behaviour in enumerate(servers)
-    ]
-    processes += [
-        ProcessPlan("trainer", i, (sys.executable, me, "trainer", str(folder), behaviour), env)
-        for i, behaviour in enumerate(trainers)
-    ]
-    return Plan("native:d1+fsdp:d1", tuple(processes))
+    processes = []
+    for i, (behaviour, _, node) in enumerate(told.partition("@") for told in servers):
+        command = (sys.executable, me, "server", HOST, PORT, behaviour)
+        own = ProcessPlan("server", i, command, env, ready_path="/", restart="alone")
+        processes.append(replace(own, node=min(int(node or 0), num_nodes - 1)))
+    for i, (behaviour, _, node) in enumerate(told.partition("@") for told in trainers):
+        own = ProcessPlan("trainer", i, (sys.executable, me, "trainer", str(folder), behaviour), env)
+        processes.append(replace(own, node=min(int(node or 0), num_nodes - 1)))
+    return Plan("native:d1+fsdp:d1", tuple(processes), num_nodes=num_nodes)
 
 
 class Launched:
     """A launcher in a process of its own; the context manager ends whatever is left of it."""
 
-    def __init__(self, folder: Path, trainers: list[str], servers: list[str], stdout=None, **overrides: object) -> None:
+    def __init__(
+        self, folder: Path, trainers: list[str], servers: list[str], stdout=None, env=None, **overrides: object
+    ) -> None:
         self.folder = RunFolder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder.parent / f"{folder.name}.launcher.log"
@@ -134,6 +138,7 @@ class Launched:
                 [sys.executable, me, "launch", str(folder), wanted],
                 stdout=log if stdout is None else stdout,
                 stderr=log,
+                env={**os.environ, **(env or {})},
             )
 
     def __enter__(self) -> Launched:
@@ -184,15 +189,16 @@ def is_alive(pid: int) -> bool:
 
 def main(argv: list[str]) -> int:
     if argv[0] == "server":
-        server(int(argv[1]), argv[2])
+        server(argv[1], int(argv[2]), argv[3])
     elif argv[0] == "trainer":
         trainer(Path(argv[1]), argv[2])
     else:
         from arealite.launcher.local import launch
 
         wanted = json.loads(argv[2])
-        plan = plan_of(Path(argv[1]), wanted["trainers"], wanted["servers"])
-        return launch(plan, config_with(wanted["overrides"]), RunFolder(Path(argv[1])))
+        folder, processes = Path(argv[1]), (wanted["trainers"], wanted["servers"])
+        plan = lambda machines: plan_of(folder, *processes, num_nodes=len(machines))  # noqa: E731
+        return launch(plan, config_with(wanted["overrides"]), RunFolder(folder))
     return 0
 
 
