@@ -11,7 +11,7 @@ import pytest
 from support.dummies import Launched, is_alive
 from support.nodes import HEAD_ENV, Agent
 
-from arealite.launcher.rendezvous import FILE, Line, read
+from arealite.launcher.rendezvous import FILE, AgentLine, read
 from arealite.observe.processes import processes_of_run
 
 SILENCE_S = 4.0
@@ -127,7 +127,7 @@ def test_strangers_wrong_slots_and_twins_are_sent_away(folder):
         run.pid("trainer-1")
         meeting = read(folder)
         with pytest.raises(ConnectionError, match="no handshake"):
-            Line(socket.create_connection((meeting.host, meeting.port)), "00" * 32, is_head=False)
+            AgentLine(socket.create_connection((meeting.host, meeting.port)), "00" * 32, is_head=False)
         run.until(lambda: "sent away: no handshake" in run.text(), "word of the stranger")
         with socket.create_connection((meeting.host, meeting.port)), Agent(folder, 7) as third:  # says nothing
             assert third.process.wait(20) == 2 and "slot 7, expected 1 to 1" in third.text()

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 
 import pytest
 from support.dummies import Launched, is_alive
 
-from arealite.observe.processes import OwnProcess
+from arealite.observe.processes import process_status
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.watchdog import Watchdog
 
@@ -34,6 +36,21 @@ named_function_of_the_test()
 """
 
 
+@dataclass(frozen=True)
+class Process:
+    """As the watchdog sees one."""
+
+    pid: int
+
+    @property
+    def status(self):
+        return process_status(self.pid)
+
+    def send(self, number, is_alone=False):
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
 class Processes:
     """Real waiting processes under one run folder, ended by id."""
 
@@ -51,7 +68,7 @@ class Processes:
             time.sleep(0.02)
 
     def watched(self):
-        return {name: OwnProcess(process.pid) for name, process in self.started.items()}
+        return {name: Process(process.pid) for name, process in self.started.items()}
 
     def look_until_report(self, watchdog, limit_s=20.0):
         end = time.monotonic() + limit_s

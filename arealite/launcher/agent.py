@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arealite.launcher import rendezvous
-from arealite.launcher.rendezvous import HANDSHAKE_LIMIT_S, Line, find_head, record
+from arealite.launcher.rendezvous import HANDSHAKE_LIMIT_S, AgentLine, find_head, record
 
 if TYPE_CHECKING:
     from arealite.launcher.child import Child
@@ -46,7 +46,7 @@ class Agent:
     """One life of an agent, from the moment it is let in. Its children have the numbers that the head gave them, until
     they have ended and that was told."""
 
-    def __init__(self, line: Line, slot: int, epoch: int, stops: list[int]) -> None:
+    def __init__(self, line: AgentLine, slot: int, epoch: int, stops: list[int]) -> None:
         line.send(slot=slot, epoch=epoch, name=socket.gethostname(), pid=os.getpid())
         until = time.monotonic() + HANDSHAKE_LIMIT_S
         while not (welcome := line.receive(TICK_S)) and time.monotonic() < until:
@@ -165,7 +165,9 @@ def serve(folder: Path | None, slot: int, limit_s: float, stops: list[int]) -> i
     while True:
         try:
             meeting = find_head(folder, epoch)
-            line = Line(socket.create_connection((meeting.host, meeting.port), HANDSHAKE_LIMIT_S), meeting.key, False)
+            line = AgentLine(
+                socket.create_connection((meeting.host, meeting.port), HANDSHAKE_LIMIT_S), meeting.key, False
+            )
             try:
                 agent = Agent(line, slot, meeting.epoch, stops)
                 epoch = agent.epoch

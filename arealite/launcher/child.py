@@ -53,7 +53,7 @@ SIGNAL_HINTS: dict[int, str] = {
 }
 
 
-class Started(Watched, Protocol):
+class StartedProcess(Watched, Protocol):
     """A process that was started on a node, as the supervisor sees it. `port`: where it listens; 0, not known yet."""
 
     plan: ProcessPlan
@@ -93,7 +93,7 @@ class Hands(Protocol):
     @property
     def name(self) -> str: ...
 
-    def start(self, plan: ProcessPlan, head: str, env: dict[str, str]) -> Started:
+    def start(self, plan: ProcessPlan, head: str, env: dict[str, str]) -> StartedProcess:
         """Start a process; `head` is the address of the first node, `env` what only this start knows."""
 
     def clean(self) -> list[str]:
@@ -129,7 +129,7 @@ class OwnNode:
 
 @dataclass
 class Child:
-    """One started process of this machine, as Started describes. Its log stays open, since it may be moved or removed
+    """One started process of this machine, as StartedProcess describes. Its log stays open, since it may be moved or removed
     meanwhile; `offset` is where this start begins in it, `echoed` up to where the terminal has it, both in bytes."""
 
     plan: ProcessPlan
@@ -208,8 +208,8 @@ class Child:
         self.log.close()
 
 
-def obituary(child: Started, log: str, brief: bool) -> str:
-    """What Started.obituary returns, where `log` is the place of its log."""
+def obituary(child: StartedProcess, log: str, brief: bool) -> str:
+    """What StartedProcess.obituary returns, where `log` is the place of its log."""
     how = "still runs" if child.exit_code is None else describe_exit(child.exit_code)
     error = first_error(child.output(), brief).replace("\n", "\n  ")
     return f"{child.name} (pid {child.pid}) {how}. Its log, {log}, says:\n  {error}"

@@ -23,7 +23,7 @@ from arealite.launcher.agent import ADDRESS_VARIABLE
 from arealite.launcher.child import KILL_LIMIT_S, Hands, OwnNode, obituary, say
 from arealite.launcher.machine import Machine, interface_env, own_address, versions
 from arealite.launcher.plan import Plan, ProcessPlan
-from arealite.launcher.rendezvous import HEAD_VARIABLE, Line, Meeting, find_head, publish, read, record
+from arealite.launcher.rendezvous import HEAD_VARIABLE, AgentLine, Meeting, find_head, publish, read, record
 from arealite.launcher.supervisor import TICK_S, RunFailed, StopRequested
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.waits import waiting
@@ -33,7 +33,7 @@ MAX_CLOCK_S = 5.0  # between two nodes, before it is told
 
 
 class FarChild:
-    """A process on another node, as Started describes, as far as its agent has told; `loss`: the node is gone, and so
+    """A process on another node, as StartedProcess describes, as far as its agent has told; `loss`: the node is gone, and so
     is the process, since the agent ends it before it comes back."""
 
     def __init__(self, plan: ProcessPlan, node: FarNode, number: int) -> None:
@@ -92,7 +92,7 @@ class FarNode:
     def __init__(self, slot: int, folder: RunFolder) -> None:
         self.slot, self.folder = slot, folder
         self.name, self.address, self.machine = f"of slot {slot}", "", Machine(())
-        self.line: Line | None = None
+        self.line: AgentLine | None = None
         self.loss = f"node {self.name} has not come yet"
         self.unfit = ""
         self._children: dict[int, FarChild] = {}
@@ -119,7 +119,7 @@ class FarNode:
                     break
         return self._killed
 
-    def take(self, line: Line) -> bool:
+    def take(self, line: AgentLine) -> bool:
         """Whether the agent of this line is the only one. In its thread, as all that follow."""
         with self._lock:
             is_free = self.line is None
@@ -142,14 +142,14 @@ class FarNode:
         elif (child := self._children.get(told.get("of", 0))) is not None:
             child.hear(told)
 
-    def lose(self, line: Line, why: str) -> None:
+    def lose(self, line: AgentLine, why: str) -> None:
         if self.line is line:
             self.line, self.loss = None, f"node {self.name} is lost: {why}"
             for child in list(self._children.values()):
                 child.loss = self.loss if child.code is None else ""
 
 
-class Head:
+class RunHead:
     """All nodes of a run. With more than one it listens for agents from the beginning until `close`, which lets them
     go with the exit code of the run."""
 
@@ -250,7 +250,7 @@ class Head:
         its silence, the end of the connection, `close`.
         """
         try:
-            line = Line(plain, self.meeting.key, is_head=True)
+            line = AgentLine(plain, self.meeting.key, is_head=True)
         except ConnectionError as error:
             say(f"somebody at the place of the agents was sent away: {error}")
             return
@@ -279,7 +279,7 @@ class Head:
             if node is not None:
                 node.lose(line, why)
 
-    def _let_in(self, line: Line, told: dict[str, Any]) -> FarNode | None:
+    def _let_in(self, line: AgentLine, told: dict[str, Any]) -> FarNode | None:
         """The node of an agent that has said who it is; None when it is sent away."""
         slot, epoch = told["slot"], told["epoch"]
         node = self.far[slot - 1] if 1 <= slot <= len(self.far) else None

@@ -22,7 +22,7 @@ from arealite.api.load_config import load_run_config, to_yaml
 from arealite.kernels import build
 from arealite.launcher.check import inspect, warnings
 from arealite.launcher.child import kill_leftovers, say
-from arealite.launcher.head import Head
+from arealite.launcher.head import RunHead
 from arealite.launcher.machine import Machine
 from arealite.launcher.plan import Plan, make_plan
 from arealite.launcher.supervisor import RunFailed, StopRequested, Supervisor
@@ -82,7 +82,7 @@ def launch(plan: Planned, config: RunConfig, folder: RunFolder) -> int:
         waits.configure(folder.root, waits.LAUNCHER, config.watchdog.heartbeat_s, config.watchdog.stall_s)
         code = 1
         try:
-            head = Head(config, folder, stops)
+            head = RunHead(config, folder, stops)
             try:
                 code = start_and_restart(plan, config, folder, head, stops)
             finally:
@@ -92,7 +92,7 @@ def launch(plan: Planned, config: RunConfig, folder: RunFolder) -> int:
         return code
 
 
-def start_and_restart(plan: Planned, config: RunConfig, folder: RunFolder, head: Head, stops: list[int]) -> int:
+def start_and_restart(plan: Planned, config: RunConfig, folder: RunFolder, head: RunHead, stops: list[int]) -> int:
     """Consumes: ends of starts. Produces: the exit code. Waits for: nodes, Supervisor.run. Unblocked by: their
     return."""
     recover = config.recover

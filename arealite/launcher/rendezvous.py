@@ -104,7 +104,7 @@ def record(of: type[R], told: dict[str, Any]) -> R:
     return of(**{key: tuple(value) if isinstance(value, list) else value for key, value in told.items()})
 
 
-class Line:
+class AgentLine:
     """One end of the connection of an agent and its head. Whoever has not heard of the other for `silence_s` gives it
     up, so each sends something several times as often: call `receive` all the time."""
 

@@ -19,7 +19,7 @@ from typing import Literal
 from arealite.api.atomic import write_text
 from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ArealiteError, WaitTimeout
-from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Hands, Started, free_ports, say
+from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Hands, StartedProcess, free_ports, say
 from arealite.launcher.plan import Plan, ProcessPlan
 from arealite.observe import waits
 from arealite.observe.run_folder import RunFolder
@@ -67,7 +67,7 @@ class Replica:
 
     plan: ProcessPlan
     node: Hands
-    child: Started
+    child: StartedProcess
     since: float  # monotonic, of the last start or of the first answer after it; when dead, of the next start
     state: Literal["starting", "ready", "dead", "given up"] = "starting"
     was_ready: bool = False
@@ -100,7 +100,7 @@ class Keeper:
             node = self._nodes[plan.node]
             self.replicas.append(Replica(plan, node, self._start(plan, node), time.monotonic()))
 
-    def _start(self, plan: ProcessPlan, node: Hands) -> Started:
+    def _start(self, plan: ProcessPlan, node: Hands) -> StartedProcess:
         return node.start(plan, self._nodes[0].address, {})
 
     def unready(self) -> list[Replica]:
@@ -201,7 +201,7 @@ class Supervisor:
         self.folder = folder
         self.stops = stops
         self.keeper = Keeper(config, folder, nodes)
-        self.trainers: list[Started] = []
+        self.trainers: list[StartedProcess] = []
         self.has_trainer = False  # whether the script has come so far that it reports its waits
         self.is_told = False  # the trainers, to stop
         self.all_alive_s = 0.0  # monotonic, when all trainers lived for the last time
@@ -286,7 +286,7 @@ class Supervisor:
                 raise RunFailed(report.headline, may_restart=self.config.watchdog.action == "restart")
 
     @property
-    def children(self) -> list[Started]:
+    def children(self) -> list[StartedProcess]:
         return [*(r.child for r in self.keeper.replicas), *self.trainers]
 
     def may_stop(self) -> bool:
@@ -305,7 +305,7 @@ class Supervisor:
             self.all_alive_s = time.monotonic()
         return time.monotonic() - self.all_alive_s > self.config.launcher.stop_grace_s
 
-    def failed(self) -> list[Started]:
+    def failed(self) -> list[StartedProcess]:
         return [] if self.stops else [c for c in self.trainers if c.exit_code not in (None, 0)]
 
     def judge(self) -> RunFailed:
