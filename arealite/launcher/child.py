@@ -129,8 +129,8 @@ class OwnNode:
 
 @dataclass
 class Child:
-    """One started process of this machine, as StartedProcess describes. Its log stays open, since it may be moved or removed
-    meanwhile; `offset` is where this start begins in it, `echoed` up to where the terminal has it, both in bytes."""
+    """A StartedProcess of this machine. Its log stays open, since it may be moved or removed meanwhile; `offset` is
+    where this start begins in it, `echoed` up to where the terminal has it, both in bytes."""
 
     plan: ProcessPlan
     folder: RunFolder

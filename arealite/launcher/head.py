@@ -33,8 +33,8 @@ MAX_CLOCK_S = 5.0  # between two nodes, before it is told
 
 
 class FarChild:
-    """A process on another node, as StartedProcess describes, as far as its agent has told; `loss`: the node is gone, and so
-    is the process, since the agent ends it before it comes back."""
+    """A StartedProcess of another node, as far as its agent has told; `loss`: the node is gone, and so is the process,
+    since the agent ends it before it comes back."""
 
     def __init__(self, plan: ProcessPlan, node: FarNode, number: int) -> None:
         self.plan, self.node, self.number, self.line = plan, node, number, node.line
