@@ -21,7 +21,7 @@ from arealite.engine.ppo.actor import FSDPPPOActor, PolicyLoss, grpo_loss_fn
 from arealite.engine.ppo.critic import FSDPPPOCritic
 from arealite.engine.roles import Critic, Reference, TrainedTogether, Turns
 from arealite.evaluation.evaluator import Evaluator
-from arealite.launcher.allocation import AllocationMode, trainer_dims
+from arealite.launcher.allocation import AllocationMode, trainer_dims, trainer_layouts
 from arealite.reward.named import named_reward
 from arealite.reward.pool import RewardFunction
 from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine, RemotevLLMEngine
@@ -44,14 +44,16 @@ WorkflowMaker = Callable[[GenerationHyperparameters, PreTrainedTokenizerBase], R
 def open_models(
     run: Run, config: GRPOConfig, loss_fn: PolicyLoss = grpo_loss_fn
 ) -> tuple[FSDPPPOActor, Reference | None, Critic | None]:
-    """The policy, and the reference and the critic where `config` has them; each in its layout on these ranks."""
-    actor = run.open(FSDPPPOActor(config.actor, trainer_dims(config), loss_fn))
+    """The policy, and the reference and the critic where `config` has them; each in its layout, on the policy's ranks
+    or on its own, as `config.allocation_mode` says. All ranks have all these objects, and make the same calls."""
+    layouts = trainer_layouts(config)
+    actor = run.open(FSDPPPOActor(config.actor, trainer_dims(config), loss_fn, layouts))
     reference, critic = None, None
     if config.ref is not None:
-        engine = run.open(FSDPEngine(config.ref, trainable=False, dims=trainer_dims(config, "ref")))
-        reference = Reference(actor, engine)
+        dims = trainer_dims(config, "ref")
+        reference = Reference(actor, run.open(FSDPEngine(config.ref, trainable=False, dims=dims, layouts=layouts)))
     if config.critic is not None:
-        critic = Critic(actor, run.open(FSDPPPOCritic(config.critic, trainer_dims(config, "critic"))))
+        critic = Critic(actor, run.open(FSDPPPOCritic(config.critic, trainer_dims(config, "critic"), layouts)))
     return actor, reference, critic
 
 

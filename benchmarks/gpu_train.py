@@ -170,7 +170,7 @@ def parts(bench: Bench, actor: FSDPPPOActor, batch: Batch) -> Result:
         return found
 
     def norms() -> None:
-        total = sum(gradient_norms(actor.sharded.parameters, actor.mesh.device).values())
+        total = sum(gradient_norms(actor.sharded.parameters, actor.ranks.group).values())
         clip_gradients(actor.sharded.parameters.values(), 1e9, total)
 
     assert actor.sharded.optimizer is not None

@@ -19,17 +19,19 @@ import pytest
 
 LONGEST = [f"test_{name}.py" for name in (
     "engine_layouts", "run_life", "run_recovery", "docs", "run_supervised", "recover_background", "vllm_server",
-    "engine_resume", "server_chaos", "run_wirings", "run_stalls", "training_kernels", "prove",
+    "engine_resume", "server_chaos", "run_wirings", "run_roles", "run_stalls", "training_kernels", "prove",
 )]  # fmt: skip
 
 
 # Files whose tests take longer than a contributor's loop can wait, by what they need. All others are `fast`.
 KINDS = {
     "process": """cli_refusals docs engine_layouts engine_loading engine_pipeline engine_ranks engine_resume
-        engine_roles engine_weights evaluation_command inference_openai inference_process launcher_local
+        engine_roles engine_roles_apart engine_weights evaluation_command inference_openai inference_process
+        launcher_local
         observe_watchdog prove recover_background recover_points reward_audit reward_code reward_judges reward_pool
         reward_sandbox rollout_updates run run_life run_lora
-        run_own_parts run_recovery run_stalls run_supervised run_wirings server_chaos vllm_server weights_group""",
+        run_own_parts run_recovery run_roles run_stalls run_supervised run_wirings server_chaos vllm_server
+        weights_group""",
     "model": """engine_actor engine_export engine_flops engine_lora engine_objective gpu_kernels gpu_server gpu_training
         evaluation_statistics inference_fuzz inference_gpu inference_lora inference_model inference_pause
         inference_prefix inference_sampler inference_scheduler inference_server inference_spans inference_streaming

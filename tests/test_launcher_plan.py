@@ -13,8 +13,9 @@ from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_config_file, load_run_config
 from arealite.api.types import Dims
 from arealite.launcher import machine as machine_module
-from arealite.launcher.allocation import trainer_dims
+from arealite.launcher.allocation import models_of_ranks, trainer_dims, trainer_layouts
 from arealite.launcher.check import check
+from arealite.launcher.dataflow import PARTS, dataflow
 from arealite.launcher.machine import Machine
 from arealite.launcher.placement import share_cores
 from arealite.launcher.plan import PORT, flags, make_plan
@@ -199,8 +200,10 @@ REFUSED = [  # (allocation, what is said, other settings)
     (ROLES, r"nothing would run on fsdp\[critic\]:d1t2; roles", {"ref": TrainEngineConfig()}),
     ("fsdp:d1|fsdp[critic]:d1", r"nothing would run on fsdp\[critic\]:d1$", SFT_RUN),
     ("native:d1+fsdp:d1", "has inference servers, which kind: sft does not", SFT_RUN),
-    ("native:d1+fsdp:d1+fsdp[critic]:d1", r"devices of its own(.|\n)*fsdp:d1\|fsdp\[critic\]:d1",
+    ("native:d1|fsdp[critic]:d1+fsdp:d1", r"shares devices with servers.*\(\+fsdp\[critic\]:d1\)",
      {"critic": PPOCriticConfig()}),
+    ("native:d1+fsdp:d1+fsdp[critic]:d2|fsdp[ref]:t2", r"fsdp\[ref\]:d1t2 and .*cut differently.* join them by '\+'",
+     {"critic": PPOCriticConfig(), "ref": TrainEngineConfig()}),
     ("sglang:d1+fsdp:d1", "need GPUs", {}),
     ("native:d4+fsdp:d8", "needs 12 GPUs .*there are 8", {"machine": gpu_machine(8)}),
     ("vllm:d1+fsdp:d1", "after top_p", {"machine": gpu_machine(2), "gconfig__top_p": 0.9}),
@@ -318,6 +321,60 @@ def test_roles_share_the_policys_ranks():
     assert trainer_dims(config, "critic") == trainer_dims(config, "ref") == Dims(t=2)
     config.allocation_mode = "native:d1+fsdp:d2"
     assert trainer_dims(config, "critic") == Dims(d=2)
+
+
+def test_roles_on_ranks_of_their_own():
+    """The policy's ranks come first, then the critic's, then the reference's, whatever the order of their devices."""
+    config = GRPOConfig(critic=PPOCriticConfig(), ref=TrainEngineConfig(), weight_update="disk")
+    config.allocation_mode = "native:d1+fsdp[ref]:d1+fsdp[critic]:t2+fsdp:d2"
+    plan = make_plan(config, [gpu_machine(6)], "model", SCRIPT)
+    told = [(p.models, p.devices, p.env["WORLD_SIZE"]) for p in plan.trainers]
+    assert told == [
+        (("actor",), ("4",), "5"), (("actor",), ("5",), "5"),
+        (("critic",), ("2",), "5"), (("critic",), ("3",), "5"), (("ref",), ("1",), "5"),
+    ]  # fmt: skip
+    assert {p.env["CUDA_VISIBLE_DEVICES"] for p in plan.trainers} == {"4,5,2,3,1"}
+    dims = Dims(d=2), Dims(t=2, first=2), Dims(first=4)
+    assert trainer_layouts(config) == dims == tuple(trainer_dims(config, role) for role in ("", "critic", "ref"))
+    config.allocation_mode = "native:d1+fsdp:d1+fsdp[ref]:d1|fsdp[critic]:d1"
+    assert models_of_ranks(config) == [("actor",), ("critic", "ref")]
+    config.allocation_mode = "native:d1+fsdp:d1+fsdp[ref]:d1"  # nothing is said of the critic
+    assert models_of_ranks(config) == [("actor", "critic"), ("ref",)]
+
+
+def test_the_dataflow_says_what_waits_and_what_may_be_at_the_same_time():
+    config = GRPOConfig(critic=PPOCriticConfig(), ref=TrainEngineConfig())
+    config.actor.ppo_n_minibatches = 2
+
+    def rows():
+        return {row[0]: row[1:4] for row in dataflow(config)[1:]}
+
+    config.allocation_mode = "native:d1+fsdp:d2+fsdp[critic]:d1+fsdp[ref]:d1"
+    told = rows()
+    assert list(told) == [part.name for part in PARTS]
+    assert told["actor_gen"] == ("native:d1", "upload 2 steps before", "all of earlier steps")
+    assert told["actor_inf"] == ("trainer-0 to 1", "rew_inf", "ref_inf, critic_inf")
+    assert told["critic_train"] == ("trainer-2", "advantages", "actor_train")
+    assert told["actor_train"] == ("trainer-0 to 1", "advantages", "critic_train")
+    assert told["advantages"] == ("trainer-0 to 1", "rew_inf, actor_inf, ref_inf, critic_inf", "-")
+    config.allocation_mode = "native:d1|fsdp:d1"
+    assert {beside for _, _, beside in rows().values()} == {"-"}
+    config.critic, config.actor.ppo_n_minibatches = None, 1
+    told = rows()
+    assert not {"critic_inf", "critic_train", "actor_inf"} & told.keys()
+    assert told["advantages"][1] == "rew_inf, ref_inf" and told["upload"][1] == "actor_train"
+
+
+def test_check_describes_roles_apart(tmp_path, tiny_llama):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 5)
+    models = [f"{role}.path={tiny_llama}" for role in ("actor", "critic", "ref")]
+    mode = "allocation_mode=native:d1+fsdp:d1+fsdp[critic]:d1+fsdp[ref]:d1"
+    told = check(str(file_of(tmp_path, GRPO)), [*models, mode, f"train_dataset.path={tmp_path / 'd.jsonl'}"], False)
+    for words in ("trainer-1 (critic)", "DATAFLOW", "each trainer of actor (1)", "each trainer of critic (1)"):
+        assert words in told
+    of_ref = told.partition("each trainer of ref (1)")[2].partition("all processes")[0]
+    assert "reference" in of_ref and "optimizer" not in of_ref and "gradients" not in of_ref
+    assert "reference" not in told.partition("each trainer of actor (1)")[2].partition("each trainer of critic")[0]
 
 
 def test_check_describes_training_alone(tmp_path, tiny_llama):

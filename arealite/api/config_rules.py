@@ -15,6 +15,7 @@ from arealite.api.cli_args import (
     GenerationHyperparameters,
     GRPOConfig,
     NormConfig,
+    PPOActorConfig,
     RunConfig,
 )
 
@@ -301,6 +302,13 @@ def warm_up(config: RunConfig, num_steps: int) -> Iterator[str]:
                 f"{key}.optimizer.warmup_steps ({role.optimizer.warmup_steps}) leaves nothing of the run's {num_steps}"
                 " steps: lower it, or raise total_train_steps or total_train_epochs"
             )
+
+
+def needs_prox_logp(actor: PPOActorConfig) -> bool:
+    """Whether the proximal policy's logprobs must be known before the update. With one update per step it is the very
+    policy that the update's forward pass computes."""
+    later = actor.ppo_n_minibatches > 1 and actor.use_decoupled_loss
+    return later or (actor.kl_in == "reward" and actor.kl_weight != 0)
 
 
 def has_frequency(frequency: FrequencyConfig) -> bool:

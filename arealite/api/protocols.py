@@ -21,7 +21,8 @@ class Collective(Protocol):
 
     rank: int
     world_size: int
-    num_shares: int  # parts that a batch is divided into; ranks that compute one sequence together have the same one
+    divisions: tuple[int, ...]  # each set of ranks divides a batch among them, the policy's first: into so many parts
+    num_shares: int  # all of these; ranks that compute one sequence together have the same one
 
     def scatter(self, shares: list[Any] | None) -> Any:
         """Rank 0 gives one object per share (others None); returns the object of this rank's share."""

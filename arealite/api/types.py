@@ -21,18 +21,25 @@ Status = Literal["ok", "reward_error", "failed", "aborted"]
 
 @dataclass(frozen=True)
 class Dims:
-    """Parallel degrees: d data (replicas; servers for inference), t tensor, p pipeline, c context, e expert."""
+    """Parallel degrees: d data (replicas; servers for inference), t tensor, p pipeline, c context, e expert; of the
+    trainer ranks from `first` on."""
 
     d: int = 1
     t: int = 1
     p: int = 1
     c: int = 1
     e: int = 1
+    first: int = 0
 
     @property
     def size(self) -> int:
         """Devices. Experts are spread over those that are there anyway."""
         return self.d * self.t * self.p * self.c
+
+    @property
+    def ranks(self) -> range:
+        """The trainer ranks that have a part of the model."""
+        return range(self.first, self.first + self.size)
 
     def __str__(self) -> str:
         sizes = {"t": self.t, "p": self.p, "c": self.c, "e": self.e}

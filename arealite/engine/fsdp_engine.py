@@ -43,7 +43,8 @@ LossFn = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class FSDPEngine:
-    """Every method but the properties is a collective call: all ranks, same order.
+    """Every method but the properties is a collective call: all ranks of the run, same order. Where other models have
+    ranks of their own, most do nothing on these (`is_here` False).
 
     `version` counts the weights: 0 at the start, one more after every step of training.
     """
@@ -56,12 +57,14 @@ class FSDPEngine:
         head: Head = LANGUAGE,
         updates_per_step: int = 1,
         keep_groups: bool = False,
+        layouts: tuple[Dims, ...] = (),
     ) -> None:
-        """`dims`: how the model is spread over the ranks; over all of them by data if not given. `keep_groups`: whether
-        a group must be in one micro-batch."""
+        """`dims`: how the model is spread, and over which ranks; over all of them by data if not given. `keep_groups`:
+        whether a group must be in one micro-batch. `layouts`: of a run where models have ranks of their own, how each
+        set of ranks shares out a batch, in their order."""
         if head is not LANGUAGE and config.lora is not None:
             raise ConfigError("lora is given for a model with a value head, which needs all of its weights: remove it")
-        self.config, self.trainable, self._dims = config, trainable, dims
+        self.config, self.trainable, self._dims, self._layouts = config, trainable, dims, layouts
         self.head, self.updates_per_step, self._keep_groups = head, updates_per_step, keep_groups
         self.temperature: float = 1.0 if config.temperature is None else config.temperature
         if not self.temperature > 0:
@@ -70,6 +73,8 @@ class FSDPEngine:
         self._planned_steps: int | None = None
         self.before_upload: Callable[[], object] = lambda: None  # collective, while servers have the earlier weights
         self._made_group = False
+        self._rollout: InferenceEngine | None = None
+        self._mesh: RankMesh | None = None
         self._sharded: ShardedModel | None = None
         self._upload: Upload | None = None
 
@@ -79,24 +84,51 @@ class FSDPEngine:
         waits.configure_from_env()
         if config.deterministic:
             be_deterministic()
-        device = pick_device()
-        self._made_group = join_ranks(device, config.collective_timeout_s)
-        self._sharded = build_sharded(config, device, self._dims, self.head, self.trainable)
+        device, limit_s = pick_device(), config.collective_timeout_s
+        self._made_group = join_ranks(device, limit_s)
+        world_size = dist.get_world_size()
+        dims = self._dims or Dims(d=world_size)
+        self._layouts = self._layouts or (dims,)
+        num_ranks = sum(layout.size for layout in self._layouts)
+        if num_ranks != world_size:
+            raise ConfigError(
+                f"the trainer's layout {'+'.join(map(str, self._layouts))} has {num_ranks} ranks and {world_size} were"
+                " started: give allocation_mode and the number of processes the same product d x t x c x p"
+            )
+        self._mesh, ranks = RankMesh(dims, device, limit_s), RankCollective(limit_s, dims)
+        if self._mesh.is_here:
+            self._sharded = build_sharded(config, self._mesh, ranks, self.head, self.trainable)
 
     @property
     def sharded(self) -> ShardedModel:
-        """The model on these ranks, whole."""
+        """The model on the ranks that have it, whole."""
         if self._sharded is None:
-            raise ArealiteError(f"{type(self).__name__} has no model yet: call initialize() first")
+            why = "no model yet: call initialize() first" if self._mesh is None else "its model on other ranks"
+            raise ArealiteError(f"{type(self).__name__} has {why}")
         return self._sharded
 
     @property
-    def collective(self) -> RankCollective:
+    def ranks(self) -> RankCollective:
+        """Those that have the model."""
         return self.sharded.collective
+
+    @cached_property
+    def collective(self) -> RankCollective:
+        """All ranks of the run. Collective when it is first asked for."""
+        return RankCollective(self.config.collective_timeout_s, *self._layouts) if self._is_among_others else self.ranks
 
     @property
     def mesh(self) -> RankMesh:
-        return self.sharded.mesh
+        return self.sharded.mesh if self._mesh is None else self._mesh
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this rank has a part of the model."""
+        return self.mesh.is_here
+
+    @property
+    def _is_among_others(self) -> bool:
+        return len(self._layouts) > 1
 
     def destroy(self) -> None:
         """Release shared memory and leave the ranks; also after an `initialize` that failed."""
@@ -114,11 +146,13 @@ class FSDPEngine:
 
     def compute_logp(self, batch: Batch, temperature: float | None = None) -> np.ndarray:
         """float32 [T] logprobs of the batch's tokens at `temperature` (config's if not given, else 1); 0 where
-        loss_mask is False."""
+        loss_mask is False. NaN on ranks without the model."""
         return self._score(batch, self.temperature if temperature is None else temperature, "compute_logp")
 
     def _score(self, batch: Batch, temperature: float, what: str) -> np.ndarray:
         """float32 [T], the first thing that the model's head says of each loss token; 0 elsewhere."""
+        if not self.is_here:
+            return np.full(len(batch.tokens), np.nan, np.float32)
         out = np.zeros(len(batch.tokens), dtype=np.float32)
         kept: list[tuple[np.ndarray, torch.Tensor]] = []
         micro_batches = self._micro_batches(batch, what)
@@ -128,7 +162,7 @@ class FSDPEngine:
             )
         for at, scores in kept:
             out[at] = scores.cpu().numpy()
-        return from_last_stage(out, self.mesh, self.collective)
+        return from_last_stage(out, self.mesh, self.ranks)
 
     def compute_values(self, batch: Batch) -> np.ndarray:
         """float32 [T], of a model with a value head: for each loss token the value of what stands before it; 0
@@ -157,7 +191,7 @@ class FSDPEngine:
             note(part, update)
         self.version += 1
         took_s, peak = time.perf_counter() - started, peak_flops(self.mesh.device, self.sharded.dtype)
-        return summary(updates, took_s, peak, self.collective.world_size), updates
+        return summary(updates, took_s, peak, self.ranks.world_size), updates
 
     def update(self, batch: Batch, loss_fn: LossFn, columns: tuple[str, ...] = ()) -> Update | None:
         """One optimiser update with the sum of `loss_fn` over all micro-batches of all ranks; None, and no update,
@@ -171,7 +205,7 @@ class FSDPEngine:
         """
         sharded, optimizer, device = self.sharded, self.sharded.optimizer, self.mesh.device
         assert optimizer is not None, "the engine was made with trainable=False"
-        over = count_loss(batch, self.collective)
+        over = count_loss(batch, self.ranks)
         if not over.num_tokens:
             return None
         lr = learning_rate(self.config.optimizer, self.num_updates, self._planned_steps, self.updates_per_step)
@@ -191,10 +225,10 @@ class FSDPEngine:
         flops = [sharded.flops.count(micro) for micro in micro_batches]
         for name, value in (("num_flops", sum(flops)), ("num_sequence_tokens", len(batch.tokens))):
             told[name].append(torch.tensor(value, dtype=torch.float64))
-        statistics = self.collective.reduce_columns(told)
+        statistics = self.ranks.reduce_columns(told)
         loss_sum = statistics.pop("loss")
-        with self.collective.computing("update"):
-            norms = gradient_norms(with_tied_sum(sharded.parameters, sharded.tied, sharded.mesh), device)
+        with self.ranks.computing("update"):
+            norms = gradient_norms(with_tied_sum(sharded.parameters, sharded.tied, sharded.mesh), self.ranks.group)
         norm = math.hypot(*norms.values())
         skipped = not (math.isfinite(loss_sum) and math.isfinite(norm))
         if skipped:
@@ -217,11 +251,11 @@ class FSDPEngine:
 
     def _micro_batches(self, batch: Batch, what: str) -> list[MicroBatch]:
         """This rank's micro-batches, filled up with idle ones to the largest number on any rank, and to one."""
-        self.collective.barrier(what)
+        self.ranks.barrier(what)
         check_tokens(batch, self.sharded.num_embeddings, self.sharded.folder)
         device = self.mesh.device
         own = cut(batch, self.config.max_tokens_per_mb, device, self.config.share_prompts, self._keep_groups)
-        most = int(self.collective.reduce(torch.tensor([max(len(own), 1)]), "max"))
+        most = int(self.ranks.reduce(torch.tensor([max(len(own), 1)]), "max"))
         return own + [idle(device) for _ in range(most - len(own))]
 
     def _skip(
@@ -234,12 +268,12 @@ class FSDPEngine:
         if bad is not None:
             tasks = sorted({batch.task_ids[s] for s in micro_batches[bad].sequences})
             where = [f"loss of micro-batch {bad} of {len(losses)} (tasks {', '.join(tasks[:8])}) is {losses[bad]}"]
-        by_rank = self.collective.gather("; ".join(where + not_finite(self.sharded.parameters)[:2]))
+        by_rank = self.ranks.gather("; ".join(where + not_finite(self.sharded.parameters)[:2]))
         told = (
             f"update {self.num_updates} skipped on all ranks ({self._num_bad_updates} in a row): "
             f"{'gradient' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})"
-        ) + "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(by_rank) if text)
-        if self.collective.rank == 0:
+        ) + "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(by_rank, self.mesh.dims.first) if text)
+        if self.ranks.rank == 0:
             logger.warning(told)
         if self._num_bad_updates >= self.config.max_bad_steps * self.updates_per_step:
             raise NumericalError(
@@ -257,11 +291,14 @@ class FSDPEngine:
 
     def save(self, path: str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """As ShardedModel.save."""
-        self.sharded.save(path, tokenizer)
+        if self.is_here:
+            self.sharded.save(path, tokenizer)
 
     def connect_engine(self, rollout: InferenceEngine, link: WeightLink) -> None:
         """Where `upload_weights` sends the weights, and by which way."""
-        self._upload = Upload(self.sharded, rollout, link)
+        self._rollout = rollout
+        if self.is_here:
+            self._upload = Upload(self.sharded, rollout, link)
 
     def upload_weights(self, meta: WeightUpdateMeta | None = None) -> int:
         """Publish the weights as the current version, have all servers load them, and verify that they did. Generation
@@ -269,34 +306,51 @@ class FSDPEngine:
         weights that it describes are already published. Returns the version. Raises WeightSyncError (or what the
         servers' client raises) on all ranks.
         """
-        if self._upload is None:
+        if self._upload is None and self.is_here:
             raise WeightSyncError("no inference engine to send weights to: call connect_engine(rollout, link) first")
         self.before_upload()
-        return self._upload.send(self.version, meta)
+        sent = self.version if self._upload is None else self._upload.send(self.version, meta)
+        if self._is_among_others:
+            sent = self.collective.broadcast(sent)
+        if not self.is_here and self._rollout is not None:
+            self.version = sent
+            self._rollout.set_version(sent)
+        return sent
 
     # --- turns with the servers on one accelerator
 
     def sleep(self) -> None:
         """Leave the accelerator's memory to others until `wake`: shards and moments go to the CPU, and copies that were
         gathered for the passes are dropped. Only `wake`, recovery and the end may follow."""
-        self.sharded.reshard()
-        self.sharded.placement.sleep()
+        if self.is_here:
+            self.sharded.reshard()
+            self.sharded.placement.sleep()
 
     def wake(self) -> None:
-        self.sharded.placement.wake()
+        if self.is_here:
+            self.sharded.placement.wake()
 
     # --- recovery
 
     @cached_property
     def background(self) -> RankCollective:
-        """As Trained.background."""
-        return RankCollective(self.config.collective_timeout_s, self.mesh.dims)
+        """As Trained.background. Collective when it is first asked for, as `_writers` is."""
+        return RankCollective(self.config.collective_timeout_s, *self._layouts)
+
+    @cached_property
+    def _writers(self) -> RankCollective:
+        """The ranks that have the model, for the thread that writes."""
+        limit_s = self.config.collective_timeout_s
+        return RankCollective(limit_s, self.mesh.dims) if self._is_among_others else self.background
 
     def stage_state(self, path: str) -> Callable[[], None]:
         """Copy weights, moments, counters and random numbers of all ranks; returns the call that writes them under
         `path`, for a thread of its own. Only that call raises OSError or RuntimeError when they cannot be written."""
+        writers = self._writers
+        if not self.is_here:
+            return lambda: None
         counters = {"version": self.version, "num_updates": self.num_updates, "num_bad_updates": self._num_bad_updates}
-        return recover.stage_state(path, self.sharded.parameters, self.sharded.optimizer, counters, self.background)
+        return recover.stage_state(path, self.sharded.parameters, self.sharded.optimizer, counters, writers)
 
     def save_state(self, path: str) -> None:
         """`stage_state` and write at once."""
@@ -307,6 +361,8 @@ class FSDPEngine:
 
     def load_state(self, path: str) -> None:
         """Go on exactly where `save_state` was called. Raises RecoveryError."""
+        if not self.is_here:
+            return
         sharded = self.sharded
         counters = recover.load_state(path, sharded.parameters, sharded.optimizer, sharded.collective)
         self.version, self.num_updates = counters["version"], counters["num_updates"]

@@ -107,16 +107,16 @@ def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
         state["step"] = torch.full_like(step, num_updates) if isinstance(step, torch.Tensor) else num_updates
 
 
-def gradient_norms(parameters: Mapping[str, nn.Parameter], device: torch.device) -> dict[str, float]:
-    """The 2-norms of the gradients of all ranks together, by group of parameters; of the groups that have a gradient.
-    `device`: where the ranks talk. Collective."""
+def gradient_norms(parameters: Mapping[str, nn.Parameter], ranks: dist.ProcessGroup) -> dict[str, float]:
+    """The 2-norms of the gradients of all `ranks`, a gloo group, together, by group of parameters; of the groups that
+    have a gradient. Collective."""
     grads = {name: _local(p.grad) for name, p in parameters.items() if p.grad is not None}
     norms = torch.stack(torch._foreach_norm(list(grads.values()))).double().tolist() if grads else []  # waits once
     own = dict.fromkeys(GROUPS, 0.0)
     for name, norm in zip(grads, norms, strict=True):
-        own[group_of(name)] += norm * norm / _num_copies(parameters[name])
-    squares = torch.tensor(list(own.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(squares)
+        own[group_of(name)] += norm * norm / _num_copies(parameters[name], ranks)
+    squares = torch.tensor(list(own.values()), dtype=torch.float64)
+    dist.all_reduce(squares, group=ranks)
     return {group: math.sqrt(x) for group, x in zip(GROUPS, squares.tolist(), strict=True) if x != 0}
 
 
@@ -180,9 +180,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _num_copies(tensor: torch.Tensor) -> int:
-    """On how many ranks each number of a tensor is."""
+def _num_copies(tensor: torch.Tensor, ranks: dist.ProcessGroup) -> int:
+    """On how many of all `ranks` each number of a tensor is."""
     if not isinstance(tensor, DTensor):
-        return dist.get_world_size()
+        return ranks.size()
     mesh = tensor.device_mesh
     return math.prod(mesh.size(i) for i, place in enumerate(tensor.placements) if place.is_replicate())

@@ -52,11 +52,11 @@ class FSDPRWEngine(FSDPEngine):
 
     def evaluate_rw(self, batch: Batch) -> dict[str, float]:
         """`loss`, `accuracy` and `margin` under the current weights, over all ranks. Collective."""
-        over, mask = count_loss(batch, self.collective), batch.loss_mask
+        over, mask = count_loss(batch, self.ranks), batch.loss_mask
         owner = batch.owners[mask]
         columns = (self.compute_values(batch)[mask], batch.group_ids[owner], batch.rewards[owner])
         scores, groups, rewards = map(torch.from_numpy, columns)
         loss, parts = rw_loss(None, scores, over=over, group_ids=groups, rewards=rewards)
         sums = torch.stack([loss, parts["accuracy"], parts["margin"]]).double()
-        means = dict(zip(("loss", *parts), self.collective.reduce(sums, "sum").tolist(), strict=True))
+        means = dict(zip(("loss", *parts), self.ranks.reduce(sums, "sum").tolist(), strict=True))
         return {**means, "num_pairs": float(max(over.num_sequences // 2, 1))}

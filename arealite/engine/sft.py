@@ -29,9 +29,9 @@ class FSDPLMEngine(FSDPEngine):
 
     def evaluate_lm(self, batch: Batch) -> dict[str, float]:
         """`loss` and `ppl` of the batch under the current weights, over all ranks. Collective."""
-        num_tokens = max(count_loss(batch, self.collective).num_tokens, 1)
+        num_tokens = max(count_loss(batch, self.ranks).num_tokens, 1)
         total = torch.tensor([self.compute_logp(batch, 1.0).sum(dtype="float64")])
-        loss = -float(self.collective.reduce(total, "sum")) / num_tokens
+        loss = -float(self.ranks.reduce(total, "sum")) / num_tokens
         return {"loss": loss, "ppl": perplexity(loss), "num_tokens": float(num_tokens)}
 
 

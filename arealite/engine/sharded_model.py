@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import TrainEngineConfig
-from arealite.api.types import Dims
 from arealite.engine import export
 from arealite.engine.flops import ModelFlops
 from arealite.engine.loading import Checkpoint, materialize
@@ -44,7 +42,7 @@ class ShardedModel:
     folder: str  # or hub id
     dtype: torch.dtype  # that it computes in, and is served and saved in
     mesh: RankMesh
-    collective: RankCollective
+    collective: RankCollective  # of the ranks that have the model
     hf_model: Any  # transformers' model of this rank's pipeline stage
     model: PackedModel  # around it
     runner: Runner
@@ -100,16 +98,11 @@ class ShardedModel:
 
 
 def build_sharded(
-    config: TrainEngineConfig, device: torch.device, dims: Dims | None, head: Head, trainable: bool
+    config: TrainEngineConfig, mesh: RankMesh, collective: RankCollective, head: Head, trainable: bool
 ) -> ShardedModel:
-    """Load the model of `config.path` onto ranks that have joined, its weights each to the rank that has them, and make
-    the optimizer. Collective.
-
-    `dims`: how the model is spread; over all ranks by data if not given. Raises ConfigError: it cannot be.
-    """
-    dims, dtype = dims or Dims(d=dist.get_world_size()), DTYPES[config.dtype]
-    mesh = RankMesh(dims, device, config.collective_timeout_s)
-    collective = RankCollective(config.collective_timeout_s, dims)
+    """Load the model of `config.path` onto the ranks of `mesh`, its weights each to the rank that has them, and make
+    the optimizer. Collective. Raises ConfigError: it cannot be spread so."""
+    device, dtype = mesh.device, DTYPES[config.dtype]
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(config.seed + collective.rank)
     folder = resolve_model(config.path)

@@ -12,11 +12,12 @@ Blanks may stand between all of them.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from dataclasses import dataclass, replace
 from typing import Literal, NoReturn
 
-from arealite.api.cli_args import RunConfig
+from arealite.api.cli_args import GRPOConfig, RunConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
 
@@ -69,10 +70,28 @@ class Component:
 
 
 def trainer_dims(config: RunConfig, role: str = "") -> Dims:
-    """How the allocation spreads a role's model over the trainer ranks: as the policy's where it does not say."""
-    component = AllocationMode.parse(config.allocation_mode).role(role)
+    """How the allocation spreads a role's model, and over which ranks: as the policy's where it does not say."""
+    mode = AllocationMode.parse(config.allocation_mode)
+    component = mode.role(role)
     assert component is not None, "the launcher's plan refuses a run without a trainer"
-    return component.engine_dims
+    before = itertools.takewhile(lambda of_set: component not in of_set, mode.trainer_sets)
+    return replace(component.engine_dims, first=sum(of_set[0].world_size for of_set in before))
+
+
+def trainer_layouts(config: RunConfig) -> tuple[Dims, ...]:
+    """How each set of trainer ranks shares out a batch: as its first component's layout says."""
+    sets = AllocationMode.parse(config.allocation_mode).trainer_sets
+    return tuple(trainer_dims(config, of_set[0].label) for of_set in sets)
+
+
+def models_of_ranks(config: RunConfig) -> list[tuple[str, ...]]:
+    """Of each trainer rank the models that it has a part of, by their keys in the configuration."""
+    roles = {config.trained[0]: trainer_dims(config)}
+    if isinstance(config, GRPOConfig):
+        others = {"critic": config.critic, "ref": config.ref}
+        roles |= {role: trainer_dims(config, role) for role, engine in others.items() if engine is not None}
+    num_ranks = sum(dims.size for dims in trainer_layouts(config))
+    return [tuple(role for role, dims in roles.items() if rank in dims.ranks) for rank in range(num_ranks)]
 
 
 @dataclass(frozen=True)
@@ -100,8 +119,17 @@ class AllocationMode:
 
     @property
     def train(self) -> Component | None:
-        """The policy's trainer: the first training component."""
-        return next((c for c in self.components if c.role == "train"), None)
+        """The policy's trainer: the training component called "actor", or the first one."""
+        trainers = [c for c in self.components if c.role == "train"]
+        return next((c for c in trainers if c.label == "actor"), next(iter(trainers), None))
+
+    @property
+    def trainer_sets(self) -> tuple[tuple[Component, ...], ...]:
+        """The training components by the ranks that they share, in the order of ranks: those of the policy, whose
+        component comes first, then of its critic, then of its reference."""
+        sets = [[c for c in group if c.role == "train"] for group in self.groups]
+        in_order = [sorted(of_set, key=lambda c: (c != self.train, c.label)) for of_set in sets if of_set]
+        return tuple(map(tuple, sorted(in_order, key=lambda of_set: (of_set[0] != self.train, of_set[0].label))))
 
     def role(self, name: str) -> Component | None:
         """The training component called `name`; where there is none, the policy's trainer."""

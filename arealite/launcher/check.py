@@ -26,8 +26,9 @@ from arealite.dataset.rows import task_of
 from arealite.dataset.sources import read_rows
 from arealite.kernels import build
 from arealite.launcher.allocation import AllocationMode, trainer_dims
+from arealite.launcher.dataflow import dataflow
 from arealite.launcher.machine import Machine
-from arealite.launcher.memory_estimate import COLOCATED_KV_SHARE, KV_SHARE, ModelShape, server_parts, trainer_parts
+from arealite.launcher.memory_estimate import COLOCATED_KV_SHARE, KV_SHARE, ModelShape, rank_parts, server_parts
 from arealite.launcher.plan import Plan, make_plan
 from arealite.models.fetch import MODELS, resolve_model
 from arealite.models.folder import (
@@ -78,6 +79,7 @@ def check(config_path: str, overrides: list[str], explained: bool, script: str =
         "RUN": table(facts, width),
         "PROCESSES": table(process_rows(plan), width),
         "WHERE, AND WHY THERE": table([(p.name, f"node {p.node}", p.why) for p in plan.processes], width),
+        **({"DATAFLOW": table(dataflow(config), width)} if isinstance(config, GRPOConfig) else {}),
         "MEMORY (estimated peaks, meant to be within 20%)": memory(plan, config, machine, width),
     }
     return "\n\n".join("\n".join([title, *indented(lines)]) for title, lines in sections.items())
@@ -150,41 +152,52 @@ def process_rows(plan: Plan) -> list[tuple[str, ...]]:
         cores = ",".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs) or "all"
         port = "chosen at start" if p.role == "server" else "-"
         command = " ".join(p.command[1:])
-        devices = ",".join(p.devices) or "cpu"
-        rows.append((p.name, str(p.node), devices, cores, p.env["OMP_NUM_THREADS"], port, command))
+        devices, name = ",".join(p.devices) or "cpu", p.name + (f" ({', '.join(p.models)})" if p.models else "")
+        rows.append((name, str(p.node), devices, cores, p.env["OMP_NUM_THREADS"], port, command))
     return rows
 
 
 def memory(plan: Plan, config: RunConfig, machine: Machine, width: int) -> list[str]:
     """What each kind of process takes, part by part, and whether it fits."""
-    shape = read_shape(config.trained[1].path)
-    reference = config.ref if isinstance(config, GRPOConfig) else None
-    ref = None if reference is None else read_shape(reference.path)
-    if shape is None or (reference is not None and ref is None):
+    paths = {config.trained[0]: config.trained[1].path}
+    if isinstance(config, GRPOConfig):
+        roles = {"critic": config.critic, "ref": config.ref}
+        paths |= {role: engine.path for role, engine in roles.items() if engine is not None}
+    found = {role: read_shape(path) for role, path in paths.items()}
+    shapes = {role: shape for role, shape in found.items() if shape is not None}
+    if shapes.keys() != found.keys():
         return ["unknown: no model folder with safetensors on this machine"]
-    rollout = AllocationMode.parse(config.allocation_mode).inference
+    rollout, shape = AllocationMode.parse(config.allocation_mode).inference, shapes[config.trained[0]]
     parts = {}
     if rollout is not None and isinstance(config, GRPOConfig):
         num_shards = rollout.world_size // rollout.num_servers
         share = machine.gpu_bytes * (COLOCATED_KV_SHARE if plan.colocated else KV_SHARE)
         parts["server"] = server_parts(config, shape, num_shards, rollout.backend, share)
-    parts["trainer"] = trainer_parts(config, shape, trainer_dims(config), ref, bool(machine.gpus))
-    each = {role: sum(part.num_bytes for part in of_role) for role, of_role in parts.items()}
+    are_apart = len({p.models for p in plan.trainers}) > 1
+    kinds = {
+        p.name: f"trainer of {' and '.join(p.models)}" if are_apart and p.models else p.role for p in plan.processes
+    }
+    for p in plan.trainers:
+        dims = trainer_dims(config, p.models[0])
+        parts[kinds[p.name]] = rank_parts(config, p.models, shapes, dims, bool(machine.gpus))
+    each = {kind: sum(part.num_bytes for part in of_kind) for kind, of_kind in parts.items()}
     lines = []
-    for role, of_role in parts.items():
-        lines.append(f"each {role} ({sum(p.role == role for p in plan.processes)}): {amount(each[role])}")
-        lines += indented(table([(p.name, amount(p.num_bytes), p.assumption) for p in of_role], width - 2))
+    for kind, of_kind in parts.items():
+        lines.append(f"each {kind} ({list(kinds.values()).count(kind)}): {amount(each[kind])}")
+        lines += indented(table([(p.name, amount(p.num_bytes), p.assumption) for p in of_kind], width - 2))
     if machine.gpus:
         sharing = {
             (p.node, gpu): [q for q in plan.processes if q.node == p.node and gpu in q.devices]
             for p in plan.processes
             for gpu in p.devices
         }
-        total = max(sum(each[p.role] for p in of_gpu) for of_gpu in sharing.values())
+        total = max(sum(each[kinds[p.name]] for p in of_gpu) for of_gpu in sharing.values())
         free = machine.gpu_bytes
         lines.append(f"the fullest GPU: {amount(total)} of {amount(free)} free")
     else:
-        of_nodes = [sum(each[p.role] for p in plan.processes if p.node == node) for node in range(plan.num_nodes)]
+        of_nodes = [
+            sum(each[kinds[p.name]] for p in plan.processes if p.node == node) for node in range(plan.num_nodes)
+        ]
         total, free = max(of_nodes), machine.memory_bytes
         whose = "all processes" if plan.num_nodes == 1 else "the processes of the fullest node"
         lines.append(f"{whose}: {amount(total)} of {amount(free)} available")

@@ -46,6 +46,7 @@ NUM_TAIL_LINES = 20
 TRACEBACK = "Traceback (most recent call last):"
 OWN_ERROR = re.compile(r"^arealite\.\S+?\.(\w+): ")
 TOLD_ERROR = re.compile(rf"^{SENTENCE}(\w+Error): ")
+LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Connection was likely closed|remote process exited")
 RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch.distributed puts it before each line of a traceback
 SIGNAL_HINTS: dict[int, str] = {
     signal.SIGKILL: " (kill -9, or the kernel when memory ran out)",
@@ -213,6 +214,11 @@ def obituary(child: StartedProcess, log: str, brief: bool) -> str:
     how = "still runs" if child.exit_code is None else describe_exit(child.exit_code)
     error = first_error(child.output(), brief).replace("\n", "\n  ")
     return f"{child.name} (pid {child.pid}) {how}. Its log, {log}, says:\n  {error}"
+
+
+def lost_a_peer(child: StartedProcess) -> bool:
+    """Whether it ended because another rank was gone, which has more to say."""
+    return bool(child.exit_code) and bool(LOST_PEER.search(first_error(child.output(), brief=True)))
 
 
 def kill_leftovers(folder: RunFolder, name: str = "", slot: int | None = None) -> list[str]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from arealite.api.cli_args import GRPOConfig, LoRAConfig, RunConfig
+from arealite.api.cli_args import GRPOConfig, LoRAConfig, RunConfig, TrainEngineConfig
 from arealite.api.types import Dims
 from arealite.dataset.rows import task_of
 from arealite.dataset.sources import read_rows
@@ -133,14 +133,39 @@ def server_parts(
     ]
 
 
+def rank_parts(
+    config: RunConfig, models: tuple[str, ...], shapes: dict[str, ModelShape], dims: Dims, on_gpu: bool = False
+) -> list[MemoryPart]:
+    """As `trainer_parts`, of a rank that has `models`, by their keys in `config`; `shapes` of these at least."""
+    shape, ref = shapes[models[0]], shapes["ref"] if "ref" in models else None
+    if not isinstance(config, GRPOConfig):
+        return trainer_parts(config, shape, dims, ref, on_gpu)
+    if "actor" in models:
+        config = replace(config, critic=config.critic if "critic" in models else None)
+        return trainer_parts(config, shape, dims, ref, on_gpu)
+    parts = trainer_parts(replace(config, critic=None), shape, dims, ref, on_gpu, config.critic or config.ref)
+    kept = (
+        {part.name for part in parts} - {"weights to send"}
+        if "critic" in models
+        else {"reference", "logits", "program"}
+    )
+    return [part for part in parts if part.name in kept]
+
+
 def trainer_parts(
-    config: RunConfig, shape: ModelShape, dims: Dims, ref: ModelShape | None, on_gpu: bool = False
+    config: RunConfig,
+    shape: ModelShape,
+    dims: Dims,
+    ref: ModelShape | None,
+    on_gpu: bool = False,
+    engine: TrainEngineConfig | None = None,
 ) -> list[MemoryPart]:
     """One trainer rank of the layout `dims`, the fullest; `ref` is the reference model's shape when there is one.
+    `engine`: of the model that it trains, if that is not the one that the run is for.
 
     Calibrated on CPUs (benchmarks/memory_estimate.py). `on_gpu`: what of it is a GPU's memory, assumed to be the same.
     """
-    _, engine = config.trained
+    engine = engine or config.trained[1]
     size, lora, kind = DTYPE_BYTES[engine.dtype], engine.lora, engine.optimizer.kind
     held, working = _held(shape, dims, shape.num_parameters), _working_copy(shape, dims, size, lora is None)
     num_trained = shape.num_parameters if lora is None else shape.num_in_adapters(lora)
@@ -159,7 +184,7 @@ def trainer_parts(
         *(resident if not (on_gpu and engine.offload == "all") else []),
         ("working copy", working, in_type),
         ("passing gradients", passing, f"{engine.dtype}, on their way to the float32 ones"),
-        *_activations(config, shape, dims, on_gpu),
+        *_activations(config, engine, shape, dims, on_gpu),
         ("weights to send", 0 if on_gpu or config.kind != "grpo" else size * num_trained, "rank 0 only"),
         (
             "critic",
@@ -194,9 +219,10 @@ def _working_copy(shape: ModelShape, dims: Dims, size: int, is_kept: bool) -> fl
     return size * (gathered * needed + ends * (needed or dims.t > 1))
 
 
-def _activations(config: RunConfig, shape: ModelShape, dims: Dims, on_gpu: bool) -> list[tuple[str, float, str]]:
+def _activations(
+    config: RunConfig, engine: TrainEngineConfig, shape: ModelShape, dims: Dims, on_gpu: bool
+) -> list[tuple[str, float, str]]:
     """What a micro-batch keeps for its backward pass, and the head's working memory."""
-    _, engine = config.trained
     size, checkpointing = DTYPE_BYTES[engine.dtype], engine.gradient_checkpointing
     total, longest = _tokens(config, shape, engine.share_prompts)
     total = math.ceil(total / dims.d)

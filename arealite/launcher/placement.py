@@ -30,19 +30,17 @@ class Place:
 
 
 def place_processes(mode: AllocationMode, machines: Sequence[Machine]) -> tuple[list[Place], list[Place]]:
-    """The places of all servers, and of all ranks of the policy's trainer. Raises ConfigError where they find none."""
+    """The places of all servers, and of all trainer ranks. Raises ConfigError where they find none."""
     _check_machines(mode, machines)
-    rollout, actor = mode.inference, mode.train
-    assert actor is not None, "refused before"
+    rollout, sets = mode.inference, mode.trainer_sets
     per_node = len(machines[0].gpus) or math.ceil(mode.num_devices / len(machines))
     free = [per_node] * len(machines)
     nodes: dict[int, list[int]] = {}  # of each group, the node of each of its devices
     whys: dict[int, list[str]] = {}
-    is_training = [any(c.role == "train" for c in group) for group in mode.groups]
-    for at in sorted(range(len(mode.groups)), key=lambda at: not is_training[at]):
-        first = mode.groups[at][0]
-        spread = _in_a_row if is_training[at] else _each_on_one_node
-        nodes[at], whys[at] = spread(first, free, per_node)
+    orders = [next((i for i, of_set in enumerate(sets) if of_set[0] in group), len(sets)) for group in mode.groups]
+    for at in sorted(range(len(mode.groups)), key=lambda at: orders[at]):
+        spread = _each_on_one_node if orders[at] == len(sets) else _in_a_row
+        nodes[at], whys[at] = spread(mode.groups[at][0], free, per_node)
     gpus = [iter(machine.gpus) for machine in machines]
     devices = [[(node, next(gpus[node], "")) for node in nodes[at]] for at in range(len(mode.groups))]
 
@@ -62,7 +60,7 @@ def place_processes(mode: AllocationMode, machines: Sequence[Machine]) -> tuple[
         return found
 
     servers = [] if rollout is None else places(rollout, rollout.world_size // rollout.num_servers)
-    return servers, places(actor, 1)
+    return servers, [place for of_set in sets for place in places(of_set[0], 1)]
 
 
 def _check_machines(mode: AllocationMode, machines: Sequence[Machine]) -> None:

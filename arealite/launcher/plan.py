@@ -18,7 +18,7 @@ from typing import Any, Literal
 from arealite.api.cli_args import GRPOConfig, RunConfig
 from arealite.api.errors import ConfigError, listed
 from arealite.api.types import VLLM_WORKER_EXTENSION
-from arealite.launcher.allocation import DIMENSIONS, AllocationMode, Component
+from arealite.launcher.allocation import DIMENSIONS, AllocationMode, Component, models_of_ranks
 from arealite.launcher.machine import Machine
 from arealite.launcher.memory_estimate import RUNNING_REQUESTS, ModelShape, kv_cache_bytes
 from arealite.launcher.placement import Place, place_processes, share_cores
@@ -68,9 +68,10 @@ ALLOCATOR_ENV = {
 
 @dataclass(frozen=True)
 class ProcessPlan:
-    """One process: the `slot`-th of its role, on the `node`-th node, for the reason `why`. `cores` it may run on
-    (empty: all), `devices` it computes on (empty: the CPU). It is ready when it answers 200 to GET `ready_path` (empty:
-    when it has been started); `restart` says what is started again when bad luck ends it, it alone or the run."""
+    """One process: the `slot`-th of its role, on the `node`-th node, for the reason `why`. A trainer has `models`, by
+    their keys in the configuration. `cores` it may run on (empty: all), `devices` it computes on (empty: the CPU). It
+    is ready when it answers 200 to GET `ready_path` (empty: when it has been started); `restart` says what is started
+    again when bad luck ends it, it alone or the run."""
 
     role: Literal["server", "trainer"]
     slot: int
@@ -82,6 +83,7 @@ class ProcessPlan:
     ready_path: str = ""
     restart: Literal["alone", "run"] = "run"
     why: str = ""
+    models: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -126,7 +128,7 @@ def make_plan(config: RunConfig, machines: Sequence[Machine], model: str, traine
     _check_backends(config, mode)
     _check_machine(config, mode, machines[0])
     takes_turns = mode.colocated or (isinstance(config, GRPOConfig) and config.rollout.max_head_offpolicyness == 0)
-    servers, ranks = place_processes(mode, machines)
+    (servers, ranks), models = place_processes(mode, machines), models_of_ranks(config)
     _check_reach(config, servers)
     num_servers, num_ranks = (Counter(place.node for place in side) for side in (servers, ranks))
     shares = [iter(share_cores(m.cores, num_servers[n], num_ranks[n], takes_turns)) for n, m in enumerate(machines)]
@@ -142,7 +144,7 @@ def make_plan(config: RunConfig, machines: Sequence[Machine], model: str, traine
             env |= server_env(config, rollout, own_cores, machine)
             process = ProcessPlan("server", i, command, ready_path="/health", restart="alone")
         else:
-            process = ProcessPlan("trainer", rank, (sys.executable, *trainer_command))
+            process = ProcessPlan("trainer", rank, (sys.executable, *trainer_command), models=models[rank])
             beside = [other for other in ranks if other.node == place.node]
             # As torchrun does it: the ranks of a node see all of its trainer devices, LOCAL_RANK picks one.
             visible = tuple(gpu for other in beside for gpu in other.devices)
@@ -161,7 +163,7 @@ def make_plan(config: RunConfig, machines: Sequence[Machine], model: str, traine
 
 
 def _check_roles(config: RunConfig, mode: AllocationMode, actor: Component) -> None:
-    """Refuses components that nothing would run on, and roles on ranks of their own."""
+    """Refuses components that nothing would run on, and roles that cannot share devices so."""
     roles = {"critic": config.critic, "ref": config.ref} if isinstance(config, GRPOConfig) else {}
     if isinstance(config, GRPOConfig) and mode.inference is None:
         raise ConfigError(
@@ -173,17 +175,22 @@ def _check_roles(config: RunConfig, mode: AllocationMode, actor: Component) -> N
             f"allocation_mode {mode} has inference servers, which kind: {config.kind} does not use: allocate the"
             f" trainer alone, such as {actor}"
         )
-    of_actor = next(group for group in mode.groups if actor in group)
     for component in mode.components:
         if component in (mode.inference, actor):
             continue
         if component.role == "inference" or roles.get(component.label) is None:
             known = f"; roles that can be named are {' and '.join(roles)}, where the configuration has them"
             raise ConfigError(f"allocation_mode {mode}: nothing would run on {component}{known if roles else ''}")
-        if component not in of_actor:
+        group = next(group for group in mode.groups if component in group)
+        if actor not in group and mode.inference in group:
             raise ConfigError(
-                f"allocation_mode {mode}: {component} has devices of its own, which this version cannot run: let it"
-                f" share those of {actor}, as {'|'.join(map(str, (*of_actor, component)))} with the same number"
+                f"allocation_mode {mode}: {component} shares devices with servers, which take turns with {actor} alone:"
+                f" give it devices of its own (+{component}), or let it share those of {actor}"
+            )
+        if actor not in group and component.engine_dims != group[0].engine_dims:
+            raise ConfigError(
+                f"allocation_mode {mode}: {component} and {group[0]} share devices and are cut differently, which only"
+                f" those can that share the devices of {actor}: give both the same dimensions, or join them by '+'"
             )
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 from arealite.api.atomic import write_text
 from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ArealiteError, WaitTimeout
-from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Hands, StartedProcess, free_ports, say
+from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Hands, StartedProcess, free_ports, lost_a_peer, say
 from arealite.launcher.plan import Plan, ProcessPlan
 from arealite.observe import waits
 from arealite.observe.run_folder import RunFolder
@@ -27,6 +27,7 @@ from arealite.observe.watchdog import Watchdog
 
 TICK_S = 0.1
 SETTLE_S = 0.5  # in which the victims of a killed process may show that they were not the first
+CULPRIT_LIMIT_S = 5.0  # for the rank whose sockets the others found closed to end as well
 PROBE_LIMIT_S = 2.0  # of one look at a server's health
 FIRST_BACKOFF_S = 0.5  # between a death and the next start; doubled each time
 MAX_BACKOFF_S = 30.0
@@ -275,7 +276,7 @@ class Supervisor:
         if self.trainers and all(c.exit_code == 0 for c in self.trainers):
             return
         if not self.keeper.look() or self.failed():
-            time.sleep(SETTLE_S)
+            self.settle()
             raise self.judge()
         if self.keeper.unready() and self.trainers:
             self.watchdog.excuse()
@@ -308,15 +309,25 @@ class Supervisor:
     def failed(self) -> list[StartedProcess]:
         return [] if self.stops else [c for c in self.trainers if c.exit_code not in (None, 0)]
 
+    def settle(self) -> None:
+        """Wait for those that are about to end too, at most CULPRIT_LIMIT_S for the one to blame."""
+        end = time.monotonic() + CULPRIT_LIMIT_S
+        time.sleep(SETTLE_S)
+        while (failed := self.failed()) and all(map(lost_a_peer, failed)) and time.monotonic() < end:
+            if len(failed) == len(self.trainers):
+                break
+            time.sleep(TICK_S)
+
     def judge(self) -> RunFailed:
-        """The one that died first: whoever a signal ended, since the others only lost their partner; then servers."""
+        """The one that died first: whoever a signal ended, since the others only lost their partner; then servers, and
+        ranks that lost no partner."""
         failed, replicas = self.failed(), self.keeper.replicas
         # A server that was given up while others went on is not why a trainer failed later.
         is_past = bool(failed and self.keeper.addresses())
         servers = [r for r in replicas if r.child.exit_code is not None and not (is_past and r.state == "given up")]
         codes = {c.name: c.exit_code or 0 for c in [*failed, *(r.child for r in servers)]}
         dead = [c for c in self.children if c.name in codes]  # servers first
-        first = min(dead, key=lambda c: codes[c.name] > 0)
+        first = min(dead, key=lambda c: (codes[c.name] > 0, lost_a_peer(c)))
         may_restart = next((r.may_start_again for r in servers if r.child is first), codes[first.name] < 0)
         others = [f"{c.name} ended too (exit code {codes[c.name]})" for c in dead if c is not first]
         echoed = first in self.trainers[:1]  # the terminal has its traceback already

@@ -307,7 +307,8 @@ class RemoteInferenceEngine:
     def _share(self, take: Callable[[Beat], list[Group]]) -> Batch:
         def shares(beat: Beat) -> list[Batch]:
             self.last_groups = take(beat)
-            return split_batch(self.last_groups, 1 if self._collective is None else self._collective.num_shares)
+            divisions = (1,) if self._collective is None else self._collective.divisions
+            return [share for number in divisions for share in split_batch(self.last_groups, number)]
 
         batch: Batch = from_head(shares, self._collective, self.limits.beat_s)
         return batch

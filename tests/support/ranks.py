@@ -9,7 +9,7 @@ from arealite.api.errors import ArealiteError
 class Alone:
     """api.protocols.Collective of a single rank."""
 
-    rank, world_size, num_shares = 0, 1, 1
+    rank, world_size, num_shares, divisions = 0, 1, 1, (1,)
 
     @property
     def background(self):
@@ -54,7 +54,7 @@ class One:
 
     def __init__(self, meeting, rank):
         self.meeting, self.rank, self.world_size = meeting, rank, meeting.world_size
-        self.num_shares = self.world_size
+        self.num_shares, self.divisions = self.world_size, (self.world_size,)
 
     @property
     def background(self):

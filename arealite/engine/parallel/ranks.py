@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -90,67 +90,58 @@ class RankMesh:
     - a layer's own weights: over `tensor` by heads and columns, then by FSDP over `shards`;
     - what works on single tokens (embedding, head, norms outside of the layers): by FSDP over `stage`, all ranks of a
       pipeline stage, since each of them has other tokens;
-    - experts: over `expert`, then by FSDP over `expert_shards`.
-    Each rank computes the tokens of its place (context, tensor) of its data share: `token_place` of `num_token_places`.
+    - `experts`: over the first, then by FSDP over the second.
+    Each rank computes the tokens of its place (context, tensor) of its data share: `token_place` of `num_token_places`;
+    `tokens` has the ranks with the share's other tokens, `pipeline` those with this rank's place on all stages.
+    Ranks of the run that are not in `dims.ranks` (`is_here` False) have no place and no meshes.
     """
 
     def __init__(self, dims: Dims, device: torch.device, timeout_s: float) -> None:
-        """`timeout_s`: the longest wait in any of the meshes' groups. Collective."""
-        world_size, rank = dist.get_world_size(), dist.get_rank()
-        if dims.p * dims.d * dims.c * dims.t != world_size:
-            raise ConfigError(
-                f"the trainer's layout {dims} has {dims.p * dims.d * dims.c * dims.t} ranks and {world_size} were"
-                " started: give allocation_mode and the number of processes the same product d x t x c x p"
-            )
+        """`timeout_s`: the longest wait in any of the meshes' groups. Collective over all ranks of the run, since torch
+        names a group by how many each process has made before."""
         self.dims, self.device, self._limit = dims, device, group_limit(device, timeout_s)
-        self.num_token_places = dims.c * dims.t
-        self.token_place = rank % self.num_token_places
+        self.is_here = dist.get_rank() in dims.ranks
+        rank = dist.get_rank() - dims.first
+        self.num_token_places = places = dims.c * dims.t
+        self.token_place = rank % places
         self.context_rank = self.token_place // dims.t
-        self.share = rank // self.num_token_places % dims.d
-        self.stage_rank = rank // (self.num_token_places * dims.d)
+        self.share = rank // places % dims.d
+        self.stage_rank = rank // (places * dims.d)
         self.is_first_stage, self.is_last_stage = self.stage_rank == 0, self.stage_rank == dims.p - 1
-        layers = self._grid(p=dims.p, dc=dims.d * dims.c, t=dims.t)
+        self.speaks = self.is_here and self.is_last_stage and self.token_place == 0  # for its data share
+        p, d, num_ranks = dims.p, dims.d, dims.d * places  # of a stage
+        layers = self._grid(p=p, dc=d * dims.c, t=dims.t)
+        contexts = self._grid(p=p, d=d, c=dims.c, t=dims.t) if dims.c > 1 else None
+        tokens = self._grid(p=p, d=d, ct=places) if places > 1 else None
+        stages = self._grid(p=p, all=num_ranks) if dims.t > 1 else None
+        # What does not divide is refused by `parallelize`, which knows the model.
+        experts = self._grid(p=p, rest=num_ranks // dims.e, e=dims.e) if dims.e > 1 and not num_ranks % dims.e else None
+        if p > 1:
+            # Not the grid's: gloo takes the limit of messages from one rank to another when a group is made, and then
+            # only.
+            at_place = torch.tensor(dims.ranks).view(p, -1).T.tolist()
+            self.pipeline: dist.ProcessGroup
+            self.pipeline, _ = dist.new_subgroups_by_enumeration(at_place, timeout=self._limit)
+        if not self.is_here:
+            return
         self.tensor, self.shards = layers["t"], layers["dc"]
+        self.stage = self.shards if stages is None else stages["all"]
+        if contexts is not None:
+            self.context = contexts["c"]
+        if tokens is not None:
+            self.tokens = tokens["ct"]
+        if experts is not None:
+            self.experts = experts["e"], experts["rest"]
 
     def _grid(self, **sizes: int) -> DeviceMesh:
-        """All ranks as a mesh with these dimensions, slowest first. Collective."""
-        ranks = torch.arange(dist.get_world_size()).view(*sizes.values())
-        mesh = DeviceMesh(self.device.type, ranks, mesh_dim_names=tuple(sizes))
-        for group in mesh.get_all_groups():  # a DeviceMesh takes no limit: its groups would wait for half an hour
-            _set_pg_timeout(self._limit, group)
+        """The model's ranks as a mesh with these dimensions, slowest first. Collective."""
+        mesh = DeviceMesh(
+            self.device.type, torch.tensor(self.dims.ranks).view(*sizes.values()), mesh_dim_names=tuple(sizes)
+        )
+        if self.is_here:
+            for group in mesh.get_all_groups():  # a DeviceMesh takes no limit: its groups would wait for half an hour
+                _set_pg_timeout(self._limit, group)
         return mesh
-
-    @cached_property
-    def pipeline(self) -> dist.ProcessGroup:
-        """The ranks with this rank's place on all stages, by stage."""
-        ranks = torch.arange(dist.get_world_size()).view(self.dims.p, -1).T.tolist()
-        # Not the grid's: gloo takes the limit of messages from one rank to another when a group is made, and then only.
-        group: dist.ProcessGroup
-        group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=self._limit)
-        return group
-
-    @cached_property
-    def context(self) -> DeviceMesh:
-        dims = self.dims
-        return self._grid(p=dims.p, d=dims.d, c=dims.c, t=dims.t)["c"]
-
-    @cached_property
-    def tokens(self) -> DeviceMesh:
-        """The ranks that hold the other tokens of this rank's share, by `token_place`."""
-        return self._grid(p=self.dims.p, d=self.dims.d, ct=self.num_token_places)["ct"]
-
-    @cached_property
-    def stage(self) -> DeviceMesh:
-        """All ranks of this rank's pipeline stage."""
-        dims = self.dims
-        return self.shards if dims.t == 1 else self._grid(p=dims.p, all=dims.d * dims.c * dims.t)["all"]
-
-    @cached_property
-    def experts(self) -> tuple[DeviceMesh, DeviceMesh]:
-        """`expert` and `expert_shards`."""
-        dims = self.dims
-        grid = self._grid(p=dims.p, rest=dims.d * dims.c * dims.t // dims.e, e=dims.e)
-        return grid["e"], grid["rest"]
 
 
 class RankCollective:
@@ -159,30 +150,40 @@ class RankCollective:
     Consumes: objects of the other ranks. Produces: the same outcome on all ranks. Waits for: every rank to make the
     same call, at most `timeout_s`, under the call's name. Unblocked by: that call, or the death of a rank.
 
-    `dims`: the grid of the ranks; every rank has a data share of its own if not given.
+    `layouts`: the grids of its ranks, in their order, one for each set of ranks that share out a batch among them; all
+    ranks of the run, each with a data share of its own, if none is given. Made by all ranks of the run, also by those
+    that are not in it, which can make no call.
     """
 
-    def __init__(self, timeout_s: float, dims: Dims | None = None) -> None:
-        self.timeout_s = timeout_s
-        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._dims = dims or Dims(d=self.world_size)
-        self.num_shares = self._dims.d
+    def __init__(self, timeout_s: float, *layouts: Dims) -> None:
+        layouts = layouts or (Dims(d=dist.get_world_size()),)
+        self.timeout_s, self._first = timeout_s, layouts[0]
+        self._ranks = [rank for dims in layouts for rank in dims.ranks]
+        self.group: Any = dist.new_group(self._ranks, timedelta(seconds=timeout_s), "gloo")
+        self.rank = self._ranks.index(dist.get_rank()) if dist.get_rank() in self._ranks else -1
+        self.world_size = len(self._ranks)
+        self.divisions = tuple(dims.d for dims in layouts)
+        self.num_shares = sum(self.divisions)
+        ends = itertools.accumulate(self.divisions)
+        self._shares = [  # of each rank
+            end - dims.d + i // (dims.c * dims.t) % dims.d
+            for dims, end in zip(layouts, ends, strict=True)
+            for i in range(dims.size)
+        ]
 
     def _waiting(self, what: str, from_head: bool = False) -> AbstractContextManager[Wait | None]:
         """A wait for all others, or for rank 0 only where it sends."""
-        ranks = {0} if from_head and self.rank != 0 else range(self.world_size)
-        return _bounded(f"collective: {what}", self.timeout_s, set(ranks) - {self.rank})
+        ranks = self._ranks[:1] if from_head and self.rank != 0 else self._ranks
+        return _bounded(f"collective: {what}", self.timeout_s, set(ranks) - {dist.get_rank()})
 
     def scatter(self, shares: list[Any] | None) -> Any:
         if self.world_size == 1:
             assert shares is not None
             return shares[0]
         received = [None]
-        width = self._dims.c * self._dims.t
-        each = None if shares is None else [shares[r // width % self.num_shares] for r in range(self.world_size)]
+        each = None if shares is None else [shares[i] for i in self._shares]
         with self._waiting("scatter", from_head=True):
-            dist.scatter_object_list(received, each, src=0, group=self.group)
+            dist.scatter_object_list(received, each, group=self.group, group_src=0)
         return received[0]
 
     def broadcast(self, value: Any) -> Any:
@@ -190,7 +191,7 @@ class RankCollective:
             return value
         box = [value]
         with self._waiting("broadcast", from_head=True):
-            dist.broadcast_object_list(box, src=0, group=self.group)
+            dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
@@ -220,10 +221,10 @@ class RankCollective:
         mark("micro-batch")
 
     def reduce(self, values: torch.Tensor, op: str) -> torch.Tensor:
-        """The "max" of a CPU tensor over all ranks, or its "sum" over all data shares: there one rank of each counts,
-        on the last pipeline stage, where the loss is."""
-        dims, total = self._dims, values.clone()
-        is_last_stage = self.rank >= self.world_size - self.world_size // dims.p
+        """The "max" of a CPU tensor over all ranks, or its "sum" over all data shares of the first layout: there one
+        rank of each counts, on the last pipeline stage, where the loss is."""
+        dims, total = self._first, values.clone()
+        is_last_stage = dims.size - dims.size // dims.p <= self.rank < dims.size
         if op == "sum" and not (is_last_stage and self.rank % (dims.c * dims.t) == 0):
             total.zero_()
         with self._waiting(op):

@@ -20,6 +20,7 @@ from arealite.algorithm.losses import (
     token_weights,
 )
 from arealite.api.cli_args import NormConfig, PPOActorConfig
+from arealite.api.config_rules import needs_prox_logp
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.fsdp_engine import FSDPEngine
@@ -94,11 +95,18 @@ class FSDPPPOActor(FSDPEngine):
 
     config: PPOActorConfig
 
-    def __init__(self, config: PPOActorConfig, dims: Dims | None = None, loss_fn: PolicyLoss = grpo_loss_fn) -> None:
+    def __init__(
+        self,
+        config: PPOActorConfig,
+        dims: Dims | None = None,
+        loss_fn: PolicyLoss = grpo_loss_fn,
+        layouts: tuple[Dims, ...] = (),
+    ) -> None:
         """`loss_fn`: called as `grpo_loss_fn` is, with at least one token. What it returns beside the loss is logged:
         sums over tokens as means over the tokens of the step, the largest of what ends in _max."""
-        super().__init__(config, dims=dims, updates_per_step=config.ppo_n_minibatches)
+        super().__init__(config, dims=dims, updates_per_step=config.ppo_n_minibatches, layouts=layouts)
         self._loss_fn = loss_fn
+        self.after_advantages: Callable[[Batch], object] = lambda batch: None  # on the ranks with the model
         self.untrained: dict[str, str] = {}
         if config.max_new_tokens is None and (
             config.overlong_tokens or config.loss_aggregation == "seq-mean-token-sum-norm"
@@ -115,17 +123,18 @@ class FSDPPPOActor(FSDPEngine):
         With one update per step the proximal policy is the very policy that the update's forward pass computes, so
         `prox_logp` None means the same (but for rounding, where micro-batches differ) at no cost.
         """
-        config = self.config
-        later = config.ppo_n_minibatches > 1 and config.use_decoupled_loss
-        return later or (config.kl_in == "reward" and config.kl_weight != 0)
+        return needs_prox_logp(self.config)
 
     def compute_advantages(self, batch: Batch) -> None:
         """Fill batch.advantages (float32 [T], 0 outside the loss) from batch.rewards. Collective.
 
         overlong penalty -> bias, scale, clip -> reward_norm -> (+ KL to go, when kl_in is "reward") -> adv_norm. With
         a critic's batch.values the reward stands at the last loss token, KL at each, and GAE takes the place of the
-        sum; batch.returns are filled too, with what the critic is to learn (from truncated answers as well).
+        sum; batch.returns are filled too, with what the critic is to learn (from truncated answers as well). On ranks
+        without the model nothing is filled.
         """
+        if not self.is_here:
+            return
         config = self.config
         mask, sequence_of = batch.loss_mask, batch.owners
         owner = torch.from_numpy(sequence_of[mask])
@@ -152,6 +161,7 @@ class FSDPPPOActor(FSDPEngine):
         if config.adv_norm is not None:
             tokens = self._normalise(tokens, groups[owner], config.adv_norm)
         batch.advantages = _spread(tokens, in_loss)
+        self.after_advantages(batch)
 
     def _kl_costs(self, batch: Batch, mask: np.ndarray) -> torch.Tensor | None:
         """What each loss token pays for its distance from the reference; None when KL is not in the reward."""
@@ -166,14 +176,17 @@ class FSDPPPOActor(FSDPEngine):
         return batch.loss_mask & ~(batch.truncated & self.config.mask_truncated)[batch.owners]
 
     def _normalise(self, x: torch.Tensor, groups: torch.Tensor, norm: NormConfig) -> torch.Tensor:
-        return normalise(x, groups, norm.mean, norm.std, norm.leave_one_out, norm.eps, self.collective.reduce)
+        return normalise(x, groups, norm.mean, norm.std, norm.leave_one_out, norm.eps, self.ranks.reduce)
 
     def grpo_update(self, batch: Batch) -> dict[str, float]:
         """Train on the step's batch: one optimiser update per mini-batch, each on its own groups. Collective.
 
         Returns statistics over all ranks; `skipped` is 1 when no update was applied. Then `self.untrained` holds, on
-        all ranks, {id: reason} of the tasks that nothing was learned from. Raises NumericalError.
+        all ranks, {id: reason} of the tasks that nothing was learned from. Raises NumericalError. Nothing ({}) on ranks
+        without the model.
         """
+        if not self.is_here:
+            return {}
         config = self.config
         _required(batch.advantages, "advantages")
         if self.needs_prox_logp:
@@ -192,7 +205,7 @@ class FSDPPPOActor(FSDPEngine):
 
         columns = ("advantages", "logprobs", "prox_logp", "ref_logp")
         stats, updates = self.learn(whole, self._loss, columns, note)
-        self.untrained = {task: why for each in self.collective.gather(untrained) for task, why in each.items()}
+        self.untrained = {task: why for each in self.ranks.gather(untrained) for task, why in each.items()}
         stats["num_tokens"] = float(sum(update.over.num_tokens for update in updates))
         names = {name for u in updates for name in u.statistics if name.startswith(OWN)}
         means = token_means(updates, [name for name in names if not name.endswith("_max")])

@@ -20,8 +20,8 @@ class FSDPPPOCritic(FSDPEngine):
 
     config: PPOCriticConfig
 
-    def __init__(self, config: PPOCriticConfig, dims: Dims | None = None) -> None:
-        super().__init__(config, dims=dims, head=VALUE, updates_per_step=config.ppo_n_minibatches)
+    def __init__(self, config: PPOCriticConfig, dims: Dims | None = None, layouts: tuple[Dims, ...] = ()) -> None:
+        super().__init__(config, dims=dims, head=VALUE, updates_per_step=config.ppo_n_minibatches, layouts=layouts)
 
     def ppo_update(self, batch: Batch) -> dict[str, float]:
         """Learn batch.returns: one optimiser update per mini-batch, each on its own groups. Collective.
@@ -29,16 +29,12 @@ class FSDPPPOCritic(FSDPEngine):
         The loss is the mean of `clipped_value_loss` over all loss tokens of all ranks. Returns statistics over all
         ranks; `explained_variance` is that of the returns by batch.values. Raises NumericalError.
         """
-        if batch.values is None or batch.returns is None:
-            raise ConfigError(
-                "batch.values or batch.returns is not set, and the critic learns from them: call batch.values ="
-                " critic.compute_values(batch), then actor.compute_advantages(batch)"
-            )
-        stats, updates = self.learn(batch, self._loss, ("values", "returns"))
+        columns = lessons(batch)
+        stats, updates = self.learn(batch, self._loss, tuple(columns))
         return {
             **stats,
             **token_means(updates, ("clip_ratio", "value_mean")),
-            "explained_variance": self._explained_variance(batch, batch.values, batch.returns),
+            "explained_variance": self._explained_variance(batch, **columns),
         }
 
     def _loss(
@@ -59,7 +55,17 @@ class FSDPPPOCritic(FSDPEngine):
         mask = batch.loss_mask
         columns = [x[mask].astype(np.float64) for x in (returns, returns - values)]
         sums = [len(columns[0]), *(float((x**power).sum()) for x in columns for power in (1, 2))]
-        n, r, rr, e, ee = self.collective.reduce(torch.tensor(sums, dtype=torch.float64), "sum").tolist()
+        n, r, rr, e, ee = self.ranks.reduce(torch.tensor(sums, dtype=torch.float64), "sum").tolist()
         if n == 0 or rr / n - (r / n) ** 2 <= 1e-12:
             return 0.0
         return 1 - (ee / n - (e / n) ** 2) / (rr / n - (r / n) ** 2)
+
+
+def lessons(batch: Batch) -> dict[str, np.ndarray]:
+    """What a critic learns from, float32 [T]. Raises ConfigError: it is not there."""
+    if batch.values is None or batch.returns is None:
+        raise ConfigError(
+            "batch.values or batch.returns is not set, and the critic learns from them: call batch.values ="
+            " critic.compute_values(batch), then actor.compute_advantages(batch)"
+        )
+    return {"values": batch.values, "returns": batch.returns}
