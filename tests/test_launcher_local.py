@@ -34,7 +34,9 @@ def test_success_leaves_logs_and_nothing_else(tmp_path, capfd):
     assert launch(lambda _: plan, config_with({}), folder) == 0
     out = capfd.readouterr().out
     assert out == "hello from step\nstep 0\nstep 1\n"  # trainer-0 only, and nothing after its last line
-    assert {p.name for p in folder.logs_dir.iterdir()} == {f"{process.name}.log" for process in plan.processes}
+    logs = folder.log("", "1").parent
+    assert {p.name for p in logs.iterdir()} == {f"{process.name}.log" for process in plan.processes}
+    assert json.loads(folder.state_json.read_text()) == {"state": "finished", "reason": "", "attempt": 1}
     assert folder.config_yaml.exists() and len(json.loads(folder.plan_json.read_text())["processes"]) == 4
     assert not list(folder.waits_dir.iterdir())
     assert processes_of_run(folder.root) == {} and gone(int((folder.root / "orphan").read_text()))
@@ -74,7 +76,7 @@ def test_server_that_does_not_come_up(behaviour, said, tmp_path, capfd):
     assert launch(lambda _: plan_of(folder.root, ["step"], ["ok", behaviour]), config, folder) == 1
     err = capfd.readouterr().err
     assert said in err and "server-1" in err
-    assert not (folder.logs_dir / "trainer-0.log").exists()
+    assert not folder.log("trainer-0", "1").exists()
     assert processes_of_run(folder.root) == {}
 
 
@@ -85,8 +87,8 @@ def test_a_taken_port_is_tried_again_on_another(tmp_path, capfd):
     assert "Address already in use" in said and "restart 1 of at most 3" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_signals_end_everything_though_the_terminal_takes_nothing(number, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 85)])
+def test_stop_signals_end_everything_though_the_terminal_takes_nothing(number, code, tmp_path):
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     with contextlib.suppress(BlockingIOError):
@@ -95,9 +97,12 @@ def test_stop_signals_end_everything_though_the_terminal_takes_nothing(number, t
     os.set_blocking(write_end, True)
     with Launched(tmp_path / "run", WAITING, ["deaf"], stdout=write_end, **{"launcher.stop_grace_s": 0.5}) as run:
         pids = run.pids("server-0", "trainer-0")
+        assert json.loads(run.folder.state_json.read_text())["state"] == "running"
         run.process.send_signal(number)
-        assert run.wait() == 128 + number
+        assert run.wait() == code
         assert not any(map(is_alive, pids))
+        state = {"state": "failed", "reason": f"stopped by {number.name}", "attempt": 1}
+        assert json.loads(run.folder.state_json.read_text()) == state
         assert "goes on from the start" in run.text()
     os.close(write_end)
     os.close(read_end)
@@ -153,7 +158,7 @@ def test_a_terminal_and_a_log_that_are_gone_do_not_end_the_run(tmp_path):
         os.close(write_end)
         os.close(read_end)
         run.pid("trainer-0")
-        (run.folder.logs_dir / "trainer-0.log").unlink()
+        run.folder.log("trainer-0", "1").unlink()
         os.kill(run.pid("server-0"), signal.SIGKILL)
         run.until(lambda: "restart 1 of at most 3" in run.text(), "restart")
         (run.folder.root / "go").touch()
@@ -176,6 +181,9 @@ def test_killed_trainer_restarts_the_run(tmp_path):
         os.kill(run.pid("trainer-1"), signal.SIGKILL)
         run.until(lambda: "restart 1 of at most 3, from recovery point point_000008" in run.text(), "restart")
         second = run.pids("server-0", "trainer-0", "trainer-1", old=tuple(first))
+        assert (
+            json.loads(run.folder.state_json.read_text())["attempt"] == 2 and run.folder.log("trainer-1", "2").exists()
+        )
         (run.folder.root / "go").touch()
         assert run.wait() == 0
         assert "trainer-1 (pid" in run.text() and "was killed by SIGKILL" in run.text()

@@ -174,7 +174,7 @@ def test_nodes_without_a_shared_folder(folder, tmp_path):
         Agent(folder, 1, under=mounted, **env),
     ):
         pid = run.pid("server-1")  # its heartbeat has come over the connection
-        assert not (folder / "logs" / "server-1.log").exists()
+        assert not (folder / "logs" / "attempt_1" / "server-1.log").exists()
         os.kill(pid, signal.SIGSTOP)
         run.pid("server-1", old=(pid,))
         assert f"server-1 (pid {pid}) has been silent" in run.text() and "frozen" in run.text()

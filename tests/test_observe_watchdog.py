@@ -206,7 +206,7 @@ def test_frozen_launcher_is_named_by_the_others(tmp_path):
         line = f"STALL: the launcher (pid {run.process.pid}) has been silent"
         run.until(lambda: line in run.text(), "line of the frozen launcher in its own terminal")
         assert "frozen (state T" in run.text()
-        run.until(lambda: line in (run.folder.logs_dir / "trainer-0.log").read_text(), "line in the trainer's log")
+        run.until(lambda: line in run.folder.log("trainer-0", "1").read_text(), "line in the trainer's log")
         assert len(list(run.folder.stalls_dir.glob("launcher_*.txt"))) == 1
         os.kill(run.process.pid, signal.SIGCONT)
         (run.folder.root / "go").touch()

@@ -32,7 +32,7 @@ def test_whatever_is_frozen_is_named(tmp_path, tiny_llama):
         assert "the run stopped" not in run.text()
 
         os.kill(run.process.pid, signal.SIGSTOP)
-        log = run.folder / "logs" / "trainer-0.log"
+        log = run.folder / "logs" / "attempt_1" / "trainer-0.log"
         try:
             line = f"STALL: the launcher (pid {run.process.pid}) has been silent"
             run.until(lambda: line in log.read_text(), "name", 60)

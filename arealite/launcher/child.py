@@ -33,7 +33,7 @@ from arealite.observe.processes import (
     processes_of_run,
 )
 from arealite.observe.progress import terminal_width
-from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
+from arealite.observe.run_folder import ATTEMPT_VARIABLE, RUN_DIR_VARIABLE, RunFolder
 
 POLL_S = 0.05
 KILL_LIMIT_S = 10.0  # for the kernel to end all processes after SIGKILL
@@ -144,10 +144,9 @@ class Child:
 
     @classmethod
     def start(cls, plan: ProcessPlan, folder: RunFolder, slot: int = 0, **env: str) -> Child:
-        """Start it in a session of its own, its output appended to logs/<name>.log; `env` is what only this start
-        knows."""
-        folder.logs_dir.mkdir(parents=True, exist_ok=True)
-        path = folder.logs_dir / f"{plan.name}.log"
+        """Start it in a session of its own, its output appended to its log; `env` is what only this start knows."""
+        path = folder.log(plan.name, env.get(ATTEMPT_VARIABLE, ""))
+        path.parent.mkdir(parents=True, exist_ok=True)
         env |= {RUN_DIR_VARIABLE: str(folder.root), "AREALITE_PROCESS": plan.name, SLOT_VARIABLE: str(slot)}
         if width := terminal_width():  # its log is copied there
             env["COLUMNS"] = str(width)

@@ -1,7 +1,7 @@
 """`arealite run`: the run folder, its lock, the nodes, starts and restarts, signals. Called by cli.py.
 
 Exit codes: 0 all trainers are done; 1 a process failed (its first real error is printed); 2 refused before anything
-started; 128 + n stopped by signal n.
+started; 85 stopped by SIGUSR1, to be started again; 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_run_config, to_yaml
 from arealite.kernels import build
+from arealite.launcher.agent import STOP_SIGNALS
 from arealite.launcher.check import inspect, warnings
 from arealite.launcher.child import kill_leftovers, say
 from arealite.launcher.head import RunHead
 from arealite.launcher.machine import Machine
 from arealite.launcher.plan import Plan, make_plan
-from arealite.launcher.supervisor import RunFailed, StopRequested, Supervisor
+from arealite.launcher.supervisor import RunFailed, StopRequested, Supervisor, note_state
 from arealite.observe import waits
 from arealite.observe.claim import claim
 from arealite.observe.processes import Heartbeat
@@ -33,7 +34,6 @@ from arealite.observe.run_folder import RunFolder
 
 Planned = Callable[[Sequence[Machine]], Plan]  # the processes of a run on these nodes
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOCK_LIMIT_S = 2.0  # for the kernel to take the lock from a launcher that was killed just now
 
 
@@ -74,27 +74,32 @@ def launch(plan: Planned, config: RunConfig, folder: RunFolder) -> int:
             f"the run folder {folder.root} cannot be written ({error.strerror}): set cluster.fileroot to a place that"
             " can"
         ) from None
-    with exclusive(folder), stop_signals() as stops:
+    with exclusive(folder):
         claim(folder, config, "launcher")
         if left := kill_leftovers(folder):
             say(f"ended what an earlier launcher of this run left behind: {', '.join(left)}")
         folder.config_yaml.write_text(to_yaml(config))
         waits.configure(folder.root, waits.LAUNCHER, config.watchdog.heartbeat_s, config.watchdog.stall_s)
-        code = 1
+        code, why = 1, "the launcher has failed: its own output says how"
         try:
-            head = RunHead(config, folder, stops)
-            try:
-                code = start_and_restart(plan, config, folder, head, stops)
-            finally:
-                head.close(code)
+            with stop_signals() as stops:
+                note_state(folder, "running", folder.num_attempts(), "its nodes come together")
+                head = RunHead(config, folder, stops)
+                try:
+                    code, why = start_and_restart(plan, config, folder, head, stops)
+                    return code
+                finally:
+                    note_state(folder, "failed" if code else "finished", folder.num_attempts(), why)
+                    head.close(code)
         finally:
             waits.shut_down()
-        return code
 
 
-def start_and_restart(plan: Planned, config: RunConfig, folder: RunFolder, head: RunHead, stops: list[int]) -> int:
-    """Consumes: ends of starts. Produces: the exit code. Waits for: nodes, Supervisor.run. Unblocked by: their
-    return."""
+def start_and_restart(
+    plan: Planned, config: RunConfig, folder: RunFolder, head: RunHead, stops: list[int]
+) -> tuple[int, str]:
+    """Consumes: ends of starts. Produces: the exit code, and why it is not 0. Waits for: nodes, Supervisor.run.
+    Unblocked by: their return."""
     recover = config.recover
     max_restarts = recover.max_restarts if recover.mode == "auto" else 0
     say(f"run folder {folder.root}{head.invitation}")
@@ -104,19 +109,19 @@ def start_and_restart(plan: Planned, config: RunConfig, folder: RunFolder, head:
             write_json(folder.plan_json, asdict(made))
             say(", ".join(p.name if len(nodes) == 1 else f"{p.name} on {nodes[p.node].name}" for p in made.processes))
             Supervisor(made, config, folder, nodes, stops).run()
-            return 0
+            return 0, ""
         except StopRequested as stopped:
             say(f"{stopped}; all processes have ended. The same command goes on {last_point(folder)}")
-            return 128 + stopped.number
+            return stopped.exit_code, str(stopped)
         except RunFailed as failure:
             say(f"the run stopped: {failure}")
             if stops:
-                return 128 + stops[0]
+                return StopRequested(stops[0]).exit_code, str(failure)
             if not failure.may_restart:
-                return 1
+                return 1, str(failure)
             if num_restarts > max_restarts:
                 say(f"no restart: recover.mode is {recover.mode}, recover.max_restarts {recover.max_restarts}")
-                return 1
+                return 1, str(failure)
             say(f"restart {num_restarts} of at most {max_restarts}, {last_point(folder)}")
     raise AssertionError("unreachable: the loop returns")
 
@@ -142,7 +147,7 @@ def exclusive(folder: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """The numbers of the SIGINT, SIGTERM and SIGHUP that come in while the block runs."""
+    """The numbers of the stop signals that come in while the block runs."""
     numbers: list[int] = []
     earlier = {
         number: signal.signal(number, lambda number, _: numbers.append(number))

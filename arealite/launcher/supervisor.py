@@ -16,13 +16,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
-from arealite.api.atomic import write_text
+from arealite.api.atomic import write_json, write_text
 from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ArealiteError, WaitTimeout
 from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Hands, StartedProcess, free_ports, lost_a_peer, say
 from arealite.launcher.plan import Plan, ProcessPlan
 from arealite.observe import waits
-from arealite.observe.run_folder import RunFolder
+from arealite.observe.run_folder import ATTEMPT_VARIABLE, RunFolder
 from arealite.observe.watchdog import Watchdog
 
 TICK_S = 0.1
@@ -32,7 +32,11 @@ PROBE_LIMIT_S = 2.0  # of one look at a server's health
 FIRST_BACKOFF_S = 0.5  # between a death and the next start; doubled each time
 MAX_BACKOFF_S = 30.0
 STEADY_S = 60.0  # a server that has been well for so long starts to count its restarts anew
+EXIT_GO_ON = 85  # after SIGUSR1, by which Slurm says that the time of a job is nearly over: start it once more
 ADDRESS_IN_USE = re.compile(r"address already in use|EADDRINUSE", re.IGNORECASE)
+
+
+State = Literal["running", "draining", "finished", "failed"]
 
 
 class RunFailed(ArealiteError):
@@ -48,7 +52,7 @@ class StopRequested(Exception):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
+        self.exit_code = EXIT_GO_ON if number == signal.SIGUSR1 else 128 + number
 
 
 def answers(host: str, port: int, path: str, limit_s: float) -> bool:
@@ -87,9 +91,10 @@ class Keeper:
     """The servers of one start of the run: started together, started again one by one when they die, each on its node,
     their addresses in the run folder's `servers` file, which the trainer's client follows."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, nodes: Sequence[Hands]) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, nodes: Sequence[Hands], attempt: int) -> None:
         self._folder, self._nodes = folder, nodes
         self._node_limit_s = config.launcher.node_timeout_s
+        self._env = {ATTEMPT_VARIABLE: str(attempt)}
         self._max_restarts = config.recover.max_restarts if config.recover.mode == "auto" else 0
         self._probe_s = min(PROBE_LIMIT_S, config.watchdog.stall_s / 4)
         self._startup_limit_s = config.launcher.startup_timeout_s
@@ -102,7 +107,7 @@ class Keeper:
             self.replicas.append(Replica(plan, node, self._start(plan, node), time.monotonic()))
 
     def _start(self, plan: ProcessPlan, node: Hands) -> StartedProcess:
-        return node.start(plan, self._nodes[0].address, {})
+        return node.start(plan, self._nodes[0].address, self._env)
 
     def unready(self) -> list[Replica]:
         """Those that do not answer yet, or are about to be started."""
@@ -201,7 +206,8 @@ class Supervisor:
         self.config = config
         self.folder = folder
         self.stops = stops
-        self.keeper = Keeper(config, folder, nodes)
+        self.attempt = folder.num_attempts() + 1
+        self.keeper = Keeper(config, folder, nodes, self.attempt)
         self.trainers: list[StartedProcess] = []
         self.has_trainer = False  # whether the script has come so far that it reports its waits
         self.is_told = False  # the trainers, to stop
@@ -221,6 +227,8 @@ class Supervisor:
         Raises RunFailed or StopRequested.
         """
         forget_heartbeats(self.folder)
+        self.folder.log("", str(self.attempt)).parent.mkdir(parents=True, exist_ok=True)  # by which starts are counted
+        self.note("running")
         try:
             self.start_servers()
             self.start_trainers()
@@ -262,7 +270,8 @@ class Supervisor:
     def start_trainers(self) -> None:
         head = self.nodes[0].address
         (port,) = free_ports(1, head)
-        env = {"MASTER_PORT": str(port), "AREAL_LLM_SERVER_ADDRS": ",".join(self.keeper.addresses())}
+        env = {ATTEMPT_VARIABLE: str(self.attempt)}
+        env |= {"MASTER_PORT": str(port), "AREAL_LLM_SERVER_ADDRS": ",".join(self.keeper.addresses())}
         for plan in self.plan.trainers:
             self.trainers.append(self.nodes[plan.node].start(plan, head, env))
 
@@ -299,12 +308,16 @@ class Supervisor:
         if not self.is_told:
             if self.config.recover.mode != "off":
                 say("stopping after this step, with a recovery point; asked once more, at once")
+            self.note("draining", str(StopRequested(self.stops[0])))
             for c in alive:
                 c.send(signal.SIGTERM, is_alone=True)
             self.is_told, self.all_alive_s = True, time.monotonic()
         if len(alive) == len(self.trainers):
             self.all_alive_s = time.monotonic()
         return time.monotonic() - self.all_alive_s > self.config.launcher.stop_grace_s
+
+    def note(self, state: State, reason: str = "") -> None:
+        note_state(self.folder, state, self.attempt, reason)
 
     def failed(self) -> list[StartedProcess]:
         return [] if self.stops else [c for c in self.trainers if c.exit_code not in (None, 0)]
@@ -355,6 +368,14 @@ class Supervisor:
         for c in self.children:
             c.close()
         forget_heartbeats(self.folder)
+
+
+def note_state(folder: RunFolder, state: State, attempt: int, reason: str = "") -> None:
+    """Write run_state.json, for those who wait for the run."""
+    try:
+        write_json(folder.state_json, {"state": state, "reason": reason, "attempt": attempt})
+    except OSError as error:  # a full disk: the run may go on all the same
+        say(f"{folder.state_json} cannot be written, it should say {state}: {error}")
 
 
 def forget_heartbeats(folder: RunFolder) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from arealite.api.cli_args import RunConfig
 
 RUN_DIR_VARIABLE = "AREALITE_RUN_DIR"
+ATTEMPT_VARIABLE = "AREALITE_ATTEMPT"
 
 
 class _Place:
@@ -35,6 +36,7 @@ class RunFolder:
     config_yaml = _Place("config.yaml")
     plan_json = _Place("plan.json")
     identity = _Place("identity.json")  # the configuration of the run that it belongs to, see claim.py
+    state_json = _Place("run_state.json")  # {state, reason, attempt}, written by the launcher: note_state
     servers = _Place("servers")  # addresses of the inference servers, one a line; the client follows it
     metrics = _Place("metrics.jsonl")
     ledger = _Place("ledger.jsonl")
@@ -64,6 +66,14 @@ class RunFolder:
         """Make the root folder (its parents too); a folder that exists is fine."""
         self.root.mkdir(parents=True, exist_ok=True)
         return self
+
+    def log(self, name: str, attempt: str = "") -> Path:
+        """The log of a process, of a start of the run, which are counted from 1."""
+        return self.logs_dir / (f"attempt_{attempt}" if attempt else "") / f"{name}.log"
+
+    def num_attempts(self) -> int:
+        """Starts of the run so far."""
+        return max((int(p.name.partition("_")[2]) for p in self.logs_dir.glob("attempt_*")), default=0)
 
     def rollouts(self, step: int) -> Path:
         """The rollouts that step `step` trained on; steps count from 0."""

@@ -24,6 +24,7 @@ class Agent:
         agent = [sys.executable, "-m", "arealite.launcher.agent", "--run-folder", str(folder), *options]
         self.command = [*under, *agent]
         self.env = {**os.environ, "AREALITE_ADDRESS": f"127.0.0.{slot + 2}", "AREALITE_SLOT": str(slot), **env}
+        folder.parent.mkdir(parents=True, exist_ok=True)
         self.start()
 
     def start(self) -> None:

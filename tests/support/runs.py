@@ -51,6 +51,7 @@ class Run:
     def __init__(self, root: Path, model: Path, *overrides: str) -> None:
         self.folder = root / self.name
         self.log = root / "launcher.log"
+        root.mkdir(exist_ok=True)
         path = f"examples/arealite/{self.example}"
         self.command = [
             sys.executable, "-m", "arealite.cli", "run", f"{path}.py", "--config", f"{path}.yaml",
