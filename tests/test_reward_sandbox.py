@@ -129,6 +129,25 @@ def test_functions(sandbox, host, program):
     assert grade(honest, "def f(x): return x + 4", sandbox).reason == "passed"
 
 
+# What namespaces or a machine with one core would make harmless: the filter itself refuses it, in both kinds.
+REFUSED = {
+    "datagrams": "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+    "sockets": "socket.socket()",
+    "cores": "os.sched_setaffinity(0, os.sched_getaffinity(0))",
+    "priority": "os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0))",
+    "modes": "os.chmod('.', 0o700)",
+    "times": "os.utime('.')",
+    "processes": "os.fork()",
+    "signals": "os.kill(os.getppid(), 0)",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_filter_refuses(sandbox, name):
+    program = f"import os, socket\ntry: {REFUSED[name]}\nexcept PermissionError: print('refused')"
+    assert sandbox.run(program, b"", LIMITS).stdout == b"refused\n"
+
+
 def test_there_are_as_many_as_we_say():
     assert len(QUICK) + len(SLOW) >= 120
 

@@ -92,7 +92,7 @@ QUICK = {
         "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, {victim})\nfcntl.fcntl(r, 10, 9)\n"
         "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')"
     ),
-    "cores of the checker": "import os\nos.sched_setaffinity({checker}, {0})",
+    "cores of the checker": "import os\nos.sched_setaffinity({checker}, {min(os.sched_getaffinity(0))})",
     "thread kill": "import ctypes, os\nprint(ctypes.CDLL(None).syscall(200, os.getppid(), 9))",
     "trace parent": "import ctypes, os\nprint(ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0))",
     "trace process 1": "import ctypes\nprint(ctypes.CDLL(None).ptrace(16, 1, 0, 0))",
@@ -161,7 +161,7 @@ QUICK = {
     "http": "import urllib.request\nprint(urllib.request.urlopen('http://127.0.0.1:{port}').read())",
     "abstract socket": "import socket\ns = socket.socket(socket.AF_UNIX)\ns.bind('\\0x')",
     "datagram to the host": (
-        "import socket\na, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\na.sendto(b'out', '\\0{mailbox}')"
+        "import socket\na, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\na.sendto(b'out', '\\x00{mailbox}')"
     ),
     "listen": "import socket\nsocket.create_server(('127.0.0.1', 0))",
     "raw socket": "import ctypes\nprint(ctypes.CDLL(None).syscall(41, 17, 3, 0))",
