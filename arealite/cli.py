@@ -116,7 +116,8 @@ def dispatch(words: list[str]) -> int:
 
         return prove(given.config, given.overrides, given.quick, given.ranks, given.json)
     if given.command == "reward":
-        from arealite.reward.audit import find_reward, report
+        from arealite.reward.audit import report
+        from arealite.reward.named import find_reward
 
         return report(find_reward(given.function), given.rows, given.num_rows, given.limit_s, given.json)
     if given.command in ("check", "run"):

@@ -8,7 +8,7 @@ import pytest
 
 from arealite.api.errors import ConfigError
 from arealite.cli import main
-from arealite.reward.audit import find_reward
+from arealite.reward.named import find_reward
 
 ROWS = [{"prompt": f"{n} + 1?", "answer": str(n + 1)} for n in range(12)]
 REWARDS = """

@@ -56,7 +56,7 @@ from arealite.models.fetch import resolve_model
 from arealite.observe.progress import show, terminal_width
 from arealite.observe.reasons import last_line
 from arealite.observe.run_folder import RunFolder
-from arealite.reward.audit import find_reward
+from arealite.reward.named import find_reward
 from arealite.reward.pool import RewardFunction, RewardPool
 
 OVERRIDE = re.compile(r"[a-z_][\w.]*=")

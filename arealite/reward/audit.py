@@ -6,10 +6,8 @@ Rows with a column `completion` are graded as they are; for others, answers are 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,7 +16,7 @@ from statistics import fmean, median, quantiles
 from typing import Any
 
 from arealite.api.cli_args import DatasetConfig
-from arealite.api.errors import ConfigError, DatasetError, RewardError
+from arealite.api.errors import DatasetError, RewardError
 from arealite.api.types import Task
 from arealite.dataset.rows import is_empty, task_of
 from arealite.dataset.sources import read_rows
@@ -62,38 +60,6 @@ class Audit:
             lines.append("time of a call: median {}, 99% within {}, longest {}".format(*times))
         lines += [f"error, {number} times: {reason}" for reason, number in self.errors.items()]
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings or ["none"])])
-
-
-def find_reward(name: str) -> RewardFunction:
-    """The function named FILE.py, FILE.py:FUNCTION or package.module:FUNCTION; `reward_fn`, or the only one whose name
-    ends in "reward" or "reward_fn", where no function is named. Raises ConfigError."""
-    place, _, function = name.partition(":")
-    if place.endswith(".py"):
-        path = Path(place).resolve()
-        if not path.is_file():
-            raise ConfigError(f"there is no file {place}; expected FILE.py:FUNCTION or package.module:FUNCTION")
-        sys.path.insert(0, str(path.parent))  # worker processes take it over, and find the function by its module
-        place = path.stem
-    try:
-        module = importlib.import_module(place)
-    except Exception as error:  # the user's module may raise anything
-        raise ConfigError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
-    members = vars(module)
-    if not function:
-        own = [
-            n
-            for n, v in members.items()
-            if callable(v) and n.endswith(("reward", "reward_fn")) and not n.startswith("_")
-        ]
-        function = "reward_fn" if "reward_fn" in members else own[0] if len(own) == 1 else ""
-        if not function:
-            raise ConfigError(
-                f"{name} has {', '.join(own) or 'no function named ...reward'}; say which: {name}:FUNCTION"
-            )
-    if not callable(members.get(function)):
-        raise ConfigError(f"{name}: {place} has no function {function!r}")
-    reward_fn: RewardFunction = members[function]
-    return reward_fn
 
 
 def audit(reward_fn: RewardFunction, path: str, num_rows: int | None, limit_s: float) -> Audit:
