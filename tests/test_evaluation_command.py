@@ -16,10 +16,11 @@ from support.inference import LocalServer, served
 from arealite.api.errors import ConfigError, RewardError
 from arealite.api.types import Task
 from arealite.cli import main
-from arealite.evaluation.eval_command import parse
-from arealite.evaluation.figures import compare, difficulties, figures, quarters
+from arealite.evaluation.eval_command import NAMED_REWARD, parse, reward_identity
+from arealite.evaluation.figures import compare, difficulties, figures, quarters, vote_of
 from arealite.evaluation.page import page
 from arealite.evaluation.sheet import AnswerSheet, GradedAnswer, Problem, check_comparable
+from arealite.reward.named import code_of
 
 ROOT = Path(__file__).resolve().parents[1]
 REWARDS = '''"""Rewards of the tests."""
@@ -246,6 +247,20 @@ def test_errors_are_not_zeros_and_votes_are_counted(tmp_path):
         figures(sheet_of(tmp_path / "b", [[None]]), {}, [], None)
 
 
+def test_votes_are_for_answers_numbers_by_their_value():
+    texts = [
+        "it is 5",
+        r"6 - 1 is \boxed{5.0}",
+        "#### 10/2",
+        r"\boxed{\frac{\sqrt{5}}{2}}",
+        r"\boxed{\frac{1}{2}}",
+        "Yes",
+        "",
+    ]
+    votes = [vote_of(GradedAnswer("p", 0, text, [], "stop", 1.0)) for text in texts]
+    assert votes == ["5", "5", "5", r"\frac{\sqrt{5}}{2}", "1/2", "yes", ""]
+
+
 def test_difficulty_is_a_column_or_the_first_models_pass_rate(tmp_path):
     sheet = sheet_of(tmp_path / "a", [[0.0], [0.5], [1.0]] + [[0.25]] * 9)
     by_column = difficulties(sheet.problems, None, {})
@@ -288,6 +303,35 @@ def test_a_sheet_is_one_evaluations_at_a_time(tmp_path):
     (tmp_path / "a" / "problems.jsonl").write_text("no json\n")
     with pytest.raises(ConfigError, match="holds no evaluation that can be read"):
         AnswerSheet(tmp_path / "a")
+
+
+VERIFIER = """
+def right(prompt, completion, prompt_ids, completion_ids, **row):
+    from half_of_rows import half
+    return half()
+"""
+
+
+def test_changed_code_of_what_the_rows_name_voids_stored_answers(tmp_path):
+    (tmp_path / "verifier_of_rows.py").write_text(VERIFIER)
+    (tmp_path / "half_of_rows.py").write_text("def half(): return 0.5")
+    row = Task("d/r0", extras={"verifier": f"{tmp_path}/verifier_of_rows.py:right"})
+    sheet, problems = AnswerSheet(tmp_path / "a"), [Problem(row, "d", "", [])]
+    for _ in range(2):
+        sheet.begin({"reward": reward_identity(NAMED_REWARD, problems)}, problems)
+        sheet.end()
+    (tmp_path / "half_of_rows.py").write_text("def half(): return 1.0")
+    with pytest.raises(ConfigError, match=r"another evaluation: reward.code: '\w+' and '\w+'\. .*reverify"):
+        sheet.begin({"reward": reward_identity(NAMED_REWARD, problems)}, problems)
+    with pytest.raises(ConfigError, match="column `verifier`"):
+        reward_identity(NAMED_REWARD, [Problem(Task("d/r0"), "d", "", [])])
+
+
+def test_the_code_of_a_reward_is_all_that_it_imports_but_libraries():
+    found = code_of("arealite.reward.math:math_reward")
+    names = ("math", "equality", "extraction", "formulas", "number", "weighted")
+    assert {f"arealite.reward.{name}" for name in names} <= set(found)
+    assert all(name.startswith("arealite.") for name in found) and "arealite.reward.pool" not in found
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

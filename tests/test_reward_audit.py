@@ -109,6 +109,18 @@ def test_functions_that_are_not_found(name, told):
         find_reward(name)
 
 
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for value in (1, 2):
+        (tmp_path / str(value)).mkdir()
+        (tmp_path / str(value) / "twin.py").write_text(f"def reward(*args, **row): return {value}\n")
+    for value in (1, 2, 1):
+        assert find_reward(f"{tmp_path}/{value}/twin.py")() == value
+    for library in ("json", "math"):
+        (tmp_path / f"{library}.py").write_text("def reward(*args, **row): return 1\n")
+        with pytest.raises(ConfigError, match=f"has the name of a library, {library}"):
+            find_reward(f"{tmp_path}/{library}.py")
+
+
 def test_the_only_reward_of_a_file_needs_no_name(place):
     command = [sys.executable, "-m", "arealite.cli", "reward", "test", f"{place}/audited.py", "--data"]
     ran = subprocess.run([*command, f"{place}/rows.jsonl"], capture_output=True, text=True, timeout=120)

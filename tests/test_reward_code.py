@@ -100,18 +100,10 @@ def test_the_first_failure_ends_it(sandbox):
     assert (verdict.reason, verdict.num_passed, verdict.num_tests, verdict.told) == ("wrong answer", 1, 3, "2\n")
 
 
-@pytest.mark.parametrize(
-    ("program", "reason"),
-    [
-        ("", "no code"),
-        ("1 +", "crash"),
-        ("raise ValueError('so')", "crash"),
-        ("import sys; sys.exit(3)", "crash"),
-        ("while True: pass", "timeout"),
-        ("print('x' * 10**8)", "output"),
-        ("print(2)", "wrong answer"),
-    ],
-)
+@pytest.mark.parametrize(("program", "reason"), [
+    ("", "no code"), ("1 +", "crash"), ("raise ValueError('so')", "crash"), ("import sys; sys.exit(3)", "crash"),
+    ("while True: pass", "timeout"), ("print('x' * 10**8)", "output"), ("print(2)", "wrong answer"),
+])  # fmt: skip
 def test_reasons(sandbox, program, reason):
     row = {"input_output": {"inputs": [""], "outputs": ["1"]}, "timeout": 1}
     assert grade(problem_of(row), program, sandbox).reason == reason
@@ -162,86 +154,31 @@ def test_programs_out_of_answers(text, program):
     assert extract_program(text) == program
 
 
-@pytest.mark.parametrize(
-    ("written", "expected", "same"),
-    [
-        ("3\n", "3", True),
-        ("3  \n\n", "3", True),
-        ("1 2", "1  2", True),
-        ("1\n2", "1 2", False),
-        ("1.0", "1", True),
-        ("0.3333333", "0.33333333", True),
-        ("0.3333", "0.33333333", False),
-        ("1000001", "1000000", False),
-        ("1e3", "1000", True),
-        ("1000000.4", "1000000", False),
-        ("Yes", "YES", False),
-        ("\uff13", "3", False),
-        ("\u00b3", "3", False),
-        ("nan", "0", False),
-        ("inf", "1e400", False),
-        ("", "", True),
-        ("", "0", False),
-        ("3 4", "3", False),
-        ("03", "3", True),
-        ("1e999999", "1", False),
-        ("9" * 500, "9" * 499, False),
-    ],
-)
+@pytest.mark.parametrize(("written", "expected", "same"), [
+    ("3\n", "3", True), ("3  \n\n", "3", True), ("1 2", "1  2", True), ("1\n2", "1 2", False), ("1.0", "1", True),
+    ("0.3333333", "0.33333333", True), ("0.3333", "0.33333333", False), ("1000001", "1000000", False),
+    ("1e3", "1000", True), ("1000000.4", "1000000", False), ("Yes", "YES", False), ("\uff13", "3", False),
+    ("\u00b3", "3", False), ("nan", "0", False), ("inf", "1e400", False), ("", "", True), ("", "0", False),
+    ("3 4", "3", False), ("03", "3", True), ("1e999999", "1", False), ("9" * 500, "9" * 499, False),
+])  # fmt: skip
 def test_outputs(written, expected, same):
     assert same_output(written, expected) is same
 
 
-@pytest.mark.parametrize(
-    ("value", "expected", "same"),
-    [
-        (3, 3, True),
-        (3.0, 3, True),
-        (True, 1, False),
-        (1, True, False),
-        ((1, 2), [1, 2], True),
-        ([1, [2.0]], [1, [2]], True),
-        ("3", 3, False),
-        (None, None, True),
-        (None, 0, False),
-        ({"1": 2}, {1: 2}, True),
-        ({"1": 2}, {"1": 3}, False),
-        (0.1 + 0.2, 0.3, True),
-        (float("nan"), 1.0, False),
-        ({1, 2}, {2, 1}, True),
-        ([1, 2], [2, 1], False),
-        (10**400, 1.5, False),
-        (2**60 + 1, 2**60, False),
-    ],
-)
+@pytest.mark.parametrize(("value", "expected", "same"), [
+    (3, 3, True), (3.0, 3, True), (True, 1, False), (1, True, False), ((1, 2), [1, 2], True),
+    ([1, [2.0]], [1, [2]], True), ("3", 3, False), (None, None, True), (None, 0, False), ({"1": 2}, {1: 2}, True),
+    ({"1": 2}, {"1": 3}, False), (0.1 + 0.2, 0.3, True), (float("nan"), 1.0, False), ({1, 2}, {2, 1}, True),
+    ([1, 2], [2, 1], False), (10**400, 1.5, False), (2**60 + 1, 2**60, False),
+])  # fmt: skip
 def test_values(value, expected, same):
     assert same_value(value, expected) is same
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        True,
-        0,
-        -(10**40),
-        1.5,
-        float("inf"),
-        2 + 3j,
-        "text \u00e9 \n",
-        b"\0\xff",
-        [1, [2]],
-        (1, (2,)),
-        {1, 2},
-        frozenset({"a"}),
-        {"a": [1], (1, 2): {3: 4}},
-        {"int": "0x1"},
-        [],
-        (),
-        {},
-        set(),
-    ],
-)
+@pytest.mark.parametrize("value", [
+    None, True, 0, -(10**40), 1.5, float("inf"), 2 + 3j, "text \u00e9 \n", b"\0\xff", [1, [2]], (1, (2,)), {1, 2},
+    frozenset({"a"}), {"a": [1], (1, 2): {3: 4}}, {"int": "0x1"}, [], (), {}, set(),
+])  # fmt: skip
 def test_plain_values_cross_the_line(value):
     crossed = decode(json.loads(json.dumps(encode(value))))
     assert crossed == value and type(crossed) is type(value)
@@ -264,11 +201,8 @@ def test_all_tests_together_have_a_limit(sandbox):
 
 def test_batches_of_test_cases():
     rows = {"a": {"input_output": {"inputs": list("12345"), "outputs": list("12345")}}}
-    assert [len(p.tests) for p in load_problems_with_testcase_batch(rows, ["a"], test_case_batch_size=2)["a"]] == [
-        2,
-        2,
-        1,
-    ]
+    parts = load_problems_with_testcase_batch(rows, ["a"], test_case_batch_size=2)["a"]
+    assert [len(part.tests) for part in parts] == [2, 2, 1]
 
 
 def test_verdicts_come_in_order():

@@ -7,6 +7,7 @@ import pytest
 from support.rewards import by_word
 
 from arealite.api.errors import ConfigError, RewardError
+from arealite.reward.math import math_reward
 from arealite.reward.pool import RewardPool
 from arealite.reward.rules import (
     choice_reward,
@@ -152,6 +153,13 @@ def test_a_sum_logs_every_part_and_gives_each_its_columns():
     assert score.parts == {"right": 1.0, "short": 0.5, "judged": 0.5, "judged_tokens": 2.0}
 
 
+@pytest.mark.parametrize(("completion", "ungraded"), [(r"\boxed{9^9^9^9}", 1.0), (r"\boxed{5}", 0.0)])
+def test_a_sum_keeps_what_a_part_reports_of_itself(completion, ungraded):
+    score = scored(WeightedSum(right=(2.0, math_reward), given=(1.0, by_word)), completion, "5")
+    assert score.parts == {"right": 1.0 - ungraded, "right_ungraded": ungraded, "given": 1.0}
+    assert score.reward == 2 * (1.0 - ungraded) + 1.0
+
+
 def test_a_sum_asks_for_the_columns_of_all_parts():
     reward_fn = WeightedSum(right=(1.0, choice_reward), short=(0.1, length_reward))
     with pytest.raises(ConfigError, match="full_tokens"):
@@ -163,9 +171,24 @@ def test_a_part_that_fails_fails_the_sum():
         scored(WeightedSum(right=(1.0, choice_reward), bad=(1.0, by_word)), completion="raise")
 
 
-@pytest.mark.parametrize("parts", [{}, {"right": choice_reward}, {"right": ("1", choice_reward)}, {"right": (1.0, 5)}])
+def test_parts_of_one_name_are_refused():
+    sum_of_both = WeightedSum(right=(1.0, math_reward), right_ungraded=(1.0, by_word))
+    with pytest.raises(RewardError, match="two parts are named right_ungraded"):
+        scored(sum_of_both, "5", "5")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"reward": (1.0, choice_reward)},
+        {"right": choice_reward},
+        {"right": ("1", choice_reward)},
+        {"right": (1.0, 5)},
+    ],
+)
 def test_what_is_no_part_is_refused(parts):
-    with pytest.raises(ConfigError, match="expected"):
+    with pytest.raises(ConfigError, match="expected|another name"):
         WeightedSum(**parts)
 
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +34,12 @@ from arealite.evaluation.figures import (
     difficulties,
     figures,
     lengths_of,
+    mean_of,
     mean_rewards,
     paired,
     quarters,
     table,
-    told_mean,
+    told,
 )
 from arealite.evaluation.page import Among, page
 from arealite.evaluation.sheet import (
@@ -56,7 +56,7 @@ from arealite.models.fetch import resolve_model
 from arealite.observe.progress import show, terminal_width
 from arealite.observe.reasons import last_line
 from arealite.observe.run_folder import RunFolder
-from arealite.reward.named import find_reward
+from arealite.reward.named import code_of, find_reward
 from arealite.reward.pool import RewardFunction, RewardPool
 
 OVERRIDE = re.compile(r"[a-z_][\w.]*=")
@@ -194,7 +194,8 @@ def prepare(
     configs = {name: config_of(given, folder, path) for name, path in tasks_of(given).items()}
     config = next(iter(configs.values()))
     tokenizer = load_tokenizer(config)
-    reward_fn, reward = reward_of(given.reward)
+    reward = given.reward or NAMED_REWARD
+    reward_fn = find_reward(reward)
     problems = [
         Problem(replace(task, id=f"{name}/{task.id}"), name, *prompt_of(tokenizer, task))
         for name, own in configs.items()
@@ -211,7 +212,7 @@ def prepare(
         "prompts": digest([problem.prompt_text for problem in problems]),
         "sampling": sampling,
         "seed": config.seed,
-        "reward": reward,
+        "reward": reward_identity(reward, problems),
     }
     root = Path(given.out or Path(config.cluster.fileroot) / "eval" / slug("-".join(configs)))
     sheet = AnswerSheet(root / slug(model))
@@ -271,15 +272,15 @@ def dataset_of(config: GRPOConfig) -> DatasetConfig:
     return config.valid_dataset
 
 
-def reward_of(name: str | None) -> tuple[RewardFunction, dict[str, str]]:
-    """The function that `--reward` names, else that which the rows name; and what it is known by: its name, and a
-    digest of its code. Raises ConfigError."""
-    name = name or NAMED_REWARD
-    found = find_reward(name)
+def reward_identity(name: str, problems: Iterable[Problem]) -> dict[str, str]:
+    """What a reward is known by: the name of the function, and a digest of the code that grades these problems: its
+    own, or that of the functions which their rows name. Raises ConfigError."""
     place, colon, function = name.partition(":")
-    is_file = place.endswith(".py")
-    source = Path(place).resolve() if is_file else Path(str(importlib.import_module(place).__file__))
-    return found, {"name": f"{source if is_file else place}{colon}{function}", "code": digest(source.read_text())}
+    full_name = f"{Path(place).resolve()}{colon}{function}" if place.endswith(".py") else name
+    verifiers = {name} if name != NAMED_REWARD else {str(p.task.extras.get("verifier", "")) for p in problems}
+    if "" in verifiers:
+        raise ConfigError(f"{name} grades rows by their column `verifier`, which some do not have: give --reward")
+    return {"name": full_name, "code": digest([code_of(verifier) for verifier in sorted(verifiers)])}
 
 
 def url_of(model: str) -> str:
@@ -320,7 +321,8 @@ def reverify(folder: Path, reward: str | None) -> None:
     if not AnswerSheet.exists(folder):
         return reverify_run(RunFolder(folder), reward)
     sheet = AnswerSheet(folder)
-    reward_fn, graded_by = reward_of(reward or sheet.identity["reward"]["name"])
+    reward = reward or str(sheet.identity["reward"]["name"])
+    reward_fn, graded_by = find_reward(reward), reward_identity(reward, sheet.problems)
     sheet.begin(sheet.identity, sheet.problems)
     try:
         stored = [(problem, answer) for problem in sheet.problems for answer in sheet.of(problem.task.id)]
@@ -340,7 +342,7 @@ def reverify_run(folder: RunFolder, reward: str | None) -> None:
         raise ConfigError(f"{folder.root} holds no evaluation: give a folder with answers.jsonl, or that of a run")
     if reward is None:
         raise ConfigError("nothing says how to grade: give --reward MODULE:FUNCTION or FILE.py:FUNCTION")
-    reward_fn, _ = reward_of(reward)
+    reward_fn = find_reward(reward)
     for path in steps:
         stored = []
         for row in read_jsonl(path):
@@ -350,8 +352,8 @@ def reverify_run(folder: RunFolder, reward: str | None) -> None:
             stored.append((Problem(task, "held-out", row["prompt"], row["prompt_ids"]), answer))
         after, _ = graded_again(stored, reward_fn, f"{path.stem}: ")
         before = [answer for _, answer in stored]
-        was, now = (mean_rewards(by_problem(answers)) for answers in (before, after))
-        show(Text(f"{path.stem}: mean reward {told_mean(was)} before, {told_mean(now)} now"))
+        was, now = (told(mean_of(mean_rewards(by_problem(answers)))) for answers in (before, after))
+        show(Text(f"{path.stem}: mean reward {was} before, {now} now"))
 
 
 def graded_again(

@@ -24,7 +24,8 @@ from arealite.evaluation.statistics import (
     p_value,
     pass_at_k,
 )
-from arealite.reward.math import final_number
+from arealite.reward.extraction import extract_answer
+from arealite.reward.number import number_of
 
 CORRECT_REWARD = 1.0  # an answer counts for pass@k and maj@k when its reward is at least this
 DIFFICULTY_COLUMNS = ("difficulty", "level")
@@ -38,9 +39,11 @@ PARTS = {"pass_at": "pass@", "majority_at": "maj@", "by_dataset": "", "by_diffic
 
 
 def vote_of(answer: GradedAnswer) -> str:
-    """What an answer votes for in maj@k: its final number (reward/math.py), else its text; "" if it says nothing."""
-    number = final_number(answer.text)
-    return " ".join(answer.text.casefold().split()) if number is None else str(number)
+    """What an answer votes for in maj@k: what `extract_answer` finds in it, a number by its value; where that is
+    nothing, its whole text; "" if it says nothing."""
+    said = extract_answer(answer.text)
+    number = number_of(said)
+    return " ".join((said or answer.text).casefold().split()) if number is None else str(number)
 
 
 def mean_rewards(answers: dict[str, list[GradedAnswer]]) -> Values:
@@ -77,9 +80,8 @@ def mean_of(values: Values) -> dict[str, Any] | None:
     return asdict(estimate(numbers, min(0.0, *numbers), max(1.0, *numbers))) if numbers else None
 
 
-def told_mean(values: Values) -> str:
-    cell = mean_of(values)
-    return f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" if cell else "none"
+def told(mean: dict[str, Any] | None) -> str:
+    return f"{mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]" if mean and "mean" in mean else "-"
 
 
 def sizes(most: int) -> list[int]:
@@ -263,9 +265,7 @@ def table(results: Sequence[dict[str, Any]], comparison: Comparison | None) -> T
         out.add_column("difference", justify="right")
 
     def row(name: str, cells: Sequence[dict[str, Any] | None], change: Estimate | None = None) -> None:
-        told = [f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" if c and "mean" in c else "-" for c in cells]
-        told += [signed(change) if change else ""] if comparison else []
-        out.add_row(Text(name), *told)
+        out.add_row(Text(name), *map(told, cells), *([signed(change) if change else ""] if comparison else []))
 
     changes: dict[str, Any] = vars(comparison) if comparison else {}
     row("mean reward", [result["mean_reward"] for result in results], changes.get("difference"))
@@ -276,12 +276,12 @@ def table(results: Sequence[dict[str, Any]], comparison: Comparison | None) -> T
         for name in names:
             row(f"{words}{name}", [result[key].get(name) for result in results], changes.get(key, {}).get(name))
     out.add_section()
-    for name, told in (
+    for name, counts in (
         ("problems graded", [f"{r['num_problems_graded']} of {r['num_problems']}" for r in results]),
         ("answers", [str(r["num_answers"]) for r in results]),
         ("answers that could not be graded", [str(r["num_reward_errors"]) for r in results]),
         ("versions of the weights that answered", [str(r["num_versions"]) for r in results]),
         ("tokens of an answer; cut off", [f"{r['num_tokens_mean']:.0f}; {r['truncated_share']:.1%}" for r in results]),
     ):
-        out.add_row(name, *told, *([""] if comparison else []))
+        out.add_row(name, *counts, *([""] if comparison else []))
     return out

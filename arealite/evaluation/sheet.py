@@ -111,8 +111,8 @@ class AnswerSheet:
             self._read()  # again: another process may have written meanwhile
         if self.identity and (different := differences(self.identity, identity)):
             raise ConfigError(
-                f"{self.folder} has the answers of another evaluation: {'; '.join(different)}. Give another --out, or"
-                " remove that folder"
+                f"{self.folder} has the answers of another evaluation: {'; '.join(different)}. Give another --out,"
+                " remove that folder, or, where only the reward differs, have `arealite eval reverify` grade it again"
             )
         if not self.identity:
             self.problems = list(problems)

@@ -32,9 +32,6 @@ class Estimate:
     high: float
     num_problems: int
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Probability that k of the samples, drawn without replacement, hold a correct one: unbiased for pass@k.

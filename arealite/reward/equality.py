@@ -2,7 +2,8 @@
 
 Conventions, each with rows in tests/math_pairs.jsonl: a percentage equals its fraction and, where the other side has no
 sign, its number; units count when both sides have them; a list without brackets has no order; (1, 2) may be a pair or
-an open interval; a decimal of four digits or more equals the exact value that rounds to it; a choice is its letter.
+an open interval; as a pair it is "x = 1, y = 2" and the column vector of 1 and 2, not the row; a decimal of four digits
+or more equals the exact value that it rounds; a choice is its letter.
 """
 
 from __future__ import annotations
@@ -10,21 +11,17 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from functools import cache
+from string import ascii_lowercase
 from typing import Any
 
 from sympy import Expr, Rational
 
-from arealite.reward.formulas import limited, read_formula, sample_pairs, samples, warm_up
-from arealite.reward.spelling import TooCostly, check_cost, normal
+from arealite.reward.extraction import normal
+from arealite.reward.formulas import TooCostly, check_cost, limited, read_formula, sample_pairs, samples, warm_up
 
 MAX_PARTS = 64  # of a list, tuple or set
 MIN_DIGITS = 4  # of a decimal that stands for the exact value that it rounds
-WORDS = {
-    w: n
-    for n, w in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-    )
-}
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 UNITS = {
     "dollar": "$", "usd": "$", "buck": "$", "euro": "€", "pound": "£", "centimeter": "cm", "centimetre": "cm",
     "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "millimeter": "mm", "inche": "in", "inch": "in",
@@ -32,28 +29,9 @@ UNITS = {
     "sec": "s", "liter": "l", "litre": "l", "degree": "°", "mile": "mi", "cent": "¢", "元": "¥", "yuan": "¥",
 }  # fmt: skip
 SHORT_UNITS = [
-    "m",
-    "g",
-    "h",
-    "s",
-    "l",
-    "L",
-    "cm",
-    "mm",
-    "km",
-    "kg",
-    "mg",
-    "ft",
-    "in",
-    "mi",
-    "ml",
-    "mL",
-    "hr",
-    "lb",
-    "oz",
-    "pm",
-    "am",
-]
+    "m", "g", "h", "s", "l", "L", "cm", "mm", "km", "kg", "mg", "ft", "in", "mi", "ml", "mL", "hr", "lb", "oz",
+    "pm", "am",
+]  # fmt: skip
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
 PLAIN = re.compile(
     rf"([-+]?)\s*({NUMBER})(?:[eE]([-+]?\d{{1,3}})|\s*(?:\\times|\*|\u00d7|\\cdot)\s*10\s*\^\s*\{{?\s*([-+]?\d{{1,3}})\s*\}}?)?"
@@ -65,6 +43,8 @@ ENVIRONMENT = re.compile(
     r"\\begin\{[pbvB]?(?:small)?matrix\}(.*)\\end\{[pbvB]?(?:small)?matrix\}|\\begin\{array\}\{[^}]*\}(.*)\\end\{array\}",
     re.S,
 )
+SEPARATOR = r"(?<!\d),|,(?!\d{3}(?!\d))|;|\band\b|\bor\b|和|或|\bcup\b"
+NAME = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?|[a-zA-Z]+\([a-z]\)|[A-Za-z]+(?: [A-Za-z]+)*")
 RELATION = re.compile(r"(\\leq?(?![a-z])|\\geq?(?![a-z])|<=|>=|≤|≥|<|>)")
 STRANGE_DIGIT = re.compile(r"[^\W\x00-\x7f\u4e00-\u9fff]*(?![0-9])\d|[\u2460-\u24ff]")
 
@@ -130,14 +110,7 @@ def _structure(text: str) -> Structure | None:
     relations = RELATION.split(text)
     if len(relations) in (3, 5) and len(split(text, ",")) == 1:
         return _interval(relations)
-    if (
-        len(
-            parts := split(
-                text, r"(?<!\d),|,(?!\d{3}(?!\d))|;|(?<=\d),(?=\d)(?!\d{3}(?!\d))|\band\b|\bor\b|和|或|\bcup\b"
-            )
-        )
-        > 1
-    ):
+    if len(parts := split(text, SEPARATOR)) > 1:
         return "list", [p for p in parts if p.strip()]
     if "\\pm" in text and "\\mp" not in text:
         return "list", [text.replace("\\pm", "+").lstrip(" +"), text.replace("\\pm", "-")]
@@ -170,6 +143,10 @@ def _same_structure(a: Structure | None, b: Structure | None, one: str, other: s
     (kind, x), (kind_of_other, y) = a, b
     if max(len(x), len(y)) > MAX_PARTS:
         raise TooCostly(f"{max(len(x), len(y))} parts")
+    if kind != kind_of_other:
+        (kind, x), (kind_of_other, y) = _as_tuple(a, one), _as_tuple(b, other)
+        if kind == "()" == kind_of_other and len(x) != len(y):
+            return False
     if kind == "matrix" == kind_of_other:
         return [len(r) for r in x] == [len(r) for r in y] and all(
             _equal(normal(p), normal(q)) for r, s in zip(x, y, strict=True) for p, q in zip(r, s, strict=True)
@@ -186,6 +163,18 @@ def _same_structure(a: Structure | None, b: Structure | None, one: str, other: s
     if len(x) != len(y) and not re.fullmatch(r"[a-zA-Z]", max(x, y, key=len)[2]):
         return False
     return all(_equal(p, q) for p, q in zip(x, y, strict=False))
+
+
+def _as_tuple(structure: Structure, text: str) -> Structure:
+    """A column vector, or "x = 1, y = 2" of letters that follow each other, as the tuple in their order."""
+    kind, parts = structure
+    if kind == "matrix" and all(len(row) == 1 for row in parts):
+        return "()", [row[0] for row in parts]
+    found = [re.fullmatch(r"\s*([a-z])\s*=([^=]*)", part) for part in parts] if kind == "list" else []
+    named = {point[1]: point[2] for point in found if point}
+    letters = "".join(sorted(named))
+    is_point = len(named) == len(parts) > 0 and letters in ascii_lowercase and not re.search(r"\bor\b|或", text)
+    return ("()", [named[letter] for letter in letters]) if is_point else structure
 
 
 def _covers(parts: list[str], others: list[str]) -> bool:
@@ -222,11 +211,7 @@ def _same_value(one: str, other: str) -> bool:
     if len(sides_one) > 1 or len(sides_other) > 1:
         sides, alone = (sides_one, other) if len(sides_one) > 1 else (sides_other, one)
         sides = [normal(s) for s in sides]
-        names = [
-            i
-            for i, s in enumerate(sides)
-            if re.fullmatch(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?|[a-zA-Z]+\([a-z]\)|[A-Za-z]+(?: [A-Za-z]+)*", s)
-        ]
+        names = [i for i, side in enumerate(sides) if NAME.fullmatch(side)]
         if len(names) == 1 and len(sides) == 2:
             name, value = sides[names[0]], sides[1 - names[0]]
             is_defined = not re.search(rf"(?<![a-zA-Z\\]){re.escape(name)}(?![a-zA-Z])", value)
@@ -262,13 +247,12 @@ def _same_quantity(one: str, other: str) -> bool:
         return _same_formula(one, other)
     if unit_x and unit_y and unit_x != unit_y:
         return False
-    texts = [t if unit is None else t[: len(t)] for t, unit in ((one, unit_x), (other, unit_y))]
     if x is not None and y is not None:
         if (unit_x == "%") != (unit_y == "%"):
             percent, plain = (x, y) if unit_x == "%" else (y, x)
             return plain in (percent, percent / 100)
         return x == y or _rounds_to(one, x, y) or _rounds_to(other, y, x)
-    number, text, formula = (x, texts[0], other) if x is not None else (y, texts[1], one)
+    number, text, formula = (x, one, other) if x is not None else (y, other, one)
     assert number is not None
     try:
         value = read_formula(_without_unit(formula))
@@ -279,17 +263,13 @@ def _same_quantity(one: str, other: str) -> bool:
     (exact, *_) = [*samples(value), None]
     if exact is None:
         return False
-    if abs(exact - float_of(number)) <= abs(exact) * Rational(1, 10**25):
+    if abs(exact - Rational(number.numerator, number.denominator)) <= abs(exact) * Rational(1, 10**25):
         return True
     return (
         not exact.is_Rational
         and abs(exact.as_real_imag()[1]) < 1e-20
         and _rounds_to(text, number, _fraction(exact.as_real_imag()[0]))
     )
-
-
-def float_of(number: Fraction) -> Rational:
-    return Rational(number.numerator, number.denominator)
 
 
 def _fraction(value: Expr) -> Fraction:
@@ -315,7 +295,7 @@ def _rounds_to(text: str, decimal: Fraction, exact: Fraction) -> bool:
 def _quantity(text: str) -> tuple[Fraction | None, str]:
     """The exact value of a number as people write it, and its unit ("%", "cm^2", ""); (None, "") of anything else."""
     if text.casefold() in WORDS:
-        return Fraction(WORDS[text.casefold()]), ""
+        return Fraction(WORDS.index(text.casefold())), ""
     text = re.sub(r"^(?:about|approximately|exactly|only|approx\.?|\\approx|约)\s*", "", text)
     money = re.match(r"([-+]?)\s*([$€£¥])\s*(?=[-\d.(\\])", text)
     unit = money[2] if money else ""

@@ -1,4 +1,6 @@
-"""What counts as the answer of a completion, by a named policy. Called by math.py; imports nothing heavy.
+"""What counts as the answer of a completion, by a named policy, and one spelling for it; imports nothing heavy.
+
+Called by math.py, equality.py, number.py, and by evaluation/figures.py for majority votes.
 
 | policy | the answer |
 |---|---|
@@ -14,16 +16,18 @@ phrase: "5 or 6" is two numbers and equals neither.
 from __future__ import annotations
 
 import re
-from typing import Literal, get_args
+import unicodedata
+from typing import Any, Literal, get_args
 
 Policy = Literal["boxed", "marked", "final"]
 MAX_TEXT = 200_000  # characters at the end of a completion that are looked at
+MAX_LENGTH = 1_000  # characters of an answer that is read
 MAX_NESTED_BOXES = 5
 BOX = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?=[\d\w\\$(-]))")
 TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.S | re.I)
 # What follows the mark of a heading is text ("#### Step 2: add"), or a number that counts headings ("#### 2. Add").
 HASHES = re.compile(
-    r"(?:^|(?<=\s))####[ *]*(?!(?:step|part|case|solution|explanation)\b|\d+[.:)] +\S)([^\n]*)", re.M | re.I
+    r"(?:^|(?<=\s))####[ *]*+(?!(?:step|part|case|solution|explanation)\b|\d+[.:)] +\S)([^\n]*)", re.M | re.I
 )
 PHRASE = re.compile(
     r"(?:\b(?:final |correct |right )?(?:answer|result|solution)(?: to [^.\n:]{1,80}| choice| option)?"
@@ -32,25 +36,24 @@ PHRASE = re.compile(
     r"\s*[:\uff1a]?\s*(?:\*\*)?\s*(?=([^\n]*))",
     re.I,
 )
+# Between dollars, the second of which is no currency: "$5 and $7" are two amounts.
 FORMULA = re.compile(
-    r"\$\$?([^$\n]{1,2000})\$\$?|\\\(((?:(?!\\\)).){1,2000})\\\)|\\\[((?:(?!\\\]).){1,2000})\\\]", re.S
+    r"\$\$?([^$\n]{1,2000})\$\$?(?!\d)|\\\(((?:(?!\\\)).){1,2000})\\\)|\\\[((?:(?!\\\]).){1,2000})\\\]", re.S
 )
 NUMBER_OR_FRACTION = re.compile(
     r"(?:(?<![\w)}.])[-+]\s?)?\\?[$€£¥]?(?:\\[dt]?frac\{-?\d+\}\{-?\d+\}|(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?"
     r"(?:\s?/\s?\d+)?|\.\d+)(?:\s?\\?%)?"
 )
 BARE = re.compile(r"[(\[{][^\nA-Za-z?]{1,80}[)\]}]")  # a tuple, interval or set and nothing else
+QUESTION = ("?", "\uff1f")
 EITHER = re.compile(r"\bor\b|或")
 MANY_BRACKETS = re.compile(r"[(\[{]{30}|[)\]}]{30}")
 DENIAL = re.compile(
     r"\bnot\b|n['\u2019]t\b|\bnever\b|\bno\b(?!\.)|\bneither\b|\bcannot\b|\bwrong\b|\bincorrect\b|\bunknown\b|\bimpossible\b|不是|不等|不对|错误|并非|不为",
     re.I,
 )
+FULL_WIDTH = re.compile(r"[\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff5e\u3000]")
 MINUS = dict.fromkeys(map(ord, "\u2212\u2013\u2012\ufe63\uff0d"), "-")  # what typesetters use for it
-
-
-class Ungraded(float):
-    """A reward of 0 for an answer that would cost too much to grade; the worker counts it as the part `ungraded`."""
 
 
 def extract_answer(text: str, policy: Policy = "final") -> str | None:
@@ -75,7 +78,7 @@ def extract_answer(text: str, policy: Policy = "final") -> str | None:
         answer = _sentence(phrases[-1][1])
         start = max(text.rfind(end, 0, phrases[-1].start()) for end in ("\n", ". ", "。", "! "))
         denied = DENIAL.search(text[start + 1 : phrases[-1].start()]) or DENIAL.match(answer)
-        return None if denied or phrases[-1][1].rstrip().endswith(("?", "?")) or not answer else _formula_in(answer)
+        return None if denied or phrases[-1][1].rstrip().endswith(QUESTION) or not answer else _formula_in(answer)
     return _last_value(text) if policy == "final" else None
 
 
@@ -126,7 +129,8 @@ def _sentence(text: str) -> str:
         text,
         maxsplit=1,
     )[0]
-    return re.sub(r"\s*\((?:which|because|since|that)\b[^()]*\)\s*$", "", text.strip().strip("*_`").strip())
+    text = re.sub(r"(?<=\S)\*\*(?=[\s.,:]|$)", "", text.strip().strip("*_`").strip())
+    return re.sub(r"\s*\((?:which|because|since|that)\b[^()]*\)\s*$", "", text)
 
 
 def _formula_in(phrase: str) -> str:
@@ -147,13 +151,75 @@ def _last_value(text: str) -> str | None:
         if MANY_BRACKETS.search(line):
             return None
         if not values:
-            if line.rstrip().endswith("?"):
+            if line.rstrip().endswith(QUESTION):
                 return None
             continue
         start = max(line.rfind(end, 0, values[-1].start()) for end in (". ", "! ", "。", "? "))
         clause = line[start + 1 :]
-        if DENIAL.search(clause) or (len(values) > 1 and EITHER.search(clause)) or clause.rstrip().endswith(("?", "?")):
+        if DENIAL.search(clause) or (len(values) > 1 and EITHER.search(clause)) or clause.rstrip().endswith(QUESTION):
             return None
         return next((group for group in values[-1].groups() if group), values[-1][0])
     stripped = text.strip()
     return stripped if stripped and len(stripped) <= 80 and not DENIAL.search(stripped) else None
+
+
+def normal(text: str) -> str:
+    """One spelling for what LaTeX, Markdown and Unicode write in several."""
+    text = _ascii(text).translate(MINUS).strip().strip("*`_ \n").replace("\\$", "$")
+    if "\\boxed" in text or "\\fbox" in text:
+        text = extract_answer(text, "boxed") or text
+    text = re.sub(r"^\$\$?(.*?)\$?\$$|^\\[(\[](.*)\\[)\]]$", lambda m: m[1] or m[2] or "", text, flags=re.S).strip()
+    for pattern, spelling in SPELLINGS:
+        text = pattern.sub(spelling, text)
+    text = text.strip().rstrip(".,;: \u3002").strip() if not text.endswith("...") else text
+    return re.sub(r"^\{([^{},]*)\}$", r"\1", text)
+
+
+def _ascii(text: str) -> str:
+    """Full-width punctuation as ASCII; digits and letters that only look like ASCII stay, and equal nothing."""
+    return FULL_WIDTH.sub(lambda mark: unicodedata.normalize("NFKC", mark[0]), text)
+
+
+def _root(found: re.Match[str]) -> str:
+    return rf"\sqrt{{{next(group for group in found.groups() if group is not None)}}}"
+
+
+def _repeating(found: re.Match[str]) -> str:
+    """0.1(23)... as a fraction."""
+    whole, once, again = found[1] or "0", found[2], found[3]
+    bottom = (10 ** len(again) - 1) * 10 ** len(once)
+    return rf"\frac{{{int(whole + once + again) - int(whole + once)}}}{{{bottom}}}"
+
+
+SPELLINGS: list[tuple[re.Pattern[str], Any]] = [
+    (re.compile(pattern), spelling)
+    for pattern, spelling in (
+        (r"(?<=\d),?\s*(?:\\!|\\,)\s*(?=\d{3}(?!\d))", ""),
+        (r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|,|!|;|:|quad|qquad|limits)(?![a-zA-Z])", " "),
+        (r"\\ |~|\u00a0", " "),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+        (r"\\frac\s*(\{(?:[^{}]|\{[^{}]*\})*\})\s*(\d)", r"\\frac\1{\2}"),
+        (r"\\frac\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}", r"\\frac{\1}{\2}"),
+        (r"\{,\}", ","),
+        (r"\\(?:text|textbf|mathrm|mbox|mathbf|textit|operatorname|mathit|textrm)\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\%|\bpercent\b|percentage|\uff05", "%"),
+        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|º", "°"),
+        (r"\\infin\b|∞|\binfinity\b", r"\\infty "),
+        (r"√\s*\(([^()]*)\)|√\s*\{?(\d+)\}?|(?<![\\a-z])sqrt\s*\(([^()]*)\)|(?<![\\a-z])sqrt\s*\{([^{}]*)\}", _root),
+        (r"π|(?<![\\a-zA-Z])pi(?![a-z])", r"\\pi "),
+        (r"²", "^2"), (r"³", "^3"), (r"½", r"\\frac{1}{2}"), (r"¼", r"\\frac{1}{4}"), (r"¾", r"\\frac{3}{4}"),
+        (r"\u00d7", r"\\times "), (r"÷", "/"), (r"·", r"\\cdot "), (r"≤", r"\\le "), (r"≥", r"\\ge "),
+        (r"\u222a", r"\\cup "),
+        (r"±", r"\\pm "), (r"∈", r"\\in "), (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\l?vert|\\r?vert", "|"),
+        (r"\\begin\{[bvB]matrix\}", r"\\begin{pmatrix}"), (r"\\end\{[bvB]matrix\}", r"\\end{pmatrix}"),
+        (r"(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan)(?=[\s({\d^_])", r"\\\1"),
+        (r"\\(sin|cos|tan|cot|sec|csc)\s*[({]?\s*(\d+(?:\.\d+)?)\s*°\s*[)}]?", r"\\\1(\\frac{\2\\pi}{180})"),
+        (r"(\d*)\.(\d*)\\overline\s*\{\s*(\d{1,20})\s*\}", _repeating),
+        (r"(?<![\w.,])\d{1,3}(?: \d{3})+(?![\w,])", lambda number: number[0].replace(" ", "")),
+        (r"(?i)\b(?:one|a)[- ]half\b", "1/2"), (r"(?i)\bone[- ]third\b", "1/3"), (r"(?i)\bone[- ]quarter\b", "1/4"),
+        (r"\*\*", "^"), (r"(?<=[\w)}])\s*\*\s*(?=[\w(\\{])", r" \\cdot "), (r"\s+\^", "^"), (r"[ \t\n]+", " "),
+    )
+]  # fmt: skip

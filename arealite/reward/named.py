@@ -9,7 +9,7 @@ import ast
 import importlib
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,45 +38,41 @@ def find_reward(name: str) -> RewardFunction:
     """The function of that name; `reward_fn`, or the only one whose name ends in "reward" or "reward_fn", where only a
     file or module is named. Raises ConfigError."""
     place, _, function = name.partition(":")
-    path = Path(place).resolve() if place.endswith(".py") else None
-    if path is not None and not path.is_file():
-        raise ConfigError(f"there is no file {place}; expected FILE.py:FUNCTION or package.module:FUNCTION")
-    if path is not None and str(path.parent) != sys.path[0]:
-        sys.path.insert(0, str(path.parent))  # worker processes take it over, and find the function by its module
+    module_name = _module_of(name)
+    if place.endswith(".py"):
+        path = Path(place).resolve()
+        if not path.is_file():
+            raise ConfigError(f"there is no file {place}; expected FILE.py:FUNCTION or package.module:FUNCTION")
+        loaded = sys.modules.get(module_name)
+        other = str(path) if loaded is None else str(vars(loaded).get("__file__", "built in"))
+        if Path(other).resolve() != path:
+            if _is_installed(other):
+                raise ConfigError(f"{place} has the name of a library, {module_name}: give the file another one")
+            del sys.modules[module_name]  # of another file of that name
+        # Worker processes take it over, and find the function by its module.
+        sys.path[:] = [str(path.parent), *(entry for entry in sys.path if entry != str(path.parent))]
     try:
-        module = importlib.import_module(_module_of(name))
+        members = vars(importlib.import_module(module_name))
     except Exception as error:  # the user's module may raise anything
         raise ConfigError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
-    members = vars(module)
-    if path is not None and Path(str(members.get("__file__"))).resolve() != path:
-        raise ConfigError(
-            f"{place} cannot be imported, since another module is named {path.stem}: {members.get('__file__')}; give"
-            " the file another name"
-        )
     if not function:
-        own = [
-            n
-            for n, v in members.items()
-            if callable(v) and n.endswith(("reward", "reward_fn")) and not n.startswith("_")
-        ]
+        own = [n for n in members if n.endswith(("reward", "reward_fn")) and n[0] != "_" and callable(members[n])]
         function = "reward_fn" if "reward_fn" in members else own[0] if len(own) == 1 else ""
         if not function:
-            raise ConfigError(
-                f"{name} has {', '.join(own) or 'no function named ...reward'}; say which: {name}:FUNCTION"
-            )
+            told = ", ".join(own) or "no function named ...reward"
+            raise ConfigError(f"{name} has {told}; say which: {name}:FUNCTION")
     if not callable(members.get(function)):
         raise ConfigError(f"{name}: {place} has no function {function!r}")
     reward_fn: RewardFunction = members[function]
     return reward_fn
 
 
-def code_of(names: Iterable[str]) -> dict[str, str]:
-    """The text of the modules of these functions, and of all that they import at any depth, by module: what can change
-    a reward, apart from installed libraries. Raises ConfigError."""
-    for name in names:
-        find_reward(name)
-    pending = [_module_of(name) for name in names]
-    packages = {"arealite", *(module.partition(".")[0] for module in pending)}
+def code_of(name: str) -> dict[str, str]:
+    """The text of the function's module and of all that it imports at any depth, by module: what can change a reward,
+    apart from installed libraries. Raises ConfigError."""
+    find_reward(name)
+    pending = [_module_of(name)]
+    packages = {"arealite", pending[0].partition(".")[0]}
     texts: dict[str, str] = {}
     while pending:
         module = pending.pop()
@@ -116,7 +112,11 @@ def _is_installed(origin: str | None) -> bool:
 
 def _imported(text: str, package: str) -> Iterator[str]:
     """Names of modules that a module may import, wherever in it; and of what it imports from them."""
-    for node in ast.walk(ast.parse(text)):
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:  # so that it cannot be imported either
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

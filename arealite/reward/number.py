@@ -1,12 +1,18 @@
-"""Reward for answers that are one number in a short sentence (the quickstart's addition)."""
+"""Answers that are numbers: the number of an extracted answer, and a reward for short sentences (the quickstart).
+
+Two rules, for two kinds of text. A solution has its answer at its end or behind a mark: extraction.py finds it, and
+`number_of` reads it. A sentence says by "=" or "is" which of its numbers is the result, wherever that stands ("12 is
+5 + 7"): `claimed_number`.
+"""
 
 from __future__ import annotations
 
 import re
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
-from arealite.reward.extraction import DENIAL, MINUS, last_box
+from arealite.reward.extraction import DENIAL, MAX_LENGTH, MINUS, QUESTION, last_box, normal
 
 # A sign counts when it does not follow a word or a bracket ("5-7" holds 5 and 7).
 NUMBER = re.compile(
@@ -15,6 +21,12 @@ NUMBER = re.compile(
 )
 CURRENCY = re.compile(r"([-+])\s*\\?[$€£]\s*(?=[\d.])")  # between the sign and its number
 TEN_TO = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[\u00d7\u00b7*])\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})(?!\d)\s*\}?")
+FRACTION = re.compile(r"\\frac\{([-\d.]+)\}\{([-\d.]+)\}")
+# The number that an answer begins with, after words or a currency; neither part of a formula nor one of several.
+VALUE = re.compile(
+    rf"[^\d\\^_{{}}]*?(?>((?a:{NUMBER.pattern}))(?:\s*/\s*((?a:[1-9]\d*)))?)"
+    r"(?![a-zA-Z](?<![mghslL])(?![a-zA-Z])|\s*(?:[\\^_{!+*]|(?:[-+*/:.,;&~]|and\b|or\b|to\b)?\s*[-+$]?\d))"
+)
 
 MAX_LOOKED_AT = 20_000
 SENTENCE = re.compile(r"(?:[^.!?\n]|\.(?=\d))+[.!?]?")
@@ -31,6 +43,18 @@ def plain(text: str) -> str:
 def numbers_in(text: str) -> list[Decimal]:
     """All decimal numbers in `text`, in order; commas between digits are thousands separators."""
     return [Decimal(match.replace(",", "")) for match in NUMBER.findall(plain(text))]
+
+
+def number_of(answer: str | None) -> Fraction | None:
+    """The number, or fraction, that an answer (`extract_answer`) says, on the last side of "=" that says one; None of
+    anything else: a formula, a list, a choice ("5 or 6")."""
+    if answer is None or len(answer) > MAX_LENGTH:
+        return None
+    text = re.sub(r"^\s*([-+])\s+", r"\1", plain(FRACTION.sub(r"\1/\2", normal(answer))))
+    for side in reversed(text.split("=")):
+        if value := VALUE.match(side):
+            return Fraction(Decimal(value[1].replace(",", ""))) / int(value[2] or 1)
+    return None
 
 
 def number_reward(
@@ -56,7 +80,7 @@ def claimed_number(text: str) -> Decimal | None:
     if boxed is not None:
         text = re.sub(r"^-\s+", "-", boxed.translate(MINUS))
     sentences = [s for s in SENTENCE.findall(text) if NUMBER.search(s)]
-    if not sentences or DENIAL.search(sentences[-1]) or sentences[-1].rstrip().endswith("?"):
+    if not sentences or DENIAL.search(sentences[-1]) or sentences[-1].rstrip().endswith(QUESTION):
         return None
     *_, left, right = ["", "", *CLAIM.split(sentences[-1])]
     for side in (right, left):

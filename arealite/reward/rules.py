@@ -16,7 +16,7 @@ THINK_ANSWER = r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer
 FENCE = re.compile(r"```(?:json|JSON)?[ \t]*\n(.*?)```", re.DOTALL)
 # How people and models mark the option they choose; the last such mark counts.
 CHOICE_MARK = re.compile(
-    r"(?i:\\boxed\s*\{\s*(?:\\(?:text|mathrm|textbf|mathbf)\s*\{)?|\banswer(?:\s+is)?\s*(?::|is\b)?|答案(?:是|为|選|选)?\s*[::]?|选择?|<answer>)"
+    r"(?i:\\boxed\s*\{\s*(?:\\(?:text|mathrm|textbf|mathbf)\s*\{)?|\banswer(?:\s+is)?\s*(?::|is\b)?|答案(?:是|为|選|选)?\s*:?|选择?|<answer>)"
     r"[\s*_:(\[【「]*([A-Z])(?=\s*(?:[)\]}.:;*_】」$\\]|,(?!\s*[A-Z]\b)|</|because\b|since\b|as\b|(?![和或与、])[^\x00-\x7f]|$|\n))"
 )
 CHOICE_ALONE = re.compile(r"[\s*_(\[]*([A-Za-z])[\s*_)\].:]*")
@@ -80,11 +80,8 @@ def json_reward(
         validator.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ValueError(f"the row's json_schema is no JSON schema: {error.message}") from error
-    try:
-        value = json.loads(_last_block(completion), parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return 0.0
-    return float(validator(schema).is_valid(value))
+    values = _json_in(completion)
+    return float(bool(values) and validator(schema).is_valid(values[0]))
 
 
 def choice_reward(
@@ -137,12 +134,13 @@ def _bullets(text: str) -> list[str]:
     return re.findall(r"^\s*(?:[-*+•]|\d+[.)])\s+\S", text, re.MULTILINE)
 
 
-def _is_json(text: str) -> bool:
+def _json_in(text: str) -> list[Any]:
+    """The JSON value that a text, or the last fenced block of it, is; empty if it is none."""
+    *_, last = [text, *FENCE.findall(text)]
     try:
-        json.loads(_last_block(text), parse_constant=_refuse)
+        return [json.loads(last, parse_constant=_refuse)]
     except (ValueError, RecursionError):
-        return False
-    return True
+        return []
 
 
 # What an instruction may ask of a text, and whether the text keeps it.
@@ -158,17 +156,12 @@ INSTRUCTIONS: dict[str, Callable[[str, Any], bool]] = {
     "avoids_commas": lambda text, asked: not asked or not re.search("[,\uff0c\u3001]", text),
     "is_lowercase": lambda text, asked: not asked or (text == text.lower() and text != text.upper()),
     "is_uppercase": lambda text, asked: not asked or (text == text.upper() and text != text.lower()),
-    "is_json": lambda text, asked: not asked or _is_json(text),
+    "is_json": lambda text, asked: not asked or bool(_json_in(text)),
 }
 
 
 def _folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).removesuffix(".").rstrip()
-
-
-def _last_block(text: str) -> str:
-    *_, last = [text, *FENCE.findall(text)]
-    return last
 
 
 def _refuse(constant: str) -> None:

@@ -1,4 +1,4 @@
-"""Several rewards as one, with every part logged. Made by training scripts, run by pool.py.
+"""Rewards with named parts, and several rewards as one. Made by training scripts, run by pool.py.
 
 reward_fn = WeightedSum(correct=(1.0, math_reward), format=(0.1, format_reward))
 """
@@ -12,6 +12,25 @@ from functools import partial
 from typing import Any
 
 from arealite.api.errors import ConfigError
+
+
+class PartedReward(float):
+    """A reward that is a plain number to its caller and has named parts in the records: PartedReward(0, cut=1.0)."""
+
+    parts: dict[str, float]
+
+    def __new__(cls, reward: float, **parts: float) -> PartedReward:
+        made = super().__new__(cls, reward)
+        made.parts = parts
+        return made
+
+
+def as_parts(result: Any) -> Mapping[str, Any]:
+    """What a reward function returned, as a dict, "reward" among its keys if there is one."""
+    if isinstance(result, PartedReward):
+        return {"reward": float(result), **result.parts}
+    return result if isinstance(result, Mapping) else {"reward": result}
+
 
 Part = tuple[float, Callable[..., Any]]
 
@@ -41,6 +60,8 @@ class WeightedSum:
                 isinstance(part, tuple) and len(part) == 2 and callable(part[1]) and isinstance(part[0], int | float)
             ):
                 raise ConfigError(f"the part {name} of a WeightedSum is {part!r}; expected (weight, reward function)")
+        if "reward" in parts:
+            raise ConfigError("a part of a WeightedSum is named reward, as the sum itself is: give it another name")
         if not parts:
             raise ConfigError("a WeightedSum without parts; expected name=(weight, reward function), one or more")
         self.parts = parts
@@ -64,11 +85,14 @@ class WeightedSum:
     def _total(self, results: list[Any]) -> dict[str, Any]:
         total: dict[str, Any] = {"reward": 0.0}
         for (name, (weight, _)), result in zip(self.parts.items(), results, strict=True):
-            named = dict(result) if isinstance(result, Mapping) else {"reward": result}
-            if "reward" not in named or named["reward"] is None:
+            named = as_parts(result)
+            if named.get("reward") is None:
                 raise ValueError(f"the part {name} returned {result!r:.200}; expected a number, or a dict with one")
             total["reward"] += weight * float(named["reward"])
-            total |= {name if key == "reward" else f"{name}_{key}": value for key, value in named.items()}
+            told = {name if key == "reward" else f"{name}_{key}": value for key, value in named.items()}
+            if twice := told.keys() & total.keys():
+                raise ValueError(f"two parts are named {', '.join(sorted(twice))}: give the part {name} another name")
+            total |= told
         return total
 
 

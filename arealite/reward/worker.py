@@ -13,11 +13,11 @@ import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, SupportsFloat
 
-from arealite.reward.extraction import Ungraded
+from arealite.reward.weighted import as_parts
 
 PR_SET_PDEATHSIG = 1
 
@@ -36,7 +36,7 @@ def run_call(reward_fn: Callable[..., Any], call: Call) -> Outcome:
 
 def told_result(result: Any) -> Outcome:
     """What a reward function returned: a finite number or a dict of such; of anything else, text that says so."""
-    values = result if isinstance(result, Mapping) else {"reward": result}
+    values = as_parts(result)
     if "reward" not in values:
         found = sorted(map(str, values))
         return 0.0, {}, f'the reward function returned a dict without "reward": it has {found}'
@@ -46,8 +46,6 @@ def told_result(result: Any) -> Outcome:
             hint = ": a branch of it returns nothing" if value is None else ""
             told = f"the reward function returned {name} = {value!r:.200}; expected a finite number{hint}"
             return 0.0, {}, told
-    if isinstance(result, Ungraded):
-        parts["ungraded"] = 1.0
     return parts.pop("reward"), parts, ""
 
 

@@ -14,6 +14,16 @@ def length_reward(prompt, completion, prompt_ids, completion_ids, *, answer, **e
     return {"reward": len(completion), "num_ids": len(completion_ids), "extra": extras.get("bonus", 0)}
 
 
+def greedy_math(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
+    """math_reward, with a comparison that takes as many GiB as the completion's answer says; `after`: what may be had
+    when it is over."""
+    from arealite.reward import equality, math
+
+    equality._equal = lambda one, other: bool(bytes(int(one) << 30))
+    reward = math.math_reward(prompt, completion, prompt_ids, completion_ids, answer=answer)
+    return {"reward": reward, **reward.parts, "after": len(bytes(3 << 30)) >> 30}
+
+
 def without_answer(prompt, completion, prompt_ids, completion_ids, **extras):
     return float("answer" not in extras)
 
