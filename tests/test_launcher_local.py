@@ -87,7 +87,7 @@ def test_a_taken_port_is_tried_again_on_another(tmp_path, capfd):
     assert "Address already in use" in said and "restart 1 of at most 3" in said
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 85)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR2, 85)])
 def test_stop_signals_end_everything_though_the_terminal_takes_nothing(number, code, tmp_path):
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)

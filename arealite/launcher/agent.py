@@ -31,7 +31,9 @@ STOP_GRACE_S = 3.0  # in which the head may have been asked to stop itself
 MAX_TAIL = 1 << 16  # characters of the end of a log
 SLOT_VARIABLES = ("AREALITE_SLOT", "SLURM_NODEID", "SKYPILOT_NODE_RANK", "JOB_COMPLETION_INDEX")
 ADDRESS_VARIABLE = "AREALITE_ADDRESS"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+STOP_SIGNAL = signal.SIGUSR2  # to the head: the nodes will be gone soon; it leaves with EXIT_GO_ON
+EXIT_GO_ON, EXIT_NO_HEAD = 85, 86  # the run goes on in a new allocation; an agent has no head any more
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP_SIGNAL)
 
 
 class Turned(Exception):
@@ -190,7 +192,7 @@ def serve(folder: Path | None, slot: int, limit_s: float, stops: list[int]) -> i
             return 128 + stops[0]
         if time.monotonic() - lost_s > limit_s:
             say(f"no head for {limit_s:g} s: {why}")
-            return 1
+            return EXIT_NO_HEAD
         if time.monotonic() - told_s > TELL_S:
             told_s = time.monotonic()
             say(f"looking for the head for {told_s - lost_s:.0f} s: {why}")
@@ -202,7 +204,7 @@ def say(text: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: the one that the head gives; 1: there is no head; 2: refused; 128 + n: signal n."""
+    """Returns the exit code: the one that the head gives; 86: there is no head; 2: refused; 128 + n: signal n."""
     parser = argparse.ArgumentParser(prog="python -m arealite.launcher.agent", description="The agent of a node.")
     add = parser.add_argument
     add("--run-folder", type=Path, help=f"where the head is found; or {rendezvous.HEAD_VARIABLE}=host:port")

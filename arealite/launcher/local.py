@@ -1,7 +1,7 @@
 """`arealite run`: the run folder, its lock, the nodes, starts and restarts, signals. Called by cli.py.
 
 Exit codes: 0 all trainers are done; 1 a process failed (its first real error is printed); 2 refused before anything
-started; 85 stopped by SIGUSR1, to be started again; 128 + n stopped by signal n.
+started; 85 stopped by SIGUSR2, the same command goes on; 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
@@ -74,24 +74,22 @@ def launch(plan: Planned, config: RunConfig, folder: RunFolder) -> int:
             f"the run folder {folder.root} cannot be written ({error.strerror}): set cluster.fileroot to a place that"
             " can"
         ) from None
-    with exclusive(folder):
+    with exclusive(folder), stop_signals() as stops:
         claim(folder, config, "launcher")
         if left := kill_leftovers(folder):
             say(f"ended what an earlier launcher of this run left behind: {', '.join(left)}")
         folder.config_yaml.write_text(to_yaml(config))
         waits.configure(folder.root, waits.LAUNCHER, config.watchdog.heartbeat_s, config.watchdog.stall_s)
-        code, why = 1, "the launcher has failed: its own output says how"
+        code, why, head = 1, "the launcher has failed, as its own output says", None
         try:
-            with stop_signals() as stops:
-                note_state(folder, "running", folder.num_attempts(), "its nodes come together")
-                head = RunHead(config, folder, stops)
-                try:
-                    code, why = start_and_restart(plan, config, folder, head, stops)
-                    return code
-                finally:
-                    note_state(folder, "failed" if code else "finished", folder.num_attempts(), why)
-                    head.close(code)
+            note_state(folder, "running", folder.num_attempts(), "its nodes come together")
+            head = RunHead(config, folder, stops)
+            code, why = start_and_restart(plan, config, folder, head, stops)
+            return code
         finally:
+            note_state(folder, "failed" if code else "finished", folder.num_attempts(), why)
+            if head is not None:
+                head.close(code)
             waits.shut_down()
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 from arealite.api.atomic import write_json, write_text
 from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ArealiteError, WaitTimeout
+from arealite.launcher.agent import EXIT_GO_ON, STOP_SIGNAL
 from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Hands, StartedProcess, free_ports, lost_a_peer, say
 from arealite.launcher.plan import Plan, ProcessPlan
 from arealite.observe import waits
@@ -32,7 +33,6 @@ PROBE_LIMIT_S = 2.0  # of one look at a server's health
 FIRST_BACKOFF_S = 0.5  # between a death and the next start; doubled each time
 MAX_BACKOFF_S = 30.0
 STEADY_S = 60.0  # a server that has been well for so long starts to count its restarts anew
-EXIT_GO_ON = 85  # after SIGUSR1, by which Slurm says that the time of a job is nearly over: start it once more
 ADDRESS_IN_USE = re.compile(r"address already in use|EADDRINUSE", re.IGNORECASE)
 
 
@@ -52,7 +52,7 @@ class StopRequested(Exception):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = EXIT_GO_ON if number == signal.SIGUSR1 else 128 + number
+        self.exit_code = EXIT_GO_ON if number == STOP_SIGNAL else 128 + number
 
 
 def answers(host: str, port: int, path: str, limit_s: float) -> bool:
