@@ -29,6 +29,7 @@ from arealite.observe.run_folder import RunFolder
 from arealite.observe.waits import waiting
 
 LEAVE_LIMIT_S = 10.0
+LOOK_S = 0.3  # how often the thread of an agent looks whether the run is over
 MAX_CLOCK_S = 5.0  # between two nodes, before it is told
 
 
@@ -209,8 +210,9 @@ class RunHead:
     def close(self, exit_code: int) -> None:
         """Let all agents go, and wait for that."""
         self._exit_code = exit_code
+        end = time.monotonic() + LEAVE_LIMIT_S
         for thread in self._threads:
-            thread.join(LEAVE_LIMIT_S)
+            thread.join(max(0.0, end - time.monotonic()))
         if self.far:
             self._socket.close()
 
@@ -246,7 +248,7 @@ class RunHead:
     def _attend(self, plain: socket.socket) -> None:
         """One agent.
 
-        Consumes: its messages. Produces: what its node tells. Waits for: the next message, TICK_S. Unblocked by: time,
+        Consumes: its messages. Produces: what its node tells. Waits for: the next message, LOOK_S. Unblocked by: time,
         its silence, the end of the connection, `close`.
         """
         try:
@@ -257,7 +259,7 @@ class RunHead:
         node, why = None, ""
         try:
             while self._exit_code is None:
-                told = line.receive(TICK_S)
+                told = line.receive(LOOK_S)
                 if node is None:
                     node = self._let_in(line, told) if told else None
                 elif "machine" in told:
