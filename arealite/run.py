@@ -146,7 +146,7 @@ class Run:
         stats = self.stats.export()
         if self.is_head:
             groups = None if self._rollout is None else self._rollout.last_groups
-            told = {} if self._rollout is None else self._rollout.stats()
+            told = self._dataloader.stats() | ({} if self._rollout is None else self._rollout.stats())
             self._logger.commit(finished - 1, epoch, stats | told, groups, self.tokenizer)
         # Last of all, because what comes after it is done again after a kill.
         self._recover.maybe_save(finished, epoch, last)

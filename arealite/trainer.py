@@ -15,7 +15,6 @@ from arealite.api.errors import ConfigError
 from arealite.api.protocols import RolloutWorkflow
 from arealite.api.types import Group
 from arealite.dataset.loader import StatefulDataLoader, load_tasks
-from arealite.dataset.sources import read_rows
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import FSDPPPOActor, PolicyLoss, grpo_loss_fn
 from arealite.engine.ppo.critic import FSDPPPOCritic
@@ -121,7 +120,7 @@ class PPOTrainer:
         loss_fn: the loss of the policy, as in engine/ppo/actor.py.
 
     Raises:
-        ConfigError: there is neither a reward_fn nor a workflow, or one that cannot be used.
+        ConfigError: the workflow or the reward_fn cannot be used.
     """
 
     def __init__(
@@ -134,12 +133,6 @@ class PPOTrainer:
         loss_fn: PolicyLoss = grpo_loss_fn,
     ) -> None:
         if workflow is None and reward_fn is None:
-            first = next(read_rows(config.train_dataset, config.seed), None)
-            if first is None or not first.verifier:
-                raise ConfigError(
-                    "PPOTrainer was given neither a reward_fn nor a workflow, and the data set names no verifier: give"
-                    " one of them"
-                )
             reward_fn = named_reward
         if workflow is not None and not callable(workflow):
             _check_workflow(workflow)
@@ -158,13 +151,13 @@ class PPOTrainer:
         """
         config = self.config
         with Run(config) as run:
-            workflow = self._workflow(run)  # refuses what is wrong before anything loads
+            workflow = self._workflow(run)  # refuses what is wrong before any model loads
+            tasks = load_tasks(config.train_dataset, run.tokenizer, config.seed, self.reward_fn)
             held_out_workflow = self._workflow(run, held_out=True) if config.valid_dataset is not None else workflow
             actor, reference, critic = open_models(run, config, self.loss_fn)
             rollout = open_rollout(run, config, actor)
             turns = Turns(rollout, actor, reference, critic)
             guard = MismatchGuard(config.stats_logger, config.gconfig)
-            tasks = load_tasks(config.train_dataset, run.tokenizer, config.seed, self.reward_fn)
             dataloader = StatefulDataLoader(tasks, config)
             evaluate = open_evaluation(run, config, actor, rollout, held_out_workflow, self.reward_fn)
 

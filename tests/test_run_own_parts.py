@@ -11,7 +11,7 @@ from support.rollout import Episodes, trajectory
 from support.runs import Run
 
 from arealite.api.cli_args import GRPOConfig
-from arealite.api.errors import ConfigError
+from arealite.api.errors import ConfigError, DatasetError
 from arealite.api.types import Group, Task
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.observe.records import rollout_rows, rollout_stats
@@ -97,7 +97,7 @@ def test_a_trainer_needs_a_reward_or_a_workflow(tiny_llama, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "1"}')
     config.train_dataset.path = str(tmp_path / "rows.jsonl")
     config.actor.path = tiny_llama
-    with pytest.raises(ConfigError, match="neither a reward_fn nor a workflow"):
-        PPOTrainer(config)
+    with pytest.raises(DatasetError, match="nothing says how to grade answers: give the script a reward function"):
+        PPOTrainer(config).train()
     with pytest.raises(ConfigError, match="workflow is a int; expected arun_episode and close"):
         PPOTrainer(config, workflow=3)

@@ -10,6 +10,14 @@ import torch
 from safetensors.torch import load_file
 from support.runs import Run
 
+from arealite.rollout.ledger import audit
+
+MIXED = [
+    "train_dataset.path=",
+    "train_dataset.mixture.sums={path: examples/arealite/addition/train.jsonl, num_rows: 3}",
+    "train_dataset.mixture.letters={path: 'reasoning_gym:letter_counting', num_rows: 2, curriculum: 0, weight: 5}",
+    "train_dataset.rest_epochs=1",
+]
 DETERMINISTIC = ["rollout.max_head_offpolicyness=0", "server.deterministic=true"]
 
 
@@ -51,16 +59,19 @@ def wait_until_gone(pid: int, limit_s: float = 20.0) -> None:
     pytest.fail(f"process {pid} still lives {limit_s} s after its launcher was killed")
 
 
-def test_resumed_synchronous_run_equals_the_straight_one(tmp_path, tiny_llama):
-    final = {}
+@pytest.mark.parametrize("data", [[], MIXED], ids=["one data set", "a mixture, a curriculum, and prompts that rest"])
+def test_resumed_synchronous_run_equals_the_straight_one(tmp_path, tiny_llama, data):
+    final, trained_at = {}, {}
     for name in ("straight", "resumed"):
         (tmp_path / name).mkdir()
-        with Run(tmp_path / name, tiny_llama, *DETERMINISTIC) as run:
+        with Run(tmp_path / name, tiny_llama, *DETERMINISTIC, *data) as run:
             if name == "resumed":
                 run.until(lambda: len(run.metrics()) >= 2, "two steps")
                 os.kill(run.pids()["trainer-0"], signal.SIGKILL)
             run.check_records(run.succeed(), num_steps=4, staleness_max=0)
+        trained_at[name] = audit(run.folder / "ledger.jsonl").trained_at
         final[name] = load_file(run.folder / "checkpoints/step_000004/model.safetensors")
+    assert trained_at["straight"] == trained_at["resumed"]
     assert final["straight"].keys() == final["resumed"].keys()
     for name, tensor in final["straight"].items():
         assert torch.equal(tensor, final["resumed"][name]), name

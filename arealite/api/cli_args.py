@@ -67,9 +67,23 @@ class DatasetConfig(Section):
     split: str = setting("train", "split of a hub data set")
     subset: str | None = setting(None, "configuration name of a hub data set (GSM8K: main)")
     params: dict[str, Any] = setting(dict, "parameters of a reasoning_gym task")
+    curriculum: float | None = setting(
+        None,
+        "reasoning_gym: begin at the first level of the curriculum, num_rows tasks a level; the next is due when the"
+        " mean reward of the last batch_size groups reaches this",
+    )
+    mixture: dict[str, DatasetConfig] = setting(dict, "in place of path: name -> data set, all of them drawn as one")
+    weight: float | None = setting(
+        None,
+        "in a mixture: the share of the draws beside the others' weights; the number of rows if not given",
+        low=1e-6,
+    )
     num_rows: int | None = setting(None, "use the first rows only; the number of rows for reasoning_gym", low=1)
     batch_size: int = setting(16, "prompts per step", low=1)
     shuffle: bool = setting(True, "a new order every epoch, from the seed")
+    rest_epochs: int = setting(
+        0, "epochs that a prompt rests whose answers were all rewarded alike, solved always or never", low=0
+    )
     prompt_template: str = setting("{prompt}", "what the user says, with the row's question in place of {prompt}")
     system_prompt: str | None = setting(None, "system message put before every chat prompt")
     chat_template_kwargs: dict[str, Any] = setting(

@@ -108,8 +108,20 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.
         value = vars(config)[f.name]
         if dataclasses.is_dataclass(value):
             yield from walk(value, f"{prefix}{f.name}.")
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+            for name, section in value.items():
+                yield from walk(section, f"{prefix}{f.name}.{name}.")
         elif "is_derived" not in f.metadata:
             yield f"{prefix}{f.name}", value, f
+
+
+def section_of(config: Any, key: str) -> tuple[Any, str]:
+    """The section that a dotted key leads to, None where one on the way is absent, and the name of the field in it."""
+    *sections, name = key.split(".")
+    section = config
+    for part in sections:
+        section = section and (section if isinstance(section, dict) else vars(section)).get(part)
+    return section, name
 
 
 def is_section(hint: Any) -> TypeGuard[type]:

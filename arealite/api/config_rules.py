@@ -11,6 +11,7 @@ from copy import copy
 from typing import Any
 
 from arealite.api.cli_args import (
+    DatasetConfig,
     FrequencyConfig,
     GenerationHyperparameters,
     GRPOConfig,
@@ -18,18 +19,28 @@ from arealite.api.cli_args import (
     PPOActorConfig,
     RunConfig,
 )
+from arealite.api.config_keys import section_of
 
 REASONING_GYM = "reasoning_gym:"
+# What the data sets of a mixture take over from the section around them, unless they say otherwise.
+SHARED = (
+    "split",
+    "malformed_rows",
+    "prompt_template",
+    "system_prompt",
+    "chat_template_kwargs",
+    "max_prompt_tokens",
+    "max_length",
+)
+OF_ALL = ("batch_size", "shuffle", "rest_epochs")  # what they cannot have of their own
+OF_ONE = ("columns", "subset", "params", "num_rows", "curriculum")  # what the section around them cannot have
 FALSE_WORDS = ("false", "no", "off")
 
 
 def resolve(config: RunConfig, given: Collection[str]) -> None:
     """Set every value that follows from others, but for the keys that are `given` by the user."""
     for key, value in derived_values(config):
-        *sections, name = key.split(".")
-        section: Any = config
-        for part in sections:
-            section = section and vars(section)[part]
+        section, name = section_of(config, key)
         if section is not None and key not in given and not any(k.startswith(f"{key}.") for k in given):
             setattr(section, name, copy(value))
 
@@ -42,6 +53,10 @@ def derived_values(config: RunConfig) -> Iterator[tuple[str, Any]]:
     yield f"{role}.seed", config.seed
     for name in ("prompt_template", "system_prompt", "chat_template_kwargs"):
         yield f"valid_dataset.{name}", vars(config.train_dataset)[name]
+    for key, dataset in datasets_of(config):
+        for part in dataset.mixture:
+            for name in SHARED:
+                yield f"{key}.mixture.{part}.{name}", vars(dataset)[name]
     if not isinstance(config, GRPOConfig):
         yield "allocation_mode", "fsdp:d1"
         return
@@ -68,6 +83,14 @@ def derived_values(config: RunConfig) -> Iterator[tuple[str, Any]]:
         yield "weight_update", "distributed"
 
 
+def datasets_of(config: RunConfig) -> Iterator[tuple[str, DatasetConfig]]:
+    """(key, section) of each data set that there is, those of a mixture after the section that holds them."""
+    for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):
+        if dataset is not None:
+            yield key, dataset
+            yield from ((f"{key}.mixture.{name}", part) for name, part in dataset.mixture.items())
+
+
 def contradictions(config: RunConfig) -> Iterator[str]:
     """Every contradiction found; none when the configuration can run."""
     for check in (paths, datasets, schedule):
@@ -81,10 +104,12 @@ def paths(config: RunConfig) -> Iterator[str]:
     key, trained = config.trained
     if not trained.path:
         yield f"{key}.path is missing: give a Hugging Face folder, a fetched model's name, or a hub id"
-    if not config.train_dataset.path:
-        yield "train_dataset.path is missing: give a JSONL / Parquet file, a hub id, or reasoning_gym:TASK"
-    if config.valid_dataset is not None and not config.valid_dataset.path:
-        yield "valid_dataset.path is missing: give it, or valid_dataset=null"
+    for key, dataset in datasets_of(config):
+        if dataset.path and dataset.mixture:
+            yield f"{key} has a path ({dataset.path}) and a mixture: move the path into the mixture, or remove one"
+        elif not dataset.path and not dataset.mixture:
+            otherwise = ", or valid_dataset=null" if key == "valid_dataset" else ""
+            yield f"{key}.path is missing: give a JSONL / Parquet file, a hub id, or reasoning_gym:TASK{otherwise}"
     for key, name in (("experiment_name", config.experiment_name), ("trial_name", config.trial_name)):
         if name.strip(" .") == "" or name != name.strip() or "/" in name or not name.isprintable() or len(name) > 99:
             yield (
@@ -127,10 +152,9 @@ def sampling(key: str, g: GenerationHyperparameters) -> Iterator[str]:
 
 
 def datasets(config: RunConfig) -> Iterator[str]:
-    named = [("train_dataset", config.train_dataset)]
-    if config.valid_dataset is not None:
-        named.append(("valid_dataset", config.valid_dataset))
+    named = [*datasets_of(config)]
     for key, d in named:
+        yield from mixed(key, d)
         if "{prompt}" not in d.prompt_template:
             yield f"{key}.prompt_template is {d.prompt_template!r}: it must hold {{prompt}}, the place of the question"
         for name, value in d.chat_template_kwargs.items():
@@ -141,15 +165,34 @@ def datasets(config: RunConfig) -> Iterator[str]:
                 )
         if d.path.startswith(REASONING_GYM) and d.num_rows is None:
             yield f"{key}.num_rows is missing: {d.path} makes as many tasks as asked for, such as {key}.num_rows=1000"
+        if d.curriculum is not None and d.path and not d.path.startswith(REASONING_GYM):
+            yield f"{key}.curriculum is for reasoning_gym tasks, but {key}.path is {d.path!r}: leave it out (null)"
         if d.params and not d.path.startswith(REASONING_GYM):
             yield f"{key}.params are for reasoning_gym tasks, but {key}.path is {d.path!r}: remove them"
     # Generated tasks follow from `params.seed`, or else from the split (dataset/sources.py).
-    streams = {(d.path, d.params.get("seed", d.split)) for _, d in named}
-    if len(streams) < len(named) and config.train_dataset.path.startswith(REASONING_GYM):
+    streams = [{(d.path, d.params.get("seed", d.split)) for key, d in named if key.startswith(k)} for k in ("t", "v")]
+    for path in sorted({path for path, _ in streams[0] & streams[1] if path.startswith(REASONING_GYM)}):
         yield (
-            f"train_dataset and valid_dataset are both {config.train_dataset.path} from the same seed, so the held-out"
+            f"train_dataset and valid_dataset are both {path} from the same seed, so the held-out"
             " tasks would be training tasks: set valid_dataset.split=test and no params.seed, or another params.seed"
         )
+
+
+def mixed(key: str, dataset: DatasetConfig) -> Iterator[str]:
+    """What is wrong with a data set as a mixture, or as a part of one."""
+    if dataset.weight is not None and ".mixture." not in key:
+        yield f"{key}.weight is for the data sets of a mixture: set {key}.mixture.NAME.weight"
+    of_one = [name for name in OF_ONE if dataset.mixture and vars(dataset)[name] != vars(DatasetConfig())[name]]
+    yield from (f"{key}.{name} is of one data set of the mixture: set {key}.mixture.NAME.{name}" for name in of_one)
+    for name, part in dataset.mixture.items():
+        place = f"{key}.mixture.{name}"
+        if part.mixture:
+            yield f"{place}.mixture: a mixture holds data sets, no mixtures: give its data sets names beside the others"
+        if not name or "." in name:
+            yield f"{key}.mixture has the name {name!r}: give one with a letter and without a dot"
+        for field in OF_ALL:
+            if vars(part)[field] != vars(DatasetConfig())[field]:
+                yield f"{place}.{field} is of the whole mixture: set {key}.{field}"
 
 
 def lengths(config: GRPOConfig, limit: int | None = None) -> Iterator[str]:

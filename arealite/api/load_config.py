@@ -23,7 +23,17 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from arealite.api.cli_args import GRPOConfig, RunConfig, RWConfig, SFTConfig
-from arealite.api.config_keys import all_keys, field_types, is_section, meant_by, ours, type_at, type_name, walk
+from arealite.api.config_keys import (
+    all_keys,
+    field_types,
+    is_section,
+    meant_by,
+    ours,
+    section_of,
+    type_at,
+    type_name,
+    walk,
+)
 from arealite.api.config_rules import contradictions, resolve
 from arealite.api.errors import SENTENCE, ConfigError, DatasetError
 from arealite.api.paths import expand
@@ -134,10 +144,9 @@ class Reader:
                 raise ConfigError("\n  ".join(text for _, text in self.problems))
         for key, value, f in walk(config):
             if value and f.metadata.get("is_path"):
-                *sections, name = key.split(".")
-                section = config
-                for part in sections:
-                    section = vars(section)[part]
+                section, name = section_of(config, key)
+                if section is None:  # a name with a dot, which is refused later
+                    continue
                 try:
                     setattr(section, name, expand(value))
                 except ConfigError as error:

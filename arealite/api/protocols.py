@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from arealite.api.types import Batch, Completion, GenerationRequest, GroupPlace, Task, Trajectory, WeightUpdateMeta
+    from arealite.api.types import (
+        Batch,
+        Completion,
+        GenerationRequest,
+        Group,
+        GroupPlace,
+        Task,
+        Trajectory,
+        WeightUpdateMeta,
+    )
 
 
 class Collective(Protocol):
@@ -55,6 +64,14 @@ class DataSource(Stateful, Protocol):
     def __next__(self) -> Task: ...
 
     def __iter__(self) -> Iterator[Task]: ...
+
+
+@runtime_checkable
+class Adaptive(DataSource, Protocol):
+    """A stream that changes by how its tasks went."""
+
+    def note(self, group: Group) -> None:
+        """A group with an answer that was rewarded, whether it is trained on or not. In the rollout head's thread."""
 
 
 class Trained(Protocol):

@@ -59,7 +59,7 @@ def load_answers(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed
     Raises DatasetError: not found, a malformed row (file, line and column named), nothing left.
     """
 
-    def example(row: Row) -> tuple[Example, int] | None:
+    def example(row: Row, config: DatasetConfig) -> tuple[Example, int] | None:
         said = _answers(row, config)
         if said is None:
             return None
@@ -86,7 +86,7 @@ def load_preferences(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, 
     Raises DatasetError as `load_answers` does.
     """
 
-    def example(row: Row) -> tuple[Example, int] | None:
+    def example(row: Row, config: DatasetConfig) -> tuple[Example, int] | None:
         pair = _preference(row, config)
         if pair is None:
             return None

@@ -9,10 +9,11 @@ import inspect
 import json
 import logging
 import zlib
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from statistics import fmean
+from typing import Any, Generic
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -20,17 +21,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig, RWConfig
 from arealite.api.config_rules import warm_up
 from arealite.api.errors import ConfigError, DatasetError, RecoveryError
-from arealite.api.types import Task, as_record
-from arealite.dataset.examples import Example
+from arealite.api.types import Group, Task, as_record
+from arealite.dataset.mixture import Drawn, Source, Stream, next_source
 from arealite.dataset.prompts import check_shown, check_variables, encode, prompt_text, turn_end
 from arealite.dataset.rows import kept_rows, task_of
-from arealite.dataset.sources import Row
+from arealite.dataset.sources import Row, parts_of
 from arealite.models.fetch import resolve_model
 from arealite.models.folder import open_config, open_tokenizer
 
 logger = logging.getLogger(__name__)
-
-Drawn = TypeVar("Drawn", Task, Example)
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -87,7 +86,7 @@ def load_tasks(
     needs_answer = answer is not None and answer.default is answer.empty
     check_variables(tokenizer, config.chat_template_kwargs, are_known=True)
 
-    def made(row: Row) -> tuple[Task, int] | None:
+    def made(row: Row, config: DatasetConfig) -> tuple[Task, int] | None:
         task = task_of(row, config, chat, needs_answer)
         if task is None:
             return None
@@ -120,29 +119,29 @@ def _argument(reward_fn: Callable[..., Any] | None, name: str) -> inspect.Parame
 
 class StatefulDataLoader(Generic[Drawn]):
     """An endless stream of tasks (api.protocols.DataSource) or examples: epoch after epoch, each in its own order from
-    the seed.
+    the seed. Of a mixture each data set has epochs of its own, and its share of the draws.
 
     The position is one task wide: a loader that loads `state_dict()` goes on with exactly the next task. Task ids
-    are "e<epoch>-r<row>", so that every draw of a row has its own. A batch may span two epochs; no row is skipped.
+    are "e<epoch>-r<row>" ("e<epoch>-s<data set>-r<row>" of a mixture), so that every draw of a row has its own. A batch
+    may span two epochs; no row is skipped but those that rest.
     """
 
     def __init__(self, tasks: Sequence[Drawn], config: RunConfig) -> None:
         if not tasks:
             raise DatasetError("the data loader got no tasks: expected at least one")
-        self._tasks: Sequence[Drawn] = tasks
         self._config = config
-        self._seed = config.seed
-        self._shuffle = config.train_dataset.shuffle
         self.batch_size = config.train_dataset.batch_size
-        self._position = 0
-        self._order: tuple[int, np.ndarray] | None = None
+        self._num_tasks = len(tasks)
+        self._sources, self._place = _sources(tasks, config)
+        self._noted: deque[Group] = deque()  # by the thread of the rollout head; this one takes them out
+        self._rewards: dict[str, list[float]] = defaultdict(list)  # by source, since the last `stats`
         records = [as_record(task) for task in tasks]
         self._fingerprint = zlib.crc32(json.dumps(records, sort_keys=True, default=np.ndarray.tolist).encode())
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps after which every row has been drawn once."""
-        return -(-len(self._tasks) // self.batch_size)
+        """Steps that draw as often as there are rows: without a mixture, and if none rests, each row once."""
+        return -(-self._num_tasks // self.batch_size)
 
     @property
     def total_steps(self) -> int:
@@ -157,22 +156,47 @@ class StatefulDataLoader(Generic[Drawn]):
         return self
 
     def __next__(self) -> Drawn:
-        epoch, place = divmod(self._position, len(self._tasks))
-        task = self._tasks[int(self._order_of(epoch)[place])]
-        self._position += 1
-        return replace(task, id=f"e{epoch}-{task.id}")
+        self._learn()
+        return next_source(self._sources).draw()
 
-    def _order_of(self, epoch: int) -> np.ndarray:
-        """int64 [number of tasks], which task stands at which place of the epoch; the last one used is kept."""
-        if self._order is None or self._order[0] != epoch:
-            count = len(self._tasks)
-            order = np.random.default_rng([self._seed, epoch]).permutation(count) if self._shuffle else np.arange(count)
-            self._order = (epoch, order)
-        return self._order[1]
+    def note(self, group: Group) -> None:
+        """How answers to a drawn task were rewarded, also of a group that is not trained on: prompts may rest, and a
+        curriculum go on. From any thread; it counts from the next draw on."""
+        self._noted.append(group)
+
+    def _learn(self) -> None:
+        rest = self._config.train_dataset.rest_epochs
+        while self._noted:
+            group = self._noted.popleft()
+            mark, _, row = group.task.id.partition("-")
+            rewards = [t.reward for t in group.trajectories if t.reward is not None]
+            if row not in self._place or not rewards:
+                continue
+            source, level = self._place[row]
+            self._rewards[source.name].append(fmean(rewards))
+            source.note(level, fmean(rewards), self.batch_size)
+            if rest and len(rewards) > 1 and min(rewards) == max(rewards):
+                rests = source.streams[level].rests
+                rests[row] = max(rests.get(row, 0), int(mark[1:]) + rest)
+
+    def stats(self) -> dict[str, float]:
+        """Since the last call: the mean reward of each data set of a mixture; levels, and how many rows rest now."""
+        self._learn()
+        found = {}
+        for source in self._sources:
+            if len(self._sources) > 1 and (rewards := self._rewards[source.name]):
+                found[f"reward_mean_of/{source.name}"] = fmean(rewards)
+            if source.config.curriculum is not None:
+                found[f"level_of/{source.name}"] = float(source.level)
+        if self._config.train_dataset.rest_epochs:
+            found["num_rows_resting"] = float(sum(s.streams[s.level].num_resting() for s in self._sources))
+        self._rewards.clear()
+        return found
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: tasks drawn so far, and what the stream depends on."""
-        return {"position": self._position} | self._identity()
+        """JSON-able: tasks drawn so far, what rests, and what the stream depends on."""
+        self._learn()
+        return {"sources": {source.name: source.state_dict() for source in self._sources}} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the tasks that `state` has drawn. Raises RecoveryError when the stream would be another one."""
@@ -183,13 +207,35 @@ class StatefulDataLoader(Generic[Drawn]):
                 f"the recovery point belongs to another data stream ({differences}): restore data set and seed, or"
                 " start a new trial_name"
             )
-        self._position = state["position"]
+        self._noted.clear()
+        for source in self._sources:
+            source.load_state_dict(state["sources"][source.name])
 
     def _identity(self) -> dict[str, Any]:
-        """What makes the stream: seed, shuffling, and the tasks themselves (CRC-32 of their JSON)."""
+        """What makes the stream: seed, shuffling, shares, and the tasks themselves (CRC-32 of their JSON)."""
         return {
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-            "num_tasks": len(self._tasks),
+            "seed": self._config.seed,
+            "shuffle": self._config.train_dataset.shuffle,
+            "num_tasks": self._num_tasks,
+            "weights": {source.name: source.weight for source in self._sources},
             "fingerprint": self._fingerprint,
         }
+
+
+def _sources(
+    tasks: Sequence[Drawn], config: RunConfig
+) -> tuple[list[Source[Drawn]], dict[str, tuple[Source[Drawn], int]]]:
+    """The data sets that `tasks` are from, by the prefixes of their ids; and the set and the level of each id.
+
+    Raises DatasetError: one of the data sets has no task.
+    """
+    sources: dict[str, Source[Drawn]] = {}
+    place = {}
+    for number, part in enumerate(parts_of(config.train_dataset)):
+        rows = [task for task in tasks if task.id.startswith(part.prefix)]
+        if not rows:
+            raise DatasetError(f"none of {len(tasks)} tasks is of {part.source}: their ids would begin {part.prefix!r}")
+        source = sources.setdefault(part.source, Source(part.source, part.config, [], part.config.weight or len(rows)))
+        place.update({row.id: (source, len(source.streams)) for row in rows})
+        source.streams.append(Stream(rows, config.seed, number, config.train_dataset.shuffle))
+    return list(sources.values()), place

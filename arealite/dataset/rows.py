@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date, time
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from arealite.api.cli_args import DatasetConfig
 from arealite.api.errors import DatasetError, PromptError
 from arealite.api.types import Task
 from arealite.dataset.prompts import Message, chat_messages
-from arealite.dataset.sources import Row, read_rows
+from arealite.dataset.sources import Row, parts_of, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +40,23 @@ Made = TypeVar("Made")
 
 
 def kept_rows(
-    config: DatasetConfig, seed: int, make: Callable[[Row], tuple[Made, int] | None], limit_name: str
+    config: DatasetConfig, seed: int, make: Callable[[Row, DatasetConfig], tuple[Made, int] | None], limit_name: str
 ) -> list[Made]:
-    """What `make` makes of each row, beside its number of tokens. Rows that are empty (None) and those of more tokens
-    than `config.<limit_name>` are left out, and reported once: how many, why, and where the first one is.
+    """What `make` makes of each row of each data set of `config`, beside its number of tokens. Rows that are empty
+    (None) and those of more tokens than `config.<limit_name>` are left out, and each data set reports once: how many,
+    why, and where the first one is.
 
     Raises DatasetError: not found, a malformed row (with its place), or nothing is left.
     """
+    kept: list[Made] = []
+    for part in parts_of(config):
+        kept += [replace(made, id=part.prefix + made.id) for made in _kept(part.config, seed, make, limit_name)]
+    return kept
+
+
+def _kept(
+    config: DatasetConfig, seed: int, make: Callable[[Row, DatasetConfig], tuple[Made, int] | None], limit_name: str
+) -> list[Made]:
     kept: list[Made] = []
     limit = vars(config)[limit_name]
     left_out: dict[str, list[str]] = {EMPTY: [], f"exceed {limit_name} ({limit})": []}
@@ -54,7 +65,7 @@ def kept_rows(
     shortest = math.inf
     for row in read_rows(config, seed, malformed):
         try:
-            made = make(row)
+            made = make(row, config)
         except (PromptError, DatasetError) as error:
             fault = error if isinstance(error, DatasetError) else DatasetError(f"{row.where}: {error}")
             if config.malformed_rows == "refuse":

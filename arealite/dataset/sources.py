@@ -7,9 +7,10 @@ Called by dataset/rows.py. Every row comes with the words that an error message 
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,8 @@ from arealite.api.errors import DatasetError
 from arealite.api.paths import is_local
 from arealite.dataset.catalog import CatalogEntry, entry_of, mapped, verifier_of
 from arealite.models.folder import find_on_hub
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".parquet")
 SAVED_MARKS = ("state.json", "dataset_dict.json")  # in a folder that datasets' save_to_disk wrote
@@ -35,6 +38,28 @@ class Row:
     where: str
     values: dict[str, Any]
     verifier: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set, or one level of its curriculum: `prefix` begins the ids of its rows, `source` is its name."""
+
+    source: str
+    prefix: str
+    config: DatasetConfig
+
+
+def parts_of(config: DatasetConfig) -> list[Part]:
+    """All that `config` names, in order. Raises DatasetError: a curriculum that there is not."""
+    parts = []
+    for number, (name, own) in enumerate((config.mixture or {"": config}).items()):
+        mark = f"s{number}" if name else ""
+        if own.curriculum is None:
+            parts.append(Part(name or own.path, f"{mark}-" if mark else "", own))
+        else:
+            levels = curriculum_levels(own)
+            parts += [Part(name or own.path, f"{mark}l{level}-", each) for level, each in enumerate(levels)]
+    return parts
 
 
 def read_rows(config: DatasetConfig, seed: int, skipped: list[str] | None = None) -> Iterator[Row]:
@@ -198,20 +223,63 @@ def generated_rows(config: DatasetConfig, seed: int) -> Iterator[tuple[str, dict
         yield f"{config.path} task {index}", values | {"reasoning_gym": recipe | {"index": index}}
 
 
+def curriculum_levels(config: DatasetConfig) -> list[DatasetConfig]:
+    """`config` at each level of its task's curriculum, easiest first. What `params` say stays so at every level. Levels
+    that the task itself refuses (some curricula go too far) are left out with a warning.
+
+    Raises DatasetError: there is no curriculum, or no level is left.
+    """
+    name = config.path.removeprefix(REASONING_GYM)
+    reasoning_gym = _reasoning_gym()
+    if name == config.path or not reasoning_gym.factory.has_curriculum(name):
+        raise DatasetError(f"{config.path} has no curriculum: only tasks of {REASONING_GYM} do; leave curriculum out")
+    curriculum = reasoning_gym.factory.create_curriculum(name)
+    attributes = curriculum.attributes.values()
+    levels: list[DatasetConfig] = []
+    for level in range(max(len(attribute.levels) for attribute in attributes)):
+        curriculum.set_global_level(level)
+        made = vars(curriculum.generate_configuration())
+        named = {key: made[key] for attribute in attributes for key in _fields_of(attribute)}
+        params = named | config.params
+        try:
+            generator(json.dumps({"name": name, "size": 1, "seed": 0} | params, sort_keys=True))
+        except DatasetError as error:
+            logger.warning("level %d of the curriculum of %s is left out: %s", level, config.path, error)
+            continue
+        levels.append(replace(config, params=params))
+    if not levels:
+        raise DatasetError(f"no level of the curriculum of {config.path} can be made: set the parameters that it lacks")
+    return levels
+
+
+def _fields_of(attribute: Any) -> list[str]:
+    """The parameters that an attribute of a curriculum sets: one, or the ends of a range."""
+    names = ("field_name", "lower_field_name", "upper_field_name")
+    return [vars(attribute)[name] for name in names if vars(attribute).get(name)]
+
+
+def _reasoning_gym() -> Any:
+    try:
+        import reasoning_gym
+        import reasoning_gym.composite
+        import reasoning_gym.factory
+    except ImportError:
+        raise DatasetError(f"{REASONING_GYM} tasks need the package: pip install 'arealite[quickstart]'") from None
+    return reasoning_gym
+
+
 @lru_cache(maxsize=8)
 def generator(recipe: str) -> Any:
     """The task generator of a JSON recipe {name, size, seed, parameters}; one per process and recipe."""
-    try:
-        import reasoning_gym
-        from reasoning_gym.composite import DatasetSpec
-    except ImportError:
-        raise DatasetError(f"{REASONING_GYM} tasks need the package: pip install 'arealite[quickstart]'") from None
+    reasoning_gym = _reasoning_gym()
     parameters = json.loads(recipe)
     name = parameters.pop("name")
     try:
         if name == "composite":  # a mixture of tasks: its parts are records in the package, mappings in JSON and YAML
             parts = parameters.get("datasets", [])
-            parameters["datasets"] = [DatasetSpec(**({"weight": 1.0, "config": {}} | part)) for part in parts]
+            parameters["datasets"] = [
+                reasoning_gym.composite.DatasetSpec(**({"weight": 1.0, "config": {}} | part)) for part in parts
+            ]
         return reasoning_gym.create_dataset(name, **parameters)
     except (ValueError, TypeError, AssertionError) as error:
         raise DatasetError(f"reasoning_gym cannot make task {name!r} with {parameters}: {error}") from None

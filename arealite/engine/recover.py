@@ -70,7 +70,8 @@ class RecoverHandler:
         """`rollout`: None for a run without servers."""
         self.frequency = Frequency(run_config.recover)
         self.actor = actor
-        self._others = {"dataloader": dataloader} | ({} if rollout is None else {"rollout": rollout})
+        # The loader last: it has heard of every group then that the rollout's state holds as done.
+        self._others = ({} if rollout is None else {"rollout": rollout}) | {"dataloader": dataloader}
         self.epoch = 0
         self._config = run_config.recover
         self._folder = folder

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from arealite.api.cli_args import DatasetConfig, GRPOConfig, RunConfig
 from arealite.api.config_keys import explain
-from arealite.api.config_rules import REASONING_GYM, lengths
+from arealite.api.config_rules import REASONING_GYM, datasets_of, lengths
 from arealite.api.errors import ConfigError, DatasetError
 from arealite.api.load_config import load_run_config, to_yaml
 from arealite.api.paths import is_local
 from arealite.dataset.catalog import described, hub_id
 from arealite.dataset.examples import check_row
 from arealite.dataset.rows import task_of
-from arealite.dataset.sources import read_rows
+from arealite.dataset.sources import parts_of, read_rows
 from arealite.kernels import build
 from arealite.launcher.allocation import AllocationMode, trainer_dims
 from arealite.launcher.dataflow import dataflow
@@ -87,10 +87,11 @@ def check(config_path: str, overrides: list[str], explained: bool, script: str =
 
 def sources_told(config: RunConfig, rows: dict[str, int]) -> Iterator[str]:
     """What each data set is: where it lies, its columns, rows and verifier."""
-    for name, source in {"train_dataset": config.train_dataset, "valid_dataset": config.valid_dataset}.items():
-        if source is not None:
-            known = f"; {rows[name]} rows" if name in rows else ""
-            yield f"{name}: {described(source.path, source.columns)}{known}"
+    for name, source in datasets_of(config):
+        share = "" if source.weight is None else f"; weight {source.weight:g}"
+        known = f"; {rows[name]} rows" if name in rows else ""
+        what = f"a mixture of {', '.join(source.mixture)}" if source.mixture else described(source.path, source.columns)
+        yield f"{name}: {what}{share}{known}"
 
 
 def note_on(model: str) -> str:
@@ -256,19 +257,25 @@ def inspect(config: RunConfig, starts: bool) -> tuple[str, dict[str, int]]:
         paths |= {name: other.path for name, other in others.items() if other is not None}
     folders = {name: _find(name, path, starts, problems) for name, path in paths.items()}
     rows: dict[str, int] = {}
-    for name, source in {"train_dataset": config.train_dataset, "valid_dataset": config.valid_dataset}.items():
+    for name, source in datasets_of(config):
         try:
-            if source is None:
+            if source.mixture:
                 continue
             if source.path.startswith(REASONING_GYM):
-                count_rows(replace(source, num_rows=1), config, True)
-                rows[name] = source.num_rows or 0
+                levels = parts_of(source)
+                for level in levels:
+                    count_rows(replace(level.config, num_rows=1), config, True)
+                rows[name] = (source.num_rows or 0) * len(levels)
             elif is_local(source.path):
                 rows[name] = count_rows(source, config, has_chat_template(folders["tokenizer_path"]))
             elif starts:
                 find_on_hub(hub_id(source.path), "dataset")
         except DatasetError as error:
             problems.append(f"{name}: {error}")
+    for name, source in datasets_of(config):
+        counts = [rows.get(f"{name}.mixture.{part}") for part in source.mixture]
+        if counts and None not in counts:
+            rows[name] = sum(filter(None, counts))
     model = folders[f"{key}.path"]
     if not problems and Path(model).is_dir():
         problems += _uncomputable(key, model, config)

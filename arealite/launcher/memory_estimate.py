@@ -253,8 +253,10 @@ def _tokens(config: RunConfig, shape: ModelShape, share_prompts: bool) -> tuple[
     g, context = config.gconfig, config.server.context_length or shape.context_length
     # The prompt: the longest of the first ones of a local data set, by its characters; else the limit.
     prompt = source.max_prompt_tokens or context
-    if source.path and Path(source.path).exists():
-        tasks = (task_of(row, source, chat=True) for row in islice(read_rows(source, config.seed), ROWS_READ))
+    local = [d for d in source.mixture.values() or [source] if d.path and Path(d.path).exists()]
+    if local:
+        rows = ((row, part) for part in local for row in islice(read_rows(part, config.seed), ROWS_READ))
+        tasks = (task_of(row, part, chat=True) for row, part in rows)
         texts = [t.prompt or "".join(str(m["content"]) for m in t.messages or []) for t in tasks if t is not None]
         prompt = min(prompt, TEMPLATE_TOKENS + round(max(map(len, texts), default=0) / CHARACTERS_PER_TOKEN))
     prompt = min(prompt, max(context - g.max_new_tokens, 1))

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import ArealiteError, ConfigError, WorkflowError
-from arealite.api.protocols import Collective, DataSource, RolloutWorkflow, WeightSender
+from arealite.api.protocols import Adaptive, Collective, DataSource, RolloutWorkflow, WeightSender
 from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
 from arealite.observe import stop, waits
 from arealite.observe.loop_thread import CALL_LIMIT_S, STOP_LIMIT_S, LoopThread
@@ -292,7 +292,7 @@ class RemoteInferenceEngine:
         live, executor = self._live, self._executor
 
         async def step(tasks: list[Task], may_draw: bool) -> list[Group] | None:
-            executor.submit(tasks, workflow, should_accept)
+            executor.submit(tasks, workflow, should_accept, source if isinstance(source, Adaptive) else None)
             return await executor.next_step(executor.bound.batch_size, may_draw)
 
         may_draw = True

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import RecoveryError, WorkflowError
-from arealite.api.protocols import InferenceEngine, RolloutWorkflow
+from arealite.api.protocols import Adaptive, InferenceEngine, RolloutWorkflow
 from arealite.api.types import Group, Task, Trajectory, as_record
 from arealite.observe.reasons import last_line, reasons
 from arealite.observe.waits import mark
@@ -74,6 +74,7 @@ class RolloutExecutor:
         self._is_held = is_held
         self._max_rejected = max_rejected_steps * bound.batch_size
         self._should_accept: Filter | None = None
+        self._source: Adaptive | None = None
         self._workflow: RolloutWorkflow | None = None  # the one given last
         self._rows: dict[State, dict[int, TaskRow]] = {state: {} for state in get_args(State)}  # by ordinal
         self._num_issued = self._num_steps = self._num_consumed = 0
@@ -84,10 +85,12 @@ class RolloutExecutor:
 
     # -- tasks in ------------------------------------------------------------------------------------------------
 
-    def submit(self, tasks: list[Task], workflow: RolloutWorkflow, should_accept: Filter | None = None) -> None:
-        """Issue `tasks`, in order; they start as soon as there is capacity. Groups that end from now on are dropped
-        when `should_accept` says so."""
-        self._workflow, self._should_accept = workflow, should_accept
+    def submit(
+        self, tasks: list[Task], workflow: RolloutWorkflow, accept: Filter | None = None, source: Adaptive | None = None
+    ) -> None:
+        """Issue `tasks`, in order; they start as soon as there is capacity. From now on `source` is told of each group
+        that ends, and those that `accept` refuses are dropped."""
+        self._workflow, self._should_accept, self._source = workflow, accept, source
         for task in tasks:
             self._issue(task, workflow)
         self.pump()
@@ -220,9 +223,8 @@ class RolloutExecutor:
         try:
             self._num_issued, self._num_steps = state["num_issued"], state["num_steps"]
             self.version, self._num_consumed = state["version"], state["num_consumed"]
-            for waiting in state["waiting"]:
-                row = TaskRow(waiting["ordinal"], Task(**waiting["task"]))
-                self._rows["issued"][row.ordinal] = row
+            waiting = [TaskRow(saved["ordinal"], Task(**saved["task"])) for saved in state["waiting"]]
+            self._rows["issued"] = {row.ordinal: row for row in waiting}
             for ready in state["ready"]:
                 record = ready["group"]
                 task, trajectories = Task(**record["task"]), [Trajectory(**t) for t in record["trajectories"]]
@@ -300,7 +302,10 @@ class RolloutExecutor:
         row.group = Group(row.task, row.ordinal, found)
         self._move(row, "rewarded")
         self._count_errors(found)
-        if self._should_accept is not None and not self._should_accept(replace(row.group, trajectories=row.usable())):
+        usable = replace(row.group, trajectories=row.usable())
+        if self._source is not None:
+            self._source.note(usable)
+        if self._should_accept is not None and not self._should_accept(usable):
             self._rejected(row)
             return
         self._num_rejected_in_a_row = 0
