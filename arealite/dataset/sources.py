@@ -225,7 +225,7 @@ def generated_rows(config: DatasetConfig, seed: int) -> Iterator[tuple[str, dict
 
 def curriculum_levels(config: DatasetConfig) -> list[DatasetConfig]:
     """`config` at each level of its task's curriculum, easiest first. What `params` say stays so at every level. Levels
-    that the task itself refuses (some curricula go too far) are left out with a warning.
+    that are like an earlier one are left out; so are, with a warning, those that the task itself refuses.
 
     Raises DatasetError: there is no curriculum, or no level is left.
     """
@@ -241,6 +241,8 @@ def curriculum_levels(config: DatasetConfig) -> list[DatasetConfig]:
         made = vars(curriculum.generate_configuration())
         named = {key: made[key] for attribute in attributes for key in _fields_of(attribute)}
         params = named | config.params
+        if any(params == each.params for each in levels):
+            continue
         try:
             generator(json.dumps({"name": name, "size": 1, "seed": 0} | params, sort_keys=True))
         except DatasetError as error:
