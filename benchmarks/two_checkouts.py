@@ -78,7 +78,8 @@ def quickstart(checkout: Path, model: str) -> Figures:
         words = ["-m", "arealite.cli", "run", f"{script}.py", "--config", f"{script}.yaml", f"actor.path={model}"]
         limits = [f"{name}={QUICKSTART_STEPS}" for name in ("total_train_steps", "saver.freq_steps")]
         began = time.monotonic()
-        run(checkout, [*words, *limits, "valid_dataset=null", "evaluator.freq_steps=null", "evaluator.at_end=false", f"cluster.fileroot={folder}"])
+        limits += ["valid_dataset=null", "evaluator.freq_steps=null"]
+        run(checkout, [*words, *limits, f"cluster.fileroot={folder}"])
         return {f"quickstart, {QUICKSTART_STEPS} steps": time.monotonic() - began}
 
 
