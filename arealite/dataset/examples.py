@@ -71,7 +71,7 @@ def load_answers(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, seed
             if is_open:
                 tokens = _ended(row, tokens.tolist(), tokenizer)
                 mask = np.append(mask, [True] * (len(tokens) - len(mask)))
-        return Example(f"r{row.number}", (tokens,), (mask,)), len(tokens)
+        return Example(row.id, (tokens,), (mask,)), len(tokens)
 
     check_variables(tokenizer, config.chat_template_kwargs, are_known=True)
     is_open = tokenizer.chat_template is not None and not turn_end(tokenizer)
@@ -95,7 +95,7 @@ def load_preferences(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, 
         if np.array_equal(sides[0], sides[1]):  # a template may leave out what they differ in
             return None
         masks = tuple(np.arange(len(side)) == len(side) - 1 for side in sides)
-        return Example(f"r{row.number}", tuple(sides), masks), max(map(len, sides))
+        return Example(row.id, tuple(sides), masks), max(map(len, sides))
 
     check_variables(tokenizer, config.chat_template_kwargs, are_known=True)
     return kept_rows(config, seed, example, "max_length")

@@ -105,7 +105,7 @@ def load_tasks(
 
     tasks = kept_rows(config, seed, made, "max_prompt_tokens")
     num_open = sum(task.answer is None for task in tasks)
-    if num_open:
+    if num_open and (reward_fn is None or answer is not None):  # programs are graded by tests
         logger.warning("%s: %d of %d rows have no answer, their rewards get none", config.path, num_open, len(tasks))
     return tasks
 
@@ -132,7 +132,8 @@ class StatefulDataLoader(Generic[Drawn]):
         self._config = config
         self.batch_size = config.train_dataset.batch_size
         self._num_tasks = len(tasks)
-        self._sources, self._place = _sources(tasks, config)
+        self._place: dict[str, tuple[Source[Drawn], int]] = {}  # of each row: its data set, and its level there
+        self._sources: list[Source[Drawn]] = _sources(tasks, config, self._place)
         self._noted: deque[Group] = deque()  # by the thread of the rollout head; this one takes them out
         self._rewards: dict[str, list[float]] = defaultdict(list)  # by source, since the last `stats`
         records = [as_record(task) for task in tasks]
@@ -223,14 +224,13 @@ class StatefulDataLoader(Generic[Drawn]):
 
 
 def _sources(
-    tasks: Sequence[Drawn], config: RunConfig
-) -> tuple[list[Source[Drawn]], dict[str, tuple[Source[Drawn], int]]]:
-    """The data sets that `tasks` are from, by the prefixes of their ids; and the set and the level of each id.
+    tasks: Sequence[Drawn], config: RunConfig, place: dict[str, tuple[Source[Drawn], int]]
+) -> list[Source[Drawn]]:
+    """The data sets that `tasks` are from, by the prefixes of their ids; fills in `place`.
 
     Raises DatasetError: one of the data sets has no task.
     """
     sources: dict[str, Source[Drawn]] = {}
-    place = {}
     for number, part in enumerate(parts_of(config.train_dataset)):
         rows = [task for task in tasks if task.id.startswith(part.prefix)]
         if not rows:
@@ -238,4 +238,4 @@ def _sources(
         source = sources.setdefault(part.source, Source(part.source, part.config, [], part.config.weight or len(rows)))
         place.update({row.id: (source, len(source.streams)) for row in rows})
         source.streams.append(Stream(rows, config.seed, number, config.train_dataset.shuffle))
-    return list(sources.values()), place
+    return list(sources.values())

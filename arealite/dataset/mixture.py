@@ -24,7 +24,8 @@ class Stream(Generic[Drawn]):
 
     def __init__(self, rows: Sequence[Drawn], seed: int, number: int, shuffle: bool) -> None:
         """`number`: of this stream among those of the same seed."""
-        self._rows, self._seed, self._number, self._shuffle = rows, seed, number, shuffle
+        self._rows: Sequence[Drawn] = rows
+        self._seed, self._number, self._shuffle = seed, number, shuffle
         self._order: tuple[int, np.ndarray] | None = None
         self.position = 0  # rows that were drawn or passed over
         self.rests: dict[str, int] = {}  # id of a row -> the last epoch that it is left out of

@@ -11,7 +11,6 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import date, time
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from arealite.api.cli_args import DatasetConfig
 from arealite.api.errors import DatasetError, PromptError
 from arealite.api.types import Task
 from arealite.dataset.prompts import Message, chat_messages
-from arealite.dataset.sources import Row, parts_of, read_rows
+from arealite.dataset.sources import Part, Row, parts_of, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -48,22 +47,20 @@ def kept_rows(
 
     Raises DatasetError: not found, a malformed row (with its place), or nothing is left.
     """
-    kept: list[Made] = []
-    for part in parts_of(config):
-        kept += [replace(made, id=part.prefix + made.id) for made in _kept(part.config, seed, make, limit_name)]
-    return kept
+    return [made for part in parts_of(config) for made in _kept(part, seed, make, limit_name)]
 
 
 def _kept(
-    config: DatasetConfig, seed: int, make: Callable[[Row, DatasetConfig], tuple[Made, int] | None], limit_name: str
+    part: Part, seed: int, make: Callable[[Row, DatasetConfig], tuple[Made, int] | None], limit_name: str
 ) -> list[Made]:
+    config = part.config
     kept: list[Made] = []
     limit = vars(config)[limit_name]
     left_out: dict[str, list[str]] = {EMPTY: [], f"exceed {limit_name} ({limit})": []}
     empty, long = left_out.values()
     malformed: list[str] = []
     shortest = math.inf
-    for row in read_rows(config, seed, malformed):
+    for row in read_rows(config, seed, malformed, part.prefix):
         try:
             made = make(row, config)
         except (PromptError, DatasetError) as error:
@@ -93,7 +90,7 @@ def _kept(
 
 
 def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = False) -> Task | None:
-    """The task of a row, with id "r<row number>"; None where question or needed answer are empty.
+    """The task of a row, with the row's id; None where question or needed answer are empty.
 
     Looks for `messages`, then `question`, `problem` or `prompt` (text: the user message; a list, or its JSON:
     messages), then `text` (raw text that the model continues). With `chat` False (the tokenizer has no chat template)
@@ -135,7 +132,7 @@ def task_of(row: Row, config: DatasetConfig, chat: bool, needs_answer: bool = Fa
     if config.system_prompt is not None:
         messages = with_system_message(row, messages, config.system_prompt)
     options = {} if messages is None else template_variables(row, config)
-    return Task(f"r{row.number}", messages, prompt, answer, extras, options)
+    return Task(row.id, messages, prompt, answer, extras, options)
 
 
 def last_box(text: str) -> str | None:

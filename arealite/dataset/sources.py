@@ -38,6 +38,11 @@ class Row:
     where: str
     values: dict[str, Any]
     verifier: str = ""
+    prefix: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.prefix}r{self.number}"
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,9 @@ def parts_of(config: DatasetConfig) -> list[Part]:
     return parts
 
 
-def read_rows(config: DatasetConfig, seed: int, skipped: list[str] | None = None) -> Iterator[Row]:
-    """The first `num_rows` rows of the configured source, in its own order. What is wrong with malformed ones goes to
-    `skipped` where `malformed_rows` is skip. Raises DatasetError."""
+def read_rows(config: DatasetConfig, seed: int, skipped: list[str] | None = None, prefix: str = "") -> Iterator[Row]:
+    """The first `num_rows` rows of one data set, in its own order; their ids begin with `prefix`. What is wrong with
+    malformed ones goes to `skipped` where `malformed_rows` is skip. Raises DatasetError."""
     entry = entry_of(config.path)
     columns = config.columns or (entry.columns if entry else {})
     for number, (where, values) in enumerate(islice(_found(config, entry, seed), config.num_rows)):
@@ -78,7 +83,7 @@ def read_rows(config: DatasetConfig, seed: int, skipped: list[str] | None = None
                 whose = "columns" if config.columns else f"{config.path}, as {entry.hub if entry else ''},"
                 fault = DatasetError(f"{where}: {whose} wants a column that is not there: {error.args[0]}")
         if fault is None:
-            yield Row(number, where, named, verifier_of(config.path, values))
+            yield Row(number, where, named, verifier_of(config.path, values), prefix)
         elif config.malformed_rows == "refuse":
             raise fault
         elif skipped is not None:
