@@ -30,9 +30,9 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 NO_TORCH = ("api", "launcher", "rollout", "workflow", "reward", "cli")
 NO_BOUNDARY = ("api", "algorithm", "weights", "dataset")  # no user code, HTTP route or supervisor lives here
 MAX_FILE_LINES = 400
-MAX_LINES = {"arealite": 31_706, "tests": 22_758}  # of all files; raised only for a new capability
+MAX_LINES = {"arealite": 32064, "tests": 23043}  # of all files; raised only for a new capability
 MAX_FUNCTION_LINES = 60
-MAX_CONFIG_FIELDS = 166
+MAX_CONFIG_FIELDS = 170
 BANNED_FOLDERS = ("utils", "util", "experimental", "helpers", "common", "misc")
 
 BANNED_PARTS = {"data", "info", "item", "meta", "manager", "handler", "helper", "util"}
@@ -285,9 +285,10 @@ def test_broad_excepts_stand_at_boundaries_with_their_reason():
 
 
 def config_classes() -> list[type]:
-    from arealite.api import cli_args
+    from arealite.api import cli_args, run_args
 
-    return [c for c in vars(cli_args).values() if dataclasses.is_dataclass(c) and isinstance(c, type)]
+    known = {**vars(run_args), **vars(cli_args)}
+    return [c for c in known.values() if dataclasses.is_dataclass(c) and isinstance(c, type)]
 
 
 def own_fields(cls: type) -> list[dataclasses.Field]:
@@ -310,7 +311,7 @@ def test_every_config_field_is_used():
     used = {
         node.attr
         for path in sources()
-        if path.name not in ("cli_args.py", "load_config.py", "config_keys.py", "config_rules.py")
+        if path.name not in ("cli_args.py", "run_args.py", "load_config.py", "config_keys.py", "config_rules.py")
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute)
     }

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from arealite.api import cli_args
-from arealite.api.cli_args import GRPOConfig, SFTConfig, TrainEngineConfig, setting
+from arealite.api.cli_args import GRPOConfig, SFTConfig, TrainEngineConfig
 from arealite.api.config_keys import OURS, all_keys, explain, is_section, ours, walk
 from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_config, load_config_file, to_yaml
+from arealite.api.sections import setting
 
 MINIMAL = "actor:\n  path: model\ntrain_dataset:\n  path: rows.jsonl\n"
 

@@ -19,8 +19,9 @@ import transformers
 from support.batches import make, random_batch, share, train_one_step
 from support.layouts import on_ranks
 
-from arealite.api.cli_args import GenerationHyperparameters, LoRAConfig, NormConfig, OptimizerConfig, StatsLoggerConfig
+from arealite.api.cli_args import GenerationHyperparameters, LoRAConfig, NormConfig, OptimizerConfig
 from arealite.api.errors import ConfigError
+from arealite.api.run_args import StatsLoggerConfig
 from arealite.api.types import Batch, Dims
 from arealite.engine.micro_batch import cut, idle, places_of
 from arealite.engine.parallel.spread import check_supported

@@ -10,8 +10,9 @@ from support.batches import actor_config, make, random_batch, train_one_step
 from support.layouts import on_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from arealite.api.cli_args import LoRAConfig, OptimizerConfig, SaverConfig
+from arealite.api.cli_args import LoRAConfig, OptimizerConfig
 from arealite.api.errors import RecoveryError, WaitTimeout, WeightSyncError
+from arealite.api.run_args import SaverConfig
 from arealite.engine.checkpoint import Saver
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.sharded_model import ShardedModel

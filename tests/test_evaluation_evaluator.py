@@ -12,8 +12,8 @@ from rich.console import Console
 from support.ranks import Alone, Meeting, on_ranks
 
 from arealite.api.atomic import read_jsonl
-from arealite.api.cli_args import StatsLoggerConfig
 from arealite.api.errors import ArealiteError, RewardError
+from arealite.api.run_args import StatsLoggerConfig
 from arealite.api.types import Group, Task, Trajectory
 from arealite.cli import main
 from arealite.evaluation import evaluator as evaluator_module

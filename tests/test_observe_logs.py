@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from arealite.api.atomic import read_jsonl
-from arealite.api.cli_args import GRPOConfig, StatsLoggerConfig
+from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ArealiteError
+from arealite.api.run_args import StatsLoggerConfig
 from arealite.api.types import Group, Task, Trajectory
 from arealite.observe.progress import Progress, format_span, time_shares
 from arealite.observe.reasons import MAX_KINDS, by_kind

@@ -17,8 +17,8 @@ from test_engine_layouts import TOLERANCE, save_model
 from test_engine_resume import engine, step, weights
 from test_recover_points import Counter, Life, run_config
 
-from arealite.api.cli_args import RecoverConfig
 from arealite.api.errors import ArealiteError, WaitTimeout
+from arealite.api.run_args import RecoverConfig
 from arealite.api.types import Dims
 from arealite.engine.recover import RecoverHandler
 from arealite.observe.run_folder import RunFolder

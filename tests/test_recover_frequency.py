@@ -3,7 +3,7 @@
 import pytest
 from support.ranks import Alone, Meeting, on_ranks
 
-from arealite.api.cli_args import FrequencyConfig
+from arealite.api.run_args import FrequencyConfig
 from arealite.observe.frequency import Frequency
 
 

@@ -15,8 +15,9 @@ import pytest
 from support import layouts
 from support.ranks import Alone, Meeting, on_ranks
 
-from arealite.api.cli_args import GRPOConfig, RecoverConfig, TrainEngineConfig
+from arealite.api.cli_args import GRPOConfig, TrainEngineConfig
 from arealite.api.errors import ArealiteError, RecoveryError
+from arealite.api.run_args import RecoverConfig
 from arealite.engine import recover as recover_module
 from arealite.engine.recover import COMPLETE, RecoverHandler
 from arealite.observe import stop

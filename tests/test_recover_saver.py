@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from support.ranks import Alone, Meeting, on_ranks
 
-from arealite.api.cli_args import SaverConfig
 from arealite.api.errors import ArealiteError
+from arealite.api.run_args import SaverConfig
 from arealite.engine.checkpoint import Saver
 from arealite.observe.run_folder import RunFolder
 

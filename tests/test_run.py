@@ -10,7 +10,8 @@ from support.runs import TINY
 from support.runs import Run as Started
 from transformers import AutoModelForCausalLM
 
-from arealite.api.cli_args import DatasetConfig, EvaluatorConfig, RecoverConfig, SaverConfig, SFTConfig
+from arealite.api.cli_args import DatasetConfig, SFTConfig
+from arealite.api.run_args import EvaluatorConfig, RecoverConfig, SaverConfig
 from arealite.api.types import Task
 from arealite.dataset.loader import StatefulDataLoader
 from arealite.observe.run_folder import RunFolder

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from arealite.api.cli_args import GenerationHyperparameters, StatsLoggerConfig
+from arealite.api.cli_args import GenerationHyperparameters
 from arealite.api.errors import WeightSyncError
+from arealite.api.run_args import StatsLoggerConfig
 from arealite.api.types import Batch, Completion, Group, Task, Trajectory, WeightUpdateMeta
 from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink, verify

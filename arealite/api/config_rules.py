@@ -12,7 +12,6 @@ from typing import Any
 
 from arealite.api.cli_args import (
     DatasetConfig,
-    FrequencyConfig,
     GenerationHyperparameters,
     GRPOConfig,
     NormConfig,
@@ -20,6 +19,7 @@ from arealite.api.cli_args import (
     RunConfig,
 )
 from arealite.api.config_keys import section_of
+from arealite.api.run_args import FrequencyConfig
 
 REASONING_GYM = "reasoning_gym:"
 # What the data sets of a mixture take over from the section around them, unless they say otherwise.

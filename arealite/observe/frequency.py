@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from arealite.api.config_rules import has_frequency
 
 if TYPE_CHECKING:
-    from arealite.api.cli_args import FrequencyConfig
     from arealite.api.protocols import Collective
+    from arealite.api.run_args import FrequencyConfig
 
 
 class Frequency:

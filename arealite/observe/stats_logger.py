@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch.utils.tensorboard import SummaryWriter
 
-    from arealite.api.cli_args import StatsLoggerConfig
+    from arealite.api.run_args import StatsLoggerConfig
     from arealite.api.types import Group
     from arealite.observe.run_folder import RunFolder
 

@@ -14,8 +14,9 @@ from arealite.api.errors import WeightSyncError
 from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, Trajectory
 
 if TYPE_CHECKING:
-    from arealite.api.cli_args import GenerationHyperparameters, StatsLoggerConfig
+    from arealite.api.cli_args import GenerationHyperparameters
     from arealite.api.protocols import InferenceEngine, Scorer
+    from arealite.api.run_args import StatsLoggerConfig
 
 logger = logging.getLogger(__name__)
 

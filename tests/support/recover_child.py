@@ -8,7 +8,7 @@ from pathlib import Path
 
 from test_recover_points import Counter, FakeActor, run_config
 
-from arealite.api.cli_args import RecoverConfig
+from arealite.api.run_args import RecoverConfig
 from arealite.engine.recover import RecoverHandler
 from arealite.observe.run_folder import RunFolder
 from support.ranks import Alone
