@@ -1,5 +1,5 @@
-"""The `arealite` command: run, serve, eval, check, prove, fetch, bench, reward, init. Starts in well under a second:
-nothing heavy is imported.
+"""The `arealite` command: run, servers, serve, eval, check, prove, fetch, bench, reward, init. Starts in well under a
+second: nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from arealite import __version__
 from arealite.api.errors import SENTENCE, ArealiteError, ConfigError
+from arealite.api.keys import keys_to_env
 from arealite.api.paths import expand
 
 EXIT_REFUSED = 2
@@ -38,6 +39,15 @@ exit codes:
   130, 143  stopped by Ctrl-C or SIGTERM
 After a stop or a kill the same command goes on from the last recovery point
 (recover.mode=auto)."""),
+    "servers": ("list the servers of a run, add one, or let one leave", """examples:
+  arealite servers runs/quickstart/addition
+  arealite servers runs/quickstart/addition add 10.0.0.7:30000
+    a server of the same model, started by `arealite serve`: it gets the
+    current weights, and requests once their checksums are right
+  arealite servers runs/quickstart/addition drain 10.0.0.7:30000
+    no new requests; it leaves when its last one has ended, or --limit-s
+
+exit codes: 0 it is so; 1 not within --limit-s (the wish stays); 2 refused"""),
     "serve": ("serve a model over HTTP with the built-in server", """examples:
   arealite serve --model smollm2-135m --port 8000
   arealite serve --help
@@ -111,6 +121,11 @@ def dispatch(words: list[str]) -> int:
         from arealite.launcher.local import run
 
         return run(given.script, given.config, given.overrides)
+    if given.command == "servers":
+        from arealite.observe.run_folder import RunFolder
+        from arealite.rollout.roster import servers_command
+
+        return servers_command(RunFolder(Path(given.folder)), given.act, given.address, given.limit_s)
     if given.command == "prove":
         from arealite.prove.command import prove
 
@@ -149,6 +164,7 @@ def init(folder: Path) -> str:
 
 def serve(words: list[str]) -> int:
     """Hand everything to the built-in server; a fetched model may be given by its name."""
+    words = keys_to_env(words)  # before seconds of imports, in which `ps` would show them
     from arealite.inference.serve import main as serve_main
     from arealite.models.fetch import resolve_model
 
@@ -183,6 +199,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     add["prove"]("--json", type=expand, metavar="FILE", help="where the findings go; default: the run folder")
     for name in ("run", "check", "prove"):
         add[name]("overrides", nargs="*", metavar="key=value", help="overrides, such as actor.optimizer.lr=1e-5")
+    add["servers"]("folder", type=expand, metavar="RUN_FOLDER", help="of the run, as `arealite run` prints it")
+    add["servers"]("act", nargs="?", choices=["add", "drain"], help="default: list them")
+    add["servers"]("address", nargs="?", default="", metavar="HOST:PORT", help="the server")
+    add["servers"](
+        "--limit-s", type=float, default=60.0, metavar="S", help="longest wait; drain: how long its requests may go on"
+    )
     add["fetch"]("model", help="its name, such as smollm2-135m")
     add["bench"]("what", choices=["serve"], help="what to measure")
     add["reward"]("what", choices=["test"], help="what to do")

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ArealiteError, ConfigError, ServerUnreachable
+from arealite.api.keys import API_KEY_VARIABLE, Keys
 from arealite.api.protocols import InferenceEngine, RolloutWorkflow
 from arealite.api.types import Dims, Task, Trajectory
 from arealite.evaluation.sheet import AnswerSheet, GradedAnswer, Problem
@@ -58,10 +59,13 @@ def describe_server(url: str) -> RemoteModel:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # as the client, which asks no proxy
     for path in ("/version", "/model_info", "/get_model_info", "/v1/models"):
         try:
-            with opener.open(f"{url}{path}", timeout=DESCRIBE_LIMIT_S) as answer:
+            request = urllib.request.Request(f"{url}{path}", headers=Keys.from_env().headers(is_control=False))
+            with opener.open(request, timeout=DESCRIBE_LIMIT_S) as answer:
                 told[path] = json.load(answer)
-        except urllib.error.HTTPError:  # there is a server, which does not know this path
-            continue
+        except urllib.error.HTTPError as error:
+            if error.code == 401:
+                raise ConfigError(f"{url} wants a key: set {API_KEY_VARIABLE} to the one that it has") from error
+            continue  # there is a server, which does not know this path
         except (OSError, ValueError) as error:
             raise ConfigError(f"{url}{path} does not answer as an inference server does: {error}") from error
     facts = told.get("/model_info") or told.get("/get_model_info") or {}

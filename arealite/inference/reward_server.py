@@ -17,9 +17,10 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
 from arealite.api.errors import ConfigError, RequestError
+from arealite.api.keys import Keys
 from arealite.inference.core.engine import EngineFailure
 from arealite.inference.http.bodies import read_json
-from arealite.inference.http.routes import answer_errors
+from arealite.inference.http.routes import Access, answer_errors
 from arealite.models.folder import open_config, open_tokenizer
 
 MAX_BODY_BYTES = 64 << 20
@@ -54,6 +55,7 @@ class RewardServer:
         device: torch.device,
         context_length: int | None,
         tokenizer_path: str | None,
+        keys: Keys,
     ) -> None:
         self.name, self.tokenizer = path, open_tokenizer(tokenizer_path or path)
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
@@ -64,10 +66,12 @@ class RewardServer:
         self._waiting: list[Scored] = []
         self._arrived = asyncio.Event()
         self._num_scored, self._started = 0, time.time()
+        self._access = Access(keys)
         self.failure = ""
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answer_errors])  # type: ignore[list-item]
+        middlewares = [answer_errors, self._access.check]
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)  # type: ignore[arg-type]
         app.cleanup_ctx.append(self._scoring)
         app.add_routes([
             web.post("/classify", self.classify), web.get("/health", self.health), web.get("/model_info", self.about)
@@ -94,6 +98,7 @@ class RewardServer:
         return web.json_response({
             "model_path": self.name, "is_generation": False, "max_tokens": self._max_tokens,
             "num_scored": self._num_scored, "num_waiting": len(self._waiting), "up_s": time.time() - self._started,
+            "num_unauthorized": self._access.num_refused,
         })  # fmt: skip
 
     def _rows(self, given: Any) -> list[list[int]]:

@@ -17,6 +17,7 @@ import torch
 from aiohttp import web
 
 from arealite.api.errors import ConfigError
+from arealite.api.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, Keys, keys_to_env
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.engine import MAX_QUEUED, Engine
 from arealite.inference.core.served_model import ServedModel
@@ -68,6 +69,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--tool-call-parser", default="auto", choices=PARSERS, help="how the model writes tool calls")
     add("--incremental-streaming-output", action="store_true", help="/generate streams what is new")
     add("--device", help="cpu or cuda; default: cuda where there is one")
+    add("--api-key", metavar="KEY", help=f"what requests must show; better by {API_KEY_VARIABLE}")
+    add("--admin-api-key", metavar="KEY", help=f"what control calls must show; better by {ADMIN_KEY_VARIABLE}")
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
         parser.error(f"--port is {args.port}; expected 0 to 65535")
@@ -161,15 +164,16 @@ async def listen(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 after a signal, 1 after a failure, 2 for a model or a port that cannot be
+    """Returns the exit status: 0 after a signal, 1 after a failure, 2 for a model, a port or keys that cannot be
     served."""
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(keys_to_env(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     waits.configure_from_env()
     try:
+        keys = Keys.for_host(args.host)
         if is_reward_model(args.model):
             place = DTYPES[args.dtype], _device_of(args)
-            app = RewardServer(args.model, *place, args.context_length, args.tokenizer_path).app()
+            app = RewardServer(args.model, *place, args.context_length, args.tokenizer_path, keys).app()
             asyncio.run(listen(app, args.host, args.port, lambda: False, lambda: None))
             return 0
         engine = build_engine(args)
@@ -181,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             incremental_streaming=args.incremental_streaming_output,
             tool_call_parser=args.tool_call_parser,
             model_defaults=args.sampling_defaults == "model",
+            keys=keys,
         )
         app = build_app(engine, settings)
         asyncio.run(listen(app, args.host, args.port, engine.stopped.is_set, partial(engine.stop, STOP_LIMIT_S)))

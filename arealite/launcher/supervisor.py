@@ -8,7 +8,9 @@ which would come again: the run ends with it.
 from __future__ import annotations
 
 import http.client
+import os
 import re
+import secrets
 import signal
 import time
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from typing import Literal
 from arealite.api.atomic import write_json, write_text
 from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ArealiteError, WaitTimeout
+from arealite.api.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from arealite.launcher.agent import EXIT_GO_ON, STOP_SIGNAL
 from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Hands, StartedProcess, free_ports, lost_a_peer, say
 from arealite.launcher.plan import Plan, ProcessPlan
@@ -100,6 +103,9 @@ class Keeper:
         self._startup_limit_s = config.launcher.startup_timeout_s
         self._num_probes = 0
         self.replicas: list[Replica] = []
+        # Other machines can reach the servers of several nodes: those of the environment, or of this start alone.
+        own = {name: os.environ.get(name) or secrets.token_hex(32) for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE)}
+        self.keys = own | {"VLLM_API_KEY": own[API_KEY_VARIABLE]} if len(nodes) > 1 else {}
 
     def start(self, plans: tuple[ProcessPlan, ...]) -> None:
         for plan in plans:
@@ -107,7 +113,7 @@ class Keeper:
             self.replicas.append(Replica(plan, node, self._start(plan, node), time.monotonic()))
 
     def _start(self, plan: ProcessPlan, node: Hands) -> StartedProcess:
-        return node.start(plan, self._nodes[0].address, self._env)
+        return node.start(plan, self._nodes[0].address, self._env | self.keys)
 
     def unready(self) -> list[Replica]:
         """Those that do not answer yet, or are about to be started."""
@@ -273,7 +279,7 @@ class Supervisor:
         env = {ATTEMPT_VARIABLE: str(self.attempt)}
         env |= {"MASTER_PORT": str(port), "AREAL_LLM_SERVER_ADDRS": ",".join(self.keeper.addresses())}
         for plan in self.plan.trainers:
-            self.trainers.append(self.nodes[plan.node].start(plan, head, env))
+            self.trainers.append(self.nodes[plan.node].start(plan, head, env | self.keeper.keys))
 
     def look(self) -> None:
         """One tick: copy the log, raise if a process died or stalled or a stop was asked for."""

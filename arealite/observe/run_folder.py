@@ -38,6 +38,8 @@ class RunFolder:
     identity = _Place("identity.json")  # the configuration of the run that it belongs to, see claim.py
     state_json = _Place("run_state.json")  # {state, reason, attempt}, written by the launcher: note_state
     servers = _Place("servers")  # addresses of the inference servers, one a line; the client follows it
+    servers_asked = _Place("servers_asked")  # to be added or drained, by `arealite servers`, one a line
+    servers_json = _Place("servers.json")  # each of them, as the client sees it
     metrics = _Place("metrics.jsonl")
     ledger = _Place("ledger.jsonl")
     summary_json = _Place("summary.json")

@@ -66,7 +66,7 @@ class RemoteInferenceEngine:
         folder = RunFolder(Path(run_dir)) if run_dir else None
         self.config, self.seed, self.limits = config, seed, limits or Limits()
         self.ledger_path = ledger_path or (folder.ledger if folder else None)
-        self.servers_file = folder.servers if folder else None
+        self.folder = folder
         self.last_groups: list[Group] = []
         self._collective: Collective | None = None
         self._version = 0
@@ -100,7 +100,7 @@ class RemoteInferenceEngine:
 
     def add_server(self, address: str) -> None:
         """One more server (host:port), used as soon as it is healthy and holds the current weights. Rank 0 only."""
-        self._live.call(lambda: self._live.watch.add(*addresses_of([address])), "rollout.add_server")
+        self._live.call(lambda: self._live.watch.add(addresses_of([address])[0]), "rollout.add_server")
 
     def destroy(self) -> None:
         """Cancel what runs, note in the ledger what was not trained, resume what is paused, and close all connections.
@@ -342,7 +342,7 @@ class Connection(LoopThread):
         self.router = Router(self.counters, config.setup_timeout_s, limits)
         self.gate = self.router.gate
         self.fleet = Fleet(self.router, config)
-        self.watch = Watch(self.fleet, engine.backend(), limits, engine.servers_file)
+        self.watch = Watch(self.fleet, engine.backend(), limits, engine.folder)
         self.generator = Generator(self.router, config, self.counters, limits, engine.seed)
         self.executor = RolloutExecutor(
             engine, bound, Ledger(engine.ledger_path), config, self.counters, lambda: not self.gate.is_open

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 COUNTS = (
     "num_issued", "num_accepted", "num_rejected", "num_failed", "num_untrained", "num_retries", "num_reward_errors",
     "num_stale", "num_generated_tokens", "num_interruptions", "num_request_failures", "num_request_timeouts",
-    "num_requests_moved", "num_server_failures", "num_unexpected_versions",
+    "num_requests_moved", "num_server_failures", "num_servers_joined", "num_servers_drained", "num_unexpected_versions",
 )  # fmt: skip
 
 

@@ -118,8 +118,7 @@ class Fleet:
                 return
             if is_current:
                 await self._equip(server)
-            elif self._is_readable:
-                assert self._update is not None, "without an update there is none to lack"
+            elif self._is_readable and self._update is not None:
                 await self._bring([server], self._update, self._send)
 
     async def set_adapter(self, name: str, path: str | None) -> None:
@@ -195,9 +194,12 @@ class Fleet:
 
     async def _holds_update(self, server: Server) -> bool:
         """Whether the server took the last update from us, and still says so: in an earlier life of the run it may have
-        got other weights under this number. Version 0 is also that of a server just started."""
-        if self._update is None or self._update.version == 0 or server.update is not self._update:
-            return self._update is None
+        got other weights under this number. Version 0 is also that of a server just started. Before the first update
+        the servers that the run was started with hold what it begins with."""
+        if self._update is None:
+            return not server.is_guest
+        if self._update.version == 0 or server.update is not self._update:
+            return False
         try:
             facts = await self.ask(server, Call(server.backend.version_path, method="GET"))
         except RequestError:
@@ -256,7 +258,7 @@ class Fleet:
         _raise_refusal(servers, failures, ServerUnreachable if attempt.is_shared else ConnectionLost)
         receipts = {server: receipt for server, receipt in attempt.receipts.items() if server not in failures}
         for server in receipts:
-            server.update = meta
+            server.update, server.is_verified = meta, receipts[server] is not None
         return receipts
 
 

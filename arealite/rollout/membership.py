@@ -10,28 +10,35 @@ import logging
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from arealite.api.errors import ArealiteError, ConfigError, RequestError, ServerUnreachable
+from arealite.api.atomic import write_json
+from arealite.api.errors import ArealiteError, ConfigError, RequestError, ServerUnreachable, WaitTimeout
+from arealite.observe import waits
+from arealite.observe.run_folder import RunFolder
 from arealite.rollout.backends.protocol import Backend, Call
 from arealite.rollout.fleet import Fleet
+from arealite.rollout.roster import FRESH_S, Asked, read_asked, roster_of
 from arealite.rollout.router import Address, ConnectionLost, Limits, Server, State, addresses_of
 
 FIRST_PROBE_LIMIT_S = 30.0  # SGLang generates a token for it, and may have to compile first
+FOLDER_LIMIT_S = 60.0  # for the run folder's files
 
 logger = logging.getLogger(__name__)
 
 
 class Watch:
-    """One loop per server, and one for the servers file, which lists addresses, one a line (None: there is none).
-    `backend` is that of servers until their version is known."""
+    """One loop per server, and one for the run folder's lists (None: there is no folder): `servers`, the launcher's, an
+    address a line, and what a person asked for (roster.py). `backend`: of servers whose version is not known yet."""
 
-    def __init__(self, fleet: Fleet, backend: Backend, limits: Limits, servers_file: Path | None) -> None:
+    def __init__(self, fleet: Fleet, backend: Backend, limits: Limits, folder: RunFolder | None) -> None:
         self._fleet, self._router, self._backend, self._limits = fleet, fleet.router, backend, limits
         self._silence_s = fleet.config.server_silence_s
-        self._file = servers_file
-        self._listed: set[str] = set()  # URLs
+        self._folder = folder
+        self._given: list[str] = []  # addresses, as they were listed last
+        self._listed: set[str] = set()  # URLs of those that are to serve, or cannot leave yet
+        self._left: dict[str, str] = {}  # URLs of those that were drained, and how they ended
         self.loops: set[asyncio.Task[None]] = set()
 
     async def start(self, addresses: list[Address]) -> None:
@@ -46,8 +53,9 @@ class Watch:
         deadline = time.monotonic() + limit_s
         first = [self.add(address) for address in addresses]
         self._listed = {address.url for address in addresses}
-        if self._file is not None:  # a server may be replaced before it was reached
-            self._spawn(self._follow(self._file))
+        self._given = [address.url for address in addresses]
+        if self._folder is not None:  # a server may be replaced before it was reached
+            self._spawn(self._follow(self._folder))
         while any(s.state != "serving" and s in self._router.servers for s in first):
             if refusal := next((s.refusal for s in first if s.refusal), None):
                 raise refusal
@@ -57,59 +65,91 @@ class Watch:
                     " logs, or raise rollout.setup_timeout_s"
                 )
 
-    def add(self, address: Address) -> Server:
+    def add(self, address: Address, is_guest: bool = False) -> Server:
         """A server that takes requests as soon as it answers and holds the weights. One of the same name is replaced,
         unless it is in use: then the new one gets a name of its own."""
         servers = self._router.servers
         if same := next((s for s in servers if s.url == address.url), None):
             if same.state == "draining":
                 state: State = "serving" if same.is_reachable else "joining"
+                same.leave_by = None
                 self._router.move(same, state, "it is in the list of servers again")
             return same
         names = {s.id: s for s in servers}
         name, old = address.id, names.get(address.id)
-        if old is not None and old.state == "draining":
+        if old is not None and old.state == "draining" and not old.is_reachable:
             self._drop(old, "replaced by another server")
         elif old is not None:
             name = next(f"server-{i}" for i in range(len(names) + 1) if f"server-{i}" not in names)
-        server = Server(name, address.url, self._backend)
+        server = Server(name, address.url, self._backend, is_guest=is_guest)
+        self._left.pop(server.url, None)
         server.woken.set()
         servers.append(server)
         self._spawn(self._watch(server))
         return server
 
-    def set_listed(self, texts: list[str]) -> None:
-        """New addresses are added; servers that were in the list before and are no more are drained: they get no new
-        requests, and are forgotten when their last one has ended."""
-        addresses = addresses_of(texts)
-        urls = {address.url for address in addresses}
+    def follow(self, listed: list[str], asked: list[Asked]) -> None:
+        """New addresses are added. Servers that were listed before and are no more, or that are asked to leave, are
+        drained: they get no new requests, and are forgotten when their last one has ended. Raises ConfigError, before
+        anything is changed: one of the texts is no address."""
+        limits = {each.url: each.limit_s for each in asked if each.act == "drain"}
+        guests = {each.url for each in asked if each.act == "add"}
+        places = [a for a in addresses_of([*(listed or self._given), *sorted(guests)]) if a.url not in limits]
+        self._given = listed or self._given
+        urls = {address.url for address in places}
+        staying: set[str] = set()
         for server in list(self._router.servers):
-            if server.url in self._listed - urls:
-                server.num_failures = int(server.state != "serving")  # only one that serves has something to end
-                self._router.move(server, "draining", "is no longer in the list of servers")
-        for address in addresses:
+            if server.url in (self._listed - urls) | limits.keys() and server.state != "draining":
+                staying |= self._drain(server, limits.get(server.url, self._limits.drain_s))
+        for address in places:
             if address.url not in self._listed:
-                self.add(address)
-        self._listed = urls
+                self.add(address, is_guest=address.url in guests)
+        self._listed = urls | staying
+
+    def _drain(self, server: Server, limit_s: float) -> set[str]:
+        """Let it leave; its URL when it has to stay, because no other would do its work."""
+        if server.state == "serving":
+            if not any(s.state == "serving" for s in self._router.servers if s is not server):
+                server.why = "it is to leave, and takes requests until another one does"
+                return {server.url}
+            server.leave_by = time.monotonic() + limit_s
+        server.num_failures = int(server.state != "serving")  # only one that serves has something to end
+        self._router.move(server, "draining", "it is asked to leave, or no longer in the list of servers")
+        return set()
 
     def _drop(self, server: Server, why: str) -> None:
+        if server.leave_by is not None:
+            self._router.counters.add("num_servers_drained")
+            self._left[server.url] = why
+            logger.info("%s (%s) has left; %s", server.id, server.url, why)
         self._router.servers.remove(server)
         self._router.fail(server, why, is_dead=True)
 
-    async def _follow(self, path: Path) -> None:
-        """Consumes: the servers file. Produces: servers. Waits for: the next look. Unblocked by: time; ends when it is
-        cancelled."""
-        seen = ""
+    async def _follow(self, folder: RunFolder) -> None:
+        """Consumes: the launcher's list, and what was asked for. Produces: servers, and the roster. Waits for: the
+        folder, and the next look. Unblocked by: time; ends when it is cancelled."""
+
+        def read() -> tuple[list[str], list[Asked]]:
+            asked = read_asked(folder)
+            with suppress(FileNotFoundError):  # nobody writes one
+                return folder.servers.read_text().split(), asked
+            return [], asked
+
+        said, told, told_at = "", dict[str, Any](), 0.0
         while True:
-            try:
-                text = path.read_text()
-                if text != seen and text.strip():
-                    seen = text
-                    self.set_listed(text.split())
-            except OSError:
-                pass  # not written yet, or its file system is gone for a moment
-            except ConfigError as error:
-                logger.error("the servers stay as they are: %s: %s", path, error)
+            with suppress(OSError):  # the file system is gone for a moment
+                try:
+                    listed, asked = await waits.in_thread(read, "lists of servers", "run folder", FOLDER_LIMIT_S)
+                    self.follow(listed, asked)
+                    roster = roster_of(self._router.servers, asked, self._left)
+                    if roster != told or time.monotonic() - told_at > FRESH_S:
+                        write = partial(write_json, folder.servers_json, roster)
+                        await waits.in_thread(write, "roster of servers", "run folder", FOLDER_LIMIT_S)
+                        told, told_at = roster, time.monotonic()
+                except (ConfigError, WaitTimeout) as error:
+                    if str(error) != said:
+                        logger.error("the servers stay as they are: %s", error)
+                    said = str(error)
             await asyncio.sleep(self._limits.file_s)
 
     async def _watch(self, server: Server) -> None:
@@ -127,8 +167,8 @@ class Watch:
             server.woken.clear()
             if server not in self._router.servers or server.wait_s:
                 continue
-            if server.state == "draining" and not (server.num_running and server.is_reachable):
-                self._drop(server, server.why)
+            if server.state == "draining" and (end := _end_of(server)):
+                self._drop(server, end)
             elif server.state not in ("serving", "draining"):
                 await self._bring_in(server)
             elif not self._fleet.gate.is_open and not server.backend.is_healthy_paused:
@@ -203,3 +243,13 @@ class Watch:
         self.loops.discard(loop)
         if not loop.cancelled() and (error := loop.exception()) is not None:
             logger.error("servers are no longer watched as they should be", exc_info=error)
+
+
+def _end_of(server: Server) -> str:
+    """Why a server that is drained is to be forgotten now; empty: it is not yet."""
+    if not server.is_reachable:
+        return server.why
+    if not server.num_running:
+        return "drained: it has ended its last request"
+    is_late = server.leave_by is not None and time.monotonic() > server.leave_by
+    return f"drained: its time is over, and {server.num_running} requests go on elsewhere" if is_late else ""

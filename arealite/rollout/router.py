@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from arealite.api.errors import ArealiteError, ConfigError, RequestError, ServerUnreachable
+from arealite.api.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, Keys
 from arealite.api.types import WeightUpdateMeta
 from arealite.rollout.backends.protocol import Backend, Call
 from arealite.rollout.counters import Counters
@@ -74,9 +75,11 @@ def _url(address: str) -> str:
 
 
 class Transport:
-    """The HTTP session; made when it is first used, because it belongs to the asyncio loop of that moment."""
+    """The HTTP session; made when it is first used, because it belongs to the asyncio loop of that moment. Servers are
+    shown the keys of the environment."""
 
     def __init__(self) -> None:
+        self._keys = Keys.from_env()
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -87,7 +90,7 @@ class Transport:
         """The answer, read (None when empty). `limit_s` None: the caller bounds the wait.
 
         Raises:
-            RequestError: HTTP 4xx, or an answer that is not JSON.
+            RequestError: HTTP 4xx, or an answer that is not JSON. ConfigError: HTTP 401 or 403, for want of a key.
             ServerUnreachable: HTTP 5xx, 408, 425 or 429, or no answer within the limit; ConnectionLost: no connection.
         """
         async with self._answer(server, call, limit_s) as answer:
@@ -125,7 +128,8 @@ class Transport:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
             self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
         where = _where(server, call)
-        request = self._session.request(call.method, server.url + call.path, json=call.body)
+        headers = self._keys.headers(call.is_control)
+        request = self._session.request(call.method, server.url + call.path, json=call.body, headers=headers)
         try:
             async with asyncio.timeout(limit_s), request as answer:
                 if answer.status >= 400:
@@ -144,7 +148,10 @@ def _where(server: Address, call: Call) -> str:
 def _refusal(status: int, text: str, where: str) -> ArealiteError:
     if status >= 500 or status in RETRYABLE_STATUS:
         return ServerUnreachable(f"{where} failed with HTTP {status}: {text[:MAX_SHOWN]}")
-    return RequestError(f"{where} refused the request with HTTP {status}: {text[:MAX_SHOWN]}")
+    told = f"{where} refused the request with HTTP {status}: {text[:MAX_SHOWN]}"
+    if status in (401, 403):
+        return ConfigError(f"{told}; set {API_KEY_VARIABLE} and {ADMIN_KEY_VARIABLE} to the keys that this server has")
+    return RequestError(told)
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -162,7 +169,8 @@ class Limits:
     first_backoff_s: float = 0.1  # of a server or request that failed; doubled after each failure in a row
     max_backoff_s: float = 5.0
     probe_s: float = 1.0  # a server that has said nothing for so long is asked whether it is there
-    file_s: float = 1.0  # how often the servers file is looked at
+    file_s: float = 1.0  # how often the lists of servers are looked at
+    drain_s: float = 60.0  # how long requests may go on at a server that is to leave, when nobody says
     beat_s: float = 5.0  # how often rank 0 tells the ranks that wait for it that it goes on
 
     def backoff_s(self, num_failures: int) -> float:
@@ -212,6 +220,10 @@ class Server(Address):
     is_detected: bool = False
     refusal: ConfigError | None = None  # it cannot be used as it was started
     update: WeightUpdateMeta | None = None  # the last that it took
+    is_verified: bool = False  # by checksums of what is live
+    is_guest: bool = False  # of which the run knows no more than its address: it serves no weights but those sent to it
+    has_served: bool = False
+    leave_by: float | None = None  # monotonic; when it is drained, and served until then
     num_failures: int = 0
     retry_at: float = 0.0
     num_running: int = 0
@@ -269,7 +281,7 @@ class Router:
     def __init__(self, counters: Counters, limit_s: float, limits: Limits) -> None:
         self.servers: list[Server] = []
         self.gate = Gate()
-        self._counters = counters
+        self.counters = counters
         self._limit_s = limit_s
         self._limits = limits
         self._home: OrderedDict[str, Server] = OrderedDict()
@@ -285,11 +297,13 @@ class Router:
         """The one place where a server's state changes: it is logged, counted, and whoever waits looks again."""
         before, server.state, server.why = server.state, state, why
         if state == "out" != before:
-            self._counters.add("num_server_failures", before == "serving")
+            self.counters.add("num_server_failures", before == "serving")
             logger.warning("%s (%s) is taken out: %s", server.id, server.url, why)
         elif state == "serving" != before:
             level = logging.WARNING if server.num_failures else logging.INFO
             logger.log(level, "%s (%s) takes requests: %s", server.id, server.url, why)
+            self.counters.add("num_servers_joined", not server.has_served)
+            server.has_served = True
             self._home.clear()  # groups choose again, the idle servers first, when they next send a request
             self._none_since = None
         server.woken.set()

@@ -144,6 +144,7 @@ class FakeServer:
         self.truth: dict[str, dict[int, int]] = {}  # request -> absolute position -> version that sampled it
         self.requests: list[dict[str, Any]] = []
         self.calls: list[str] = []
+        self.shown: dict[str, str] = {}  # path -> the Authorization header of its last call
         self.num_drops = 0  # so many connections to close without an answer
         self.answer_with: Callable[[], web.Response] | None = None
         self.is_silent = False  # /generate never answers by itself, but hands over on abort
@@ -188,6 +189,7 @@ class FakeServer:
             while self.is_stopped:
                 await asyncio.sleep(self.token_s)
             self.calls.append(request.path)
+            self.shown[request.path] = request.headers.get("Authorization", "")
             response: web.StreamResponse = await handler(request)
             return response
 

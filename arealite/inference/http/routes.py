@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from arealite.api.errors import PromptError, RequestError, WaitTimeout, WeightSyncError
+from arealite.api.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, Keys
 from arealite.dataset.prompts import encode
 from arealite.inference.core.engine import Engine, EngineFailure, PauseMode
 from arealite.inference.core.requests import Body, ServedLimits
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 SERVER_VERSION = "arealite-native-0.1"
 MAX_BODY_BYTES = 256 << 20
+PAUSE, RESUME = "/pause_generation", "/continue_generation"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,33 @@ class ServerSettings:
     incremental_streaming: bool = False  # /generate streams what is new, not all so far
     tool_call_parser: str = "auto"
     model_defaults: bool = True  # OpenAI calls take sampling defaults from generation_config.json
+    keys: Keys = Keys()
+
+
+class Access:
+    """Who may call. `num_refused`: calls without the right key; `control_paths`: routes that change what is served."""
+
+    def __init__(self, keys: Keys, control_paths: Iterable[str] = ()) -> None:
+        self.num_refused = 0
+        self._keys, self._control_paths = keys, frozenset(control_paths)
+
+    @web.middleware
+    async def check(self, request: web.Request, **called: Handler) -> web.StreamResponse:
+        """The route's answer. /health needs no key: launchers and clusters probe it. Raises HTTPUnauthorized."""
+        resource = request.match_info.route.resource
+        path = None if resource is None else resource.canonical
+        if path != "/health":
+            self.require(request, path in self._control_paths)
+        return await called["handler"](request)
+
+    def require(self, request: web.Request, is_control: bool) -> None:
+        """Raises HTTPUnauthorized, and counts it, when the request shows no key that allows it."""
+        if not self._keys.allow(request.headers.get("Authorization", ""), is_control):
+            self.num_refused += 1
+            flag, name = ("--admin-api-key", ADMIN_KEY_VARIABLE) if is_control else ("--api-key", API_KEY_VARIABLE)
+            raise web.HTTPUnauthorized(
+                reason=f"send the header Authorization: Bearer KEY, with the key of the server's {flag} or {name}"
+            )
 
 
 class AbortBody(Body):
@@ -79,6 +108,7 @@ class ServerRoutes:
     _served: Served
     _template: ChatTemplate
     _submissions: Submissions
+    _access: Access
     _started_at: float = field(default_factory=time.time)
 
     def routes(self) -> list[web.RouteDef]:
@@ -87,8 +117,8 @@ class ServerRoutes:
             web.post("/v1/chat/completions", self.chat),
             web.post("/v1/completions", self.completion),
             web.post("/abort_request", self.abort),
-            web.post("/pause_generation", self.pause),
-            web.post("/continue_generation", self.resume),
+            web.post(PAUSE, self.pause),
+            web.post(RESUME, self.resume),
             web.get("/health", self.health),
             web.get("/model_info", self.model_info),
             web.get("/server_info", self.server_info),
@@ -133,6 +163,8 @@ class ServerRoutes:
     async def abort(self, request: web.Request) -> web.Response:
         """Answers at once; the requests end after the current step."""
         body = await read_body(request, AbortBody)
+        if body.abort_all:
+            self._access.require(request, is_control=True)
         if body.abort_all or body.rid:
             self._engine.call(
                 lambda: self._engine.abort(lambda s: body.abort_all or s.request.rid.startswith(body.rid))
@@ -244,6 +276,7 @@ class ServerRoutes:
             "sglang:num_paused_reqs": (num_paused, "Requests held or stopped by a pause."),
             "sglang:num_retracted_reqs": (scheduler.num_retractions, "Retractions since the start."),
             "arealite:num_nan_reqs": (counters.num_nan_requests, "Requests ended by logits that were not finite."),
+            "arealite:num_unauthorized_reqs": (self._access.num_refused, "Calls refused for want of a key."),
             "arealite:kv_cache_bytes": (scheduler.pool.tensor.nbytes, "Size of the KV cache."),
             "process_resident_memory_bytes": (resident_bytes(), "Resident memory."),
         }
@@ -295,6 +328,8 @@ async def answer_errors(request: web.Request, **called: Handler) -> web.StreamRe
     except web.HTTPMethodNotAllowed as error:
         headers = {"Allow": ", ".join(sorted(error.allowed_methods))}
         status, message = 405, f"{asked}: Method Not Allowed; use {headers['Allow']}"
+    except web.HTTPUnauthorized as error:
+        headers, status, message = {"WWW-Authenticate": "Bearer"}, 401, f"{asked}: {error.reason}"
     except web.HTTPException as error:
         status, message = error.status, f"{asked}: {error.reason}"
     except ConnectionResetError:  # the client is gone in the middle of its stream
@@ -319,7 +354,10 @@ def build_app(engine: Engine, settings: ServerSettings) -> web.Application:
     defaults = model_defaults(model.module.generation_config.to_dict()) if settings.model_defaults else {}
     template = ChatTemplate(model.tokenizer, limits.encode, settings.tool_call_parser)
     served = Served(limits, settings.served_model_name, defaults)
-    app = web.Application(middlewares=[answer_errors], client_max_size=MAX_BODY_BYTES)  # type: ignore[list-item]
-    app.add_routes(ServerRoutes(engine, settings, served, template, submissions).routes())
-    app.add_routes(ControlRoutes(engine).routes())
+    control = ControlRoutes(engine).routes()
+    access = Access(settings.keys, [PAUSE, RESUME, *(route.path for route in control)])
+    middlewares = [answer_errors, access.check]
+    app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)  # type: ignore[arg-type]
+    app.add_routes(ServerRoutes(engine, settings, served, template, submissions, access).routes())
+    app.add_routes(control)
     return app

@@ -24,7 +24,7 @@ from arealite.observe import waits
 
 logger = logging.getLogger(__name__)
 
-_KINDS = {400: "BadRequestError", 404: "NotFoundError", 503: "ServiceUnavailableError"}
+_KINDS = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 503: "ServiceUnavailableError"}
 LONG_WRITE_BYTES = 1 << 15  # well below what asyncio buffers before it makes writers wait
 
 

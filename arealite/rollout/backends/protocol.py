@@ -19,13 +19,15 @@ UNNAMED_VERSION = "default"  # what SGLang and vLLM call their weights before th
 @dataclass(frozen=True)
 class Call:
     """One HTTP request; `body` is JSON-ready (None: an empty one), `path` may hold a query. The answer is empty, JSON,
-    or plain text. In an update, `may_be_refused`: that is no failure, and has no answer."""
+    or plain text. In an update, `may_be_refused`: that is no failure, and has no answer. `is_control`: it wants the
+    server's admin key, where the server has such."""
 
     path: str
     body: dict[str, Any] | None = None
     method: str = "POST"
     expects_json: bool = True
     may_be_refused: bool = False
+    is_control: bool = False
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class SGLangBackend(Backend):
         return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]]
 
     def abort_call(self, wire_id: str) -> Call:
-        return Call("/abort_request", {"rid": wire_id})
+        return _control("/abort_request", {"rid": wire_id})
 
     def pause_call(self, mode: str) -> Call:
         if mode != "abort" and self.version < SPANS_SINCE:
@@ -116,30 +116,30 @@ class SGLangBackend(Backend):
                 f" token of a request that goes on after an update ({_text(SPANS_SINCE)} can): set"
                 " rollout.pause_mode=abort"
             )
-        return Call("/pause_generation", {"mode": mode})
+        return _control("/pause_generation", {"mode": mode})
 
     def resume_call(self) -> Call:
-        return Call("/continue_generation", {})
+        return _control("/continue_generation", {})
 
     def lora_call(self, name: str, path: str) -> Call:
-        return Call("/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        return _control("/load_lora_adapter", {"lora_name": name, "lora_path": path})
 
     def unload_lora_call(self, name: str) -> Call:
-        return Call("/unload_lora_adapter", {"lora_name": name})
+        return _control("/unload_lora_adapter", {"lora_name": name})
 
     def group_call(self, place: GroupPlace, rank: int) -> Call:
         body = {"master_address": place.address, "master_port": place.port, "rank_offset": rank}
         body |= {"world_size": place.world_size, "group_name": place.name, "backend": place.backend}
-        return Call("/init_weights_update_group", body)
+        return _control("/init_weights_update_group", body)
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
         # In place, requests keep their KV cache, and SGLang refuses an update that would flush it.
         last = {"flush_cache": pause_mode != "in_place", "weight_version": str(meta.version)}
         if meta.kind == "disk":
-            return UpdatePlan(after=[Call("/update_weights_from_disk", {"model_path": meta.path, **last})])
+            return UpdatePlan(after=[_control("/update_weights_from_disk", {"model_path": meta.path, **last})])
         if meta.kind == "lora":  # each loading has prefixes of its own in the cache
             stamp = {"new_version": str(meta.version), "abort_all_requests": False}
-            return UpdatePlan(after=[*self._replace_lora(meta, pause_mode), Call("/update_weight_version", stamp)])
+            return UpdatePlan(after=[*self._replace_lora(meta, pause_mode), _control("/update_weight_version", stamp)])
         if meta.kind == "shm":
             raise ConfigError(f"weight_update is {meta.kind!r}, which SGLang cannot read; set weight_update=disk")
         if self._num_stages > 1:
@@ -149,17 +149,17 @@ class SGLangBackend(Backend):
             )
         buckets = [self._bucket_call(meta, start, end) for start, end in meta.buckets]
         if buckets:
-            buckets[-1] = Call(buckets[-1].path, {**(buckets[-1].body or {}), **last})
+            buckets[-1] = _control(buckets[-1].path, {**(buckets[-1].body or {}), **last})
         if self.version < SESSION_SINCE:
             return UpdatePlan(buckets=buckets)
-        return UpdatePlan([Call("/begin_weight_update", {})], buckets, [Call("/end_weight_update", {})])
+        return UpdatePlan([_control("/begin_weight_update", {})], buckets, [_control("/end_weight_update", {})])
 
     def _bucket_call(self, meta: WeightUpdateMeta, start: int, end: int) -> Call:
         body: dict[str, Any] = {"load_format": "flattened_bucket", "flush_cache": False}
         slots = meta.slots[start:end]
         names, dtypes, shapes = zip(*((s.name, s.dtype, list(s.shape)) for s in slots), strict=True)
         body |= {"group_name": meta.group, "names": list(names), "dtypes": list(dtypes), "shapes": list(shapes)}
-        return Call("/update_weights_from_distributed", body)
+        return _control("/update_weights_from_distributed", body)
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         for answer in answers:
@@ -183,13 +183,13 @@ class NativeBackend(SGLangBackend):
         if meta.kind == "lora":
             swap = {"load_inplace": True, "weight_version": str(meta.version)}
             load = {"lora_name": meta.adapter, "lora_path": meta.path, **swap}
-            return UpdatePlan(after=[Call("/load_lora_adapter", load)], is_staged=True)
-        before, buckets = [Call("/begin_weight_update", {})], []
+            return UpdatePlan(after=[_control("/load_lora_adapter", load)], is_staged=True)
+        before, buckets = [_control("/begin_weight_update", {})], []
         if meta.kind == "disk":
-            before.append(Call("/update_weights_from_disk", {"model_path": meta.path, "flush_cache": False}))
+            before.append(_control("/update_weights_from_disk", {"model_path": meta.path, "flush_cache": False}))
         elif meta.kind == "shm":
-            slots = [as_record(slot) for slot in meta.slots]
-            before.append(Call("/update_weights_from_shm", {"path": meta.path, "slots": slots, "flush_cache": False}))
+            described = {"path": meta.path, "slots": [as_record(slot) for slot in meta.slots]}
+            before.append(_control("/update_weights_from_shm", {**described, "flush_cache": False}))
         else:
             buckets = [self._bucket_call(meta, start, end) for start, end in meta.buckets]
         swap = {
@@ -197,7 +197,7 @@ class NativeBackend(SGLangBackend):
             "flush_cache": pause_mode != "in_place",
             "checksum_names": sorted(meta.checksums),
         }
-        return UpdatePlan(before, buckets, [Call("/end_weight_update", swap)], is_staged=True)
+        return UpdatePlan(before, buckets, [_control("/end_weight_update", swap)], is_staged=True)
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         super().parse_receipt(answers, meta, server_id)
@@ -205,6 +205,10 @@ class NativeBackend(SGLangBackend):
         if not isinstance(checksums, dict):
             raise WeightSyncError(f"{server_id} took version {meta.version} without checksums of its parameters")
         return {name: int(value) for name, value in checksums.items()}
+
+
+def _control(path: str, body: dict[str, Any]) -> Call:
+    return Call(path, body, is_control=True)
 
 
 def _check_error(finish: dict[str, Any], server_id: str) -> None:
