@@ -170,7 +170,7 @@ def _as_tuple(structure: Structure, text: str) -> Structure:
     kind, parts = structure
     if kind == "matrix" and all(len(row) == 1 for row in parts):
         return "()", [row[0] for row in parts]
-    found = [re.fullmatch(r"\s*([a-z])\s*=([^=]*)", part) for part in parts] if kind == "list" else []
+    found = [re.fullmatch(r"[\s$]*([a-z])\s*=([^=$]*)[\s$]*", part) for part in parts] if kind == "list" else []
     named = {point[1]: point[2] for point in found if point}
     letters = "".join(sorted(named))
     is_point = len(named) == len(parts) > 0 and letters in ascii_lowercase and not re.search(r"\bor\b|或", text)
