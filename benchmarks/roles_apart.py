@@ -4,8 +4,9 @@
 
 Two processes, each pinned to a core of its own. "colocated": one of them has both models, the other is idle. "apart":
 policy on the first, critic on the second. Both train on the very same batches of random tokens; the first step is
-warm-up. `parts_s` are the colocated step's parts (policy's logprobs, values, both updates), `sum_s` their sum. The last
-line is one JSON object.
+warm-up. `parts_s` are the parts of a colocated step (logprobs, values, both updates), `sum_s` is their sum; `cpu_s` is
+the processor time that a step costs the busier process: its seconds where nothing else runs on the cores. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ WORLD_SIZE = 2
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rank", choices=("apart", "colocated"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def random_batch(num_groups: int = 4, size: int = 4, prompt: int = 32, answer: int = 32) -> Any:
+def random_batch(num_groups: int = 4, size: int = 2, prompt: int = 32, answer: int = 32) -> Any:
     import numpy as np
 
     from arealite.api.types import Batch
@@ -76,7 +77,7 @@ def rank(model: str, num_steps: int, is_apart: bool) -> dict[str, Any]:
     for _ in range(num_steps + 1):
         batch = random_batch()
         ranks.barrier("step")
-        marks = [time.perf_counter()]
+        marks, cpu = [time.perf_counter()], time.process_time()
 
         def timed(result: Any, marks: list[float] = marks) -> Any:
             marks.append(time.perf_counter())
@@ -90,7 +91,8 @@ def rank(model: str, num_steps: int, is_apart: bool) -> dict[str, Any]:
         ranks.barrier("end")
         parts = [end - begin for begin, end in pairwise(marks)]
         names = ("actor_inf", "critic_inf", "actor_train", "critic_train")
-        steps.append({"step": time.perf_counter() - marks[0], **dict(zip(names, parts, strict=True))})
+        cpu = max(ranks.gather(time.process_time() - cpu))
+        steps.append({"cpu": cpu, "step": time.perf_counter() - marks[0], **dict(zip(names, parts, strict=True))})
     return {f"{name}_s": round(median(step[name] for step in steps[1:]), 3) for name in steps[0]}
 
 
@@ -123,11 +125,12 @@ def main() -> None:
         print(json.dumps(rank(args.model, args.steps, args.rank == "apart")), flush=True)
         os._exit(0)  # groups of the two may wait for each other in their destructors
     colocated, apart = (measure(kind, args.model, args.steps) for kind in ("colocated", "apart"))
-    parts = {name: value for name, value in colocated.items() if name != "step_s"}
+    parts = {name: value for name, value in colocated.items() if name not in ("step_s", "cpu_s")}
     total = round(sum(parts.values()), 3)
     print(f"colocated: a step {colocated['step_s']} s; apart: {apart['step_s']} s; sum of the parts: {total} s")
-    figures = {"colocated_step_s": colocated["step_s"], "apart_step_s": apart["step_s"], "sum_s": total}
-    print(json.dumps({"model": args.model, **figures, "parts_s": parts, "share": round(apart["step_s"] / total, 3)}))
+    figures = {"colocated": colocated, "apart": apart, "sum_s": total, "share": round(apart["step_s"] / total, 3)}
+    cpu_share = round(apart["cpu_s"] / colocated["cpu_s"], 3)
+    print(json.dumps({"model": args.model, **figures, "cpu_share": cpu_share, "parts_s": parts}))
 
 
 if __name__ == "__main__":

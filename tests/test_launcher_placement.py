@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_launcher_plan import GRPO, SCRIPT, file_of, gpu_machine, plan_for
 
-from arealite.api.cli_args import GRPOConfig, SFTConfig
+from arealite.api.cli_args import GRPOConfig, PPOCriticConfig, SFTConfig, TrainEngineConfig
 from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_run_config
 from arealite.inference.serve import parse_arguments
@@ -64,6 +64,19 @@ def test_any_plan_over_nodes_is_whole_or_refused_with_a_number(nodes, gpus, num_
         visible = envs[0]["CUDA_VISIBLE_DEVICES"].split(",")
         for p, env in zip([p for p in plan.trainers if p.node == node], envs, strict=True):
             assert p.devices == (visible[int(env["LOCAL_RANK"])],) and env["LOCAL_WORLD_SIZE"] == str(len(envs))
+
+
+def test_roles_with_ranks_of_their_own_follow_the_policys_over_the_nodes():
+    settings = {"critic": PPOCriticConfig(), "ref": TrainEngineConfig(), "weight_update": "disk"}
+    mode = "sglang:d2+fsdp[ref]:d1+fsdp[critic]:d2+fsdp:d3"
+    plan = plan_for(mode, gpu_machine(4), cluster__num_nodes=2, **settings)
+    told = [(p.models, p.node, p.env["LOCAL_RANK"], p.env["LOCAL_WORLD_SIZE"]) for p in plan.trainers]
+    of_actor = [(("actor",), 0, str(i), "4") for i in range(3)]
+    roles = [(("critic",), 0, "3", "4"), (("critic",), 1, "0", "2"), (("ref",), 1, "1", "2")]
+    assert told == of_actor + roles and [p.node for p in plan.servers] == [1, 1]
+    assert len({(p.node, p.devices) for p in plan.processes}) == 8
+    for p in plan.trainers:
+        assert p.devices == (p.env["CUDA_VISIBLE_DEVICES"].split(",")[int(p.env["LOCAL_RANK"])],)
 
 
 def test_nodes_have_cores_and_addresses_of_their_own():

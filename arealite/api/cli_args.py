@@ -183,7 +183,7 @@ class TrainEngineConfig(Section):
     )
     optimizer: OptimizerConfig = setting(OptimizerConfig, "optimiser and schedule")
     deterministic: bool = setting(False, "the same step gives the same bits; what cannot is refused (slower on GPUs)")
-    collective_timeout_s: float = setting(600.0, "longest wait of one rank for others, or for their pass", low=0.1)
+    collective_timeout_s: float = setting(600.0, "longest wait of one rank for the others", low=0.1)
     max_bad_steps: int = setting(
         3, "NaN or infinite updates in a row, each skipped and counted, that stop the run", low=1
     )

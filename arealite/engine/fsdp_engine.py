@@ -26,7 +26,7 @@ from arealite.engine.micro_batch import MicroBatch, check_tokens, columns_of, co
 from arealite.engine.optim import clip_gradients, gradient_norms, learning_rate, not_finite
 from arealite.engine.packed_model import LANGUAGE, Head
 from arealite.engine.parallel.pipeline import from_last_stage, with_tied_sum
-from arealite.engine.parallel.ranks import RankCollective, RankMesh, join_ranks, pick_device
+from arealite.engine.parallel.ranks import PASS_LIMITS, RankCollective, RankMesh, join_ranks, pick_device
 from arealite.engine.sharded_model import ShardedModel, build_sharded
 from arealite.engine.training_stats import Update, summary
 from arealite.engine.upload import Upload
@@ -115,7 +115,8 @@ class FSDPEngine:
     @cached_property
     def collective(self) -> RankCollective:
         """All ranks of the run. Collective when it is first asked for."""
-        return RankCollective(self.config.collective_timeout_s, *self._layouts) if self._is_among_others else self.ranks
+        limit_s = self.config.collective_timeout_s * PASS_LIMITS
+        return RankCollective(limit_s, *self._layouts) if self._is_among_others else self.ranks
 
     @property
     def mesh(self) -> RankMesh:

@@ -21,7 +21,7 @@ from arealite.api.types import Batch
 from arealite.engine.checkpoint import attempt, attempt_on_ranks
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.memory import free_bytes
-from arealite.engine.parallel.ranks import RankCollective
+from arealite.engine.parallel.ranks import PASS_LIMITS, RankCollective
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.ppo.critic import FSDPPPOCritic, lessons
 
@@ -50,7 +50,7 @@ class OtherShares:
         self.is_same = (a.d, a.c * a.t) == (r.d, r.c * r.t)
         self.takes_part = actor.is_here or role.is_here
         if self.is_apart:
-            self._both = RankCollective(role.config.collective_timeout_s, a, r)
+            self._both = RankCollective(role.config.collective_timeout_s * PASS_LIMITS, a, r)
 
     def batch(self, own: Batch) -> Batch:
         """The role's share of the step, from the actor's share `own`. Collective."""
@@ -110,7 +110,7 @@ class OtherShares:
         """What `make` returns on a rank of each of `giver`'s shares, on all ranks of actor and role.
 
         Consumes: nothing. Produces: the same list on all of these ranks. Waits for: `make` on those of `giver`, at most
-        `collective_timeout_s` after the others came. Unblocked by: it, or the death of a rank.
+        PASS_LIMITS times `collective_timeout_s`. Unblocked by: it, or the death of a rank.
         """
         return _by_share(giver, self._both, make() if giver.is_here else None)
 

@@ -24,6 +24,9 @@ from arealite.observe.waits import Wait, mark, waiting
 T = TypeVar("T")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NCCL_GRACE_S = 60.0
+# So many limits has a wait of one model's ranks for another's: whole passes lie between their calls. Who dies ends such
+# a wait at once, and who stands still is found by the watchdog.
+PASS_LIMITS = 10
 
 
 def pick_device() -> torch.device:
