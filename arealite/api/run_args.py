@@ -6,7 +6,7 @@ Parts of RunConfig (cli_args.py). Seconds end in `_s`, counts start with `num_` 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from arealite.api.sections import Section, setting
 
@@ -78,12 +78,22 @@ class ClusterSpecConfig(Section):
     num_nodes: int = setting(1, "nodes", low=1)
     num_gpus_per_node: int | None = setting(None, "GPUs per node; what is found if not given", low=0)
     num_cores_per_node: int | None = setting(None, "CPU cores per node; what is found if not given", low=1)
+    sbatch: dict[str, Any] = setting(
+        dict, "Slurm: options of the job, such as partition: gpu, time: 04:00:00; false takes one away"
+    )
+    server_sbatch: dict[str, Any] | None = setting(
+        None, "Slurm: those of the nodes that have servers alone, where they are nodes of another kind"
+    )
+    job_setup: list[str] = setting(list, "Slurm: lines of shell at the beginning of the job, such as module load cuda")
 
 
 @dataclass
 class LauncherConfig(Section):
     """How processes are started."""
 
+    type: Literal["local", "slurm"] = setting(
+        "local", "who has the nodes: local, this machine and agents that come to it; slurm, a job (docs/clusters.md)"
+    )
     pin_cores: bool = setting(True, "give each process its own cores on CPU-only machines")
     env: dict[str, str] = setting(dict, "further environment variables of all processes")
     stop_grace_s: float = setting(

@@ -30,6 +30,7 @@ from arealite.launcher.dataflow import dataflow
 from arealite.launcher.machine import Machine
 from arealite.launcher.memory_estimate import COLOCATED_KV_SHARE, KV_SHARE, ModelShape, rank_parts, server_parts
 from arealite.launcher.plan import Plan, make_plan
+from arealite.launcher.slurm import job_script
 from arealite.models.fetch import MODELS, resolve_model
 from arealite.models.folder import (
     TESTED,
@@ -55,7 +56,8 @@ def check(config_path: str, overrides: list[str], explained: bool, script: str =
     machine = Machine.described(config.cluster)
     model, rows = inspect(config, starts=False)
     nodes = [machine] * config.cluster.num_nodes
-    plan = make_plan(config, nodes, model, [script, "--config", config_path, *overrides])
+    command = [script, "--config", config_path, *overrides]
+    plan = make_plan(config, nodes, model, command)
     width = (terminal_width() or UNLIMITED) - 2
     settings = to_yaml(config, min(width, 120)).splitlines()
     if explained:
@@ -82,6 +84,8 @@ def check(config_path: str, overrides: list[str], explained: bool, script: str =
         **({"DATAFLOW": table(dataflow(config), width)} if isinstance(config, GRPOConfig) else {}),
         "MEMORY (estimated peaks, meant to be within 20%)": memory(plan, config, machine, width),
     }
+    if config.launcher.type == "slurm":
+        sections["JOB"] = job_script(config, RunFolder.of(config), plan, command).splitlines()
     return "\n\n".join("\n".join([title, *indented(lines)]) for title, lines in sections.items())
 
 

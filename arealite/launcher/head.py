@@ -33,6 +33,10 @@ LOOK_S = 0.3  # how often the thread of an agent looks whether the run is over
 MAX_CLOCK_S = 5.0  # between two nodes, before it is told
 
 
+class NodesMissing(RunFailed):
+    """Too few of the run's nodes are left, and none has come back."""
+
+
 class FarChild:
     """A StartedProcess of another node, as far as its agent has told; `loss`: the node is gone, and so is the process,
     since the agent ends it before it comes back."""
@@ -194,7 +198,8 @@ class RunHead:
                 try:
                     wait.check()
                 except WaitTimeout as error:
-                    raise RunFailed(f"{error}; see launcher.node_timeout_s{refusal}") from None
+                    kind = NodesMissing if self._has_started else RunFailed
+                    raise kind(f"{error}; see launcher.node_timeout_s{refusal}") from None
                 time.sleep(TICK_S)
 
     @property

@@ -1,7 +1,8 @@
 """`arealite run`: the run folder, its lock, the nodes, starts and restarts, signals. Called by cli.py.
 
 Exit codes: 0 all trainers are done; 1 a process failed (its first real error is printed); 2 refused before anything
-started; 85 stopped by SIGUSR2, the same command goes on; 128 + n stopped by signal n.
+started; 85 stopped by SIGUSR2, or too few nodes are left: the same command goes on, on others; 128 + n stopped by
+signal n. With `launcher.type: slurm` all of this happens in a job, which is submitted and followed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from arealite.kernels import build
 from arealite.launcher.agent import STOP_SIGNALS
 from arealite.launcher.check import inspect, warnings
 from arealite.launcher.child import kill_leftovers, say
-from arealite.launcher.head import RunHead
+from arealite.launcher.head import NodesMissing, RunHead
 from arealite.launcher.machine import Machine
 from arealite.launcher.plan import Plan, make_plan
-from arealite.launcher.supervisor import RunFailed, StopRequested, Supervisor, note_state
+from arealite.launcher.slurm import job_script, run_job
+from arealite.launcher.supervisor import EXIT_GO_ON, RunFailed, StopRequested, Supervisor, note_state
 from arealite.observe import waits
 from arealite.observe.claim import claim
 from arealite.observe.processes import Heartbeat
@@ -47,16 +49,22 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
         raise ConfigError(f"{script} is no Python: {error}") from None
     config = load_run_config(config_path, overrides)
     model, rows = inspect(config, starts=True)
-    machine = Machine.local(config.cluster)
+    is_job = config.launcher.type == "slurm"  # whose nodes are others
+    machine = Machine.described(config.cluster) if is_job else Machine.local(config.cluster)
+
+    command = [script, "--config", config_path, *overrides]
 
     def plan(machines: Sequence[Machine]) -> Plan:
-        return make_plan(config, machines, model, [script, "--config", config_path, *overrides])
+        return make_plan(config, machines, model, command)
 
-    plan([machine] * config.cluster.num_nodes)  # refused before anything starts
-    if not machine.gpus:
-        say(f"CPU: {build.expectation()}")
+    expected = plan([machine] * config.cluster.num_nodes)  # refused before anything starts
     for warning in warnings(config, rows):
         say(f"warning: {warning}")
+    if is_job:
+        with stop_signals() as stops:
+            return run_job(job_script(config, RunFolder.of(config), expected, command), RunFolder.of(config), stops)
+    if not machine.gpus:
+        say(f"CPU: {build.expectation()}")
     return launch(plan, config, RunFolder.of(config))
 
 
@@ -116,7 +124,7 @@ def start_and_restart(
             if stops:
                 return StopRequested(stops[0]).exit_code, str(failure)
             if not failure.may_restart:
-                return 1, str(failure)
+                return EXIT_GO_ON if isinstance(failure, NodesMissing) else 1, str(failure)
             if num_restarts > max_restarts:
                 say(f"no restart: recover.mode is {recover.mode}, recover.max_restarts {recover.max_restarts}")
                 return 1, str(failure)

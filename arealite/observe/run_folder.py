@@ -47,6 +47,8 @@ class RunFolder:
     rollouts_dir = _Place("rollouts")
     evaluation_dir = _Place("evaluation")
     logs_dir = _Place("logs")
+    slurm_job = _Place("slurm_job")  # id of the Slurm job that runs it, or ran it last
+    slurm_log = _Place("logs/slurm.log")  # what its agents say, of all its jobs
     waits_dir = _Place("waits")
     stacks_dir = _Place("stacks")
     stalls_dir = _Place("stalls")
