@@ -14,7 +14,7 @@ from support.nodes import HEAD_ENV, Agent
 from arealite.launcher.rendezvous import FILE, AgentLine, read
 from arealite.observe.processes import processes_of_run
 
-SILENCE_S = 4.0
+SILENCE_S = 6.0
 HALF_WAY = ("restart 1 of at most 3", "restart of the run")
 
 
@@ -45,6 +45,10 @@ def test_processes_of_all_nodes_run_and_everybody_leaves(folder):
         assert hosts == ["127.0.0.2", "127.0.0.3"] and env["AREALITE_SLOT"] == "1"
         assert env["GLOO_SOCKET_IFNAME"] == "lo" and "AREALITE_RUN_KEY" not in env
         assert (folder / FILE).stat().st_mode & 0o777 == 0o600
+        meeting = read(folder)
+        for port in (meeting.port, int(env["AREAL_LLM_SERVER_ADDRS"].rpartition(":")[2])):
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((meeting.host if port == meeting.port else "127.0.0.3", port))
         plan = json.loads((folder / "plan.json").read_text())
         assert [p["node"] for p in plan["processes"]] == [0, 1, 0, 1]
 
@@ -54,6 +58,20 @@ def test_the_first_error_of_another_node_is_shown(folder):
         assert run.wait() == 1
         assert "trainer-1 (pid" in run.text() and "ValueError: first real error" in run.text()
         assert "trainer-1.log on node" in run.text() and agent.process.wait(20) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_frozen_trainer_of_another_node_is_named_and_all_start_again(folder, number):
+    settings = {"watchdog.stall_s": 2.0, "watchdog.action": "restart"}
+    with over_two_nodes(folder, ["wait", "wait@1"], ["ok"], **settings) as run, Agent(folder, 1):
+        first = run.pids("trainer-0", "trainer-1")
+        os.kill(first[1], number)
+        run.until(lambda: HALF_WAY[0] in run.text(), HALF_WAY[1])
+        how = "was killed by SIGKILL" if number == signal.SIGKILL else "has been silent for"
+        assert f"trainer-1 (pid {first[1]}) {how}" in run.text() and gone(first)
+        run.pids("trainer-0", "trainer-1", old=tuple(first))
+        (folder / "go").touch()
+        assert run.wait() == 0, run.text()
 
 
 def test_a_server_of_a_lost_node_comes_back_with_it(folder):

@@ -58,12 +58,13 @@ class Agent:
         self.epoch, self._line, self._stops = int(welcome["epoch"]), line, stops
         self._children: dict[int, Child] = {}
         self._told: dict[int, str] = {}  # the heartbeats
-        line.silence_s, self._heartbeat_s, self._heard_beats_s = welcome["silence_s"], welcome["heartbeat_s"], 0.0
+        self._heartbeat_s, self._heard_beats_s = welcome["heartbeat_s"], 0.0
         try:
             self._open(welcome, slot)
         except Exception as error:  # boundary: whatever is missing on this node, the head is to say it
             line.send(unfit=f"{type(error).__name__}: {error}")
             raise Turned(f"this node cannot take part: {error}", is_final=True) from error
+        line.silence_s, line.heard_s = welcome["silence_s"], time.monotonic()
 
     def _open(self, welcome: dict[str, Any], slot: int) -> None:
         os.chdir(welcome["cwd"])

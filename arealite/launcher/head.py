@@ -268,6 +268,7 @@ class RunHead:
                 if node is None:
                     node = self._let_in(line, told) if told else None
                 elif "machine" in told:
+                    line.silence_s = self._config.launcher.node_silence_s
                     node.unfit = self._fault(told)
                     node.join(told)
                 elif "unfit" in told:
@@ -301,12 +302,12 @@ class RunHead:
             line.send(refused=refused, is_final=is_final)
             return None
         cluster, watchdog = self._config.cluster, self._config.watchdog
-        line.silence_s = self._config.launcher.node_silence_s
+        line.silence_s = self._config.launcher.node_timeout_s  # for its imports, from whatever file system
         line.send(
             epoch=self.meeting.epoch,
             folder=str(self._folder.root),
             cwd=os.getcwd(),
-            silence_s=line.silence_s,
+            silence_s=self._config.launcher.node_silence_s,
             heartbeat_s=watchdog.heartbeat_s,
             cluster={name: vars(cluster)[name] for name in ("num_gpus_per_node", "num_cores_per_node")},
         )

@@ -77,7 +77,7 @@ class RunFolder:
 
     def num_attempts(self) -> int:
         """Starts of the run so far."""
-        return max((int(p.name.partition("_")[2]) for p in self.logs_dir.glob("attempt_*")), default=0)
+        return max((int(p.name.partition("_")[2]) for p in self.logs_dir.glob("attempt_[0-9]*")), default=0)
 
     def rollouts(self, step: int) -> Path:
         """The rollouts that step `step` trained on; steps count from 0."""
