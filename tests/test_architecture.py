@@ -30,9 +30,9 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 NO_TORCH = ("api", "launcher", "rollout", "workflow", "reward", "cli")
 NO_BOUNDARY = ("api", "algorithm", "weights", "dataset")  # no user code, HTTP route or supervisor lives here
 MAX_FILE_LINES = 400
-MAX_LINES = {"arealite": 32_809, "tests": 24_097}  # of all files; raised only for a new capability
+MAX_LINES = {"arealite": 33_081, "tests": 24_415}  # of all files; raised only for a new capability
 MAX_FUNCTION_LINES = 60
-MAX_CONFIG_FIELDS = 174
+MAX_CONFIG_FIELDS = 175
 BANNED_FOLDERS = ("utils", "util", "experimental", "helpers", "common", "misc")
 
 BANNED_PARTS = {"data", "info", "item", "meta", "manager", "handler", "helper", "util"}

@@ -200,6 +200,7 @@ ELSEWHERE = {  # what it is called here
                     "gconfig.n_samples"),
     "actor.group_reward_norm": "actor.reward_norm.mean and actor.reward_norm.std",
     "actor.group_adv_norm": "actor.adv_norm.mean and",
+    "backend": "allocation_mode, such as sglang:d4+fsdp:d4",
     "data.train_batch_size": "train_dataset.batch_size, in prompts",
     "sglang.mem_fraction_static": "server, and its own flags in server.args",
     "max_model_len": "server.context_length", "model_name": "actor.path", "gconfig.stop_strings": "gconfig.stop",

@@ -14,6 +14,7 @@ from arealite.api.run_args import (
     ClusterSpecConfig,
     EvaluatorConfig,
     LauncherConfig,
+    RayConfig,
     RecoverConfig,
     SaverConfig,
     StatsLoggerConfig,
@@ -266,6 +267,7 @@ class RunConfig(Section):
     watchdog: WatchdogConfig = setting(WatchdogConfig, "stall detection")
     cluster: ClusterSpecConfig = setting(ClusterSpecConfig, "machines")
     launcher: LauncherConfig = setting(LauncherConfig, "processes")
+    ray: RayConfig = setting(RayConfig, "nodes from Ray")
 
     @property
     def trained(self) -> tuple[str, TrainEngineConfig]:

@@ -88,11 +88,20 @@ class ClusterSpecConfig(Section):
 
 
 @dataclass
+class RayConfig(Section):
+    """The Ray cluster that a run has its nodes from, with launcher.type ray."""
+
+    address: str | None = setting(None, "host:port of the cluster; RAY_ADDRESS, or that of this machine, if not given")
+
+
+@dataclass
 class LauncherConfig(Section):
     """How processes are started."""
 
-    type: Literal["local", "slurm"] = setting(
-        "local", "who has the nodes: local, this machine and agents that come to it; slurm, a job (docs/clusters.md)"
+    type: Literal["local", "slurm", "ray"] = setting(
+        "local",
+        "who has the nodes: local, this machine and agents that come to it; slurm, a job; ray, a Ray cluster"
+        " (docs/clusters.md)",
     )
     pin_cores: bool = setting(True, "give each process its own cores on CPU-only machines")
     env: dict[str, str] = setting(dict, "further environment variables of all processes")

@@ -27,6 +27,7 @@ from arealite.launcher.child import kill_leftovers, say
 from arealite.launcher.head import NodesMissing, RunHead
 from arealite.launcher.machine import Machine
 from arealite.launcher.plan import Plan, make_plan
+from arealite.launcher.ray_cluster import run_on_ray
 from arealite.launcher.slurm import job_script, run_job
 from arealite.launcher.supervisor import EXIT_GO_ON, RunFailed, StopRequested, Supervisor, note_state
 from arealite.observe import waits
@@ -48,11 +49,14 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
     except (SyntaxError, ValueError) as error:  # found here rather than when all servers are up
         raise ConfigError(f"{script} is no Python: {error}") from None
     config = load_run_config(config_path, overrides)
+    command = [script, "--config", config_path, *overrides]
+    if config.launcher.type == "ray":
+        head = ["-m", "arealite.cli", "run", *command, "launcher.type=local"]
+        with stop_signals() as stops:
+            return run_on_ray(config, RunFolder.of(config), head, stops)
     model, rows = inspect(config, starts=True)
     is_job = config.launcher.type == "slurm"  # whose nodes are others
     machine = Machine.described(config.cluster) if is_job else Machine.local(config.cluster)
-
-    command = [script, "--config", config_path, *overrides]
 
     def plan(machines: Sequence[Machine]) -> Plan:
         return make_plan(config, machines, model, command)
