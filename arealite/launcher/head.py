@@ -95,7 +95,7 @@ class FarNode:
     """A node that an agent stands for, as Hands describes, through all lives of agents of this slot."""
 
     def __init__(self, slot: int, folder: RunFolder) -> None:
-        self.slot, self.folder = slot, folder
+        self.folder = folder
         self.name, self.address, self.machine = f"of slot {slot}", "", Machine(())
         self.line: AgentLine | None = None
         self.loss = f"node {self.name} has not come yet"

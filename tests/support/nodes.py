@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,9 +40,3 @@ class Agent:
 
     def text(self) -> str:
         return self.log.read_text()
-
-
-def agents(folder: Path, num_nodes: int, *options: str) -> tuple[ExitStack, list[Agent]]:
-    """Those of all nodes but the head's; the stack ends them."""
-    stack = ExitStack()
-    return stack, [stack.enter_context(Agent(folder, slot, *options)) for slot in range(1, num_nodes)]
