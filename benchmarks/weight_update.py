@@ -1,8 +1,8 @@
 """How long a weight update pauses generation, and how fast it is, by every way, beside a plain copy of the same bytes.
 
-    python benchmarks/weight_update.py [--model DIR] [--links shm,distributed,disk] [--updates 3]
+    python benchmarks/weight_update.py [--model DIR] [--links shm,distributed,disk] [--updates 3] [--servers 4]
 
-One native server (`arealite serve`, bf16) under load, and this process as the trainer. "paused" is the time of the swap
+Native servers (`arealite serve`, bf16) under load, and this process as the trainer. "paused" is the time of the swap
 (it holds the end of the step that runs, in which tokens are still made); "whole" runs from the first byte written to
 the verified end.
 Prints one line per link and ends with one JSON line.
@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="a folder, or a name for `arealite fetch`")
     parser.add_argument("--links", default=",".join(LINKS))
     parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--idle", action="store_true", help="no requests meanwhile")
     args = parser.parse_args()
     args.model = resolve_model(args.model)
@@ -155,9 +156,11 @@ def main() -> None:
     found: dict[str, Any] = {"num_bytes": num_bytes, "memcpy_s": copy_s, "memcpy_gb_per_s": num_bytes / copy_s / 1e9}
     print(f"{num_bytes / 1e6:.0f} MB; plain copy {copy_s:.3f} s, {found['memcpy_gb_per_s']:.2f} GB/s", flush=True)
     for index, kind in enumerate(args.links.split(",")):
-        with server(args.model) as address, tempfile.TemporaryDirectory() as folder:
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            addresses = [stack.enter_context(server(args.model)) for _ in range(args.servers)]
             engine = RemoteNativeEngine(InferenceEngineConfig(setup_timeout_s=START_LIMIT_S))
-            engine.initialize(addresses=[address])
+            engine.initialize(addresses=addresses)
             if args.idle:
                 row = measure(kind, engine, model, args.updates, 100 * index + 1, folder)
             else:

@@ -49,6 +49,9 @@ def test_processes_of_all_nodes_run_and_everybody_leaves(folder):
         for port in (meeting.port, int(env["AREAL_LLM_SERVER_ADDRS"].rpartition(":")[2])):
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection((meeting.host if port == meeting.port else "127.0.0.3", port))
+        keys = {env["AREALITE_API_KEY"], env["AREALITE_ADMIN_API_KEY"]}
+        shown = [p.read_text() for p in folder.rglob("*") if p.suffix in (".json", ".log", ".yaml")] + [agent.text()]
+        assert len(keys) == 2 and not any(key in text for key in keys for text in shown)
         plan = json.loads((folder / "plan.json").read_text())
         assert [p["node"] for p in plan["processes"]] == [0, 1, 0, 1]
 

@@ -215,6 +215,16 @@ def test_weights_reach_all_servers_and_are_confirmed(connect):
     assert "/update_weights_from_shm" in a.calls
 
 
+def test_weights_go_to_all_servers_at_once(connect):
+    *servers, engine = connect(4)
+    for server in servers:
+        server.update_s = 0.2
+    began = time.monotonic()
+    engine.update_weights(disk(7))
+    assert {server.version for server in servers} == {7}
+    assert time.monotonic() - began < 4 * 3 * 0.2 / 2  # of three calls to each, one after the other
+
+
 def test_sglang_takes_weights_from_disk_only(connect):
     _, engine = connect(1, kind=RemoteSGLangEngine)
     assert engine.update_weights(disk(1)) == {}  # it cannot confirm single tensors

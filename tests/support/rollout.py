@@ -152,6 +152,7 @@ class FakeServer:
         self.is_frozen = False  # nothing of /pause_generation answers
         self.interrupt_share = 0.0  # chance per token that the request is aborted
         self.refuse_update = ""
+        self.update_s = 0.0  # how long each call of an update takes
         self.refuse_pause = 0  # the status of it
         self.adapters: dict[str, str] = {}
         self.checksums: dict[str, int] = {"w": 7}
@@ -236,6 +237,7 @@ class FakeServer:
 
     async def _update(self, request: web.Request) -> web.Response:
         body = await request.json()
+        await asyncio.sleep(self.update_s)
         if self.refuse_update:
             return web.json_response({"success": False, "message": self.refuse_update}, status=400)
         self.version = int(body.get("weight_version", self.version))
