@@ -98,10 +98,10 @@ class RayConfig(Section):
 class LauncherConfig(Section):
     """How processes are started."""
 
-    type: Literal["local", "slurm", "ray"] = setting(
+    type: Literal["local", "slurm", "ray", "print"] = setting(
         "local",
-        "who has the nodes: local, this machine and agents that come to it; slurm, a job; ray, a Ray cluster"
-        " (docs/clusters.md)",
+        "who has the nodes: local, this machine and agents that come to it; slurm, a job; ray, a Ray cluster;"
+        " print, others, for whom it is written down (docs/clusters.md)",
     )
     pin_cores: bool = setting(True, "give each process its own cores on CPU-only machines")
     env: dict[str, str] = setting(dict, "further environment variables of all processes")

@@ -27,6 +27,7 @@ from arealite.launcher.child import kill_leftovers, say
 from arealite.launcher.head import NodesMissing, RunHead
 from arealite.launcher.machine import Machine
 from arealite.launcher.plan import Plan, make_plan
+from arealite.launcher.print_plan import print_plan
 from arealite.launcher.ray_cluster import run_on_ray
 from arealite.launcher.slurm import job_script, run_job
 from arealite.launcher.supervisor import EXIT_GO_ON, RunFailed, StopRequested, Supervisor, note_state
@@ -50,13 +51,14 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
         raise ConfigError(f"{script} is no Python: {error}") from None
     config = load_run_config(config_path, overrides)
     command = [script, "--config", config_path, *overrides]
+    of_head = ["run", *command, "launcher.type=local"]
     if config.launcher.type == "ray":
-        head = ["-m", "arealite.cli", "run", *command, "launcher.type=local"]
         with stop_signals() as stops:
-            return run_on_ray(config, RunFolder.of(config), head, stops)
-    model, rows = inspect(config, starts=True)
-    is_job = config.launcher.type == "slurm"  # whose nodes are others
-    machine = Machine.described(config.cluster) if is_job else Machine.local(config.cluster)
+            return run_on_ray(config, RunFolder.of(config), ["-m", "arealite.cli", *of_head], stops)
+    model, rows = inspect(config, starts=config.launcher.type != "print")
+    is_job = config.launcher.type == "slurm"
+    is_here = config.launcher.type == "local"  # else the nodes are others
+    machine = Machine.local(config.cluster) if is_here else Machine.described(config.cluster)
 
     def plan(machines: Sequence[Machine]) -> Plan:
         return make_plan(config, machines, model, command)
@@ -67,6 +69,9 @@ def run(script: str, config_path: str, overrides: list[str]) -> int:
     if is_job:
         with stop_signals() as stops:
             return run_job(job_script(config, RunFolder.of(config), expected, command), RunFolder.of(config), stops)
+    if config.launcher.type == "print":
+        print(print_plan(config, RunFolder.of(config), ["arealite", *of_head]))
+        return 0
     if not machine.gpus:
         say(f"CPU: {build.expectation()}")
     return launch(plan, config, RunFolder.of(config))
