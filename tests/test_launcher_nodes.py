@@ -15,7 +15,7 @@ from arealite.launcher.rendezvous import FILE, AgentLine, read
 from arealite.observe.processes import processes_of_run
 
 SILENCE_S = 6.0
-HALF_WAY = ("restart 1 of at most 3", "restart of the run")
+HALF_WAY = ("restart 1 of at most 3, from", "restart of the run")
 
 
 def over_two_nodes(folder, trainers, servers, **overrides):
@@ -65,7 +65,7 @@ def test_the_first_error_of_another_node_is_shown(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_killed_or_frozen_trainer_of_another_node_is_named_and_all_start_again(folder, number):
-    settings = {"watchdog.stall_s": 2.0, "watchdog.action": "restart"}
+    settings = {"watchdog.stall_s": 6.0, "watchdog.action": "restart"}
     with over_two_nodes(folder, ["wait", "wait@1"], ["ok"], **settings) as run, Agent(folder, 1):
         first = run.pids("trainer-0", "trainer-1")
         os.kill(first[1], number)
@@ -189,7 +189,7 @@ def test_nodes_without_a_shared_folder(folder, tmp_path):
     mounted = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder)]
     if subprocess.run([*mounted, "true"], check=False, capture_output=True).returncode:
         pytest.skip("mount namespaces are not allowed here")
-    settings = {"cluster.num_nodes": 2, "launcher.node_silence_s": SILENCE_S, "watchdog.stall_s": 2.0}
+    settings = {"cluster.num_nodes": 2, "launcher.node_silence_s": SILENCE_S, "watchdog.stall_s": 6.0}
     with (
         Launched(folder, ["wait"], ["ok", "ok@1"], env=HEAD_ENV | env, **settings) as run,
         Agent(folder, 1, under=mounted, **env),
