@@ -28,7 +28,6 @@ KINDS = {
     "process": """cli_refusals docs engine_layouts engine_loading engine_pipeline engine_ranks engine_resume
         engine_roles engine_roles_apart engine_weights evaluation_command inference_openai inference_process
         launcher_local launcher_print
-        launcher_ray
         observe_watchdog prove recover_background recover_points reward_audit reward_code reward_judges reward_pool
         reward_sandbox rollout_updates run run_life run_lora
         run_own_parts run_recovery run_roles run_stalls run_supervised run_wirings server_chaos vllm_server
@@ -38,7 +37,7 @@ KINDS = {
         inference_prefix inference_sampler inference_scheduler inference_server inference_spans inference_streaming
         inference_updates kernels models_fidelity models_folders rollout_faults rollout_lora rollout_native
         rollout_staleness sglang_strict training_kernels""",
-    "cluster": "launcher_slurm",
+    "cluster": "launcher_ray launcher_slurm",
 }
 KIND_OF = {f"test_{stem}.py": kind for kind, stems in KINDS.items() for stem in stems.split()}
 

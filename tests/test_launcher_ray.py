@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from support.dummies import is_alive
 from support.runs import TINY, Run
@@ -132,6 +133,27 @@ def test_a_node_that_is_lost_is_named_and_another_takes_its_place(on_ray, ray_no
         assert is_alive(trainer) and not is_alive(first)
         (run.folder.root / "go").touch()
         assert run.wait() == 0, run.text()
+
+
+def test_an_agent_that_is_killed_is_named_and_started_again(on_ray):
+    with on_ray(["wait"], ["ok", "ok@1"]) as run:
+        first, trainer = run.pids("server-1", "trainer-0")
+        psutil.Process(first).parent().kill()
+        run.pid("server-1", old=(first,))
+        assert "slot 1, is lost: its agent was killed by SIGKILL" in run.text() and is_alive(trainer)
+        (run.folder.root / "go").touch()
+        assert run.wait() == 0, run.text()
+
+
+def test_the_run_ends_with_the_node_of_its_head(on_ray):
+    with on_ray(["wait", "wait@1"], ["ok@1"]) as run:
+        pids = run.pids("launcher", "server-0", "trainer-0", "trainer-1")
+        psutil.Process(pids[0]).parent().kill()  # the actor
+        assert run.wait() == 1 and "(127.0.0.2), slot 0, is lost: " in run.text()
+        end = time.monotonic() + 30
+        while any(map(is_alive, pids)) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not any(map(is_alive, pids))
 
 
 def test_a_cluster_that_is_not_there_is_refused(tmp_path):
