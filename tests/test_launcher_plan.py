@@ -352,7 +352,7 @@ def test_the_dataflow_says_what_waits_and_what_may_be_at_the_same_time():
     config.allocation_mode = "native:d1+fsdp:d2+fsdp[critic]:d1+fsdp[ref]:d1"
     told = rows()
     assert list(told) == [part.name for part in PARTS]
-    assert told["actor_gen"] == ("native:d1", "upload 2 steps before", "all of earlier steps")
+    assert told["actor_gen"] == ("native:d1", "upload 2 steps before", "earlier steps")
     assert told["actor_inf"] == ("trainer-0 to 1", "rew_inf", "ref_inf, critic_inf")
     assert told["critic_train"] == ("trainer-2", "advantages", "actor_train")
     assert told["actor_train"] == ("trainer-0 to 1", "advantages", "critic_train")

@@ -61,7 +61,7 @@ def dataflow(config: GRPOConfig) -> list[tuple[str, ...]]:
     before = {p.name: ancestors(p.name, parts) for p in parts}
     ranks = {p.name: [i for i, models in enumerate(models_of_ranks(config)) if p.model in models] for p in parts}
     mode = AllocationMode.parse(config.allocation_mode)
-    where = {"rollout": str(mode.inference), "rewards": "rank 0's reward processes"}
+    where = {"rollout": str(mode.inference), "rewards": "reward workers"}
     rows: list[tuple[str, ...]] = [("part", "on", "waits for", "beside", "what")]
     for p in parts:
         own, waits_for = ranks[p.name], ", ".join(p.waits_for)
@@ -69,7 +69,7 @@ def dataflow(config: GRPOConfig) -> list[tuple[str, ...]]:
         beside = [q.name for q in free if q.name not in before[p.name] and p.name not in before[q.name]]
         if p.name == "actor_gen":
             waits_for += f" {eta + 1} step{'s' * (eta > 0)} before"
-            beside = ["all of earlier steps"] if eta and not mode.colocated else []
+            beside = ["earlier steps"] if eta and not mode.colocated else []
         rows.append((p.name, where.get(p.model) or _span(own), waits_for, ", ".join(beside) or "-", p.does))
     return rows
 
