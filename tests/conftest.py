@@ -37,7 +37,7 @@ KINDS = {
         inference_prefix inference_sampler inference_scheduler inference_server inference_spans inference_streaming
         inference_updates kernels models_fidelity models_folders rollout_faults rollout_lora rollout_native
         rollout_staleness sglang_strict training_kernels""",
-    "cluster": "launcher_ray launcher_slurm",
+    "cluster": "launcher_ray launcher_slurm run_slurm",
 }
 KIND_OF = {f"test_{stem}.py": kind for kind, stems in KINDS.items() for stem in stems.split()}
 
@@ -130,6 +130,27 @@ def head(tmp_path):
         yield connect
         for engine in engines:
             engine.destroy()
+
+
+@pytest.fixture(scope="session")
+def slurm_nodes(tmp_path_factory):
+    """A real Slurm of three nodes on this machine."""
+    from support.slurm import SlurmNodes, why_not
+
+    if why := why_not():
+        pytest.skip(why)
+    with SlurmNodes(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture
+def slurm(slurm_nodes, monkeypatch):
+    """Its nodes are idle, its programs are those of this process, and nothing is left of its jobs afterwards."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm_nodes.env[name])
+    yield slurm_nodes
+    slurm_nodes.revive()
+    slurm_nodes.until(lambda: not slurm_nodes.processes(), "end of all processes of jobs", 30)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from support.slurm import SlurmNodes, why_not
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
@@ -23,24 +22,6 @@ SLEEPING = [sys.executable, "-c", "import time; time.sleep(100)"]
 POLL_S = 0.3
 LIMIT_S = 240.0  # a job that is queued again waits two minutes in Slurm
 HOSTILE = "a b'c\"d $(touch pwned) `touch pwned` %j ; & é"
-
-
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory):
-    if why := why_not():
-        pytest.skip(why)
-    with SlurmNodes(tmp_path_factory.mktemp("slurm")) as running:
-        yield running
-
-
-@pytest.fixture
-def slurm(nodes, monkeypatch):
-    """Both nodes are idle, Slurm's programs are those of this process, and nothing is left behind afterwards."""
-    for name in ("SLURM_CONF", "PATH"):
-        monkeypatch.setenv(name, nodes.env[name])
-    yield nodes
-    nodes.revive()
-    nodes.until(lambda: not nodes.processes(), "end of all processes of jobs", 30)
 
 
 def config_of(root, num_nodes=3, num_cores=4, **cluster):

@@ -10,11 +10,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
+
+from arealite.launcher import shim
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2", "n3")
@@ -112,13 +115,9 @@ class SlurmNodes:
     def _start(self, program: str, *words: str, name: str = "") -> None:
         with open(self.folder / f"{name or program}.log", "ab") as log:
             self.daemons[name or program] = subprocess.Popen(
-                [program, *words],
-                env=self.env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+                [sys.executable, "-I", "-S", shim.__file__, str(os.getpid()), "-", program, *words],  # ends with us
+                env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
 
     def __call__(self, program: str, *words: str) -> str:
         """What one of Slurm's programs prints."""
