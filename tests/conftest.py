@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 LONGEST = [f"test_{name}.py" for name in (
-    "engine_layouts", "run_life", "run_recovery", "docs", "run_supervised", "recover_background", "vllm_server",
-    "engine_resume", "server_chaos", "run_wirings", "run_roles", "run_stalls", "training_kernels", "prove",
+    "engine_layouts", "run_life", "run_nodes", "launcher_slurm", "run_recovery", "launcher_ray", "docs", "run_supervised",
+    "recover_background", "vllm_server", "run_slurm", "launcher_nodes", "engine_resume", "server_chaos", "run_wirings",
+    "run_roles", "run_stalls", "training_kernels", "prove",
 )]  # fmt: skip
 
 
@@ -37,7 +38,7 @@ KINDS = {
         inference_prefix inference_sampler inference_scheduler inference_server inference_spans inference_streaming
         inference_updates kernels models_fidelity models_folders rollout_faults rollout_lora rollout_native
         rollout_staleness sglang_strict training_kernels""",
-    "cluster": "launcher_ray launcher_slurm run_slurm",
+    "cluster": "launcher_nodes launcher_ray launcher_slurm run_nodes run_slurm",
 }
 KIND_OF = {f"test_{stem}.py": kind for kind, stems in KINDS.items() for stem in stems.split()}
 
