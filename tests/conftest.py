@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 LONGEST = [f"test_{name}.py" for name in (
-    "engine_layouts", "run_life", "run_nodes", "launcher_slurm", "run_recovery", "launcher_ray", "docs", "run_supervised",
-    "recover_background", "vllm_server", "run_slurm", "launcher_nodes", "engine_resume", "server_chaos", "run_wirings",
-    "run_roles", "run_stalls", "training_kernels", "prove",
+    "engine_layouts", "run_life", "run_nodes", "launcher_slurm", "run_recovery", "launcher_ray", "docs",
+    "run_supervised", "recover_background", "vllm_server", "run_slurm", "launcher_nodes", "engine_resume",
+    "server_chaos", "run_wirings", "run_roles", "run_stalls", "training_kernels", "prove",
 )]  # fmt: skip
 
 

@@ -87,8 +87,16 @@ def test_a_taken_port_is_tried_again_on_another(tmp_path, capfd):
     assert "Address already in use" in said and "restart 1 of at most 3" in said
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR2, 85)])
-def test_stop_signals_end_everything_though_the_terminal_takes_nothing(number, code, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "point"),
+    [
+        (signal.SIGINT, 130, ""),
+        (signal.SIGTERM, 143, ""),
+        (signal.SIGUSR2, 1, ""),
+        (signal.SIGUSR2, 85, "point_000002"),
+    ],
+)
+def test_stop_signals_end_everything_though_the_terminal_takes_nothing(number, code, point, tmp_path):
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     with contextlib.suppress(BlockingIOError):
@@ -98,12 +106,15 @@ def test_stop_signals_end_everything_though_the_terminal_takes_nothing(number, c
     with Launched(tmp_path / "run", WAITING, ["deaf"], stdout=write_end, **{"launcher.stop_grace_s": 0.5}) as run:
         pids = run.pids("server-0", "trainer-0")
         assert json.loads(run.folder.state_json.read_text())["state"] == "running"
+        (run.folder.recover_dir / point).mkdir(parents=True, exist_ok=True)
         run.process.send_signal(number)
         assert run.wait() == code
         assert not any(map(is_alive, pids))
-        state = {"state": "failed", "reason": f"stopped by {number.name}", "attempt": 1}
-        assert json.loads(run.folder.state_json.read_text()) == state
-        assert "goes on from the start" in run.text()
+        state = json.loads(run.folder.state_json.read_text())
+        assert state["state"] == "failed" and state["attempt"] == 1
+        assert state["reason"].startswith(f"stopped by {number.name}")
+        assert ("before a recovery point was written" in state["reason"]) == (code == 1)
+        assert f"goes on from {'recovery point' if point else 'the start'}" in run.text()
     os.close(write_end)
     os.close(read_end)
 

@@ -118,6 +118,7 @@ def start_and_restart(
     recover = config.recover
     max_restarts = recover.max_restarts if recover.mode == "auto" else 0
     say(f"run folder {folder.root}{head.invitation}")
+    began = last_point(folder)
     for num_restarts in itertools.count(1):
         try:
             made, nodes = head.gather(plan)
@@ -127,6 +128,8 @@ def start_and_restart(
             return 0, ""
         except StopRequested as stopped:
             say(f"{stopped}; all processes have ended. The same command goes on {last_point(folder)}")
+            if stopped.exit_code == EXIT_GO_ON and last_point(folder) == began:  # a job would be queued without end
+                return 1, f"{stopped}, before a recovery point was written: give the run more time, or shorter steps"
             return stopped.exit_code, str(stopped)
         except RunFailed as failure:
             say(f"the run stopped: {failure}")
