@@ -80,9 +80,10 @@ def test_server_that_does_not_come_up(behaviour, said, tmp_path, capfd):
     assert processes_of_run(folder.root) == {}
 
 
-def test_a_taken_port_is_tried_again_on_another(tmp_path, capfd):
+@pytest.mark.parametrize(("trainer", "server"), [("step", "port_taken"), ("port_taken", "ok")])
+def test_a_taken_port_is_tried_again_on_another(trainer, server, tmp_path, capfd):
     folder = RunFolder(tmp_path / "run")
-    assert launch(lambda _: plan_of(folder.root, ["step"], ["port_taken"]), config_with({}), folder) == 0
+    assert launch(lambda _: plan_of(folder.root, [trainer], [server]), config_with({}), folder) == 0
     said = capfd.readouterr().err
     assert "Address already in use" in said and "restart 1 of at most 3" in said
 

@@ -68,6 +68,11 @@ def answers(host: str, port: int, path: str, limit_s: float) -> bool:
             return False
 
 
+def lost_its_port(child: StartedProcess) -> bool:
+    """Whether it found a port taken that was free when it was given to it."""
+    return bool(ADDRESS_IN_USE.search(child.output()))
+
+
 @dataclass
 class Replica:
     """One server through all of its processes, of which `child` is the newest: starting -> ready -> dead -> starting,
@@ -86,7 +91,7 @@ class Replica:
     def may_start_again(self) -> bool:
         """A signal, a server that had been well, or a port that was free when we looked: bad luck."""
         code = self.child.exit_code or 0
-        is_luck = code < 0 or self.was_ready or bool(ADDRESS_IN_USE.search(self.child.output()))
+        is_luck = code < 0 or self.was_ready or lost_its_port(self.child)
         return is_luck and self.plan.restart == "alone"
 
 
@@ -347,7 +352,8 @@ class Supervisor:
         codes = {c.name: c.exit_code or 0 for c in [*failed, *(r.child for r in servers)]}
         dead = [c for c in self.children if c.name in codes]  # servers first
         first = min(dead, key=lambda c: (codes[c.name] > 0, lost_a_peer(c)))
-        may_restart = next((r.may_start_again for r in servers if r.child is first), codes[first.name] < 0)
+        is_luck = codes[first.name] < 0 or lost_its_port(first)
+        may_restart = next((r.may_start_again for r in servers if r.child is first), is_luck)
         others = [f"{c.name} ended too (exit code {codes[c.name]})" for c in dead if c is not first]
         echoed = first in self.trainers[:1]  # the terminal has its traceback already
         return RunFailed("\n".join([first.obituary(brief=echoed), *others]), may_restart)

@@ -47,9 +47,8 @@ def server(host: str, port: int, behaviour: str) -> None:
         raise RuntimeError("no such model")
     if behaviour == "silent":
         time.sleep(LIMIT_S)
-    if behaviour == "port_taken" and not (marker := Path(os.environ["AREALITE_RUN_DIR"]) / "taken").exists():
-        marker.touch()
-        raise OSError(98, "Address already in use")
+    if behaviour == "port_taken":
+        lose_port_once()
     if behaviour == "worker":  # as vLLM, whose engine is a process of its own
         command = [sys.executable, "-c", f"import time; time.sleep({LIMIT_S})"]
         name = f"worker-{os.getpid()}"
@@ -58,6 +57,12 @@ def server(host: str, port: int, behaviour: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     waits.configure_from_env()
     http.server.ThreadingHTTPServer((host, port), Health).serve_forever()
+
+
+def lose_port_once() -> None:
+    if not (marker := Path(os.environ["AREALITE_RUN_DIR"]) / "taken").exists():
+        marker.touch()
+        raise OSError(98, "Address already in use")
 
 
 def trainer(folder: Path, behaviour: str) -> None:
@@ -74,7 +79,9 @@ def trainer(folder: Path, behaviour: str) -> None:
         (folder / f"{os.environ['AREALITE_PROCESS']}.env").write_text(
             json.dumps({**os.environ, "cores": sorted(os.sched_getaffinity(0)), "argv": sys.argv})
         )
-    if behaviour == "step":
+    if behaviour == "port_taken":
+        lose_port_once()
+    if behaviour in ("step", "port_taken"):
         for number in range(2):
             waits.mark("step")
             print(f"step {number}", flush=True)
