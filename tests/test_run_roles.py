@@ -77,7 +77,7 @@ def test_a_kill_of_a_role_costs_no_sample(tmp_path, tiny_llama):
     assert steps[-1]["critic_loss"] > 0
     saved = {path.name for path in (run.folder / "checkpoints/step_000004/critic").iterdir()}
     assert saved >= {"model.safetensors", "tokenizer.json"}
-    assert (run.folder / "recover/point_000007/actor/critic/counters.json").exists()
+    assert (run.folder / "recover/point_000004/actor/critic/counters.json").exists()
 
 
 def test_the_error_of_a_role_ends_the_run_with_its_sentence(tmp_path, tiny_llama):
