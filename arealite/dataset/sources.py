@@ -31,8 +31,8 @@ SAVED_MARKS = ("state.json", "dataset_dict.json")  # in a folder that datasets' 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: `number` counts from 0 over the whole source, `where` is "file:line" or "file row n"; `verifier`: the
-    name of what grades answers to it, "" if nothing says so."""
+    """One row: `number` counts from 0 over its data set, `where` is "file:line" or "file row n"; `verifier`: what
+    grades answers to it, by name, "" if nothing says so; `prefix` tells its id from those of other data sets."""
 
     number: int
     where: str

@@ -1,8 +1,8 @@
 """`arealite run`: the run folder, its lock, the nodes, starts and restarts, signals. Called by cli.py.
 
 Exit codes: 0 all trainers are done; 1 a process failed (its first real error is printed); 2 refused before anything
-started; 85 stopped by SIGUSR2, or too few nodes are left: the same command goes on, on others; 128 + n stopped by
-signal n. With `launcher.type: slurm` all of this happens in a job, which is submitted and followed.
+started; 85 stopped by SIGUSR2 (1 without a new recovery point), or too few nodes are left: the same command goes on, on
+others; 128 + n stopped by signal n. With `launcher.type: slurm` all of this happens in a job, submitted and followed.
 """
 
 from __future__ import annotations
