@@ -22,15 +22,16 @@ LEVELS = [
     {"models", "observe"},
     {"algorithm", "dataset", "kernels", "weights"},
     {"reward", "rollout", "inference", "engine", "launcher"},
+    {"gateway"},
     {"workflow", "evaluation", "prove"},
     {"run"},
     {"cli", "trainer", "supervised"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
-NO_TORCH = ("api", "launcher", "rollout", "workflow", "reward", "cli")
+NO_TORCH = ("api", "launcher", "rollout", "gateway", "workflow", "reward", "cli")
 NO_BOUNDARY = ("api", "algorithm", "weights", "dataset")  # no user code, HTTP route or supervisor lives here
 MAX_FILE_LINES = 400
-MAX_LINES = {"arealite": 33172, "tests": 24580}  # of all files; raised only for a new capability
+MAX_LINES = {"arealite": 33246, "tests": 24581}  # of all files; raised only for a new capability
 MAX_FUNCTION_LINES = 60
 MAX_CONFIG_FIELDS = 175
 BANNED_FOLDERS = ("utils", "util", "experimental", "helpers", "common", "misc")

@@ -143,8 +143,10 @@ class AgentLine:
             return {}
         try:
             message = json.loads(self._link.recv_bytes(MAX_MESSAGE_BYTES))
-        except (EOFError, ValueError) as error:
-            raise ConnectionError("the connection was closed" if isinstance(error, EOFError) else str(error)) from None
+        except ValueError as error:
+            raise ConnectionError(str(error)) from None
+        except (EOFError, OSError):  # a process that is killed with unread bytes resets it in place of closing it
+            raise ConnectionError("the connection was closed") from None
         self.heard_s = time.monotonic()
         return dict(message)
 

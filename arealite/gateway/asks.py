@@ -1,0 +1,71 @@
+"""One call of an agent and what it gets, in the form that all wire formats come down to.
+
+Made by wires/ from requests and by workflows; prompting.py makes tokens of an Ask, and an Answer of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Message = dict[str, Any]
+AnswerReason = Literal["stop", "length", "tool_calls", "stop_string"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request for the next message.
+
+    `messages` are in the form of dataset.prompts.chat_messages: roles system, user, assistant, tool; content as text;
+    arguments of tool calls as objects; what was thought before an answer as "reasoning_content". Raw text to continue
+    is `prompt` instead. `tools` are in the chat form, {"type": "function", "function": {...}}; `tool_choice` is none,
+    auto, required or a function's name. `sampling` holds what the client asked for, by the keys of GenerationRequest;
+    `num_samples` answers are wanted, each a turn of its own. `template_options` are variables of the chat template.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    prompt: str | list[int] | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    tool_choice: str = "auto"
+    sampling: dict[str, Any] = field(default_factory=dict)
+    num_samples: int = 1
+    wire: str = "chat"
+    model: str = ""
+    template_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CallOfTool:
+    """`arguments` is JSON text as the OpenAI protocol has it, always an object; `id` is ours, unique in a session."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was sampled, read back: `text` without what was thought (`reasoning`) and without `calls`. A call that
+    cannot be read stays text. While `reason` is None it is still growing, and each field only ever gets longer."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: tuple[CallOfTool, ...] = ()
+    reason: AnswerReason | None = None
+    matched: str | None = None  # the stop string that ended it
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_reasoning_tokens: int = 0
+
+    def message(self) -> Message:
+        """The assistant's message of it, as a client would send it back."""
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = [
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+                for c in self.calls
+            ]
+        return message
