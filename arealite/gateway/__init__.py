@@ -1,1 +1,1 @@
-"""Sessions of agents: what they ask becomes tokens that extend each other, and what was sampled becomes trajectories."""
+"""Sessions of agents: each prompt extends the tokens that were sampled before, and a session is one trajectory."""
