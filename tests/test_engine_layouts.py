@@ -90,9 +90,9 @@ class Case(NamedTuple):
         return Case("alone", self.model, "plain" if self.variation in SAME else self.variation)
 
 
-EVERYWHERE = ["permuted, small budget", "checkpointing"]
-TWO_RANKS = ["plain", "sequence ratios"]
-CASES = [Case(layout, "llama", v) for layout, dims in LAYOUTS.items() if dims.e == 1 for v in EVERYWHERE]
+TWO_RANKS = ["plain", "sequence ratios", "checkpointing"]
+CASES = [Case(layout, "llama", "permuted, small budget") for layout, dims in LAYOUTS.items() if dims.e == 1]
+CASES += [Case(layout, "llama", "checkpointing") for layout in ("d2t2", "c2t2", "d2p2")]
 CASES += [Case(layout, "llama", v) for layout in ("d2", "t2", "c2", "p2") for v in TWO_RANKS]
 CASES += [Case("d2", "llama", v) for v in ("sequence mean", "statistics over all ranks", "statistics of one share")]
 CASES += [Case("t2", model, "permuted, small budget") for model in MODELS if model != "llama"]

@@ -12,8 +12,8 @@ class RLRun(Run):
     tiny = (*TINY, "actor.path={model}", "evaluator.freq_steps=null", *SPARSE, "total_train_steps=10")
 
 
-class LongSFTRun(SFTRun):
-    tiny = (*SFTRun.tiny, *SPARSE, "total_train_steps=24")
+class ShortSFTRun(SFTRun):
+    tiny = (*SFTRun.tiny, *SPARSE, "total_train_steps=3")
 
 
 def names(folder) -> list[str]:
@@ -41,13 +41,12 @@ def stop_and_go_on(run, number: int) -> dict:
 
 def test_a_stopped_run_goes_on_and_ends(tmp_path, tiny_llama):
     with RLRun(tmp_path, tiny_llama) as run:
-        run.check_records(stop_and_go_on(run, signal.SIGTERM), num_steps=10)
+        run.check_records(stop_and_go_on(run, signal.SIGINT), num_steps=10)
 
 
-def test_a_supervised_run_goes_on_too_is_made_longer_and_never_written_over(tmp_path, tiny_llama):
-    with LongSFTRun(tmp_path, tiny_llama) as run:
-        total = stop_and_go_on(run, signal.SIGINT)["steps"]
-        check_same_again_and_longer(run, total)
+def test_a_finished_run_is_made_longer_and_never_written_over(tmp_path, tiny_llama):
+    with ShortSFTRun(tmp_path, tiny_llama) as run:
+        check_same_again_and_longer(run, run.succeed()["steps"])
         config = (run.folder / "config.yaml").read_bytes()
         run.command.append("train_dataset.shuffle=false")
         assert run.start().wait() == 2
