@@ -113,10 +113,10 @@ async def blocking(prompt, completion, prompt_ids, completion_ids, **extras):
 
 @pytest.mark.parametrize(("word", "told"), [
     ("wait", "no answer within 0.2 s; Make the reward"), ("raise", "KeyError: 'no such answer'"),
-    ("nan", "expected a finite number"), ("block", "one of them blocks it"),
+    ("nan", "expected a finite number"), ("block", "one of its coroutines blocks it"),
 ])  # fmt: skip
 def test_coroutines_that_fail(word, told, monkeypatch):
-    monkeypatch.setattr("arealite.reward.pool.END_LIMIT_S", 0.5)
+    monkeypatch.setattr("arealite.observe.loop_thread.STOP_LIMIT_S", 0.5)
     pool = RewardPool(blocking, limit_s=0.2)
     try:
         with pytest.raises(RewardError, match=re.escape(told)):

@@ -1,6 +1,7 @@
-"""An asyncio loop in a thread of its own, and how other threads wait for what it does: under a name and a limit.
+"""An asyncio loop in a thread of its own, and how others wait for what it does: under a name and a limit.
 
-Base of rollout/client.py's Connection.
+LoopThread is the base of rollout/client.py's Connection; SideLoop runs coroutines that users wrote: `async def` rewards
+(reward/pool.py) and agents (workflow/runners.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from arealite.api.errors import ArealiteError, WaitTimeout, WorkflowError
-from arealite.observe.waits import waiting
+from arealite.observe.waits import bounded, waiting
 
 CALL_LIMIT_S = 60.0
 STOP_LIMIT_S = 10.0
@@ -107,3 +108,52 @@ class LoopThread:
                     wait.owner = self._owner
                     beat()
                     wait.check()
+
+
+class LoopBlocked(WaitTimeout):
+    """A coroutine neither ended nor could be cancelled: something blocks its loop."""
+
+
+class SideLoop:
+    """An event loop for coroutines that somebody else wrote, called from another loop: what blocks in one of them holds
+    up its like, and not the caller. The thread starts when it is first needed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+
+    async def run(self, work: Coroutine[Any, Any, T], name: str, limit_s: float) -> T:
+        """The coroutine's result; it is cancelled when the caller is, or when the limit has passed.
+
+        Raises:
+            WaitTimeout: the limit passed.
+            LoopBlocked: STOP_LIMIT_S later it had not even been cancelled.
+        """
+        if not self._thread.is_alive():
+            self._thread.start()
+        running = asyncio.run_coroutine_threadsafe(bounded(work, name, self.name, limit_s), self._loop)
+        try:
+            async with asyncio.timeout(limit_s + STOP_LIMIT_S) as patience:
+                return await asyncio.wrap_future(running)
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            raise LoopBlocked(f"{self.name} does not turn: one of its coroutines blocks it") from None
+
+    def close(self) -> None:
+        """Cancel what runs, and end the thread. May be called again, from any thread."""
+        self.is_closed = True
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._end()))
+            self._thread.join(STOP_LIMIT_S)  # a call that blocks the loop may go on: the thread is a daemon
+        if not self._loop.is_running():
+            self._loop.close()
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._loop.stop()

@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from arealite.api.errors import ConfigError, RewardError, WaitTimeout
+from arealite.observe.loop_thread import LoopBlocked, SideLoop
 from arealite.observe.reasons import last_line, reasons
-from arealite.observe.waits import bounded, waiting
+from arealite.observe.waits import waiting
 from arealite.reward.weighted import WeightedSum, is_async
 from arealite.reward.worker import Call, Outcome, Setup, told_result
 
@@ -129,60 +130,40 @@ class RewardPool:
 
 
 class _Coroutines:
-    """Calls of an `async def` function, side by side in a thread's event loop: what blocks holds up no rollout."""
+    """Calls of an `async def` function, side by side in a loop of their own: what blocks holds up no rollout."""
 
     def __init__(self, reward_fn: RewardFunction, limit_s: float) -> None:
         self._reward_fn, self._limit_s = reward_fn, limit_s
-        self._is_closed = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="reward loop", daemon=True)
+        self._loop = SideLoop("the event loop of the `async def` reward functions")
 
     async def run(self, call: Call) -> Score:
-        """Consumes: one call. Waits for: its coroutine, `limit_s`, and the event loop, END_LIMIT_S longer."""
-        if self._is_closed:
+        """Consumes: one call. Waits for: its coroutine, `limit_s`, and a little longer for the loop to turn."""
+        if self._loop.is_closed:
             raise RewardError(CLOSED)
-        if not self._thread.is_alive():
-            self._thread.start()
-        running = asyncio.run_coroutine_threadsafe(self._call(call), self._loop)
         try:
-            limit_s = self._limit_s + END_LIMIT_S
-            return _score_of(await bounded(asyncio.wrap_future(running), "reward.call", "reward loop", limit_s))
-        except WaitTimeout as error:
+            return _score_of(await self._loop.run(self._call(call), "reward.call", self._limit_s))
+        except LoopBlocked as error:
             raise RewardError(
-                f"no answer within {self._limit_s} s, and the event loop of the `async def` reward functions does not"
-                " turn: one of them blocks it. Make it `def`, or await what it waits for"
+                f"no answer within {self._limit_s} s, and {error}. Make it `def`, or await what it waits for"
             ) from error
+        except WaitTimeout as error:
+            raise RewardError(f"no answer within {self._limit_s} s; {TOO_SLOW}") from error
         except asyncio.CancelledError:
-            if self._is_closed:
+            if self._loop.is_closed:
                 raise RewardError(CLOSED) from None
             raise
 
     async def _call(self, call: Call) -> Outcome:
         try:
-            async with asyncio.timeout(self._limit_s) as limit:
-                result = await cast(Awaitable[Result], self._reward_fn(*call[0], **call[1]))
+            result = await cast(Awaitable[Result], self._reward_fn(*call[0], **call[1]))
         except RewardError as error:
             return 0.0, {}, str(error)
         except Exception:  # user code; the text is reported
-            if limit.expired():
-                return 0.0, {}, f"no answer within {self._limit_s} s; {TOO_SLOW}"
             return 0.0, {}, traceback.format_exc()
         return told_result(result)
 
     def close(self) -> None:
-        self._is_closed = True
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._end()))
-            self._thread.join(END_LIMIT_S)  # a call that blocks the loop may go on: the thread is a daemon
-        if not self._loop.is_running():
-            self._loop.close()
-
-    async def _end(self) -> None:
-        calls = asyncio.all_tasks() - {asyncio.current_task()}
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
-        self._loop.stop()
+        self._loop.close()
 
 
 class _Processes:

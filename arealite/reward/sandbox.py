@@ -117,7 +117,8 @@ class Sandbox:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         words = [sys.executable, "-I", "-c", START, str(PACKAGE.parent), self.kind, str(theirs.fileno()), self._scratch]
         if self.kind == "bubblewrap":
-            words = [*_bubblewrap(self._uid is not None), "--", *words]
+            inside = bubblewrap([*readable(), *map(str, INSIDE)], is_root=self._uid is not None)
+            words = [*inside, "--as-pid-1", "--clearenv", "--remount-ro", "/", "--", *words]
         with theirs:
             try:
                 self._process = subprocess.Popen(
@@ -166,7 +167,7 @@ class Sandbox:
     def started(self, job: dict[str, Any], limits: ProcessLimits, stdin: bytes = b"") -> Iterator[Process]:
         """A process that has been given its job; killed, if it still runs, when the block ends. Raises SandboxError."""
         uid = self._uid if self.kind == "bubblewrap" else None
-        order = {"what": "start", "id": next(_numbers), "uid": uid, "readable": _readable(), **asdict(limits)}
+        order = {"what": "start", "id": next(_numbers), "uid": uid, "readable": readable(), **asdict(limits)}
         pipes = [os.pipe() for _ in range(3)]
         ours, theirs = socket.socketpair()
         given = [pipes[0][0], pipes[1][1], pipes[2][1], theirs.fileno()]
@@ -378,21 +379,22 @@ def call(sandbox: Sandbox, program: str, name: str, arguments: list[Any], limits
         return json.loads(functions.receive())
 
 
-def _readable() -> list[str]:
+def readable() -> list[str]:
     """What a program may read: the interpreter and the system's libraries."""
     executable = str(Path(sys.executable).resolve().parent)
     paths = [*SYSTEM_FOLDERS, sys.base_prefix, sys.prefix, executable]
     return sorted({path for path in paths if os.path.exists(path)})
 
 
-def _bubblewrap(is_root: bool) -> list[str]:
-    """The command line that makes the namespaces."""
+def bubblewrap(paths: list[str], is_root: bool) -> list[str]:
+    """The command line that makes the namespaces, in which `paths` can be read and /tmp be written to; options and the
+    command are to follow. Also called by workflow/runners.py, for agents."""
     words = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
-    words += ["--new-session", "--as-pid-1", "--clearenv", "--cap-drop", "ALL"]
+    words += ["--new-session", "--cap-drop", "ALL"]
     words += [w for name in CAPABILITIES for w in ("--cap-add", name)] if is_root else ["--unshare-user"]
     words += ["--perms", "1777", "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp"]
-    paths = [*_readable(), *map(str, INSIDE)]  # some may lie in /tmp
+    # Some may lie in /tmp.
     parents = {str(parent) for path in paths for parent in Path(path).parents} - {"/", "/tmp"}
     for parent in sorted(p for p in parents if not any(Path(p).is_relative_to(bound) for bound in paths)):
         words += ["--perms", "0755", "--dir", parent]  # so that users within can go through
-    return [*words, *(word for path in paths for word in ("--ro-bind", path, path)), "--remount-ro", "/"]
+    return [*words, *(word for path in paths for word in ("--ro-bind", path, path))]
