@@ -1,7 +1,7 @@
 """One script and YAML trained with several seeds, and the curves of it as a picture.
 
 python benchmarks/learning_curves.py examples/arealite/own_verifier.py examples/arealite/needle.yaml \
-    [--seeds 1 2 3] [--picture docs/curves/needle.png] [--columns workflow_num_turns] [KEY=VALUE ...]
+    [--seeds 1,2,3] [--picture docs/curves/needle.png] [--columns NAME,NAME] [KEY=VALUE ...]
 
 The runs go one after the other, each in a folder of its own under --out; a run that has ended there is not repeated.
 Ends with one JSON line: of each seed the seconds in all, the mean reward of the first and last five steps, the held-out
@@ -90,8 +90,8 @@ def main() -> None:
     parser.add_argument("script")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--columns", nargs="*", default=[])
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3])
+    parser.add_argument("--columns", type=lambda text: text.split(","), default=[])
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--out", default=os.path.join(tempfile.gettempdir(), "learning_curves"))
     args = parser.parse_intermixed_args()
