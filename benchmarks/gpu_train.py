@@ -78,6 +78,7 @@ def make_batch(prompts: list[int], answer: int, num_answers: int, vocabulary: in
         versions=np.where(mask, 0, -1).astype(np.int32),
         cu_seqlens=np.cumsum([0, *map(len, rows)]),
         group_ids=np.repeat(np.arange(len(prompts)), num_answers),
+        sample_ids=np.arange(len(rows)),
         rewards=np.arange(len(rows)) % 2.0,
         truncated=np.zeros(len(rows), bool),
         num_groups=len(prompts),

@@ -100,7 +100,7 @@ def train(overrides: list[str], folder: str) -> None:
     batch = Batch(
         tokens=np.concatenate(rows).astype(np.int64), loss_mask=mask,
         logprobs=np.where(mask, -9, 0).astype(np.float32), versions=np.where(mask, 0, -1).astype(np.int32),
-        cu_seqlens=np.cumsum([0, *map(len, rows)]), group_ids=np.asarray(groups),
+        cu_seqlens=np.cumsum([0, *map(len, rows)]), group_ids=np.asarray(groups), sample_ids=np.arange(len(rows)),
         rewards=rng.normal(size=len(rows)), truncated=np.ones(len(rows), bool), num_groups=len(tasks),
         task_ids=[str(g) for g in groups],
     )  # fmt: skip

@@ -48,6 +48,7 @@ def random_batch(num_groups: int = 4, size: int = 2, prompt: int = 32, answer: i
         versions=np.where(mask, 0, -1).astype(np.int32),
         cu_seqlens=np.arange(num + 1) * length,
         group_ids=np.repeat(np.arange(num_groups), size),
+        sample_ids=np.arange(num),
         rewards=rng.integers(0, 2, num).astype(np.float64),
         truncated=np.zeros(num, bool),
         num_groups=num_groups,

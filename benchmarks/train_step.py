@@ -69,6 +69,7 @@ def as_batch(sequences: list[dict[str, Any]], group_size: int) -> Any:
         versions=np.where(mask, 0, -1).astype(np.int32),
         cu_seqlens=np.cumsum([0, *map(len, rows)]),
         group_ids=np.repeat(np.arange(num_groups), group_size),
+        sample_ids=np.arange(len(sequences)),
         rewards=np.asarray([s["reward"] for s in sequences]),
         truncated=np.zeros(len(rows), bool),
         num_groups=num_groups,

@@ -1,4 +1,4 @@
-"""Advantages and returns of a whole step against plain loops over sequences and tokens, in Python floats."""
+"""Advantages and returns of a whole step against plain loops over samples and tokens, in Python floats."""
 
 from dataclasses import replace
 
@@ -34,19 +34,21 @@ def norm(values, groups, config):
 def plain(batch, config):
     """[T] advantages and returns."""
     spans = [range(*batch.cu_seqlens[i : i + 2]) for i in range(batch.num_sequences)]
-    generated = [[t for t in span if batch.loss_mask[t]] for span in spans]
-    rewards = []
-    for reward, own in zip(batch.rewards.tolist(), generated, strict=True):
+    rows = [np.flatnonzero(batch.sample_ids == sample) for sample in np.unique(batch.sample_ids)]
+    generated = [[t for i in own for t in spans[i] if batch.loss_mask[t]] for own in rows]
+    first = [own[0] for own in rows]
+
+    def shaped(reward, own):
         if config.overlong_tokens:
             excess = len(own) - (config.max_new_tokens - config.overlong_tokens)
             reward -= config.overlong_penalty_factor * min(max(excess / config.overlong_tokens, 0), 1)
         reward = (reward + config.reward_bias) * config.reward_scaling
-        rewards.append(
-            reward if config.reward_clip is None else min(max(reward, -config.reward_clip), config.reward_clip)
-        )
-    rewards = norm(rewards, batch.group_ids.tolist(), config.reward_norm)
+        return reward if config.reward_clip is None else min(max(reward, -config.reward_clip), config.reward_clip)
+
+    raw = [shaped(float(batch.rewards[i]), own) for i, own in zip(first, generated, strict=True)]
+    rewards = norm(raw, batch.group_ids[first].tolist(), config.reward_norm)
     returns, kept = np.zeros(len(batch.tokens)), []
-    for i, own in enumerate(generated):
+    for i, own, reward in zip(first, generated, rewards, strict=True):
         paid = [0.0] * len(own)
         if config.kl_in == "reward":
             paid = [
@@ -54,9 +56,9 @@ def plain(batch, config):
             ]
         if batch.values is None:
             to_go = [sum(config.gamma ** (k - j) * paid[k] for k in range(j, len(own))) for j in range(len(own))]
-            found = [rewards[i] - cost for cost in to_go]
+            found = [reward - cost for cost in to_go]
         else:
-            earned = [(rewards[i] if t == own[-1] else 0.0) - cost for t, cost in zip(own, paid, strict=True)]
+            earned = [(reward if t == own[-1] else 0.0) - cost for t, cost in zip(own, paid, strict=True)]
             found = plain_gae(earned, batch.values[own], [True] * len(own), config.gamma, config.gae_lambda)
             returns[own] = found + batch.values[own]
         if not (config.mask_truncated and batch.truncated[i]):

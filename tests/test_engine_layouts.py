@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support.batches import make, random_batch, share, train_one_step
+from support.batches import as_rows, make, random_batch, share, train_one_step
 from support.layouts import on_ranks
 
 from arealite.api.cli_args import GenerationHyperparameters, LoRAConfig, NormConfig, OptimizerConfig
@@ -69,6 +69,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "statistics of one share": {
         "adv_norm": NormConfig("batch", "batch"), "ppo_n_minibatches": 2, "mask_truncated": True,
     },
+    "samples of two rows": {
+        "importance_sampling_level": "sequence", "loss_aggregation": "seq-mean-token-mean", "max_tokens_per_mb": 30,
+    },
     "lora": {"lora": LoRAConfig(rank=4, alpha=3), "max_tokens_per_mb": 24},
     "lora, checkpointing": {"lora": LoRAConfig(4, 6, ["q_proj", "o_proj"]), "gradient_checkpointing": "full"},
 }  # fmt: skip
@@ -94,7 +97,7 @@ TWO_RANKS = ["plain", "sequence ratios", "checkpointing"]
 CASES = [Case(layout, "llama", "permuted, small budget") for layout, dims in LAYOUTS.items() if dims.e == 1]
 CASES += [Case(layout, "llama", "checkpointing") for layout in ("d2t2", "c2t2", "d2p2")]
 CASES += [Case(layout, "llama", v) for layout in ("d2", "t2", "c2", "p2") for v in TWO_RANKS]
-CASES += [Case("d2", "llama", v) for v in ("sequence mean", "statistics over all ranks", "statistics of one share")]
+CASES += [Case("d2", "llama", v) for v in OTHERS if v.startswith(("sequence mean", "statistics", "samples"))]
 CASES += [Case("t2", model, "permuted, small budget") for model in MODELS if model != "llama"]
 CASES += [Case("c2t2", model, "permuted, small budget") for model in ("gemma3_text", "mistral", "qwen3_moe")]
 CASES += [Case("d2", "llama", "all on one share"), Case("d2t2", "qwen3_moe", "all on one share")]
@@ -139,6 +142,8 @@ def batch_of(variation: str) -> tuple[Batch, np.ndarray]:
         assert column is not None
         column[batch.loss_mask] += 3  # near the logprobs of so small a vocabulary
     order = np.arange(batch.num_sequences)
+    if variation == "samples of two rows":
+        batch = as_rows(batch, order - 2 * (order % 3 == 2))
     if variation == "permuted, small budget":
         order = np.random.default_rng(1).permutation(order)
         batch = batch.select(order)

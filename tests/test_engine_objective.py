@@ -1,4 +1,4 @@
-"""One step's objective and its gradient against autograd through transformers, one sequence and one token at a time."""
+"""One step's objective and its gradient against autograd through transformers, one sample and one token at a time."""
 
 import math
 import statistics
@@ -22,29 +22,34 @@ def make(path, **changes):
     return batches.make(path, **{"optimizer": STILL, **changes})
 
 
-def rows_of(model, batch, temperature):
-    """Per sequence: logp and entropy of its loss tokens with gradient, and where these stand in the batch."""
-    for i in range(batch.num_sequences):
+def samples_of(model, batch, temperature):
+    """Per sample: logp and entropy of its loss tokens with gradient, where these stand in the batch, and its group."""
+    for sample in np.unique(batch.sample_ids):
+        rows = np.flatnonzero(batch.sample_ids == sample)
+        found = [torch.cat(parts) for parts in zip(*rows_of(model, batch, rows, temperature), strict=True)]
+        yield *found[:2], found[2].numpy(), batch.group_ids[rows[0]]
+
+
+def rows_of(model, batch, rows, temperature):
+    for i in rows:
         begin, end = batch.cu_seqlens[i : i + 2]
         ids = torch.from_numpy(batch.tokens[begin:end])
         logp = (model(ids[None]).logits[0] / temperature).log_softmax(-1)[:-1]
         keep = np.flatnonzero(batch.loss_mask[begin:end])
         entropy = -(logp.exp() * logp).sum(-1)[keep - 1]
-        yield logp[keep - 1, ids[keep]], entropy, keep + begin
+        yield logp[keep - 1, ids[keep]], entropy, torch.from_numpy(keep + begin)
 
 
 def plain_losses(model, batch, config, tokens):
     """The loss of every mini-batch, with gradient. Appends to `tokens` what the statistics say of each token."""
     batch = batch.select(np.flatnonzero(~(batch.truncated & config.mask_truncated)))
     kl_weight = config.kl_weight if config.kl_in == "loss" else 0.0
-    rows = list(rows_of(model, batch, config.temperature))
+    samples = list(samples_of(model, batch, config.temperature))
     sequence_level = config.importance_sampling_level == "sequence"
-    part_of = [g * config.ppo_n_minibatches // batch.num_groups for g in batch.group_ids]
     for part in range(config.ppo_n_minibatches):
-        own = [i for i in range(len(rows)) if part_of[i] == part and len(rows[i][2])]
+        own = [s for s in samples if s[3] * config.ppo_n_minibatches // batch.num_groups == part and len(s[2])]
         total = torch.zeros(())
-        for i in own:
-            logp, entropy, at = rows[i]
+        for logp, entropy, at, _ in own:
             prox, behaviour, ref = (torch.from_numpy(x[at]) for x in (batch.prox_logp, batch.logprobs, batch.ref_logp))
             prox = prox if config.use_decoupled_loss else behaviour
             log_w, log_r = prox - behaviour, logp - prox
@@ -75,7 +80,7 @@ def plain_losses(model, batch, config, tokens):
                     }
                 )
             divisor = {
-                "token-mean": sum(len(rows[j][2]) for j in own),
+                "token-mean": sum(len(at) for _, _, at, _ in own),
                 "seq-mean-token-mean": len(own) * len(losses),
                 "seq-mean-token-sum-norm": len(own) * (config.max_new_tokens or 0),
             }[config.loss_aggregation]

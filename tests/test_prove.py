@@ -44,7 +44,14 @@ def test_a_sound_engine_passes_on_all_layouts_of_two_ranks(tiny_llama, tmp_path,
     }  # fmt: skip
     assert "--ranks 4" in by_check["layout"][0].reason and "--ranks 4" in ran.stdout
     assert "float32: logprobs absolute 0.0002, loss 1e-05" in ran.stdout  # the tolerances
-    for check in ("micro-batches", "share_prompts", "packing order", "gradient checkpointing", "Hugging Face"):
+    for check in (
+        "micro-batches",
+        "share_prompts",
+        "packing order",
+        "samples in rows",
+        "gradient checkpointing",
+        "Hugging Face",
+    ):
         assert any(f.check.startswith(check) and f.outcome == "pass" for f in findings), check
     assert all(f.outcome == "pass" for f in by_check["resumed from a recovery point"])
     assert all(f.outcome == "pass" for f in by_check["same step twice, deterministic"])
@@ -55,7 +62,7 @@ def mean_per_micro_batch(monkeypatch):
     monkeypatch.setattr(
         actor_module,
         "token_weights",
-        lambda sequence_of, *_: torch.full((len(sequence_of),), 1 / max(len(sequence_of), 1)),
+        lambda sample_tokens, *_: torch.full((len(sample_tokens),), 1 / max(len(sample_tokens), 1)),
     )
 
 

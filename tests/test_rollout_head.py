@@ -213,6 +213,12 @@ def test_reward_errors_are_not_zeros(head, tmp_path):
         ({"status": "done"}, "status 'done'"),
         ({"finish_reason": "eos"}, "finish_reason 'eos'"),
         ({"task_id": "other"}, "task_id 'other'"),
+        ({"row_lengths": [1, 2]}, r"2 tokens in row_lengths \[1, 2\]; expected lengths from 1 of that sum"),
+        ({"row_lengths": [2, 0]}, "expected lengths from 1"),
+        ({"row_lengths": [1, 1]}, "begins row 1 with True in the loss_mask"),
+        ({"row_lengths": 2}, "row_lengths has 0 dimensions"),
+        ({"returns": [1.0]}, "has 1 returns for 2 tokens"),
+        ({"returns": [0.0, math.nan]}, "a finite one for each"),
     ],
 )
 def test_a_workflow_that_breaks_its_contract_is_told_with_task_and_member(changes, told):

@@ -1,4 +1,4 @@
-"""From raw rewards of sequences to advantages of tokens. Called by engine/ppo/actor.py."""
+"""From raw rewards of samples to advantages of tokens. Called by engine/ppo/actor.py."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def normalise(
     leave_one_out: bool = False,
     eps: float = 1e-6,
     all_reduce: AllReduce = lambda tensor, _: tensor,
+    of: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """y = (x - mean) / (std + eps), float64 [n]; `groups` int64 [n] are non-negative group ids in any order.
 
@@ -42,19 +43,24 @@ def normalise(
     arXiv:2402.14740): mean_i = (sum - x_i) / (n - 1).
 
     Entries of a set (the mean's or the deviation's) without spread, singletons among them, are exactly 0: in floating
-    point their mean can differ from them by a rounding error, which a tiny deviation would blow up to order 1.
+    point their mean can differ from them by a rounding error, which a tiny deviation would blow up to order 1. So the
+    mean is the entry itself, and the deviation infinite.
+
+    `of`: values [m], and int64 [m] the entry of each, whose mean and deviation are taken; y is that of the values then.
     """
     x = x.to(torch.float64)
     moments = {level: _moments(x, groups, level, all_reduce) for level in dict.fromkeys((mean, std)) if level != "none"}
-    y = x
+    centre, divisor = torch.zeros_like(x), torch.ones_like(x)
     if mean != "none":
-        count, total, _, _ = moments[mean]
-        y = x - ((total - x) / (count - 1).clamp(min=1) if leave_one_out else total / count)
+        count, total, _, constant = moments[mean]
+        centre = torch.where(constant, x, (total - x) / (count - 1).clamp(min=1) if leave_one_out else total / count)
     if std != "none":
-        y = y / (moments[std][2] + eps)
-    for *_, constant in moments.values():
-        y = torch.where(constant, 0.0, y)
-    return y
+        *_, deviation, constant = moments[std]
+        divisor = torch.where(constant, torch.inf, deviation + eps)
+    if of is None:
+        return (x - centre) / divisor
+    values, entry = of
+    return (values - centre[entry]) / divisor[entry]
 
 
 def _moments(
@@ -78,23 +84,23 @@ def _moments(
     return count, total, (squares / (count - 1).clamp(min=1)).sqrt(), largest_of(x) == -largest_of(-x)
 
 
-def sum_to_go(x: torch.Tensor, sequence_of: torch.Tensor, factor: float) -> torch.Tensor:
-    """Discounted sum of `x` [T] from each token to the end of its sequence, float64 [T].
+def sum_to_go(x: torch.Tensor, sample_of: torch.Tensor, factor: float) -> torch.Tensor:
+    """Discounted sum of `x` [T] from each token to the end of its sample, float64 [T].
 
     G_t = sum over k >= t of factor^(k - t) * x_k, where k counts loss tokens only, so that prompts and tool output
-    take no time. `sequence_of` int64 [T] is ascending. Of -weight * KL of each token this is the KL to go.
+    take no time. `sample_of` int64 [T] is ascending. Of -weight * KL of each token this is the KL to go.
     """
-    count = torch.bincount(sequence_of)
-    to_the_end = count.cumsum(0)[sequence_of] - 1 - torch.arange(len(x))
+    count = torch.bincount(sample_of)
+    to_the_end = count.cumsum(0)[sample_of] - 1 - torch.arange(len(x))
     rows = x.new_zeros(int(count.max()) if len(x) else 0, len(count), dtype=torch.float64)  # the last tokens first
-    rows[to_the_end, sequence_of] = x.double()
+    rows[to_the_end, sample_of] = x.double()
     for earlier, later in zip(rows[1:], rows, strict=False):
         earlier += factor * later
-    return rows[to_the_end, sequence_of]
+    return rows[to_the_end, sample_of]
 
 
 def gae(
-    rewards: torch.Tensor, values: torch.Tensor, sequence_of: torch.Tensor, gamma: float, gae_lambda: float
+    rewards: torch.Tensor, values: torch.Tensor, sample_of: torch.Tensor, gamma: float, gae_lambda: float
 ) -> torch.Tensor:
     """Generalised advantage estimates of loss tokens (arXiv:1506.02438, eq. 16), float64 [T]; returns are A + V.
 
@@ -106,6 +112,6 @@ def gae(
     """
     values = values.double()
     following = torch.cat([values[1:], values.new_zeros(1)])[: len(values)]
-    is_last = torch.cat([sequence_of[1:] != sequence_of[:-1], sequence_of.new_ones(1, dtype=torch.bool)])[: len(values)]
+    is_last = torch.cat([sample_of[1:] != sample_of[:-1], sample_of.new_ones(1, dtype=torch.bool)])[: len(values)]
     deltas = rewards.double() + gamma * torch.where(is_last, 0.0, following) - values
-    return sum_to_go(deltas, sequence_of, gamma * gae_lambda)
+    return sum_to_go(deltas, sample_of, gamma * gae_lambda)

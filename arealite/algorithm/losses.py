@@ -20,43 +20,43 @@ class Denominators:
     """What a loss is divided by, counted over ALL ranks and micro-batches of one optimiser update, before any split."""
 
     num_tokens: int  # loss tokens
-    num_sequences: int  # sequences with at least one loss token
+    num_samples: int  # samples with at least one loss token
     max_tokens: int = 1  # the constant T_max of Dr.GRPO (arXiv:2503.20783)
 
 
-def token_weights(sequence_of: torch.Tensor, aggregation: str, over: Denominators) -> torch.Tensor:
+def token_weights(sample_tokens: torch.Tensor, aggregation: str, over: Denominators) -> torch.Tensor:
     """float32 [T] weights w such that sum(w * loss) over all ranks and micro-batches is the aggregate.
 
     token-mean (DAPO): 1 / M. seq-mean-token-mean (GRPO): 1 / (N * T_i). seq-mean-token-sum-norm (Dr.GRPO):
-    1 / (N * T_max). M loss tokens, N sequences, T_i loss tokens of the token's own sequence, which must be whole.
-    `sequence_of` int64 [T].
+    1 / (N * T_max). M loss tokens, N samples, T_i loss tokens of the token's own sample, in all of its rows:
+    `sample_tokens`, int64 [T].
     """
-    divisor = torch.ones(sequence_of.shape, dtype=torch.float64, device=sequence_of.device)
+    divisor = torch.ones(sample_tokens.shape, dtype=torch.float64, device=sample_tokens.device)
     if aggregation == "token-mean":
         divisor *= over.num_tokens
     elif aggregation == "seq-mean-token-mean":
-        divisor *= over.num_sequences * torch.bincount(sequence_of)[sequence_of]
+        divisor *= over.num_samples * sample_tokens
     else:
-        divisor *= over.num_sequences * over.max_tokens
+        divisor *= over.num_samples * over.max_tokens
     return divisor.reciprocal().float()
 
 
-def sequence_mean(x: torch.Tensor, sequence_of: torch.Tensor) -> torch.Tensor:
-    """Mean of `x` over each token's sequence, given back to every token; [T]."""
-    size = int(sequence_of.max()) + 1 if sequence_of.numel() else 0
-    count = torch.bincount(sequence_of, minlength=size).to(x.dtype)
-    return (x.new_zeros(size).index_add(0, sequence_of, x) / count.clamp(min=1))[sequence_of]
+def sample_mean(x: torch.Tensor, sample_of: torch.Tensor) -> torch.Tensor:
+    """Mean of `x` over each token's sample, which must be whole, given back to every token; [T]."""
+    size = int(sample_of.max()) + 1 if sample_of.numel() else 0
+    count = torch.bincount(sample_of, minlength=size).to(x.dtype)
+    return (x.new_zeros(size).index_add(0, sample_of, x) / count.clamp(min=1))[sample_of]
 
 
-def policy_ratio(logp: torch.Tensor, prox_logp: torch.Tensor, sequence_of: torch.Tensor, level: str) -> torch.Tensor:
+def policy_ratio(logp: torch.Tensor, prox_logp: torch.Tensor, sample_of: torch.Tensor, level: str) -> torch.Tensor:
     """r = policy / proximal policy for every token, [T].
 
-    Level "sequence" is GSPO-token (arXiv:2507.18071, eq. 14): s_i = exp(mean over the sequence of log r), whose value
+    Level "sequence" is GSPO-token (arXiv:2507.18071, eq. 14): s_i = exp(mean over the sample of log r), whose value
     every token carries while the gradient goes through the token's own logp.
     """
     log_ratio = (logp - prox_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if level == "sequence":
-        mean = sequence_mean(log_ratio.detach(), sequence_of)
+        mean = sample_mean(log_ratio.detach(), sample_of)
         return mean.exp() * (logp - logp.detach()).exp()
     return log_ratio.exp()
 
@@ -64,7 +64,7 @@ def policy_ratio(logp: torch.Tensor, prox_logp: torch.Tensor, sequence_of: torch
 def behaviour_weight(
     prox_logp: torch.Tensor,
     behaviour_logp: torch.Tensor,
-    sequence_of: torch.Tensor,
+    sample_of: torch.Tensor,
     level: str,
     correction: str,
     cap: float,
@@ -72,11 +72,11 @@ def behaviour_weight(
     """w = proximal / behaviour policy of decoupled PPO (arXiv:2110.00641, eq. 12), [T], without gradient.
 
     Above `cap`: "mask" sets it to 0 (the token leaves the numerator, denominators stay), "truncate" to the cap,
-    "none" leaves it. Level "sequence" takes the geometric mean over the sequence, as the ratio does.
+    "none" leaves it. Level "sequence" takes the geometric mean over the sample, as the ratio does.
     """
     log_weight = (prox_logp - behaviour_logp).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if level == "sequence":
-        log_weight = sequence_mean(log_weight, sequence_of)
+        log_weight = sample_mean(log_weight, sample_of)
     weight = log_weight.exp()
     if correction == "mask":  # written so that a NaN stays one: the update must not go on without its token
         return torch.where(weight > cap, 0.0, weight)

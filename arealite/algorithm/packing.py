@@ -97,28 +97,38 @@ def karmarkar_karp(sizes: Sequence[float], num_parts: int) -> list[list[int]]:
 
 
 def micro_batches(
-    sequences: Sequence[np.ndarray], group_ids: np.ndarray, capacity: int, share: bool = True, keep_groups: bool = False
+    sequences: Sequence[np.ndarray],
+    group_ids: np.ndarray,
+    capacity: int,
+    share: bool = True,
+    uncut_ids: np.ndarray | None = None,
 ) -> list[list[int]]:
     """Partition the sequences into few micro-batches of at most `capacity` tree nodes (a longer sequence stands alone),
     of equal sizes where that needs no more of them.
 
     Groups stay together where they fit, since their sequences share prefixes; a group that does not fit is cut in
     lexicographic order, where neighbours share most. `group_ids` int64 [n]. Without `share` sequences stand alone.
-    With `keep_groups` no group is cut, and one that does not fit stands alone.
+    Sequences of a group with equal `uncut_ids` (int64 [n]) stay together in any case, alone where they do not fit.
     """
-    if not share and not keep_groups:
-        group_ids = np.arange(len(sequences))
+    uncut_ids = np.arange(len(sequences)) if uncut_ids is None else uncut_ids
+    group_ids = group_ids if share else uncut_ids
     pieces: list[tuple[int, list[int]]] = []  # tree nodes, sequences
     for group in np.unique(group_ids):
         members = np.flatnonzero(group_ids == group)
         tree = prefix_tree([sequences[i] for i in members.tolist()], share)
+        units: dict[int, list[int]] = {}  # rows of the tree
+        for row, uncut in enumerate(uncut_ids[members[tree.order]].tolist()):
+            units.setdefault(uncut, []).append(row)
         piece: list[int] = []
-        size = 0
-        for row, added in enumerate(np.diff(tree.first_node).tolist()):
-            if piece and size + added > capacity and not keep_groups:
+        size, is_in_piece = 0, np.zeros(len(tree.tokens), np.bool_)
+        for rows in units.values():
+            nodes = tree.paths[rows[0]] if len(rows) == 1 else np.unique(np.concatenate([tree.paths[r] for r in rows]))
+            added = int((~is_in_piece[nodes]).sum())
+            if piece and size + added > capacity:
                 pieces.append((size, piece))
-                piece, size, added = [], 0, len(tree.paths[row])
-            piece.append(int(members[tree.order[row]]))
+                piece, size, added, is_in_piece = [], 0, len(nodes), np.zeros_like(is_in_piece)
+            is_in_piece[nodes] = True
+            piece += members[tree.order[rows]].tolist()
             size += added
         pieces.append((size, piece))
     sizes = [size for size, _ in pieces]

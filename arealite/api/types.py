@@ -7,6 +7,7 @@ is False.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -105,11 +106,16 @@ class Completion:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One attempt at a task, all turns in one token sequence.
+    """One attempt at a task: a sample, whatever its number of turns, and of token sequences that it is written in.
 
     `tokens` [T] int, `loss_mask` [T] bool (True where the policy produced the token), `logprobs` [T] float,
     `versions` [T] int. `reward` is None unless `status` is "ok": a failed reward is never a reward of 0. `statistics`:
     numbers of the workflow's own, whose means over a step are logged as workflow_<name>.
+
+    A sample whose tokens do not all extend each other (a history that was rewritten, a sub-agent) has several rows, end
+    to end in the order of time: `row_lengths`, whose sum is T; one row if empty. Each sampled token is in the loss mask
+    of one row; where other rows contain it, it is context. `returns` [T]: the return of each token in the loss mask,
+    where turns have rewards of their own; it is `reward` for all if empty.
     """
 
     task_id: str
@@ -128,6 +134,8 @@ class Trajectory:
     error: str = ""
     generate_s: float = 0.0
     reward_s: float = 0.0
+    row_lengths: list[int] = field(default_factory=list)
+    returns: list[float] = field(default_factory=list)
 
     @property
     def min_version(self) -> int:
@@ -145,17 +153,20 @@ class Group:
 
 
 PER_TOKEN = (
-    "tokens", "loss_mask", "logprobs", "versions", "prox_logp", "ref_logp", "values", "advantages", "returns"
+    "tokens", "loss_mask", "logprobs", "versions", "turn_returns", "prox_logp", "ref_logp", "values", "advantages",
+    "returns",
 )  # fmt: skip
-PER_SEQUENCE = ("group_ids", "rewards", "truncated")
+PER_SEQUENCE = ("group_ids", "sample_ids", "rewards", "truncated")
 
 
 @dataclass
 class Batch:
-    """Trajectories packed end to end, without padding; T tokens in N sequences.
+    """Trajectories packed end to end, without padding; T tokens in N sequences of S samples.
 
-    Sequence i covers tokens [cu_seqlens[i], cu_seqlens[i+1]). In a distributed run each rank holds its share, and
-    `group_ids` and `num_groups` still speak of the whole step, so that nothing depends on how the step was cut.
+    Sequence i covers tokens [cu_seqlens[i], cu_seqlens[i+1]). It is a row of sample `sample_ids[i]`, whose reward and
+    end stand at each of its rows; the rows of a sample come in the order of time. In a distributed run each rank holds
+    its share, whole groups, and `group_ids`, `sample_ids` and `num_groups` still speak of the whole step, so that
+    nothing depends on how the step was cut.
     """
 
     tokens: np.ndarray  # int64 [T]
@@ -164,10 +175,12 @@ class Batch:
     versions: np.ndarray  # int32 [T], -1 where not generated
     cu_seqlens: np.ndarray  # int64 [N + 1]
     group_ids: np.ndarray  # int64 [N], position of the sequence's group in the step: 0 .. num_groups - 1
+    sample_ids: np.ndarray  # int64 [N], equal for the rows of one sample
     rewards: np.ndarray  # float64 [N]
     truncated: np.ndarray  # bool [N], finish reason "length"
     num_groups: int  # groups in the whole step, over all ranks
     task_ids: list[str]  # N entries
+    turn_returns: np.ndarray | None = None  # float64 [T], Trajectory.returns, if any sample has them
     prox_logp: np.ndarray | None = None  # float32 [T], trainer's logprob at the start of the step
     ref_logp: np.ndarray | None = None  # float32 [T]
     values: np.ndarray | None = None  # float32 [T], the critic's at the start of the step
@@ -188,33 +201,47 @@ class Batch:
         """The sequence of each token, int64 [T]."""
         return np.repeat(np.arange(self.num_sequences), self.lengths)
 
-    @classmethod
-    def pack(cls, groups: list[Group], first_group_id: int = 0, num_groups: int | None = None) -> Batch:
-        """Pack the `ok` trajectories of `groups`; group ids count from `first_group_id` in the order given."""
-        rows = [
-            (first_group_id + g, t) for g, group in enumerate(groups) for t in group.trajectories if t.status == "ok"
-        ]
-        trajectories = [t for _, t in rows]
+    @property
+    def samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first sequence of each sample, int64 [S], and which of these samples each sequence is of, int64 [N]."""
+        _, first, sample_of = np.unique(self.sample_ids, return_index=True, return_inverse=True)
+        return first, sample_of
 
-        def flat(name: str, dtype: type) -> np.ndarray:
-            parts: list[np.ndarray] = [np.asarray(getattr(t, name), dtype=dtype) for t in trajectories]
+    @classmethod
+    def pack(cls, groups: list[Group], num_groups: int | None = None) -> Batch:
+        """Pack the `ok` trajectories of `groups`; groups and samples are numbered in the order given. Rows without a
+        token in the loss are left out where a sample has others."""
+        samples = [(g, t) for g, group in enumerate(groups) for t in group.trajectories if t.status == "ok"]
+        trajectories = [t for _, t in samples]
+        rows = [t.row_lengths or [len(t.tokens)] for t in trajectories]
+        sample_ids = np.asarray([i for i, lengths in enumerate(rows) for _ in lengths], dtype=np.int64)
+
+        def flat(columns: Iterable[Sequence[Any]], dtype: type) -> np.ndarray:
+            parts: list[np.ndarray] = [np.asarray(column, dtype=dtype) for column in columns]
             return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
-        return cls(
-            tokens=flat("tokens", np.int64),
-            loss_mask=flat("loss_mask", np.bool_),
-            logprobs=flat("logprobs", np.float32),
-            versions=flat("versions", np.int32),
-            cu_seqlens=np.cumsum([0, *(len(t.tokens) for t in trajectories)]).astype(np.int64),
-            group_ids=np.asarray([g for g, _ in rows], dtype=np.int64),
-            rewards=np.asarray([t.reward for t in trajectories], dtype=np.float64),
-            truncated=np.asarray([t.finish_reason == "length" for t in trajectories], dtype=np.bool_),
+        has_returns = any(t.returns for t in trajectories)
+        returns = (t.returns or [t.reward or 0.0] * len(t.tokens) for t in trajectories)
+        batch = cls(
+            tokens=flat((t.tokens for t in trajectories), np.int64),
+            loss_mask=flat((t.loss_mask for t in trajectories), np.bool_),
+            logprobs=flat((t.logprobs for t in trajectories), np.float32),
+            versions=flat((t.versions for t in trajectories), np.int32),
+            cu_seqlens=np.cumsum([0, *(length for lengths in rows for length in lengths)]).astype(np.int64),
+            group_ids=np.asarray([g for g, _ in samples], dtype=np.int64)[sample_ids],
+            sample_ids=sample_ids,
+            rewards=np.asarray([t.reward for t in trajectories], dtype=np.float64)[sample_ids],
+            truncated=np.asarray([t.finish_reason == "length" for t in trajectories], dtype=np.bool_)[sample_ids],
             num_groups=len(groups) if num_groups is None else num_groups,
-            task_ids=[t.task_id for t in trajectories],
+            task_ids=[trajectories[i].task_id for i in sample_ids.tolist()],
+            turn_returns=flat(returns, np.float64) if has_returns else None,
         )
+        num_in_loss = np.bincount(batch.owners[batch.loss_mask], minlength=batch.num_sequences)
+        is_kept = (num_in_loss > 0) | (np.bincount(sample_ids)[sample_ids] == 1)
+        return batch if is_kept.all() else batch.select(np.flatnonzero(is_kept))
 
     def select(self, sequences: np.ndarray | list[int]) -> Batch:
-        """The batch of the given sequences, in that order (group ids and num_groups unchanged)."""
+        """The batch of the given sequences, in that order (group ids, sample ids and num_groups unchanged)."""
         chosen = [int(i) for i in sequences]
         spans = [np.arange(self.cu_seqlens[i], self.cu_seqlens[i + 1]) for i in chosen]
         at = np.concatenate(spans) if spans else np.zeros(0, np.int64)

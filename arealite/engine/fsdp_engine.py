@@ -22,7 +22,7 @@ from arealite.engine import recover
 from arealite.engine.determinism import be_deterministic
 from arealite.engine.flops import peak_flops
 from arealite.engine.memory import wait_for
-from arealite.engine.micro_batch import MicroBatch, check_tokens, columns_of, count_loss, cut, idle
+from arealite.engine.micro_batch import MicroBatch, Uncut, check_tokens, columns_of, count_loss, cut, idle
 from arealite.engine.optim import clip_gradients, gradient_norms, learning_rate, not_finite
 from arealite.engine.packed_model import LANGUAGE, Head
 from arealite.engine.parallel.pipeline import from_last_stage, with_tied_sum
@@ -56,16 +56,16 @@ class FSDPEngine:
         dims: Dims | None = None,
         head: Head = LANGUAGE,
         updates_per_step: int = 1,
-        keep_groups: bool = False,
+        uncut: Uncut = "sequence",
         layouts: tuple[Dims, ...] = (),
     ) -> None:
-        """`dims`: how the model is spread, and over which ranks; over all of them by data if not given. `keep_groups`:
-        whether a group must be in one micro-batch. `layouts`: of a run where models have ranks of their own, how each
+        """`dims`: how the model is spread, and over which ranks; over all of them by data if not given. `uncut`:
+        what must be in one micro-batch. `layouts`: of a run where models have ranks of their own, how each
         set of ranks shares out a batch, in their order."""
         if head is not LANGUAGE and config.lora is not None:
             raise ConfigError("lora is given for a model with a value head, which needs all of its weights: remove it")
         self.config, self.trainable, self._dims, self._layouts = config, trainable, dims, layouts
-        self.head, self.updates_per_step, self._keep_groups = head, updates_per_step, keep_groups
+        self.head, self.updates_per_step, self._uncut = head, updates_per_step, uncut
         self.temperature: float = 1.0 if config.temperature is None else config.temperature
         if not self.temperature > 0:
             raise ConfigError("actor.temperature is 0: greedy answers have no logprobs to train on; set it above 0")
@@ -255,7 +255,7 @@ class FSDPEngine:
         self.ranks.barrier(what)
         check_tokens(batch, self.sharded.num_embeddings, self.sharded.folder)
         device = self.mesh.device
-        own = cut(batch, self.config.max_tokens_per_mb, device, self.config.share_prompts, self._keep_groups)
+        own = cut(batch, self.config.max_tokens_per_mb, device, self.config.share_prompts, self._uncut)
         most = int(self.ranks.reduce(torch.tensor([max(len(own), 1)]), "max"))
         return own + [idle(device) for _ in range(most - len(own))]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from arealite.api.types import PER_SEQUENCE, Batch
 from arealite.engine.attention import Layout
 from arealite.engine.memory import on_device
 from arealite.engine.parallel.ranks import RankCollective
+
+Uncut = Literal["sequence", "sample", "group"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class MicroBatch:
     targets: torch.Tensor  # int64 [P]
     at: np.ndarray  # int64 [P], positions in the batch's per-token arrays
     sequences: np.ndarray  # int64, the batch's sequences in this micro-batch
-    sequence_of: torch.Tensor  # int64 [P], index into `sequences`
+    sample_of: torch.Tensor  # int64 [P], the token's sample, counted from 0 in this micro-batch
+    sample_tokens: torch.Tensor  # int64 [P], loss tokens of that sample in the whole batch
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,13 @@ def check_tokens(batch: Batch, num_embeddings: int, model: str) -> None:
 
 
 def cut(
-    batch: Batch, capacity: int, device: torch.device, share_prompts: bool = True, keep_groups: bool = False
+    batch: Batch, capacity: int, device: torch.device, share_prompts: bool = True, uncut: Uncut = "sequence"
 ) -> list[MicroBatch]:
     """Micro-batches of at most `capacity` computed tokens over all sequences that have loss tokens.
 
     A sequence is computed up to the token that predicts its last loss token; what it shares with others of its
-    micro-batch is computed once, unless `share_prompts` is off. `keep_groups`: a group is in one micro-batch, whatever
-    its size.
+    micro-batch is computed once, unless `share_prompts` is off. What is `uncut` is in one micro-batch, whatever its
+    size.
     """
     wanted: list[np.ndarray] = []
     chosen: list[int] = []
@@ -87,15 +91,20 @@ def cut(
         wanted.append(positions)
     begins, sequences = batch.cu_seqlens[chosen], np.asarray(chosen, np.int64)
     inputs = [batch.tokens[b : b + positions[-1]] for b, positions in zip(begins, wanted, strict=True)]
-    parts = micro_batches(inputs, batch.group_ids[chosen], capacity, share_prompts, keep_groups)
+    sample_of = batch.samples[1][sequences]
+    uncut_ids = {"sequence": None, "sample": sample_of, "group": batch.group_ids[sequences]}[uncut]
+    parts = micro_batches(inputs, batch.group_ids[sequences], capacity, share_prompts, uncut_ids)
+    num_wanted = np.asarray([len(positions) for positions in wanted], np.int64)
+    samples = np.stack([sample_of, np.bincount(sample_of, weights=num_wanted).astype(np.int64)[sample_of]], axis=1)
     return [
-        assemble(batch.tokens, begins[m], [wanted[i] for i in m], sequences[m], device, share_prompts) for m in parts
+        assemble(batch.tokens, begins[m], [wanted[i] for i in m], sequences[m], device, share_prompts, samples[m])
+        for m in parts
     ]
 
 
 def count_loss(batch: Batch, ranks: RankCollective) -> Denominators:
-    """Tokens in the loss and sequences that have any, of all ranks. Collective."""
-    counts = torch.tensor([int(batch.loss_mask.sum()), len(np.unique(batch.owners[batch.loss_mask]))])
+    """Tokens in the loss and samples that have any, of all ranks. Collective."""
+    counts = torch.tensor([int(batch.loss_mask.sum()), len(np.unique(batch.sample_ids[batch.owners[batch.loss_mask]]))])
     return Denominators(*ranks.reduce(counts, "sum").tolist())
 
 
@@ -116,7 +125,7 @@ def columns_of(
 def idle(device: torch.device) -> MicroBatch:
     """A micro-batch that asks for nothing: a rank without work takes part in the others' collectives with it."""
     none = np.zeros(0, np.int64)
-    return _on(device, none, prefix_tree([np.zeros(1, np.int64)]), none, none, none, none)
+    return _on(device, none, prefix_tree([np.zeros(1, np.int64)]), none, none, none, np.zeros((0, 2), np.int64))
 
 
 def assemble(
@@ -126,17 +135,22 @@ def assemble(
     sequences: np.ndarray,
     device: torch.device,
     share: bool = True,
+    samples: np.ndarray | None = None,
 ) -> MicroBatch:
     """One micro-batch: of the sequences that begin at `begins` [n] in `tokens` [T] the tokens at the positions `wanted`
-    (n arrays, ascending, from 1 in each sequence). `sequences` [n]: what they are called."""
+    (n arrays, ascending, from 1 in each sequence). `sequences` [n]: what they are called; `samples` int64 [n, 2]: the
+    sample of each, and the loss tokens of that. If not given each is a sample by itself."""
+    if samples is None:
+        samples = np.stack([sequences, [len(positions) for positions in wanted]], axis=1)
     tree = prefix_tree([tokens[b : b + positions[-1]] for b, positions in zip(begins, wanted, strict=True)], share)
     in_order = [wanted[i] for i in tree.order]
-    # For every loss token: the node that predicts it, its place in the batch, its sequence; by ascending node.
+    # For every loss token: the node that predicts it, its place in the batch, its sample; by ascending node.
     nodes = np.concatenate([path[positions - 1] for path, positions in zip(tree.paths, in_order, strict=True)])
     owner = np.repeat(tree.order, [len(positions) for positions in in_order])
     at = begins[owner] + np.concatenate(in_order)
     by_node = np.argsort(nodes, kind="stable")
-    return _on(device, tokens, tree, nodes[by_node], at[by_node], sequences, owner[by_node])
+    samples[:, 0] = np.unique(samples[:, 0], return_inverse=True)[1]
+    return _on(device, tokens, tree, nodes[by_node], at[by_node], sequences, samples[owner[by_node]])
 
 
 def _on(
@@ -146,9 +160,9 @@ def _on(
     nodes: np.ndarray,
     at: np.ndarray,
     sequences: np.ndarray,
-    sequence_of: np.ndarray,
+    samples: np.ndarray,
 ) -> MicroBatch:
     predicting, row_of = np.unique(nodes, return_inverse=True)
-    arrays = (tree.tokens, tree.depth, predicting, row_of, tokens[at], sequence_of)
-    inputs, positions, predicted, rows, targets, owners = (on_device(x, device) for x in arrays)
-    return MicroBatch(inputs, positions, Layout(tree, device), predicted, rows, targets, at, sequences, owners)
+    arrays = (tree.tokens, tree.depth, predicting, row_of, tokens[at], samples.T)
+    inputs, positions, predicted, rows, targets, of_samples = (on_device(x, device) for x in arrays)
+    return MicroBatch(inputs, positions, Layout(tree, device), predicted, rows, targets, at, sequences, *of_samples)

@@ -22,7 +22,7 @@ def rw_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Share of the pairs among `scores` [2 n] in the mean of `pair_loss` over all pairs, and in those of `accuracy`
     (whether the preferred answer scores higher; equal scores count half) and `margin`."""
-    num_pairs = max(over.num_sequences // 2, 1)
+    num_pairs = max(over.num_samples // 2, 1)
     preferred_first = torch.argsort(2 * group_ids - rewards)
     chosen, rejected = scores[preferred_first].view(-1, 2).unbind(1)
     margin = (chosen - rejected).detach()
@@ -41,14 +41,14 @@ class FSDPRWEngine(FSDPEngine):
     """
 
     def __init__(self, config: TrainEngineConfig, dims: Dims | None = None) -> None:
-        super().__init__(config, dims=dims, head=REWARD, keep_groups=True)
+        super().__init__(config, dims=dims, head=REWARD, uncut="group")
 
     def train_rw(self, batch: Batch) -> dict[str, float]:
         """One optimiser update with `rw_loss`; statistics over all ranks. Collective. Raises NumericalError."""
         stats, updates = self.learn(batch, rw_loss, ("group_ids", "rewards"))
         for update in updates:
             stats |= {name: update.statistics[name] for name in ("accuracy", "margin")}
-        return {**stats, "num_pairs": float(sum(update.over.num_sequences // 2 for update in updates) or 1)}
+        return {**stats, "num_pairs": float(sum(update.over.num_samples // 2 for update in updates) or 1)}
 
     def evaluate_rw(self, batch: Batch) -> dict[str, float]:
         """`loss`, `accuracy` and `margin` under the current weights, over all ranks. Collective."""
@@ -59,4 +59,4 @@ class FSDPRWEngine(FSDPEngine):
         loss, parts = rw_loss(None, scores, over=over, group_ids=groups, rewards=rewards)
         sums = torch.stack([loss, parts["accuracy"], parts["margin"]]).double()
         means = dict(zip(("loss", *parts), self.ranks.reduce(sums, "sum").tolist(), strict=True))
-        return {**means, "num_pairs": float(max(over.num_sequences // 2, 1))}
+        return {**means, "num_pairs": float(max(over.num_samples // 2, 1))}

@@ -43,6 +43,7 @@ from arealite.prove.step import ABSOLUTE, LAYOUT, TOLERANCES, Distance, Finding,
 MAX_PROMPT_TOKENS = 64  # of a prompt its last ones are used
 LONGEST_ANSWER = 10
 PERMUTED = "packing order"  # the check that also changes the order of sequences and groups
+IN_ROWS = "samples in rows"  # the check that also cuts sequences after each of their answers
 STYLES = {"pass": None, "FAIL": "bold red", "skipped": "yellow"}
 
 
@@ -114,11 +115,14 @@ class Prover:
         if check == PERMUTED:
             batch, order = steps.permuted(batch, self._rng())
             compared = f"sequences and groups permuted, {compared}"
+        if check == IN_ROWS:
+            batch, order = steps.in_rows(batch)
+            compared = f"a row for each answer of a sample against one for all, {compared}"
         actor.config = replace(config, **changes)
         step = take_step(actor, batch, reference)
         actor.config = config
-        logp = np.zeros_like(step.logp)
-        logp[order] = step.logp
+        logp = np.zeros_like(reference.logp)
+        logp[order[batch.loss_mask]] = step.logp[batch.loss_mask]
         return judge(check, compared, steps.distances(replace(step, logp=logp), reference), config.dtype)
 
     def _check_layouts(self, config: PPOActorConfig, reference: Step) -> Iterator[Finding]:
@@ -165,6 +169,8 @@ def packings(config: PPOActorConfig, num_tokens: int, quick: bool) -> Iterator[t
         yield "micro-batches", {"max_tokens_per_mb": budget}
     yield "share_prompts", {"share_prompts": not config.share_prompts}
     yield PERMUTED, {"max_tokens_per_mb": num_tokens // 2}
+    for share in (True, False):
+        yield IN_ROWS, {"share_prompts": share}
 
 
 @contextmanager

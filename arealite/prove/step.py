@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from arealite.api.cli_args import PPOActorConfig
 from arealite.api.errors import ConfigError
-from arealite.api.types import Batch, Dims, Group, Task, Trajectory
+from arealite.api.types import PER_TOKEN, Batch, Dims, Group, Task, Trajectory
 from arealite.engine.parallel.ranks import join_ranks, pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.launcher.child import free_ports
@@ -197,6 +197,19 @@ def permuted(batch: Batch, rng: np.random.Generator) -> tuple[Batch, np.ndarray]
     tokens = np.concatenate([np.arange(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]) for i in order])
     changed = batch.select(order)
     return replace(changed, group_ids=rng.permutation(batch.num_groups)[changed.group_ids]), tokens
+
+
+def in_rows(batch: Batch) -> tuple[Batch, np.ndarray]:
+    """The same samples with a row for each of their answers, which repeats what stands before it; and int64 [T]: where
+    each of the new tokens was."""
+    ends = np.flatnonzero(batch.loss_mask & ~np.append(batch.loss_mask[1:], False)) + 1
+    owner = batch.owners[ends - 1]
+    lengths = ends - batch.cu_seqlens[owner]
+    tokens = np.concatenate([np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)])
+    changed = batch.select(owner)
+    columns = {name: x[tokens] for name in PER_TOKEN if (x := getattr(batch, name)) is not None}
+    columns["loss_mask"] = columns["loss_mask"] & (tokens >= np.repeat([0, *ends[:-1]], lengths))
+    return replace(changed, **columns, cu_seqlens=np.cumsum([0, *lengths])), tokens
 
 
 # -- on several ranks --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from arealite.observe.reasons import last_line, reasons
 NOT_RETRIED = (RequestError, ConfigError, DatasetError)  # running the episode again would end the same way
 LOGPROB_SLACK = 1e-3  # of rounding, above 0
 KINDS = {"tokens": "iu", "loss_mask": "biu", "logprobs": "fiu", "versions": "iu"}  # numpy's letters
+KINDS_OF_ROWS = {"row_lengths": "iu", "returns": "fiu"}
 
 
 class EpisodeFailed(Exception):
@@ -86,10 +87,14 @@ def _sound(task: Task, trajectories: list[Trajectory]) -> list[Trajectory]:
                 sizes = ", ".join(f"{len(columns[name])} {name}" for name in KINDS)
                 raise ValueError(f"has {sizes}; expected the same number of each")
             mask = columns["loss_mask"].astype(bool)
+            rows, returns = _column("row_lengths", t.row_lengths), _column("returns", t.returns)
             _check(task, t, mask, columns)
+            _check_rows(t, mask, rows, returns)
             columns["versions"] = np.where(mask, columns["versions"], -1)
             columns["logprobs"] = np.where(mask, columns["logprobs"], 0.0)
             plain: dict[str, Any] = {name: column.tolist() for name, column in (columns | {"loss_mask": mask}).items()}
+            plain["row_lengths"] = rows.tolist()
+            plain["returns"] = np.where(mask, returns, 0.0).tolist() if len(returns) else []
             plain["reward"] = None if t.reward is None else float(t.reward)
             for name, numbers in (("reward_parts", t.reward_parts), ("statistics", t.statistics)):
                 try:
@@ -108,7 +113,7 @@ def _column(name: str, values: Any) -> np.ndarray:
         column = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
-    if column.ndim != 1 or (column.size and column.dtype.kind not in KINDS[name]):
+    if column.ndim != 1 or (column.size and column.dtype.kind not in (KINDS | KINDS_OF_ROWS)[name]):
         raise ValueError(f"{name} has {column.ndim} dimensions of {column.dtype}; expected a list of numbers")
     return column if column.size else column.astype(int)
 
@@ -137,6 +142,17 @@ def _check(task: Task, t: Trajectory, mask: np.ndarray, columns: dict[str, np.nd
     ):
         if is_wrong.any():
             raise ValueError(f"has the {name} {values[is_wrong][0]} ({is_wrong.sum()} such); expected {expected}")
+
+
+def _check_rows(t: Trajectory, mask: np.ndarray, rows: np.ndarray, returns: np.ndarray) -> None:
+    """Raises ValueError: not the whole of the tokens is in rows that can be trained on, or has a return."""
+    if len(rows) and (rows.min() < 1 or rows.sum() != len(mask)):
+        raise ValueError(f"has {len(mask)} tokens in row_lengths {rows.tolist()}; expected lengths from 1 of that sum")
+    begins = np.cumsum([0, *rows[:-1]]) if len(mask) else rows
+    if t.status == "ok" and (bad := np.flatnonzero(mask[begins])).size:
+        raise ValueError(f"begins row {bad[0]} with True in the loss_mask; expected False: nothing predicts that token")
+    if len(returns) and (len(returns) != len(mask) or not np.isfinite(returns[mask]).all()):
+        raise ValueError(f"has {len(returns)} returns for {len(mask)} tokens; expected none, or a finite one for each")
 
 
 def _is_finite(value: Any) -> bool:

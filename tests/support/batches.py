@@ -59,6 +59,7 @@ def random_batch(num_groups=4, size=3, prompt=7, longest=9, seed=0, vocabulary=4
         versions=np.where(mask, 0, -1).astype(np.int32),
         cu_seqlens=cu,
         group_ids=np.asarray(groups),
+        sample_ids=np.arange(len(rows)),
         rewards=rng.integers(0, 3, len(rows)).astype(np.float64),
         truncated=np.arange(len(rows)) % 5 == 4,
         num_groups=num_groups,
@@ -67,14 +68,22 @@ def random_batch(num_groups=4, size=3, prompt=7, longest=9, seed=0, vocabulary=4
     )
 
 
+def as_rows(batch: Batch, sample_ids) -> Batch:
+    """Its sequences as rows of these samples, with the reward and the end of the sample's first one."""
+    first = np.unique(sample_ids, return_index=True, return_inverse=True)[1:]
+    of = first[0][first[1]]
+    return replace(batch, sample_ids=sample_ids, rewards=batch.rewards[of], truncated=batch.truncated[of])
+
+
 def crooked_batch() -> Batch:
-    """Groups of 5, 4, 1, 2 and 1 answers, equal rewards in one, an answer without tokens in the loss, equal answers."""
+    """Groups of 4, 3, 1, 2 and 1 samples, two of them of two rows that do not follow each other; equal rewards in one,
+    a sample without tokens in the loss, equal answers."""
     batch = random_batch(num_groups=5, size=5)
     sizes = [5, 4, 1, 2, 1]
     batch = batch.select([5 * g + m for g, size in enumerate(sizes) for m in range(size)])
     batch.rewards[batch.group_ids == 3] = 0.7
     batch.loss_mask[batch.cu_seqlens[1] : batch.cu_seqlens[2]] = False
-    return batch
+    return as_rows(batch, np.asarray([4, 1, 2, 3, 4, 9, 6, 9, 8, 5, 10, 11, 12]))
 
 
 def plain_kl(d: float, estimator: str) -> float:

@@ -24,7 +24,7 @@ from arealite.api.config_rules import needs_prox_logp
 from arealite.api.errors import ConfigError
 from arealite.api.types import Batch, Dims
 from arealite.engine.fsdp_engine import FSDPEngine
-from arealite.engine.micro_batch import MicroBatch
+from arealite.engine.micro_batch import MicroBatch, Uncut
 from arealite.engine.training_stats import Update, token_means
 
 NOT_IN_LOSS = "none of its tokens is in the loss"
@@ -40,7 +40,8 @@ class TokenColumns:
     behaviour_logp: torch.Tensor
     prox_logp: torch.Tensor | None  # None: the proximal policy is the current one. Used if the loss is decoupled
     ref_logp: torch.Tensor | None
-    sequence_of: torch.Tensor  # int64 [P]
+    sample_of: torch.Tensor  # int64 [P], the token's sample, counted from 0 in this micro-batch, where all of it is
+    sample_tokens: torch.Tensor  # int64 [P], loss tokens of that sample
 
 
 def grpo_loss_fn(
@@ -53,14 +54,14 @@ def grpo_loss_fn(
     takes the proximal one's place, and w = 1. `logp`, `entropy` float32 [P] with gradient.
     """
     level = config.importance_sampling_level
-    sequence_of, prox, behaviour = columns.sequence_of, columns.prox_logp, columns.behaviour_logp
+    sample_of, prox, behaviour = columns.sample_of, columns.prox_logp, columns.behaviour_logp
     if not config.use_decoupled_loss:
         prox = behaviour
     elif prox is None:
         prox = logp.detach()
     correction, cap = config.behav_imp_correction, config.behav_imp_weight_cap
-    weight = behaviour_weight(prox, behaviour, sequence_of, level, correction, cap)
-    ratio = policy_ratio(logp, prox, sequence_of, level)
+    weight = behaviour_weight(prox, behaviour, sample_of, level, correction, cap)
+    ratio = policy_ratio(logp, prox, sample_of, level)
     high = config.eps_clip if config.eps_clip_higher is None else config.eps_clip_higher
     surrogate, is_clipped = clipped_loss(ratio, columns.advantages, config.eps_clip, high, config.c_clip)
     loss = weight * surrogate
@@ -72,8 +73,8 @@ def grpo_loss_fn(
         if config.kl_in == "loss" and config.kl_weight:
             importance = (ratio * weight).detach()
             loss = loss + config.kl_weight * kl_loss(logp, columns.ref_logp, config.kl_estimator, importance)
-    total = (loss * token_weights(sequence_of, config.loss_aggregation, over)).sum()
-    raw_weight = behaviour_weight(prox, behaviour, sequence_of, "token", "none", cap)
+    total = (loss * token_weights(columns.sample_tokens, config.loss_aggregation, over)).sum()
+    raw_weight = behaviour_weight(prox, behaviour, sample_of, "token", "none", cap)
     return total, {
         "entropy": entropy.detach().sum(),
         "kl": kl.sum(),
@@ -104,7 +105,9 @@ class FSDPPPOActor(FSDPEngine):
     ) -> None:
         """`loss_fn`: called as `grpo_loss_fn` is, with at least one token. What it returns beside the loss is logged:
         sums over tokens as means over the tokens of the step, the largest of what ends in _max."""
-        super().__init__(config, dims=dims, updates_per_step=config.ppo_n_minibatches, layouts=layouts)
+        is_by_token = config.importance_sampling_level == "token" and loss_fn is grpo_loss_fn
+        uncut: Uncut = "sequence" if is_by_token else "sample"
+        super().__init__(config, dims=dims, updates_per_step=config.ppo_n_minibatches, uncut=uncut, layouts=layouts)
         self._loss_fn = loss_fn
         self.after_advantages: Callable[[Batch], object] = lambda batch: None  # on the ranks with the model
         self.untrained: dict[str, str] = {}
@@ -128,55 +131,71 @@ class FSDPPPOActor(FSDPEngine):
     def compute_advantages(self, batch: Batch) -> None:
         """Fill batch.advantages (float32 [T], 0 outside the loss) from batch.rewards. Collective.
 
-        overlong penalty -> bias, scale, clip -> reward_norm -> (+ KL to go, when kl_in is "reward") -> adv_norm. With
-        a critic's batch.values the reward stands at the last loss token, KL at each, and GAE takes the place of the
-        sum; batch.returns are filled too, with what the critic is to learn (from truncated answers as well). On ranks
-        without the model nothing is filled.
+        overlong penalty -> bias, scale, clip -> reward_norm -> (+ KL to go, when kl_in is "reward") -> adv_norm. Means
+        and deviations of rewards are over samples, each once, whatever its number of rows. Where turns have rewards of
+        their own (batch.turn_returns), a token's return takes the place of its sample's reward, shaped like it, with
+        the mean and deviation of the rewards.
+
+        With a critic's batch.values the reward stands at the last loss token, KL at each, and GAE takes the place of
+        the sum; what a token earns is how much its return exceeds that of the next one. batch.returns are filled too,
+        with what the critic is to learn (from truncated answers as well). Time is that of the sample: its rows follow
+        each other in the batch's order. On ranks without the model nothing is filled.
         """
         if not self.is_here:
             return
         config = self.config
-        mask, sequence_of = batch.loss_mask, batch.owners
-        owner = torch.from_numpy(sequence_of[mask])
-        groups = torch.from_numpy(batch.group_ids)
-        rewards = torch.from_numpy(batch.rewards)
+        first, sample_of = batch.samples
+        at, owner = _in_time(batch, sample_of)
+        groups, rewards = torch.from_numpy(batch.group_ids[first]), torch.from_numpy(batch.rewards[first])
+        penalty = torch.zeros(len(first), dtype=torch.float64)
         if config.overlong_tokens:
             assert config.max_new_tokens is not None
-            generated = torch.from_numpy(np.bincount(sequence_of[batch.loss_mask], minlength=batch.num_sequences))
+            generated = torch.bincount(owner, minlength=len(first))
             factor = config.overlong_penalty_factor
-            rewards = rewards + overlong_penalty(generated, config.max_new_tokens, config.overlong_tokens, factor)
-        shaped = shape_rewards(rewards, config.reward_bias, config.reward_scaling, config.reward_clip)
-        rewards = self._normalise(shaped, groups, config.reward_norm)[owner]
-        costs = self._kl_costs(batch, mask)
+            penalty = overlong_penalty(generated, config.max_new_tokens, config.overlong_tokens, factor)
+        shaping = config.reward_bias, config.reward_scaling, config.reward_clip
+        shaped = shape_rewards(rewards + penalty, *shaping)
+        earned = shaped[owner]
+        if batch.turn_returns is not None:
+            earned = shape_rewards(torch.from_numpy(batch.turn_returns[at]) + penalty[owner], *shaping)
+        earned = self._normalise(shaped, groups, config.reward_norm, (earned, owner))
+        costs = self._kl_costs(batch, at)
         if batch.values is None:
-            tokens = rewards if costs is None else rewards - sum_to_go(costs, owner, config.gamma)
+            tokens = earned if costs is None else earned - sum_to_go(costs, owner, config.gamma)
         else:
-            is_last = torch.from_numpy(np.append(np.diff(sequence_of[mask]) != 0, True)[: len(owner)])
-            of_tokens = torch.where(is_last, rewards, 0.0) - (0.0 if costs is None else costs)
-            values = torch.from_numpy(batch.values[mask])
+            following = torch.cat([earned[1:], earned.new_zeros(1)])[: len(earned)]
+            is_last = torch.cat([owner[1:] != owner[:-1], owner.new_ones(1, dtype=torch.bool)])[: len(owner)]
+            of_tokens = torch.where(is_last, earned, earned - following) - (0.0 if costs is None else costs)
+            values = torch.from_numpy(batch.values[at])
             tokens = gae(of_tokens, values, owner, config.gamma, config.gae_lambda)
-            batch.returns = _spread(tokens + values, mask)
-        in_loss = self._in_loss(batch)
-        tokens, owner = tokens[in_loss[mask]], owner[in_loss[mask]]
+            batch.returns = _spread(tokens + values, at, len(batch.tokens))
+        in_loss = self._in_loss(batch)[at]
+        tokens, owner, at = tokens[in_loss], owner[in_loss], at[in_loss]
         if config.adv_norm is not None:
             tokens = self._normalise(tokens, groups[owner], config.adv_norm)
-        batch.advantages = _spread(tokens, in_loss)
+        batch.advantages = _spread(tokens, at, len(batch.tokens))
         self.after_advantages(batch)
 
-    def _kl_costs(self, batch: Batch, mask: np.ndarray) -> torch.Tensor | None:
-        """What each loss token pays for its distance from the reference; None when KL is not in the reward."""
+    def _kl_costs(self, batch: Batch, at: np.ndarray) -> torch.Tensor | None:
+        """What the loss tokens at `at` pay for their distance from the reference; None when KL is not in the reward."""
         if self.config.kl_in != "reward" or not self.config.kl_weight:
             return None
-        old = torch.from_numpy(_required(batch.prox_logp, "prox_logp")[mask]).double()
-        ref = torch.from_numpy(_required(batch.ref_logp, "ref_logp")[mask]).double()
+        old = torch.from_numpy(_required(batch.prox_logp, "prox_logp")[at]).double()
+        ref = torch.from_numpy(_required(batch.ref_logp, "ref_logp")[at]).double()
         return self.config.kl_weight * kl_value(old, ref, self.config.kl_estimator)
 
     def _in_loss(self, batch: Batch) -> np.ndarray:
         """bool [T]: generated tokens, but for those of truncated answers where `mask_truncated` leaves them out."""
         return batch.loss_mask & ~(batch.truncated & self.config.mask_truncated)[batch.owners]
 
-    def _normalise(self, x: torch.Tensor, groups: torch.Tensor, norm: NormConfig) -> torch.Tensor:
-        return normalise(x, groups, norm.mean, norm.std, norm.leave_one_out, norm.eps, self.ranks.reduce)
+    def _normalise(
+        self,
+        x: torch.Tensor,
+        groups: torch.Tensor,
+        norm: NormConfig,
+        of: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        return normalise(x, groups, norm.mean, norm.std, norm.leave_one_out, norm.eps, self.ranks.reduce, of)
 
     def grpo_update(self, batch: Batch) -> dict[str, float]:
         """Train on the step's batch: one optimiser update per mini-batch, each on its own groups. Collective.
@@ -232,7 +251,7 @@ class FSDPPPOActor(FSDPEngine):
         prox_logp: torch.Tensor | None,
         ref_logp: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        columns = TokenColumns(advantages, logprobs, prox_logp, ref_logp, micro.sequence_of)
+        columns = TokenColumns(advantages, logprobs, prox_logp, ref_logp, micro.sample_of, micro.sample_tokens)
         over = replace(over, max_tokens=self.config.max_new_tokens or 1)
         return _checked(self._loss_fn(logp, entropy, columns, self.config, over), logp)
 
@@ -244,10 +263,19 @@ SOURCES = {
 }
 
 
-def _spread(tokens: torch.Tensor, mask: np.ndarray) -> np.ndarray:
-    """float32 [T], `tokens` where `mask`, 0 elsewhere."""
-    out = np.zeros(len(mask), dtype=np.float32)
-    out[mask] = tokens.float().numpy()
+def _in_time(batch: Batch, sample_of: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+    """Where the loss tokens are, sample by sample, in the order in which each was sampled, and the sample of each;
+    int64."""
+    at = np.flatnonzero(batch.loss_mask)
+    owner = sample_of[batch.owners[at]]
+    order = np.argsort(owner, kind="stable")
+    return at[order], torch.from_numpy(owner[order])
+
+
+def _spread(tokens: torch.Tensor, at: np.ndarray, num_tokens: int) -> np.ndarray:
+    """float32 [num_tokens], `tokens` where they are, 0 elsewhere."""
+    out = np.zeros(num_tokens, dtype=np.float32)
+    out[at] = tokens.float().numpy()
     return out
 
 
