@@ -49,6 +49,7 @@ class Rollout:
         return Trajectory(
             task.id, member, [1, 2], [False, True], [0.0, -1.0], [-1, 0], reward, "stop", status,
             prompt_text="<user>?", completion_text=f"answer {reward}", error=error,
+            statistics={"num_turns": member + 1},
         )  # fmt: skip
 
 
@@ -95,6 +96,7 @@ def test_the_same_step_is_not_asked_twice(tmp_path):
     assert evaluator.evaluate(9) is evaluator.evaluate(9) and head.calls == 1
     metrics = evaluator.evaluate(9).metrics()
     assert metrics["accuracy"] == metrics["accuracy_high"] == 1.0 > metrics["accuracy_low"] and metrics["step"] == 9
+    assert metrics["workflow_num_turns"] == 1.0
 
 
 def test_the_trainer_goes_on_beside_an_evaluation(tmp_path):

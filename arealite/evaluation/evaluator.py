@@ -18,7 +18,7 @@ from arealite.evaluation.sheet import question_of
 from arealite.evaluation.statistics import estimate, pass_at_k
 from arealite.observe.progress import show
 from arealite.observe.reasons import by_kind, last_line
-from arealite.observe.records import EvaluationResult, rollout_rows, version_spans, write_evaluation
+from arealite.observe.records import EvaluationResult, rollout_rows, version_spans, workflow_means, write_evaluation
 from arealite.observe.waits import in_background, waiting
 from arealite.rollout.share import Beat, from_head
 
@@ -163,6 +163,7 @@ def score(groups: Sequence[Group], step: int, num_tasks: int, evaluate_s: float)
         evaluate_s=evaluate_s,
         versions=sorted({version for t in trajectories for version, _ in version_spans(t)}),
         pass_at=_pass_at(scored),
+        means=workflow_means(t for t in trajectories if t.reward is not None),
         why=by_kind(last_line(t.error) for t in trajectories if t.status != "ok"),
     )
 

@@ -19,6 +19,8 @@ MAX_REASON = 60  # characters of the most frequent reason
 # Of a step's line: metric, label, format, style. What two blanks part may be broken over lines.
 FIELDS = (
     ("reward_mean", "  reward", "{:.3f}", "bold green"),
+    ("workflow_num_turns", "  turns", "{:.1f}", ""),
+    ("workflow_num_tool_calls", "  tool calls", "{:.1f}", ""),
     ("tokens_per_s", "  tokens/s", "{:.0f}", ""),
     ("train_tokens_per_s", "  trained tokens/s", "{:.0f}", ""),
     ("mfu", "  mfu", "{:.0%}", ""),

@@ -117,11 +117,18 @@ def rollout_stats(groups: Sequence[Group]) -> dict[str, float]:
         "completion_tokens_mean": num_tokens,
         "truncated_share": [t.finish_reason == "length" for t in scored],
     }
-    for t in scored:
+    return stats | {name: float(np.mean(values)) for name, values in means.items()} | workflow_means(scored)
+
+
+def workflow_means(trajectories: Iterable[Trajectory]) -> dict[str, float]:
+    """Means of the reward's parts (reward_part_<name>) and of the workflow's statistics (workflow_<name>), each over
+    the trajectories that have it."""
+    found: dict[str, list[float]] = {}
+    for t in trajectories:
         named = [("reward_part", t.reward_parts), ("workflow", t.statistics)]
         for name, value in ((f"{kind}_{name}", value) for kind, values in named for name, value in values.items()):
-            means.setdefault(name, []).append(value)
-    return stats | {name: float(np.mean(values)) for name, values in means.items()}
+            found.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,8 @@ class EvaluationResult:
     `accuracy` is the mean over scored tasks of the task's mean reward, `low` to `high` its 95% interval over tasks
     (evaluation/statistics.py). Answers whose reward failed are in `num_reward_errors`, never a reward of 0; a task
     without any scored answer is in `num_tasks` but not in `num_tasks_scored`. `versions`: of the weights that wrote the
-    answers. `pass_at[k]` is there for several samples per task. `why`: how many answers have no reward, by reason.
+    answers. `pass_at[k]` is there for several samples per task. `means`: those of `workflow_means`. `why`: how many
+    answers have no reward, by reason.
     """
 
     step: int
@@ -146,11 +154,13 @@ class EvaluationResult:
     evaluate_s: float
     versions: list[int] = field(default_factory=list)
     pass_at: dict[int, float] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)
     why: dict[str, int] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """What a line of metrics.jsonl says of it, as eval_<name>; the step is the one whose weights were asked."""
-        return {"step": self.step, "accuracy": self.accuracy, "accuracy_low": self.low, "accuracy_high": self.high}
+        accuracy = {"accuracy": self.accuracy, "accuracy_low": self.low, "accuracy_high": self.high}
+        return {"step": self.step, **accuracy, **self.means}
 
     def line(self) -> Text:
         """What it found, for the person who watches the run."""
