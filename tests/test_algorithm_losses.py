@@ -27,8 +27,8 @@ def columns(lengths, seed=0):
     g = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     logp, prox, behaviour, advantages = (torch.randn(total, generator=g, dtype=torch.float64) for _ in range(4))
-    sequence_of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return logp, prox, behaviour, advantages, sequence_of
+    sample_of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return logp, prox, behaviour, advantages, sample_of
 
 
 def plain_loss(lengths, logp, prox, behaviour, advantages, *, level, correction, cap, dual, aggregation, max_tokens):
@@ -61,11 +61,11 @@ def plain_loss(lengths, logp, prox, behaviour, advantages, *, level, correction,
     return sum(map(sum, per_sequence)) / (n * max_tokens)
 
 
-def loss_of(logp, prox, behaviour, advantages, sequence_of, over, *, level, correction, cap, dual, aggregation):
-    ratio = policy_ratio(logp, prox, sequence_of, level)
-    weight = behaviour_weight(prox, behaviour, sequence_of, level, correction, cap)
+def loss_of(logp, prox, behaviour, advantages, sample_of, tokens, over, *, level, correction, cap, dual, aggregation):
+    ratio = policy_ratio(logp, prox, sample_of, level)
+    weight = behaviour_weight(prox, behaviour, sample_of, level, correction, cap)
     loss, _ = clipped_loss(ratio, advantages, 0.2, 0.3, dual)
-    return (weight * loss * token_weights(sequence_of, aggregation, over)).sum()
+    return (weight * loss * token_weights(tokens, aggregation, over)).sum()
 
 
 @settings(deadline=None, max_examples=60)
@@ -78,10 +78,10 @@ def loss_of(logp, prox, behaviour, advantages, sequence_of, over, *, level, corr
     st.sampled_from(AGGREGATIONS),
 )
 def test_policy_loss_equals_the_plain_loop(lengths, seed, level, correction, dual, aggregation):
-    *x, sequence_of = columns(lengths, seed)
+    *x, sample_of = columns(lengths, seed)
     choice = {"level": level, "correction": correction, "cap": 1.2, "dual": dual, "aggregation": aggregation}
     over = Denominators(sum(lengths), len(lengths), 7)
-    got = loss_of(*x, sequence_of, over, **choice)
+    got = loss_of(*x, sample_of, torch.bincount(sample_of)[sample_of], over, **choice)
     expected = plain_loss(lengths, *[v.tolist() for v in x], **choice, max_tokens=7)
     assert got.item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
@@ -89,20 +89,24 @@ def test_policy_loss_equals_the_plain_loop(lengths, seed, level, correction, dua
 @settings(deadline=None, max_examples=40)
 @given(LENGTHS, st.integers(0, 99), st.sampled_from(["token", "sequence"]), st.sampled_from(AGGREGATIONS), st.data())
 def test_micro_batches_add_up(lengths, seed, level, aggregation, data):
-    """Cutting the sequences into micro-batches, in any order, changes neither loss nor gradient."""
-    *x, sequence_of = columns(lengths, seed)
+    """Cutting the samples into micro-batches, in any order, changes neither loss nor gradient; at the level of tokens
+    a sample may be cut as well."""
+    *x, sample_of = columns(lengths, seed)
     x[0].requires_grad_()
     over = Denominators(sum(lengths), len(lengths), 7)
     choice = {"level": level, "correction": "truncate", "cap": 2.0, "dual": None, "aggregation": aggregation}
-    whole = loss_of(*x, sequence_of, over, **choice)
+    tokens = torch.bincount(sample_of)[sample_of]
+    whole = loss_of(*x, sample_of, tokens, over, **choice)
     (slope,) = torch.autograd.grad(whole, x[0])
-    part_of = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths))))
+    num = len(lengths) if level == "sequence" else len(sample_of)
+    part_of = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=num, max_size=num)))
+    part_of = part_of[sample_of] if level == "sequence" else part_of
     total = torch.zeros((), dtype=torch.float64)
     for part in range(3):
-        at = torch.nonzero(part_of[sequence_of] == part)[:, 0]
+        at = torch.nonzero(part_of == part)[:, 0]
         at = at[torch.randperm(len(at), generator=torch.Generator().manual_seed(seed))]
-        _, local = torch.unique(sequence_of[at], return_inverse=True)
-        total = total + loss_of(*[v[at] for v in x], local, over, **choice)
+        _, local = torch.unique(sample_of[at], return_inverse=True)
+        total = total + loss_of(*[v[at] for v in x], local, tokens[at], over, **choice)
     (cut_slope,) = torch.autograd.grad(total, x[0])
     assert total.item() == pytest.approx(whole.item(), rel=1e-9, abs=1e-12)
     assert torch.allclose(cut_slope, slope, atol=1e-12)

@@ -100,6 +100,20 @@ def test_micro_batches_hold_everything_once_within_the_budget(rows, capacity):
         assert len(chosen) == 1 or len(prefix_tree([sequences[i] for i in chosen]).tokens) <= capacity
 
 
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 1), min_size=1, max_size=6)), max_size=9),
+       st.integers(1, 16), st.booleans())  # fmt: skip
+def test_what_must_stay_together_does(rows, capacity, share):
+    """Samples of two groups, each of rows that need not be neighbours in lexicographic order."""
+    sequences, samples = arrays([s for _, s in rows]), np.asarray([g for g, _ in rows], dtype=np.int64)
+    batches = micro_batches(sequences, samples // 3, capacity, share, samples)
+    assert sorted(i for b in batches for i in b) == list(range(len(rows)))
+    for chosen in batches:
+        inside = set(samples[chosen].tolist())
+        assert len(inside) == 1 or len(prefix_tree([sequences[i] for i in chosen], share).tokens) <= capacity
+        assert all(i in chosen for i in range(len(rows)) if samples[i] in inside)
+
+
 def test_a_group_shares_its_prompt():
     prompt = list(range(10))
     rows = arrays([[*prompt, a] for a in (1, 2, 3, 1)] + [[99, *prompt, a] for a in (1, 2)])
