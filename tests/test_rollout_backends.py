@@ -1,5 +1,7 @@
 """What each backend says on the wire and how it reads answers, by server and version; no server is needed for that."""
 
+import json
+
 import pytest
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
@@ -172,6 +174,27 @@ def test_vllm_gets_a_seed_only_where_it_survives_one(routes):
         body = vllm(routes, device=device).generate_call(request(), "wire", []).body
         asked[device] = body.get("sampling_params", body)
     assert asked["cuda"].pop("seed") == 7 and asked["cuda"] == asked["cpu"]
+
+
+def test_vllm_streams_are_joined_from_what_is_new():
+    backend = VLLMBackend(version=3)
+    assert "stream" not in backend.generate_call(request(), "wire", []).body
+    assert backend.generate_call(request(), "wire", [], is_followed=True).body["stream"] is True
+
+    def followed(*choices):
+        answer, ids = None, []
+        for new in choices:
+            answer, ids = backend.follow(answer, json.dumps({"choices": [new]}).encode(), "server-0")
+        return backend.parse_part(answer, "server-0"), ids
+
+    events = [{"token_ids": [t], "logprobs": {"content": [{"logprob": -t / 2}]}, "finish_reason": None} for t in (5, 6)]
+    part, ids = followed(*events)  # an end without tokens is not told by all versions: it was aborted
+    assert ids == part.token_ids == [5, 6] and part.logprobs == [-2.5, -3.0]
+    assert (part.finish_reason, part.versions) == ("abort", [3, 3])
+    part, _ = followed(*events, choice(logprobs={"content": [{"logprob": 0}] * 2})["choices"][0])
+    assert (part.token_ids, part.finish_reason, part.versions) == ([5, 6, 5, 6], "stop", [0, 3, 3, 3])
+    with pytest.raises(RequestError, match="server-0 streamed an event without 'choices'"):
+        backend.follow(None, b"{}", "server-0")
 
 
 def test_vllm_answers_are_read_or_refused():

@@ -1,6 +1,8 @@
 """The client against servers on real sockets that interrupt, hang, drop connections, refuse and die."""
 
 import asyncio
+import itertools
+import json
 import re
 import threading
 import time
@@ -65,6 +67,32 @@ def test_every_token_keeps_the_version_that_produced_it(connect, pause_mode):
     assert len(versions_seen) > 1
     assert stats["num_interruptions"] > 0
     assert stats["num_unexpected_versions"] == 0
+
+
+def test_tokens_are_told_as_they_come_and_through_interruptions(connect):
+    server, engine = connect(1)
+    server.interrupt_share = 0.1
+    told: list[list[int]] = []
+    done = one(engine, told.append, max_new_tokens=60)
+    assert done.num_interruptions > 0 and told[-1] == done.token_ids == expected(engine, "t.0", 3, 60)
+    assert len(told) == 60 and all(later[:-1] == earlier for earlier, later in itertools.pairwise(told))
+    assert all(r["sampling_params"]["stream_interval"] == 1 for r in server.requests)
+
+
+@pytest.mark.parametrize(("again", "told"), [([1, 2, 3], [[1, 2], [1, 2, 3]]), ([1, 7, 8], [[1, 2]])])
+def test_what_was_told_and_lost_is_not_told_otherwise(connect, again, told):
+    server, engine = connect(1)
+    parts = iter([([1, 2], "ab", "abort"), (again, "axyz", "length")])  # "b" may begin the stop string
+
+    def answer():
+        tokens, text, reason = next(parts)
+        event = {**server._answer(tokens, [0] * len(tokens), reason), "text": text}
+        return web.Response(text=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n", content_type="text/event-stream")
+
+    server.answer_with = answer
+    calls: list[list[int]] = []
+    assert one(engine, calls.append, stop=("bc",)).token_ids == again
+    assert calls == told
 
 
 def test_a_server_with_the_wrong_version_is_counted(connect):

@@ -26,7 +26,7 @@ class Engine:
         self.tokenizer, self.words, self.reason = tokenizer, words, reason
         self.requests = []
 
-    async def agenerate(self, request):
+    async def agenerate(self, request, on_tokens=None):
         self.requests.append(request)
         await asyncio.sleep(0)
         word = self.words[int(request.rid.rpartition(".")[2])]
@@ -99,7 +99,7 @@ def test_the_reward_sees_the_special_tokens_that_were_written(smollm2, written, 
     workflow, asked = RLVRWorkflow(length_reward, gconfig, tokenizer), []
 
     class Once:
-        async def agenerate(self, request):
+        async def agenerate(self, request, on_tokens=None):
             asked.append(request)
             ids = tokenizer.encode(written, add_special_tokens=False)
             return Completion(ids, [0.0] * len(ids), [0] * len(ids), reason)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     )
 
 
+OnTokens = Callable[[list[int]], None]  # told of the ids sampled so far; quick, and it does not raise
+
+
 class Collective(Protocol):
     """The trainer ranks as the rollout head sees them. Every call is made by all ranks, in the same order."""
 
@@ -116,8 +119,12 @@ class WeightSender(Protocol):
 class InferenceEngine(Protocol):
     """The client over the run's inference servers, as workflows and the trainer's engine call it."""
 
-    async def agenerate(self, request: GenerationRequest) -> Completion:
-        """Sample one sequence; resumes through interruptions; never returns "abort" before the run ends."""
+    async def agenerate(self, request: GenerationRequest, on_tokens: OnTokens | None = None) -> Completion:
+        """Sample one sequence; resumes through interruptions; never returns "abort" before the run ends.
+
+        `on_tokens` is called in this loop with all ids so far whenever there are more, also after interruptions; each
+        call extends the one before. What is lost with a server is sampled again: if that brings other tokens than were
+        told, there are no more calls, and only the Completion counts."""
 
     def sample(self, requests: list[GenerationRequest]) -> list[Completion]:
         """Sample now, outside of staleness and ledger; in the order of the requests."""

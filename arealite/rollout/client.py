@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import ArealiteError, ConfigError, WorkflowError
-from arealite.api.protocols import Adaptive, Collective, DataSource, RolloutWorkflow, WeightSender
+from arealite.api.protocols import Adaptive, Collective, DataSource, OnTokens, RolloutWorkflow, WeightSender
 from arealite.api.types import Batch, Completion, GenerationRequest, Group, Task, WeightUpdateMeta
 from arealite.observe import stop, waits
 from arealite.observe.loop_thread import CALL_LIMIT_S, STOP_LIMIT_S, LoopThread
@@ -114,13 +114,13 @@ class RemoteInferenceEngine:
         """Whether this process is the rollout head: trainer rank 0, or a client on its own."""
         return self._collective is None or self._collective.rank == 0
 
-    async def agenerate(self, request: GenerationRequest) -> Completion:
+    async def agenerate(self, request: GenerationRequest, on_tokens: OnTokens | None = None) -> Completion:
         """Sample one sequence; awaited by workflows, in the client's own loop. Errors: see generate.py.
 
         With LoRA training, requests that name no adapter are for the one that is trained."""
         if request.lora is None:
             request = replace(request, lora=self._live.fleet.adapter)
-        return await self._live.generator.generate(request)
+        return await self._live.generator.generate(request, on_tokens)
 
     def sample(self, requests: list[GenerationRequest]) -> list[Completion]:
         """Sample now, outside of staleness and ledger; in the order of the requests. Rank 0 only."""

@@ -12,9 +12,11 @@ import time
 import uuid
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.errors import RequestError, ServerUnreachable
+from arealite.api.protocols import OnTokens
 from arealite.api.types import Completion, FinishReason, GenerationRequest
 from arealite.observe.timeline import span
 from arealite.observe.waits import mark
@@ -32,11 +34,13 @@ class Flight:
     """A request on its way, with what it has so far."""
 
     request: GenerationRequest
+    on_tokens: OnTokens | None = None
     server_id: str = ""  # empty while it waits for a server
     last_server: Server | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    told: list[int] = field(default_factory=list)  # to `on_tokens`
     text: str = ""
     cut_mass: float = 0.0  # see Segment
     cuts: set[int] = field(default_factory=set)  # numbers of tokens after which it was stopped, and went on
@@ -51,6 +55,17 @@ class Flight:
         self.versions += part.versions
         self.text += part.text
         self.cut_mass += part.cut_mass
+
+    def tell(self, new_ids: list[int]) -> None:
+        """Whoever follows: `new_ids` came after those that are kept. What was told and lost is not told otherwise."""
+        ids = [*self.token_ids, *new_ids]
+        if self.on_tokens is None or len(ids) <= len(self.told):
+            return
+        if ids[: len(self.told)] != self.told:
+            self.on_tokens = None
+            return
+        self.told = ids
+        self.on_tokens([*ids])
 
     def line(self, now: float) -> str:
         """Its line in a stall report."""
@@ -93,8 +108,8 @@ class Generator:
         silent = min(self._flights, key=lambda f: f.last_answer)
         return silent.server_id or next((s.id for s in self.router.servers if s.line()), "no server")
 
-    async def generate(self, request: GenerationRequest) -> Completion:
-        """Sample one sequence.
+    async def generate(self, request: GenerationRequest, on_tokens: OnTokens | None = None) -> Completion:
+        """Sample one sequence. `on_tokens`: see InferenceEngine.agenerate.
 
         Consumes: answers of the servers. Produces: one Completion. Waits for: an open gate, a server, then the answer
         to each sending, at most `request_timeout_s`. Unblocked by: the answer, the time limit, a lost connection, the
@@ -106,7 +121,7 @@ class Generator:
         """
         if request.seed is None:
             request = replace(request, seed=seed_of(self.seed, request.rid))
-        flight = Flight(request)
+        flight = Flight(request, on_tokens)
         self._flights.add(flight)
         try:
             with span("request", rid=request.rid):
@@ -149,6 +164,7 @@ class Generator:
             if part is None or (part.finish_reason == "abort" and _may_hide_stop(flight, part)):
                 continue
             flight.add(part)
+            flight.tell([])
             if part.finish_reason != "abort":
                 return self._completion(flight, part.finish_reason, part.matched)
             if len(flight.token_ids) >= flight.request.max_new_tokens:
@@ -194,13 +210,18 @@ class Generator:
         From a server that is lost meanwhile: the tokens that it has streamed."""
         # A new id for each sending, lest a late abort of the one before hits it; uuid first: servers abort by prefix.
         wire_id = f"{uuid.uuid4().hex}-{flight.request.rid}"
-        sending = server.backend.generate_call(flight.request, wire_id, flight.token_ids)
+        backend, is_followed = server.backend, flight.on_tokens is not None
+        sending = backend.generate_call(flight.request, wire_id, flight.token_ids, is_followed)
         newest = b""
+        so_far: Any = None  # what the events say together; of a stream that is followed
 
         def keep(event: bytes) -> None:
-            nonlocal newest
+            nonlocal newest, so_far
             newest = event
             self._progress(flight, server)
+            if is_followed:
+                so_far, new_ids = backend.follow(so_far, event, server.id)
+                flight.tell(new_ids)
 
         call = server.start(self.router.transport.stream(server, sending, keep))
         deadline = self.gate.clock_s() + self.config.request_timeout_s
@@ -214,7 +235,8 @@ class Generator:
                 await asyncio.wait({call}, timeout=self.limits.abort_grace_s)
             if not call.done():
                 raise ServerUnreachable(f"{told.format('gave no answer to')}, nor when asked to abort it")
-            part = server.backend.parse_part(server.result(call), server.id)
+            answer = server.result(call)
+            part = backend.parse_part(answer if so_far is None else so_far, server.id)
             if part.finish_reason == "abort" and not part.token_ids and self.gate.clock_s() >= deadline:
                 raise ServerUnreachable(told.format("sampled no token of"))
             self._progress(flight, server)
@@ -222,9 +244,10 @@ class Generator:
         except ServerUnreachable as error:
             self.counters.add("num_request_failures")
             self.router.fail(server, str(error))
-            if not newest or flight.request.stop:  # a stream holds back text that may be cut off yet
+            # A stream holds back text that may be cut off yet.
+            if not newest or flight.request.stop or not backend.has_whole_events:
                 raise
-            return server.backend.parse_part(json.loads(newest), server.id)
+            return backend.parse_part(json.loads(newest), server.id)
         except asyncio.CancelledError:
             abort = asyncio.ensure_future(self._abort(server, wire_id))
             self.aborts.add(abort)

@@ -345,10 +345,10 @@ class Clients(ExitStack):
         return engine
 
 
-def one(engine: Any, **changes: Any) -> Any:
+def one(engine: Any, on_tokens: Callable[[list[int]], None] | None = None, **changes: Any) -> Any:
     """One request, waited for as a workflow would."""
     fields = {"rid": "t.0", "input_ids": [1, 2, 3], "max_new_tokens": 20, "group_id": "t", **changes}
-    return engine._live.run(engine.agenerate(GenerationRequest(**fields)), "test")
+    return engine._live.run(engine.agenerate(GenerationRequest(**fields), on_tokens), "test")
 
 
 def disk(version: int) -> WeightUpdateMeta:

@@ -5,6 +5,7 @@ Implemented by sglang.py and vllm.py; called by generate.py, fleet.py, membershi
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -68,6 +69,7 @@ class Backend(Protocol):
     version_path: str  # GET; answers with weight_version
     facts_paths: tuple[str, ...]  # GET; what `detect` wants to know. A server may lack some of them
     num_ranks: int  # members that the server has in a process group of weights
+    has_whole_events: bool  # whether an event of a stream holds all that went before, and can be used alone
     expected_part: str  # what an answer to `generate_call` must have
     expected_scores: str  # and one to `score_call`
 
@@ -78,8 +80,29 @@ class Backend(Protocol):
             ConfigError: the server cannot be used as it was started; says with what it must be.
         """
 
-    def generate_call(self, request: GenerationRequest, wire_id: str, so_far: list[int]) -> Call:
-        """Samples the rest of `request` after `so_far`, the tokens sampled before an interruption."""
+    def generate_call(
+        self, request: GenerationRequest, wire_id: str, so_far: list[int], is_followed: bool = False
+    ) -> Call:
+        """Samples the rest of `request` after `so_far`, the tokens sampled before an interruption. `is_followed`: the
+        tokens are wanted as they come, as far as the server can."""
+
+    def follow(self, so_far: Any, event: bytes, server_id: str) -> tuple[Any, list[int]]:
+        """The answer to `generate_call` with one more event of its stream, and its tokens; `so_far`: of the events
+        before this one, None with the first. Raises RequestError as `parse_part` does."""
+        try:
+            answer = self._joined(so_far, json.loads(event))
+            return answer, self._ids(answer)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise RequestError(
+                f"{server_id} streamed an event without {error}; expected {self.expected_part}"
+            ) from error
+
+    def _joined(self, so_far: Any, event: Any) -> Any:
+        """`follow`, of events that hold all that went before; errors as of `_part`."""
+        return event
+
+    def _ids(self, answer: Any) -> list[int]:
+        """The tokens of an answer, which may be growing; errors as of `_part`."""
 
     def parse_part(self, answer: Any, server_id: str) -> Segment:
         """Reads the answer to `generate_call`.

@@ -17,6 +17,7 @@ SPANS_SINCE = (0, 5, 20)  # answers tell which weights made which token
 SESSION_SINCE = (0, 5, 21)  # begin and end are asked for around updates by broadcast
 STREAM_VERSION = (0, 5, 22)  # since then, stream_interval is part of the checked schema
 NUM_EVENTS = 8  # of a stream at most: each holds all that went before
+NUM_FOLLOWED_EVENTS = 256  # of one whose tokens are wanted as they come
 MIN_EVENT_TOKENS = 32
 
 
@@ -28,6 +29,7 @@ class SGLangBackend(Backend):
     expected_scores = "input_token_logprobs"
     health_path = "/health"
     is_healthy_paused = False  # it samples a token
+    has_whole_events = True
     streams = True  # a server that dies then leaves the tokens it has sampled
     version_path = "/model_info"
     facts_paths: tuple[str, ...] = ("/server_info", "/get_server_info")  # new and old name
@@ -42,9 +44,14 @@ class SGLangBackend(Backend):
         found.streams = found.version >= STREAM_VERSION and not known.get("incremental_streaming_output")
         return found
 
-    def generate_call(self, request: GenerationRequest, wire_id: str, so_far: list[int]) -> Call:
+    def generate_call(
+        self, request: GenerationRequest, wire_id: str, so_far: list[int], is_followed: bool = False
+    ) -> Call:
         num_so_far = len(so_far)
         num_left = request.max_new_tokens - num_so_far
+        interval = (
+            max(1, num_left // NUM_FOLLOWED_EVENTS) if is_followed else max(MIN_EVENT_TOKENS, num_left // NUM_EVENTS)
+        )
         sampling = {
             "max_new_tokens": num_left,
             "min_new_tokens": max(0, request.min_new_tokens - num_so_far),
@@ -58,7 +65,7 @@ class SGLangBackend(Backend):
             "skip_special_tokens": False,  # a stop string may be one
             # The server draws from (seed, absolute position): the same seed after an interruption is right.
             "sampling_seed": request.seed,
-            "stream_interval": max(MIN_EVENT_TOKENS, num_left // NUM_EVENTS) if self.streams else None,
+            "stream_interval": interval if self.streams else None,
         }
         body = {
             "rid": wire_id,
@@ -72,9 +79,12 @@ class SGLangBackend(Backend):
             body["lora_path"] = request.lora  # SGLang's word for the adapter's name
         return Call("/generate", body)
 
+    def _ids(self, answer: Any) -> list[int]:
+        return [int(t) for t in answer["output_ids"]]
+
     def _part(self, answer: Any, server_id: str) -> Segment:
         notes = answer["meta_info"]
-        token_ids = [int(t) for t in answer["output_ids"]]
+        token_ids = self._ids(answer)
         entries = notes.get("output_token_logprobs") or []  # with max_new_tokens=0 there is one without a token
         finish = notes["finish_reason"] or {"type": "abort"}  # null in a stream: as far as it came
         _check_error(finish, server_id)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from arealite.api.errors import ConfigError, WeightSyncError
 from arealite.api.types import VLLM_WORKER_EXTENSION, GenerationRequest, GroupPlace, WeightUpdateMeta, as_record
 from arealite.rollout.backends.protocol import (
-    UNNAMED_VERSION,
     Backend,
     Call,
     Segment,
@@ -47,14 +47,18 @@ class VLLMBackend(Backend):
     expected_scores = "prompt_logprobs"
     health_path = "/health"
     is_healthy_paused = True
+    has_whole_events = False
     version_path = WEIGHTS
     facts_paths: tuple[str, ...] = (VERSION, WEIGHTS, SETTINGS, ROUTES)
     id_format = "generate-tokens-{}"  # what vLLM calls a request that was sent under an id of ours
 
-    def __init__(self, num_ranks: int = 1, has_extension: bool = True, takes_seed: bool = True) -> None:
+    def __init__(
+        self, num_ranks: int = 1, has_extension: bool = True, takes_seed: bool = True, version: int = 0
+    ) -> None:
         self.num_ranks = num_ranks
         self._has_extension = has_extension
         self._takes_seed = takes_seed
+        self._version = version  # of the last update
 
     def detect(self, facts: Mapping[str, Any], server_id: str) -> VLLMBackend:
         version = facts.get(VERSION, {}).get("version", "unknown")
@@ -72,20 +76,38 @@ class VLLMBackend(Backend):
             )
         parallel = settings["parallel_config"]
         has_extension = parallel["worker_extension_cls"] == VLLM_WORKER_EXTENSION
-        arguments = parallel["world_size"], has_extension, settings["device_config"]["device"] != "cpu"
-        if GENERATE in facts.get(ROUTES, {}).get("paths", {}):
-            return VLLMBackend(*arguments)
-        return VLLMCompletionsBackend(*arguments, version_number(facts[WEIGHTS]["weight_version"], server_id))
+        weights = version_number(facts[WEIGHTS]["weight_version"], server_id)
+        kind = VLLMBackend if GENERATE in facts.get(ROUTES, {}).get("paths", {}) else VLLMCompletionsBackend
+        return kind(parallel["world_size"], has_extension, settings["device_config"]["device"] != "cpu", weights)
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def generate_call(self, request: GenerationRequest, wire_id: str, so_far: list[int]) -> Call:
+    def generate_call(
+        self, request: GenerationRequest, wire_id: str, so_far: list[int], is_followed: bool = False
+    ) -> Call:
         tokens = [*request.input_ids, *so_far]
         sampling = _sampling(request, len(so_far))
         if request.seed is not None and self._takes_seed:
             # The server draws its numbers in order: after an interruption the same seed would draw the first ones again
             sampling["seed"] = (request.seed + SEED_STEP * len(so_far)) % 2**31
-        return self._sample_call(wire_id, tokens, sampling, request.lora)
+        call = self._sample_call(wire_id, tokens, sampling, request.lora)
+        return replace(call, body={**(call.body or {}), "stream": True}) if is_followed else call
+
+    def _joined(self, so_far: Any, event: Any) -> Any:
+        """Of vLLM's events, each of which has what is new; only the last tells why it ended, and the versions."""
+        ended = {"finish_reason": "abort", "stop_reason": None, "weight_versions": None}  # unless one says so
+        whole = so_far or {"choices": [{"token_ids": [], "logprobs": {}, "text": "", **ended}]}
+        [choice] = whole["choices"]
+        for new in event["choices"]:  # none with the usage
+            choice["token_ids"] += new["token_ids"] or []
+            for key, entries in (new.get("logprobs") or {}).items():
+                choice["logprobs"].setdefault(key, []).extend(entries or [])
+            choice["text"] += new.get("text") or ""
+            choice |= {key: new[key] for key in ended if new.get(key) is not None}
+        return whole
+
+    def _ids(self, answer: Any) -> list[int]:
+        return [int(t) for t in answer["choices"][0]["token_ids"]]
 
     def score_call(self, tokens: list[int], wire_id: str, lora: str | None) -> Call:
         return self._sample_call(wire_id, tokens, {"max_tokens": 1, "prompt_logprobs": 0}, lora)
@@ -96,7 +118,7 @@ class VLLMBackend(Backend):
 
     def _part(self, answer: Any, server_id: str) -> Segment:
         choice = answer["choices"][0]
-        token_ids = [int(t) for t in choice["token_ids"]]
+        token_ids = self._ids(answer)
         logprobs = self._logprobs(choice) if token_ids else []
         known = [math.nan if value is None or value <= LOGPROB_FLOOR else value for value in logprobs]
         versions = self._versions(choice, len(token_ids), server_id)
@@ -116,8 +138,8 @@ class VLLMBackend(Backend):
         return list(answer["prompt_logprobs"])
 
     def _versions(self, choice: dict[str, Any], num_tokens: int, server_id: str) -> list[int]:
-        spans = choice["weight_versions"] or []
-        return token_versions(spans, spans[-1]["version"] if spans else UNNAMED_VERSION, num_tokens, server_id)
+        spans = choice["weight_versions"] or []  # none in a stream that was aborted
+        return token_versions(spans, spans[-1]["version"] if spans else self._version, num_tokens, server_id)
 
     # -- control -------------------------------------------------------------------------------------------------
 
@@ -174,6 +196,11 @@ class VLLMBackend(Backend):
 
     def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         """Checksums of the tensors as they reached the loaders: the live ones are fused, sharded or repacked."""
+        receipt = self._receipt(answers, meta, server_id)
+        self._version = meta.version
+        return receipt
+
+    def _receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
         if meta.kind == "lora":  # it has no answer that tells the adapter's numbers
             return None
         receipt: dict[str, int] | None = None
@@ -198,10 +225,6 @@ class VLLMCompletionsBackend(VLLMBackend):
 
     id_format = "cmpl-{}-0"
 
-    def __init__(self, num_ranks: int, has_extension: bool, takes_seed: bool, version: int) -> None:
-        super().__init__(num_ranks, has_extension, takes_seed)
-        self._version = version  # of the last update
-
     def _sample_call(self, wire_id: str, tokens: list[int], sampling: dict[str, Any], lora: str | None) -> Call:
         # Without it, the model's generation_config would have its say.
         body = {"request_id": wire_id, "prompt": tokens, "repetition_penalty": 1.0, "return_token_ids": True}
@@ -223,11 +246,6 @@ class VLLMCompletionsBackend(VLLMBackend):
                 " it with --enable-scale-out, or set rollout.pause_mode=abort"
             )
         return super().pause_call(mode)
-
-    def parse_receipt(self, answers: list[Any], meta: WeightUpdateMeta, server_id: str) -> dict[str, int] | None:
-        receipt = super().parse_receipt(answers, meta, server_id)
-        self._version = meta.version
-        return receipt
 
 
 def _sampling(request: GenerationRequest, num_so_far: int) -> dict[str, Any]:
