@@ -257,17 +257,26 @@ def _usage(answers: list[ShownAnswer]) -> dict[str, Any]:
     firsts = answers[:: answers[0].request.params.n]
     prompt_tokens = sum(answer.sequence.num_prompt for answer in firsts)
     completion_tokens = sum(answer.num_tokens for answer in answers)
+    return token_usage(prompt_tokens, completion_tokens, sum(answer.sequence.num_cached for answer in firsts))
+
+
+def token_usage(num_prompt: int, num_completion: int, num_cached: int) -> dict[str, Any]:
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(answer.sequence.num_cached for answer in firsts)},
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
     }
 
 
+def frame(answer_id: str, kind: str, model: str) -> dict[str, Any]:
+    """What every part of one answer has."""
+    return {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
+
+
 def _frame(call: OpenAICall, kind: str) -> dict[str, Any]:
-    """What every part of one answer has: its id is the first request's, by which it can be aborted."""
-    return {"id": call.generate.requests[0].rid, "object": kind, "created": int(time.time()), "model": call.model}
+    """The id is the first request's, by which it can be aborted."""
+    return frame(call.generate.requests[0].rid, kind, call.model)
 
 
 def whole_answer(call: OpenAICall, choices: list[Choice], answers: list[ShownAnswer]) -> dict[str, Any]:
