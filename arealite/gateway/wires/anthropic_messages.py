@@ -52,7 +52,7 @@ class MessagesBody(SamplingBody):
 
 
 def anthropic_error(refusal: Refusal, request_id: str = "") -> dict[str, Any]:
-    """The body of an error, also within a stream."""
+    """As openai_error."""
     error = {"type": KINDS.get(refusal.status, "api_error"), "message": str(refusal)}
     return {"type": "error", "error": error, "request_id": request_id or None}
 
@@ -113,10 +113,8 @@ def ask_of(fields: dict[str, Any], model: str) -> tuple[Ask, bool]:
     """What is asked, and whether as a stream. Raises RequestError: the body is wrong."""
     body = checked(MessagesBody, fields)
     tools = _tools(body.tools)
-    choice = body.tool_choice.get("type", "auto")
-    choice = body.tool_choice.get("name") if choice == "tool" else CHOICES.get(choice)
-    if not isinstance(choice, str):
-        raise Refusal(400, f"tool_choice: expected auto, any, none or a tool, found {shown(body.tool_choice)}")
+    kind = body.tool_choice.get("type", "auto")
+    choice = body.tool_choice.get("name") if kind == "tool" else CHOICES.get(kind, kind)
     given = [m for i, message in enumerate(body.messages) for m in _messages(f"messages[{i}]", message)]
     thinks = body.thinking.get("type")
     ask = Ask(

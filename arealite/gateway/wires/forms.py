@@ -73,8 +73,10 @@ def function_tool(name: str, description: Any, parameters: Any) -> dict[str, Any
     return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
 
 
-def checked_choice(choice: str, tools: list[dict[str, Any]]) -> str:
-    """Raises Refusal: a function is to be called that is not among the tools."""
+def checked_choice(choice: Any, tools: list[dict[str, Any]]) -> str:
+    """none, auto, required or a function's name. Raises Refusal: it is none of these, or not among the tools."""
+    if not isinstance(choice, str):
+        raise Refusal(400, f"tool_choice: expected none, auto, required or a function, found {shown(choice)}")
     names = [tool["function"]["name"] for tool in tools]
     if choice not in ("none", "auto", *(names or ["none"]), *(["required"] if names else [])):
         raise Refusal(400, f"tool_choice: {shown(choice)} is not among the tools {', '.join(names) or '(none)'}")

@@ -59,27 +59,27 @@ class Folding:
 
     def add(self, place: str, given: Any) -> None:
         """Raises Refusal: it is not an item that a model can be shown."""
-        item = json_object(place, {"role": "user", "content": given} if isinstance(given, str) else given)
-        kind = item.get("type", "message")
-        if kind == "message" and item.get("role") != "assistant":
-            role = {"developer": "system"}.get(item.get("role", ""), item.get("role"))
-            self._other({"role": role, "content": text_of(f"{place}.content", item.get("content"))})
+        part = json_object(place, {"role": "user", "content": given} if isinstance(given, str) else given)
+        kind = part.get("type", "message")
+        if kind == "message" and part.get("role") != "assistant":
+            role = {"developer": "system"}.get(part.get("role", ""), part.get("role"))
+            self._other({"role": role, "content": text_of(f"{place}.content", part.get("content"))})
         elif kind == "message":
-            text = text_of(f"{place}.content", item.get("content"), "")
+            text = text_of(f"{place}.content", part.get("content"), "")
             turn = self._open(bool(self._turn and self._turn["content"] and "tool_calls" not in self._turn))
             turn["content"] += text
         elif kind == "reasoning":
-            thought = _thought(place, item)
+            thought = _thought(place, part)
             turn = self._open(bool(self._turn and (self._turn["content"] or "tool_calls" in self._turn)))
             turn["reasoning_content"] = turn.get("reasoning_content", "") + thought
         elif kind in ("function_call", "custom_tool_call"):
-            arguments = item.get("arguments") if kind == "function_call" else {"input": item.get("input", "")}
-            function = {"name": item.get("name"), "arguments": arguments}
+            arguments = part.get("arguments") if kind == "function_call" else {"input": part.get("input", "")}
+            function = {"name": part.get("name"), "arguments": arguments}
             calls = self._open(False).setdefault("tool_calls", [])
-            calls.append({"id": str(item.get("call_id", "")), "type": "function", "function": function})
+            calls.append({"id": str(part.get("call_id", "")), "type": "function", "function": function})
         elif kind in ("function_call_output", "custom_tool_call_output"):
-            text = text_of(f"{place}.output", item.get("output"))
-            self._other({"role": "tool", "content": text, "tool_call_id": str(item.get("call_id", ""))})
+            text = text_of(f"{place}.output", part.get("output"))
+            self._other({"role": "tool", "content": text, "tool_call_id": str(part.get("call_id", ""))})
         else:
             raise Refusal(400, f"{place}.type: {shown(kind)} cannot be shown to the model here")
 
@@ -94,16 +94,16 @@ class Folding:
         return self._turn
 
 
-def _thought(place: str, item: dict[str, Any]) -> str:
-    sealed = item.get("encrypted_content")
-    if item.get("content"):
-        return text_of(f"{place}.content", item["content"], "")
+def _thought(place: str, part: dict[str, Any]) -> str:
+    sealed = part.get("encrypted_content")
+    if part.get("content"):
+        return text_of(f"{place}.content", part["content"], "")
     if isinstance(sealed, str) and sealed.startswith(SEAL):
         try:
             return base64.b64decode(sealed.removeprefix(SEAL), validate=True).decode()
         except ValueError as error:
             raise Refusal(400, f"{place}.encrypted_content: not what was sent by this server") from error
-    return text_of(f"{place}.summary", item.get("summary"))
+    return text_of(f"{place}.summary", part.get("summary"))
 
 
 def _tools(given: list[Any]) -> tuple[list[dict[str, Any]], frozenset[str]]:
@@ -137,8 +137,6 @@ class ResponsesReply(Reply):
         choice = body.tool_choice
         if isinstance(choice, dict):
             choice = choice.get("mode", "auto") if choice.get("type") == "allowed_tools" else choice.get("name")
-        if not isinstance(choice, str):
-            raise Refusal(400, f"tool_choice: expected none, auto, required or a function, found {shown(choice)}")
         before: list[Message] = []
         if body.previous_response_id is not None:
             if body.previous_response_id not in earlier:
@@ -150,8 +148,8 @@ class ResponsesReply(Reply):
                 )
             before = earlier[body.previous_response_id]
         folding = Folding()
-        for i, item in enumerate([body.input] if isinstance(body.input, str) and body.input else body.input or []):
-            folding.add(f"input[{i}]", item)
+        for i, part in enumerate([body.input] if isinstance(body.input, str) and body.input else body.input or []):
+            folding.add(f"input[{i}]", part)
         self.conversation = [*before, *clean_messages(folding.messages, "input")]
         instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
         effort = body.reasoning.get("effort")
@@ -178,8 +176,8 @@ class ResponsesReply(Reply):
         for act, block, text in self._blocks.news(answer):
             place = {"output_index": block.index}
             if act == "open":
-                item = self._item(block, "in_progress")
-                events += self._event("response.output_item.added", item=item, **place)
+                output = self._output(block, "in_progress")
+                events += self._event("response.output_item.added", item=output, **place)
             inner = {**place, "item_id": block.id} | ({} if block.call else {"content_index": 0})
             name, done = self._names(block)
             if act == "open" and block.call is None:
@@ -193,7 +191,7 @@ class ResponsesReply(Reply):
                 events += self._event(f"{name}.done", **done, **inner)
                 if block.call is None:
                     events += self._event("response.content_part.done", part=_part(block), **inner)
-                events += self._event("response.output_item.done", item=self._item(block, "completed"), **place)
+                events += self._event("response.output_item.done", item=self._output(block, "completed"), **place)
         return events
 
     def ended(self, answers: list[Answer]) -> bytes:
@@ -227,25 +225,25 @@ class ResponsesReply(Reply):
 
     def _ended(self, answer: Answer) -> dict[str, Any]:
         response = self._response("incomplete" if answer.reason == "length" else "completed", answer)
-        return {**response, "output": [self._item(block, response["status"]) for block in self._blocks.blocks]}
+        return {**response, "output": [self._output(block, response["status"]) for block in self._blocks.blocks]}
 
-    def _item(self, block: AnswerBlock, status: Literal["in_progress", "completed", "incomplete"]) -> dict[str, Any]:
+    def _output(self, block: AnswerBlock, status: Literal["in_progress", "completed", "incomplete"]) -> dict[str, Any]:
         is_done = status != "in_progress"
-        item: dict[str, Any] = {"id": block.id, "status": status}
+        part: dict[str, Any] = {"id": block.id, "status": status}
         if block.kind == "reasoning":
-            item |= {"type": "reasoning", "summary": [], "content": [_part(block)] if is_done else []}
+            part |= {"type": "reasoning", "summary": [], "content": [_part(block)] if is_done else []}
             if ENCRYPTED in self._body.include:
-                item["encrypted_content"] = SEAL + base64.b64encode(block.text.encode()).decode()
+                part["encrypted_content"] = SEAL + base64.b64encode(block.text.encode()).decode()
         elif block.call is None:
             content = [_part(block)] if is_done else []
-            item |= {"type": "message", "role": "assistant", "content": content}
+            part |= {"type": "message", "role": "assistant", "content": content}
         elif block.call.name in self._customs:
-            item |= {"type": "custom_tool_call", "call_id": block.call.id, "name": block.call.name}
-            item["input"] = _raw_input(block) if is_done else ""
+            part |= {"type": "custom_tool_call", "call_id": block.call.id, "name": block.call.name}
+            part["input"] = _raw_input(block) if is_done else ""
         else:
-            item |= {"type": "function_call", "call_id": block.call.id, "name": block.call.name}
-            item["arguments"] = block.text if is_done else ""
-        return item
+            part |= {"type": "function_call", "call_id": block.call.id, "name": block.call.name}
+            part["arguments"] = block.text if is_done else ""
+        return part
 
     def _response(self, status: str, answer: Answer | None) -> dict[str, Any]:
         body = self._body
