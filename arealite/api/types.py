@@ -66,7 +66,8 @@ class Task:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One sequence to sample. `max_new_tokens` counts from the end of `input_ids`; `lora` names a loaded adapter."""
+    """One sequence to sample. `max_new_tokens` counts from the end of `input_ids`; `lora` names a loaded adapter.
+    `forced_ids` come in place of the first tokens sampled: for tests, on built-in servers with --forced-decoding."""
 
     rid: str
     input_ids: list[int]
@@ -82,6 +83,7 @@ class GenerationRequest:
     seed: int | None = None
     group_id: str = ""
     lora: str | None = None
+    forced_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--sampling-defaults", default="model", choices=["model", "openai"], help=defaults_help)
     add("--tool-call-parser", default="auto", choices=PARSERS, help="how the model writes tool calls")
     add("--incremental-streaming-output", action="store_true", help="/generate streams what is new")
+    add("--forced-decoding", action="store_true", help="requests may bring the tokens (sampling_params.forced_ids)")
     add("--device", help="cpu or cuda; default: cuda where there is one")
     add("--api-key", metavar="KEY", help=f"what requests must show; better by {API_KEY_VARIABLE}")
     add("--admin-api-key", metavar="KEY", help=f"what control calls must show; better by {ADMIN_KEY_VARIABLE}")
@@ -186,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
             tool_call_parser=args.tool_call_parser,
             model_defaults=args.sampling_defaults == "model",
             keys=keys,
+            forced_decoding=args.forced_decoding,
         )
         app = build_app(engine, settings)
         asyncio.run(listen(app, args.host, args.port, engine.stopped.is_set, partial(engine.stop, STOP_LIMIT_S)))

@@ -211,6 +211,11 @@ class Generator:
         # A new id for each sending, lest a late abort of the one before hits it; uuid first: servers abort by prefix.
         wire_id = f"{uuid.uuid4().hex}-{flight.request.rid}"
         backend, is_followed = server.backend, flight.on_tokens is not None
+        if flight.request.forced_ids and not backend.forces_tokens:
+            raise RequestError(
+                f"{server.id} is {backend.title}, which cannot be told tokens (forced_ids): use `arealite serve"
+                " --forced-decoding`"
+            )
         sending = backend.generate_call(flight.request, wire_id, flight.token_ids, is_followed)
         newest = b""
         so_far: Any = None  # what the events say together; of a stream that is followed

@@ -25,7 +25,7 @@ def find_stop_string(tokenizer: Any, sequence: Sequence) -> str | None:
     first min_new_tokens complete is no end (as in vLLM; SGLang lets it end the answer).
     """
     stop = sequence.request.params.stop
-    if not stop or sequence.num_output <= sequence.num_forced:
+    if not stop or sequence.num_output <= sequence.num_unending:
         return None
     window = (max(map(len, stop)) + 1) * BYTES_PER_CHARACTER
     end = _decode(tokenizer, sequence, sequence.output_ids[-window:])
@@ -38,8 +38,8 @@ def find_stop_string(tokenizer: Any, sequence: Sequence) -> str | None:
 
 def _find(tokenizer: Any, sequence: Sequence, text: str, stop: str) -> int:
     """Where in the answer's text the stop string is that may end it; -1 if nowhere."""
-    num_forced = sequence.num_forced
-    first_end = len(_decode(tokenizer, sequence, sequence.output_ids[:num_forced])) + 1 if num_forced else 0
+    num_unending = sequence.num_unending
+    first_end = len(_decode(tokenizer, sequence, sequence.output_ids[:num_unending])) + 1 if num_unending else 0
     return text.find(stop, max(0, first_end - len(stop)))
 
 

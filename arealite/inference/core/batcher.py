@@ -18,7 +18,7 @@ from arealite.inference.core.answers import find_stop_string
 from arealite.inference.core.cache import PAGE_TOKENS
 from arealite.inference.core.graphs import Started, decode_graphs
 from arealite.inference.core.layout import to_device
-from arealite.inference.core.logits import adjust, note_choices, score_prompt
+from arealite.inference.core.logits import adjust, force, note_choices, score_prompt
 from arealite.inference.core.sampler import Sampled, sample, uniform_numbers
 from arealite.inference.core.scheduler import REPLAY_TOKENS, Scheduler
 from arealite.inference.core.sequence import Sequence, Span
@@ -223,7 +223,7 @@ class Batcher:
         params = [s.request.params for s in sequences]
         uniforms = uniform_numbers((s.seed for s in sequences), (len(s.tokens) for s in sequences))
         logits = adjust(sequences, logits)
-        return logits, sample(logits, params, uniforms)
+        return logits, force(sequences, logits, sample(logits, params, uniforms))
 
     def _append(self, sequences: list[Sequence], logits: torch.Tensor | None, drawn: Sampled) -> None:
         """Append one token to each sequence and end those that are done. `logits` are not needed for plain ones."""

@@ -6,9 +6,12 @@ are of the policy that drew the token, which a trainer's importance weights need
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from arealite.inference.core.sampler import Sampled
 from arealite.inference.core.sequence import Scored, Sequence
 from arealite.inference.core.served_model import HEAD_CHUNK, ServedModel
 
@@ -47,6 +50,19 @@ def _adjust_row(sequence: Sequence, row: torch.Tensor) -> None:
         row[list(biased)] += row.new_tensor(biases).clamp_(-LARGEST, LARGEST)
     if len(generated) < params.min_new_tokens:
         row[[token for token in sequence.stop_ids if token < len(row)]] = -torch.inf
+
+
+def force(sequences: list[Sequence], logits: torch.Tensor, drawn: Sampled) -> Sampled:
+    """`drawn` from `logits` [B, V], with the tokens that requests bring (`forced_ids`) in place of their next ones, as
+    long as there are such, and with the logprobs of these: over the full vocabulary, after temperature (1 where
+    greedy)."""
+    tokens, logprobs = [*drawn.tokens], [*drawn.logprobs]
+    for i, sequence in enumerate(sequences):
+        params = sequence.request.params
+        if sequence.num_output < len(params.forced_ids):
+            tokens[i] = params.forced_ids[sequence.num_output]
+            logprobs[i] = float(_log_softmax(logits[i].float() / (params.temperature or 1.0))[tokens[i]])
+    return replace(drawn, tokens=tokens, logprobs=logprobs)
 
 
 def note_choices(sequences: list[Sequence], logits: torch.Tensor) -> None:

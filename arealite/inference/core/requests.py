@@ -77,6 +77,9 @@ class SamplingParams:
     presence_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[FiniteFloat, Field(gt=0, le=2)] = 1.0
     logit_bias: LogitBias = ()
+    forced_ids: Annotated[
+        tuple[NonNegativeInt, ...], Field(strict=False, fail_fast=True)
+    ] = ()  # ours: see logits.force
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1  # answers of the prompt; each is a request of its own
     stream_interval: Annotated[int, Field(ge=1)] = 1  # tokens between two events of a stream
     spaces_between_special_tokens: bool = True  # of the protocol; it changes nothing here
@@ -119,13 +122,15 @@ class UpdateOptions(Body):
 @dataclass(frozen=True)
 class ServedLimits:
     """What a request is checked against. `encode` is None without a tokenizer, which also rules out stop strings; it
-    takes the text, and whether special tokens are added. `adapters` are the names that are loaded now."""
+    takes the text, and whether special tokens are added. `adapters` are the names that are loaded now. `may_force`:
+    requests may bring the tokens themselves, for tests."""
 
     vocab_size: int
     context_length: int
     kv_cache_tokens: int
     encode: Callable[..., list[int]] | None
     adapters: Collection[str] = ()
+    may_force: bool = False
 
     @property
     def max_tokens(self) -> int:

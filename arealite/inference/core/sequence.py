@@ -48,7 +48,7 @@ class Sequence:
     finished_at: float = 0.0
     stop_ids: frozenset[int] = frozenset()  # tokens that end it; set by the batcher, which knows the model's
     epoch: int = 0  # of the weights that its keys and values were computed with; see cache.PrefixCache
-    num_forced: int = field(init=False)  # so many generated tokens do not end it
+    num_unending: int = field(init=False)  # so many generated tokens do not end it
     adjusts_logits: bool = field(init=False)  # see logits.py
     num_prompt: int = field(init=False)
     is_plain: bool = field(init=False)  # of its logits, nothing but a draw from all of them is wanted
@@ -60,9 +60,9 @@ class Sequence:
         self.num_prompt = len(self.tokens)
         params = self.request.params
         penalties = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1
-        self.num_forced = max(0, params.min_new_tokens - self.request.num_given)
-        self.adjusts_logits = bool(penalties or params.logit_bias or self.num_forced)
-        asks = self.request.top_logprobs_num or self.request.token_ids_logprob
+        self.num_unending = max(0, params.min_new_tokens - self.request.num_given)
+        self.adjusts_logits = bool(penalties or params.logit_bias or self.num_unending)
+        asks = self.request.top_logprobs_num or self.request.token_ids_logprob or params.forced_ids
         self.is_plain = not (self.adjusts_logits or params.is_restricted or asks)
         self.future.set_running_or_notify_cancel()  # whoever waits may go away; the engine resolves it all the same
 

@@ -201,6 +201,10 @@ def _sampling(asked: dict[str, Any], num_prompt: int, num_given: int, limits: Se
         raise RequestError("sampling_params.stop: the served model folder has no tokenizer; use stop_token_ids")
     for token, _ in params.logit_bias:
         _check_token("sampling_params.logit_bias", token, limits)
+    if params.forced_ids and not limits.may_force:
+        raise RequestError("sampling_params.forced_ids: this server samples; start it with --forced-decoding")
+    if params.forced_ids:
+        _check_token("sampling_params.forced_ids", max(params.forced_ids), limits)
     room = limits.max_tokens - num_prompt
     num_new = chosen.get("max_new_tokens")
     least = 1 if num_new is None else num_new

@@ -60,6 +60,7 @@ class ServerSettings:
     tool_call_parser: str = "auto"
     model_defaults: bool = True  # OpenAI calls take sampling defaults from generation_config.json
     keys: Keys = Keys()
+    forced_decoding: bool = False  # requests may bring the tokens
 
 
 class Access:
@@ -349,6 +350,7 @@ def build_app(engine: Engine, settings: ServerSettings) -> web.Application:
         kv_cache_tokens=engine.batcher.scheduler.pool.num_tokens,
         encode=None if model.tokenizer is None else Encoder(model),
         adapters=model.adapters.names.keys(),
+        may_force=settings.forced_decoding,
     )
     submissions = Submissions(engine, settings.hold_limit_s, settings.request_limit_s)
     defaults = model_defaults(model.module.generation_config.to_dict()) if settings.model_defaults else {}

@@ -69,6 +69,7 @@ class Backend(Protocol):
     version_path: str  # GET; answers with weight_version
     facts_paths: tuple[str, ...]  # GET; what `detect` wants to know. A server may lack some of them
     num_ranks: int  # members that the server has in a process group of weights
+    forces_tokens: bool = False  # whether it can be told which tokens to "sample"
     has_whole_events: bool  # whether an event of a stream holds all that went before, and can be used alone
     expected_part: str  # what an answer to `generate_call` must have
     expected_scores: str  # and one to `score_call`

@@ -62,6 +62,7 @@ class SGLangBackend(Backend):
             "stop": list(request.stop),
             "stop_token_ids": list(request.stop_token_ids),
             "ignore_eos": request.ignore_eos,
+            "forced_ids": list(request.forced_ids[num_so_far:]),
             "skip_special_tokens": False,  # a stop string may be one
             # The server draws from (seed, absolute position): the same seed after an interruption is right.
             "sampling_seed": request.seed,
@@ -182,7 +183,7 @@ class NativeBackend(SGLangBackend):
     """The built-in server (`arealite serve`)."""
 
     name, title = "native", "the built-in server"
-    is_healthy_paused = True
+    is_healthy_paused = forces_tokens = True
     facts_paths: tuple[str, ...] = ()
 
     def detect(self, facts: Mapping[str, Any], server_id: str) -> NativeBackend:
