@@ -95,9 +95,9 @@ class ChatTemplate:
         template = None if tokenizer is None else tokenizer.chat_template
         self._template = "".join(template.values()) if isinstance(template, dict) else template or ""
         self._knows_tools = "tools" in self._template
-        self._way = PARSERS[tool_call_parser]
-        if self._way == "auto" and self._knows_tools and '"parameters"' in self._template:
-            self._way = "plain"
+        self.way = PARSERS[tool_call_parser]
+        if self.way == "auto" and self._knows_tools and '"parameters"' in self._template:
+            self.way = "plain"
 
     def encode(self, body: ChatBody) -> tuple[list[int], ToolUse | None]:
         """The tokens of a chat body's messages, and the functions its answer may call.
@@ -116,14 +116,17 @@ class ChatTemplate:
             if not messages:
                 raise RequestError("messages: the list is empty; at least one message is needed")
             check_variables(self._tokenizer, body.chat_template_kwargs)
-            if not self._knows_tools:
-                messages = _told_in_text(messages, tools, self._way)
-                tools = []
-            variables = {**body.chat_template_kwargs, "tools": tools or None, "continue_final_message": resumes}
-            text = render(self._tokenizer, messages, body.add_generation_prompt and not resumes, **variables)
+            variables = {**body.chat_template_kwargs, "continue_final_message": resumes}
+            text = self.text(messages, tools, body.add_generation_prompt and not resumes, **variables)
         except PromptError as error:
             raise RequestError(str(error)) from error
         return self._encode(text + (use.forced if use else ""), False), use
+
+    def text(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], asks: bool, /, **variables: Any) -> str:
+        """The chat as text, with its tools in words where the template knows nothing of them. Raises PromptError."""
+        if not self._knows_tools:
+            messages, tools = _told_in_text(messages, tools, self.way), []
+        return render(self._tokenizer, messages, asks, **variables, tools=tools or None)
 
     def tools(self, body: ChatBody) -> tuple[list[dict[str, Any]], ToolUse | None]:
         """The tools that the prompt shows: none for tool_choice none."""
@@ -145,8 +148,8 @@ class ChatTemplate:
             named = names[0] if len(names) == 1 else None
         if not tools or choice == "none":
             return [], None
-        forced = forced_start(self._way, named) if named or choice == "required" else ""
-        return tools, ToolUse(names, self._way, forced, named)
+        forced = forced_start(self.way, named) if named or choice == "required" else ""
+        return tools, ToolUse(names, self.way, forced, named)
 
 
 def _told_in_text(messages: list[dict[str, Any]], tools: list[dict[str, Any]], way: str) -> list[dict[str, Any]]:

@@ -1,0 +1,119 @@
+"""EnvironmentWorkflow: turns, rewards over turns, limits, and environments that fail, hang or say nonsense."""
+
+import asyncio
+import time
+from typing import ClassVar
+
+import pytest
+from support.episodes import ScriptedEngine, episode, sampling
+from transformers import AutoTokenizer
+
+from arealite.api.errors import ConfigError, ServerUnreachable
+from arealite.workflow.environment import Environment, EnvironmentWorkflow, Observation
+
+
+class Echo(Environment):
+    """Does what the answer says, and counts."""
+
+    closed: ClassVar[list[int]] = []
+
+    def reset(self, task):
+        self.num_steps = 0
+        return f"Begin {task.answer}."
+
+    def step(self, answer):
+        self.num_steps += 1
+        word, _, number = answer.text.partition(" ")
+        if word == "raise":
+            raise KeyError("no such move")
+        if word == "refuse":
+            raise ConfigError("the environment cannot be used")
+        if word == "hang":
+            time.sleep(float(number))
+        if word == "nonsense":
+            return 3
+        end = {"win": "done", "late": "truncated"}.get(word)
+        return Observation(f"Step {self.num_steps}.", float(number or 0), end, statistics={"num_seen": 1.0})
+
+    def close(self):
+        self.closed.append(self.num_steps)
+
+
+class AsyncEcho(Echo):
+    async def reset(self, task):
+        Echo.reset(self, task)
+        return [{"role": "system", "content": "Be short."}, {"role": "user", "content": task.answer}]
+
+    async def step(self, answer):
+        await asyncio.sleep(0)
+        return Echo.step(self, answer)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+def play(tokenizer, *members, environment=Echo, max_new_tokens=64, **options):
+    workflow = EnvironmentWorkflow(
+        environment, sampling(len(members), max_new_tokens=max_new_tokens), tokenizer, **options
+    )
+    engine = ScriptedEngine(tokenizer, *members)
+    return episode(workflow, engine, answer="now"), engine
+
+
+def test_a_session_is_one_trajectory_whose_sampled_tokens_are_those_that_were_sampled(tokenizer):
+    Echo.closed.clear()
+    found, engine = play(tokenizer, ["a 1", "b", "win 2"], ["late"])
+    assert [(t.member, t.status, t.reward) for t in found] == [(0, "ok", 3.0), (1, "ok", 0.0)]
+    for t in found:
+        sampled = [token for token, is_own in zip(t.tokens, t.loss_mask, strict=True) if is_own]
+        assert sampled == engine.sampled[t.member]
+        assert {v for v, is_own in zip(t.versions, t.loss_mask, strict=True) if is_own} == {7}
+    assert found[0].statistics["num_turns"] == 3 and found[0].statistics["num_seen"] == 3
+    assert found[0].statistics["stop_done"] == 1 and found[0].statistics["stop_truncated"] == 0
+    assert found[1].statistics["stop_truncated"] == 1
+    assert sorted(Echo.closed) == [1, 3]
+    # The model saw the conversation as the chat template has it.
+    told = ["user", "Begin now."], ["assistant", "a 1"], ["user", "Step 1."], ["assistant", "b"], ["user", "Step 2."]
+    messages = [{"role": role, "content": text} for role, text in told]
+    assert engine.prompts[0][-1] == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_async_environments_and_messages_of_any_role(tokenizer):
+    (t,), engine = play(tokenizer, ["a", "win 1"], environment=AsyncEcho)
+    assert t.reward == 1 and "Be short." in engine.prompts[0][0]
+
+
+def test_an_environment_that_fails_makes_its_own_attempt_failed_and_no_other(tokenizer):
+    Echo.closed.clear()
+    found, _ = play(tokenizer, ["raise"], ["win 1"], ["nonsense"], ["hang 5"], step_limit_s=0.3)
+    assert [(t.status, t.reward) for t in found] == [("failed", None), ("ok", 1.0), ("failed", None), ("failed", None)]
+    assert "no such move" in found[0].error and "test_workflow_environment" in found[0].error
+    assert "int" in found[2].error and "Observation" in found[2].error
+    assert "step" in found[3].error and "0.3" in found[3].error
+    assert len(Echo.closed) == 4
+
+
+def test_what_is_wrong_for_all_attempts_is_raised(tokenizer):
+    with pytest.raises(ConfigError, match="cannot be used"):
+        play(tokenizer, ["refuse"], ["win 1"])
+    with pytest.raises(ServerUnreachable):
+        play(tokenizer, ["a", ServerUnreachable("server-0 is gone")], ["win 1"])
+
+
+def plain_returns(rewards, discount):
+    """Of each turn: its reward, and those of later turns times the discount for each turn that they are later."""
+    return [
+        sum(reward * discount ** (later - k) for later, reward in enumerate(rewards) if later >= k)
+        for k in range(len(rewards))
+    ]
+
+
+def test_tokens_of_a_turn_are_trained_on_what_comes_from_it(tokenizer):
+    (t,), _ = play(tokenizer, ["a 1", "b", "win 2"], turn_discount=0.5)
+    expected = plain_returns([1, 0, 2], 0.5)
+    assert expected == [1.5, 1.0, 2.0] and t.reward == 1.5
+    told = [r for r, is_own in zip(t.returns, t.loss_mask, strict=True) if is_own]
+    sizes = [len(tokenizer.encode(text)) + 1 for text in ("a 1", "b", "win 2")]
+    assert told == [r for r, size in zip(expected, sizes, strict=True) for _ in range(size)]
