@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -103,6 +104,7 @@ def _gpu_bytes() -> int:
     return min((int(word) << 20 for word in ran.stdout.split() if word.isdigit()), default=0)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Of Python and the packages that processes of one run must agree on; empty where one is not installed."""
     found = {"python": "{}.{}".format(*sys.version_info)}

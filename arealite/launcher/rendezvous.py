@@ -111,6 +111,7 @@ class AgentLine:
     def __init__(self, plain: socket.socket, key: str, is_head: bool) -> None:
         """Takes the socket over. Raises ConnectionError: the other side does not know the key, or says nothing."""
         plain.settimeout(None)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages are short, and each is waited for
         limit = struct.pack("ll", int(HANDSHAKE_LIMIT_S), 0)  # kept by the kernel, of any read or write
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             plain.setsockopt(socket.SOL_SOCKET, option, limit)

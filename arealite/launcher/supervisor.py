@@ -132,7 +132,7 @@ class Keeper:
         return all(r.was_ready for r in self.replicas)
 
     def look(self) -> bool:
-        """One tick: note deaths, start what is due, ask one that is starting whether it is ready. False when there is
+        """One tick: note deaths, start what is due, ask those that are starting for their health. False when there is
         no server that can be waited for, or one has failed before the run began."""
         now = time.monotonic()
         for replica in self.replicas:
@@ -142,7 +142,7 @@ class Keeper:
                 self._died(replica)
             elif replica.state == "ready" and now - replica.since > STEADY_S:
                 replica.num_restarts = 0
-        self._probe_one()
+        self._probe()
         num_lost = len(self.replicas) - len(self.addresses())
         return not num_lost or (self.has_begun and num_lost < len(self.replicas))
 
@@ -183,13 +183,16 @@ class Keeper:
         replica.child = self._start(replica.plan, replica.node)
         replica.state, replica.since = "starting", time.monotonic()
 
-    def _probe_one(self) -> None:
-        """One a tick, so that frozen ones cannot hold up the watchdog."""
-        starting = [r for r in self.replicas if r.state == "starting"]
-        if not starting:
-            return
-        self._num_probes += 1
-        replica = starting[self._num_probes % len(starting)]
+    def _probe(self) -> None:
+        """In turn, for a tick's time, so that frozen ones cannot hold up the watchdog."""
+        starting, end = [r for r in self.replicas if r.state == "starting"], time.monotonic() + TICK_S
+        for _ in starting:
+            self._num_probes += 1
+            self._ask(starting[self._num_probes % len(starting)])
+            if time.monotonic() >= end:
+                break
+
+    def _ask(self, replica: Replica) -> None:
         host, port = replica.node.address, replica.child.port
         if port and answers(host, port, replica.plan.ready_path, self._probe_s):
             replica.state, replica.was_ready, replica.since = "ready", True, time.monotonic()
