@@ -1,199 +1,369 @@
-"""One attempt of an agent: its turns in the order in which they were asked, and the trajectory that they are.
+"""One session of an agent: its turns, limits and rewards, and the one trajectory that it becomes.
 
-Made by workflows (and by the gateway for clients); each turn goes on from the tokens of an earlier one where it can.
+Made by server.py for agents that call over HTTP, and by workflows that ask themselves; runs in the rollout client's
+loop, so nothing needs a lock.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from arealite.api.cli_args import GenerationHyperparameters
-from arealite.api.errors import ArealiteError, RequestError
+from arealite.api.errors import RequestError
 from arealite.api.protocols import InferenceEngine
-from arealite.api.types import Completion, GenerationRequest, Status, Task, Trajectory
+from arealite.api.types import FinishReason, GenerationRequest, Status, Task, Trajectory
 from arealite.gateway.asks import Answer, Ask
-from arealite.gateway.prompting import Prompter
+from arealite.gateway.forest import Turn, account_of, ids_through, joined, labels_of, returns_of, rows_of
+from arealite.gateway.prompting import NextPrompt, Prompter
+from arealite.gateway.reading import AnswerReader
+
+OUTCOME = "outcome"
+MAX_ATTEMPTS = 64  # whose answers are kept for clients that ask again
+ATTEMPT_LIFE_S = 600.0
 
 LimitName = Literal["turns", "tokens", "time", "tool_calls", "context"]
+SessionState = Literal["open", "finished", "failed", "aborted"]
+OnAnswer = Callable[[Answer], None]
+Script = Callable[[Ask, int], list[int] | None]  # what the answer of the turn of this number is to be; None: sampled
 
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """Of one session: all of them always hold. `max_tokens` counts sampled tokens; `context_length` those of a prompt
-    and its answer together."""
+    """What a session may use. `context_length`: tokens of a prompt and its answer; `max_tokens`: sampled ones in all;
+    `timeout_s`: from its start to its end."""
 
-    max_turns: int = 32
-    max_tokens: int = 32_768
-    max_tool_calls: int = 64
-    max_s: float = 1800.0
     context_length: int | None = None
+    max_turns: int = 64
+    max_tokens: int = 65536
+    max_tool_calls: int = 256
+    timeout_s: float = 1800.0
 
 
-class LimitReached(ArealiteError):
-    """A session may ask no more; `reason` names the limit."""
+class LimitReached(RequestError):
+    """A limit of the session was reached before an answer was begun; `reason` names it."""
 
-    def __init__(self, reason: LimitName, found: str) -> None:
-        super().__init__(f"the session has reached its limit of {reason}: {found}")
+    def __init__(self, reason: LimitName, message: str) -> None:
+        super().__init__(message)
         self.reason: LimitName = reason
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One answer that was sampled. `id` counts from 0; `tokens` are all of its prompt and answer, `added_ids` what came
-    after the tokens of the turn `parent`."""
+class ContextFull(LimitReached):
+    """The prompt leaves no room for an answer; agents shorten their history then."""
 
-    id: int
-    parent: int | None
-    ask: Ask
-    answer: Answer
-    completion: Completion
-    added_ids: list[int]
-    tokens: list[int]
-    split_reason: str
-    begun: float
-    ended: float
+
+class SessionEnded(RequestError):
+    """It is finished, failed or aborted already."""
 
 
 @dataclass
-class Session:
-    """Turns that extend each other's tokens.
+class _Asking:
+    began: float
+    asking: asyncio.Task[Turn]
+    listeners: list[OnAnswer] = field(default_factory=list)
 
-    Args:
-        id: unique among the sessions of an engine; its requests go to one server, whose cache has their prefix.
-        gconfig: how it is sampled, whatever a client asks for.
+
+class Session:
+    """Consumes: asks of an agent. Produces: turns, then one trajectory. Waits for: the engine's answers, which have
+    limits of their own. Unblocked by: answers, `finish`.
+
+    `script` puts answers into the model's mouth (servers that allow forced decoding): for tests and recordings.
     """
 
-    id: str
-    engine: InferenceEngine
-    prompter: Prompter
-    gconfig: GenerationHyperparameters
-    limits: SessionLimits = field(default_factory=SessionLimits)
-
-    def __post_init__(self) -> None:
-        self.turns: list[Turn] = []
-        self.rewards: dict[int, float] = {}  # by turn
-        self.status: Status = "ok"
+    def __init__(
+        self,
+        id: str,
+        engine: InferenceEngine,
+        prompter: Prompter,
+        gconfig: GenerationHyperparameters,
+        limits: SessionLimits | None = None,
+        script: Script | None = None,
+    ) -> None:
+        self.id, self.engine, self.prompter, self.gconfig = id, engine, prompter, gconfig
+        self.limits = limits or SessionLimits()
+        self.state: SessionState = "open"
         self.error = ""
-        self._begun = time.monotonic()
+        self.stop_reason = ""  # the name of the limit that was reached
+        self.turns: dict[int, Turn] = {}
+        self.rewards: dict[str, float] = {}  # of the whole session, by name
+        self.num_refused = 0
+        self.last_active = self.started = time.monotonic()
+        self.started_at = time.time()
+        self._script = script
+        self._memory = prompter.memory()
+        self._num_tokens = self._num_calls = 0
+        self._attempts: OrderedDict[str, _Asking] = OrderedDict()
+        self._running: set[asyncio.Task[Turn]] = set()
+        self._changed = asyncio.Event()
 
-    async def ask(self, ask: Ask) -> Turn:
-        """Sample the next turn.
+    # -- turns ---------------------------------------------------------------------------------------------------
+
+    async def ask(self, ask: Ask, on_answer: OnAnswer | None = None, attempt_key: str | None = None) -> Turn:
+        """One answer. `on_answer` is told of it as it grows. With the same `attempt_key` it is the same turn: a client
+        that lost its connection gets the answer that is on its way, or was given.
+
+        A caller that goes away stops nothing: what was begun is sampled to its end and stays a turn, so that every
+        sampled token is accounted for.
 
         Raises:
-            LimitReached: there is no room for it, and nothing was sampled.
-            RequestError: the request cannot be made a prompt, or the server refused it.
+            LimitReached, ContextFull, SessionEnded: no answer any more, or not to this.
+            RequestError: the request cannot be read, or the server refused it.
+            ServerUnreachable: see rollout/generate.py.
         """
-        self._check_limits()
-        prompt = self.prompter.next_prompt(ask, self.turns)
-        before = [] if prompt.parent is None else self.turns[prompt.parent].tokens
-        input_ids = [*before, *prompt.added_ids]
-        room = self._room(input_ids)
-        g, begun = self.gconfig, time.monotonic()
-        eos = self.prompter.tokenizer.eos_token_id
-        completion = await self.engine.agenerate(
-            GenerationRequest(
-                rid=f"{self.id}.{len(self.turns)}",
-                input_ids=input_ids,
-                max_new_tokens=min(room, g.max_new_tokens, ask.sampling.get("max_new_tokens", g.max_new_tokens)),
-                min_new_tokens=g.min_new_tokens,
-                temperature=g.temperature,
-                top_p=g.top_p,
-                top_k=g.top_k,
-                min_p=g.min_p,
-                stop=tuple(dict.fromkeys([*g.stop, *ask.sampling.get("stop", [])])),
-                stop_token_ids=tuple(dict.fromkeys([*g.stop_token_ids, *([] if eos is None else [eos])])),
-                group_id=self.id,
-            )
-        )
-        if not completion.token_ids:
-            raise RequestError(f"{completion.server_id} sampled no token")
-        answer = self.prompter.read(ask, completion, len(self.turns))
-        turn = Turn(
-            len(self.turns), prompt.parent, ask, answer, completion, prompt.added_ids,
-            [*input_ids, *completion.token_ids], prompt.split_reason, begun, time.monotonic(),
-        )  # fmt: skip
-        self.turns.append(turn)
+        self.last_active = time.monotonic()
+        attempt = self._attempts.get(attempt_key) if attempt_key is not None else None
+        if attempt is None:
+            attempt = self._begin(ask)
+            if attempt_key is not None:
+                self._remember(attempt_key, attempt)
+        if on_answer is not None:
+            attempt.listeners.append(on_answer)
+        turn = await asyncio.shield(attempt.asking)
+        if on_answer is not None:
+            on_answer(turn.answer)
         return turn
 
-    def reward(self, value: float, turn: int | None = None) -> None:
-        """Add to the reward of a turn, of the last one if none is named."""
-        number = len(self.turns) - 1 if turn is None else turn
-        self.rewards[number] = self.rewards.get(number, 0.0) + value
+    def reward(self, value: float, turn: int | None = None, name: str = OUTCOME) -> None:
+        """Give the session, or one of its turns, a reward; given again under the same name, the later one counts.
 
-    def finish(self, status: Status = "ok", error: str = "") -> None:
-        self.status, self.error = status, error
+        Raises RequestError: there is no such turn."""
+        if turn is None:
+            self.rewards[name] = float(value)
+        elif turn in self.turns:
+            self.turns[turn].rewards[name] = float(value)
+        else:
+            raise RequestError(f"turn {turn}: session {self.id} has turns {sorted(self.turns)}")
+        self._touch()
 
-    def trajectory(self, task: Task, member: int, turn_discount: float | None = None) -> Trajectory:
-        """The session as one sample: a row for each turn that no other goes on from, and each sampled token in the loss
-        of one row.
+    def finish(self, state: SessionState = "finished", error: str = "") -> None:
+        """No further turns. What is being sampled is given up."""
+        if self.state != "open":
+            return
+        self.state, self.error = state, error
+        for asking in self._running:
+            asking.cancel()
+        self._touch()
 
-        Its reward is the sum of its turns' rewards. With a discount d each turn has a return of its own: its reward and
-        d times the returns of the turns that go on from it; then the reward is that of the turns without a parent.
+    async def wait_finished(self, limit_s: float, idle_s: float) -> None:
+        """Until it is finished; aborts it when it was idle for `idle_s`, or after `limit_s`.
+
+        Waits for: `finish`. Unblocked by: `finish`, idleness, the limit."""
+        end = time.monotonic() + limit_s
+        while self.state == "open":
+            idle_end = time.monotonic() + 1.0 if self._running else self.last_active + idle_s
+            left_s = min(end, idle_end) - time.monotonic()
+            if left_s <= 0:
+                late = time.monotonic() >= end
+                self.finish("aborted", f"not finished within {limit_s:g} s" if late else f"idle for {idle_s:g} s")
+                return
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), left_s)
+            except TimeoutError:
+                continue
+
+    # -- what comes of it ----------------------------------------------------------------------------------------
+
+    def trajectory(
+        self,
+        task: Task,
+        member: int,
+        outcome: float | None,
+        turn_discount: float | None = None,
+        status: Status = "failed",
+    ) -> Trajectory:
+        """The session as one attempt at `task`, all its rows end to end; of `status` where `outcome` is None.
+
+        Its reward is `outcome` and the rewards of all turns, for each of its tokens. With a discount each turn has a
+        return of its own (forest.returns_of), and the reward is that of the first turn.
         """
-        followed = {turn.parent for turn in self.turns}
-        returns = self._returns(1.0 if turn_discount is None else turn_discount)
-        columns: dict[str, Any] = {name: [] for name in ("tokens", "loss_mask", "logprobs", "versions", "returns")}
-        lengths, trained = [], set()
-        for leaf in (turn for turn in self.turns if turn.id not in followed):
-            path = [leaf]
-            while path[0].parent is not None:
-                path.insert(0, self.turns[path[0].parent])
-            for turn in path:
-                added, sampled, is_new = len(turn.added_ids), turn.completion, turn.id not in trained
-                n = len(sampled.token_ids)
-                columns["tokens"] += turn.added_ids + sampled.token_ids
-                columns["loss_mask"] += [False] * added + [is_new] * n
-                columns["logprobs"] += [0.0] * added + (sampled.logprobs if is_new else [0.0] * n)
-                columns["versions"] += [-1] * added + (sampled.versions if is_new else [-1] * n)
-                columns["returns"] += [0.0] * added + [returns[turn.id] if is_new else 0.0] * n
-                trained.add(turn.id)
-            lengths.append(len(leaf.tokens))
-        if turn_discount is None:
-            columns["returns"] = []
-        reward = sum((returns[turn.id] for turn in self.turns if turn.parent is None), 0.0)
-        last = self.turns[-1] if self.turns else None
+        turns = joined(self.turns.values())
+        labels = labels_of(turns)
+        rows = rows_of(turns, labels)
+        if self.state == "aborted":
+            status = "aborted"
+        elif outcome is not None and rows:
+            status = "ok"
+        of_turns = {turn.id: sum(turn.rewards.values()) for turn in turns.values() if labels[turn.id] == "agent"}
+        returns, reward = [], None
+        if status == "ok" and outcome is not None:
+            reward = outcome + sum(of_turns.values())
+            if turn_discount is not None:
+                returns = returns_of(rows, of_turns, outcome, turn_discount)
+                reward = returns[rows[0].loss_mask.index(True)]
+        last = max(turns.values(), key=lambda turn: turn.id, default=None)
+        reason: FinishReason = "abort"
+        if last is not None and last.completion is not None:
+            reason = last.completion.finish_reason
         return Trajectory(
             task_id=task.id,
             member=member,
-            reward=reward if self.status == "ok" else None,
-            finish_reason="abort" if last is None else last.completion.finish_reason,
-            status=self.status,
-            error=self.error,
-            generate_s=sum(turn.ended - turn.begun for turn in self.turns),
-            row_lengths=lengths,
-            **columns,
+            tokens=[token for row in rows for token in row.tokens],
+            loss_mask=[is_trained for row in rows for is_trained in row.loss_mask],
+            logprobs=[logprob for row in rows for logprob in row.logprobs],
+            versions=[version for row in rows for version in row.versions],
+            row_lengths=[len(row.tokens) for row in rows] if len(rows) > 1 else [],
+            returns=returns,
+            reward=reward,
+            reward_parts=dict(self.rewards) if status == "ok" else {},
+            statistics=self._statistics(turns, labels, len(rows)),
+            finish_reason=reason,
+            status=status,
+            error=self.error or ("" if rows else "no token was sampled") if status != "ok" else "",
+            prompt_text=self._text(rows[0].tokens, rows[0].loss_mask) if rows else "",
+            completion_text=self.text(),
+            generate_s=time.monotonic() - self.started,
         )
 
-    def _returns(self, discount: float) -> list[float]:
-        returns = [self.rewards.get(turn.id, 0.0) for turn in self.turns]
-        for turn in reversed(self.turns):
-            if turn.parent is not None:
-                returns[turn.parent] += discount * returns[turn.id]
-        return returns
+    def text(self) -> str:
+        """All that was said, for people: the last turn's lineage."""
+        turns = [turn for turn in self.turns.values() if turn.sampled]
+        if not turns:
+            return ""
+        ids = ids_through(self.turns, turns[-1].id)
+        first = next(turn for turn in turns if turn.parent is None)
+        return str(self.prompter.tokenizer.decode(ids[len(first.added_ids) :], clean_up_tokenization_spaces=False))
+
+    def trace(self) -> dict[str, Any]:
+        """Everything that is known, ready for JSON."""
+        turns = joined(self.turns.values())
+        labels = labels_of(turns)
+        account = account_of(turns, labels, rows_of(turns, labels))
+        return {
+            "id": self.id,
+            "state": self.state,
+            "error": self.error,
+            "stop_reason": self.stop_reason,
+            "started_at": self.started_at,
+            "rewards": self.rewards,
+            "num_refused": self.num_refused,
+            "tokens": account,
+            "turns": [
+                {
+                    **{k: v for k, v in vars(turn).items() if k not in ("ask", "answer", "completion")},
+                    "label": labels.get(turn.id, "failed"),
+                    "joins": turns[turn.id].parent if turn.id in turns else None,
+                    "ask": asdict(turn.ask),
+                    "answer": turn.answer.message(),
+                    "finish_reason": turn.answer.reason,
+                    "sampled_ids": turn.sampled,
+                    "logprobs": [] if turn.completion is None else turn.completion.logprobs,
+                    "versions": [] if turn.completion is None else turn.completion.versions,
+                    "server": "" if turn.completion is None else turn.completion.server_id,
+                }
+                for turn in self.turns.values()
+            ],
+        }
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _begin(self, ask: Ask) -> _Asking:
+        self._check_limits()
+        try:
+            prompt = self._memory.next_prompt(ask)
+            num_prompt = len(ids_through(self.turns, prompt.parent)) + len(prompt.added_ids)
+            most = self.limits.context_length
+            room = self.gconfig.max_new_tokens if most is None else most - num_prompt
+            if room < 1:
+                raise ContextFull(
+                    "context",
+                    f"the prompt has {num_prompt} tokens, and the maximum context length is {most}",
+                )
+        except RequestError:
+            self.num_refused += 1
+            raise
+        turn = Turn(len(self.turns), prompt.parent, prompt.added_ids, ask, prompt.reason, started_at=time.time())
+        self.turns[turn.id] = turn
+        listeners: list[OnAnswer] = []
+        asking = asyncio.ensure_future(self._sample(turn, prompt, room, listeners))
+        self._running.add(asking)
+        asking.add_done_callback(self._running.discard)
+        asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be nobody's any more
+        return _Asking(time.monotonic(), asking, listeners)
 
     def _check_limits(self) -> None:
-        limits, turns = self.limits, self.turns
-        num_tokens = sum(len(turn.completion.token_ids) for turn in turns)
-        num_calls = sum(len(turn.answer.calls) for turn in turns)
-        age_s = time.monotonic() - self._begun
-        reached: list[tuple[LimitName, float, float]] = [
-            ("turns", len(turns), limits.max_turns),
-            ("tokens", num_tokens, limits.max_tokens),
-            ("tool_calls", num_calls, limits.max_tool_calls),
-            ("time", age_s, limits.max_s),
-        ]
-        for name, found, most in reached:
-            if found >= most:
-                raise LimitReached(name, f"{found:g} of {most:g}")
+        limits = self.limits
+        reached: tuple[tuple[LimitName, float, float], ...] = (
+            ("turns", len(self.turns), limits.max_turns),
+            ("tokens", self._num_tokens, limits.max_tokens),
+            ("tool_calls", self._num_calls, limits.max_tool_calls),
+            ("time", time.monotonic() - self.started, limits.timeout_s),
+        )
+        if self.state != "open":
+            raise SessionEnded(f"session {self.id} is {self.state}" + (f": {self.error}" if self.error else ""))
+        for name, used, most in reached:
+            if used >= most:
+                self.stop_reason = self.stop_reason or name
+                self.num_refused += 1
+                raise LimitReached(name, f"session {self.id} has used its limit of {name}: {used:g} of {most:g}")
 
-    def _room(self, input_ids: list[int]) -> int:
-        """Tokens that an answer may have."""
-        used = sum(len(turn.completion.token_ids) for turn in self.turns)
-        room = self.limits.max_tokens - used
-        if self.limits.context_length is not None:
-            room = min(room, self.limits.context_length - len(input_ids))
-        if room < 1:
-            raise LimitReached("context", f"the prompt has {len(input_ids)} of {self.limits.context_length} tokens")
-        return room
+    def _request(self, turn: Turn, room: int) -> GenerationRequest:
+        """As the run samples, whatever the client asked for, but for the length and stop strings."""
+        g, asked, eos = self.gconfig, turn.ask.sampling, self.prompter.tokenizer.eos_token_id
+        left = self.limits.max_tokens - self._num_tokens
+        length = max(1, min(asked.get("max_new_tokens") or g.max_new_tokens, g.max_new_tokens, room, left))
+        script = None if self._script is None else self._script(turn.ask, turn.id)
+        return GenerationRequest(
+            rid=f"{self.id}.{turn.id}",
+            input_ids=[*ids_through(self.turns, turn.parent), *turn.added_ids],
+            max_new_tokens=length if script is None else len(script),
+            min_new_tokens=min(g.min_new_tokens, length) if script is None else 0,
+            temperature=g.temperature,
+            top_p=g.top_p,
+            top_k=g.top_k,
+            min_p=g.min_p,
+            stop=tuple(dict.fromkeys([*g.stop, *asked.get("stop", ())])),
+            stop_token_ids=tuple(dict.fromkeys([*g.stop_token_ids, *([] if eos is None else [eos])])),
+            group_id=self.id,
+            forced_ids=tuple(script or ()),
+        )
+
+    async def _sample(self, turn: Turn, prompt: NextPrompt, room: int, listeners: list[OnAnswer]) -> Turn:
+        request = self._request(turn, room)
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
+        turn.executed = {name: getattr(request, name) for name in names}
+        reader = AnswerReader(self.prompter.tokenizer, prompt.use, prompt.thinks, request)
+
+        def tell(ids: list[int]) -> None:
+            answer = reader.growing(ids)
+            for listener in listeners:
+                listener(answer)
+
+        completion = await self.engine.agenerate(request, tell)
+        turn.completion, turn.answer, turn.ended_at = completion, reader.whole(completion), time.time()
+        self._num_tokens += len(completion.token_ids)
+        self._num_calls += len(turn.answer.calls)
+        if completion.token_ids:
+            self._memory.note(turn, reader.said)
+        self._touch()
+        return turn
+
+    def _remember(self, key: str, attempt: _Asking) -> None:
+        self._attempts[key] = attempt
+        now = time.monotonic()
+        while len(self._attempts) > MAX_ATTEMPTS or now - next(iter(self._attempts.values())).began > ATTEMPT_LIFE_S:
+            self._attempts.popitem(last=False)
+
+    def _touch(self) -> None:
+        self.last_active = time.monotonic()
+        self._changed.set()
+
+    def _statistics(self, turns: dict[int, Turn], labels: dict[int, Any], num_rows: int) -> dict[str, float]:
+        found = {
+            "num_turns": len(turns),
+            "num_rows": num_rows,
+            "num_tool_calls": self._num_calls,
+            "num_refused": self.num_refused,
+            **{f"num_{label}": sum(x == label for x in labels.values()) for label in ("auxiliary", "discarded")},
+        }
+        if self.stop_reason:
+            found[f"stop_{self.stop_reason}"] = 1
+        return {name: float(value) for name, value in found.items()}
+
+    def _text(self, tokens: list[int], loss_mask: list[bool]) -> str:
+        ids = tokens[: loss_mask.index(True)] if True in loss_mask else tokens
+        return str(self.prompter.tokenizer.decode(ids, clean_up_tokenization_spaces=False))

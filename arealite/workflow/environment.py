@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from arealite.api.cli_args import GenerationHyperparameters
 from arealite.api.errors import ArealiteError, ConfigError, RequestError, RewardError
 from arealite.api.protocols import InferenceEngine
-from arealite.api.types import Task, Trajectory
+from arealite.api.types import Status, Task, Trajectory
 from arealite.dataset.prompts import Message, chat_messages
 from arealite.gateway.asks import Answer, Ask
 from arealite.gateway.prompting import Prompter
@@ -129,19 +129,21 @@ class EnvironmentWorkflow:
     async def _run_member(self, engine: InferenceEngine, task: Task, member: int) -> Trajectory:
         session = Session(f"{task.id}.{member}", engine, self._prompter, self.gconfig, self.limits)
         parts: dict[str, float] = {}
+        status: Status = "failed"
+        outcome: float | None = 0.0  # what is rewarded are turns
         counts: Counter[str] = Counter({f"stop_{reason}": 0 for reason in STOP_REASONS})
         try:
             stop = await self._play(session, task, parts, counts)
         except RewardError as error:
-            session.finish("reward_error", str(error))
+            status, outcome = "reward_error", None
+            session.finish("failed", str(error))
         except EnvironmentFailed as error:
+            outcome = None
             session.finish("failed", str(error))
         else:
             counts[f"stop_{stop}"] = 1  # a mean over sessions needs the zeros, too
-        counts["num_turns"] = len(session.turns)
-        return replace(
-            session.trajectory(task, member, self.turn_discount), reward_parts=parts, statistics=dict(counts)
-        )
+        trajectory = session.trajectory(task, member, outcome, self.turn_discount, status)
+        return replace(trajectory, reward_parts=parts, statistics=trajectory.statistics | counts)
 
     async def _play(self, session: Session, task: Task, parts: dict[str, float], counts: Counter[str]) -> StopReason:
         """Turn by turn, until the environment or a limit ends it."""
@@ -159,7 +161,7 @@ class EnvironmentWorkflow:
                     return limit.reason
                 conversation.say(turn)
                 observation = _observed(await self._call("step", environment.step, turn.answer))
-                session.reward(observation.reward)
+                session.reward(observation.reward, turn.id)
                 parts |= observation.parts
                 counts.update(observation.statistics)
             if not session.turns:
@@ -203,7 +205,7 @@ class Conversation:
     def say(self, turn: Turn) -> None:
         """Of the model."""
         if self._is_raw:
-            self._text = str(self._tokenizer.decode(turn.tokens, clean_up_tokenization_spaces=False))
+            self._text += str(self._tokenizer.decode(turn.sampled, clean_up_tokenization_spaces=False))
         else:
             self._messages += chat_messages("answer", [turn.answer.message()])
 

@@ -1,0 +1,177 @@
+"""What a session's turns make: a forest of token sequences, and its rows, each sampled token trained once or labelled.
+
+Pure functions over `Turn`. Called by session.py when a session becomes a trajectory or is shown, and by its proofs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from arealite.api.types import Completion
+from arealite.gateway.asks import Answer, Ask
+
+Label = Literal["agent", "auxiliary", "discarded"]
+
+
+@dataclass
+class Turn:
+    """One answer and what it was sampled from. `id` counts the session's turns in the order in which they were asked;
+    the prompt is the parent's tokens, its sampled ones included, and then `added_ids`. Without a parent `reason` says
+    why: "first", or what differs from the turns before. `rewards` are those of this turn alone, by name."""
+
+    id: int
+    parent: int | None
+    added_ids: list[int]
+    ask: Ask
+    reason: str
+    completion: Completion | None = None  # None while it is sampled, or when that failed
+    answer: Answer = field(default_factory=Answer)
+    rewards: dict[str, float] = field(default_factory=dict)
+    is_auxiliary: bool = False  # named so by a hook
+    executed: dict[str, object] = field(default_factory=dict)  # sampling as it was done
+    started_at: float = 0.0
+    ended_at: float = 0.0
+
+    @property
+    def sampled(self) -> list[int]:
+        return [] if self.completion is None else self.completion.token_ids
+
+
+@dataclass(frozen=True)
+class SessionRow:
+    """One path from a root to a leaf: per-token columns of one length, and the turn that each loss token is of."""
+
+    tokens: list[int]
+    loss_mask: list[bool]
+    logprobs: list[float]
+    versions: list[int]
+    turn_of: list[int]  # -1 outside the loss
+    path: tuple[int, ...]  # ids of its turns
+
+
+def path_of(turns: dict[int, Turn], last: int | None) -> list[Turn]:
+    """The turns from the root to `last`."""
+    path = []
+    while last is not None:
+        path.append(turns[last])
+        last = turns[last].parent
+    return path[::-1]
+
+
+def ids_through(turns: dict[int, Turn], last: int | None) -> list[int]:
+    """All tokens up to the end of turn `last`'s answer."""
+    return [token for turn in path_of(turns, last) for token in (*turn.added_ids, *turn.sampled)]
+
+
+def joined(turns: Iterable[Turn]) -> dict[int, Turn]:
+    """The finished turns by id, each following the turn whose tokens are the longest that its prompt begins with,
+    whichever was asked first. Only equal tokens join turns."""
+    found = {turn.id: turn for turn in turns if turn.sampled}
+    children: dict[int | None, list[Turn]] = {}
+    for turn in found.values():
+        children.setdefault(turn.parent, []).append(turn)
+    if all(len(same) == 1 for same in children.values()):  # one chain, as nearly always
+        return found
+    own = {turn.id: np.asarray([*turn.added_ids, *turn.sampled], np.int64) for turn in found.values()}
+    out = {}
+    for turn in found.values():
+        prompt = np.asarray([*ids_through(found, turn.parent), *turn.added_ids], np.int64)
+        best, num_shared = None, 0
+        open_turns = [(each, 0) for each in children.get(None, ())]
+        while open_turns:
+            other, begin = open_turns.pop()
+            end = begin + len(own[other.id])
+            if end <= len(prompt) and np.array_equal(prompt[begin:end], own[other.id]):
+                if end > num_shared:
+                    best, num_shared = other.id, end
+                open_turns += [(each, end) for each in children.get(other.id, ())]
+        out[turn.id] = replace(turn, parent=best, added_ids=prompt[num_shared:].tolist())
+    return out
+
+
+def labels_of(turns: dict[int, Turn]) -> dict[int, Label]:
+    """Which turns are trained ("agent"), and why others are not.
+
+    auxiliary: its lineage offers no tools while another does (titles, topic checks), or it was named so. discarded: a
+    leaf beside another answer to the same request, of which one was gone on with, or else the last one counts.
+    """
+    has_child = {turn.parent for turn in turns.values()}
+    root_of = {turn.id: path_of(turns, turn.id)[0].id for turn in turns.values()}
+    has_tools = {root_of[turn.id] for turn in turns.values() if turn.ask.tools}
+    siblings: dict[tuple[int | None, tuple[int, ...]], list[Turn]] = {}
+    for turn in turns.values():
+        siblings.setdefault((turn.parent, tuple(turn.added_ids)), []).append(turn)
+    labels: dict[int, Label] = {}
+    for same in siblings.values():
+        going_on = [turn.id for turn in same if turn.id in has_child]
+        kept = set(going_on or [max(turn.id for turn in same)])
+        for turn in same:
+            is_aside = turn.is_auxiliary or (bool(has_tools) and root_of[turn.id] not in has_tools)
+            labels[turn.id] = "auxiliary" if is_aside else "agent" if turn.id in kept else "discarded"
+    return labels
+
+
+def rows_of(turns: dict[int, Turn], labels: dict[int, Label] | None = None) -> list[SessionRow]:
+    """One row per path to a leaf that is trained, in the order of time. A turn that several pass through is in the loss
+    of the one whose tokens come first in their order, whatever was asked first, and context in the others."""
+    labels = labels_of(turns) if labels is None else labels
+    has_child = {turn.parent for turn in turns.values() if labels[turn.id] == "agent"}
+    leaves = [turn for turn in turns.values() if labels[turn.id] == "agent" and turn.id not in has_child]
+    paths = sorted((path_of(turns, leaf.id) for leaf in leaves), key=lambda path: _tokens_of(path))
+    trained: set[int] = set()
+    rows = []
+    for path in paths:
+        row = SessionRow([], [], [], [], [], tuple(turn.id for turn in path))
+        for turn in path:
+            is_trained = labels[turn.id] == "agent" and turn.id not in trained
+            _add(row, turn, is_trained)
+            trained |= {turn.id} if is_trained else set()
+        rows.append(row)
+    return sorted(rows, key=lambda row: row.path[-1])
+
+
+def _tokens_of(path: Sequence[Turn]) -> list[int]:
+    return [token for turn in path for token in (*turn.added_ids, *turn.sampled)]
+
+
+def _add(row: SessionRow, turn: Turn, is_trained: bool) -> None:
+    assert turn.completion is not None
+    num_added, num_sampled = len(turn.added_ids), len(turn.sampled)
+    row.tokens.extend([*turn.added_ids, *turn.sampled])
+    row.loss_mask.extend([False] * num_added + [is_trained] * num_sampled)
+    row.logprobs.extend([0.0] * num_added + (turn.completion.logprobs if is_trained else [0.0] * num_sampled))
+    row.versions.extend([-1] * num_added + (turn.completion.versions if is_trained else [-1] * num_sampled))
+    row.turn_of.extend([-1] * num_added + [turn.id if is_trained else -1] * num_sampled)
+
+
+def returns_of(rows: list[SessionRow], rewards: dict[int, float], outcome: float, turn_discount: float) -> list[float]:
+    """The return of every token of the rows, end to end, float [T]; 0 outside the loss.
+
+    G of a turn = its reward + turn_discount * G of the next turn of the row that trains it; `outcome` comes with the
+    row's last turn. So time goes along the path that was taken, not by the order of arrival, and what other lineages
+    do is nobody's merit here.
+    """
+    out: list[float] = []
+    for row in rows:
+        following, of_turn = 0.0, {}
+        for i, turn in enumerate(reversed(row.path)):
+            following = rewards.get(turn, 0.0) + (outcome if i == 0 else turn_discount * following)
+            of_turn[turn] = following
+        out += [of_turn.get(turn, 0.0) for turn in row.turn_of]
+    return out
+
+
+def account_of(turns: dict[int, Turn], labels: dict[int, Label], rows: list[SessionRow]) -> dict[str, int]:
+    """Sampled tokens: all of them ("sampled"), those in a loss ("trained"), and the others by label."""
+    account: Counter[str] = Counter({"sampled": 0, "trained": 0})
+    for turn in turns.values():
+        account["sampled"] += len(turn.sampled)
+        if labels[turn.id] != "agent":
+            account[labels[turn.id]] += len(turn.sampled)
+    account["trained"] += sum(sum(row.loss_mask) for row in rows)
+    return dict(account)
