@@ -5,6 +5,8 @@ Pure functions over `Turn`. Called by session.py when a session becomes a trajec
 
 from __future__ import annotations
 
+import hashlib
+from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +24,9 @@ Label = Literal["agent", "auxiliary", "discarded"]
 class Turn:
     """One answer and what it was sampled from. `id` counts the session's turns in the order in which they were asked;
     the prompt is the parent's tokens, its sampled ones included, and then `added_ids`. Without a parent `reason` says
-    why: "first", or what differs from the turns before. `rewards` are those of this turn alone, by name."""
+    why: "first", or what differs from the turns before. `ask` has those messages only that the parent's ask and answer
+    had not, so that a long session does not hold its history over and over. `rewards` are those of this turn alone, by
+    name."""
 
     id: int
     parent: int | None
@@ -68,29 +72,63 @@ def ids_through(turns: dict[int, Turn], last: int | None) -> list[int]:
     return [token for turn in path_of(turns, last) for token in (*turn.added_ids, *turn.sampled)]
 
 
+class Prefixes:
+    """Sequences by their length and digest, with the turn that ends there: finds the longest one that another sequence
+    begins with. `begin` and `state` speak of what was read of that one before."""
+
+    def __init__(self) -> None:
+        self._ids: dict[tuple[int, bytes], int] = {}
+        self._ends: list[int] = []
+
+    def add(self, content: bytes, id: int, begin: int = 0, state: hashlib.blake2b | None = None) -> hashlib.blake2b:
+        """Returns the state at its end. Of equal sequences the latest counts."""
+        state = _hash() if state is None else state.copy()
+        state.update(content)
+        end = begin + len(content)
+        if (end, state.digest()) not in self._ids:
+            insort(self._ends, end)
+        self._ids[end, state.digest()] = id
+        return state
+
+    def longest(self, content: bytes, begin: int = 0, state: hashlib.blake2b | None = None) -> tuple[int, int | None]:
+        """Bytes of `content` that belong to the longest sequence ending in it, and its turn; (0, None) without one."""
+        state = _hash() if state is None else state.copy()
+        best: tuple[int, int | None] = (0, None)
+        num_read = 0
+        for end in self._ends[bisect_right(self._ends, begin) : bisect_right(self._ends, begin + len(content))]:
+            state.update(content[num_read : end - begin])
+            num_read = end - begin
+            if (end, state.digest()) in self._ids:
+                best = num_read, self._ids[end, state.digest()]
+        return best
+
+
+def as_bytes(ids: list[int]) -> bytes:
+    """Eight for each token."""
+    return np.asarray(ids, np.int64).tobytes()
+
+
+def _hash() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=16)
+
+
 def joined(turns: Iterable[Turn]) -> dict[int, Turn]:
     """The finished turns by id, each following the turn whose tokens are the longest that its prompt begins with,
-    whichever was asked first. Only equal tokens join turns."""
-    found = {turn.id: turn for turn in turns if turn.sampled}
-    children: dict[int | None, list[Turn]] = {}
+    whichever was asked first or ended first. Only equal tokens join turns. Linear in the added and sampled tokens: what
+    lies before a known parent is not read again."""
+    found = {turn.id: turn for turn in sorted(turns, key=lambda turn: turn.id) if turn.sampled}
+    states: dict[int | None, tuple[int, hashlib.blake2b]] = {None: (0, _hash())}  # at each turn's end
+    ends = Prefixes()
     for turn in found.values():
-        children.setdefault(turn.parent, []).append(turn)
-    if all(len(same) == 1 for same in children.values()):  # one chain, as nearly always
-        return found
-    own = {turn.id: np.asarray([*turn.added_ids, *turn.sampled], np.int64) for turn in found.values()}
+        begin, state = states[turn.parent]
+        own = as_bytes([*turn.added_ids, *turn.sampled])
+        states[turn.id] = begin + len(own), ends.add(own, turn.id, begin, state)
     out = {}
     for turn in found.values():
-        prompt = np.asarray([*ids_through(found, turn.parent), *turn.added_ids], np.int64)
-        best, num_shared = None, 0
-        open_turns = [(each, 0) for each in children.get(None, ())]
-        while open_turns:
-            other, begin = open_turns.pop()
-            end = begin + len(own[other.id])
-            if end <= len(prompt) and np.array_equal(prompt[begin:end], own[other.id]):
-                if end > num_shared:
-                    best, num_shared = other.id, end
-                open_turns += [(each, end) for each in children.get(other.id, ())]
-        out[turn.id] = replace(turn, parent=best, added_ids=prompt[num_shared:].tolist())
+        num_shared, parent = ends.longest(as_bytes(turn.added_ids), *states[turn.parent])
+        out[turn.id] = turn
+        if parent is not None:
+            out[turn.id] = replace(turn, parent=parent, added_ids=turn.added_ids[num_shared // 8 :])
     return out
 
 

@@ -17,38 +17,50 @@ from transformers import PreTrainedTokenizerBase
 from arealite.api.errors import ConfigError, PromptError, RequestError
 from arealite.dataset.prompts import chat_messages, check_variables, encode
 from arealite.gateway.asks import Ask, Message
-from arealite.gateway.forest import Turn
+from arealite.gateway.forest import Prefixes, Turn, as_bytes
+from arealite.gateway.reading import is_ended_by_token
 from arealite.inference.openai.chat import ChatBody, ChatTemplate
 from arealite.inference.openai.tools import ToolUse
 
 History = Literal["keep", "template"]
 MARK = "\u2042answer\u2042"  # stands where an answer is, to find what the template writes around it
+QUESTION: Message = {"role": "user", "content": "?"}
 FIRST = "first"
+# Variables by which templates of some families keep the thoughts of earlier turns, set where they know them.
+KEEPING = {
+    "preserve_thinking": True,
+    "clear_thinking": False,
+    "drop_thinking": False,
+    "truncate_history_thinking": False,
+    "auto_drop_analysis": False,
+}
 
 
 @dataclass(frozen=True)
 class NextPrompt:
     """`added_ids` come after all tokens of turn `parent`; without one they are the whole prompt, for `reason`. `use`:
-    the functions that the answer may call. `thinks`: the prompt ends with the opening of a thought."""
+    the functions that the answer may call. `thinks`: the prompt ends with the opening of a thought. `text` is the whole
+    prompt as the template writes it, and `num_known` messages of it were there with the parent's answer."""
 
     parent: int | None
     added_ids: list[int]
-    reason: str
-    use: ToolUse | None
-    thinks: bool
+    reason: str = ""
+    use: ToolUse | None = None
+    thinks: bool = False
+    text: str = ""
+    num_known: int = 0
 
 
 @dataclass(frozen=True)
 class _Told:
-    """What is known of a finished turn: its last message; the text of its messages before the answer, by length and
-    digest; and what else has to be equal for a request that goes on from it, by name."""
+    """What is known of a finished turn: its message; the text of its prompt and answer, without the token that ended
+    it, by length and digest; and what else has to be equal for a request that goes on from it, by name."""
 
     turn: Turn
     message: Message
     num_characters: int
     digest: bytes
-    fixed: dict[str, str]
-    forced: str
+    fixed: dict[str, bytes]
 
 
 @dataclass
@@ -68,6 +80,8 @@ class Prompter:
         if self.history not in ("keep", "template"):
             raise ConfigError(f"history: expected keep or template, found {self.history!r}")
         self.template = ChatTemplate(self.tokenizer, None, self.tool_call_parser)
+        keeping = KEEPING if self.history == "keep" else {}
+        self._options = {name: value for name, value in keeping.items() if name in str(self.tokenizer.chat_template)}
 
     def memory(self) -> Memory:
         """For one session."""
@@ -82,66 +96,56 @@ class Prompter:
 
     def text(self, messages: list[Message], tools: list[dict[str, Any]], asks: bool, ask: Ask) -> str:
         """Raises PromptError."""
-        return self.template.text(messages, tools, asks, **ask.template_options)
+        return self.template.text(messages, tools, asks, **{**self._options, **ask.template_options})
 
     def ids(self, text: str, is_raw: bool = False) -> list[int]:
         return encode(self.tokenizer, text, is_raw=is_raw)
 
 
 class Memory:
-    """What one session's requests are recognised by. Holds a digest per turn, not its text."""
+    """What one session's requests are recognised by. Holds digests, not texts."""
 
     def __init__(self, prompter: Prompter) -> None:
         self._prompter = prompter
         self._told: dict[bytes, list[_Told]] = {}  # by the digest of all messages with the answer
-        self._raw: list[tuple[int, bytes, Turn]] = []  # of raw text: characters with the answer, digest
-        self._raw_ids: list[tuple[list[int], Turn]] = []  # of token ids
+        self._raw: dict[type, Prefixes] = {str: Prefixes(), list: Prefixes()}  # of text, and of tokens
+        self._num_noted = 0
 
     def next_prompt(self, ask: Ask) -> NextPrompt:
         """Raises RequestError: messages or tools cannot be read, or the chat template refuses them."""
         try:
-            return self._after_text(ask) if ask.prompt is not None else self._after_messages(ask)
+            return self._after_text(ask.prompt) if ask.prompt is not None else self._after_messages(ask)
         except PromptError as error:
             raise RequestError(str(error)) from error
 
-    def note(self, turn: Turn, text: str) -> None:
-        """A turn is finished; `text` is what its tokens say, all of them, for raw prompts."""
-        ask = turn.ask
-        if isinstance(ask.prompt, str):
-            whole = ask.prompt + text
-            self._raw.append((len(whole), _digest(whole), turn))
-        elif ask.prompt is not None:
-            self._raw_ids.append(([*ask.prompt, *turn.sampled], turn))
-        else:
+    def note(self, turn: Turn, ask: Ask, prompt: NextPrompt, said: str) -> None:
+        """A turn is finished: `ask` became `prompt`. `said` is the text of its tokens, without one that ended it."""
+        self._num_noted += 1
+        if ask.prompt is None:
             messages = chat_messages("messages", [*ask.messages, turn.answer.message()])
-            tools, use = self._prompter.tools_of(ask)
-            before = self._prompter.text(messages[:-1], tools, False, ask)
-            forced = use.forced if use else ""
-            told = _Told(turn, messages[-1], len(before), _digest(before), _fixed(ask, messages), forced)
+            text = prompt.text + said
+            told = _Told(turn, messages[-1], len(text), _digest(text), _fixed(ask, messages))
             self._told.setdefault(_digests(messages)[-1], []).append(told)
-
-    # -- raw text ------------------------------------------------------------------------------------------------
-
-    def _after_text(self, ask: Ask) -> NextPrompt:
-        prompt = ask.prompt
-        if isinstance(prompt, str):
-            found = [(n, t) for n, digest, t in self._raw if n <= len(prompt) and _digest(prompt[:n]) == digest]
-            if found:
-                size, turn = max(found, key=lambda pair: (pair[0], pair[1].id))
-                rest = prompt[size:]
-                return NextPrompt(turn.id, self._prompter.ids(rest) if rest else [], "", None, False)
-            return NextPrompt(None, self._prompter.ids(prompt, is_raw=True), self._root("other text"), None, False)
-        assert prompt is not None
-        known = [(len(ids), t) for ids, t in self._raw_ids if prompt[: len(ids)] == ids]
-        if known:
-            size, turn = max(known, key=lambda pair: (pair[0], pair[1].id))
-            return NextPrompt(turn.id, prompt[size:], "", None, False)
-        return NextPrompt(None, list(prompt), self._root("other tokens"), None, False)
+        elif isinstance(ask.prompt, str):
+            said = str(self._prompter.tokenizer.decode(turn.sampled, clean_up_tokenization_spaces=False))
+            self._raw[str].add(_utf8(ask.prompt + said), turn.id)
+        else:
+            self._raw[list].add(as_bytes([*ask.prompt, *turn.sampled]), turn.id)
 
     def _root(self, reason: str) -> str:
-        return reason if self._told or self._raw or self._raw_ids else FIRST
+        return reason if self._num_noted else FIRST
 
-    # -- messages ------------------------------------------------------------------------------------------------
+    def _after_text(self, prompt: str | list[int]) -> NextPrompt:
+        """Text goes on from a turn if it begins with all that this one's tokens say, the one that ended it included."""
+        if isinstance(prompt, str):
+            content = _utf8(prompt)
+            num_shared, parent = self._raw[str].longest(content)
+            if parent is None:
+                return NextPrompt(None, self._prompter.ids(prompt, is_raw=True), self._root("other text"))
+            rest = content[num_shared:].decode("utf-8", "surrogatepass")
+            return NextPrompt(parent, self._prompter.ids(rest) if rest else [])
+        num_shared, parent = self._raw[list].longest(as_bytes(prompt))
+        return NextPrompt(parent, prompt[num_shared // 8 :], "" if parent is not None else self._root("other tokens"))
 
     def _after_messages(self, ask: Ask) -> NextPrompt:
         prompter = self._prompter
@@ -152,15 +156,16 @@ class Memory:
         tools, use = prompter.tools_of(ask)
         forced = use.forced if use else ""
         whole = prompter.text(messages, tools, True, ask)
-        thinks = whole.rstrip().endswith("<think>")
+        thinks, text = whole.rstrip().endswith("<think>"), whole + forced
         reason, fixed = self._root("other messages"), _fixed(ask, messages)
         for place, told in self._candidates(messages):
             changed = [name for name, value in fixed.items() if told.fixed[name] != value]
             ids = None if changed else self._suffix(told, messages, place, tools, ask, whole)
             if ids is not None:
-                return NextPrompt(told.turn.id, [*ids, *(prompter.ids(forced) if forced else [])], "", use, thinks)
+                ids += prompter.ids(forced) if forced else []
+                return NextPrompt(told.turn.id, ids, "", use, thinks, text, place + 1)
             reason = f"other {changed[0]}" if changed else "the template writes the history otherwise"
-        return NextPrompt(None, prompter.ids(whole + forced), reason, use, thinks)
+        return NextPrompt(None, prompter.ids(text), reason, use, thinks, text)
 
     def _candidates(self, messages: list[Message]) -> list[tuple[int, _Told]]:
         """Turns whose messages, with the answer, the request begins with, and the answer's place in it: the longest
@@ -176,23 +181,41 @@ class Memory:
         self, told: _Told, messages: list[Message], place: int, tools: list[dict[str, Any]], ask: Ask, whole: str
     ) -> list[int] | None:
         """Tokens that come after the answer, those of the end of its turn included; None: it is not proved."""
-        answer, since = messages[place], messages[place + 1 :]
-        before, after = self._around(messages[:place], answer, since, tools, ask)
-        is_same = _digest(before[: told.num_characters]) == told.digest
-        if self._prompter.history == "keep" and not (is_same and after and whole.endswith(after)):
-            # The template shows what lies before otherwise by now, such as without its thoughts: what follows is asked
-            # of a short conversation, and believed if the whole request ends with it.
-            _, after = self._around([{"role": "user", "content": "?"}], answer, since, tools, ask)
-        if not after or not whole.endswith(after):
+        is_exact = _digest(whole[: told.num_characters]) == told.digest
+        after = whole[told.num_characters :] if is_exact else ""
+        if not is_exact and self._prompter.history == "keep":
+            after = self._after(messages[:place], messages[place], messages[place + 1 :], tools, ask, whole)
+        if not after:
             return None
-        ids, sampled = self._prompter.ids(after), told.turn.sampled
-        if sampled[-1:] == ids[:1]:  # the token that ended the answer is the first of what follows it
-            ids, sampled = ids[1:], sampled[:-1]
-        if self._prompter.history == "template":
-            says = self._prompter.tokenizer.decode(sampled, clean_up_tokenization_spaces=False)
-            if not is_same or whole != f"{before}{told.forced}{says}{after}":
-                return None
+        ids, completion = self._prompter.ids(after), told.turn.completion
+        if completion is not None and is_ended_by_token(completion):
+            if ids[:1] == completion.token_ids[-1:]:
+                return ids[1:]  # the token that ended the answer is the first of what follows it
+            return ids if self._prompter.history == "keep" else None
         return ids
+
+    def _after(
+        self,
+        earlier: list[Message],
+        answer: Message,
+        since: list[Message],
+        tools: list[dict[str, Any]],
+        ask: Ask,
+        whole: str,
+    ) -> str:
+        """What the template writes after an answer whose text, or what lies before, it writes otherwise than it was
+        sampled: without thoughts, with other blanks. Asked of a short conversation, which must be the end of the whole
+        request from the answer on; else of the request itself. Empty: it cannot be told."""
+        for before in ([QUESTION], earlier):
+            after = self._around(before, answer, since, tools, ask)[1]
+            try:
+                begin = len(self._prompter.text(before, tools, False, ask)) if before else 0
+                end = self._prompter.text([*before, answer, *since], tools, True, ask)[begin:]
+            except PromptError:
+                continue
+            if after and end.endswith(after) and whole.endswith(end):
+                return after
+        return ""
 
     def _around(
         self, earlier: list[Message], answer: Message, since: list[Message], tools: list[dict[str, Any]], ask: Ask
@@ -218,8 +241,12 @@ class Memory:
             return "", ""
 
 
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(_utf8(text), digest_size=16).digest()
 
 
 def _digests(messages: list[Message]) -> list[bytes]:
@@ -233,7 +260,7 @@ def _digests(messages: list[Message]) -> list[bytes]:
                 [call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])
             ]
             key = [message["role"], message["content"].strip(), calls]
-            state.update(json.dumps(key, sort_keys=True).encode("utf-8", "surrogatepass"))
+            state.update(_utf8(json.dumps(key, sort_keys=True)))
         out.append(state.copy().digest())
     return out
 
@@ -244,12 +271,13 @@ def _same_thought(message: Message, told: Message) -> bool:
     return not thought or thought.strip() == (told.get("reasoning_content") or "").strip()
 
 
-def _fixed(ask: Ask, messages: list[Message]) -> dict[str, str]:
+def _fixed(ask: Ask, messages: list[Message]) -> dict[str, bytes]:
     """What must not change from turn to turn of one row."""
     num_leading = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), len(messages))
-    return {
-        "system message": json.dumps([m["content"] for m in messages[:num_leading]]),
-        "tools": json.dumps([] if ask.tool_choice == "none" else ask.tools, sort_keys=True),
-        "template options": json.dumps(ask.template_options, sort_keys=True),
+    values = {
+        "system message": [m["content"] for m in messages[:num_leading]],
+        "tools": [] if ask.tool_choice == "none" else ask.tools,
+        "template options": ask.template_options,
         "model": ask.model,
     }
+    return {name: _digest(json.dumps(value, sort_keys=True)) for name, value in values.items()}

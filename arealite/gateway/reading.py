@@ -16,6 +16,11 @@ OPEN_THOUGHT, CLOSE_THOUGHT = "<think>", "</think>"
 UNFINISHED = "\ufffd"  # what the beginning of a character of several tokens reads as
 
 
+def is_ended_by_token(completion: Completion) -> bool:
+    """Whether the last token is one that ends answers, and says nothing."""
+    return completion.finish_reason == "stop" and not isinstance(completion.matched, str)
+
+
 class AnswerReader:
     """`thinks`: the prompt ends within a thought. What may still become something else (the beginning of a mark, of a
     stop string, of a character) is held back while the answer grows."""
@@ -27,9 +32,9 @@ class AnswerReader:
         thinks: bool,
         request: GenerationRequest,
     ) -> None:
-        self.said = ""  # all text of the tokens
+        self.said = ""  # all text of the tokens but that of one that ended the answer
         self._tokenizer, self._use, self._thinks = tokenizer, use, thinks
-        self._stop, self._stop_token_ids = request.stop, set(request.stop_token_ids)
+        self._stop, self._stop_token_ids = request.stop, {*request.stop_token_ids, *tokenizer.all_special_ids}
         self._num_prompt, self._call_ids = len(request.input_ids), f"call_{request.rid.replace('.', '_')}_"
         self._begin = self._end = 0  # of the tokens that were decoded last, and what comes next
 
@@ -46,9 +51,7 @@ class AnswerReader:
 
     def whole(self, completion: Completion) -> Answer:
         ids, matched = completion.token_ids, completion.matched
-        is_ended_by_token = completion.finish_reason == "stop" and not isinstance(matched, str)
-        self.said = self._decoded(ids)
-        text = self._decoded(ids[:-1]) if is_ended_by_token else self.said
+        text = self.said = self._decoded(ids[:-1] if is_ended_by_token(completion) else ids)
         if isinstance(matched, str) and matched in text:
             text = text[: text.rindex(matched)]
         reason: AnswerReason = "length" if completion.finish_reason == "length" else "stop"

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from arealite.api.cli_args import GenerationHyperparameters
@@ -66,6 +66,10 @@ class _Asking:
     asking: asyncio.Task[Turn]
     listeners: list[OnAnswer] = field(default_factory=list)
 
+    @property
+    def has_failed(self) -> bool:
+        return self.asking.done() and (self.asking.cancelled() or self.asking.exception() is not None)
+
 
 class Session:
     """Consumes: asks of an agent. Produces: turns, then one trajectory. Waits for: the engine's answers, which have
@@ -104,7 +108,7 @@ class Session:
 
     async def ask(self, ask: Ask, on_answer: OnAnswer | None = None, attempt_key: str | None = None) -> Turn:
         """One answer. `on_answer` is told of it as it grows. With the same `attempt_key` it is the same turn: a client
-        that lost its connection gets the answer that is on its way, or was given.
+        that lost its connection gets the answer that is on its way, or was given; one that got an error, a new one.
 
         A caller that goes away stops nothing: what was begun is sampled to its end and stays a turn, so that every
         sampled token is accounted for.
@@ -116,13 +120,19 @@ class Session:
         """
         self.last_active = time.monotonic()
         attempt = self._attempts.get(attempt_key) if attempt_key is not None else None
-        if attempt is None:
+        if attempt is None or attempt.has_failed:
             attempt = self._begin(ask)
             if attempt_key is not None:
                 self._remember(attempt_key, attempt)
         if on_answer is not None:
             attempt.listeners.append(on_answer)
-        turn = await asyncio.shield(attempt.asking)
+        try:
+            turn = await asyncio.shield(attempt.asking)
+        except asyncio.CancelledError:
+            this = asyncio.current_task()
+            if attempt.asking.cancelled() and this is not None and not this.cancelling():
+                raise SessionEnded(f"session {self.id} was {self.state} while this was answered") from None
+            raise
         if on_answer is not None:
             on_answer(turn.answer)
         return turn
@@ -265,21 +275,26 @@ class Session:
         self._check_limits()
         try:
             prompt = self._memory.next_prompt(ask)
-            num_prompt = len(ids_through(self.turns, prompt.parent)) + len(prompt.added_ids)
+            input_ids = [*ids_through(self.turns, prompt.parent), *prompt.added_ids]
             most = self.limits.context_length
-            room = self.gconfig.max_new_tokens if most is None else most - num_prompt
+            room = self.gconfig.max_new_tokens if most is None else most - len(input_ids)
             if room < 1:
                 raise ContextFull(
                     "context",
-                    f"the prompt has {num_prompt} tokens, and the maximum context length is {most}",
+                    f"the prompt has {len(input_ids)} tokens, and the maximum context length is {most}: shorten the"
+                    " history",
                 )
         except RequestError:
             self.num_refused += 1
             raise
-        turn = Turn(len(self.turns), prompt.parent, prompt.added_ids, ask, prompt.reason, started_at=time.time())
+        kept = ask
+        if prompt.parent is not None:
+            tools = self.turns[prompt.parent].ask.tools if ask.tools else []  # the same ones, once in memory
+            kept = replace(ask, messages=ask.messages[prompt.num_known :], tools=tools)
+        turn = Turn(len(self.turns), prompt.parent, prompt.added_ids, kept, prompt.reason, started_at=time.time())
         self.turns[turn.id] = turn
         listeners: list[OnAnswer] = []
-        asking = asyncio.ensure_future(self._sample(turn, prompt, room, listeners))
+        asking = asyncio.ensure_future(self._sample(turn, ask, prompt, self._request(turn, input_ids, room), listeners))
         self._running.add(asking)
         asking.add_done_callback(self._running.discard)
         asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be nobody's any more
@@ -301,7 +316,7 @@ class Session:
                 self.num_refused += 1
                 raise LimitReached(name, f"session {self.id} has used its limit of {name}: {used:g} of {most:g}")
 
-    def _request(self, turn: Turn, room: int) -> GenerationRequest:
+    def _request(self, turn: Turn, input_ids: list[int], room: int) -> GenerationRequest:
         """As the run samples, whatever the client asked for, but for the length and stop strings."""
         g, asked, eos = self.gconfig, turn.ask.sampling, self.prompter.tokenizer.eos_token_id
         left = self.limits.max_tokens - self._num_tokens
@@ -309,7 +324,7 @@ class Session:
         script = None if self._script is None else self._script(turn.ask, turn.id)
         return GenerationRequest(
             rid=f"{self.id}.{turn.id}",
-            input_ids=[*ids_through(self.turns, turn.parent), *turn.added_ids],
+            input_ids=input_ids,
             max_new_tokens=length if script is None else len(script),
             min_new_tokens=min(g.min_new_tokens, length) if script is None else 0,
             temperature=g.temperature,
@@ -322,8 +337,9 @@ class Session:
             forced_ids=tuple(script or ()),
         )
 
-    async def _sample(self, turn: Turn, prompt: NextPrompt, room: int, listeners: list[OnAnswer]) -> Turn:
-        request = self._request(turn, room)
+    async def _sample(
+        self, turn: Turn, ask: Ask, prompt: NextPrompt, request: GenerationRequest, listeners: list[OnAnswer]
+    ) -> Turn:
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop")
         turn.executed = {name: getattr(request, name) for name in names}
         reader = AnswerReader(self.prompter.tokenizer, prompt.use, prompt.thinks, request)
@@ -338,7 +354,7 @@ class Session:
         self._num_tokens += len(completion.token_ids)
         self._num_calls += len(turn.answer.calls)
         if completion.token_ids:
-            self._memory.note(turn, reader.said)
+            self._memory.note(turn, ask, prompt, reader.said)
         self._touch()
         return turn
 
