@@ -15,26 +15,25 @@ REWARDS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 1.0, 0.7, 
 LENGTHS = st.lists(st.integers(1, 5), min_size=1, max_size=6)
 
 
-def plain_norm(values, groups, mean, std, leave_one_out, eps):
-    """One entry at a time, in Python floats."""
-    out = []
+def plain_scales(values, groups, mean, std, leave_one_out, eps):
+    """(what is subtracted, what divides), one entry at a time, in Python floats."""
     for x, group in zip(values, groups, strict=True):
         own = {"group": [v for v, g in zip(values, groups, strict=True) if g == group], "batch": list(values)}
-        y, used = x, []
+        centre, spread = 0.0, 1.0
         if mean != "none":
             pool = own[mean]
-            used.append(pool)
-            if leave_one_out:
-                y = x - (math.fsum(pool) - x) / max(len(pool) - 1, 1)
-            else:
-                y = x - math.fsum(pool) / len(pool)
+            others = (math.fsum(pool) - x) / max(len(pool) - 1, 1)
+            centre = x if max(pool) == min(pool) else others if leave_one_out else math.fsum(pool) / len(pool)
         if std != "none":
             pool = own[std]
-            used.append(pool)
-            centre = math.fsum(pool) / len(pool)
-            y /= math.sqrt(math.fsum((v - centre) ** 2 for v in pool) / max(len(pool) - 1, 1)) + eps
-        out.append(0.0 if any(max(p) == min(p) for p in used) else y)
-    return out
+            middle = math.fsum(pool) / len(pool)
+            spread = math.sqrt(math.fsum((v - middle) ** 2 for v in pool) / max(len(pool) - 1, 1)) + eps
+            spread = math.inf if max(pool) == min(pool) else spread
+        yield centre, spread
+
+
+def plain_norm(values, *args):
+    return [(x - centre) / spread for x, (centre, spread) in zip(values, plain_scales(values, *args), strict=True)]
 
 
 @settings(deadline=None, max_examples=80)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.batches import actor_config, crooked_batch, make, plain_kl
-from test_algorithm_advantage import plain_gae, plain_norm
+from test_algorithm_advantage import plain_gae, plain_norm, plain_scales
 
 from arealite.api.cli_args import NormConfig, PPOActorConfig
 from arealite.api.errors import ConfigError
@@ -27,8 +27,8 @@ def scored_batch():
     return batch
 
 
-def norm(values, groups, config):
-    return plain_norm(values, groups, config.mean, config.std, config.leave_one_out, config.eps)
+def choices(config):
+    return config.mean, config.std, config.leave_one_out, config.eps
 
 
 def plain(batch, config):
@@ -46,9 +46,11 @@ def plain(batch, config):
         return reward if config.reward_clip is None else min(max(reward, -config.reward_clip), config.reward_clip)
 
     raw = [shaped(float(batch.rewards[i]), own) for i, own in zip(first, generated, strict=True)]
-    rewards = norm(raw, batch.group_ids[first].tolist(), config.reward_norm)
+    scales = list(plain_scales(raw, batch.group_ids[first].tolist(), *choices(config.reward_norm)))
     returns, kept = np.zeros(len(batch.tokens)), []
-    for i, own, reward in zip(first, generated, rewards, strict=True):
+    for i, own, reward, (centre, spread) in zip(first, generated, raw, scales, strict=True):
+        worth = [reward if batch.turn_returns is None else shaped(float(batch.turn_returns[t]), own) for t in own]
+        worth = [(x - centre) / spread for x in worth]
         paid = [0.0] * len(own)
         if config.kl_in == "reward":
             paid = [
@@ -56,16 +58,16 @@ def plain(batch, config):
             ]
         if batch.values is None:
             to_go = [sum(config.gamma ** (k - j) * paid[k] for k in range(j, len(own))) for j in range(len(own))]
-            found = [reward - cost for cost in to_go]
+            found = [x - cost for x, cost in zip(worth, to_go, strict=True)]
         else:
-            earned = [(reward if t == own[-1] else 0.0) - cost for t, cost in zip(own, paid, strict=True)]
+            earned = [x - y - cost for x, y, cost in zip(worth, [*worth[1:], 0.0], paid, strict=False)]
             found = plain_gae(earned, batch.values[own], [True] * len(own), config.gamma, config.gae_lambda)
             returns[own] = found + batch.values[own]
         if not (config.mask_truncated and batch.truncated[i]):
             kept += [(t, a, batch.group_ids[i]) for t, a in zip(own, found, strict=True)]
     at, advantages, groups = map(list, zip(*kept, strict=True))
     out = np.zeros(len(batch.tokens))
-    out[at] = advantages if config.adv_norm is None else norm(advantages, groups, config.adv_norm)
+    out[at] = advantages if config.adv_norm is None else plain_norm(advantages, groups, *choices(config.adv_norm))
     return out, returns
 
 
@@ -90,11 +92,14 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("with_returns", [False, True])
 @pytest.mark.parametrize("with_values", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_advantages_are_the_plain_ones(actor, tiny_llama, case, with_values):
+def test_advantages_are_the_plain_ones(actor, tiny_llama, case, with_values, with_returns):
     actor.config = actor_config(tiny_llama, gae_lambda=0.8, **CASES[case])
     batch = scored_batch() if with_values else replace(scored_batch(), values=None)
+    if with_returns:
+        batch.turn_returns = np.random.default_rng(4).normal(size=len(batch.tokens))
     advantages, returns = plain(batch, actor.config)
     actor.compute_advantages(batch)
     assert batch.advantages.dtype == np.float32

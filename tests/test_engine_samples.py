@@ -173,10 +173,11 @@ def gradient(actor, batch, capacity, share, logp, entropy, parameters):
     return total.item(), *by_token, *by_parameter
 
 
-def check(written, folder, by_parameter=True, **changes):
-    """`by_parameter`: through the model as well, whose scores of a token are the same in all forms."""
+def check(written, folder, is_whole=True, **changes):
+    """`is_whole`: of all forms and through the model; else of the two that differ most, up to the scores of tokens."""
     cases, parameters, actor = written
-    parameters = parameters if by_parameter else []
+    if not is_whole:
+        cases, parameters = {name: cases[name] for name in ("few", "by turns")}, []
     actor.config = actor_config(folder, max_new_tokens=9, temperature=1.0, **changes)
     (loss, *few), *others = (gradient(actor, *case, parameters) for case in cases.values())
     assert all(float(x.abs().max()) > 0 for x in few)
@@ -268,8 +269,9 @@ def test_the_engine_computes_all_forms_alike(written, folder, changes):
     assert reference.grad_norm > 0
 
 
-def test_equal_returns_are_the_reward():
-    """Turns that all return the reward of their sample make the batch's numbers those without returns."""
+@pytest.mark.parametrize("with_values", [False, True])
+def test_equal_returns_are_the_reward(written, folder, with_values):
+    """Turns that all return the reward of their sample have the advantages of samples without returns."""
     rng = np.random.default_rng(1)
     groups = groups_of(rng, has_returns=False)
     plain = Batch.pack(groups)
@@ -278,6 +280,13 @@ def test_equal_returns_are_the_reward():
         group.trajectories[:1] = [replace(t, returns=[t.reward] * len(t.tokens)) for t in group.trajectories[:1]]
     returned = Batch.pack(groups)
     assert np.array_equal(returned.turn_returns, returned.rewards[returned.owners])
+    actor = written[2]
+    actor.config = actor_config(folder, gamma=0.9, gae_lambda=0.7, reward_bias=0.3, reward_clip=1.0)
+    for batch in (plain, returned):
+        batch.values = np.sin(np.arange(len(batch.tokens))).astype(np.float32) if with_values else None
+        actor.compute_advantages(batch)
+    assert np.array_equal(plain.advantages, returned.advantages) and plain.advantages.any()
+    assert not with_values or np.array_equal(plain.returns, returned.returns)
 
 
 def test_samples_are_packed_row_by_row():
