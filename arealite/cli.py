@@ -1,5 +1,5 @@
-"""The `arealite` command: run, servers, serve, eval, check, prove, fetch, bench, reward, init. Starts in well under a
-second: nothing heavy is imported.
+"""The `arealite` command: run, servers, serve, gateway, eval, check, prove, fetch, bench, reward, init. Starts in well
+under a second: nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ exit codes: 0 it is so; 1 not within --limit-s (the wish stays); 2 refused"""),
   arealite serve --model smollm2-135m --port 8000
   arealite serve --help
     all options of the server"""),
+    "gateway": ("let agents sample from servers, and record them", """examples:
+  arealite gateway --servers 127.0.0.1:30000 --model smollm2-135m --folder sessions
+  arealite gateway --help
+    all options"""),
     "check": ("show configuration, processes and memory; start nothing", """examples:
   arealite check examples/arealite/quickstart.yaml
   arealite check examples/arealite/quickstart.yaml --explain
@@ -111,6 +115,10 @@ def dispatch(words: list[str]) -> int:
         from arealite.rollout.bench import main as bench_serve
 
         return bench_serve(words[2:])
+    if words[:1] == ["gateway"]:
+        from arealite.gateway.gateway_command import main as gateway
+
+        return gateway(words[1:])
     if words[:1] == ["eval"]:
         from arealite.evaluation.eval_command import main as evaluate
         from arealite.workflow.rlvr import RLVRWorkflow

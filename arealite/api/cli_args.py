@@ -131,6 +131,25 @@ class ServerConfig(Section):
 
 
 @dataclass
+class GatewayConfig(Section):
+    """Where agents reach the model in OpenAI's and Anthropic's formats, and the limits of their sessions."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    advertised_host: str = setting("", "the address that agents are told, where it is another one than host")
+    port: int = setting(0, "port to listen on; 0 takes a free one", low=0, high=65535)
+    history: Literal["keep", "template"] = setting(
+        "keep", "what was thought in earlier turns stays in the prompt; template: as the chat template has it"
+    )
+    context_length: int | None = derived("tokens of a prompt and its answer: server.context_length")
+    max_sessions: int = setting(4096, "sessions that are open at a time; one more is refused", low=1)
+    max_turns: int = setting(200, "turns of a session", low=1)
+    max_session_tokens: int = setting(1_000_000, "tokens that a session samples at most, over all its turns", low=1)
+    max_tool_calls: int = setting(500, "calls of tools in a session", low=1)
+    session_timeout_s: float = setting(1800.0, "longest life of a session", low=0.1)
+    idle_timeout_s: float = setting(300.0, "a session ends when it has asked nothing for so long", low=0.1)
+
+
+@dataclass
 class OptimizerConfig(Section):
     """How gradients become updates, and the schedule."""
 

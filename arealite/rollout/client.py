@@ -114,6 +114,11 @@ class RemoteInferenceEngine:
         """Whether this process is the rollout head: trainer rank 0, or a client on its own."""
         return self._collective is None or self._collective.rank == 0
 
+    @property
+    def loop(self) -> LoopThread:
+        """Where `agenerate` can be awaited. Rank 0 only."""
+        return self._live
+
     async def agenerate(self, request: GenerationRequest, on_tokens: OnTokens | None = None) -> Completion:
         """Sample one sequence; awaited by workflows, in the client's own loop. Errors: see generate.py.
 
@@ -137,10 +142,7 @@ class RemoteInferenceEngine:
 
     def load_adapter(self, name: str, path: str) -> None:
         """All servers load the LoRA adapter in folder `path` (PEFT's format); requests then choose it by `name`.
-
-        Raises:
-            RequestError: a server refused it.
-        """
+        Raises RequestError when a server refused it."""
         if self.is_head:
             self._live.run(self._live.fleet.set_adapter(name, path), "rollout.load_adapter")
 
@@ -192,11 +194,8 @@ class RemoteInferenceEngine:
         self._live.call(lambda: self._executor.submit([task], workflow), "rollout.submit")
 
     def wait(self, num_groups: int, timeout_s: float | None = None) -> list[Group]:
-        """The next finished groups of submitted tasks. Rank 0 only.
-
-        Raises:
-            WaitTimeout: fewer were finished after `timeout_s`; none is lost by that.
-        """
+        """The next finished groups of submitted tasks. Rank 0 only. Raises WaitTimeout: fewer were finished after
+        `timeout_s`; none is lost by that."""
         return self._live.run(self._executor.next_step(num_groups), "rollout.wait", timeout_s) or []
 
     def mark_trained(self, step: int, untrained: Mapping[str, str] | None = None) -> None:

@@ -1,0 +1,73 @@
+"""A session that others ask over HTTP: its key and address, its calls that come twice, and the record of its turns.
+
+Made by server.py; what it becomes is read by workflow/agents.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from arealite.api.cli_args import GenerationHyperparameters
+from arealite.api.protocols import InferenceEngine
+from arealite.gateway.asks import Ask, Message
+from arealite.gateway.forest import ids_through
+from arealite.gateway.prompting import Prompter
+from arealite.gateway.session import Session, SessionLimits, SessionState
+
+MAX_BODIES = 64  # of calls that a retry may mean
+
+
+class OpenSession(Session):
+    """Anthropic's clients take `base_url`, OpenAI's `base_url`/v1, both `key`, which alone says whose a call is.
+
+    `on_end` is called once, when it ends.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        engine: InferenceEngine,
+        prompter: Prompter,
+        gconfig: GenerationHyperparameters,
+        limits: SessionLimits,
+        address: str,
+        on_end: Callable[[OpenSession], None],
+    ) -> None:
+        super().__init__(id, engine, prompter, gconfig, limits)
+        self.key = secrets.token_urlsafe(32)
+        self.base_url = f"{address}/s/{id}"
+        self.conversations: dict[str, list[Message]] = {}  # by the id of a response
+        self.turn_ids: dict[str, int] = {}  # by the id of a reply
+        self._on_end = on_end
+        self._attempt_of: OrderedDict[bytes, str] = OrderedDict()  # by the digest of a body
+
+    def num_prompt_tokens(self, ask: Ask) -> int:
+        """Of the prompt that it would have. Raises RequestError: it cannot be made one."""
+        prompt = self._memory.next_prompt(ask)
+        return len(ids_through(self.turns, prompt.parent)) + len(prompt.added_ids)
+
+    def attempt_key(self, headers: Mapping[str, str], path: str, raw: bytes) -> str | None:
+        """The name of the attempt that a call belongs to. A retry, told by the clients' counter, is of the last call
+        with this body; the first call of a counting client gets a new name, others have none."""
+        if key := headers.get("Idempotency-Key"):
+            return f"key {key}"
+        count = headers.get("x-stainless-retry-count")
+        if count is None:
+            return None
+        body = hashlib.sha256(path.encode() + raw).digest()
+        if count == "0" or body not in self._attempt_of:
+            self._attempt_of[body] = secrets.token_hex(8)
+            self._attempt_of.move_to_end(body)
+            if len(self._attempt_of) > MAX_BODIES:
+                self._attempt_of.popitem(last=False)
+        return self._attempt_of[body]
+
+    def finish(self, state: SessionState = "finished", error: str = "") -> None:
+        """As Session.finish; the key opens nothing any more."""
+        was_open = self.state == "open"
+        super().finish(state, error)
+        if was_open:
+            self._on_end(self)
