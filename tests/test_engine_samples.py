@@ -14,9 +14,11 @@ from support.batches import actor_config, make
 from transformers import AutoModelForCausalLM
 
 from arealite.api.cli_args import NormConfig, OptimizerConfig
-from arealite.api.types import Batch, Group, Task, Trajectory
+from arealite.api.types import Batch, Completion, Group, Task, Trajectory
 from arealite.engine.micro_batch import columns_of, count_loss, cut
 from arealite.engine.ppo.actor import FSDPPPOActor
+from arealite.gateway.asks import Ask
+from arealite.gateway.forest import Turn, returns_of, rows_of
 from arealite.prove.step import distances, take_step
 
 CPU = torch.device("cpu")
@@ -287,6 +289,19 @@ def test_equal_returns_are_the_reward(written, folder, with_values):
         actor.compute_advantages(batch)
     assert np.array_equal(plain.advantages, returned.advantages) and plain.advantages.any()
     assert not with_values or np.array_equal(plain.returns, returned.returns)
+
+
+def test_rows_of_a_session_come_in_the_order_of_time():
+    """The turn that two others go on from is in the loss of the second one's row, which therefore comes first."""
+    ask = Ask()
+    turns = {
+        id: Turn(id, parent, added, ask, "first", Completion([sampled], [-0.5], [0], "stop"))
+        for id, parent, added, sampled in ((0, None, [1, 2], 3), (1, 0, [9], 4), (2, 0, [5], 6))
+    }
+    rows = rows_of(turns)
+    assert [row.tokens for row in rows] == [[1, 2, 3, 5, 6], [1, 2, 3, 9, 4]]
+    assert [row.turn_of for row in rows] == [[-1, -1, 0, -1, 2], [-1, -1, -1, -1, 1]]
+    assert returns_of(rows, {1: 0.5}, 1.0, 0.9) == [0, 0, 0.9, 0, 1.0, 0, 0, 0, 0, 1.5]
 
 
 def test_samples_are_packed_row_by_row():

@@ -155,8 +155,9 @@ def labels_of(turns: dict[int, Turn]) -> dict[int, Label]:
 
 
 def rows_of(turns: dict[int, Turn], labels: dict[int, Label] | None = None) -> list[SessionRow]:
-    """One row per path to a leaf that is trained, in the order of time. A turn that several pass through is in the loss
-    of the one whose tokens come first in their order, whatever was asked first, and context in the others."""
+    """One row per path to a leaf that is trained, in the order of time, that of the first turns in their losses. A turn
+    that several pass through is in the loss of the one whose tokens come first in their order, whatever was asked
+    first, and context in the others."""
     labels = labels_of(turns) if labels is None else labels
     has_child = {turn.parent for turn in turns.values() if labels[turn.id] == "agent"}
     leaves = [turn for turn in turns.values() if labels[turn.id] == "agent" and turn.id not in has_child]
@@ -170,7 +171,7 @@ def rows_of(turns: dict[int, Turn], labels: dict[int, Label] | None = None) -> l
             _add(row, turn, is_trained)
             trained |= {turn.id} if is_trained else set()
         rows.append(row)
-    return sorted(rows, key=lambda row: row.path[-1])
+    return sorted(rows, key=lambda row: min(set(row.turn_of) - {-1}))
 
 
 def _tokens_of(path: Sequence[Turn]) -> list[int]:
