@@ -37,7 +37,7 @@ KINDS = {
         evaluation_statistics inference_fuzz inference_gpu inference_lora inference_model inference_pause
         inference_prefix inference_sampler inference_scheduler inference_server inference_spans inference_streaming
         inference_updates kernels models_fidelity models_folders rollout_faults rollout_lora rollout_native
-        rollout_staleness sglang_strict training_kernels""",
+        rollout_staleness engine_samples sglang_strict training_kernels""",
     "cluster": "launcher_nodes launcher_ray launcher_slurm run_nodes run_slurm",
 }
 KIND_OF = {f"test_{stem}.py": kind for kind, stems in KINDS.items() for stem in stems.split()}

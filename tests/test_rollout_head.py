@@ -13,7 +13,7 @@ from support.ranks import Meeting, on_ranks
 from support.rollout import Episodes, MembersWorkflow, Source, ordinals, quick_config, simulate, trajectory
 
 from arealite.api.errors import ConfigError, RequestError, RunStopped, WorkflowError
-from arealite.api.types import Batch, Group, Task, as_record
+from arealite.api.types import Batch, Group, Task, Trajectory, as_record
 from arealite.observe import stop
 from arealite.observe.reasons import reasons
 from arealite.rollout import share
@@ -236,13 +236,15 @@ def test_a_workflow_that_returns_no_trajectories_is_told(returned):
 def test_arrays_become_plain_numbers_and_prompts_carry_no_logprob():
     """What is kept must survive JSON: recovery points and logs are written of it."""
     arrays = {"tokens": np.array([5, 6]), "logprobs": torch.tensor([math.nan, -1.0]), "versions": np.array([9, 2])}
+    arrays |= {"row_lengths": np.array([2], np.int32), "returns": torch.tensor([math.nan, 0.5])}
     odd = {"loss_mask": [0, 1], "reward": np.True_, "reward_parts": {"format": np.float64(0.5)}, **arrays}
     task = Task("e0-r7", prompt="x")
     workflow = Episodes(lambda task, tries: [replace(trajectory(task), **odd)])
     [found] = asyncio.run(run_episode(None, task, workflow, 0))
     plain = {"tokens": [5, 6], "loss_mask": [False, True], "logprobs": [0.0, -1.0], "versions": [-1, 2]}
+    plain |= {"row_lengths": [2], "returns": [0.0, 0.5]}
     assert found == replace(trajectory(task), reward=1.0, reward_parts={"format": 0.5}, **plain)
-    json.dumps(as_record(found), allow_nan=False)
+    assert Trajectory(**json.loads(json.dumps(as_record(found), allow_nan=False))) == found
 
 
 def test_evaluation_is_outside_ledger_and_bound_and_keeps_every_task(head, tmp_path):

@@ -215,7 +215,7 @@ class NormConfig(Section):
 
     mean: Literal["group", "batch", "none"] = setting("group", "whose mean is subtracted")
     std: Literal["group", "batch", "none"] = setting("group", "whose standard deviation divides")
-    leave_one_out: bool = setting(False, "the mean leaves the sequence itself out (RLOO)")
+    leave_one_out: bool = setting(False, "the mean leaves the sample itself out (RLOO)")
     eps: float = setting(1e-6, "added to the standard deviation", low=0)
 
 
