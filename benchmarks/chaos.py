@@ -1,10 +1,13 @@
-"""Kill -9 of trainer, server and launcher at random moments of a real run; then account for every sample.
+"""Kill -9 of every role of a real run at random moments, in turn; then account for every sample.
 
-    python benchmarks/chaos.py [--kills 10] [--seed 0] [key=value ...]
+    python benchmarks/chaos.py [--launcher local|slurm|ray] [--kills 10] [--faults scancel,node,freeze] [--seed 0]
+        [--steps 48] [key=value ...]
 
-Runs the quickstart (SmolLM2-135M, a recovery point every second step) until it is done, killing one process after
-another and starting the launcher again whenever it was the victim or gave up. Ends with the audit of the ledger and
-one JSON line: kills, lives, samples trained exactly once, violations, checkpoints lost.
+local: the quickstart with SmolLM2-135M; trainer, server and launcher are killed. slurm and ray: the quickstart with a
+tiny random model on two nodes of a real Slurm (slurmctld, slurmd) or two raylets, all of this machine; trainer, server,
+head and agent are killed, and then each of --faults happens once. The command is given again whenever it was the victim
+or gave up, until the run is done. Ends with the audit of the ledger and one JSON line: kills, faults that nobody named
+within 10 s, lives, samples trained exactly once, violations, checkpoints lost, processes left.
 """
 
 from __future__ import annotations
@@ -14,93 +17,255 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from arealite.observe.processes import Heartbeat
-from arealite.rollout.ledger import audit
-
 ROOT = Path(__file__).resolve().parent.parent
-NUM_STEPS, NUM_PROMPTS = 48, 8
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.ray_nodes import RayNodes  # noqa: E402
+from support.runs import TINY, save_tiny_model  # noqa: E402
+from support.slurm import SlurmNodes  # noqa: E402
+
+from arealite.models.fetch import resolve_model  # noqa: E402
+from arealite.observe.processes import Heartbeat, processes_of_run  # noqa: E402
+from arealite.rollout.ledger import audit  # noqa: E402
+
+NUM_PROMPTS = 8
 LIMIT_S = 3600.0
+NAMED_LIMIT_S = 10.0
+FREEZE_S = 60.0
+BACK_LIMIT_S = 180.0  # for a victim that is being started again
+QUICKSTART = (
+    "gconfig.n_samples=4", "recover.freq_steps=2", "recover.max_restarts=60", "saver.freq_steps=8",
+    "saver.num_kept=null", "evaluator.freq_steps=null", f"train_dataset.batch_size={NUM_PROMPTS}",
+)  # fmt: skip
+NODES = ("cluster.num_nodes=2", "cluster.num_gpus_per_node=0", "launcher.node_silence_s=15")
+JOB = ("launcher.type=slurm", "cluster.num_cores_per_node=2", "cluster.sbatch={mem: 6G}")
+# What the terminal or the job's log says of each fault. A launcher that is killed cannot say so itself.
+NAMED = {
+    "trainer-0": r"trainer-0 .*(SIGKILL|is lost)", "server-0": r"server-0 .*(SIGKILL|is lost)",
+    "head": r"Killed|head .*SIGKILL|agent: ended \d+ processes", "agent": r"is lost",
+    "scancel": r"CANCELLED|cancelled", "requeue": r"requeue|COMPLETING|PENDING|SIGTERM", "node": r"is lost|NODE_FAIL",
+    "freeze": r"is lost",
+}  # fmt: skip
 
 
-def command(folder: Path, overrides: list[str]) -> list[str]:
-    return [
-        sys.executable, "-m", "arealite.cli", "run", "examples/arealite/quickstart.py",
-        "--config", "examples/arealite/quickstart.yaml", f"cluster.fileroot={folder}",
-        f"total_train_steps={NUM_STEPS}", f"train_dataset.batch_size={NUM_PROMPTS}", "gconfig.n_samples=4",
-        "recover.freq_steps=2", "recover.max_restarts=20", "saver.freq_steps=8", "saver.num_kept=null",
-        "evaluator.freq_steps=null", *overrides,
-    ]  # fmt: skip
+class Chaos:
+    """One run in `root`, what was done to it, and what it said. `victims` are killed in turn."""
+
+    victims = ("trainer-0", "server-0", "launcher")
+    words: tuple[str, ...] = ()
+
+    def __init__(self, root: Path, args: argparse.Namespace) -> None:
+        self.root, self.args = root, args
+        self.run, self.log = root / "quickstart" / "addition", root / "terminal"
+        self.env: dict[str, str] = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        self.choose = random.Random(args.seed)
+        self.done: list[str] = []
+        self.unnamed: list[str] = []
+        self.slowest_s = 0.0
+        self.checkpoints: set[str] = set()
+        self.lives = self.lost = 0
+
+    def start(self) -> None:
+        self.lives += 1
+        command = [
+            sys.executable, "-m", "arealite.cli", "run", "examples/arealite/quickstart.py",
+            "--config", "examples/arealite/quickstart.yaml", f"cluster.fileroot={self.root}", *self.words, *QUICKSTART,
+            f"total_train_steps={self.args.steps}", *self.args.override,
+        ]  # fmt: skip
+        with open(self.log, "ab") as log:
+            self.launcher = subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=log, stderr=log)
+
+    def living(self) -> dict[str, int]:
+        """Processes of the run by name, as they report themselves."""
+        beats = map(Heartbeat.read, (self.run / "waits").glob("*.json"))
+        found = {beat.process: beat.pid for beat in beats if beat is not None and psutil.pid_exists(beat.pid)}
+        if self.victims != Chaos.victims and "launcher" in found:
+            found["head"] = found["launcher"]
+        if "server-0" in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found["agent"] = psutil.Process(found["server-0"]).ppid()
+        return found
+
+    def kill(self, victim: str) -> None:
+        """Waits for the victim to be there, which may be on its way back. Unblocked by: that, BACK_LIMIT_S, the end."""
+        end = time.monotonic() + BACK_LIMIT_S
+        while time.monotonic() < end and self.launcher.poll() is None:
+            pid = self.launcher.pid if victim == "launcher" else self.living().get(victim)
+            if pid is not None and psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+                return
+            time.sleep(0.2)
+        raise LookupError(f"{victim} did not come back within {BACK_LIMIT_S:.0f} s")
+
+    def freeze(self) -> None:
+        """The agent's node stands still for a minute: its agent alone, as nobody else there could say anything."""
+        agent = self.living()["agent"]
+        os.kill(agent, signal.SIGSTOP)
+        self.later = (time.monotonic() + FREEZE_S, lambda: os.kill(agent, signal.SIGCONT))
+
+    later: tuple[float, Callable[[], Any]] | None = None  # what ends a fault, and when
+
+    def apply(self, name: str) -> None:
+        """Do it, and see whether it is named in time."""
+        offset = self.log.stat().st_size
+        try:
+            {**dict.fromkeys(self.victims, self.kill), **self.others()}[name](name)
+        except (LookupError, ProcessLookupError) as error:
+            print(f"--- {name} not done: {error}", flush=True)
+            return
+        began = time.monotonic()
+        self.done.append(name)
+        print(f"--- {name} ({len(self.done)})", flush=True)
+        pattern, limit_s = NAMED.get(name), NAMED_LIMIT_S + (15 if name in ("freeze", "node") else 0)  # node_silence_s
+        while pattern and not re.search(pattern, self.log.read_bytes()[offset:].decode(errors="replace")):
+            if time.monotonic() - began > limit_s:
+                self.unnamed.append(name)
+                break
+            time.sleep(0.1)
+        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+
+    def others(self) -> dict[str, Callable[[str], Any]]:
+        """Faults beside kills, by the words of --faults."""
+        return {"freeze": lambda _: self.freeze()}
+
+    def go(self) -> int:
+        """To the end of the run, whatever happens to it; returns the exit code."""
+        began, to_do = time.monotonic(), [self.victims[i % len(self.victims)] for i in range(self.args.kills)]
+        to_do += list(filter(None, self.args.faults.split(",")))
+        self.start()
+        while (code := self.launcher.poll()) != 0:
+            if time.monotonic() - began > LIMIT_S:
+                self.launcher.terminate()
+                print(f"not done within {LIMIT_S:.0f} s, after {self.done}", flush=True)
+                return 1
+            if code is not None:
+                self.start()
+            if self.later and time.monotonic() > self.later[0]:
+                self.later[1]()
+                self.later = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.launcher.wait(timeout=self.choose.uniform(*self.args.pause_s) if to_do else 1.0)
+                continue
+            if to_do and self.later is None:
+                self.apply(to_do.pop(0))
+            present = {p.name for p in (self.run / "checkpoints").glob("step_*")}
+            self.lost += len(self.checkpoints - present)
+            self.checkpoints |= present
+        return self.report(time.monotonic() - began)
+
+    def report(self, wall_s: float) -> int:
+        audited, num_expected = audit(self.run / "ledger.jsonl"), self.args.steps * NUM_PROMPTS
+        summary = json.loads((self.run / "summary.json").read_text())
+        num_trained = sum(state == "trained" for state in audited.states.values())
+        end = time.monotonic() + 30
+        while (left := processes_of_run(self.run.resolve())) and time.monotonic() < end:
+            time.sleep(0.2)
+        figures = {
+            "benchmark": "chaos", "launcher": self.args.launcher, "faults": len(self.done),
+            "by_kind": {name: self.done.count(name) for name in dict.fromkeys(self.done)}, "unnamed": self.unnamed,
+            "slowest_naming_s": round(self.slowest_s, 1), "launcher_lives": self.lives,
+            "samples_trained_once": num_trained, "samples_expected": num_expected,
+            "violations": len(audited.violations), "checkpoints_lost": self.lost, "processes_left": len(left),
+            "steps": summary["steps"], "wall_s": round(wall_s, 1),
+        }  # fmt: skip
+        print(json.dumps(figures))
+        return int(bool(audited.violations or self.lost or left or self.unnamed or num_trained != num_expected))
 
 
-def living(run: Path) -> dict[str, int]:
-    """Processes of the run by name, as they report themselves."""
-    beats = map(Heartbeat.read, (run / "waits").glob("*.json"))
-    return {beat.process: beat.pid for beat in beats if beat is not None and psutil.pid_exists(beat.pid)}
+class OnSlurm(Chaos):
+    """On two nodes of a real Slurm."""
+
+    victims = ("trainer-0", "server-0", "head", "agent")
+    nodes: SlurmNodes
+
+    def others(self) -> dict[str, Callable[[str], Any]]:
+        def job() -> str:
+            return (self.run / "slurm_job").read_text()
+
+        def lose_node(_: str) -> None:
+            self.nodes.fail("n2")
+            self.later = (time.monotonic() + 30, lambda: self.nodes.start_node("n2"))
+
+        return {
+            **super().others(),
+            "scancel": lambda _: self.nodes("scancel", job()),
+            "requeue": lambda _: self.nodes("scontrol", "requeue", job()),
+            "node": lose_node,
+        }
+
+
+class OnRay(Chaos):
+    """On two raylets."""
+
+    victims = ("trainer-0", "server-0", "head", "agent")
+    nodes: RayNodes
+
+    def others(self) -> dict[str, Callable[[str], Any]]:
+        def lose_node(_: str) -> None:
+            self.nodes.kill(1)
+            self.later = (time.monotonic() + 10, lambda: self.nodes.start(1))
+
+        return {**super().others(), "node": lose_node}
+
+
+@contextlib.contextmanager
+def chaos_of(args: argparse.Namespace) -> Iterator[Chaos]:
+    """The run, with the nodes that it needs."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        root = Path(folder)
+        if args.launcher == "local":
+            yield Chaos(root, args)
+            return
+        nodes_dir = root / "nodes"
+        nodes_dir.mkdir()
+        kind = OnSlurm if args.launcher == "slurm" else OnRay
+        chaos = kind(root, args)
+        chaos.nodes = stack.enter_context(SlurmNodes(nodes_dir) if args.launcher == "slurm" else RayNodes())
+        chaos.env |= (
+            {**chaos.nodes.env, "AREALITE_ADDRESS": "127.0.0.2"} if args.launcher == "slurm" else chaos.nodes.env
+        )
+        model = save_tiny_model(resolve_model("smollm2-135m"), root / "model")
+        chaos.words = (
+            *TINY,
+            f"actor.path={model}",
+            *NODES,
+            *(JOB if args.launcher == "slurm" else ("launcher.type=ray",)),
+        )
+        yield chaos
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--launcher", choices=("local", "slurm", "ray"), default="local")
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--faults", default="", help="freeze, node; on Slurm also scancel, requeue")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--pause-s", type=float, nargs=2, default=(3.0, 45.0), help="between two kills, at random")
     parser.add_argument("override", nargs="*")
-    args = parser.parse_args()
-    choose = random.Random(args.seed)
-    checkpoints: set[str] = set()
-    kills: list[str] = []
-    lives, lost, started = 1, 0, time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "quickstart" / "addition"
-        launcher = subprocess.Popen(command(Path(folder), args.override), cwd=ROOT)
-        while launcher.poll() != 0:
-            if time.monotonic() - started > LIMIT_S:
-                launcher.terminate()
-                sys.exit(f"not done within {LIMIT_S:.0f} s after {len(kills)} kills")
-            if launcher.poll() is not None:
-                lives += 1
-                launcher = subprocess.Popen(command(Path(folder), args.override), cwd=ROOT)
-            if len(kills) < args.kills:
-                pause_s = choose.uniform(3.0, 45.0)
-                try:
-                    launcher.wait(timeout=pause_s)
-                    continue
-                except subprocess.TimeoutExpired:
-                    pass
-                victim = choose.choice(["trainer-0", "server-0", "launcher"])
-                pid = launcher.pid if victim == "launcher" else living(run).get(victim)
-                if pid is not None:
-                    os.kill(pid, signal.SIGKILL)
-                    kills.append(victim)
-                    print(f"--- killed {victim} ({len(kills)} of {args.kills})", flush=True)
-                time.sleep(0.5)
-            else:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    launcher.wait(timeout=5)
-            present = {p.name for p in (run / "checkpoints").glob("step_*")}
-            lost += len(checkpoints - present)
-            checkpoints |= present
-        report = audit(run / "ledger.jsonl")
-        summary = json.loads((run / "summary.json").read_text())
-        left = living(run)
-    trained = sum(state == "trained" for state in report.states.values())
-    figures = {
-        "benchmark": "chaos", "kills": len(kills), "victims": kills, "launcher_lives": lives,
-        "samples_trained_once": trained, "samples_expected": NUM_STEPS * NUM_PROMPTS,
-        "violations": len(report.violations), "checkpoints_lost": lost, "processes_left": len(left),
-        "steps": summary["steps"], "accuracy_after": summary["accuracy_after"],
-        "wall_s": round(time.monotonic() - started, 1),
-    }  # fmt: skip
-    print(json.dumps(figures))
-    broken = report.violations or lost or left or trained != NUM_STEPS * NUM_PROMPTS
-    sys.exit(1 if broken else 0)
+    with chaos_of(parser.parse_args()) as chaos:
+        try:
+            code = chaos.go()
+        finally:
+            if chaos.launcher.poll() is None:
+                chaos.launcher.terminate()
+                chaos.launcher.wait(60)
+            if sys.exc_info()[0] or code:
+                print(chaos.log.read_text(errors="replace")[-6000:])
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -63,21 +63,9 @@ def smollm2():
 def tiny_llama(smollm2, tmp_path_factory):
     """Folder of a random fp32 Llama: 2 layers, hidden 64, 4 heads / 2 KV heads, SmolLM2's tokenizer. Always the same
     weights. They are wide enough (0.1) that the next-token distribution is far from uniform."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from support.runs import save_tiny_model
 
-    folder = tmp_path_factory.mktemp("tiny_llama")
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.1, tie_word_embeddings=True, **special
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_model(smollm2, tmp_path_factory.mktemp("tiny_llama"))
 
 
 @pytest.fixture(scope="session")

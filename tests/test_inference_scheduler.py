@@ -1,5 +1,6 @@
 """Whatever comes, goes, pauses or runs out of pages: every request is answered once, with what it gives alone."""
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -188,6 +189,48 @@ def advance(scheduler: Scheduler) -> int:
 
 def names(sequences: Iterable[Sequence]) -> str:
     return " ".join(s.request.rid for s in sequences)
+
+
+def converse(scheduler: Scheduler, num_sessions: int, num_turns: int) -> tuple[int, list[str]]:
+    """Sessions of turns of a page, half prompt and half answer, each asked for as soon as the one before has ended.
+    Returns how many tokens were computed, and the turns in the order of their ends."""
+    rng = random.Random(0)
+    half = PAGE_TOKENS // 2
+
+    def ask(name: str, tokens: list[int], turn: int) -> None:
+        prompt = [*tokens, *(rng.randrange(100) for _ in range(half))]
+        params = SamplingParams(half, temperature=0.0, ignore_eos=True)
+        scheduler.queue(Sequence(GenerateRequest(f"{name}.{turn}", prompt, params)))
+
+    for i in range(num_sessions):
+        ask(str(i), [], 0)
+    num_computed, ended = 0, []
+    while scheduler.running or scheduler.waiting:
+        num_computed += advance(scheduler)
+        for sequence in [s for s in scheduler.running if s.num_output == half]:
+            scheduler.remove(sequence)
+            name, turn = sequence.request.rid.split(".")
+            ended.append(sequence.request.rid)
+            if int(turn) + 1 < num_turns:
+                ask(name, sequence.tokens, int(turn) + 1)
+    return num_computed, ended
+
+
+def test_a_burst_of_conversations_uses_what_is_cached_and_leaves_nobody_waiting():
+    """A hundred sessions of 8 pages, and a cache of 80 pages."""
+    num_computed, ended = converse(scheduler_of(80, max_running=4), 100, 8)
+    assert Counter(name.split(".")[0] for name in ended) == {str(i): 8 for i in range(100)}
+    assert num_computed < 1.2 * 100 * 8 * PAGE_TOKENS  # each token once, but for what is evicted
+    first = [int(name.split(".")[0]) for name in ended if name.endswith(".0")]
+    assert first == sorted(first)
+    ends = [i for i, name in enumerate(ended) if name.endswith(".0")]
+    assert max(b - a for a, b in itertools.pairwise(ends)) <= 12, "a new session waits for few turns of others"
+
+
+def test_a_long_conversation_leaves_others_their_pages():
+    scheduler = scheduler_of(80, max_running=4)
+    num_computed, _ = converse(scheduler, 2, 38)  # 76 pages
+    assert num_computed < 1.05 * 2 * 38 * PAGE_TOKENS
 
 
 def test_the_queue_keeps_its_order_and_counts_what_is_held():

@@ -42,6 +42,24 @@ TINY = [
 ]
 
 
+def save_tiny_model(smollm2: str, folder: Path) -> str:
+    """The model of fixture `tiny_llama`, with the tokenizer of SmolLM2 in folder `smollm2`."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.1, tie_word_embeddings=True, **special
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 class Run:
     """One `arealite run` of an example, the quickstart if not said, under `root`; the context manager ends whatever is
     left of it."""

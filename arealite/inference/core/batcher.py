@@ -84,7 +84,7 @@ class Batcher:
         if self.model.adapters.lacks(sequence.request.lora):  # unloaded since the request was read
             self._answer(sequence, abort_reason(f"no adapter {sequence.request.lora!r} is loaded", "BadRequest"))
         else:
-            self.scheduler.waiting.append(sequence)
+            self.scheduler.queue(sequence)
 
     def in_flight(self) -> list[Sequence]:
         return [*self.scheduler.running, *self.scheduler.waiting]

@@ -15,12 +15,13 @@ from arealite.inference.core.sequence import Sequence, Span
 
 REPLAY_TOKENS = 64  # where results are exact, prompts are computed in pieces that begin at multiples of this
 JOINING_LIMIT_S = 0.25
+MAX_OVERTAKING = 7  # that go before one who waits, since they find most of their tokens computed
 MAX_PASSED_OVER = 64  # sequences at the head of the queue that wait for a prompt in progress, while others go first
 
 
 class Scheduler:
-    """First come, first served. `running` is in the order of admission; under memory pressure the last one admitted is
-    retracted: it loses its keys and values, keeps its tokens, and waits at the head of the queue.
+    """First come, first served, but for `queue`. `running` is in the order of admission; under memory pressure the last
+    one admitted is retracted: it loses its keys and values, keeps its tokens, and waits at the head of the queue.
 
     The oldest running sequence is never retracted for another, and every request fits the pool alone, so the queue
     always moves.
@@ -49,6 +50,20 @@ class Scheduler:
     def num_used_tokens(self) -> int:
         """Tokens of the pool that running sequences hold; what is only cached can be had at any time."""
         return (self.pool.num_pages - self.pool.num_free - self.pool.num_idle) * PAGE_TOKENS
+
+    def queue(self, sequence: Sequence) -> None:
+        """At the end of those who wait. One that finds most of its tokens computed, such as the next turn of a
+        conversation, goes before the first that does not, who lets MAX_OVERTAKING of such by: what is cached is used
+        while it is there. Of more conversations than the cache holds, each in its turn would find its pages gone."""
+        _, num = self.prefix.match(sequence.request.lora, sequence.key)
+        sequence.is_cached = 2 * num >= len(sequence.tokens)
+        at = len(self.waiting)
+        for i, other in enumerate(self.waiting if sequence.is_cached else ()):
+            if not (other.is_cached or other.num_retractions or other.num_overtaking == MAX_OVERTAKING):
+                other.num_overtaking += 1
+                at = i
+                break
+        self.waiting.insert(at, sequence)
 
     @property
     def may_admit(self) -> bool:

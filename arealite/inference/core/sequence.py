@@ -33,6 +33,8 @@ class Sequence:
     pages: array[int] = field(default_factory=lambda: array("i"))
     num_computed: int = 0
     num_cached: int = 0  # leading tokens that were found computed when it first ran
+    is_cached: bool = False  # most of its tokens were found computed when it came
+    num_overtaking: int = 0  # later ones that were let by for that
     num_retractions: int = 0
     cut_mass: float = 0.0  # what top-k, top-p and min-p left out, summed over the generated tokens
     seed: int = 0
