@@ -8,7 +8,8 @@ import pytest
 from support.episodes import ScriptedEngine, episode, sampling
 from transformers import AutoTokenizer
 
-from arealite.api.errors import ConfigError, ServerUnreachable
+from arealite.api.errors import ConfigError, RequestError, ServerUnreachable
+from arealite.gateway.session import SessionLimits
 from arealite.workflow.environment import Environment, EnvironmentWorkflow, Observation
 
 
@@ -117,3 +118,40 @@ def test_tokens_of_a_turn_are_trained_on_what_comes_from_it(tokenizer):
     told = [r for r, is_own in zip(t.returns, t.loss_mask, strict=True) if is_own]
     sizes = [len(tokenizer.encode(text)) + 1 for text in ("a 1", "b", "win 2")]
     assert told == [r for r, size in zip(expected, sizes, strict=True) for _ in range(size)]
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason", "num_turns"),
+    [
+        (SessionLimits(max_turns=2), "turns", 2),
+        (SessionLimits(max_tokens=5), "tokens", 2),
+        (SessionLimits(timeout_s=0.25), "time", 3),
+        (SessionLimits(context_length=45), "context", 2),
+    ],
+)
+def test_a_limit_ends_the_session_with_what_it_has_earned(tokenizer, limits, reason, num_turns):
+    (t,), _ = play(tokenizer, ["a 1", "b 1", "hang 0.3", "win 9"], limits=limits)
+    assert (t.status, t.statistics["num_turns"]) == ("ok", num_turns)
+    assert t.reward == {2: 2.0, 3: 2.3}[num_turns]
+    assert {name for name, value in t.statistics.items() if name.startswith("stop_") and value} == {f"stop_{reason}"}
+
+
+def test_a_first_prompt_without_room_is_refused(tokenizer):
+    with pytest.raises(RequestError, match="e0-r5"):
+        play(tokenizer, ["a"], limits=SessionLimits(context_length=10))
+
+
+def test_raw_text_goes_on_as_it_is_written(tokenizer):
+    class Count(Environment):
+        def reset(self, task):
+            return task.prompt
+
+        def step(self, answer):
+            return Observation(" two,", 1.0, "done" if "three" in answer.text else None)
+
+    workflow = EnvironmentWorkflow(Count, sampling(1), tokenizer)
+    engine = ScriptedEngine(tokenizer, [" one,", " three"])
+    (t,) = episode(workflow, engine, messages=None, prompt="Count: zero,")
+    end = tokenizer.eos_token
+    assert engine.prompts[0] == ["Count: zero,", f"Count: zero, one,{end} two,"]
+    assert tokenizer.decode(t.tokens) == f"Count: zero, one,{end} two, three{end}" and t.reward == 2.0

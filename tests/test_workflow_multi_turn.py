@@ -5,7 +5,10 @@ from support.episodes import ScriptedEngine, episode, sampling
 from support.rewards import by_word
 from transformers import AutoTokenizer
 
+from arealite.api.cli_args import DatasetConfig
 from arealite.api.errors import ConfigError
+from arealite.dataset.loader import load_tasks
+from arealite.reward.named import named_reward
 from arealite.reward.number import number_reward
 from arealite.workflow.multi_turn import MultiTurnWorkflow
 
@@ -61,3 +64,13 @@ def test_what_cannot_work_is_refused(ask, tokenizer):
     with pytest.raises(ConfigError, match="raw text"):
         episode(workflow, ScriptedEngine(tokenizer, ["5"]), messages=None, prompt="2 + 3 =", answer="5")
     workflow.close()
+
+
+def test_tasks_of_reasoning_gym_are_tried_again(tokenizer):
+    config = DatasetConfig(path="reasoning_gym:chain_sum", num_rows=1, batch_size=1, params={"seed": 3})
+    (task,) = load_tasks(config, tokenizer, 1, named_reward)
+    workflow = MultiTurnWorkflow(named_reward, sampling(1), tokenizer, turn_discount=0.5)
+    engine = ScriptedEngine(tokenizer, ["I do not know", str(task.answer)])
+    (t,) = episode(workflow, engine, messages=task.messages, answer=task.answer, extras=task.extras)
+    workflow.close()
+    assert t.status == "ok" and t.reward == 0.5 and t.statistics["num_turns"] == 2

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from arealite.api.errors import ConfigError
 from arealite.gateway.asks import CallOfTool
+from arealite.gateway.session import SessionLimits
 from arealite.workflow.tool_use import FunctionTool, Toolbox, ToolUnreachable, ToolWorkflow
 
 
@@ -195,6 +196,16 @@ def test_errors_of_tools_are_counted_and_the_model_goes_on(tokenizer):
     assert [(t.status, t.reward) for t in found] == [("ok", 2.0), ("ok", 4.0)]
     assert [t.statistics["num_tool_errors"] for t in found] == [2, 0]
     assert [t.statistics["num_turns"] for t in found] == [3, 2]
+
+
+def test_calls_have_a_limit_in_one_answer_and_in_all(tokenizer):
+    limits = SessionLimits(max_tool_calls=3)
+    workflow = ToolWorkflow(length_reward, [add], sampling(2), tokenizer, limits=limits)
+    many = written("add", a=1) * 5
+    found = episode(workflow, engine := ScriptedEngine(tokenizer, [many, "x"], [written("add", a=1), "ok"]), answer="5")
+    workflow.close()
+    assert [t.reward for t in found] == [0.0, 2.0] and found[0].statistics["stop_tool_calls"] == 1
+    assert found[0].statistics["num_tool_errors"] == 2 and len(engine.prompts[0]) == 1
 
 
 def test_two_tools_of_one_name_are_refused(toolbox):

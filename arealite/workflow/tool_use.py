@@ -298,7 +298,7 @@ class _ToolUse(Environment):
     """Calls what the answers call, and rewards the one that calls nothing."""
 
     def __init__(self, workflow: ToolWorkflow) -> None:
-        self._workflow = workflow
+        self._workflow, self._num_calls = workflow, 0
 
     async def reset(self, task: Task) -> list[Message]:
         self.tools = await self._workflow.toolbox.schemas()
@@ -309,10 +309,14 @@ class _ToolUse(Environment):
         if not answer.calls:
             score = await self._question.score(answer)
             return Observation(reward=score.reward, end="done", parts=score.parts)
-        results = await asyncio.gather(*map(self._workflow.toolbox.call, answer.calls))
+        most = self._workflow.limits.max_tool_calls
+        made = answer.calls[: max(most - self._num_calls, 0)]
+        self._num_calls += len(made)
+        results = await asyncio.gather(*map(self._workflow.toolbox.call, made))
+        results += [ToolResult(f"not called: {most} calls have been made", True)] * (len(answer.calls) - len(made))
         messages: list[Message] = [
             {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result.text}
             for call, result in zip(answer.calls, results, strict=True)
         ]
-        counts = {"num_tool_calls": float(len(results)), "num_tool_errors": float(sum(r.is_error for r in results))}
+        counts = {"num_tool_errors": float(sum(result.is_error for result in results))}
         return Observation(messages, statistics=counts)

@@ -5,6 +5,7 @@
 An environment of your own: docs/environments.md. Turns are lines of raw text, which a small model continues.
 """
 
+import math
 import re
 import sys
 
@@ -17,11 +18,12 @@ from arealite.gateway.asks import Answer
 from arealite.trainer import PPOTrainer
 from arealite.workflow.environment import Environment, EnvironmentWorkflow, Observation
 
-MAX_GUESSES = 6
+MAX_GUESSES = 5
 
 
 class GuessTheNumber(Environment):
-    """From 1 to 15. Found at the first guess it is worth 1, and MAX_GUESSES-th of that less for each guess more."""
+    """From 1 to 15. Found at the first guess it is worth 1, and a tenth less for each guess more; not found, up to half
+    as much as it would have been, by how few numbers are left (a share of the bits that would tell it)."""
 
     def reset(self, task: Task) -> str:
         self.secret, self.low, self.high, self.num_guesses = int(task.answer), 1, 15, 0
@@ -31,14 +33,14 @@ class GuessTheNumber(Environment):
         self.num_guesses += 1
         guess = int((re.findall(r"\d+", answer.text) or ["0"])[0])
         if guess == self.secret:
-            reward = 1 - (self.num_guesses - 1) / MAX_GUESSES
-            return Observation(reward=reward, end="done", statistics={"found": 1})
-        if self.num_guesses == MAX_GUESSES:
-            return Observation(end="done", statistics={"found": 0})
+            return Observation(reward=1 - (self.num_guesses - 1) / 10, end="done", statistics={"found": 1})
         if self.low <= guess < self.secret:
             self.low = guess + 1
         elif self.secret < guess <= self.high:
             self.high = guess - 1
+        if self.num_guesses == MAX_GUESSES:
+            told = 1 - math.log(self.high - self.low + 1) / math.log(15)
+            return Observation(reward=told / 2, end="done", statistics={"found": 0})
         line_end = "" if answer.reason == "stop_string" else "\n"
         return Observation(f"{line_end}{self.low} to {self.high}:")
 
