@@ -37,18 +37,27 @@ KEEPING = {
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """Messages as they were rendered: the text, the state of their digest, and what must not change, by name."""
+
+    text: str
+    state: hashlib.blake2b
+    fixed: dict[str, bytes]
+
+
+@dataclass(frozen=True)
 class NextPrompt:
     """`added_ids` come after all tokens of turn `parent`; without one they are the whole prompt, for `reason`. `use`:
-    the functions that the answer may call. `thinks`: the prompt ends with the opening of a thought. `text` is the whole
-    prompt as the template writes it, and `num_known` messages of it were there with the parent's answer."""
+    the functions that the answer may call. `thinks`: the prompt ends with the opening of a thought. `num_known` of its
+    messages were there with the parent's answer; `asked` is for Memory.note."""
 
     parent: int | None
     added_ids: list[int]
     reason: str = ""
     use: ToolUse | None = None
     thinks: bool = False
-    text: str = ""
     num_known: int = 0
+    asked: _Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -121,15 +130,14 @@ class Memory:
     def note(self, turn: Turn, ask: Ask, prompt: NextPrompt, said: str) -> None:
         """A turn is finished: `ask` became `prompt`. `said` is the text of its tokens, without one that ended it."""
         self._num_noted += 1
-        if ask.prompt is None:
-            messages = chat_messages("messages", [*ask.messages, turn.answer.message()])
-            text = prompt.text + said
-            told = _Told(turn, messages[-1], len(text), _digest(text), _fixed(ask, messages))
-            self._told.setdefault(_digests(messages)[-1], []).append(told)
+        if prompt.asked is not None:
+            answer, text = chat_messages("messages", [turn.answer.message()])[0], prompt.asked.text + said
+            told = _Told(turn, answer, len(text), _digest(text), prompt.asked.fixed)
+            self._told.setdefault(_states([answer], prompt.asked.state)[-1].digest(), []).append(told)
         elif isinstance(ask.prompt, str):
             said = str(self._prompter.tokenizer.decode(turn.sampled, clean_up_tokenization_spaces=False))
             self._raw[str].add(_utf8(ask.prompt + said), turn.id)
-        else:
+        elif ask.prompt is not None:
             self._raw[list].add(as_bytes([*ask.prompt, *turn.sampled]), turn.id)
 
     def _root(self, reason: str) -> str:
@@ -156,24 +164,25 @@ class Memory:
         tools, use = prompter.tools_of(ask)
         forced = use.forced if use else ""
         whole = prompter.text(messages, tools, True, ask)
-        thinks, text = whole.rstrip().endswith("<think>"), whole + forced
-        reason, fixed = self._root("other messages"), _fixed(ask, messages)
-        for place, told in self._candidates(messages):
-            changed = [name for name, value in fixed.items() if told.fixed[name] != value]
+        thinks, states = whole.rstrip().endswith("<think>"), _states(messages)
+        asked = _Asked(whole + forced, states[-1], _fixed(ask, messages))
+        reason = self._root("other messages")
+        for place, told in self._candidates(messages, states):
+            changed = [name for name, value in asked.fixed.items() if told.fixed[name] != value]
             ids = None if changed else self._suffix(told, messages, place, tools, ask, whole)
             if ids is not None:
                 ids += prompter.ids(forced) if forced else []
-                return NextPrompt(told.turn.id, ids, "", use, thinks, text, place + 1)
+                return NextPrompt(told.turn.id, ids, "", use, thinks, place + 1, asked)
             reason = f"other {changed[0]}" if changed else "the template writes the history otherwise"
-        return NextPrompt(None, prompter.ids(text), reason, use, thinks, text)
+        return NextPrompt(None, prompter.ids(asked.text), reason, use, thinks, 0, asked)
 
-    def _candidates(self, messages: list[Message]) -> list[tuple[int, _Told]]:
+    def _candidates(self, messages: list[Message], states: list[hashlib.blake2b]) -> list[tuple[int, _Told]]:
         """Turns whose messages, with the answer, the request begins with, and the answer's place in it: the longest
         first, of those the latest."""
         out = []
-        for place, digest in reversed(list(enumerate(_digests(messages)))):
+        for place in reversed(range(len(messages))):
             if messages[place]["role"] == "assistant":
-                known = reversed(self._told.get(digest, []))
+                known = reversed(self._told.get(states[place].digest(), []))
                 out += [(place, told) for told in known if _same_thought(messages[place], told.message)]
         return out
 
@@ -249,19 +258,22 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(_utf8(text), digest_size=16).digest()
 
 
-def _digests(messages: list[Message]) -> list[bytes]:
-    """Of each message with all before it. What leads as a system message is left out: some clients change a line of it
-    with every call, and tokens decide in the end; so are ids of calls, and thoughts, which few clients send back."""
-    state, out, is_leading = hashlib.blake2b(digest_size=16), [], True
+def _states(messages: list[Message], state: hashlib.blake2b | None = None) -> list[hashlib.blake2b]:
+    """Digests of each message with all before it, `state` among them. What leads as a system message is left out: some
+    clients change a line of it with every call, and tokens decide in the end; so are ids of calls, and thoughts, which
+    few clients send back."""
+    out, is_leading = [], state is None
+    state = hashlib.blake2b(digest_size=16) if state is None else state
     for message in messages:
         is_leading = is_leading and message["role"] in ("system", "developer")
+        state = state.copy()
         if not is_leading:
             calls = [
                 [call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])
             ]
             key = [message["role"], message["content"].strip(), calls]
             state.update(_utf8(json.dumps(key, sort_keys=True)))
-        out.append(state.copy().digest())
+        out.append(state)
     return out
 
 

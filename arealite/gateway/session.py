@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from arealite.api.protocols import InferenceEngine
 from arealite.api.types import FinishReason, GenerationRequest, Status, Task, Trajectory
 from arealite.gateway.asks import Answer, Ask
 from arealite.gateway.forest import Turn, account_of, ids_through, joined, labels_of, returns_of, rows_of
-from arealite.gateway.prompting import NextPrompt, Prompter
+from arealite.gateway.prompting import FIRST, NextPrompt, Prompter
 from arealite.gateway.reading import AnswerReader
 
 OUTCOME = "outcome"
@@ -243,6 +243,7 @@ class Session:
         turns = joined(self.turns.values())
         labels = labels_of(turns)
         account = account_of(turns, labels, rows_of(turns, labels))
+        splits = Counter(turn.reason for turn in self.turns.values() if turn.parent is None and turn.reason != FIRST)
         return {
             "id": self.id,
             "state": self.state,
@@ -252,6 +253,7 @@ class Session:
             "rewards": self.rewards,
             "num_refused": self.num_refused,
             "tokens": account,
+            "splits": splits,
             "turns": [
                 {
                     **{k: v for k, v in vars(turn).items() if k not in ("ask", "answer", "completion")},
