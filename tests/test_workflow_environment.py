@@ -6,10 +6,13 @@ from typing import ClassVar
 
 import pytest
 from support.episodes import ScriptedEngine, episode, sampling
+from support.rollout import quick_config
 from transformers import AutoTokenizer
 
 from arealite.api.errors import ConfigError, RequestError, ServerUnreachable
+from arealite.api.types import Task
 from arealite.gateway.session import SessionLimits
+from arealite.rollout.client import RemoteNativeEngine
 from arealite.workflow.environment import Environment, EnvironmentWorkflow, Observation
 
 
@@ -96,7 +99,15 @@ def test_an_environment_that_fails_makes_its_own_attempt_failed_and_no_other(tok
     assert len(Echo.closed) == 4
 
 
+def test_a_server_that_refuses_a_later_turn_fails_that_attempt_alone(tokenizer):
+    found, _ = play(tokenizer, ["a 1", RequestError("longer than the context")], ["win 1"])
+    assert [(t.status, t.reward) for t in found] == [("failed", None), ("ok", 1.0)]
+    assert "longer than the context" in found[0].error
+
+
 def test_what_is_wrong_for_all_attempts_is_raised(tokenizer):
+    with pytest.raises(RequestError):
+        play(tokenizer, [RequestError("no such model")], ["win 1"])
     with pytest.raises(ConfigError, match="cannot be used"):
         play(tokenizer, ["refuse"], ["win 1"])
     with pytest.raises(ServerUnreachable):
@@ -155,3 +166,29 @@ def test_raw_text_goes_on_as_it_is_written(tokenizer):
     end = tokenizer.eos_token
     assert engine.prompts[0] == ["Count: zero,", f"Count: zero, one,{end} two,"]
     assert tokenizer.decode(t.tokens) == f"Count: zero, one,{end} two, three{end}" and t.reward == 2.0
+
+
+def test_on_a_server_the_logprobs_are_those_of_the_whole_row(server, folder):
+    """Re-scored by the server's weights, float32: what was sampled turn by turn is one sequence of the model."""
+
+    class Count(Environment):
+        def reset(self, task):
+            self.num_steps = 0
+            return task.prompt
+
+        def step(self, answer):
+            self.num_steps += 1
+            return Observation(" and", 0.5, "done" if self.num_steps == 3 else None)
+
+    workflow = EnvironmentWorkflow(Count, sampling(2, max_new_tokens=6), AutoTokenizer.from_pretrained(folder))
+    engine = RemoteNativeEngine(quick_config(), 1)
+    engine.initialize(addresses=[server.url])
+    try:
+        (group,) = engine.run_groups([Task("e0-r0", prompt="one two")], workflow)
+        for t in group.trajectories:
+            assert t.status == "ok" and t.reward == 1.5 and t.row_lengths == [], t.error
+            (scored,) = engine.score([t.tokens])
+            own = [(a, b) for a, b, is_own in zip(scored, t.logprobs, t.loss_mask, strict=True) if is_own]
+            assert 3 <= len(own) <= 18 and all(abs(a - b) < 1e-4 for a, b in own)
+    finally:
+        engine.destroy()

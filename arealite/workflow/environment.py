@@ -137,11 +137,15 @@ class EnvironmentWorkflow:
         except RewardError as error:
             status, outcome = "reward_error", None
             session.finish("failed", str(error))
-        except EnvironmentFailed as error:
+        except (EnvironmentFailed, RequestError) as error:
+            if isinstance(error, RequestError) and not any(turn.sampled for turn in session.turns.values()):
+                raise  # it is the task's, and the same for all attempts
             outcome = None
             session.finish("failed", str(error))
         else:
             counts[f"stop_{stop}"] = 1  # a mean over sessions needs the zeros, too
+        finally:
+            session.finish()  # cancelled, it gives up what is being sampled
         trajectory = session.trajectory(task, member, outcome, self.turn_discount, status)
         return replace(trajectory, reward_parts=parts, statistics=trajectory.statistics | counts)
 
