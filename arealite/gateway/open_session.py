@@ -37,7 +37,7 @@ class OpenSession(Session):
         on_end: Callable[[OpenSession], None],
     ) -> None:
         super().__init__(id, engine, prompter, gconfig, limits)
-        self.key = secrets.token_urlsafe(32)
+        self.key = f"sk-{secrets.token_urlsafe(32)}"  # begins with no dash: it may stand in command lines
         self.base_url = f"{address}/s/{id}"
         self.conversations: dict[str, list[Message]] = {}  # by the id of a response
         self.turn_ids: dict[str, int] = {}  # by the id of a reply

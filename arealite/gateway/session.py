@@ -17,12 +17,14 @@ from arealite.api.cli_args import GenerationHyperparameters
 from arealite.api.errors import RequestError
 from arealite.api.protocols import InferenceEngine
 from arealite.api.types import FinishReason, GenerationRequest, Status, Task, Trajectory
+from arealite.dataset.prompts import encode
 from arealite.gateway.asks import Answer, Ask
 from arealite.gateway.forest import Turn, account_of, ids_through, joined, labels_of, returns_of, rows_of
 from arealite.gateway.prompting import FIRST, NextPrompt, Prompter
 from arealite.gateway.reading import AnswerReader
 
 OUTCOME = "outcome"
+MANY_CHARACTERS = 8  # for a token
 MAX_ATTEMPTS = 64  # whose answers are kept for clients that ask again
 ATTEMPT_LIFE_S = 600.0
 
@@ -97,7 +99,7 @@ class Session:
         self.num_refused = 0
         self.last_active = self.started = time.monotonic()
         self.started_at = time.time()
-        self._script = script
+        self.script = script
         self._memory = prompter.memory()
         self._num_tokens = self._num_calls = 0
         self._attempts: OrderedDict[str, _Asking] = OrderedDict()
@@ -276,6 +278,7 @@ class Session:
     def _begin(self, ask: Ask) -> _Asking:
         self._check_limits()
         try:
+            self._check_size(ask)
             prompt = self._memory.next_prompt(ask)
             input_ids = [*ids_through(self.turns, prompt.parent), *prompt.added_ids]
             most = self.limits.context_length
@@ -302,6 +305,16 @@ class Session:
         asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be nobody's any more
         return _Asking(time.monotonic(), asking, listeners)
 
+    def _check_size(self, ask: Ask) -> None:
+        """Refuse what is far too long by its beginning: to encode all of it would hold up every other session."""
+        most = self.limits.context_length
+        if most is None:
+            return
+        said = ask.prompt if isinstance(ask.prompt, str) else "".join(str(m.get("content")) for m in ask.messages)
+        beginning = said[: MANY_CHARACTERS * most]
+        if len(beginning) < len(said) and (num := len(encode(self.prompter.tokenizer, beginning))) > most:
+            raise ContextFull("context", f"more than {num} tokens, and the maximum context length is {most}")
+
     def _check_limits(self) -> None:
         limits = self.limits
         reached: tuple[tuple[LimitName, float, float], ...] = (
@@ -323,7 +336,7 @@ class Session:
         g, asked, eos = self.gconfig, turn.ask.sampling, self.prompter.tokenizer.eos_token_id
         left = self.limits.max_tokens - self._num_tokens
         length = max(1, min(asked.get("max_new_tokens") or g.max_new_tokens, g.max_new_tokens, room, left))
-        script = None if self._script is None else self._script(turn.ask, turn.id)
+        script = None if self.script is None else self.script(turn.ask, turn.id)
         return GenerationRequest(
             rid=f"{self.id}.{turn.id}",
             input_ids=input_ids,

@@ -1,5 +1,6 @@
 """Reward functions that misbehave, importable by worker processes. Used by test_reward_pool.py and workflow tests."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,14 @@ import numpy as np
 
 def length_reward(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
     return {"reward": len(completion), "num_ids": len(completion_ids), "extra": extras.get("bonus", 0)}
+
+
+def by_trace(prompt, completion, prompt_ids, completion_ids, *, answer, level, trace, workspace):
+    """Of what the command wrote, and what was recorded."""
+    with open(f"{workspace}/answer.json") as file:
+        written = json.load(file)["choices"][0]["message"]["content"]
+    assert prompt == "add 2 and 3" and completion == written and len(trace["turns"]) == 1
+    return {"reward": float(written == answer), "level": level}
 
 
 def greedy_math(prompt, completion, prompt_ids, completion_ids, *, answer, **extras):
