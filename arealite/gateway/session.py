@@ -313,7 +313,7 @@ class Session:
         said = ask.prompt if isinstance(ask.prompt, str) else "".join(str(m.get("content")) for m in ask.messages)
         beginning = said[: MANY_CHARACTERS * most]
         if len(beginning) < len(said) and (num := len(encode(self.prompter.tokenizer, beginning))) > most:
-            raise ContextFull("context", f"more than {num} tokens, and the maximum context length is {most}")
+            raise ContextFull("context", f"the beginning alone has {num} tokens; the context length is {most}")
 
     def _check_limits(self) -> None:
         limits = self.limits
