@@ -107,7 +107,7 @@ class Chaos:
                 os.kill(pid, signal.SIGKILL)
                 return
             time.sleep(0.2)
-        raise LookupError(f"{victim} did not come back within {BACK_LIMIT_S:.0f} s")
+        raise LookupError(f"{victim} did not come back within {BACK_LIMIT_S:.0f} s, or the run has ended")
 
     def freeze(self) -> None:
         """The agent's node stands still for a minute: its agent alone, as nobody else there could say anything."""
