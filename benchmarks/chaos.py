@@ -54,7 +54,7 @@ JOB = ("launcher.type=slurm", "cluster.num_cores_per_node=2", "cluster.sbatch={m
 # What the terminal or the job's log says of each fault. A launcher that is killed cannot say so itself.
 NAMED = {
     "trainer-0": r"trainer-0 .*(SIGKILL|is lost)", "server-0": r"server-0 .*(SIGKILL|is lost)",
-    "head": r"Killed|head .*SIGKILL|agent: ended \d+ processes", "agent": r"is lost",
+    "head": r"Killed|the head was killed by SIGKILL", "agent": r"is lost",
     "scancel": r"CANCELLED|cancelled", "requeue": r"requeue|COMPLETING|PENDING|SIGTERM", "node": r"is lost|NODE_FAIL",
     "freeze": r"is lost",
 }  # fmt: skip
@@ -107,7 +107,7 @@ class Chaos:
                 os.kill(pid, signal.SIGKILL)
                 return
             time.sleep(0.2)
-        raise LookupError(f"{victim} did not come back within {BACK_LIMIT_S:.0f} s, or the run has ended")
+        raise LookupError(victim)
 
     def freeze(self) -> None:
         """The agent's node stands still for a minute: its agent alone, as nobody else there could say anything."""
@@ -117,14 +117,13 @@ class Chaos:
 
     later: tuple[float, Callable[[], Any]] | None = None  # what ends a fault, and when
 
-    def apply(self, name: str) -> None:
-        """Do it, and see whether it is named in time."""
+    def apply(self, name: str) -> bool:
+        """Do it, and see whether it is named in time; False where there is nobody to do it to, as between two lives."""
         offset = self.log.stat().st_size
         try:
             {**dict.fromkeys(self.victims, self.kill), **self.others()}[name](name)
-        except (LookupError, ProcessLookupError) as error:
-            print(f"--- {name} not done: {error}", flush=True)
-            return
+        except (LookupError, ProcessLookupError):
+            return False
         began = time.monotonic()
         self.done.append(name)
         print(f"--- {name} ({len(self.done)})", flush=True)
@@ -135,6 +134,7 @@ class Chaos:
                 break
             time.sleep(0.1)
         self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+        return True
 
     def others(self) -> dict[str, Callable[[str], Any]]:
         """Faults beside kills, by the words of --faults."""
@@ -158,8 +158,8 @@ class Chaos:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.launcher.wait(timeout=self.choose.uniform(*self.args.pause_s) if to_do else 1.0)
                 continue
-            if to_do and self.later is None:
-                self.apply(to_do.pop(0))
+            if to_do and self.later is None and self.apply(to_do[0]):
+                to_do.pop(0)
             present = {p.name for p in (self.run / "checkpoints").glob("step_*")}
             self.lost += len(self.checkpoints - present)
             self.checkpoints |= present

@@ -4,9 +4,9 @@
         [--model smollm2-135m]
 
 turns: tokens per second of so many sessions of 8 turns (24 tokens asked, 32 sampled), and of as many single turns,
-alternating. long: one session of 300 turns; prompt tokens that were computed per token that it has, and seconds of early
-and late turns. burst: 1,000 sessions of two turns begin at once, one of which pauses for 10 s between its turns: when
-the others are done. In bf16 on this machine's cores. Ends with one JSON line.
+alternating. long: one session of 300 turns; prompt tokens that were computed per token that it has, and seconds of
+early and late turns. burst: 1,000 sessions of two turns begin at once, one of which pauses for 10 s between its turns:
+when the others are done. In bf16 on this machine's cores. Ends with one JSON line.
 """
 
 from __future__ import annotations

@@ -251,5 +251,7 @@ def watch(
         num_sent = len(stops)
         all_ended = all(node.is_idle or node.has_ended() for node in nodes)
         if head.exit_code is not None and (all_ended or head.has_ended(config.launcher.stop_grace_s)):
-            return head.exit_code if head.exit_code >= 0 else 1
+            if head.exit_code < 0:
+                say(f"the head {describe_exit(head.exit_code)}; the same command goes on")
+            return max(head.exit_code, 0) or int(head.exit_code < 0)
     return 128 + stops[0]
