@@ -262,7 +262,7 @@ def test_control(running, gpt, script):
         {"value": True, "turn": -1},
     ):
         assert call(f"{here}/reward", wrong, ADMIN)[0] == 400, wrong
-    assert call(f"{here}/finish", {"status": "lost"}, ADMIN)[0] == 400
+    assert call(f"{here}/finish", {"state": "lost"}, ADMIN)[0] == 400
     assert call(f"{here}/finish", {}, ADMIN)[0] == 200
     _, trace = call(f"{here}/trace", None, ADMIN)
     (turn,) = trace["turns"]

@@ -257,12 +257,12 @@ class Gateway:
         return web.json_response({})
 
     async def _finish(self, request: web.Request) -> web.Response:
-        """{status?: finished | failed | aborted, error?}"""
+        """{state?: finished | failed | aborted, error?}"""
         session, fields = self._of_control(request), await read_json(request)
-        status = fields.get("status", "finished")
-        if status not in ("finished", "failed", "aborted"):
-            raise Refusal(400, f"status: expected finished, failed or aborted, found {shown(status)}")
-        session.finish(status, str(fields.get("error", "")))
+        state = fields.get("state", "finished")
+        if state not in ("finished", "failed", "aborted"):
+            raise Refusal(400, f"state: expected finished, failed or aborted, found {shown(state)}")
+        session.finish(state, str(fields.get("error", "")))
         return web.json_response({})
 
     async def _trace(self, request: web.Request) -> web.Response:
