@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ import torch
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_config_file
-from arealite.api.types import Dims
+from arealite.api.types import Completion, Dims
 from arealite.engine import determinism, recover
 from arealite.engine.ppo import actor as actor_module
+from arealite.gateway.asks import Ask
+from arealite.gateway.forest import Turn
 from arealite.prove import step as steps
 from arealite.prove.command import Prover, engine, table
 from arealite.prove.rollouts import check_rollouts
+from arealite.prove.sessions import faults_of
 
 CONFIG = "examples/arealite/quickstart.yaml"
 
@@ -97,8 +101,22 @@ def test_what_is_broken_on_purpose_fails(config, monkeypatch, broken, failing):
 def test_rollouts_without_staleness_are_the_same(config):
     prover = Prover(config)
     with engine(steps.proof_config(config.actor, "float32")) as actor:
-        findings = check_rollouts(config, prover.tasks, prover.prompt, actor)
-    assert [f.outcome for f in findings] == ["pass", "pass"], findings
+        findings = check_rollouts(config, prover.tasks, prover.prompt, actor, prover.tokenizer)
+    assert [f.outcome for f in findings] == ["pass"] * 6, findings
+    sessions = [f for f in findings if f.check.startswith("sessions")]
+    assert [f.worst in (steps.MISMATCH, "logprobs") for f in sessions] == [False, True] * 2
+
+
+def test_a_session_that_is_not_what_the_server_saw_is_a_fault():
+    completion = Completion([5, 6], [0.0, 0.0], [0, 0], "stop")
+    turn = Turn(0, None, [1, 2], Ask(), "first", completion)
+    session, witness = SimpleNamespace(id="s", turns={0: turn}), SimpleNamespace(seen={0: [1, 2, 5, 6]}, num_sampled=2)
+    assert faults_of(session, witness) == []
+    witness.seen[0], witness.num_sampled = [1, 3, 5, 6], 4
+    assert [fault.partition(":")[2][:20] for fault in faults_of(session, witness)] == [
+        " the row of turns (0",
+        " of 4 sampled tokens",
+    ]
 
 
 def test_ranks_that_die_are_a_failure_with_their_error(config):

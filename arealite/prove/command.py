@@ -94,7 +94,7 @@ class Prover:
                 check, compared = "asynchronous rollouts, eta = 0", "against synchronous ones"
                 yield Finding(check, compared, "skipped", reason="--quick")
             elif dtype == "float32":
-                yield from check_rollouts(self.config, self.tasks, self.prompt, actor)
+                yield from check_rollouts(self.config, self.tasks, self.prompt, actor, self.tokenizer)
             else:
                 yield check_mismatch(self.config, self.tasks, self.prompt, actor)
         others = [kind for kind in ("none", "full", "selective") if kind != config.gradient_checkpointing]

@@ -1,5 +1,5 @@
 """Synchronous and asynchronous rollouts without staleness are the same groups, and make the same step; trainer and
-server agree on the logprobs of what was sampled.
+server agree on the logprobs of what was sampled, in one turn and in sessions of several.
 
 Called by command.py. Starts a built-in server of its own on the model.
 """
@@ -16,15 +16,17 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import GenerationHyperparameters, GRPOConfig
 from arealite.api.errors import ServerUnreachable
-from arealite.api.protocols import InferenceEngine
+from arealite.api.protocols import InferenceEngine, RolloutWorkflow
 from arealite.api.types import Batch, GenerationRequest, Task, Trajectory
 from arealite.dataset.loader import StatefulDataLoader
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.kernels import cpu
 from arealite.observe.waits import waiting
+from arealite.prove.sessions import WitnessedSessions
 from arealite.prove.step import (
     MISMATCH,
     MISMATCH_WITHOUT_KERNELS,
@@ -96,10 +98,32 @@ def server(model: str, dtype: str) -> Iterator[str]:
         process.stdout.close()
 
 
-def check_rollouts(config: GRPOConfig, tasks: list[Task], prompt: Prompt, actor: FSDPPPOActor) -> list[Finding]:
-    """`actor` computes in float32 at learning rate 0. Two findings: the steps, and the logprobs of both sides."""
+def check_rollouts(
+    config: GRPOConfig, tasks: list[Task], prompt: Prompt, actor: FSDPPPOActor, tokenizer: PreTrainedTokenizerBase
+) -> list[Finding]:
+    """`actor` computes in float32 at learning rate 0. Findings: the steps, and the logprobs of both sides; then the
+    rows and logprobs of sessions."""
     with server(actor.sharded.folder, "float32") as address:
-        first, second = (_rollout(config, tasks, prompt, address, asynchronous) for asynchronous in (False, True))
+        answers = SampledAnswers(prompt, config.gconfig)
+        first, second = (_rollout(config, tasks, answers, address, asynchronous) for asynchronous in (False, True))
+        sessions = _check_sessions(config, tasks, actor, tokenizer, address)
+    return [*_check_steps(first, second, actor), *sessions]
+
+
+def _check_sessions(
+    config: GRPOConfig, tasks: list[Task], actor: FSDPPPOActor, tokenizer: PreTrainedTokenizerBase, address: str
+) -> list[Finding]:
+    if not tokenizer.chat_template:
+        return [Finding("sessions", "rows of turns", "skipped", reason="the tokenizer has no chat template")]
+    out = []
+    for history in ("keep", "template"):
+        workflow = WitnessedSessions(tokenizer, config.gconfig, history)
+        batch = _rollout(config, tasks, workflow, address, asynchronous=False)
+        out += [workflow.finding(), _mismatch(batch, actor.compute_logp(batch), actor, f"sessions, history {history}")]
+    return out
+
+
+def _check_steps(first: Batch, second: Batch, actor: FSDPPPOActor) -> list[Finding]:
     for batch in (first, second):
         if actor.needs_prox_logp or actor.config.kl_weight:
             batch.prox_logp = batch.ref_logp = actor.compute_logp(batch)
@@ -116,15 +140,17 @@ def check_rollouts(config: GRPOConfig, tasks: list[Task], prompt: Prompt, actor:
 def check_mismatch(config: GRPOConfig, tasks: list[Task], prompt: Prompt, actor: FSDPPPOActor) -> Finding:
     """Logprobs of both sides alone, in the actor's type."""
     with server(actor.sharded.folder, actor.config.dtype) as address:
-        batch = _rollout(config, tasks, prompt, address, asynchronous=False)
+        batch = _rollout(config, tasks, SampledAnswers(prompt, config.gconfig), address, asynchronous=False)
     return _mismatch(batch, actor.compute_logp(batch), actor)
 
 
-def _rollout(config: GRPOConfig, tasks: list[Task], prompt: Prompt, address: str, asynchronous: bool) -> Batch:
+def _rollout(
+    config: GRPOConfig, tasks: list[Task], workflow: RolloutWorkflow, address: str, asynchronous: bool
+) -> Batch:
     """One step's groups, in the order of their tasks instead of that of their ends."""
     run = replace(config, train_dataset=replace(config.train_dataset, batch_size=NUM_GROUPS))
     rollout = replace(config.rollout, max_head_offpolicyness=0, consumer_batch_size=NUM_GROUPS)
-    engine, workflow = RemoteNativeEngine(rollout, seed=config.seed), SampledAnswers(prompt, config.gconfig)
+    engine = RemoteNativeEngine(rollout, seed=config.seed)
     loader = StatefulDataLoader(tasks, run)
     try:
         engine.initialize(addresses=[address])
@@ -138,7 +164,7 @@ def _rollout(config: GRPOConfig, tasks: list[Task], prompt: Prompt, address: str
     return replace(batch, group_ids=np.unique(batch.task_ids, return_inverse=True)[1])
 
 
-def _mismatch(batch: Batch, logp: np.ndarray, actor: FSDPPPOActor) -> Finding:
+def _mismatch(batch: Batch, logp: np.ndarray, actor: FSDPPPOActor, check: str = "trainer and server") -> Finding:
     mask = batch.loss_mask
     by_kernels = actor.mesh.device.type == "cpu" and cpu.load() is not None
     mean = float(np.abs(logp - batch.logprobs)[mask].mean())
@@ -146,4 +172,4 @@ def _mismatch(batch: Batch, logp: np.ndarray, actor: FSDPPPOActor) -> Finding:
         "logprobs": logprob_distance(np.where(mask, logp, 0), np.where(mask, batch.logprobs, 0)),
         MISMATCH if by_kernels else MISMATCH_WITHOUT_KERNELS: (mean, 0.0),
     }
-    return judge("trainer and server", "logprobs of the sampled tokens", apart, actor.config.dtype)
+    return judge(check, "logprobs of the sampled tokens, of trainer and server", apart, actor.config.dtype)
