@@ -310,6 +310,7 @@ class GRPOConfig(RunConfig):
     )
     rollout: InferenceEngineConfig = setting(InferenceEngineConfig, "rollout head")
     server: ServerConfig = setting(ServerConfig, "inference servers")
+    gateway: GatewayConfig = setting(GatewayConfig, "where agents reach the model, and the limits of their sessions")
     actor: PPOActorConfig = setting(PPOActorConfig, "policy")
     ref: TrainEngineConfig | None = setting(None, "reference policy for the KL; frozen")
     critic: PPOCriticConfig | None = setting(

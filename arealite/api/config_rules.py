@@ -71,6 +71,7 @@ def derived_values(config: RunConfig) -> Iterator[tuple[str, Any]]:
     for name, value in vars(config.gconfig).items():
         yield f"eval_gconfig.{name}", {"n_samples": 1, "temperature": 0.0}.get(name, value)
     yield "rollout.consumer_batch_size", config.train_dataset.batch_size
+    yield "gateway.context_length", config.server.context_length
     yield "rollout.max_concurrent_rollouts", (rollout.max_head_offpolicyness + 1) * config.train_dataset.batch_size
     if config.critic is not None:  # it takes the place of the group's mean
         yield "actor.reward_norm", NormConfig(mean="none", std="none")
