@@ -27,7 +27,9 @@ from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, R
 from arealite.run import Evaluate, Run
 from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
+from arealite.workflow.agents import AgentWorkflow
 from arealite.workflow.rlvr import RLVRWorkflow
+from arealite.workflow.runners import AgentRunner
 
 ENGINES: dict[str, Callable[..., RemoteInferenceEngine]] = {
     "native": RemoteNativeEngine,
@@ -69,6 +71,17 @@ def rlvr_workflow(run: Run, config: GRPOConfig, reward_fn: RewardFunction, held_
     """Single-turn answers to training tasks, or to `held_out` ones, with `reward_fn`'s reward."""
     gconfig, limit = config.eval_gconfig if held_out else config.gconfig, config.server.context_length
     return run.closing(RLVRWorkflow(reward_fn, gconfig, run.tokenizer, config=config.rollout, context_length=limit))
+
+
+def agent_workflow(config: GRPOConfig, runner: AgentRunner, reward_fn: RewardFunction | None = None) -> WorkflowMaker:
+    """For PPOTrainer: agents that `runner` runs, within the limits of `config`."""
+
+    def make(gconfig: GenerationHyperparameters, tokenizer: PreTrainedTokenizerBase) -> RolloutWorkflow:
+        return AgentWorkflow(
+            runner, gconfig, tokenizer, gateway=config.gateway, reward_fn=reward_fn, config=config.rollout
+        )
+
+    return make
 
 
 def open_evaluation(
