@@ -127,8 +127,12 @@ def walks() -> dict[str, list[tuple[str, list[str]]]]:
 
 
 MOST_FILES = (
-    ("A sample", 12), ("A weight update", 10), ("A request", 10), ("A call of an agent", 9), ("A configuration field", 4),
-)  # fmt: skip
+    ("A sample", 12),
+    ("A weight update", 10),
+    ("A request", 10),
+    ("A call of an agent", 9),
+    ("A configuration field", 4),
+)
 
 
 @pytest.mark.parametrize(("heading", "most"), MOST_FILES)
