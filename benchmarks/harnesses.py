@@ -1,6 +1,6 @@
 """Agents that others wrote, unchanged, each acting out sessions through the gateway; every token of them is checked.
 
-    python benchmarks/harnesses.py [--harness NAME ...] [--sessions 20] [--path FOLDER:FOLDER] [--no-training]
+    python benchmarks/harnesses.py [--harness NAME] [--sessions 20] [--path FOLDER:FOLDER] [--no-training]
 
 Programs are looked for in --path, then in PATH: claude, codex, opencode, mini and smolagent; the openai-agents and
 anthropic SDKs in this environment. What is not there is said. A tiny random model is served with --forced-decoding: it
@@ -138,7 +138,7 @@ HARNESSES = {
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--harness", nargs="+", choices=list(HARNESSES), default=list(HARNESSES))
+    parser.add_argument("--harness", action="append", choices=list(HARNESSES), help="one of them, may be repeated")
     parser.add_argument("--sessions", type=int, default=20)
     parser.add_argument("--path", default="", help="folders of programs, before those of PATH")
     parser.add_argument("--no-training", action="store_true")
@@ -370,7 +370,7 @@ def main() -> None:
         folder = tiny_model(Path(root, "model"))
         model = LlamaForCausalLM.from_pretrained(folder).float().eval()
         with served(folder) as address:
-            for name in given.harness:
+            for name in given.harness or HARNESSES:
                 if why := missing(HARNESSES[name]):
                     results[name] = {"missing": why}
                 else:
