@@ -18,7 +18,7 @@ from arealite.reward.sandbox import ProcessLimits, Sandbox, SandboxError, best_k
 
 KINDS = ("bubblewrap", "landlock")
 LIMITS = ProcessLimits(limit_s=3.0, memory_bytes=512 << 20, output_bytes=1 << 20, file_bytes=4 << 20)
-SLACK_S = 3.0  # of a busy machine, for the end of a process that is over its limit
+SLACK_S = 12.0  # on a machine that does other things: without a limit these programs run for minutes
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -158,7 +158,7 @@ class Accepts:
 
 @pytest.mark.parametrize(("then", "told"), [
     ([("reward", {"value": 0.5}), ("reward", {"value": 2, "name": "style"}), ("finish", {})], 0.5),
-    ([("finish", {"status": "failed", "error": "bad luck"})], "bad luck"), ([("finish", {})], "no reward came"),
+    ([("finish", {"state": "failed", "error": "bad luck"})], "bad luck"), ([("finish", {})], "no reward came"),
     ([], "no reward came"),
 ])  # fmt: skip
 def test_a_reward_that_comes_later(tokenizer, then, told):
