@@ -279,9 +279,12 @@ def test_control(running, gpt, script):
 
 def test_limits(tokenizer):
     config = GatewayConfig(max_sessions=2, max_turns=1, idle_timeout_s=0.2)
+    config.context_length = 128
     with scripted(tokenizer, lambda request: "Yes", config) as running:
         control, session = f"{running.gateway.address}/sessions", running.new_session()
-        body = {"messages": [USER]}
+        body, long = {"messages": [USER]}, {"messages": [{**USER, "content": "long " * 200}]}
+        status, answer = call(session.base_url + "/v1/chat/completions", long, session.key)
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded"  # harnesses shorten their history
         assert call(session.base_url + "/v1/chat/completions", body, session.key)[0] == 200
         status, answer = call(session.base_url + "/v1/chat/completions", body, session.key)
         assert status == 400 and answer["error"]["code"] == "session_limit" and "turns" in answer["error"]["message"]

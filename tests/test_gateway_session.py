@@ -10,7 +10,7 @@ from arealite.api.cli_args import GenerationHyperparameters
 from arealite.api.types import Completion, Task
 from arealite.gateway.asks import Ask
 from arealite.gateway.prompting import Prompter
-from arealite.gateway.session import ContextFull, LimitReached, Session, SessionEnded, SessionLimits
+from arealite.gateway.session import LimitReached, Session, SessionEnded, SessionLimits
 
 ADD = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
 TOOLS = [{"type": "function", "function": ADD}]
@@ -128,7 +128,7 @@ def test_a_changed_system_message_or_tool_begins_a_new_row(tokenizer):
 def test_limits_end_it_with_their_name(tokenizer):
     async def talk():
         session = session_of(tokenizer, "a", limits=SessionLimits(context_length=64, max_turns=1))
-        with pytest.raises(ContextFull, match="maximum context length is 64"):
+        with pytest.raises(LimitReached, match="maximum context length is 64"):
             await session.ask(Ask([user("long " * 100)]))
         await session.ask(Ask([user("go")]))
         with pytest.raises(LimitReached, match="turns: 1 of 1"):

@@ -18,7 +18,7 @@ from arealite.api.errors import RequestError, ServerUnreachable, WaitTimeout
 from arealite.gateway.asks import Answer
 from arealite.gateway.forest import Turn
 from arealite.gateway.open_session import OpenSession
-from arealite.gateway.session import ContextFull, LimitReached, SessionEnded
+from arealite.gateway.session import LimitReached, SessionEnded
 from arealite.gateway.wires.forms import Refusal, Reply
 from arealite.observe.waits import bounded
 
@@ -125,9 +125,7 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, SessionEnded):
         return Refusal(410, str(error), "session_ended")
     if isinstance(error, LimitReached):  # no 429: asking again would not help
-        return Refusal(400, str(error), "session_limit")
-    if isinstance(error, ContextFull):
-        return Refusal(400, str(error), "context_length_exceeded")
+        return Refusal(400, str(error), "context_length_exceeded" if error.reason == "context" else "session_limit")
     if isinstance(error, RequestError):
         return Refusal(400, str(error))
     if isinstance(error, ServerUnreachable | WaitTimeout):

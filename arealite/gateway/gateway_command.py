@@ -65,7 +65,9 @@ class SessionLog:
         self._lock.release()
 
     def _write(self, record: dict[str, Any]) -> None:
-        os.write(self._file, json.dumps(record).encode() + b"\n")
+        line = json.dumps(record).encode() + b"\n"
+        if os.write(self._file, line) < len(line):
+            raise OSError(f"{LOG_NAME}: the line of session {record['id']} was cut off: is the disk full?")
 
 
 def _drawn_key(folder: Path) -> str:

@@ -19,7 +19,7 @@ from arealite.api.protocols import InferenceEngine
 from arealite.api.types import FinishReason, GenerationRequest, Status, Task, Trajectory
 from arealite.dataset.prompts import encode
 from arealite.gateway.asks import Answer, Ask
-from arealite.gateway.forest import Turn, account_of, ids_through, joined, labels_of, returns_of, rows_of
+from arealite.gateway.forest import Turn, account_of, ids_through, joined, labels_of, path_of, returns_of, rows_of
 from arealite.gateway.prompting import FIRST, NextPrompt, Prompter
 from arealite.gateway.reading import AnswerReader
 
@@ -47,15 +47,12 @@ class SessionLimits:
 
 
 class LimitReached(RequestError):
-    """A limit of the session was reached before an answer was begun; `reason` names it."""
+    """A limit of the session was reached before an answer was begun; `reason` names it. "context": this prompt leaves
+    no room for an answer; agents shorten their history then, and may go on."""
 
     def __init__(self, reason: LimitName, message: str) -> None:
         super().__init__(message)
         self.reason: LimitName = reason
-
-
-class ContextFull(LimitReached):
-    """The prompt leaves no room for an answer; agents shorten their history then."""
 
 
 class SessionEnded(RequestError):
@@ -116,7 +113,7 @@ class Session:
         sampled token is accounted for.
 
         Raises:
-            LimitReached, ContextFull, SessionEnded: no answer any more, or not to this.
+            LimitReached, SessionEnded: no answer any more, or not to this.
             RequestError: the request cannot be read, or the server refused it.
             ServerUnreachable: see rollout/generate.py.
         """
@@ -196,10 +193,10 @@ class Session:
         turns = joined(self.turns.values())
         labels = labels_of(turns)
         rows = rows_of(turns, labels)
-        if self.state == "aborted":
-            status = "aborted"
-        elif outcome is not None and rows:
+        if outcome is not None and rows:  # also of one that ended by being idle
             status = "ok"
+        elif self.state == "aborted":
+            status = "aborted"
         of_turns = {turn.id: sum(turn.rewards.values()) for turn in turns.values() if labels[turn.id] == "agent"}
         returns, reward = [], None
         if status == "ok" and outcome is not None:
@@ -237,7 +234,7 @@ class Session:
         if not turns:
             return ""
         ids = ids_through(self.turns, turns[-1].id)
-        first = next(turn for turn in turns if turn.parent is None)
+        first = path_of(self.turns, turns[-1].id)[0]
         return str(self.prompter.tokenizer.decode(ids[len(first.added_ids) :], clean_up_tokenization_spaces=False))
 
     def trace(self) -> dict[str, Any]:
@@ -284,7 +281,7 @@ class Session:
             most = self.limits.context_length
             room = self.gconfig.max_new_tokens if most is None else most - len(input_ids)
             if room < 1:
-                raise ContextFull(
+                raise LimitReached(
                     "context",
                     f"the prompt has {len(input_ids)} tokens, and the maximum context length is {most}: shorten the"
                     " history",
@@ -313,7 +310,7 @@ class Session:
         said = ask.prompt if isinstance(ask.prompt, str) else "".join(str(m.get("content")) for m in ask.messages)
         beginning = said[: MANY_CHARACTERS * most]
         if len(beginning) < len(said) and (num := len(encode(self.prompter.tokenizer, beginning))) > most:
-            raise ContextFull("context", f"the beginning alone has {num} tokens; the context length is {most}")
+            raise LimitReached("context", f"the beginning alone has {num} tokens; the context length is {most}")
 
     def _check_limits(self) -> None:
         limits = self.limits

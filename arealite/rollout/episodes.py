@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, SupportsFloat, get_args
 
@@ -70,6 +71,20 @@ async def run_alone(
         reasons.tell("failed", failure.reason)
         trajectories = [Trajectory(task.id, 0, [], [], [], [], None, "abort", "failed", error=failure.detail)]
     return Group(task, ordinal, trajectories)
+
+
+async def all_members(
+    num_members: int, run_member: Callable[[int], Coroutine[Any, Any, Trajectory]]
+) -> list[Trajectory]:
+    """What the members of a group become, in order of their numbers; for workflows. Where one raises, or the episode is
+    cancelled, the others are cancelled and have ended on return: their answers are of no use."""
+    members = [asyncio.ensure_future(run_member(i)) for i in range(num_members)]
+    try:
+        return await asyncio.gather(*members)
+    finally:
+        for member in members:
+            member.cancel()
+        await asyncio.gather(*members, return_exceptions=True)
 
 
 def _sound(task: Task, trajectories: list[Trajectory]) -> list[Trajectory]:

@@ -21,6 +21,7 @@ from arealite.gateway.server import Gateway
 from arealite.gateway.session import OUTCOME, SessionState
 from arealite.observe.reasons import last_line, reasons
 from arealite.reward.pool import RewardFunction, RewardPool, Score
+from arealite.rollout.episodes import all_members
 from arealite.workflow.runners import AgentEnd, AgentFailed, AgentRunner, Assignment
 
 CLOSE_LIMIT_S = 10.0
@@ -77,19 +78,14 @@ class AgentWorkflow:
         if self._gateway is None:
             self._gateway = asyncio.create_task(self._open(engine))
         gateway = await asyncio.shield(self._gateway)
-        members = [asyncio.create_task(self._run_member(gateway, task, i)) for i in range(self.gconfig.n_samples)]
-        try:
-            return await asyncio.gather(*members)
-        finally:
-            for member in members:
-                member.cancel()  # the episode is given up, and its agents with it
-            await asyncio.gather(*members, return_exceptions=True)
+        return await all_members(self.gconfig.n_samples, lambda i: self._run_member(gateway, task, i))
 
     def close(self) -> None:
         """End the gateway, what runs agents, and the reward workers."""
         if self._gateway is not None:
-            loop = self._gateway.get_loop()
-            if loop.is_running():  # else the rollout head has ended it, and the sockets with it
+            loop, is_open = self._gateway.get_loop(), self._gateway.done() and not self._gateway.cancelled()
+            # Without a running loop the rollout head has ended it, and the sockets with it.
+            if loop.is_running() and is_open and self._gateway.exception() is None:
                 ended = asyncio.run_coroutine_threadsafe(self._gateway.result().close(), loop)
                 with suppress(TimeoutError, CancelledError):
                     ended.result(CLOSE_LIMIT_S)

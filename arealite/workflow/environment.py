@@ -6,7 +6,6 @@ multi_turn.py and tool_use.py have environments, too. All of them run in the one
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import traceback
 from abc import ABC, abstractmethod
@@ -26,6 +25,7 @@ from arealite.gateway.asks import Answer, Ask
 from arealite.gateway.prompting import Prompter
 from arealite.gateway.session import LimitReached, Session, SessionLimits, Turn
 from arealite.observe.waits import bounded, in_thread
+from arealite.rollout.episodes import all_members
 
 End = Literal["done", "truncated"]  # said by the environment: it is over, or its own limit is reached
 StopReason = Literal["done", "truncated", "turns", "tokens", "time", "tool_calls", "context"]  # or by a limit
@@ -109,19 +109,14 @@ class EnvironmentWorkflow:
         self._prompter = Prompter(tokenizer)
 
     async def arun_episode(self, engine: InferenceEngine, task: Task) -> list[Trajectory]:
-        """One trajectory per attempt; its statistics say how it went: `turns`, `tool_calls`, which limit stopped it
-        (`stop_<reason>`, 0 or 1), and what the environment counted. An attempt whose environment fails is "failed".
+        """One trajectory per attempt. Its statistics say how it went: `num_turns`, `num_tool_calls`, which limit stopped
+        it (`stop_<reason>`, 0 or 1), and what the environment counted. "failed": its environment has failed.
 
         Raises:
             RequestError: the first prompt does not fit into the context, or the server refused a request.
             ConfigError: raised by the environment.
         """
-        members = [asyncio.ensure_future(self._run_member(engine, task, i)) for i in range(self.gconfig.n_samples)]
-        try:
-            return await asyncio.gather(*members)
-        finally:
-            for member in members:
-                member.cancel()  # one has failed, or the episode is cancelled: the others' answers are of no use
+        return await all_members(self.gconfig.n_samples, lambda i: self._run_member(engine, task, i))
 
     def close(self) -> None:
         """Nothing is owned between episodes."""

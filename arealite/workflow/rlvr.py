@@ -5,7 +5,6 @@ Created by scripts; run by the rollout head (and by evaluation/) for many tasks 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
@@ -17,6 +16,7 @@ from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Completion, GenerationRequest, Task, Trajectory
 from arealite.dataset.prompts import prompt_of, turn_end
 from arealite.reward.pool import RewardFunction, RewardPool
+from arealite.rollout.episodes import all_members
 
 
 class RLVRWorkflow:
@@ -65,14 +65,7 @@ class RLVRWorkflow:
         """
         self.pool.named_arguments(task.answer, task.extras)  # a wrong signature is told before anything is generated
         text, ids = self._prompt(task)
-        members = [
-            asyncio.ensure_future(self._run_member(engine, task, i, text, ids)) for i in range(self.gconfig.n_samples)
-        ]
-        try:
-            return await asyncio.gather(*members)
-        finally:
-            for member in members:
-                member.cancel()  # one has failed, or the episode is cancelled: the others' answers are of no use
+        return await all_members(self.gconfig.n_samples, lambda i: self._run_member(engine, task, i, text, ids))
 
     def close(self) -> None:
         """End the reward workers."""
