@@ -34,7 +34,8 @@ class Speaker:
         ids += [self.tokenizer.eos_token_id] if self.finish == "stop" else []
         for i in range(1, len(ids) + 1):
             await asyncio.sleep(0)
-            on_tokens(ids[:i])
+            if on_tokens is not None:
+                on_tokens(ids[:i])
         return Completion(ids, [-1.0] * len(ids), [0] * len(ids), self.finish, matched=ids[-1])
 
 

@@ -120,10 +120,10 @@ class Session:
         self.last_active = time.monotonic()
         attempt = self._attempts.get(attempt_key) if attempt_key is not None else None
         if attempt is None or attempt.has_failed:
-            attempt = self._begin(ask)
+            attempt = self._begin(ask, on_answer)
             if attempt_key is not None:
                 self._remember(attempt_key, attempt)
-        if on_answer is not None:
+        elif on_answer is not None:
             attempt.listeners.append(on_answer)
         try:
             turn = await asyncio.shield(attempt.asking)
@@ -272,7 +272,7 @@ class Session:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _begin(self, ask: Ask) -> _Asking:
+    def _begin(self, ask: Ask, on_answer: OnAnswer | None) -> _Asking:
         self._check_limits()
         try:
             self._check_size(ask)
@@ -295,7 +295,7 @@ class Session:
             kept = replace(ask, messages=ask.messages[prompt.num_known :], tools=tools)
         turn = Turn(len(self.turns), prompt.parent, prompt.added_ids, kept, prompt.reason, started_at=time.time())
         self.turns[turn.id] = turn
-        listeners: list[OnAnswer] = []
+        listeners = [] if on_answer is None else [on_answer]
         asking = asyncio.ensure_future(self._sample(turn, ask, prompt, self._request(turn, input_ids, room), listeners))
         self._running.add(asking)
         asking.add_done_callback(self._running.discard)
@@ -361,7 +361,7 @@ class Session:
             for listener in listeners:
                 listener(answer)
 
-        completion = await self.engine.agenerate(request, tell)
+        completion = await self.engine.agenerate(request, tell if listeners else None)  # nobody reads: no stream
         turn.completion, turn.answer, turn.ended_at = completion, reader.whole(completion), time.time()
         self._num_tokens += len(completion.token_ids)
         self._num_calls += len(turn.answer.calls)
