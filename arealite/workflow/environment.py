@@ -109,7 +109,7 @@ class EnvironmentWorkflow:
         self._prompter = Prompter(tokenizer)
 
     async def arun_episode(self, engine: InferenceEngine, task: Task) -> list[Trajectory]:
-        """One trajectory per attempt. Its statistics say how it went: `num_turns`, `num_tool_calls`, which limit stopped
+        """One trajectory per attempt. Its statistics tell: `num_turns`, `num_tool_calls`, which limit stopped
         it (`stop_<reason>`, 0 or 1), and what the environment counted. "failed": its environment has failed.
 
         Raises:
