@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from arealite import devices
 from arealite.inference.core.batcher import Batcher
 from arealite.inference.core.cache import pages_for
 from arealite.inference.core.graphs import Started
@@ -33,7 +34,6 @@ from arealite.inference.core.layout import ATTENTION_NAME
 from arealite.inference.core.requests import GenerateRequest, SamplingParams
 from arealite.inference.core.sequence import Sequence
 from arealite.inference.core.served_model import ServedModel
-from arealite.kernels.functions import use_gpu
 
 # layers, width, width of the gated unit, query and key heads, vocabulary, whether head and embedding are one
 SHAPES = {
@@ -232,7 +232,7 @@ def main() -> None:
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
-        use_gpu(device)
+        devices.use(device)
     found: Row = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", **rates(device)}
     show([found])
     results: list[Row] = []

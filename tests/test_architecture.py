@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     {"api"},
-    {"models", "observe"},
+    {"models", "observe", "devices"},
     {"algorithm", "dataset", "kernels", "weights"},
     {"reward", "rollout", "inference", "engine", "launcher"},
     {"gateway"},
@@ -55,6 +55,7 @@ KNOWN_NAMES = {
 SECONDS_WITHOUT_UNIT = re.compile(r"(^|_)timeout$|_(seconds?|secs?|millis|ms)$")
 COUNT_WITHOUT_PREFIX = re.compile(r"^n_|[^_]_count$")
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~/}])/(home|root|work|mnt|Users|opt|tmp|srv)/[\w.]")
 REASON = re.compile(r"#\s*(?!noqa|type:|pragma)\w.{9,}")
 
@@ -349,6 +350,23 @@ def fault_of(name: str) -> str | None:
     if COUNT_WITHOUT_PREFIX.search(name.lower()):
         return f"{name!r} is a count: begin its name with num_ or max_"
     return None
+
+
+# Who may name a vendor's kind of device: all others ask these.
+KNOW_DEVICES = {"devices.py", "machine.py", "gpu.py", "gpu_programs.py"}
+
+
+def test_one_file_knows_devices():
+    """No other module of the package names CUDA, in an attribute, an argument or a text of the program."""
+    violations = []
+    for path in sources():
+        documented = (n for n in ast.walk(tree_of(path)) if isinstance(n, DOCUMENTED) and ast.get_docstring(n))
+        docstrings = {id(n.body[0].value) for n in documented}  # type: ignore[attr-defined]
+        for node in ast.walk(tree_of(path)):
+            named = [v for field in ("attr", "id", "arg", "value") if isinstance(v := vars(node).get(field), str)]
+            if path.name not in KNOW_DEVICES and id(node) not in docstrings and "cuda" in "".join(named).lower():
+                violations.append(f"{at(path, node)}: {named}")
+    report(violations, "ask arealite/devices.py; before torch is there, launcher/machine.py")
 
 
 def test_names_say_what_they_are():

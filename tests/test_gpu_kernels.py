@@ -330,5 +330,5 @@ def test_a_fused_model(config, with_kernels, caplog):
 
 def test_kernels_can_be_switched_off(monkeypatch, caplog):
     monkeypatch.setenv("AREALITE_KERNELS", "off")
-    assert functions._of_gpus.__wrapped__("cuda") is None
+    assert functions._tried("cuda") is None
     assert "AREALITE_KERNELS=off" in caplog.text

@@ -69,7 +69,7 @@ def test_what_a_card_has_free_sizes_the_kv_cache(folder, monkeypatch):
     assert serve._kv_cache_tokens(model, 8) == 8 * 512
     assert model.kv_bytes_per_token * 512 == Batcher(model, 8, 496, "0").scheduler.pool.tensor.nbytes
     model.device, model.context_length = torch.device("cuda"), 1 << 20
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 << 30, 80 << 30))
     room = (17 - 3) << 30
     assert serve._kv_cache_tokens(model, 256) == room // model.kv_bytes_per_token

@@ -84,7 +84,7 @@ class ClusterSpecConfig(Section):
     server_sbatch: dict[str, Any] | None = setting(
         None, "Slurm: those of the nodes that have servers alone, where they are nodes of another kind"
     )
-    job_setup: list[str] = setting(list, "Slurm: lines of shell at the beginning of the job, such as module load cuda")
+    job_setup: list[str] = setting(list, "Slurm: lines of shell at the beginning of the job, such as module load gcc")
 
 
 @dataclass

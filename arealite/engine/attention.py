@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from arealite.algorithm.packing import PrefixTree
 from arealite.api.errors import ConfigError
+from arealite.devices import has_flash, is_gpu
 from arealite.engine.memory import on_device
 from arealite.kernels import cpu, functions
 from arealite.kernels.cpu import Kernels, TreeRuns
@@ -25,7 +26,7 @@ from arealite.kernels.varlen import PackedRows, gather, varlen_attention
 
 ATTENTION = "arealite_tree"
 MAX_SCORES = 1 << 18  # query-key pairs per head that exist at one time: bounds memory, and keeps them in cache
-MAX_SCORES_CUDA = 1 << 24  # there is no such cache, and every block has its launches
+MAX_SCORES_GPU = 1 << 24  # there is no such cache, and every block has its launches
 MAX_QUERIES = 512  # queries per block of a long sequence
 PADDING_SLACK = 1.25  # pairs computed per pair needed, at most, when sequences of different lengths share a block
 
@@ -71,7 +72,8 @@ class Layout:
 
     @cached_property
     def varlen(self) -> tuple[torch.Tensor, PackedRows]:
-        """For CUDA: the paths of all rows end to end, int64, and the rows. A row asks for what it adds to the tree."""
+        """The paths of all rows end to end, int64, and the rows, as varlen_attention takes them. A row asks for what it
+        adds to the tree."""
         added = np.diff(self.tree.first_node)
         rows = np.flatnonzero(added)
         paths = [self.tree.paths[r] for r in rows]
@@ -96,7 +98,7 @@ def _runs(tree: PrefixTree, window: int) -> list[tuple[int, int, int, int]]:
 
 def _blocks(tree: PrefixTree, window: int, device: torch.device) -> list[Block]:
     runs = sorted(_runs(tree, window))
-    max_scores = MAX_SCORES_CUDA if device.type == "cuda" else MAX_SCORES
+    max_scores = MAX_SCORES_GPU if is_gpu(device) else MAX_SCORES
     blocks: list[Block] = []
     chosen: list[tuple[int, int, int, int]] = []
     needed = 0
@@ -267,7 +269,7 @@ def tree_attention(
     q, k, v = (x[0, :, :num_nodes].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     is_readable = not q.shape[-1] % cpu.DIM_STEP and all(x.stride(-1) == 1 for x in (q, k, v))  # by compiled kernels
-    if q.is_cuda and q.dtype != torch.float32:
+    if has_flash(q):
         nodes, rows = tree_layout.varlen
         out = varlen_attention(q, gather(k, nodes), gather(v, nodes), rows, scale, window)
     elif is_readable and functions.fits(q, k, v) and (compiled := cpu.load()) is not None:

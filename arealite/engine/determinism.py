@@ -22,7 +22,7 @@ def be_deterministic() -> None:
     Raises:
         ConfigError: CUBLAS_WORKSPACE_CONFIG is set to something that is not deterministic.
     """
-    workspace = os.environ.setdefault(WORKSPACE_VARIABLE, WORKSPACES[0])  # read when CUDA computes its first product
+    workspace = os.environ.setdefault(WORKSPACE_VARIABLE, WORKSPACES[0])  # read when a GPU computes its first product
     if workspace not in WORKSPACES:
         raise ConfigError(
             f"deterministic is true, but {WORKSPACE_VARIABLE} is {workspace!r}, with which cuBLAS is not: leave it out,"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from arealite.devices import is_gpu, name_of
 from arealite.engine.micro_batch import MicroBatch
 from arealite.kernels.functions import matmul
 
@@ -69,8 +70,8 @@ class ModelFlops:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s that the device can do at best in `dtype`: of GPUs by their name, of the CPU (this process's threads)
     measured once, in a fraction of a second. None: unknown."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    if is_gpu(device):
+        name = name_of(device)
         return next((p for key, p in BF16_PEAKS.items() if key in name), None) if dtype == torch.bfloat16 else None
     square = torch.ones(MEASURED_SIZE, MEASURED_SIZE, dtype=dtype)
     times_s = []

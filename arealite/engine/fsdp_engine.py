@@ -18,10 +18,10 @@ from arealite.api.cli_args import TrainEngineConfig
 from arealite.api.errors import ArealiteError, ConfigError, NumericalError, WeightSyncError
 from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Batch, Dims, WeightUpdateMeta
+from arealite.devices import wait_for
 from arealite.engine import recover
 from arealite.engine.determinism import be_deterministic
 from arealite.engine.flops import peak_flops
-from arealite.engine.memory import wait_for
 from arealite.engine.micro_batch import MicroBatch, Uncut, check_tokens, columns_of, count_loss, cut, idle
 from arealite.engine.optim import clip_gradients, gradient_norms, learning_rate, not_finite
 from arealite.engine.packed_model import LANGUAGE, Head

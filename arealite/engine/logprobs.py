@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from arealite.devices import is_gpu
 from arealite.kernels import functions
 from arealite.kernels.cpu import Kernels, Scores
 
@@ -73,7 +74,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grads = grad_logp.contiguous(), grad_entropy.contiguous()
         # As many logits at one time as in the forward pass.
         width = max(ctx.chunk * len(weight) // len(hidden), 1)
-        if hidden.is_cuda:
+        if is_gpu(hidden):
             width = max(width // GPU_WIDTH * GPU_WIDTH, GPU_WIDTH)
         for first in range(0, len(weight), width):
             part = weight[first : first + width]
@@ -146,6 +147,6 @@ def token_logprobs(
     differentiable. Logits are kernels.functions.head_product, as the server makes them; all that follows is float32. At
     most `chunk` x V logits exist at one time, in the backward pass too; on a GPU GPU_LOGITS if these are more.
     """
-    if hidden.is_cuda:
+    if is_gpu(hidden):
         chunk = max(chunk, GPU_LOGITS // len(weight) // GPU_WIDTH * GPU_WIDTH)
     return _TokenLogprobs.apply(hidden, weight, row_of, targets, temperature, chunk)

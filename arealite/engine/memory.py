@@ -19,22 +19,16 @@ from torch.nn.attention import varlen  # noqa: F401  (registers its operation)
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from arealite.api.errors import ConfigError
+from arealite.devices import CPU, give_back, is_gpu, sizes, wait_for
 
-CPU = torch.device("cpu")
 # What selective checkpointing keeps: products of matrices, and attention on GPUs.
 KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.torch_attn._varlen_attn.default}
-
-
-def wait_for(device: torch.device) -> None:
-    """Until `device` has done what it was asked for; the CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def on_device(x: np.ndarray, device: torch.device) -> torch.Tensor:
     """`x` on `device`; a GPU goes on with what it does meanwhile."""
     tensor = torch.from_numpy(x)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if is_gpu(device) else tensor
 
 
 @contextmanager
@@ -43,27 +37,11 @@ def explained_shortage(what: str, device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info(device)
-        peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
-        sizes = " GiB, ".join(
-            f"{name} {number / 2**30:.1f}"
-            for name, number in (("needed at the peak", peak), ("reserved", reserved), ("free", free), ("of", total))
-        )
+        told = " GiB, ".join(f"{name} {number / 2**30:.1f}" for name, number in sizes(device).items())
         raise ConfigError(
-            f"{device} has too little memory for {what} ({sizes} GiB): lower max_tokens_per_mb, or set"
+            f"{device} has too little memory for {what} ({told} GiB): lower max_tokens_per_mb, or set"
             f" gradient_checkpointing=full (or selective), or offload=optimizer (or all). {error}"
         ) from error
-
-
-def free_bytes(enough: int) -> int:
-    """Free memory of this process's GPU, 0 without one; PyTorch gives back what it keeps where that is not `enough`."""
-    if not torch.cuda.is_available():
-        return 0
-    free, _ = torch.cuda.mem_get_info()
-    if free < enough:
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info()
-    return free
 
 
 class Placement:
@@ -90,8 +68,7 @@ class Placement:
 
     def sleep(self) -> None:
         self._move(CPU)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # other processes get it
+        give_back()
 
     def wake(self) -> None:
         self._move(self.device)

@@ -34,6 +34,7 @@ class MicroBatch:
     sequences: np.ndarray  # int64, the batch's sequences in this micro-batch
     sample_of: torch.Tensor  # int64 [P], the token's sample, counted from 0 in this micro-batch
     sample_tokens: torch.Tensor  # int64 [P], loss tokens of that sample in the whole batch
+    edges: tuple[np.ndarray, np.ndarray]  # `predicting` and `row_of` on the host, which waits for no device then
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,10 @@ def places_of(micro: MicroBatch, place: int, num_places: int) -> Places:
         return Places(slice(0, len(micro.tokens)), slice(0, len(micro.predicting)), slice(0, len(micro.targets)))
     width = -(-len(micro.tokens) // num_places)
     nodes = slice(place * width, (place + 1) * width)
-    edges = micro.predicting.new_tensor([nodes.start, nodes.stop])
-    rows = torch.searchsorted(micro.predicting, edges)
-    pairs = torch.searchsorted(micro.row_of, rows)
-    (first, last), (begin, end) = torch.stack([rows, pairs]).tolist()
-    return Places(nodes, slice(first, last), slice(begin, end))
+    predicting, row_of = micro.edges
+    rows = np.searchsorted(predicting, [nodes.start, nodes.stop])
+    pairs = np.searchsorted(row_of, rows)
+    return Places(nodes, slice(*rows.tolist()), slice(*pairs.tolist()))
 
 
 def check_tokens(batch: Batch, num_embeddings: int, model: str) -> None:
@@ -164,5 +164,6 @@ def _on(
 ) -> MicroBatch:
     predicting, row_of = np.unique(nodes, return_inverse=True)
     arrays = (tree.tokens, tree.depth, predicting, row_of, tokens[at], samples.T)
-    inputs, positions, predicted, rows, targets, of_samples = (on_device(x, device) for x in arrays)
-    return MicroBatch(inputs, positions, Layout(tree, device), predicted, rows, targets, at, sequences, *of_samples)
+    inputs, positions, predicted, rows, targets, (sample_of, counts) = (on_device(x, device) for x in arrays)
+    layout, edges = Layout(tree, device), (predicting, row_of)
+    return MicroBatch(inputs, positions, layout, predicted, rows, targets, at, sequences, sample_of, counts, edges)

@@ -28,10 +28,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from arealite import devices
 from arealite.api.atomic import clean_folder, partial_name, put_in_place, remove_folder, sync
 from arealite.api.errors import ArealiteError, RecoveryError, RunStopped
 from arealite.engine.checkpoint import WriteFailures, attempt, attempt_on_ranks
-from arealite.engine.memory import CPU, wait_for
 from arealite.engine.optim import moments, set_num_updates
 from arealite.observe import stop
 from arealite.observe.claim import claim
@@ -296,12 +296,12 @@ def stage_state(
     OSError or RuntimeError."""
     folder = Path(path)
     tensors = _tensors(parameters, optimizer)
-    staged = {name: tensor.to(CPU, non_blocking=True, copy=True) for name, tensor in tensors.items()}
+    staged = {name: tensor.to(devices.CPU, non_blocking=True, copy=True) for name, tensor in tensors.items()}
     for device in {tensor.device for tensor in tensors.values()}:
-        wait_for(device)
+        devices.wait_for(device)
     randoms = {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "accelerator": devices.random_state(),
         "python": random.getstate(),
         "numpy": np.random.get_state(),
     }
@@ -346,8 +346,7 @@ def load_state(
     if own.exists():
         randoms = torch.load(own, weights_only=False)
         torch.set_rng_state(randoms["torch"])
-        if randoms["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(randoms["cuda"])
+        devices.set_random_state(randoms.get("accelerator"))
         random.setstate(randoms["python"])
         np.random.set_state(randoms["numpy"])
     return counters

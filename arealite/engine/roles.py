@@ -18,9 +18,9 @@ from arealite.algorithm.packing import karmarkar_karp
 from arealite.api.errors import ArealiteError
 from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Batch
+from arealite.devices import free_bytes
 from arealite.engine.checkpoint import attempt, attempt_on_ranks
 from arealite.engine.fsdp_engine import FSDPEngine
-from arealite.engine.memory import free_bytes
 from arealite.engine.parallel.ranks import PASS_LIMITS, RankCollective
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.engine.ppo.critic import FSDPPPOCritic, lessons
@@ -142,7 +142,7 @@ class Turns:
             engine.wake()
 
     def _has_room(self) -> bool:
-        free = free_bytes(enough=SERVER_WORK_BYTES)
+        free = free_bytes(self._engines[0].mesh.device, enough=SERVER_WORK_BYTES)
         has_room = free >= SERVER_WORK_BYTES
         if free and has_room != self._last_room:
             does = "stays there" if has_room else "goes to the CPU while servers generate"

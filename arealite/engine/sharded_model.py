@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import TrainEngineConfig
+from arealite.devices import CPU
 from arealite.engine import export
 from arealite.engine.flops import ModelFlops
 from arealite.engine.loading import Checkpoint, materialize
 from arealite.engine.lora import add_adapters, base_name, file_name, freeze
-from arealite.engine.memory import CPU, Placement, checkpoint_activations
+from arealite.engine.memory import Placement, checkpoint_activations
 from arealite.engine.optim import RoundingWatch, make_optimizer
 from arealite.engine.packed_model import LANGUAGE, Head, PackedModel, load_model, zero_new_head
 from arealite.engine.parallel.pipeline import Runner, over_stages, split_stages
@@ -102,13 +104,28 @@ def build_sharded(
 ) -> ShardedModel:
     """Load the model of `config.path` onto the ranks of `mesh`, its weights each to the rank that has them, and make
     the optimizer. Collective. Raises ConfigError: it cannot be spread so."""
-    device, dtype = mesh.device, DTYPES[config.dtype]
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(config.seed + collective.rank)
     folder = resolve_model(config.path)
     hf_model = load_model(folder, head)
-    checkpoint = Checkpoint(folder, hf_model, head.may_lack)
-    adapter = None
+    return spread_model(
+        config, hf_model, Checkpoint(folder, hf_model, head.may_lack), mesh, collective, head, trainable
+    )
+
+
+def spread_model(
+    config: TrainEngineConfig,
+    hf_model: Any,
+    checkpoint: Checkpoint,
+    mesh: RankMesh,
+    collective: RankCollective,
+    head: Head,
+    trainable: bool,
+    placing: AbstractContextManager[Any] | None = None,
+) -> ShardedModel:
+    """As `build_sharded`, of a whole model whose parameters have no memory yet; those of `checkpoint` come into it.
+    `placing`: around what gives them memory."""
+    device, dtype, adapter = mesh.device, DTYPES[config.dtype], None
     if not trainable or config.lora is not None:
         freeze(hf_model, dtype)
     if trainable and config.lora is not None:
@@ -117,18 +134,19 @@ def build_sharded(
     tied = split_stages(hf_model, mesh)
     checkpoint_activations(hf_model, config.gradient_checkpointing if trainable else "none")
     model = PackedModel(hf_model, head, config.logprob_chunk_tokens, mesh)
-    model._apply(lambda t: t if t.is_meta else t.to(device))  # buffers, adapters
     is_offloaded = config.offload == "all"
-    modules = parallelize(model, hf_model, mesh, dtype, is_offloaded)
-    materialize(model, CPU if is_offloaded else device)
-    checkpoint.load({base_name(name): t for name, t in hf_model.state_dict(keep_vars=True).items()})
-    if head is not LANGUAGE:
-        zero_new_head(hf_model, checkpoint)
-    # Taken here, because modules hold the gathered compute copies instead between the passes.
-    parameters = {name: p for name, p in hf_model.named_parameters() if p.requires_grad == trainable}
-    optimizer = make_optimizer(parameters.values(), config.optimizer) if trainable else None
+    with placing or nullcontext():
+        model._apply(lambda t: t if t.is_meta else t.to(device))  # buffers, adapters
+        modules = parallelize(model, hf_model, mesh, dtype, is_offloaded)
+        materialize(model, CPU if is_offloaded else device)
+        checkpoint.load({base_name(name): t for name, t in hf_model.state_dict(keep_vars=True).items()})
+        if head is not LANGUAGE:
+            zero_new_head(hf_model, checkpoint)
+        # Taken here, because modules hold the gathered compute copies instead between the passes.
+        parameters = {name: p for name, p in hf_model.named_parameters() if p.requires_grad == trainable}
+        optimizer = make_optimizer(parameters.values(), config.optimizer) if trainable else None
     return ShardedModel(
-        folder=folder,
+        folder=str(checkpoint.folder),
         dtype=dtype,
         mesh=mesh,
         collective=collective,

@@ -25,7 +25,7 @@ from arealite.api.types import Dims, Task, Trajectory
 from arealite.evaluation.sheet import AnswerSheet, GradedAnswer, Problem
 from arealite.launcher.allocation import Component
 from arealite.launcher.child import Child, OwnNode
-from arealite.launcher.machine import Machine
+from arealite.launcher.machine import VISIBLE_GPUS, Machine
 from arealite.launcher.placement import share_cores
 from arealite.launcher.plan import COMMON_ENV, LOOPBACK, ProcessPlan, server_command
 from arealite.launcher.supervisor import answers
@@ -170,7 +170,7 @@ class AskedModel:
         command = server_command(config, Component("native", Dims()), self._folder, machine)
         cores = share_cores(machine.cores, self._num_servers, 0, takes_turns=True)[self._slot]
         devices = machine.gpus[self._slot % len(machine.gpus) :][:1] if machine.gpus else ()
-        env = COMMON_ENV | {"OMP_NUM_THREADS": str(len(cores)), "CUDA_VISIBLE_DEVICES": ",".join(devices)}
+        env = COMMON_ENV | {"OMP_NUM_THREADS": str(len(cores)), VISIBLE_GPUS: ",".join(devices)}
         plan = ProcessPlan("server", self._slot, command, env | config.launcher.env, ready_path="/health")
         node = OwnNode(run_folder, machine)
         node.clean()  # of an evaluation that was killed

@@ -7,7 +7,6 @@ import asyncio
 import logging
 import math
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from functools import partial
 import torch
 from aiohttp import web
 
+from arealite import devices
 from arealite.api.errors import ConfigError
 from arealite.api.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, Keys, keys_to_env
 from arealite.inference.core.batcher import Batcher
@@ -24,13 +24,12 @@ from arealite.inference.core.served_model import ServedModel
 from arealite.inference.http.routes import ServerSettings, build_app
 from arealite.inference.openai.tools import PARSERS
 from arealite.inference.reward_server import RewardServer, is_reward_model
-from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-MAX_RUNNING = {"cpu": 64, "cuda": 256}
+MAX_RUNNING, MAX_RUNNING_GPU = 64, 256
 # Of a card's free memory: what the KV cache takes, besides what a step works with; and of that, beside a trainer.
 FREE_SHARE, STEP_BYTES, COLOCATED_SHARE = 0.85, 3 << 30, 0.45
 DEFAULT_TOKENS_PER_REQUEST = 2048  # sizes the KV cache when --kv-cache-tokens is not given
@@ -69,7 +68,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--tool-call-parser", default="auto", choices=PARSERS, help="how the model writes tool calls")
     add("--incremental-streaming-output", action="store_true", help="/generate streams what is new")
     add("--forced-decoding", action="store_true", help="requests may bring the tokens (sampling_params.forced_ids)")
-    add("--device", help="cpu or cuda; default: cuda where there is one")
+    add("--device", help="cpu, or another kind that PyTorch knows; default: an accelerator where there is one")
     add("--api-key", metavar="KEY", help=f"what requests must show; better by {API_KEY_VARIABLE}")
     add("--admin-api-key", metavar="KEY", help=f"what control calls must show; better by {ADMIN_KEY_VARIABLE}")
     args = parser.parse_args(argv)
@@ -77,8 +76,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--port is {args.port}; expected 0 to 65535")
     if not 0 < args.hold_limit_s < math.inf:
         parser.error(f"--hold-limit-s is {args.hold_limit_s}; expected a finite number above 0")
-    if args.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        parser.error(f"--device is {args.device}; expected cpu, cuda or cuda:N")
     return args
 
 
@@ -90,13 +87,14 @@ def build_engine(args: argparse.Namespace) -> Engine:
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    device = _device_of(args)
-    if device.type == "cuda":
-        use_gpu(device)
+    device = devices.device_of(args.device)
+    devices.use(device)
     model = ServedModel.load(
         args.model, DTYPES[args.dtype], device, args.context_length, args.deterministic, args.tokenizer_path
     )
-    max_running = args.max_running_requests = args.max_running_requests or MAX_RUNNING[device.type]
+    max_running = args.max_running_requests = args.max_running_requests or (
+        MAX_RUNNING_GPU if devices.is_gpu(device) else MAX_RUNNING
+    )
     kv_tokens = args.kv_cache_tokens or _kv_cache_tokens(model, max_running)
     try:
         batcher = Batcher(model, max_running, kv_tokens, args.weight_version, args.chunked_prefill_tokens)
@@ -107,20 +105,12 @@ def build_engine(args: argparse.Namespace) -> Engine:
     return Engine(batcher, args.seed, args.max_queued_requests, num_threads)
 
 
-def _device_of(args: argparse.Namespace) -> torch.device:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {device}: {torch.cuda.device_count()} such devices are found; use --device cpu")
-    return device
-
-
 def _kv_cache_tokens(model: ServedModel, max_running: int) -> int:
     """What the KV cache holds when nobody says. Raises ConfigError: the card has too little free."""
     per_request = min(model.context_length, DEFAULT_TOKENS_PER_REQUEST)
     if model.device.type == "cpu":
         return max(max_running * per_request, model.context_length)
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(model.device)
+    free = devices.free_bytes(model.device)
     share = COLOCATED_SHARE if os.environ.get("AREALITE_COLOCATED") == "1" else 1.0
     tokens = int((free * FREE_SHARE - STEP_BYTES) * share) // model.kv_bytes_per_token
     if tokens < per_request:
@@ -173,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         keys = Keys.for_host(args.host)
         if is_reward_model(args.model):
-            place = DTYPES[args.dtype], _device_of(args)
+            place = DTYPES[args.dtype], devices.device_of(args.device)
             app = RewardServer(args.model, *place, args.context_length, args.tokenizer_path, keys).app()
             asyncio.run(listen(app, args.host, args.port, lambda: False, lambda: None))
             return 0

@@ -6,7 +6,6 @@ Gradients are computed in float32 and rounded once; what can be computed again i
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import subprocess
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from arealite.devices import OLDEST_GPU, compute_capability, has_flash
 from arealite.kernels import build, cpu
 from arealite.kernels.cpu import Kernels
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 AnyKernels: TypeAlias = "Kernels | GpuKernels"
 _Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _Gradients = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-OLDEST_GPU = (8, 0)  # compute capability: the first one with bf16
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +37,26 @@ def for_device(device: torch.device) -> AnyKernels | None:
     return cpu.load() if device.type == "cpu" else _of_gpus(device.type)
 
 
-@functools.cache
+_OF_GPUS: dict[str, GpuKernels | None] = {}  # by kind of device
+
+
+def use_kernels(kind: str, kernels: GpuKernels | None) -> None:
+    """What `for_device` gives for this kind of accelerator from now on."""
+    _OF_GPUS[kind] = kernels
+
+
 def _of_gpus(kind: str) -> GpuKernels | None:
-    """Tries them on the current device."""
+    if kind not in _OF_GPUS:
+        use_kernels(kind, _tried(kind))
+    return _OF_GPUS[kind]
+
+
+def _tried(kind: str) -> GpuKernels | None:
+    """On the current device."""
     try:
         if os.environ.get(build.VARIABLE) == build.OFF:
             raise OSError(f"{build.VARIABLE}={build.OFF}")
-        if kind != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability() < OLDEST_GPU:
+        if (compute_capability() or (0, 0)) < OLDEST_GPU:
             raise OSError(f"they are for NVIDIA GPUs of compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]} or more")
         from arealite.kernels.gpu import GpuKernels
 
@@ -55,13 +67,6 @@ def _of_gpus(kind: str) -> GpuKernels | None:
         return None
     logger.info("GPU kernels: by Triton")
     return kernels
-
-
-def use_gpu(device: torch.device) -> None:
-    """What a thread that computes on a GPU calls first. All sums of bf16 products are float32 from now on, so that
-    server and trainer agree."""
-    torch.cuda.set_device(device.index or 0)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -76,7 +81,7 @@ def head_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Rounded to bf16, a logit of 20 is 0.06 off: most of what server and trainer would differ by.
     """
-    if hidden.is_cuda and hidden.dtype != torch.float32:
+    if has_flash(hidden):
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     return matmul(hidden, weight.t())
 
@@ -183,20 +188,25 @@ def rotate(kernels: AnyKernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.T
     return x
 
 
-_made: dict[int, tuple[Any, Any]] = {}  # by address: a result, still alive or not, and its node
+_made: dict[tuple[int, int], tuple[Any, Any]] = {}  # by place: a result, still alive or not, and its node
 _is_recomputing = False
 
 
 def _remade(compute: _Compute, gradients: _Gradients, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     result: torch.Tensor = _Remade.apply(compute, gradients, a, b)
     if _is_recomputing and result.grad_fn is not None:
-        _made[result.data_ptr()] = weakref.ref(result), result.grad_fn
+        _made[_place(result)] = weakref.ref(result), result.grad_fn
     return result
 
 
+def _place(x: torch.Tensor) -> tuple[int, int]:
+    """Where it begins, in which memory; tensors without numbers have no address."""
+    return x.untyped_storage()._cdata, int(x.storage_offset())
+
+
 def _keep(kept: torch.Tensor) -> Any:
-    result, node = _made.get(kept.data_ptr(), (lambda: None, None))
-    whole = result()  # while it lives, nothing else is at its address
+    result, node = _made.get(_place(kept), (lambda: None, None))
+    whole = result()  # while it lives, nothing else is at its place
     is_same = whole is not None and whole.numel() == kept.numel() and kept.is_contiguous() and not kept._version
     return (node, kept.shape) if is_same else kept
 

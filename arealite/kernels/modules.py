@@ -113,11 +113,11 @@ def norm_kind(norm: Any, kernels: AnyKernels) -> tuple[float, bool]:
 
 
 def _norm(norm: Any, kernels: AnyKernels, eps: float, plus_one: bool) -> Any:
-    plain, on = norm.forward, kernels.device.type
+    plain = norm.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight = norm.weight
-        return rms_norm(kernels, x, weight, eps, plus_one) if fits(x, weight, on=on) else plain(x)
+        return rms_norm(kernels, x, weight, eps, plus_one) if fits(x, weight, on=kernels.device.type) else plain(x)
 
     return forward
 
@@ -132,9 +132,10 @@ def _is_silu_times(unit: Any, kernels: AnyKernels) -> bool:
 
 
 def _gated(unit: Any, kernels: AnyKernels) -> Any:
-    plain, on = unit.forward, kernels.device.type
+    plain = unit.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
+        on = kernels.device.type
         if not fits(x, on=on):
             return plain(x)
         gate, up = unit.gate_proj(x), unit.up_proj(x)
@@ -188,13 +189,13 @@ AttentionInterface.register(_PROBE_ATTENTION, _probe_attention)
 
 
 def _rotated_attention(attn: Any, kernels: AnyKernels, settings: dict[str, Any]) -> Callable[..., Any]:
-    plain, on, dim = attn.forward, kernels.device.type, attn.head_dim
+    plain, dim = attn.forward, attn.head_dim
     q_norm, k_norm = (vars(attn)["_modules"].get(name, nn.Identity()) for name in ("q_norm", "k_norm"))
 
     def forward(
         hidden_states: torch.Tensor, position_embeddings: Any = None, attention_mask: Any = None, **passed: Any
     ) -> Any:
-        cos, sin = position_embeddings
+        (cos, sin), on = position_embeddings, kernels.device.type
         attend: Any = _INTERFACES.get(attn.config._attn_implementation)
         is_cached = passed.get("cache") is not None or passed.get("past_key_values") is not None
         is_whole = cos.shape[-1] == dim and hidden_states.dim() == 3 and len(hidden_states) == 1

@@ -1,4 +1,4 @@
-"""PyTorch's FlashAttention kernel for packed sequences on CUDA. Called by engine/attention.py, and by the server."""
+"""PyTorch's FlashAttention kernel for packed sequences on GPUs. Called by engine/attention.py, and by the server."""
 
 from __future__ import annotations
 

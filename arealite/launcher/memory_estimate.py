@@ -19,7 +19,7 @@ from arealite.models.folder import read_config
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 PROGRAM_BYTES = 350 << 20  # Python with torch and transformers loaded
-GPU_PROGRAM_BYTES = 600 << 20  # of a GPU, for each process: CUDA's context and libraries
+GPU_PROGRAM_BYTES = 600 << 20  # of a GPU, for each process: the driver's context and libraries
 # Of a GPU's free memory: what a native server's KV cache takes when nobody says, alone and beside a trainer.
 KV_SHARE, COLOCATED_KV_SHARE = 0.85, 0.38
 GPU_LOGITS_BYTES = (4 + 2) << 27  # as engine/logprobs.py holds of them on a GPU
@@ -195,7 +195,7 @@ def trainer_parts(
     ]
     total = sum(num_bytes for _, num_bytes, _ in parts)
     parts.append(("allocator", KEPT_FREE * total, "what lies free between blocks of other sizes"))
-    program = (GPU_PROGRAM_BYTES, "CUDA") if on_gpu else (PROGRAM_BYTES, "Python, torch, transformers")
+    program = (GPU_PROGRAM_BYTES, "driver and libraries") if on_gpu else (PROGRAM_BYTES, "Python, torch, transformers")
     return [MemoryPart(*part) for part in [*parts, ("program", *program)] if part[1]]
 
 

@@ -19,7 +19,7 @@ from arealite.api.cli_args import GRPOConfig, RunConfig
 from arealite.api.errors import ConfigError, listed
 from arealite.api.types import VLLM_WORKER_EXTENSION
 from arealite.launcher.allocation import DIMENSIONS, AllocationMode, Component, models_of_ranks
-from arealite.launcher.machine import Machine
+from arealite.launcher.machine import VISIBLE_GPUS, Machine
 from arealite.launcher.memory_estimate import RUNNING_REQUESTS, ModelShape, kv_cache_bytes
 from arealite.launcher.placement import Place, place_processes, share_cores
 from arealite.models.fetch import resolve_model
@@ -155,7 +155,7 @@ def make_plan(config: RunConfig, machines: Sequence[Machine], model: str, traine
             }
             env |= {"WORLD_SIZE": str(len(ranks)), "LOCAL_WORLD_SIZE": str(len(beside))}
             env |= GPU_ALLOCATOR_ENV if machine.gpus else ALLOCATOR_ENV
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible)  # without GPUs too: the machine may have some all the same
+        env[VISIBLE_GPUS] = ",".join(visible)  # without GPUs too: the machine may have some all the same
         pinned = own_cores if config.launcher.pin_cores and not machine.gpus else ()
         env |= config.launcher.env
         processes.append(replace(process, env=env, cores=pinned, devices=place.devices, node=place.node, why=place.why))

@@ -24,6 +24,7 @@ from arealite.api.errors import ConfigError, listed
 from arealite.launcher import rendezvous, shim
 from arealite.launcher.agent import ADDRESS_VARIABLE
 from arealite.launcher.child import SAY_LIMIT_S, STDOUT, describe_exit, say, write
+from arealite.launcher.machine import VISIBLE_GPUS
 from arealite.launcher.rendezvous import HEAD_VARIABLE, KEY_VARIABLE, Meeting
 from arealite.observe.processes import SLOT_VARIABLE
 from arealite.observe.run_folder import RunFolder
@@ -42,7 +43,7 @@ class NodeActor:
     """On one node. Its calls run in the main thread of Ray's worker, with which the kernel ends what it has started."""
 
     def land(self) -> tuple[str, str, str]:
-        """Where this is: name, address, CUDA_VISIBLE_DEVICES."""
+        """Where this is: name, address, its GPUs."""
         import ray
 
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
@@ -96,7 +97,7 @@ class RayNode:
         self._ask(self.actor.land.remote())
 
     def start(self, words: Sequence[str], env: Mapping[str, str], slot: int, folder: RunFolder | None = None) -> None:
-        own = {"CUDA_VISIBLE_DEVICES": self._gpus, ADDRESS_VARIABLE: self.address, SLOT_VARIABLE: str(slot)}
+        own = {VISIBLE_GPUS: self._gpus, ADDRESS_VARIABLE: self.address, SLOT_VARIABLE: str(slot)}
         self._offset, self._ended_s, self.is_idle = 0, 0.0, False
         self._ask(self.actor.start.remote(words, {**env, **own}, os.getcwd(), folder))
 
@@ -200,7 +201,7 @@ def reserve(ray: Any, config: RunConfig, stops: list[int]) -> list[RayNode]:
     asked = f"{num_nodes} nodes with {told(bundle)} each"
     say(f"asking Ray for {asked}")
     group = ray.util.placement_group([bundle] * num_nodes, strategy="STRICT_SPREAD")
-    env = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}  # processes are told their devices
+    env = {f"RAY_EXPERIMENTAL_NOSET_{VISIBLE_GPUS}": "1"}  # processes are told their devices
     env |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "runtime_env": {"env_vars": env}}
     places = [PlacementGroupSchedulingStrategy(group, index) for index in range(num_nodes)]

@@ -29,6 +29,7 @@ from arealite.api.load_config import load_config_file
 from arealite.api.types import Batch, Task
 from arealite.dataset.loader import load_tasks, load_tokenizer
 from arealite.dataset.prompts import prompt_of
+from arealite.devices import give_back, num_accelerators
 from arealite.engine.determinism import WORKSPACE_VARIABLE, WORKSPACES
 from arealite.engine.micro_batch import cut
 from arealite.engine.ppo.actor import FSDPPPOActor
@@ -53,7 +54,7 @@ class Prover:
 
     def __init__(self, config: GRPOConfig, quick: bool = False, ranks: int | None = None) -> None:
         self.config, self.quick = config, quick
-        self.max_ranks = ranks or torch.cuda.device_count() or 2
+        self.max_ranks = ranks or num_accelerators() or 2
         self.tokenizer = load_tokenizer(config)
         self.tasks = load_tasks(config.train_dataset, self.tokenizer, config.seed)
         num_groups, group_size = (2, 3) if quick else (3, 4)
@@ -184,8 +185,7 @@ def engine(config: PPOActorConfig) -> Iterator[FSDPPPOActor]:
         actor.destroy()
         vars(actor).clear()
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
 
 
 def updated(actor: FSDPPPOActor, batch: Batch) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from arealite.api.cli_args import PPOActorConfig
 from arealite.api.errors import ConfigError
 from arealite.api.types import PER_TOKEN, Batch, Dims, Group, Task, Trajectory
+from arealite.devices import num_accelerators
 from arealite.engine.parallel.ranks import join_ranks, pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
 from arealite.launcher.child import free_ports
@@ -225,8 +226,8 @@ def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding
     """`reference` again, by processes of their own. Ranks that die are a FAIL with their error; a layout that the
     engine refuses is skipped."""
     size, (port,) = dims.size, free_ports(1)
-    if torch.cuda.is_available() and torch.cuda.device_count() < size:
-        why = f"needs {size} GPUs, one for each rank, and {torch.cuda.device_count()} visible"
+    if 0 < num_accelerators() < size:
+        why = f"needs {size} GPUs, one for each rank, and {num_accelerators()} visible"
         return Finding(LAYOUT, str(dims), "skipped", reason=why)
     # Forked from a server that has loaded torch, and no more: a rank starts in a blink, whatever its device.
     context = multiprocessing.get_context("forkserver")

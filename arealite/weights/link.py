@@ -11,13 +11,14 @@ import logging
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from arealite import devices
 from arealite.api.atomic import clean_folder, new_folder, remove_folder
 from arealite.api.errors import ConfigError, WeightSyncError, listed
 from arealite.api.types import TensorSlot, WeightUpdateMeta
@@ -53,12 +54,12 @@ class WeightLink(GroupSender):
             raise ConfigError(f"weight_update is {kind!r}; expected one of {', '.join(WEIGHT_UPDATES)}")
         if kind == "shm" and not Path("/proc/self/fd").is_dir():
             raise ConfigError("weight_update: shm needs Linux (it maps memory through /proc); set weight_update: disk")
-        has_own_gpu = torch.cuda.is_available() and os.environ.get("AREALITE_COLOCATED") != "1"
-        on_gpu = torch.cuda.is_available() if kind == "shm" else kind == "distributed" and has_own_gpu
-        super().__init__("nccl" if on_gpu else "gloo")
+        is_shared = os.environ.get("AREALITE_COLOCATED") == "1"  # with servers
+        on_gpu = kind == "shm" or (kind == "distributed" and not is_shared)
+        self.device = (on_gpu and devices.accelerator()) or devices.CPU
+        super().__init__(devices.collective_backend(self.device))
         self.kind = kind
         self.folder = Path(folder)
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._segment = _Segment() if kind == "shm" else None
         self._buckets = Buckets(self.device, bucket_bytes)
 
@@ -167,7 +168,7 @@ class _Segment:
         for name, tensor in tensors:
             slot = slot_of(name, tensor, offset)
             offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-            if tensor.is_cuda and not on_gpu:
+            if devices.is_gpu(tensor) and not on_gpu:
                 on_gpu = True
                 self._pin()
             if tensor.nbytes:
@@ -175,7 +176,7 @@ class _Segment:
                 self._bytes_of(slot).copy_(raw_bytes(tensor), non_blocking=offset <= self._num_pinned)
             slots.append(slot)
         if on_gpu:
-            torch.cuda.synchronize()
+            devices.wait_for(tensor.device)
         self._num_written = offset
         checksums = {s.name: checksum(self._bytes_of(s)) for i, s in enumerate(slots) if is_checked(i, version)}
         return WeightUpdateMeta("shm", version, f"/proc/{os.getpid()}/fd/{self._fd}", tuple(slots), checksums)
@@ -201,19 +202,16 @@ class _Segment:
             return
         assert self._map is not None
         address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
-        refused = torch.cuda.cudart().cudaHostRegister(address, self._num_written, 0)
-        self._may_pin = not int(refused)
+        refused = devices.pin(address, self._num_written)
+        self._may_pin = not refused
         if self._may_pin:
             self._num_pinned = self._num_written
             return
         logger.info("the driver does not pin shared memory (%s): weights are copied through the CPU", refused)
-        with suppress(RuntimeError):  # the refusal is held against the next kernel
-            torch.zeros(1, device="cuda")
 
     def _unpin(self) -> None:
         if self._num_pinned and self._map is not None:
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(torch.frombuffer(self._map, dtype=torch.uint8).data_ptr())
+            devices.unpin(torch.frombuffer(self._map, dtype=torch.uint8).data_ptr())
             self._num_pinned = 0
 
     def close(self) -> None:

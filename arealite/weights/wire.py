@@ -201,7 +201,7 @@ def join_group(
             dist.Backend(backend),
             dist.PrefixStore(name, store),
             group_name=c10d.GroupName(name),
-            timeout=timedelta(seconds=NCCL_LIMIT_S) if backend == "nccl" else limit,
+            timeout=limit if backend == "gloo" else timedelta(seconds=NCCL_LIMIT_S),
         )
     except FAILURES as error:
         raise WeightSyncError(

@@ -19,7 +19,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.distributed.tensor import DTensor
 
 from arealite.api.errors import ArealiteError
-from arealite.engine.memory import explained_shortage, wait_for
+from arealite.devices import is_gpu, wait_for
+from arealite.engine.memory import explained_shortage
 from arealite.engine.micro_batch import MicroBatch
 from arealite.engine.packed_model import PackedModel
 from arealite.engine.parallel.ranks import RankCollective, RankMesh
@@ -116,7 +117,7 @@ class Runner:
         """
         with explained_shortage(what, self.mesh.device):
             self._run(micro_batches, temperature, compute, what)
-            if self.mesh.device.type == "cuda":  # it is asked for all of this, and has yet to do much of it
+            if is_gpu(self.mesh.device):  # it is asked for all of this, and has yet to do much of it
                 with self.ranks.computing(what):
                     wait_for(self.mesh.device)
 

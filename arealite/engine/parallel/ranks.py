@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from arealite.api.errors import ArealiteError, ConfigError
+from arealite import devices
+from arealite.api.errors import ArealiteError
 from arealite.api.types import Dims
-from arealite.kernels.functions import use_gpu
 from arealite.observe.timeline import span
 from arealite.observe.waits import Wait, mark, waiting
 
@@ -31,24 +31,15 @@ PASS_LIMITS = 10
 
 def pick_device() -> torch.device:
     """This rank's accelerator where there are any, else the CPU. Raises ConfigError: there is none for this rank."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    index, num_visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if index >= num_visible:
-        raise ConfigError(
-            f"rank {index} of this machine has no GPU of its own: {num_visible} visible"
-            f" (CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Give the trainer at most"
-            f" {num_visible} ranks here, or make more GPUs visible"
-        )
-    device = torch.device("cuda", index)
-    use_gpu(device)
+    device = devices.device_of_rank(int(os.environ.get("LOCAL_RANK", "0")))
+    devices.use(device)
     return device
 
 
 def group_limit(device: torch.device, limit_s: float) -> timedelta:
     """The time limit of a process group for tensors on `device`, where our own waits have `limit_s`. At its limit NCCL
     ends the whole process, so it gets more: the wait that has a name is past its own before, and is reported."""
-    return timedelta(seconds=limit_s + (NCCL_GRACE_S if device.type == "cuda" else 0.0))
+    return timedelta(seconds=limit_s + (NCCL_GRACE_S if devices.is_gpu(device) else 0.0))
 
 
 def join_ranks(device: torch.device, timeout_s: float) -> bool:
@@ -60,7 +51,7 @@ def join_ranks(device: torch.device, timeout_s: float) -> bool:
         return False
     # The device is not bound to the group (`device_id`): NCCL would make weights/wire.py's groups, whose other members
     # are servers, as parts of this one.
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = devices.collective_backend(device)
     limit = group_limit(device, timeout_s)
     if all(name in os.environ for name in RANK_VARIABLES):
         others = set(range(int(os.environ["WORLD_SIZE"]))) - {int(os.environ["RANK"])}
@@ -158,11 +149,11 @@ class RankCollective:
     that are not in it, which can make no call.
     """
 
-    def __init__(self, timeout_s: float, *layouts: Dims) -> None:
+    def __init__(self, timeout_s: float, *layouts: Dims, backend: str = "gloo") -> None:
         layouts = layouts or (Dims(d=dist.get_world_size()),)
         self.timeout_s, self._first = timeout_s, layouts[0]
         self._ranks = [rank for dims in layouts for rank in dims.ranks]
-        self.group: Any = dist.new_group(self._ranks, timedelta(seconds=timeout_s), "gloo")
+        self.group: Any = dist.new_group(self._ranks, timedelta(seconds=timeout_s), backend)
         self.rank = self._ranks.index(dist.get_rank()) if dist.get_rank() in self._ranks else -1
         self.world_size = len(self._ranks)
         self.divisions = tuple(dims.d for dims in layouts)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard
 
 from arealite.api.errors import ConfigError
 from arealite.api.types import Dims
+from arealite.devices import is_gpu
 from arealite.engine.parallel.layers import context_parallel, expert_parallel, tensor_parallel
 from arealite.engine.parallel.ranks import RankMesh
 
@@ -117,7 +118,7 @@ def _shard(
     them; frozen weights, which are in `dtype`, are their own copy there.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    place = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
+    place = CPUOffloadPolicy(pin_memory=is_gpu(mesh.device)) if offload else OffloadPolicy()
     sharded: list[FSDPModule] = []
     is_alone = mesh.stage.size() == 1 and not offload
     left_alone = {p for p in root.parameters() if is_alone and not p.requires_grad}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from arealite.devices import give_back
 from arealite.inference.core.answers import find_stop_string
 from arealite.inference.core.cache import PAGE_TOKENS
 from arealite.inference.core.graphs import Started, decode_graphs
@@ -28,8 +29,8 @@ from arealite.observe import waits
 logger = logging.getLogger(__name__)
 
 STEP_TOKENS_CPU = 512  # a tenth of a second for a small model
-STEP_TOKENS_CUDA = 8192
-JOINING_SHARE_CUDA = 16  # passes with prompts are no graphs: few of them, with several prompts each
+STEP_TOKENS_GPU = 8192
+JOINING_SHARE_GPU = 16  # passes with prompts are no graphs: few of them, with several prompts each
 RATE_WINDOW_S = 2.0  # span over which the generation rate is taken
 
 
@@ -66,8 +67,8 @@ class Batcher:
         self.weight_version = weight_version
         self.counters = EngineCounters()
         if step_tokens is None:
-            step_tokens = STEP_TOKENS_CPU if model.device.type == "cpu" else STEP_TOKENS_CUDA
-        pool, joining = model.make_pool(kv_cache_tokens), None if model.device.type == "cpu" else JOINING_SHARE_CUDA
+            step_tokens = STEP_TOKENS_CPU if model.device.type == "cpu" else STEP_TOKENS_GPU
+        pool, joining = model.make_pool(kv_cache_tokens), None if model.device.type == "cpu" else JOINING_SHARE_GPU
         self.scheduler = Scheduler(pool, max_running, step_tokens, model.deterministic, joining)
         self._graphs = decode_graphs(model, self.scheduler.pool, max_running)
         self._started: Started | None = None  # a pass whose tokens nobody has seen
@@ -179,7 +180,7 @@ class Batcher:
         scheduler.max_running, scheduler.step_tokens = max(1, num_running // 2), max(PAGE_TOKENS, num_prompt // 2)
         logger.warning("%s. Going on with at most %d and %d", advice, scheduler.max_running, scheduler.step_tokens)
         scheduler.retract_all()
-        torch.cuda.empty_cache()
+        give_back()
 
     def _run(self, spans: list[Span]) -> None:
         """One forward pass, and the next token of every sequence that lacks none after it."""

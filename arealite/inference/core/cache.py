@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from arealite.devices import give_back
 from arealite.kernels.functions import AnyKernels
 
 PAGE_TOKENS = 16
@@ -71,8 +72,7 @@ class PagePool:
         """Nobody holds or keeps a page: their memory is for others, until `take_memory`."""
         self.tensor = self.tensor.new_empty(0)
         self.keys, self.values = [], []
-        if self.tensor.is_cuda:
-            torch.cuda.empty_cache()
+        give_back()
 
     @property
     def has_memory(self) -> bool:

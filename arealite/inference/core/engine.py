@@ -18,12 +18,12 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from arealite import devices
 from arealite.api.errors import ArealiteError, RequestError
 from arealite.inference.core.adapters import Adapter
 from arealite.inference.core.batcher import Batcher, abort_reason
 from arealite.inference.core.requests import GenerateRequest
 from arealite.inference.core.sequence import Sequence
-from arealite.kernels.functions import use_gpu
 from arealite.observe import waits
 
 logger = logging.getLogger(__name__)
@@ -201,8 +201,7 @@ class Engine:
         """
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
-        if self.batcher.model.device.type == "cuda":
-            use_gpu(self.batcher.model.device)
+        devices.use(self.batcher.model.device)
         try:
             with torch.inference_mode():
                 while self._take_inbox():

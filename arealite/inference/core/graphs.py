@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from arealite import devices
 from arealite.inference.core.cache import PAGE_TOKENS, PagePool
 from arealite.inference.core.layout import DecodeRows, GpuLayout, Transfer, table_width
 from arealite.inference.core.sampler import Sampled, pack_drawn, read_drawn, uniforms_of
@@ -41,7 +42,7 @@ class Started:
 
     sequences: list[Sequence]
     packed: torch.Tensor
-    is_there: torch.cuda.Event | None
+    is_there: torch.Event | None
 
     def wait(self) -> Sampled:
         if self.is_there is not None:
@@ -101,10 +102,7 @@ class DecodeGraphs:
         self._drawn = torch.zeros(max_rows, dtype=torch.int64, device=model.device)
         self._rows = _DecodedRows([], max_rows, table_width(model.context_length))
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
-        self._is_cuda = model.device.type == "cuda"
-        if self._is_cuda:
-            self._stream = torch.cuda.Stream(model.device)
-            self._memory = torch.cuda.graph_pool_handle()
+        self._recorder = devices.Recorder(model.device) if devices.is_gpu(model.device) else None
 
     def clear(self) -> None:
         """Forget all graphs: the pool's memory is about to change."""
@@ -130,12 +128,10 @@ class DecodeGraphs:
         packed = self._run(draws=True)
         if packed is None:
             return None
-        if not self._is_cuda:
+        if self._recorder is None:
             return Started(self._rows.sequences, packed, None)
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed, non_blocking=True)
-        is_there = torch.cuda.Event()
-        is_there.record()
-        return Started(self._rows.sequences, host, is_there)
+        return Started(self._rows.sequences, host, devices.marked(self._model.device))
 
     def _run(self, draws: bool) -> torch.Tensor | None:
         rows = self._rows
@@ -165,28 +161,21 @@ class DecodeGraphs:
         inputs = Transfer(arrays, self._model.device)
         inputs.fill([array * 0 for array in arrays])  # padding alone
         compute = partial(self._compute, inputs.tensors, num_keys, draws)
-        if not self._is_cuda:
+        if self._recorder is None:
             self._graphs[size, num_keys, draws] = _Graph(inputs, lambda: None, compute)
             return self._graphs[size, num_keys, draws]
         drawn = self._drawn.clone()
         try:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                compute()  # kernels are compiled, and workspaces taken
-            torch.cuda.current_stream().wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            mode = "thread_local"  # other threads go on using the GPU meanwhile
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode=mode):
-                result = compute()
+            replay, result = self._recorder.record(compute)
         except RuntimeError as error:
-            logger.warning("decode goes on without CUDA graphs (%d rows of %d keys: %s)", size, num_keys, error)
+            logger.warning("decode goes on without graphs (%d rows of %d keys: %s)", size, num_keys, error)
             self.max_rows = 0
             self.clear()
             return None
         finally:
             self._drawn.copy_(drawn)
-        self._graphs[size, num_keys, draws] = _Graph(inputs, graph.replay, lambda: result)
-        logger.info("CUDA graph %d: decode of %d rows of up to %d keys", len(self._graphs), size, num_keys)
+        self._graphs[size, num_keys, draws] = _Graph(inputs, replay, lambda: result)
+        logger.info("graph %d: decode of %d rows of up to %d keys", len(self._graphs), size, num_keys)
         return self._graphs[size, num_keys, draws]
 
     def _compute(self, inputs: list[torch.Tensor], num_keys: int, draws: bool) -> torch.Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from arealite.api.errors import ConfigError
+from arealite.devices import has_flash, is_gpu
 from arealite.inference.core.cache import PAGE_TOKENS, SCRATCH_PAGE, PagePool, pages_for
 from arealite.inference.core.sequence import Span
 from arealite.kernels.cpu import Kernels, PagedSpans
@@ -31,7 +32,7 @@ QUERIES_PER_CALL = 512  # queries of long spans whose scores exist at one time
 QUERIES_PER_PIECE = 64  # of one span that a core computes at a time in the kernels
 KEYS_PER_CALL = 4096  # keys of short spans gathered at one time: stays in a core's cache
 ALIGNMENT = 16  # bytes between tensors that are copied together
-KEYS_PER_CALL_CUDA = 1 << 20  # there, few large calls
+KEYS_PER_CALL_GPU = 1 << 20  # there, few large calls
 _UNSUPPORTED = {"s_aux", "position_bias"}
 
 
@@ -112,7 +113,7 @@ class KVLayout:
         """What layers of this window compute, in pieces of bounded size; planned when first asked for."""
         if window in self._blocks:
             return self._blocks[window]
-        keys_per_call = KEYS_PER_CALL if self._device.type == "cpu" else KEYS_PER_CALL_CUDA
+        keys_per_call = KEYS_PER_CALL if self._device.type == "cpu" else KEYS_PER_CALL_GPU
         pieces = [
             Span(span.sequence, start, min(QUERIES_PER_CALL, span.end - start))
             for span in self.spans
@@ -292,7 +293,7 @@ class GpuLayout(KVLayout):
 
 def _has_varlen(q: torch.Tensor) -> bool:
     """Whether the trainer's kernel knows such queries."""
-    return q.is_cuda and q.dtype != torch.float32
+    return has_flash(q)
 
 
 def _tables(spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:
@@ -332,7 +333,7 @@ class Transfer:
 
     def fill(self, arrays: list[np.ndarray]) -> None:
         """With arrays of the same shapes and types."""
-        host = torch.empty(len(self._whole), dtype=torch.uint8, pin_memory=self._whole.is_cuda)
+        host = torch.empty(len(self._whole), dtype=torch.uint8, pin_memory=is_gpu(self._whole))
         for part, numbers in zip(self._parts(host), arrays, strict=True):
             part.copy_(torch.from_numpy(numbers))
         self._whole.copy_(host, non_blocking=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from arealite.devices import is_gpu
 from arealite.inference.core.layout import to_device
 from arealite.inference.core.requests import SamplingParams
 from arealite.kernels.functions import for_device
@@ -72,7 +73,7 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniforms: list[fl
     arrays = [np.array([p.temperature for p in params], np.float32), np.array(uniforms), np.array(restricted, np.int64)]
     temperature, at, rows = to_device(arrays, logits.device)
     kernels = for_device(logits.device)
-    if kernels is None or (logits.dtype == torch.float16 and not logits.is_cuda):
+    if kernels is None or (logits.dtype == torch.float16 and not is_gpu(logits)):
         tokens, logprobs, ok = _draw(logits, temperature, at)
     else:
         tokens, logprobs, ok = kernels.sample(logits, temperature, at)
@@ -107,7 +108,7 @@ def _weights(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
 
 def _totals(weights: torch.Tensor) -> torch.Tensor:
     """Float64 [B] sums of rows, on a CPU row by row: threads share one sum in a way that depends on the rows beside."""
-    if weights.is_cuda:
+    if is_gpu(weights):
         return weights.sum(-1, dtype=torch.float64)
     return torch.stack([row.sum(dtype=torch.float64) for row in weights])
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from arealite.api.errors import ConfigError
+from arealite.devices import is_gpu
 from arealite.inference.core.adapters import Adapters
 from arealite.inference.core.cache import PAGE_TOKENS, PagePool, pages_for
 from arealite.inference.core.decoder import call_kernels
@@ -138,7 +139,7 @@ class ServedModel:
         num = len(hidden)
         if num_rows > num:
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, num_rows - num))
-        is_plain = hidden.is_cuda and type(self.head) is torch.nn.Linear and self.head.bias is None
+        is_plain = is_gpu(hidden) and type(self.head) is torch.nn.Linear and self.head.bias is None
         rows = (head_product(hidden, self.head.weight) if is_plain else self.head(hidden))[:num]
         return rows if self._softcap is None else rows.div_(self._softcap).tanh_().mul_(self._softcap)
 

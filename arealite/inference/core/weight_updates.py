@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from arealite.api.errors import ArealiteError, RequestError, WeightSyncError, listed
 from arealite.api.types import GroupPlace, TensorSlot
+from arealite.devices import beside, collective_backend, wait_for_stream
 from arealite.inference.core.engine import CALL_LIMIT_S, Engine
 from arealite.inference.core.requests import UpdateOptions
 from arealite.inference.core.served_model import ServedModel
@@ -31,7 +31,6 @@ READ_LIMIT_S = 600.0  # a folder on a slow file system; a broadcast has a limit 
 SESSION_LIMIT_S = 900.0  # between two calls of a session: then its trainer is gone, and what it staged is dropped
 JOIN_SLACK_S = 10.0
 MAX_GROUPS = 4  # a trainer makes a new group when it has lost a server; the oldest is left then
-BACKENDS = ("gloo", "nccl")
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 Checksums = dict[str, int]
@@ -175,8 +174,11 @@ class Groups:
 
     async def join(self, place: GroupPlace, rank: int) -> None:
         """Raises WeightSyncError: not all members came, or it cannot be made here."""
-        if place.backend not in BACKENDS or (place.backend == "nccl" and self._device.type != "cuda"):
-            raise WeightSyncError(f"backend: expected {' or '.join(BACKENDS)} (nccl on a GPU), found {place.backend!r}")
+        expected = dict.fromkeys(["gloo", collective_backend(self._device)])
+        if place.backend not in expected:
+            raise WeightSyncError(
+                f"backend: expected {' or '.join(expected)} on {self._device}, found {place.backend!r}"
+            )
         if not 0 < rank < place.world_size:
             raise WeightSyncError(
                 f"rank_offset {rank} is no server's in a world of {place.world_size}; 0 is the trainer"
@@ -189,7 +191,7 @@ class Groups:
 
         limit_s = 2 * self._limit_s + JOIN_SLACK_S
         group = await waits.in_thread(meet, f"weight group {place.name}", "trainer", limit_s)
-        self._groups[place.name] = (group, self._device if place.backend == "nccl" else torch.device("cpu"))
+        self._groups[place.name] = (group, torch.device("cpu") if place.backend == "gloo" else self._device)
         for name in list(self._groups)[:-MAX_GROUPS]:
             self.leave(name)
 
@@ -298,11 +300,9 @@ def stage(
         if model.device.type == "cpu":
             staged = {name: tensor.to(model.tensors[name].dtype) for name, tensor in staged.items()}
         else:  # beside the GPU's other work; what it has no room for now stays on the host until it is loaded
-            stream = _copy_stream(model.device)
-            with torch.cuda.stream(stream), suppress(torch.OutOfMemoryError):
+            with beside(model.device), suppress(torch.OutOfMemoryError):
                 for name, tensor in staged.items():
                     staged[name] = tensor.to(model.device, model.tensors[name].dtype)
-            stream.synchronize()
     except (OSError, ValueError, RuntimeError) as error:  # a file that vanished, a path that is none, no memory left
         raise WeightSyncError(f"cannot read the weights: {error}") from error
     missing = [name for name in model.tensor_names if name not in staged]
@@ -312,11 +312,6 @@ def stage(
             f' {listed(missing)}; send all of them, or "partial": true'
         )
     return {name: staged[name] for name in model.tensor_names if name in staged}
-
-
-@cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def make_live(engine: Engine, staged: dict[str, torch.Tensor], options: UpdateOptions) -> Checksums:
@@ -351,8 +346,7 @@ def load(model: ServedModel, staged: dict[str, torch.Tensor]) -> None:
         for name, tensor in staged.items():
             model.tensors[name].copy_(tensor)
     model.refresh()
-    if model.device.type == "cuda":  # what was staged may be let go of now
-        torch.cuda.current_stream().synchronize()
+    wait_for_stream(model.device)  # what was staged may be let go of now
 
 
 def confirmed(model: ServedModel, staged: dict[str, torch.Tensor], names: list[str]) -> set[str]:
