@@ -11,7 +11,9 @@ from dataclasses import asdict
 import pytest
 
 from arealite.api.cli_args import GRPOConfig
+from arealite.api.errors import ConfigError
 from arealite.launcher import head as head_module
+from arealite.launcher import keeper as keeper_module
 from arealite.launcher import supervisor as supervisor_module
 from arealite.launcher.agent import ADDRESS_VARIABLE
 from arealite.launcher.head import RunHead
@@ -77,7 +79,7 @@ class VirtualTime:
 @pytest.fixture
 def clock(monkeypatch):
     made = VirtualTime()
-    for module in (supervisor_module, head_module, processes, waits, watchdog):
+    for module in (supervisor_module, keeper_module, head_module, processes, waits, watchdog):
         monkeypatch.setattr(module, "time", made)
     return made
 
@@ -173,7 +175,7 @@ class Cluster:
         return made is not None and made.exit_code is None
 
     def run(self, monkeypatch, config):
-        monkeypatch.setattr(supervisor_module, "answers", self.answers)
+        monkeypatch.setattr(keeper_module, "answers", self.answers)
         plan = plan_on([node.machine for node in self.nodes], config)
         Supervisor(plan, config, self.folder, self.nodes, []).run()
 
@@ -239,8 +241,8 @@ def test_the_first_of_512_ranks_to_die_is_named(clock, tmp_path, monkeypatch):
     assert {p.exit_code is None for node in cluster.nodes for p in node.started} == {False}
 
 
-def test_agents_of_all_nodes_come_together_and_some_are_lost(tmp_path, monkeypatch, clock):
-    """Handshakes over real sockets; the nodes that are left get a plan of their own."""
+def test_agents_of_all_nodes_come_together_and_some_are_lost(tmp_path, monkeypatch, clock, capfd):
+    """Handshakes over real sockets; a bad node is left out, and the nodes that are left get a plan of their own."""
     monkeypatch.setenv(ADDRESS_VARIABLE, "127.0.0.1")
     monkeypatch.setattr(clock, "sleep", lambda s, sleep=clock.sleep: (real_time.sleep(0.001), sleep(s)))
     config = large_config()
@@ -254,16 +256,30 @@ def test_agents_of_all_nodes_come_together_and_some_are_lost(tmp_path, monkeypat
         line.send(slot=slot, epoch=0, name=f"node-{slot}", pid=slot)
         assert line.receive(10.0)["epoch"] == head.meeting.epoch
         machine = asdict(MACHINE) | {"name": f"node-{slot}"}
-        line.send(machine=machine, address=f"10.0.0.{slot}", versions=packages, clock=clock.time())
+        own = packages | {"torch": "9.9"} if slot == 7 else packages
+        told = {"machine": machine, "versions": own, "clock": clock.time() + slot, "shares": True, "ended": []}
+        line.send(address=f"10.0.0.{slot}", **told)
         agents.append(line)
+
+    def needs_all(machines):
+        raise ConfigError(f"it needs {NUM_NODES} nodes, and there are {len(machines)}")
+
+    with pytest.raises(
+        ConfigError, match="^node node-7 has torch 9.9, .*: install the same on both\nit needs 128 .* 127"
+    ):
+        head.gather(needs_all)
     plan, nodes = head.gather(lambda machines: plan_on(machines, config))
-    assert [node.name for node in nodes[1:]] == [f"node-{slot}" for slot in range(1, NUM_NODES)]
-    assert plan.num_nodes == NUM_NODES and len(plan.processes) == 1000
-    for line in agents[10:13]:
+    assert [node.name for node in nodes[1:]] == [f"node-{slot}" for slot in range(1, NUM_NODES) if slot != 7]
+    assert plan.num_nodes == NUM_NODES - 1 and len(plan.processes) == 1000
+    table = [line.split() for line in capfd.readouterr().err.splitlines() if line.startswith("  ")]
+    assert len(table) == 1 + NUM_NODES and table[8][1:] == ["node-7", "10.0.0.7", "64", "8", "unknown", "unknown"] + [
+        "shared", "+7.0", "s", "LEFT", "OUT:", *str(head.far[6].unfit).split()
+    ]  # fmt: skip
+    for line in agents[10:12]:
         line.close()
-    while sum(bool(node.loss) for node in head.far) < 3:
+    while sum(bool(node.loss) for node in head.far) < 2:
         real_time.sleep(0.001)
     plan, nodes = head.gather(lambda machines: plan_on(machines, config))
     assert len(nodes) == NUM_NODES - 3 and {p.node for p in plan.processes} == set(range(NUM_NODES - 3))
     head.close(0)
-    assert all(line.receive(10.0) == {"leave": 0} for line in [*agents[:10], *agents[13:]])
+    assert all(line.receive(10.0) == {"leave": 0} for line in [*agents[:10], *agents[12:]])

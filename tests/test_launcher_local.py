@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
 import time
 from dataclasses import replace
 
@@ -12,6 +14,7 @@ import pytest
 from support.dummies import Launched, config_with, is_alive, plan_of
 
 from arealite.api.errors import ConfigError, RecoveryError
+from arealite.launcher.child import hold_port
 from arealite.launcher.local import launch
 from arealite.observe.processes import processes_of_run
 from arealite.observe.run_folder import RunFolder
@@ -175,6 +178,72 @@ def test_a_terminal_and_a_log_that_are_gone_do_not_end_the_run(tmp_path):
         run.until(lambda: "restart 1 of at most 3" in run.text(), "restart")
         (run.folder.root / "go").touch()
         assert run.wait() == 0, run.text()
+
+
+def test_a_full_disk_of_logs_ends_nothing(tmp_path):
+    """What is lost is counted; also what starts meanwhile starts."""
+    logs = tmp_path / "run" / "logs"
+    logs.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(logs)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        with Launched(tmp_path / "run", ["chatter"], OK) as run:
+            run.until(lambda: f"the disk of {logs} was full: the run goes on" in run.text(), "word of the full disk")
+            os.kill(pid := run.pid("server-0"), signal.SIGKILL)
+            run.pid("server-0", old=(pid,))
+            (run.folder.root / "quiet").touch()
+            log = run.folder.log("trainer-0", "1")
+            run.until(lambda: (run.folder.root / "is_quiet").exists(), "end of the chatter")
+            os.truncate(log, 0)
+            run.until(lambda: "there is room again" in run.text(), "word of the room")
+            (run.folder.root / "go").touch()
+            assert run.wait() == 0, run.text()
+            assert re.fullmatch(
+                r"\0*\narealite: \d{4,} bytes are missing here: the log's disk was full\nit goes on\n", log.read_text()
+            )
+    finally:
+        subprocess.run(["umount", str(logs)], check=True)
+
+
+def test_a_list_of_servers_that_cannot_be_written_is_tried_again(tmp_path):
+    (tmp_path / "run" / "servers").mkdir(parents=True)  # in its place
+    with Launched(tmp_path / "run", WAITING, OK) as run:
+        run.until(lambda: "servers cannot be written, which is tried again" in run.text(), "word of it")
+        run.folder.servers.rmdir()
+        run.until(run.folder.servers.is_file, "list of servers")
+        (run.folder.root / "go").touch()
+        assert run.wait() == 0, run.text()
+
+
+def test_drained_servers_are_ended_and_nobody_is_missed(tmp_path):
+    """Also the last one: others, which the launcher has not started, may serve."""
+    with Launched(tmp_path / "run", WAITING, ["ok", "ok"]) as run:
+        pids, trainer = run.pids("server-0", "server-1"), run.pid("trainer-0")
+        run.until(run.folder.servers.is_file, "list of servers")
+        places = run.folder.servers.read_text().split()
+        for num in (1, 2):
+            left = {f"http://{place}": "drained: it has ended its last request" for place in places[:num]}
+            run.folder.servers_json.write_text(json.dumps({"followed": num, "servers": [], "left": left}))
+            run.until(lambda num=num: run.folder.servers.read_text().split() == places[num:], "shorter list")
+            assert [is_alive(pid) for pid in pids] == [False] * num + [True] * (2 - num) and is_alive(trainer)
+        (run.folder.root / "go").touch()
+        assert run.wait() == 0, run.text()
+        assert f"server-1 ({places[1]}) is ended: drained: it has ended" in run.text() and "restart" not in run.text()
+
+
+def test_a_port_is_held_for_the_process_that_is_to_listen():
+    with hold_port() as held:
+        host, port = held.getsockname()
+        with pytest.raises(OSError, match="in use"), socket.socket() as other:  # who has not been told to
+            other.bind((host, port))
+        with contextlib.ExitStack() as others:
+            given = [others.enter_context(socket.create_server((host, 0))).getsockname()[1] for _ in range(300)]
+        assert port not in given
+        with socket.create_server((host, port)), socket.create_connection((host, port)):
+            pass
+    with pytest.raises(OSError, match="no port can be bound at 192.0.2.1, see AREALITE_ADDRESS"):
+        hold_port("192.0.2.1")
 
 
 def test_two_launchers_never_share_a_folder(tmp_path):

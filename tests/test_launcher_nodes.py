@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -159,7 +160,7 @@ def test_strangers_wrong_slots_and_twins_are_sent_away(folder):
         assert run.wait() == 0
 
 
-def test_nodes_that_do_not_come_and_nodes_that_differ_are_named(folder, tmp_path):
+def test_nodes_that_do_not_come_are_named_and_bad_ones_are_left_out(folder, tmp_path):
     with over_two_nodes(folder, ["step"], ["ok@1"], **{"launcher.node_timeout_s": 1.5}) as run:
         assert run.wait() == 1
         assert "node of slot 1 has not come yet" in run.text() and "launcher.node_timeout_s" in run.text()
@@ -167,8 +168,16 @@ def test_nodes_that_do_not_come_and_nodes_that_differ_are_named(folder, tmp_path
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
     path = os.pathsep.join([str(other.parent), os.environ.get("PYTHONPATH", "")])
-    with over_two_nodes(folder, ["step"], ["ok@1"]) as run, Agent(folder, 1, PYTHONPATH=path) as agent:
-        assert run.wait() == 1 and "has torch 9.9, " in run.text() and agent.process.wait(20) == 1
+    # The other one sees all of the folder, and can write nothing into it.
+    bound = ["unshare", "-m", "sh", "-c", 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"']
+    with (
+        over_two_nodes(folder, ["step"], ["ok@1"], **{"cluster.num_nodes": 3}) as run,
+        Agent(folder, 1, PYTHONPATH=path) as one,
+        Agent(folder, 2, under=[*bound, str(folder)]) as two,
+    ):
+        assert run.wait() == 0 and [agent.process.wait(20) for agent in (one, two)] == [0, 0], run.text() + two.text()
+        assert re.search(r"\n +1 .* LEFT OUT: node .* has torch 9\.9, \S+ on node", run.text())
+        assert re.search(r"\n +2 .* LEFT OUT: node .* Read-only file system", run.text())
 
 
 def test_a_node_that_is_asked_to_stop_stops_the_run(folder):

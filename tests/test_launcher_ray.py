@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 from support.dummies import is_alive
+from support.ray_nodes import OnRay
 from support.runs import TINY, Run
 
 from arealite.api.cli_args import ClusterSpecConfig
@@ -143,6 +144,21 @@ def test_an_agent_that_is_killed_is_named_and_started_again(on_ray):
         assert "slot 1, is lost: its agent was killed by SIGKILL" in run.text() and is_alive(trainer)
         (run.folder.root / "go").touch()
         assert run.wait() == 0, run.text()
+
+
+def test_two_runs_on_the_same_nodes_do_not_touch_each_other(on_ray, ray_nodes, tmp_path):
+    one_core = {"cluster.num_cores_per_node": 1}
+    with (
+        on_ray(["wait"], ["ok@1"], **one_core) as first,
+        OnRay(tmp_path / "another", ["wait"], ["ok@1"], ray_nodes.env, **one_core) as second,
+    ):
+        pids = [run.pids("server-0", "trainer-0") for run in (first, second)]
+        first.process.send_signal(signal.SIGTERM)
+        assert first.wait() == 143 and not any(map(is_alive, pids[0])), first.text()
+        assert all(map(is_alive, pids[1])) and " is lost" not in second.text()
+        (second.folder.root / "go").touch()
+        assert second.wait() == 0, second.text()
+    assert processes_of_run((tmp_path / "another").resolve()) == {}
 
 
 def test_the_run_ends_with_the_node_of_its_head(on_ray):

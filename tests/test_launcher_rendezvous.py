@@ -1,7 +1,10 @@
 """How agents find a head: the file, on folders that are slow, full, stale or not there, and the environment."""
 
+import contextlib
+import errno
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -83,6 +86,68 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
     )
     ran = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 1 and "File too large" in ran.stderr
+    assert read(tmp_path) == MEETING
+
+
+class LyingFolder:
+    """Operations on files, by turns slow, refused (root squash), out of room, or of a file that a cache still shows."""
+
+    errors = (errno.EACCES, errno.ENOSPC, errno.ESTALE, errno.EIO)
+
+    def __init__(self, monkeypatch, seed):
+        self.choose, self.num_lies = random.Random(seed), 0
+        for name in ("open", "replace", "listdir", "fsync"):
+            monkeypatch.setattr(os, name, self.lying(getattr(os, name)))
+
+    def lying(self, real):
+        def operation(*args, **options):
+            turn = self.choose.random()
+            if turn < 0.2:
+                self.num_lies += 1
+                raise OSError(self.choose.choice(self.errors), "the file server says no", str(args[0]))
+            if turn < 0.3:
+                time.sleep(0.002)
+            return real(*args, **options)
+
+        return operation
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_folder_that_fails_now_and_then_never_shows_a_part_nor_an_old_head(tmp_path, monkeypatch, seed):
+    """A publication that fails leaves the old place or has made the new one; who looks, looks again."""
+    publish(tmp_path, MEETING)
+    lies, published, seen = LyingFolder(monkeypatch, seed), [MEETING], 3
+    for epoch in range(4, 60):
+        meeting = Meeting("127.0.0.1", 4000 + epoch, "ab" * 16, epoch)
+        with contextlib.suppress(OSError):
+            publish(tmp_path, meeting)
+            published.append(meeting)
+        try:
+            found = find_head(tmp_path, seen)
+        except LookupError as error:
+            assert "cannot read" in str(error)
+            continue
+        # Renamed, and then the folder could not be made durable: as good as published.
+        assert found in (published[-1], meeting)
+        seen = found.epoch
+    assert lies.num_lies > 50 and seen > 40
+
+
+def test_what_another_user_may_not_read_is_told(tmp_path):
+    """Root squash: the file server takes root for somebody without rights."""
+    tmp_path.chmod(0o711)
+    publish(tmp_path, MEETING)
+    program = (
+        "import os, sys; from pathlib import Path; from arealite.launcher.rendezvous import *\n"
+        "os.setuid(65534); folder = Path(sys.argv[1])\n"
+        "try: find_head(folder, 0)\nexcept LookupError as error: print(error)\n"
+        "try: publish(folder, Meeting('h', 1, 'cd' * 16, 9))\nexcept OSError as error: print(error)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if "Operation not permitted" in ran.stderr:
+        pytest.skip("only root can become another user")
+    assert ran.stdout.count("Permission denied") == 2 and "cannot read" in ran.stdout, ran.stdout + ran.stderr
     assert read(tmp_path) == MEETING
 
 

@@ -203,9 +203,14 @@ def test_a_job_in_the_queue_says_why_it_waits_and_can_be_cancelled(slurm, tmp_pa
     def is_told() -> bool:
         nonlocal said
         said += capfd.readouterr().err
-        return "PENDING (Resources)" in said or "PENDING (Priority)" in said
+        return reason in said
 
+    reason = "PENDING (Resources)"
     slurm.until(is_told, "reason")
+    slurm("scontrol", "update", "nodename=n3", "state=drain", "reason=its fan is loud")
+    reason = "PENDING (Resources); of its partition's nodes are not to be had: n3 is draining (its fan is loud)"
+    slurm.until(is_told, "name of the node", 10)
+    slurm("scontrol", "update", "nodename=n3", "state=resume")
     # The same command once more follows this job, and submits no second.
     again = threading.Thread(target=run_job, args=(run.script, run.folder, [], POLL_S), daemon=True)
     again.start()

@@ -2,7 +2,7 @@
 environment, which no other user of the machine can read, as the command line can be.
 
 Used by inference/http/routes.py and serve.py on the server, by rollout/router.py in the client, and by
-launcher/supervisor.py for both.
+launcher/keeper.py for both.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ from arealite.api.types import Dims, Task, Trajectory
 from arealite.evaluation.sheet import AnswerSheet, GradedAnswer, Problem
 from arealite.launcher.allocation import Component
 from arealite.launcher.child import Child, OwnNode
+from arealite.launcher.keeper import answers
 from arealite.launcher.machine import VISIBLE_GPUS, Machine
 from arealite.launcher.placement import share_cores
 from arealite.launcher.plan import COMMON_ENV, LOOPBACK, ProcessPlan, server_command
-from arealite.launcher.supervisor import answers
 from arealite.observe.progress import format_span, show
 from arealite.observe.reasons import last_line
 from arealite.observe.records import version_spans

@@ -14,6 +14,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,17 +61,19 @@ class Agent:
         self._children: dict[int, Child] = {}
         self._told: dict[int, str] = {}  # the heartbeats
         self._heartbeat_s, self._heard_beats_s = welcome["heartbeat_s"], 0.0
+        self._clean: Callable[[], list[str]] = list
         try:
             self._open(welcome, slot)
-        except Exception as error:  # boundary: whatever is missing on this node, the head is to say it
+        except Exception as error:  # boundary: whatever is missing on this node, the head says it, and goes on without
+            say(f"this node cannot take part: {error}")
             line.send(unfit=f"{type(error).__name__}: {error}")
-            raise Turned(f"this node cannot take part: {error}", is_final=True) from error
         line.silence_s, line.heard_s = welcome["silence_s"], time.monotonic()
 
     def _open(self, welcome: dict[str, Any], slot: int) -> None:
         os.chdir(welcome["cwd"])
+        from arealite.api.atomic import write_text
         from arealite.api.run_args import ClusterSpecConfig
-        from arealite.launcher.child import OwnNode
+        from arealite.launcher.child import OwnNode, hold_port
         from arealite.launcher.machine import Machine, interface_env, versions
         from arealite.observe.run_folder import RunFolder
 
@@ -77,13 +81,19 @@ class Agent:
         machine = replace(Machine.local(ClusterSpecConfig(**welcome["cluster"])), name=socket.gethostname())
         address = os.environ.get(ADDRESS_VARIABLE) or self._line.address
         self.node = OwnNode(folder, machine, slot, address, interface_env(address))
-        self.node.clean()
+        self._clean = self.node.clean
+        ended = self.node.clean()
+        hold_port(address).close()
+        write_text(probe := folder.root / f"node-{slot}", "as recovery points and logs will be")
+        probe.unlink()
         try:
             shares = rendezvous.read(folder.root).epoch == self.epoch
         except LookupError:
             shares = False
         self._relayed = None if shares else folder.waits_dir
-        self._line.send(machine=asdict(machine), address=address, versions=versions(), clock=time.time())
+        self._line.send(
+            machine=asdict(machine), address=address, versions=versions(), clock=time.time(), shares=shares, ended=ended
+        )
 
     def serve(self) -> int:
         """Obey until the head says leave; returns the exit code that it gives.
@@ -156,7 +166,7 @@ class Agent:
         living = [child for child in self._children.values() if child.exit_code is None]
         for child in living:
             child.send(signal.SIGKILL)
-        self.node.clean()
+        self._clean()
         for child in self._children.values():
             child.close()
         return len(living)
@@ -201,7 +211,8 @@ def serve(folder: Path | None, slot: int, limit_s: float, stops: list[int]) -> i
 
 
 def say(text: str) -> None:
-    print(f"arealite agent: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a full disk, a terminal that is gone
+        print(f"arealite agent: {text}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> int:

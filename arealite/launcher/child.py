@@ -15,8 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from arealite.api.errors import SENTENCE
@@ -46,6 +47,7 @@ NUM_TAIL_LINES = 20
 TRACEBACK = "Traceback (most recent call last):"
 OWN_ERROR = re.compile(r"^arealite\.\S+?\.(\w+): ")
 TOLD_ERROR = re.compile(rf"^{SENTENCE}(\w+Error): ")
+ADDRESS_IN_USE = re.compile(r"address already in use|EADDRINUSE", re.IGNORECASE)
 LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Connection was likely closed|remote process exited")
 RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch.distributed puts it before each line of a traceback
 SIGNAL_HINTS: dict[int, str] = {
@@ -122,10 +124,11 @@ class OwnNode:
         return self.machine.name
 
     def start(self, plan: ProcessPlan, head: str, env: dict[str, str]) -> Child:
-        """As Hands.start. Raises OSError: there is no room for its log."""
-        (port,) = free_ports(1, self.address)
+        """As Hands.start."""
+        held = hold_port(self.address)
+        port = int(held.getsockname()[1])
         child = Child.start(plan.on_port(port, self.address, head), self.folder, self.slot, **{**self.env, **env})
-        child.port = port
+        child.port, child.held = port, held
         return child
 
     def clean(self, name: str = "") -> list[str]:
@@ -136,7 +139,7 @@ class OwnNode:
 @dataclass
 class Child:
     """A StartedProcess of this machine. Its log stays open, since it may be moved or removed meanwhile; `offset` is
-    where this start begins in it, `echoed` up to where the terminal has it, both in bytes."""
+    where this start begins in it, `echoed` up to where the terminal has it, both in bytes. `held` keeps its port."""
 
     plan: ProcessPlan
     folder: RunFolder
@@ -146,20 +149,27 @@ class Child:
     offset: int
     echoed: int
     port: int = 0
+    held: socket.socket | None = None
 
     @classmethod
     def start(cls, plan: ProcessPlan, folder: RunFolder, slot: int = 0, **env: str) -> Child:
-        """Start it in a session of its own, its output appended to its log; `env` is what only this start knows."""
+        """Start it in a session of its own, its output appended to its log, if one can be opened; `env` is what only
+        this start knows."""
         path = folder.log(plan.name, env.get(ATTEMPT_VARIABLE, ""))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError as error:
+            say(f"{path} cannot be written, what {plan.name} says is lost: {error.strerror}")
+            path = Path(os.devnull)
         env |= {RUN_DIR_VARIABLE: str(folder.root), "AREALITE_PROCESS": plan.name, SLOT_VARIABLE: str(slot)}
         if width := terminal_width():  # its log is copied there
             env["COLUMNS"] = str(width)
         inherited = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
         cores = ",".join(map(str, plan.cores)) or "-"
-        with open(path, "ab") as log:
-            log.write(f"=== {time.strftime('%F %T')} start of {plan.name}: {' '.join(plan.command)}\n".encode())
-            log.flush()
+        with open(path, "ab", buffering=0) as log:
+            with suppress(OSError):  # a full disk
+                log.write(f"=== {time.strftime('%F %T')} start of {plan.name}: {' '.join(plan.command)}\n".encode())
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", shim.__file__, str(os.getpid()), cores, *plan.command],
                 env={**inherited, **plan.env, **env},
@@ -212,6 +222,8 @@ class Child:
     def close(self) -> None:
         self.process.poll()  # reaps
         self.log.close()
+        if self.held is not None:
+            self.held.close()
 
 
 def obituary(child: StartedProcess, log: str, brief: bool) -> str:
@@ -224,6 +236,11 @@ def obituary(child: StartedProcess, log: str, brief: bool) -> str:
 def lost_a_peer(child: StartedProcess) -> bool:
     """Whether it ended because another rank was gone, which has more to say."""
     return bool(child.exit_code) and bool(LOST_PEER.search(first_error(child.output(), brief=True)))
+
+
+def lost_its_port(child: StartedProcess) -> bool:
+    """Whether somebody else has taken its port, as only one does who asks for that very port."""
+    return bool(ADDRESS_IN_USE.search(child.output()))
 
 
 def kill_leftovers(folder: RunFolder, name: str = "", slot: int | None = None) -> list[str]:
@@ -273,14 +290,18 @@ def first_error(log: str, brief: bool = False) -> str:
     return "\n".join(block).rstrip()
 
 
-def free_ports(count: int, address: str = LOOPBACK) -> list[int]:
-    """Different ports of this machine's `address` that the system says are free now; who binds one must be ready to
-    find it taken."""
-    with ExitStack() as open_sockets:
-        probes = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((address, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+def hold_port(address: str = LOOPBACK) -> socket.socket:
+    """Bound to a free port of this machine's `address` until it is closed, and not listening. So long the system gives
+    the port to nobody who asks for any or connects from any, and lets one process in that asks for this one with
+    SO_REUSEADDR, as all servers and torch's store do. Raises OSError: the address is none of this machine's."""
+    held = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind((address, 0))
+    except OSError as error:
+        held.close()
+        raise OSError(f"no port can be bound at {address}, see AREALITE_ADDRESS: {error.strerror}") from None
+    return held
 
 
 def write(fd: int, content: bytes, limit_s: float) -> int:

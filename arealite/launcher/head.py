@@ -18,19 +18,23 @@ from typing import Any
 
 from arealite.api.atomic import write_text
 from arealite.api.cli_args import RunConfig
-from arealite.api.errors import ConfigError, WaitTimeout
+from arealite.api.errors import ConfigError, WaitTimeout, listed
 from arealite.launcher.agent import ADDRESS_VARIABLE
+from arealite.launcher.check import UNLIMITED, amount, table
 from arealite.launcher.child import KILL_LIMIT_S, Hands, OwnNode, obituary, say
 from arealite.launcher.machine import Machine, interface_env, own_address, versions
 from arealite.launcher.plan import Plan, ProcessPlan
 from arealite.launcher.rendezvous import HEAD_VARIABLE, AgentLine, Meeting, find_head, publish, read, record
 from arealite.launcher.supervisor import TICK_S, RunFailed, StopRequested
+from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.waits import waiting
 
 LEAVE_LIMIT_S = 10.0
 LOOK_S = 0.3  # how often the thread of an agent looks whether the run is over
 MAX_CLOCK_S = 5.0  # between two nodes, before it is told
+MIN_FREE_BYTES = 1 << 30  # of a node's memory and of each of its GPUs, beneath which something else is there
+HEADING = ("slot", "node", "address", "cores", "GPUs", "memory", "of GPUs", "run folder", "clock", "")
 
 
 class NodesMissing(RunFailed):
@@ -61,7 +65,8 @@ class FarChild:
         self.status, self.tail = told.get("status", self.status), told.get("tail", self.tail)
         self.code = told.get("code", self.code)
         if beat := told.get("beat"):
-            write_text(self.node.folder.waits_dir / f"{self.name}.json", beat, durable=False)
+            with suppress(OSError):  # a folder that fails says nothing of the node; the next beat tries again
+                write_text(self.node.folder.waits_dir / f"{self.name}.json", beat, durable=False)
 
     def tell(self, **message: Any) -> None:
         """To the agent that has started it."""
@@ -99,7 +104,8 @@ class FarNode:
         self.name, self.address, self.machine = f"of slot {slot}", "", Machine(())
         self.line: AgentLine | None = None
         self.loss = f"node {self.name} has not come yet"
-        self.unfit = ""
+        self.unfit = ""  # why it cannot take part
+        self.shares, self.clock_s, self.ended = False, 0.0, list[str]()  # as its agent has told
         self._children: dict[int, FarChild] = {}
         self._numbers = itertools.count(1)
         self._cleaned, self._lock = threading.Event(), threading.Lock()
@@ -138,6 +144,7 @@ class FarNode:
             told["address"],
             record(Machine, told["machine"]),
         )
+        self.shares, self.clock_s, self.ended = told["shares"], told["clock"] - time.time(), told["ended"]
         self._children, self.loss = {}, ""
 
     def hear(self, told: dict[str, Any]) -> None:
@@ -160,7 +167,7 @@ class RunHead:
 
     def __init__(self, config: RunConfig, folder: RunFolder, stops: list[int]) -> None:
         self._config, self._folder, self._stops = config, folder, stops
-        self._has_started = False
+        self._has_started, self._shown = False, list[str]()  # why nodes were not used, as it was shown last
         self._exit_code: int | None = None
         self._threads: list[threading.Thread] = []
         self.own = OwnNode(folder, Machine.local(config.cluster))
@@ -169,29 +176,29 @@ class RunHead:
             self._listen()
 
     def gather(self, make_plan: Callable[[Sequence[Machine]], Plan]) -> tuple[Plan, list[Hands]]:
-        """The plan of the next start, and its nodes: all at first; later those that are left, if the plan allows, since
-        a lost one has not come back within `launcher.node_silence_s`.
+        """The plan of the next start, and its nodes: all at first, but for those that are unfit, if the plan allows;
+        later also without those that are lost and have not come back within `launcher.node_silence_s`.
 
         Consumes: agents that join. Produces: nodes. Waits for: enough of them, `launcher.node_timeout_s`. Unblocked by:
-        agents, a signal, the limit. Raises ConfigError: a node is unfit, the plan impossible; RunFailed: too few.
+        agents, a signal, the limit. Raises ConfigError: the plan is impossible; RunFailed: too few.
         """
         limits = self._config.launcher
-        missing = [node.loss for node in self.far if node.loss]
+        missing: list[str] = []
         refusal = ""
         with waiting("nodes", "agents", limits.node_timeout_s, lambda: missing) as wait:
             while True:
-                nodes: list[Hands] = [self.own, *(node for node in self.far if not node.loss)]
-                missing = [node.loss for node in self.far if node.loss]
-                if unfit := [node.unfit for node in self.far if node.unfit]:
-                    raise ConfigError("\n".join(unfit))
+                unfit = [node.unfit for node in self.far if node.unfit]
+                nodes: list[Hands] = [self.own, *(node for node in self.far if not (node.loss or node.unfit))]
+                missing = [node.loss for node in self.far if node.loss and not node.unfit]
                 if not missing or (self._has_started and wait.age_s > limits.node_silence_s):
                     try:
                         plan = make_plan([node.machine for node in nodes])
                         self._has_started = True
+                        self._show()
                         return plan, nodes
                     except ConfigError as error:
                         if not missing:
-                            raise
+                            raise ConfigError("\n".join([*unfit, str(error)])) from None
                         refusal = f"\nWithout: {error}"
                 if self._stops:
                     raise StopRequested(self._stops[0])
@@ -269,8 +276,8 @@ class RunHead:
                     node = self._let_in(line, told) if told else None
                 elif "machine" in told:
                     line.silence_s = self._config.launcher.node_silence_s
-                    node.unfit = self._fault(told)
                     node.join(told)
+                    node.unfit = self._fault(node, told["versions"])
                 elif "unfit" in told:
                     node.unfit = f"node {node.name}: {told['unfit']}"
                 elif "stop" in told and not self._stops:
@@ -302,6 +309,7 @@ class RunHead:
             line.send(refused=refused, is_final=is_final)
             return None
         cluster, watchdog = self._config.cluster, self._config.watchdog
+        node.name, node.unfit = told["name"], ""
         line.silence_s = self._config.launcher.node_timeout_s  # for its imports, from whatever file system
         line.send(
             epoch=self.meeting.epoch,
@@ -313,11 +321,38 @@ class RunHead:
         )
         return node
 
-    def _fault(self, told: dict[str, Any]) -> str:
+    def _fault(self, node: FarNode, packages: dict[str, str]) -> str:
         """What of a node does not go with this one; a clock that differs is only told."""
-        name, ours = told["machine"]["name"], versions()
-        if abs(told["clock"] - time.time()) > MAX_CLOCK_S:
-            say(f"warning: the clock of node {name} differs by {told['clock'] - time.time():.0f} s")
-        differing = [f"{key} {told['versions'].get(key)}, {ours[key]} on node {self.own.name}" for key in ours
-                     if told["versions"].get(key) != ours[key]]  # fmt: skip
-        return f"node {name} has {'; '.join(differing)}: install the same on both" if differing else ""
+        ours, machine = versions(), node.machine
+        if abs(node.clock_s) > MAX_CLOCK_S:
+            say(f"warning: the clock of node {node.name} differs by {node.clock_s:.0f} s")
+        differing = [f"{key} {packages.get(key)}, {ours[key]} on node {self.own.name}" for key in ours
+                     if packages.get(key) != ours[key]]  # fmt: skip
+        num_gpus, own_gpus = len(machine.gpus), len(self.own.machine.gpus)
+        if num_gpus != own_gpus:
+            return (
+                f"node {node.name} has {num_gpus} GPUs, and node {self.own.name} {own_gpus}:"
+                f" cluster.num_gpus_per_node={min(num_gpus, own_gpus)} uses so many of each"
+            )
+        if differing:
+            return f"node {node.name} has {'; '.join(differing)}: install the same on both"
+        free = {"memory": machine.memory_bytes, "memory of a GPU": machine.gpu_bytes}
+        short = [f"{amount(size)} of free {what}" for what, size in free.items() if 0 < size < MIN_FREE_BYTES]
+        return f"node {node.name} has {listed(short)}: what else is running there?" if short else ""
+
+    def _show(self) -> None:
+        """The nodes as they were found: at first, and when others are lost or left out."""
+        rows, whys = [HEADING], []
+        for slot, node in enumerate([self.own, *self.far]):
+            machine, seen, why = node.machine, ("here", ""), ""
+            if isinstance(node, FarNode):
+                seen = ("shared" if node.shares else "its own", f"{node.clock_s:+.1f} s")
+                why = f"LEFT OUT: {node.unfit}" if node.unfit else node.loss
+                why = why or "; ".join(f"ended {name}, which was left there" for name in node.ended)
+            num_cores, num_gpus = str(len(machine.cores)), str(len(machine.gpus))
+            free = amount(machine.memory_bytes), amount(machine.gpu_bytes) if machine.gpus else "-"
+            rows.append((str(slot), node.name, node.address, num_cores, num_gpus, *free, *seen, why))
+            whys.append(why)
+        if self.far and whys != self._shown:
+            say("\n  ".join(["nodes:", *table(rows, terminal_width() or UNLIMITED)]))
+        self._shown = whys

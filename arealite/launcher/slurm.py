@@ -16,12 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from arealite.api.atomic import write_text
 from arealite.api.cli_args import ClusterSpecConfig, RunConfig
-from arealite.api.errors import ConfigError
+from arealite.api.errors import ConfigError, listed
 from arealite.launcher.agent import EXIT_GO_ON, EXIT_NO_HEAD, STOP_SIGNAL
 from arealite.launcher.child import STDOUT, say, write
 from arealite.launcher.plan import Plan
@@ -45,7 +45,7 @@ ENDINGS = {
     "PREEMPTED": "another job took its place, and Slurm has not queued it again",
 }
 UNPLAIN = re.compile(r"[^A-Za-z0-9._+-]+")
-FIELDS = re.compile(r"(?:^| )(JobState|Reason|Restarts|ExitCode|NodeList)=(\S*)")
+FIELDS = re.compile(r"(?:^| )(JobState|Reason|Restarts|ExitCode|NodeList|Partition)=(\S*)")
 OPTION = re.compile(r"[a-z][a-z-]+")
 OWN_OPTIONS = {"array", "error", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "wrap"}
 KEPT_VARIABLES = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}  # others may be those of a job that this shell is in
@@ -155,16 +155,19 @@ def directives(options: Mapping[str, Any], key: str, own: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says of a job: its word for the state, why it waits, and the exit status of its script."""
+    """What Slurm says of a job: its word for the state, why it waits, and the exit status of its script; `lacking`:
+    nodes that it might have had, and why not."""
 
     word: str
     reason: str = ""
     nodes: str = ""
     exit_code: int = 0
     num_restarts: int = 0
+    lacking: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         why = f" ({self.reason})" if self.reason not in ("", "None") else ""
+        why += f"; of its partition's nodes are not to be had: {listed(list(self.lacking))}" if self.lacking else ""
         where = f" on {self.nodes}" if self.word == "RUNNING" else why
         return self.word + where + (f", after {self.num_restarts} requeues" if self.num_restarts else "")
 
@@ -208,7 +211,11 @@ class SlurmJob:
             told = dict(reversed(FIELDS.findall(shown.splitlines()[0])))
             code, number = map(int, told["ExitCode"].split(":"))
             code = 128 + number if number else code
-            return JobState(told["JobState"], told["Reason"], told["NodeList"], code, int(told["Restarts"]))
+            state = JobState(told["JobState"], told["Reason"], told["NodeList"], code, int(told["Restarts"]))
+            if state.word == "PENDING":  # those that have failed, or are drained by somebody
+                asked = ("-p", told["Partition"], "-t", "down,drain,fail,no_respond", "-o", "%N is %T (%E)")
+                state = replace(state, lacking=tuple(dict.fromkeys(answer("sinfo", "-h", "-N", *asked).splitlines())))
+            return state
         if queued := answer("squeue", "-h", "-o", "%T|%r|%N", "-j", self.id):
             word, reason, nodes = queued.splitlines()[0].split("|")
             return JobState(word, reason, nodes)

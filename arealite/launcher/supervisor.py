@@ -7,37 +7,37 @@ which would come again: the run ends with it.
 
 from __future__ import annotations
 
-import http.client
 import os
-import re
-import secrets
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Literal
 
-from arealite.api.atomic import write_json, write_text
+from arealite.api.atomic import write_json
 from arealite.api.cli_args import RunConfig
 from arealite.api.errors import ArealiteError, WaitTimeout
-from arealite.api.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from arealite.launcher.agent import EXIT_GO_ON, STOP_SIGNAL
-from arealite.launcher.child import POLL_S, SAY_LIMIT_S, Hands, StartedProcess, free_ports, lost_a_peer, say
-from arealite.launcher.plan import Plan, ProcessPlan
+from arealite.launcher.child import (
+    POLL_S,
+    SAY_LIMIT_S,
+    Hands,
+    StartedProcess,
+    hold_port,
+    lost_a_peer,
+    lost_its_port,
+    say,
+)
+from arealite.launcher.keeper import Keeper
+from arealite.launcher.plan import Plan
 from arealite.observe import waits
 from arealite.observe.run_folder import ATTEMPT_VARIABLE, RunFolder
 from arealite.observe.watchdog import Watchdog
 
 TICK_S = 0.1
 SETTLE_S = 0.5  # in which the victims of a killed process may show that they were not the first
+ROOM_S = 2.0  # how often room for logs is looked for
 CULPRIT_LIMIT_S = 5.0  # for the rank whose sockets the others found closed to end as well
-PROBE_LIMIT_S = 2.0  # of one look at a server's health
-FIRST_BACKOFF_S = 0.5  # between a death and the next start; doubled each time
-MAX_BACKOFF_S = 30.0
-STEADY_S = 60.0  # a server that has been well for so long starts to count its restarts anew
-ADDRESS_IN_USE = re.compile(r"address already in use|EADDRINUSE", re.IGNORECASE)
-
 
 State = Literal["running", "draining", "finished", "failed"]
 
@@ -58,157 +58,6 @@ class StopRequested(Exception):
         self.exit_code = EXIT_GO_ON if number == STOP_SIGNAL else 128 + number
 
 
-def answers(host: str, port: int, path: str, limit_s: float) -> bool:
-    """Whether a server says 200 to GET `path`. Without proxies: it is one of the run's nodes."""
-    with closing(http.client.HTTPConnection(host, port, timeout=limit_s)) as connection:
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-
-
-def lost_its_port(child: StartedProcess) -> bool:
-    """Whether it found a port taken that was free when it was given to it."""
-    return bool(ADDRESS_IN_USE.search(child.output()))
-
-
-@dataclass
-class Replica:
-    """One server through all of its processes, of which `child` is the newest: starting -> ready -> dead -> starting,
-    until it is given up."""
-
-    plan: ProcessPlan
-    node: Hands
-    child: StartedProcess
-    since: float  # monotonic, of the last start or of the first answer after it; when dead, of the next start
-    state: Literal["starting", "ready", "dead", "given up"] = "starting"
-    was_ready: bool = False
-    num_restarts: int = 0  # in a row
-    address: str = ""  # host:port, once it is known
-
-    @property
-    def may_start_again(self) -> bool:
-        """A signal, a server that had been well, or a port that was free when we looked: bad luck."""
-        code = self.child.exit_code or 0
-        is_luck = code < 0 or self.was_ready or lost_its_port(self.child)
-        return is_luck and self.plan.restart == "alone"
-
-
-class Keeper:
-    """The servers of one start of the run: started together, started again one by one when they die, each on its node,
-    their addresses in the run folder's `servers` file, which the trainer's client follows."""
-
-    def __init__(self, config: RunConfig, folder: RunFolder, nodes: Sequence[Hands], attempt: int) -> None:
-        self._folder, self._nodes = folder, nodes
-        self._node_limit_s = config.launcher.node_timeout_s
-        self._env = {ATTEMPT_VARIABLE: str(attempt)}
-        self._max_restarts = config.recover.max_restarts if config.recover.mode == "auto" else 0
-        self._probe_s = min(PROBE_LIMIT_S, config.watchdog.stall_s / 4)
-        self._startup_limit_s = config.launcher.startup_timeout_s
-        self._num_probes = 0
-        self.replicas: list[Replica] = []
-        # Other machines can reach the servers of several nodes: those of the environment, or of this start alone.
-        own = {name: os.environ.get(name) or secrets.token_hex(32) for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE)}
-        self.keys = own | {"VLLM_API_KEY": own[API_KEY_VARIABLE]} if len(nodes) > 1 else {}
-
-    def start(self, plans: tuple[ProcessPlan, ...]) -> None:
-        for plan in plans:
-            node = self._nodes[plan.node]
-            self.replicas.append(Replica(plan, node, self._start(plan, node), time.monotonic()))
-
-    def _start(self, plan: ProcessPlan, node: Hands) -> StartedProcess:
-        return node.start(plan, self._nodes[0].address, self._env | self.keys)
-
-    def unready(self) -> list[Replica]:
-        """Those that do not answer yet, or are about to be started."""
-        return [r for r in self.replicas if r.state in ("starting", "dead")]
-
-    def addresses(self) -> list[str]:
-        return [r.address for r in self.replicas if r.state != "given up"]
-
-    @property
-    def has_begun(self) -> bool:
-        return all(r.was_ready for r in self.replicas)
-
-    def look(self) -> bool:
-        """One tick: note deaths, start what is due, ask those that are starting for their health. False when there is
-        no server that can be waited for, or one has failed before the run began."""
-        now = time.monotonic()
-        for replica in self.replicas:
-            if replica.state == "dead" and now >= replica.since:
-                self._start_again(replica, now - replica.since)
-            elif replica.state in ("starting", "ready") and replica.child.exit_code is not None:
-                self._died(replica)
-            elif replica.state == "ready" and now - replica.since > STEADY_S:
-                replica.num_restarts = 0
-        self._probe()
-        num_lost = len(self.replicas) - len(self.addresses())
-        return not num_lost or (self.has_begun and num_lost < len(self.replicas))
-
-    def end(self, name: str) -> bool:
-        """End a process that hangs, and all that it has started, if it is a server that `look` then starts again."""
-        for replica in self.replicas:
-            if replica.plan.name == name and replica.num_restarts < self._max_restarts:
-                replica.child.kill()
-                return True
-        return False
-
-    def _died(self, replica: Replica) -> None:
-        name, obituary = replica.plan.name, replica.child.obituary()
-        if replica.may_start_again and replica.num_restarts < self._max_restarts:
-            replica.state = "dead"
-            replica.since = time.monotonic() + min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2**replica.num_restarts)
-            replica.num_restarts += 1
-            say(f"{obituary}\n{name} alone: restart {replica.num_restarts} of at most {self._max_restarts}")
-            return
-        self._give_up(replica, obituary)
-
-    def _give_up(self, replica: Replica, why: str) -> None:
-        replica.state = "given up"
-        replica.child.kill()  # what it left behind may hold memory and devices
-        if self.addresses():
-            say(f"{why}\n{replica.plan.name} is not started again")
-            self._write_addresses()
-
-    def _start_again(self, replica: Replica, waited_s: float) -> None:
-        """As soon as its node is there. Without any server on another node the run is better started again."""
-        if replica.node.loss:
-            is_last = all(r.node.loss for r in self.replicas if r.state != "given up")
-            if is_last or waited_s > self._node_limit_s:
-                self._give_up(replica, f"{replica.node.loss} and has not come back")
-            return
-        replica.child.kill()  # as in `_give_up`
-        replica.child.close()
-        replica.child = self._start(replica.plan, replica.node)
-        replica.state, replica.since = "starting", time.monotonic()
-
-    def _probe(self) -> None:
-        """In turn, for a tick's time, so that frozen ones cannot hold up the watchdog."""
-        starting, end = [r for r in self.replicas if r.state == "starting"], time.monotonic() + TICK_S
-        for _ in starting:
-            self._num_probes += 1
-            self._ask(starting[self._num_probes % len(starting)])
-            if time.monotonic() >= end:
-                break
-
-    def _ask(self, replica: Replica) -> None:
-        host, port = replica.node.address, replica.child.port
-        if port and answers(host, port, replica.plan.ready_path, self._probe_s):
-            replica.state, replica.was_ready, replica.since = "ready", True, time.monotonic()
-            replica.address = f"{host}:{port}"
-            self._write_addresses()
-        elif replica.was_ready and time.monotonic() - replica.since > self._startup_limit_s:
-            say(f"{replica.plan.name} is not healthy after launcher.startup_timeout_s; it is ended")
-            replica.child.kill()
-
-    def _write_addresses(self) -> None:
-        """Replace the file at once, so that readers see a whole list. Dead servers keep their line until they are
-        replaced; those given up lose it."""
-        if self.has_begun:  # before, there are no trainers
-            write_text(self._folder.servers, "".join(f"{address}\n" for address in self.addresses()), durable=False)
-
-
 class Supervisor:
     """Runs a plan once, on `nodes`. Who asks a second time by signal to stop (`stops`, the signals so far) is not made
     to wait for the processes' grace."""
@@ -226,6 +75,7 @@ class Supervisor:
         self.has_trainer = False  # whether the script has come so far that it reports its waits
         self.is_told = False  # the trainers, to stop
         self.all_alive_s = 0.0  # monotonic, when all trainers lived for the last time
+        self.room_s, self.is_full = 0.0, False  # monotonic, when the disk of logs was looked at; what was seen
         self.watchdog = Watchdog(folder, config.watchdog.heartbeat_s, config.watchdog.stall_s)
 
     def run(self) -> None:
@@ -245,10 +95,11 @@ class Supervisor:
         self.note("running")
         try:
             self.start_servers()
-            self.start_trainers()
-            while any(c.exit_code is None for c in self.trainers):
-                self.look()
-                time.sleep(TICK_S)
+            with hold_port(self.nodes[0].address) as held:
+                self.start_trainers(held.getsockname()[1])
+                while any(c.exit_code is None for c in self.trainers):
+                    self.look()
+                    time.sleep(TICK_S)
             self.look()
             if not self.has_trainer:
                 raise RunFailed(
@@ -281,18 +132,18 @@ class Supervisor:
         if keeper.replicas:
             say(f"servers are up after {time.monotonic() - began:.0f} s; trainers load data and model")
 
-    def start_trainers(self) -> None:
-        head = self.nodes[0].address
-        (port,) = free_ports(1, head)
-        env = {ATTEMPT_VARIABLE: str(self.attempt)}
-        env |= {"MASTER_PORT": str(port), "AREAL_LLM_SERVER_ADDRS": ",".join(self.keeper.addresses())}
+    def start_trainers(self, port: int) -> None:
+        """`port`: of rank 0, by which ranks find each other."""
+        env = {ATTEMPT_VARIABLE: str(self.attempt), "MASTER_PORT": str(port)} | self.keeper.keys
+        env |= {"AREAL_LLM_SERVER_ADDRS": ",".join(self.keeper.addresses())}
         for plan in self.plan.trainers:
-            self.trainers.append(self.nodes[plan.node].start(plan, head, env | self.keeper.keys))
+            self.trainers.append(self.nodes[plan.node].start(plan, self.nodes[0].address, env))
 
     def look(self) -> None:
         """One tick: copy the log, raise if a process died or stalled or a stop was asked for."""
         for c in self.trainers[:1]:
             c.echo()
+        self.note_room()
         self.has_trainer |= any((self.folder.waits_dir / f"{c.name}.json").exists() for c in self.trainers)
         if self.stops and self.may_stop():
             raise StopRequested(self.stops[0])
@@ -330,6 +181,18 @@ class Supervisor:
             self.all_alive_s = time.monotonic()
         return time.monotonic() - self.all_alive_s > self.config.launcher.stop_grace_s
 
+    def note_room(self) -> None:
+        """Tell when the disk of logs is full, or is so no more; observe/output.py has processes go on without."""
+        if time.monotonic() - self.room_s < ROOM_S:
+            return
+        self.room_s = time.monotonic()
+        with suppress(OSError):  # a shared folder that fails, which may pass
+            is_full = not os.statvfs(self.folder.logs_dir).f_bavail
+            if is_full != self.is_full:
+                lost = "the run goes on, and what its processes say is lost" if is_full else "there is room again"
+                say(f"the disk of {self.folder.logs_dir} was full: {lost}")
+            self.is_full = is_full
+
     def note(self, state: State, reason: str = "") -> None:
         note_state(self.folder, state, self.attempt, reason)
 
@@ -351,7 +214,8 @@ class Supervisor:
         failed, replicas = self.failed(), self.keeper.replicas
         # A server that was given up while others went on is not why a trainer failed later.
         is_past = bool(failed and self.keeper.addresses())
-        servers = [r for r in replicas if r.child.exit_code is not None and not (is_past and r.state == "given up")]
+        passed = ("drained", "given up") if is_past else ("drained",)
+        servers = [r for r in replicas if r.child.exit_code is not None and r.state not in passed]
         codes = {c.name: c.exit_code or 0 for c in [*failed, *(r.child for r in servers)]}
         dead = [c for c in self.children if c.name in codes]  # servers first
         first = min(dead, key=lambda c: (codes[c.name] > 0, lost_a_peer(c)))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from arealite.api.errors import WaitTimeout
+from arealite.observe.output import outlive_full_disks
 from arealite.observe.processes import SLOT_VARIABLE, Heartbeat, Pulse, WaitRecord, process_state
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.timeline import span
@@ -174,10 +175,12 @@ def configure(run_dir: str | Path, name: str, heartbeat_s: float, stall_s: float
 
 
 def configure_from_env() -> None:
-    """`configure` from what the launcher put into the environment; does nothing in a process started by hand."""
+    """`configure` from what the launcher put into the environment, and output that outlives a full disk; does nothing
+    in a process started by hand."""
     env = os.environ
     run_dir, name = env.get("AREALITE_RUN_DIR"), env.get("AREALITE_PROCESS")
     if run_dir and name and _process.heart is None:
+        outlive_full_disks()
         heartbeat_s, stall_s = env.get("AREALITE_HEARTBEAT_S", "1"), env.get("AREALITE_STALL_S", "300")
         configure(run_dir, name, float(heartbeat_s), float(stall_s))
 

@@ -32,7 +32,7 @@ from arealite.api.types import PER_TOKEN, Batch, Dims, Group, Task, Trajectory
 from arealite.devices import num_accelerators
 from arealite.engine.parallel.ranks import join_ranks, pick_device
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.launcher.child import free_ports
+from arealite.launcher.child import hold_port
 from arealite.observe.waits import waiting
 
 # Largest differences allowed, by compute type: in float32 what another order of sums makes; in bfloat16 what another
@@ -225,7 +225,7 @@ def candidates(configured: Dims, has_experts: bool) -> list[Dims]:
 def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding:
     """`reference` again, by processes of their own. Ranks that die are a FAIL with their error; a layout that the
     engine refuses is skipped."""
-    size, (port,) = dims.size, free_ports(1)
+    size = dims.size
     if 0 < num_accelerators() < size:
         why = f"needs {size} GPUs, one for each rank, and {num_accelerators()} visible"
         return Finding(LAYOUT, str(dims), "skipped", reason=why)
@@ -233,6 +233,8 @@ def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
+    held = hold_port()
+    port = held.getsockname()[1]
     # A file, which ranks map: a process can be sent 256 tensors at most, and a model has more gradients.
     file = Path(tempfile.mkdtemp(prefix="arealite-prove-")) / "reference.pt"
     ranks = [context.Process(target=_rank, args=(rank, sender, port, config, file, dims)) for rank in range(size)]
@@ -253,6 +255,7 @@ def check_layout(config: PPOActorConfig, reference: Step, dims: Dims) -> Finding
             if rank.pid is not None:
                 rank.kill()
                 rank.join()
+        held.close()
         shutil.rmtree(file.parent)
 
 

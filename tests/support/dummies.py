@@ -90,6 +90,14 @@ def trainer(folder: Path, behaviour: str) -> None:
         while True:
             socket.create_connection((host, int(port))).close()
             time.sleep(0.01)
+    if behaviour == "chatter":
+        while not (folder / "quiet").exists():
+            print("a thousand words " * 60, flush=True)
+            time.sleep(0.001)
+        (folder / "is_quiet").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.02)
+        print("it goes on", flush=True)
     if behaviour in ("wait", "fail later"):
         with waits.waiting("groups of step 3", "server-0", LIMIT_S, ["e0-r17 on server-0"]) as wait:
             while not (folder / "go").exists():
