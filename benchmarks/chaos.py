@@ -1,13 +1,16 @@
 """Kill -9 of every role of a real run at random moments, in turn; then account for every sample.
 
     python benchmarks/chaos.py [--launcher local|slurm|ray] [--kills 10] [--faults scancel,node,freeze] [--seed 0]
-        [--steps 48] [key=value ...]
+        [--steps 48] [--wall-minutes 2] [key=value ...]
 
 local: the quickstart with SmolLM2-135M; trainer, server and launcher are killed. slurm and ray: the quickstart with a
 tiny random model on two nodes of a real Slurm (slurmctld, slurmd) or two raylets, all of this machine; trainer, server,
-head and agent are killed, and then each of --faults happens once. The command is given again whenever it was the victim
-or gave up, until the run is done. Ends with the audit of the ledger and one JSON line: kills, faults that nobody named
-within 10 s, lives, samples trained exactly once, violations, checkpoints lost, processes left.
+head and agent are killed, and then each of --faults happens once: freeze (SIGSTOP to the agent for 60 s), node (the
+server's node is lost), on Slurm also scancel, requeue, and memory (a second run asks for more than a node has). With
+--wall-minutes each of the jobs has that limit. The command is given again whenever it was the victim or gave up, until
+the run is done. Ends with the audit of the ledger and one JSON line: faults, which of them nobody named within 10 s (of
+a frozen agent: after launcher.node_silence_s), lives, samples trained exactly once, violations, checkpoints lost,
+processes left.
 """
 
 from __future__ import annotations
@@ -50,13 +53,14 @@ QUICKSTART = (
     "saver.num_kept=null", "evaluator.freq_steps=null", f"train_dataset.batch_size={NUM_PROMPTS}",
 )  # fmt: skip
 NODES = ("cluster.num_nodes=2", "cluster.num_gpus_per_node=0", "launcher.node_silence_s=15")
-JOB = ("launcher.type=slurm", "cluster.num_cores_per_node=2", "cluster.sbatch={mem: 6G}")
+JOB = ("launcher.type=slurm", "cluster.num_cores_per_node=2")
+WARNING_S = 45  # before a wall limit of minutes
 # What the terminal or the job's log says of each fault. A launcher that is killed cannot say so itself.
 NAMED = {
     "trainer-0": r"trainer-0 .*(SIGKILL|is lost)", "server-0": r"server-0 .*(SIGKILL|is lost)",
     "head": r"Killed|the head was killed by SIGKILL", "agent": r"is lost",
     "scancel": r"CANCELLED|cancelled", "requeue": r"requeue|COMPLETING|PENDING|SIGTERM", "node": r"is lost|NODE_FAIL",
-    "freeze": r"is lost",
+    "freeze": r"is lost", "memory": r"Slurm refused the job.*[Mm]emory",
 }  # fmt: skip
 
 
@@ -73,19 +77,23 @@ class Chaos:
         self.choose = random.Random(args.seed)
         self.done: list[str] = []
         self.unnamed: list[str] = []
-        self.slowest_s = 0.0
+        self.naming_s: dict[str, list[float]] = {}
         self.checkpoints: set[str] = set()
         self.lives = self.lost = 0
 
     def start(self) -> None:
         self.lives += 1
-        command = [
+        self.launcher = self.command()
+
+    def command(self, *others: str) -> subprocess.Popen[bytes]:
+        """`arealite run`, given once more."""
+        words = [
             sys.executable, "-m", "arealite.cli", "run", "examples/arealite/quickstart.py",
             "--config", "examples/arealite/quickstart.yaml", f"cluster.fileroot={self.root}", *self.words, *QUICKSTART,
-            f"total_train_steps={self.args.steps}", *self.args.override,
+            f"total_train_steps={self.args.steps}", *self.args.override, *others,
         ]  # fmt: skip
         with open(self.log, "ab") as log:
-            self.launcher = subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=log, stderr=log)
+            return subprocess.Popen(words, cwd=ROOT, env=self.env, stdout=log, stderr=log)
 
     def living(self) -> dict[str, int]:
         """Processes of the run by name, as they report themselves."""
@@ -97,6 +105,12 @@ class Chaos:
             with contextlib.suppress(psutil.NoSuchProcess):
                 found["agent"] = psutil.Process(found["server-0"]).ppid()
         return found
+
+    def agent_variable(self, name: str) -> str:
+        """Of the server's node. Raises LookupError: nobody is there now."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.living()["agent"]).environ()[name]
+        raise LookupError("agent")
 
     def kill(self, victim: str) -> None:
         """Waits for the victim to be there, which may be on its way back. Unblocked by: that, BACK_LIMIT_S, the end."""
@@ -111,9 +125,14 @@ class Chaos:
 
     def freeze(self) -> None:
         """The agent's node stands still for a minute: its agent alone, as nobody else there could say anything."""
-        agent = self.living()["agent"]
-        os.kill(agent, signal.SIGSTOP)
-        self.later = (time.monotonic() + FREEZE_S, lambda: os.kill(agent, signal.SIGCONT))
+        agent = psutil.Process(self.living()["agent"])
+        agent.suspend()
+
+        def wake() -> None:
+            with contextlib.suppress(psutil.NoSuchProcess):  # its job was cancelled
+                agent.resume()
+
+        self.later = (time.monotonic() + FREEZE_S, wake)
 
     later: tuple[float, Callable[[], Any]] | None = None  # what ends a fault, and when
 
@@ -122,18 +141,19 @@ class Chaos:
         offset = self.log.stat().st_size
         try:
             {**dict.fromkeys(self.victims, self.kill), **self.others()}[name](name)
-        except (LookupError, ProcessLookupError):
+        except (LookupError, ProcessLookupError, psutil.NoSuchProcess):
             return False
         began = time.monotonic()
         self.done.append(name)
         print(f"--- {name} ({len(self.done)})", flush=True)
-        pattern, limit_s = NAMED.get(name), NAMED_LIMIT_S + (15 if name in ("freeze", "node") else 0)  # node_silence_s
+        pattern, limit_s = NAMED.get(name), NAMED_LIMIT_S + (15 if name == "freeze" else 0)  # node_silence_s
         while pattern and not re.search(pattern, self.log.read_bytes()[offset:].decode(errors="replace")):
             if time.monotonic() - began > limit_s:
                 self.unnamed.append(name)
+                print(f"not named; said was:\n{self.log.read_text(errors='replace')[-3000:]}", flush=True)
                 break
             time.sleep(0.1)
-        self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+        self.naming_s.setdefault(name, []).append(round(time.monotonic() - began, 1))
         return True
 
     def others(self) -> dict[str, Callable[[str], Any]]:
@@ -175,13 +195,29 @@ class Chaos:
         figures = {
             "benchmark": "chaos", "launcher": self.args.launcher, "faults": len(self.done),
             "by_kind": {name: self.done.count(name) for name in dict.fromkeys(self.done)}, "unnamed": self.unnamed,
-            "slowest_naming_s": round(self.slowest_s, 1), "launcher_lives": self.lives,
+            "slowest_naming_s": {name: max(times) for name, times in self.naming_s.items()},
+            "launcher_lives": self.lives, "requeues": self.requeues(),
             "samples_trained_once": num_trained, "samples_expected": num_expected,
             "violations": len(audited.violations), "checkpoints_lost": self.lost, "processes_left": len(left),
-            "steps": summary["steps"], "wall_s": round(wall_s, 1),
+            "steps": summary["steps"], "wall_s": round(wall_s, 1), **surroundings(),
         }  # fmt: skip
         print(json.dumps(figures))
         return int(bool(audited.violations or self.lost or left or self.unnamed or num_trained != num_expected))
+
+    def requeues(self) -> int:
+        """Times that Slurm has queued a job again."""
+        last = dict(re.findall(r"job (\d+): .*, after (\d+) requeues", self.log.read_text(errors="replace")))
+        return sum(map(int, last.values()))
+
+
+def surroundings() -> dict[str, Any]:
+    """Kind of CPU, load, commit."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    load = round(os.getloadavg()[2], 1)
+    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "commit": commit, "date": time.strftime("%F")}
 
 
 class OnSlurm(Chaos):
@@ -195,14 +231,21 @@ class OnSlurm(Chaos):
             return (self.run / "slurm_job").read_text()
 
         def lose_node(_: str) -> None:
-            self.nodes.fail("n2")
-            self.later = (time.monotonic() + 30, lambda: self.nodes.start_node("n2"))
+            node = self.agent_variable("SLURMD_NODENAME")
+            self.nodes.fail(node)
+            self.later = (time.monotonic() + 30, lambda: self.nodes.start_node(node))
+
+        def ask_for_memory(_: str) -> None:
+            asking = self.command("trial_name=memory", "cluster.sbatch={mem: 900G}")
+            if asking.wait(60) != 2:
+                raise SystemExit(f"a run that asks for 900G ended with exit code {asking.returncode}")
 
         return {
             **super().others(),
             "scancel": lambda _: self.nodes("scancel", job()),
             "requeue": lambda _: self.nodes("scontrol", "requeue", job()),
             "node": lose_node,
+            "memory": ask_for_memory,
         }
 
 
@@ -214,8 +257,9 @@ class OnRay(Chaos):
 
     def others(self) -> dict[str, Callable[[str], Any]]:
         def lose_node(_: str) -> None:
-            self.nodes.kill(1)
-            self.later = (time.monotonic() + 10, lambda: self.nodes.start(1))
+            index = int(self.agent_variable("AREALITE_ADDRESS").rpartition(".")[2]) - 2
+            self.nodes.raylet(index).kill()
+            self.later = (time.monotonic() + 10, lambda: self.nodes.start(index))
 
         return {**super().others(), "node": lose_node}
 
@@ -237,12 +281,9 @@ def chaos_of(args: argparse.Namespace) -> Iterator[Chaos]:
             {**chaos.nodes.env, "AREALITE_ADDRESS": "127.0.0.2"} if args.launcher == "slurm" else chaos.nodes.env
         )
         model = save_tiny_model(resolve_model("smollm2-135m"), root / "model")
-        chaos.words = (
-            *TINY,
-            f"actor.path={model}",
-            *NODES,
-            *(JOB if args.launcher == "slurm" else ("launcher.type=ray",)),
-        )
+        limit = f", time: {args.wall_minutes}, signal: 'B:USR1@{WARNING_S}'" if args.wall_minutes else ""
+        job = (*JOB, f"cluster.sbatch={{mem: 6G{limit}}}") if args.launcher == "slurm" else ("launcher.type=ray",)
+        chaos.words = (*TINY, f"actor.path={model}", *NODES, *job)
         yield chaos
 
 
@@ -251,9 +292,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launcher", choices=("local", "slurm", "ray"), default="local")
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--faults", default="", help="freeze, node; on Slurm also scancel, requeue")
+    parser.add_argument("--faults", default="", help="freeze, node; on Slurm also scancel, requeue, memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--wall-minutes", type=int, default=0, help="limit of each job of Slurm")
     parser.add_argument("--pause-s", type=float, nargs=2, default=(3.0, 45.0), help="between two kills, at random")
     parser.add_argument("override", nargs="*")
     with chaos_of(parser.parse_args()) as chaos:

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 from support.dummies import is_alive
-from support.ray_nodes import OnRay
+from support.ray_nodes import OnRay, RayNodes
 from support.runs import TINY, Run
 
 from arealite.api.cli_args import ClusterSpecConfig
@@ -65,8 +65,6 @@ def test_a_cluster_without_living_nodes_is_refused():
 @pytest.fixture(scope="module")
 def ray_nodes():
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'arealite[ray]'")
-    from support.ray_nodes import RayNodes
-
     with RayNodes() as nodes:
         yield nodes
 
@@ -74,8 +72,6 @@ def ray_nodes():
 @pytest.fixture
 def on_ray(ray_nodes, tmp_path):
     """on_ray(trainers, servers, **overrides) -> a run of dummies; afterwards nothing of it is left."""
-    from support.ray_nodes import OnRay
-
     env = {**ray_nodes.env, **{f"MANY_{i}": f'a "b" $(c)\n{i}' for i in range(200)}}
     folder = tmp_path / "a run"
     for index in (0, 1):

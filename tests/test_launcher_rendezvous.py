@@ -116,21 +116,20 @@ class LyingFolder:
 def test_a_folder_that_fails_now_and_then_never_shows_a_part_nor_an_old_head(tmp_path, monkeypatch, seed):
     """A publication that fails leaves the old place or has made the new one; who looks, looks again."""
     publish(tmp_path, MEETING)
-    lies, published, seen = LyingFolder(monkeypatch, seed), [MEETING], 3
+    lies, meetings, published, seen = LyingFolder(monkeypatch, seed), [MEETING], 3, 3
     for epoch in range(4, 60):
-        meeting = Meeting("127.0.0.1", 4000 + epoch, "ab" * 16, epoch)
+        meetings.append(Meeting("127.0.0.1", 4000 + epoch, "ab" * 16, epoch))
         with contextlib.suppress(OSError):
-            publish(tmp_path, meeting)
-            published.append(meeting)
+            publish(tmp_path, meetings[-1])
+            published = epoch
         try:
             found = find_head(tmp_path, seen)
         except LookupError as error:
             assert "cannot read" in str(error)
             continue
-        # Renamed, and then the folder could not be made durable: as good as published.
-        assert found in (published[-1], meeting)
+        assert found in meetings and found.epoch >= max(seen, published)
         seen = found.epoch
-    assert lies.num_lies > 50 and seen > 40
+    assert lies.num_lies > 30 and seen > 40
 
 
 def test_what_another_user_may_not_read_is_told(tmp_path):

@@ -70,6 +70,8 @@ class RayNodes:
 
     def start(self, index: int) -> None:
         """Start node `index`; 0 is Ray's head, on a port of its own choice. Returns when it has joined."""
+        if index in self._starts:
+            self._starts[index].wait(END_LIMIT_S)
         head = ["--head", "--port=0", "--include-dashboard=false"]
         words = [*head, f"--temp-dir={self._folder}"] if index == 0 else [f"--address={self.address}"]
         log = self._folder / f"node{index}.log"
