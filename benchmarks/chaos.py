@@ -80,6 +80,7 @@ class Chaos:
         self.naming_s: dict[str, list[float]] = {}
         self.checkpoints: set[str] = set()
         self.lives = self.lost = 0
+        self.shared_memory = set(os.listdir("/dev/shm"))
 
     def start(self) -> None:
         self.lives += 1
@@ -199,6 +200,7 @@ class Chaos:
             "launcher_lives": self.lives, "requeues": self.requeues(),
             "samples_trained_once": num_trained, "samples_expected": num_expected,
             "violations": len(audited.violations), "checkpoints_lost": self.lost, "processes_left": len(left),
+            "shared_memory_left": len(set(os.listdir("/dev/shm")) - self.shared_memory),
             "steps": summary["steps"], "wall_s": round(wall_s, 1), **surroundings(),
         }  # fmt: skip
         print(json.dumps(figures))

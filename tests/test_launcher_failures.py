@@ -1,6 +1,5 @@
 """What the launcher says about a dead process: its exit in words, and the one error that matters from its log."""
 
-import os
 import sys
 
 import pytest
@@ -88,14 +87,3 @@ def test_only_what_this_start_wrote_counts(tmp_path, capfd):
     assert child.output() == capfd.readouterr().out == "second start\n"
     assert "ended with exit code 0" in child.obituary() and child.obituary().endswith("says:\n  second start")
     child.log.close()
-
-
-def test_a_full_disk_is_named_when_the_log_cannot(tmp_path, monkeypatch):
-    folder = RunFolder(tmp_path)
-    child = Child.start(ProcessPlan("trainer", 0, (sys.executable, "-c", "raise SystemExit(1)")), folder)
-    child.process.wait(20)
-    assert "is full" not in child.obituary()
-    room = os.statvfs(tmp_path)
-    monkeypatch.setattr(os, "fstatvfs", lambda _: os.statvfs_result([*room[:4], 0, *room[5:10]]))
-    assert "the disk of this log is full" in child.obituary()
-    child.close()

@@ -103,11 +103,6 @@ class Hands(Protocol):
         """End all that is left of the run on this node, and wait for that; names what was."""
 
 
-FULL_DISK = (
-    "\narealite: the disk of this log is full: what was written after this is lost, and may have ended the process\n"
-)
-
-
 @dataclass
 class OwnNode:
     """This machine, with what all processes on it are given in `env`; `slot` numbers the nodes of a run."""
@@ -210,8 +205,7 @@ class Child:
     def output(self) -> str:
         size = os.fstat(self.log.fileno()).st_size
         start = max(self.offset, size - MAX_LOG_BYTES)
-        text = os.pread(self.log.fileno(), size - start, start).decode(errors="replace")
-        return text if os.fstatvfs(self.log.fileno()).f_bavail else text + FULL_DISK  # it could not say so itself
+        return os.pread(self.log.fileno(), size - start, start).decode(errors="replace")
 
     def echo(self, limit_s: float = 0.0) -> None:
         self.echoed += write(STDOUT, os.pread(self.log.fileno(), MAX_COPIED_BYTES, self.echoed), limit_s)
