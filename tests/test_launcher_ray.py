@@ -124,7 +124,8 @@ def test_a_node_that_is_lost_is_named_and_another_takes_its_place(on_ray, ray_no
         ray_nodes.kill(1)
         began = time.monotonic()
         run.until(lambda: "(127.0.0.3), slot 1, is lost: " in run.text(), "name of the lost node")
-        assert time.monotonic() - began < 30
+        run.until(lambda: "slot 1 waits for a node of Ray, in place of " in run.text(), "word of what is waited for")
+        assert time.monotonic() - began < 20
         ray_nodes.start(1)
         run.pid("server-1", old=(first,))
         assert is_alive(trainer) and not is_alive(first)

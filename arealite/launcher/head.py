@@ -343,7 +343,8 @@ class RunHead:
     def _show(self) -> None:
         """The nodes as they were found: at first, and when others are lost or left out."""
         rows, whys = [HEADING], []
-        for slot, node in enumerate([self.own, *self.far]):
+        nodes: list[OwnNode | FarNode] = [self.own, *self.far]
+        for slot, node in enumerate(nodes):
             machine, seen, why = node.machine, ("here", ""), ""
             if isinstance(node, FarNode):
                 seen = ("shared" if node.shares else "its own", f"{node.clock_s:+.1f} s")

@@ -32,6 +32,7 @@ from arealite.observe.waits import waiting
 
 LOOK_S = 0.25
 SILENCE_S = 30.0  # an actor that has not answered for so long is lost
+TELL_S = 5.0  # without a node, before it is told
 SETTLE_S = 3.0  # in which the head ends too, if it has let an agent go
 MAX_SAID_BYTES = 1 << 20  # of what a process says, at one look
 NODES_OWN = ("HOSTNAME", "TMPDIR")  # variables that processes have from their node; all others are the driver's
@@ -86,12 +87,12 @@ class RayNode:
     head or an agent, and is asked again and again how that is. `is_idle`: it is there, and has started nothing."""
 
     def __init__(self, ray: Any, new_actor: Callable[[], Any]) -> None:
-        self._ray, self._new_actor = ray, new_actor
+        self._ray, self._new_actor, self.name = ray, new_actor, ""
         self.place()
 
     def place(self) -> None:
         """Have Ray make an actor, which it does as soon as the bundle has a node."""
-        self.actor, self.name, self.address, self.is_idle = self._new_actor(), "", "", False
+        self.actor, self.address, self.is_idle, self._is_told = self._new_actor(), "", False, False
         self.exit_code: int | None = None
         self.meeting: Meeting | None = None
         self._ask(self.actor.land.remote())
@@ -123,6 +124,12 @@ class RayNode:
         self._offset += len(said)
         self._ask(self.actor.look.remote(self._offset))
         return ""
+
+    def lacks_node(self) -> bool:
+        """Whether Ray has had none for it for TELL_S; once for each actor."""
+        is_late = not (self.address or self._is_told) and time.monotonic() - self._asked_s > TELL_S
+        self._is_told |= is_late
+        return is_late
 
     def has_ended(self, limit_s: float = 0.0) -> bool:
         """Whether its process has, that long ago."""
@@ -247,6 +254,12 @@ def watch(
                 node.place()
             elif node.is_idle and (at := head.meeting) is not None:
                 node.start(AGENT, {**os.environ, HEAD_VARIABLE: f"{at.host}:{at.port}", KEY_VARIABLE: at.key}, slot)
+            elif node.lacks_node():
+                alive = [str(other["NodeManagerAddress"]) for other in ray.nodes() if other["Alive"]]
+                free = told(ray.available_resources())
+                say(
+                    f"slot {slot} waits for a node of Ray, in place of {node.name}; there are {listed(alive)}, free: {free}"
+                )
         for number in stops[num_sent:]:
             head.actor.send.remote(number)
         num_sent = len(stops)

@@ -31,4 +31,4 @@ def outlive_full_disks() -> None:
     """From now on `print` does not raise for want of room."""
     for name in ("stdout", "stderr"):
         log = LogOutput(getattr(sys, name).fileno(), "w", closefd=False)
-        setattr(sys, name, io.TextIOWrapper(log, "utf-8", "backslashreplace", write_through=True))  # type: ignore[arg-type]
+        setattr(sys, name, io.TextIOWrapper(log, "utf-8", "backslashreplace", write_through=True))
