@@ -256,10 +256,8 @@ def watch(
                 node.start(AGENT, {**os.environ, HEAD_VARIABLE: f"{at.host}:{at.port}", KEY_VARIABLE: at.key}, slot)
             elif node.lacks_node():
                 alive = [str(other["NodeManagerAddress"]) for other in ray.nodes() if other["Alive"]]
-                free = told(ray.available_resources())
-                say(
-                    f"slot {slot} waits for a node of Ray, in place of {node.name}; there are {listed(alive)}, free: {free}"
-                )
+                there = f"there are {listed(alive)}, and free in all {told(ray.available_resources())}"
+                say(f"slot {slot} waits for a node of Ray, in place of {node.name}: {there}")
         for number in stops[num_sent:]:
             head.actor.send.remote(number)
         num_sent = len(stops)
