@@ -55,6 +55,7 @@ LONG = """
     test_the_first_node_fails_and_an_agent_has_the_job_queued_again test_a_node_that_fails_ends_nothing_on_the_others
     test_ppo_with_a_critic_in_its_own_layout test_hostile_agents_meet_limits_and_others_are_not_affected
     test_a_session_of_300_turns_is_linear test_two_runs_on_the_same_nodes_do_not_touch_each_other
+    test_a_node_that_is_lost_is_named_and_another_takes_its_place
 """
 
 

@@ -214,7 +214,8 @@ class SlurmJob:
             state = JobState(told["JobState"], told["Reason"], told["NodeList"], code, int(told["Restarts"]))
             if state.word == "PENDING":  # those that have failed, or are drained by somebody
                 asked = ("-p", told["Partition"], "-t", "down,drain,fail,no_respond", "-o", "%N is %T (%E)")
-                state = replace(state, lacking=tuple(dict.fromkeys(answer("sinfo", "-h", "-N", *asked).splitlines())))
+                lines = answer("sinfo", "-h", "-N", *asked).replace("*", " and does not answer").splitlines()
+                state = replace(state, lacking=tuple(dict.fromkeys(lines)))
             return state
         if queued := answer("squeue", "-h", "-o", "%T|%r|%N", "-j", self.id):
             word, reason, nodes = queued.splitlines()[0].split("|")
