@@ -126,10 +126,22 @@ def test_a_changed_system_message_or_tool_begins_a_new_row(tokenizer):
     assert [turn.reason for turn in asyncio.run(talk())] == ["other system message", "other tools"]
 
 
+def test_a_script_is_shown_the_whole_conversation(tokenizer):
+    async def talk():
+        session, shown = session_of(tokenizer, "a", "b"), []
+        session.script = lambda ask, turn: shown.append((turn, len(ask.messages)))
+        first = await session.ask(Ask([user("go")]))
+        await session.ask(Ask([user("go"), first.answer.message(), user("on")]))
+        return shown
+
+    assert asyncio.run(talk()) == [(0, 1), (1, 3)]
+
+
 def test_limits_end_it_with_their_name(tokenizer):
     async def talk():
         session = session_of(tokenizer, "a", limits=SessionLimits(context_length=64, max_turns=1))
-        with pytest.raises(LimitReached, match="maximum context length is 64"):
+        words = r"prompt is too long: \d+ tokens > 64; the maximum context length is 64 "  # that harnesses look for
+        with pytest.raises(LimitReached, match=words):
             await session.ask(Ask([user("long " * 100)]))
         await session.ask(Ask([user("go")]))
         with pytest.raises(LimitReached, match="turns: 1 of 1"):

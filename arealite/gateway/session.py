@@ -281,11 +281,7 @@ class Session:
             most = self.limits.context_length
             room = self.gconfig.max_new_tokens if most is None else most - len(input_ids)
             if room < 1:
-                raise LimitReached(
-                    "context",
-                    f"the prompt has {len(input_ids)} tokens, and the maximum context length is {most}: shorten the"
-                    " history",
-                )
+                raise LimitReached("context", _too_long(len(input_ids), most))
         except RequestError:
             self.num_refused += 1
             raise
@@ -296,7 +292,8 @@ class Session:
         turn = Turn(len(self.turns), prompt.parent, prompt.added_ids, kept, prompt.reason, started_at=time.time())
         self.turns[turn.id] = turn
         listeners = [] if on_answer is None else [on_answer]
-        asking = asyncio.ensure_future(self._sample(turn, ask, prompt, self._request(turn, input_ids, room), listeners))
+        request = self._request(turn, ask, input_ids, room)
+        asking = asyncio.ensure_future(self._sample(turn, ask, prompt, request, listeners))
         self._running.add(asking)
         asking.add_done_callback(self._running.discard)
         asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be nobody's any more
@@ -310,7 +307,7 @@ class Session:
         said = ask.prompt if isinstance(ask.prompt, str) else "".join(str(m.get("content")) for m in ask.messages)
         beginning = said[: MANY_CHARACTERS * most]
         if len(beginning) < len(said) and (num := len(encode(self.prompter.tokenizer, beginning))) > most:
-            raise LimitReached("context", f"the beginning alone has {num} tokens; the context length is {most}")
+            raise LimitReached("context", f"{_too_long(num, most)}, of which this is the beginning alone")
 
     def _check_limits(self) -> None:
         limits = self.limits
@@ -328,12 +325,12 @@ class Session:
                 self.num_refused += 1
                 raise LimitReached(name, f"session {self.id} has used its limit of {name}: {used:g} of {most:g}")
 
-    def _request(self, turn: Turn, input_ids: list[int], room: int) -> GenerationRequest:
+    def _request(self, turn: Turn, ask: Ask, input_ids: list[int], room: int) -> GenerationRequest:
         """As the run samples, whatever the client asked for, but for the length and stop strings."""
-        g, asked, eos = self.gconfig, turn.ask.sampling, self.prompter.tokenizer.eos_token_id
+        g, asked, eos = self.gconfig, ask.sampling, self.prompter.tokenizer.eos_token_id
         left = self.limits.max_tokens - self._num_tokens
         length = max(1, min(asked.get("max_new_tokens") or g.max_new_tokens, g.max_new_tokens, room, left))
-        script = None if self.script is None else self.script(turn.ask, turn.id)
+        script = None if self.script is None else self.script(ask, turn.id)
         return GenerationRequest(
             rid=f"{self.id}.{turn.id}",
             input_ids=input_ids,
@@ -395,3 +392,8 @@ class Session:
     def _text(self, tokens: list[int], loss_mask: list[bool]) -> str:
         ids = tokens[: loss_mask.index(True)] if True in loss_mask else tokens
         return str(self.prompter.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _too_long(num_tokens: int, most: int | None) -> str:
+    """In the words by which harnesses, Claude Code for one, know that they have to shorten their history."""
+    return f"prompt is too long: {num_tokens} tokens > {most}; the maximum context length is {most} tokens"
