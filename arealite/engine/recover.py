@@ -36,6 +36,7 @@ from arealite.engine.optim import moments, set_num_updates
 from arealite.observe import stop
 from arealite.observe.claim import claim
 from arealite.observe.frequency import Frequency
+from arealite.observe.reasons import last_line
 from arealite.observe.waits import in_background, waiting
 
 if TYPE_CHECKING:
@@ -312,7 +313,8 @@ def stage_state(
             # It syncs its files to the disk. torch's own async_save is "experimental and subject to change".
             dcp.save(staged, checkpoint_id=folder / "tensors", process_group=ranks.group)
         except CheckpointException as error:  # no Exception in torch's class tree
-            raise OSError(f"cannot write the trainer's state under {folder}: {error}") from None
+            room, why = shutil.disk_usage(folder).free >> 20, last_line(str(error))
+            raise OSError(f"cannot write the trainer's state under {folder}, {room} MiB are free: {why}") from None
         staged.clear()
         own = folder / f"random-{ranks.rank}.pt"
         torch.save(randoms, own)
