@@ -6,7 +6,7 @@
 local: the quickstart with SmolLM2-135M; trainer, server and launcher are killed. slurm and ray: the quickstart with a
 tiny random model on two nodes of a real Slurm (slurmctld, slurmd) or two raylets, all of this machine; trainer, server,
 head and agent are killed, and then each of --faults happens once: freeze (SIGSTOP to the agent for 60 s), node (the
-server's node is lost), on Slurm also scancel, requeue, and memory (a second run asks for more than a node has). With
+agent's node is lost), on Slurm also scancel, requeue, and memory (a second run asks for more than a node has). With
 --wall-minutes each of the jobs has that limit. The command is given again whenever it was the victim or gave up, until
 the run is done. Ends with the audit of the ledger and one JSON line: faults, which of them nobody named within 10 s (of
 a frozen agent: after launcher.node_silence_s), lives, samples trained exactly once, violations, checkpoints lost,
@@ -102,13 +102,20 @@ class Chaos:
         found = {beat.process: beat.pid for beat in beats if beat is not None and psutil.pid_exists(beat.pid)}
         if self.victims != Chaos.victims and "launcher" in found:
             found["head"] = found["launcher"]
-        if "server-0" in found:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found["agent"] = psutil.Process(found["server-0"]).ppid()
+        for process in psutil.process_iter() if self.victims != Chaos.victims else ():
+            with contextlib.suppress(psutil.Error, OSError, ValueError):
+                words = process.cmdline()
+                if words[1:3] == ["-m", "arealite.launcher.agent"] and self.is_own(words, process.environ()):
+                    found["agent"] = process.pid
         return found
 
+    def is_own(self, words: list[str], env: dict[str, str]) -> bool:
+        """Whether an agent is one of this run."""
+        key = json.loads((self.run / "rendezvous.json").read_text())["key"]
+        return str(self.run) in words or env.get("AREALITE_RUN_KEY") == key
+
     def agent_variable(self, name: str) -> str:
-        """Of the server's node. Raises LookupError: nobody is there now."""
+        """Of the node that is not the head's. Raises LookupError: nobody is there now."""
         with contextlib.suppress(psutil.NoSuchProcess):
             return psutil.Process(self.living()["agent"]).environ()[name]
         raise LookupError("agent")

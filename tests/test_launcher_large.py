@@ -5,6 +5,7 @@ import heapq
 import itertools
 import signal
 import socket
+import threading
 import time as real_time
 from dataclasses import asdict
 
@@ -281,5 +282,12 @@ def test_agents_of_all_nodes_come_together_and_some_are_lost(tmp_path, monkeypat
         real_time.sleep(0.001)
     plan, nodes = head.gather(lambda machines: plan_on(machines, config))
     assert len(nodes) == NUM_NODES - 3 and {p.node for p in plan.processes} == set(range(NUM_NODES - 3))
-    head.close(0)
-    assert all(line.receive(10.0) == {"leave": 0} for line in [*agents[:10], *agents[12:]])
+    closing = threading.Thread(target=head.close, args=(0,), daemon=True)
+    closing.start()
+    for line in [*agents[:10], *agents[12:]]:
+        assert line.receive(10.0) == {"leave": 0}
+        line.send(of=1, code=0, tail="")  # what an agent tells while it is let go resets no connection
+        line.send()
+        line.close()
+    closing.join(20)
+    assert not closing.is_alive()

@@ -157,6 +157,8 @@ class FarNode:
     def lose(self, line: AgentLine, why: str) -> None:
         if self.line is line:
             self.line, self.loss = None, f"node {self.name} is lost: {why}"
+            if why and not any(child.code is None for child in self._children.values()):  # who would say it
+                say(self.loss)
             for child in list(self._children.values()):
                 child.loss = self.loss if child.code is None else ""
 
@@ -286,9 +288,11 @@ class RunHead:
                 else:
                     node.hear(told)
             line.send(leave=self._exit_code)
-            why = "the run is over"
+            while True:  # to the agent's end: closed before, with a word of it unread, the connection would be reset
+                line.receive(LOOK_S)
         except (OSError, KeyError, TypeError, ValueError) as error:
-            why = str(error) if isinstance(error, OSError) else f"its agent speaks another language ({error!r})"
+            if self._exit_code is None:
+                why = str(error) if isinstance(error, OSError) else f"its agent speaks another language ({error!r})"
         finally:
             line.close()
             if node is not None:
