@@ -13,6 +13,7 @@ examples/arealite/gsm8k_grpo.py, on every trainer rank:
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -112,6 +113,8 @@ class Run:
         self._trained, self._dataloader, self._rollout = trained, dataloader, rollout
         self.collective, self.total_steps = trained.collective, dataloader.total_steps
         self.is_head = self.collective.rank == 0
+        if self.is_head:  # what agents of a killed trainer left
+            shutil.rmtree(self.folder.agents_dir, ignore_errors=True)
         timeline.open(self.folder, self.config.stats_logger.timeline, self.collective.rank)
         self._logger = StatsLogger(self.folder, self.config.stats_logger, self.total_steps)
         self._stack.push(self._report)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
@@ -64,25 +65,56 @@ def test_packages_of_agents_over_a_real_model_and_a_kill(address, tiny_llama, tm
             message = events.get_final_message()
         assert message.stop_reason == "max_tokens" and message.usage.output_tokens == 8
         assert gpt.responses.create(model="any", input="Hi", max_output_tokens=8).status == "incomplete"
-        control("/sessions/done/reward", {"value": 1.0})
         control("/sessions/done/finish", {})
+        control("/sessions/done/reward", {"value": 1.0})
         gpt = openai.OpenAI(base_url=lost["base_url"] + "/v1", api_key=lost["key"], timeout=WAIT_S)
         gpt.chat.completions.create(model="any", messages=[USER])
         process.send_signal(signal.SIGKILL)
         process.wait(WAIT_S)
-    lines = [json.loads(line) for line in (tmp_path / "sessions.jsonl").read_text().splitlines()]
-    assert [(line["id"], line["state"]) for line in lines] == [("done", "open"), ("lost", "open"), ("done", "finished")]
-    trace = lines[-1]
+    path = tmp_path / "sessions.jsonl"
+    lines = records(path)
+    assert [(line["id"], line["state"], "reward" in line) for line in lines] == [
+        ("done", "open", False), ("lost", "open", False), ("done", "finished", False), ("done", "finished", True)
+    ]  # fmt: skip
+    trace = lines[2]
     assert [turn["parent"] for turn in trace["turns"]] == [None, 0, None, None]
-    assert trace["turns"][1]["answer"]["content"] == text and trace["rewards"] == {"outcome": 1.0}
+    assert trace["turns"][1]["answer"]["content"] == text
     assert all(len(t["sampled_ids"]) == len(t["logprobs"]) == len(t["versions"]) for t in trace["turns"])
-    with open(tmp_path / "sessions.jsonl", "a") as file:
+    assert done["key"] not in path.read_text() and lost["key"] not in path.read_text()
+    with open(path, "a") as file:
         file.write('{"id": "torn", "sta')
-    log = SessionLog(tmp_path)  # as at the next start
-    assert log.num_lost == 1
-    with pytest.raises(ConfigError, match="another gateway records there"):
-        SessionLog(tmp_path)
+    with gateway(address, tiny_llama, tmp_path) as (_, line, control):
+        assert "1 sessions of a killed one are aborted" in line
+        with pytest.raises(ConfigError, match="another gateway records there"):
+            SessionLog(tmp_path)
+        # What had ended waits for its reward, through any number of kills; what was open is told to be lost.
+        control("/sessions/done/reward", {"value": 0.25, "turn": first.id, "name": "style"})
+        assert asked("/sessions/lost/reward", {"value": 1.0}, control) == (
+            410,
+            "session lost is aborted: the gateway was killed",
+        )
+        for given in (done, lost):
+            gpt = openai.OpenAI(base_url=line.split()[2].rstrip(",") + "/v1", api_key=given["key"], timeout=WAIT_S)
+            with pytest.raises(openai.APIStatusError, match="ended") as refused:
+                gpt.chat.completions.create(model="any", messages=[USER])
+            assert refused.value.status_code == 410
+    log = SessionLog(tmp_path)
+    done = log.ended["done"].trace()
+    assert log.num_lost == 0 and list(log.ended) == ["done", "lost"]
+    assert (done["rewards"], done["turns"][0]["rewards"]) == ({"outcome": 1.0}, {"style": 0.25})
     log.close()
-    SessionLog(tmp_path).close()
-    lines = [json.loads(line) for line in (tmp_path / "sessions.jsonl").read_text().splitlines()]
-    assert [(line["id"], line["state"]) for line in lines[3:]] == [("lost", "aborted")]
+    assert [(line["id"], line["state"]) for line in records(path)[4:]] == [("lost", "aborted"), ("done", "finished")]
+    path.write_text('{"id": "x"}\n')
+    with pytest.raises(ConfigError, match="no record of a session from byte 0 on: KeyError.'started_at'"):
+        SessionLog(tmp_path)
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def asked(path, body, control):
+    """Status and words of a control call that is refused."""
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        control(path, body)
+    return refused.value.code, json.loads(refused.value.read())["error"]["message"]

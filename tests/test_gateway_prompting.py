@@ -238,3 +238,4 @@ def test_a_session_of_300_turns_is_linear(monkeypatch):
     assert sum(encoded) < len(session.text()) + 1000
     assert len(rendered) == 300
     assert sizes[1] < 2.1 * sizes[0]
+    assert json.dumps(session.trace()).count('"tools"') == 1  # harnesses have 100 KB of them

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from aiohttp import web
 
 from arealite.api.errors import ConfigError, RewardError
 from arealite.api.types import Task
+from arealite.launcher.child import kill_leftovers
+from arealite.observe.run_folder import RunFolder
 from arealite.workflow.runners import AgentCommand, AgentCoroutine, AgentFailed, AgentService, Assignment
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
@@ -198,19 +199,24 @@ asyncio.run(main())
 
 
 def test_nothing_is_left_of_a_command_when_the_rollout_head_is_killed(tmp_path):
-    pid_file = tmp_path / "pid"
+    """Also where the launcher at once kills all that it finds of the run, which must not be what ends the rest."""
+    pid_file, folder = tmp_path / "pid", RunFolder(tmp_path / "run")
     agent = DAEMON.replace("PID_FILE", str(pid_file)).replace("REST", "time.sleep(1000)")
     program = HEAD.replace('["WORDS"]', repr([*PYTHON, agent])).replace("LOCKED", "False")
-    head = subprocess.Popen([sys.executable, "-c", program])
+    marks = {"AREALITE_RUN_DIR": str(folder.root), "AREALITE_PROCESS": "trainer-0"}
+    head = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **marks})
     try:
         end = time.monotonic() + 60
         while not (pid_file.exists() and pid_file.read_text().endswith("\n")):
             assert head.poll() is None and time.monotonic() < end
             time.sleep(0.02)
     finally:
-        os.kill(head.pid, signal.SIGKILL)
+        wardens = psutil.Process(head.pid).children()
+        kill_leftovers(folder)
+        head.kill()
         head.wait(10)
-    assert is_gone(int(pid_file.read_text()))
+    assert len(list(folder.agents_dir.iterdir())) == 1  # its folder, which the next start removes
+    assert is_gone(int(pid_file.read_text())) and all(is_gone(warden.pid) for warden in wardens)
 
 
 @asynccontextmanager

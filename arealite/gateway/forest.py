@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -44,6 +44,21 @@ class Turn:
     @property
     def sampled(self) -> list[int]:
         return [] if self.completion is None else self.completion.token_ids
+
+    def record(self, turns: Mapping[int, Turn]) -> dict[str, object]:
+        """All of it, by name; `ask` is without tools that its parent had, which may be longer than all that is said."""
+        is_known = self.parent is not None and self.ask.tools == turns[self.parent].ask.tools
+        c = self.completion
+        return {
+            **{name: value for name, value in vars(self).items() if name not in ("ask", "answer", "completion")},
+            "ask": {name: value for name, value in vars(self.ask).items() if name != "tools" or not is_known},
+            "answer": self.answer.message(),
+            "finish_reason": self.answer.reason,
+            "sampled_ids": self.sampled,
+            "logprobs": [] if c is None else c.logprobs,
+            "versions": [] if c is None else c.versions,
+            "server": "" if c is None else c.server_id,
+        }
 
 
 @dataclass(frozen=True)

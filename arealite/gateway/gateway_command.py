@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import threading
+from collections import OrderedDict, deque
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from filelock import FileLock, Timeout
 from arealite.api.cli_args import GatewayConfig, GenerationHyperparameters, InferenceEngineConfig
 from arealite.api.errors import ConfigError
 from arealite.api.keys import ADMIN_KEY_VARIABLE, Keys, is_exposed
-from arealite.gateway.open_session import OpenSession
-from arealite.gateway.server import Gateway
+from arealite.gateway.open_session import OpenSession, RecordedSession
+from arealite.gateway.server import MAX_ENDED_KEYS, MAX_ENDED_SESSIONS, AnySession, Gateway
 from arealite.models.fetch import resolve_model
 from arealite.models.folder import open_config, open_tokenizer
 from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine, RemotevLLMEngine
@@ -30,10 +31,12 @@ LOG_NAME, KEY_NAME = "sessions.jsonl", "admin_key"
 
 
 class SessionLog:
-    """The file sessions.jsonl of a folder: a line when a session is opened, and its whole record when it has ended.
+    """The file sessions.jsonl of a folder: a line when a session is opened, its whole record when it has ended, and a
+    line for each reward that comes later.
 
     Each is one write, so a kill leaves at most one torn line, which is removed at the next start; what was open then
-    has ended as aborted. One gateway at a time may write.
+    has ended as aborted. `ended` are the newest that had ended, or were lost, with their late rewards, and
+    `key_digests` those of their keys. One gateway at a time may write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,19 +49,49 @@ class SessionLog:
             raise ConfigError(f"--folder {folder}: another gateway records there; give each its own") from error
         path = folder / LOG_NAME
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        raw = path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        os.ftruncate(self._file, len(whole))
-        records = [json.loads(line) for line in whole.splitlines()]
-        ended = {(record["id"], record["started_at"]) for record in records if record["state"] != "open"}
-        lost = [record for record in records if (record["id"], record["started_at"]) not in ended]
-        for record in lost:
-            self._write({**record, "state": "aborted", "error": "the gateway was killed"})
+        self.ended: OrderedDict[str, RecordedSession] = OrderedDict()
+        self.key_digests: deque[bytes] = deque(maxlen=MAX_ENDED_KEYS)
+        lost, num_bytes = dict[tuple[str, float], dict[str, Any]](), 0
+        with open(path, "rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    self._read(json.loads(line), lost)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ConfigError(f"{path}: no record of a session from byte {num_bytes} on: {error!r}") from error
+                num_bytes += len(line)
+        os.ftruncate(self._file, num_bytes)
+        for record in lost.values():
+            aborted = {**record, "state": "aborted", "error": "the gateway was killed"}
+            self._write(aborted)
+            self._keep(aborted)
         self.num_lost = len(lost)
 
+    def _read(self, record: dict[str, Any], still_open: dict[tuple[str, float], dict[str, Any]]) -> None:
+        place = record["id"], record["started_at"]
+        if record["state"] == "open":
+            still_open[place] = record
+            self.key_digests.append(bytes.fromhex(record["key_sha256"]))
+        elif "reward" not in record:
+            still_open.pop(place, None)
+            self._keep(record)
+        elif (session := self.ended.get(record["id"])) and session.started_at == record["started_at"]:
+            session.reward(**record["reward"])
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self.ended[record["id"]] = RecordedSession(record)
+        self.ended.move_to_end(record["id"])
+        if len(self.ended) > MAX_ENDED_SESSIONS:
+            self.ended.popitem(last=False)
+
     def note(self, session: OpenSession) -> None:
-        opened = {"id": session.id, "state": "open", "started_at": session.started_at}
-        self._write(opened if session.state == "open" else session.trace())
+        opened = {"state": "open", "started_at": session.started_at, "key_sha256": session.key_digest.hex()}
+        self._write({"id": session.id, **opened} if session.state == "open" else session.trace())
+
+    def note_late(self, session: AnySession, reward: dict[str, Any]) -> None:
+        of = {"id": session.id, "started_at": session.started_at, "state": session.state}
+        self._write({**of, "reward": reward})
 
     def close(self) -> None:
         os.close(self._file)
@@ -132,7 +165,10 @@ def main(argv: list[str]) -> int:
     try:
         engine.initialize(addresses=args.servers.split(","))
         tokenizer, admin_key = open_tokenizer(args.model), keys.admin or _drawn_key(args.folder)
-        gateway = Gateway(engine, tokenizer, config, sampling, admin_key=admin_key, on_change=log.note)
+        gateway = Gateway(
+            engine, tokenizer, config, sampling, admin_key=admin_key, on_change=log.note, on_late_reward=log.note_late
+        )
+        gateway.remember(log.ended.values(), log.key_digests)
         engine.loop.run(gateway.start(), "gateway.start", START_LIMIT_S)
         lost = f"; {log.num_lost} sessions of a killed one are aborted" if log.num_lost else ""
         print(f"listening on {gateway.address}, sessions in {args.folder / LOG_NAME}{lost}", flush=True)

@@ -9,15 +9,22 @@ import hashlib
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from arealite.api.cli_args import GenerationHyperparameters
 from arealite.api.protocols import InferenceEngine
 from arealite.gateway.asks import Ask, Message
 from arealite.gateway.forest import ids_through
 from arealite.gateway.prompting import Prompter
-from arealite.gateway.session import Session, SessionLimits, SessionState
+from arealite.gateway.session import OUTCOME, Session, SessionLimits, SessionState
+from arealite.gateway.wires.forms import Refusal
 
 MAX_BODIES = 64  # of calls that a retry may mean
+
+
+def digest_of(key: str) -> bytes:
+    """By which a key is known; it says nothing of the key."""
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 
 class OpenSession(Session):
@@ -41,6 +48,7 @@ class OpenSession(Session):
         self.base_url = f"{address}/s/{id}"
         self.conversations: dict[str, list[Message]] = {}  # by the id of a response
         self.turn_ids: dict[str, int] = {}  # by the id of a reply
+        self.key_digest = digest_of(self.key)
         self._on_end = on_end
         self._attempt_of: OrderedDict[bytes, str] = OrderedDict()  # by the digest of a body
 
@@ -71,3 +79,31 @@ class OpenSession(Session):
         super().finish(state, error)
         if was_open:
             self._on_end(self)
+
+    def trace(self) -> dict[str, Any]:
+        return {**super().trace(), "reply_turns": self.turn_ids}
+
+
+class RecordedSession:
+    """One that had ended before the gateway was killed, as sessions.jsonl has it: it is still shown, and rewarded."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self._record = record
+        self.id, self.started_at = record["id"], record["started_at"]
+        self.turn_ids: dict[str, int] = record.get("reply_turns", {})
+        self.state: SessionState = record["state"]
+
+    def reward(self, value: float, turn: int | None = None, name: str = OUTCOME) -> None:
+        """As Session.reward. Raises Refusal: there is no such turn, or its turns were lost."""
+        if "turns" not in self._record:
+            raise Refusal(410, f"session {self.id} is {self.state}: {self._record['error']}", "session_ended")
+        turns = self._record["turns"]
+        if turn is not None and not 0 <= turn < len(turns):
+            raise Refusal(400, f"turn {turn}: session {self.id} has {len(turns)} turns")
+        (self._record if turn is None else turns[turn])["rewards"][name] = value
+
+    def finish(self, state: SessionState = "finished", error: str = "") -> None:
+        """It has ended already."""
+
+    def trace(self) -> dict[str, Any]:
+        return self._record

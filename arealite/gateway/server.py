@@ -6,14 +6,13 @@ Opened by workflow/agent.py in the loop that runs episodes, and by gateway_comma
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
-import math
 import re
 import secrets
+import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from aiohttp import web
@@ -26,7 +25,7 @@ from arealite.api.keys import ADMIN_KEY_VARIABLE, Keys
 from arealite.api.protocols import InferenceEngine
 from arealite.gateway.exchange import ENDED, Feed, exchange, refusal_of
 from arealite.gateway.forest import Turn
-from arealite.gateway.open_session import OpenSession
+from arealite.gateway.open_session import OpenSession, RecordedSession, digest_of
 from arealite.gateway.prompting import Prompter
 from arealite.gateway.session import SessionLimits
 from arealite.gateway.wires.anthropic_messages import MessagesReply, anthropic_error, ask_of
@@ -40,6 +39,8 @@ MAX_ENDED_KEYS = 65536  # late calls with these are told that their session has 
 MAX_ENDED_SESSIONS = 256  # that can still be asked for and rewarded
 STOP_LIMIT_S = 5.0
 
+AnySession = OpenSession | RecordedSession
+
 
 class Gateway:
     """Sessions over one inference engine, and the server by which agents reach them.
@@ -52,7 +53,10 @@ class Gateway:
         model: the name that agents see.
         tool_call_parser: how the model writes calls.
         admin_key: opens the control calls; one is drawn if it is empty.
+        life: ends the id of each session, so that a late word on one of a gateway that was killed is not taken for one
+            on its successor of the same name.
         on_change: called with each session when it is opened and when it has ended.
+        on_late_reward: called with a session that had ended, and its reward: value, turn, name.
     """
 
     def __init__(
@@ -65,16 +69,19 @@ class Gateway:
         model: str = "policy",
         tool_call_parser: str = "auto",
         admin_key: str = "",
+        life: str = "",
         on_change: Callable[[OpenSession], None] = lambda session: None,
+        on_late_reward: Callable[[AnySession, dict[str, Any]], None] = lambda session, reward: None,
     ) -> None:
         self.config, self.gconfig, self.model = config, gconfig, model
         self.control_keys = Keys(admin=admin_key or secrets.token_hex())
         self.address = ""  # http://host:port, once it listens
-        self._engine, self._on_change, self._started_at = engine, on_change, int(time.time())
+        self._engine, self._life, self._started_at = engine, life, int(time.time())
+        self._on_change, self._on_late_reward = on_change, on_late_reward
         self._prompter = Prompter(tokenizer, config.history, tool_call_parser)
         self._open: dict[bytes, OpenSession] = {}  # by the digest of their key, which says nothing of the key
         self._ended_keys: OrderedDict[bytes, None] = OrderedDict()
-        self._by_id: dict[str, OpenSession] = {}
+        self._by_id: dict[str, AnySession] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()  # ids of those that can still be asked for
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._runner: web.AppRunner | None = None
@@ -107,14 +114,14 @@ class Gateway:
             await self._runner.cleanup()
 
     def new_session(self, name: str = "", gconfig: GenerationHyperparameters | None = None) -> OpenSession:
-        """Its id is the name, as far as an address can hold it and no other open session has it; it seeds what is
-        sampled. Raises Refusal: too many are open."""
+        """Its id is the name, as far as an address can hold it and no other open session has it, and the gateway's
+        `life`; the name seeds what is sampled. Raises Refusal: too many are open."""
         config = self.config
         if len(self._open) >= config.max_sessions:
             raise Refusal(429, f"{len(self._open)} sessions are open, the most allowed (gateway.max_sessions)")
         plain = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII) or secrets.token_hex(8)
         numbered = (plain if i == 1 else f"{plain}~{i}" for i in itertools.count(1))
-        place = next(place for place in numbered if place not in self._by_id)
+        place = next(place for place in numbered if place + self._life not in self._by_id)
         limits = SessionLimits(
             config.context_length or SessionLimits.context_length,
             config.max_turns,
@@ -123,16 +130,23 @@ class Gateway:
             config.session_timeout_s,
         )
         sampling = gconfig or self.gconfig
-        session = OpenSession(place, self._engine, self._prompter, sampling, limits, self.address, self._end)
-        self._by_id[place] = self._open[_digest(session.key)] = session
+        id = place + self._life
+        session = OpenSession(id, self._engine, self._prompter, sampling, limits, self.address, self._end)
+        session.seed = place
+        self._by_id[id] = self._open[session.key_digest] = session
         self._on_change(session)
         return session
 
+    def remember(self, sessions: Iterable[RecordedSession], key_digests: Iterable[bytes]) -> None:
+        """What ended before a kill, and the keys of what did or was lost by it."""
+        for session in sessions:
+            self._by_id[session.id], self._ended[session.id] = session, None
+        self._ended_keys.update(dict.fromkeys(key_digests))
+
     def _end(self, session: OpenSession) -> None:
         """It can still be asked for and rewarded until many others have ended."""
-        digest = _digest(session.key)
-        del self._open[digest]
-        self._ended_keys[digest] = None
+        del self._open[session.key_digest]
+        self._ended_keys[session.key_digest] = None
         if len(self._ended_keys) > MAX_ENDED_KEYS:
             self._ended_keys.popitem(last=False)
         self._ended[session.id] = None
@@ -216,7 +230,7 @@ class Gateway:
         """The session whose key a call shows. Raises Refusal."""
         scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
         keys = [request.headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
-        digests = [_digest(key) for key in keys if key]
+        digests = [digest_of(key) for key in keys if key]
         for digest in digests:
             if session := self._open.get(digest):
                 if request.match_info.get("session", session.id) != session.id:
@@ -248,12 +262,14 @@ class Gateway:
         """{value, turn?, name?}: of the session, or of a turn, by its number or by the id of its reply."""
         session, fields = self._of_control(request), await read_json(request)
         value, turn, name = fields.get("value"), fields.get("turn"), fields.get("name", "outcome")
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             raise Refusal(400, f"value: expected a finite number, found {shown(value)}")
         number = session.turn_ids.get(turn) if isinstance(turn, str) else turn
         if turn is not None and type(number) is not int:
             raise Refusal(400, f"turn: this session has no turn {shown(turn)}")
         session.reward(float(value), number, str(name))
+        if session.state != "open":
+            self._on_late_reward(session, {"value": float(value), "turn": number, "name": str(name)})
         return web.json_response({})
 
     async def _finish(self, request: web.Request) -> web.Response:
@@ -278,7 +294,7 @@ class Gateway:
         if not self.control_keys.allow(request.headers.get("Authorization", ""), is_control=True):
             raise Refusal(401, f"control calls need Authorization: Bearer KEY, with the key of {ADMIN_KEY_VARIABLE}")
 
-    def _of_control(self, request: web.Request) -> OpenSession:
+    def _of_control(self, request: web.Request) -> AnySession:
         self._check_admin(request)
         place = request.match_info["id"]
         if place not in self._by_id:
@@ -303,7 +319,3 @@ class Gateway:
             headers["Retry-After"] = "1"
         body = anthropic_error(refusal) if "/v1/messages" in request.path else openai_error(refusal)
         return web.json_response(body, status=refusal.status, headers=headers)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from arealite.api.cli_args import GenerationHyperparameters
@@ -87,6 +87,7 @@ class Session:
         script: Script | None = None,
     ) -> None:
         self.id, self.engine, self.prompter, self.gconfig = id, engine, prompter, gconfig
+        self.seed = id  # of what is sampled
         self.limits = limits or SessionLimits()
         self.state: SessionState = "open"
         self.error = ""
@@ -255,16 +256,9 @@ class Session:
             "splits": splits,
             "turns": [
                 {
-                    **{k: v for k, v in vars(turn).items() if k not in ("ask", "answer", "completion")},
+                    **turn.record(self.turns),
                     "label": labels.get(turn.id, "failed"),
                     "joins": turns[turn.id].parent if turn.id in turns else None,
-                    "ask": asdict(turn.ask),
-                    "answer": turn.answer.message(),
-                    "finish_reason": turn.answer.reason,
-                    "sampled_ids": turn.sampled,
-                    "logprobs": [] if turn.completion is None else turn.completion.logprobs,
-                    "versions": [] if turn.completion is None else turn.completion.versions,
-                    "server": "" if turn.completion is None else turn.completion.server_id,
                 }
                 for turn in self.turns.values()
             ],
@@ -332,7 +326,7 @@ class Session:
         length = max(1, min(asked.get("max_new_tokens") or g.max_new_tokens, g.max_new_tokens, room, left))
         script = None if self.script is None else self.script(ask, turn.id)
         return GenerationRequest(
-            rid=f"{self.id}.{turn.id}",
+            rid=f"{self.seed}.{turn.id}",
             input_ids=input_ids,
             max_new_tokens=length if script is None else len(script),
             min_new_tokens=min(g.min_new_tokens, length) if script is None else 0,

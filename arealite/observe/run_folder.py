@@ -45,6 +45,7 @@ class RunFolder:
     summary_json = _Place("summary.json")
     reward_png = _Place("reward.png")
     rollouts_dir = _Place("rollouts")
+    agents_dir = _Place("agents")  # a folder for each agent's program that runs
     evaluation_dir = _Place("evaluation")
     logs_dir = _Place("logs")
     slurm_job = _Place("slurm_job")  # id of the Slurm job that runs it, or ran it last

@@ -6,6 +6,7 @@ Made by scripts with one of runners.py; run by the rollout head (and by evaluati
 from __future__ import annotations
 
 import asyncio
+import secrets
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arealite.api.cli_args import GatewayConfig, GenerationHyperparameters, InferenceEngineConfig
 from arealite.api.errors import RewardError, WaitTimeout
+from arealite.api.keys import Keys
 from arealite.api.protocols import InferenceEngine
 from arealite.api.types import Status, Task, Trajectory
 from arealite.gateway.open_session import OpenSession
@@ -94,7 +96,8 @@ class AgentWorkflow:
             self.pool.close()
 
     async def _open(self, engine: InferenceEngine) -> Gateway:
-        gateway = Gateway(engine, self.tokenizer, self.config, self.gconfig)
+        keys, life = Keys.from_env(), f"-{secrets.token_hex(3)}"
+        gateway = Gateway(engine, self.tokenizer, self.config, self.gconfig, admin_key=keys.admin, life=life)
         await gateway.start()
         return gateway
 

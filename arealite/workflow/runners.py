@@ -32,7 +32,7 @@ from arealite.api.types import Task
 from arealite.observe.loop_thread import LoopBlocked, SideLoop
 from arealite.observe.processes import SLOT_VARIABLE
 from arealite.observe.reasons import reasons
-from arealite.observe.run_folder import RUN_DIR_VARIABLE
+from arealite.observe.run_folder import RUN_DIR_VARIABLE, RunFolder
 from arealite.observe.waits import bounded
 from arealite.reward.pool import Score
 from arealite.reward.sandbox import SandboxError, best_kind, bubblewrap, readable
@@ -47,7 +47,7 @@ HOUSE = Path("/agent")  # where a locked-up program sees its folder
 FIRST_UID = 3_000_000_000  # of locked-up programs, where root starts them; those of rewards are below
 LOCKED_FILE_BYTES = 1 << 30
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "TZ")
-# By these the launcher finds what a run has left on a machine.
+# By these the launcher finds what a run has left on a machine, and kills it.
 RUN_VARIABLES = (RUN_DIR_VARIABLE, SLOT_VARIABLE, "AREALITE_PROCESS")
 
 
@@ -219,7 +219,7 @@ class AgentCommand:
     @asynccontextmanager
     async def run(self, assignment: Assignment) -> AsyncIterator[AgentEnd]:
         """As AgentRunner.run. Waits for: the program, to the session's limit, and for its warden to end the rest."""
-        house = Path(tempfile.mkdtemp(prefix="arealite-agent-"))
+        house = await asyncio.to_thread(_new_house)
         try:
             words, env = await asyncio.to_thread(self._settle, assignment, house)
             code, output, errors = await self._end_of(words, env, house / "work", assignment.limit_s)
@@ -288,14 +288,15 @@ class AgentCommand:
         def filled(text: str) -> str:
             return re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], match[0]), text)
 
-        env = {name: os.environ[name] for name in (*KEPT_VARIABLES, *RUN_VARIABLES) if name in os.environ}
+        env = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         env |= {"HOME": str(seen / "home"), "OPENAI_BASE_URL": f"{base_url}/v1", "ANTHROPIC_BASE_URL": base_url}
         env |= {"OPENAI_API_KEY": a.api_key, "ANTHROPIC_API_KEY": a.api_key}
         env |= {name: filled(value) for name, value in self.env.items()}
         words, gateway = [filled(word) for word in self.words], None
         if self.is_locked_up:
             words, gateway = self._locked_up(words, house), [place.hostname, place.port or 80]
-        order = {"parent": os.getpid(), "words": words, "gateway": gateway}
+        marks = {name: os.environ[name] for name in RUN_VARIABLES if name in os.environ}
+        order = {"parent": os.getpid(), "words": words, "marks": marks, "gateway": gateway}
         return [*WARDEN, json.dumps(order)], env
 
     def _locked_up(self, words: list[str], house: Path) -> list[str]:
@@ -311,6 +312,15 @@ class AgentCommand:
         inside += ["--die-with-parent", "--proc", "/proc", "--dev", "/dev", "--bind", str(house), str(HOUSE)]
         inside += ["--ro-bind", str(house / "passwd"), "/etc/passwd", "--chdir", str(HOUSE / "work"), "--"]
         return [*inside, *WARDEN, json.dumps(order)]
+
+
+def _new_house() -> Path:
+    """In the run's folder, if there is one: what a killed trainer leaves there, its next start removes (run.py)."""
+    run_dir = os.environ.get(RUN_DIR_VARIABLE)
+    place = RunFolder(Path(run_dir).absolute()).agents_dir if run_dir else None
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="arealite-agent-", dir=place))
 
 
 def too_long(limit_s: float) -> str:

@@ -30,14 +30,15 @@ CHUNK_BYTES = 1 << 16
 
 def main(order: dict[str, Any]) -> int:
     """Run the order's `words` to the end and return the exit code, BY_SIGNAL and more for a signal. `parent` is the
-    process without which nothing goes on; `gateway`, in a lock-up, the place [host, port] where connections lead."""
+    process without which nothing goes on; `marks`, variables by which others find what it started and kill it, which
+    this process has not: it must outlive that; `gateway`, in a lock-up, the place [host, port] of connections."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # what runners.py sends, and the kernel when it died
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != order["parent"]:
         return ENDED
     try:
-        return run(order["words"], order["gateway"])
+        return run(order["words"], order["marks"], order["gateway"])
     except SystemExit:
         return ENDED
     finally:
@@ -45,7 +46,7 @@ def main(order: dict[str, Any]) -> int:
         end_all()
 
 
-def run(words: list[str], gateway: list[Any] | None) -> int:
+def run(words: list[str], marks: dict[str, str], gateway: list[Any] | None) -> int:
     ours, theirs = socket.socketpair()
     child = os.fork()
     if child == 0:
@@ -53,6 +54,7 @@ def run(words: list[str], gateway: list[Any] | None) -> int:
         os.set_inheritable(LINE, gateway is not None)
         os.setsid()
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.environ.update(marks)
         execute(words)
     theirs.close()
     if gateway is not None:
