@@ -72,7 +72,7 @@ class ServerProcess:
             words = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server", *place, *VLLM_FLAGS]
         else:
             env = {**os.environ, **threads, "PYTHONPATH": str(root)}
-            words = [sys.executable, "-m", "arealite.inference.serve", *place]
+            words = [sys.executable, "-P", "-m", "arealite.inference.serve", *place]
         self.command = " ".join(words)
         self.log = tempfile.NamedTemporaryFile("w+", suffix=f"-{kind}.log")  # noqa: SIM115 - read after a failure
         self.process = subprocess.Popen(

@@ -54,11 +54,12 @@ def test_a_stream_is_cumulative_and_ends_with_the_whole(server):
         assert part["meta_info"]["weight_version"] == "0"
 
 
-def test_increments_add_up_to_the_whole(model):
-    with LocalServer(model, incremental_streaming=True) as server:
+@pytest.mark.parametrize("of_server", [True, False])
+def test_increments_add_up_to_the_whole(model, of_server):
+    with LocalServer(model, incremental_streaming=of_server) as server:
         whole = server.post("/generate", asked())[1]
         server.post("/flush_cache", {})
-        parts = events(server, asked())
+        parts = events(server, asked() | ({} if of_server else {"stream_only_new": True}))
     assert len(parts) > 1
     assert "".join(part["text"] for part in parts) == whole["text"]
     assert [i for part in parts for i in part["output_ids"]] == whole["output_ids"]

@@ -1,5 +1,8 @@
 """Integration: client, head, workflow and reward workers against the built-in server on a tiny real model."""
 
+from collections import Counter
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from arealite.api.cli_args import GenerationHyperparameters
 from arealite.api.types import GenerationRequest, Task
 from arealite.reward.number import number_reward
+from arealite.rollout.backends.sglang import NativeBackend
 from arealite.rollout.client import RemoteNativeEngine
 from arealite.weights.link import WeightLink, verify
 from arealite.workflow.rlvr import RLVRWorkflow
@@ -81,6 +85,33 @@ def test_rollout_and_weight_updates_against_the_built_in_server(server, tiny_lla
         workflow.close()
         engine.destroy()
         link.close()
+
+
+def test_an_answer_that_is_followed_is_the_same_and_comes_in_bytes_that_grow_with_its_length(server, monkeypatch):
+    num_bytes, told = Counter(), []
+    follow = NativeBackend.follow
+
+    def weighed(self, so_far, event, server_id):
+        num_bytes[told[-1]] += len(event)
+        return follow(self, so_far, event, server_id)
+
+    monkeypatch.setattr(NativeBackend, "follow", weighed)
+    engine = RemoteNativeEngine(quick_config())
+    try:
+        engine.initialize(addresses=[server])
+        for length in (32, 128):
+            request = GenerationRequest("same", [5, 6, 7], length, ignore_eos=True)
+            [whole] = engine.sample([request])
+            told.append(length)
+            seen: list[list[int]] = []
+            part = engine.loop.run(engine.agenerate(request, seen.append), "followed", 60)
+            assert (part.token_ids, part.versions, part.text) == (whole.token_ids, whole.versions, whole.text)
+            np.testing.assert_allclose(part.logprobs, whole.logprobs, atol=1e-4)
+            assert seen[-1] == whole.token_ids
+            assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(seen))
+    finally:
+        engine.destroy()
+    assert num_bytes[128] < 6 * num_bytes[32]  # 16 times as many, if each event held all so far
 
 
 def test_the_probability_that_a_restriction_cuts_is_measured(server, tmp_path):

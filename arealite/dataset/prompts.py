@@ -86,8 +86,8 @@ def _typed(name: str, value: Any, kind: type, called: str) -> Any:
 def check_variables(tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any], are_known: bool = False) -> None:
     """Raises PromptError for what steers the tokenizer itself, such as another template, rather than its template; and
     if they have to be known, for what the template does not name."""
-    reserved = inspect.signature(tokenizer.apply_chat_template).parameters
     for name in variables:
+        reserved = inspect.signature(tokenizer.apply_chat_template).parameters  # a tenth of a call of an agent
         if name in reserved or name == "messages":
             raise PromptError(f"chat_template_kwargs: {name} cannot be set here")
         if are_known and not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):

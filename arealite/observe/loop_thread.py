@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from arealite.api.errors import ArealiteError, WaitTimeout, WorkflowError
@@ -73,6 +73,16 @@ class LoopThread:
         if started[0].cancelled():
             raise WorkflowError(f"{name} was given up: the run ended")
         return started[0].result()
+
+    def run_all(
+        self, works: Iterable[Coroutine[Any, Any, T]], name: str, beat: Callable[[], None] = lambda: None
+    ) -> list[T]:
+        """The results of coroutines that run at the same time, in order, or what the first that failed raised."""
+
+        async def together() -> list[T]:
+            return await asyncio.gather(*works)
+
+        return self.run(together(), name, beat=beat)
 
     def call(self, function: Callable[[], T], name: str) -> T:
         """Run a plain function in the loop, so that it sees and changes state as the loop does."""

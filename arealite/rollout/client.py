@@ -129,11 +129,7 @@ class RemoteInferenceEngine:
 
     def sample(self, requests: list[GenerationRequest]) -> list[Completion]:
         """Sample now, outside of staleness and ledger; in the order of the requests. Rank 0 only."""
-
-        async def all_of() -> list[Completion]:
-            return await asyncio.gather(*map(self.agenerate, requests))
-
-        return self._live.run(all_of(), "rollout.sample")
+        return self._live.run_all(map(self.agenerate, requests), "rollout.sample")
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Logprobs (temperature 1) of each sequence's own tokens; the first is 0."""
@@ -184,10 +180,7 @@ class RemoteInferenceEngine:
             live.counters.num_events += 1
             return group
 
-        async def all_groups() -> list[Group]:
-            return await asyncio.gather(*(one(i, task) for i, task in enumerate(tasks)))
-
-        return live.run(all_groups(), "rollout.groups", beat=beat)
+        return live.run_all(itertools.starmap(one, enumerate(tasks)), "rollout.groups", beat)
 
     def submit(self, task: Task, workflow: RolloutWorkflow) -> None:
         """Put one task in flight, under the staleness bound. Rank 0 only."""

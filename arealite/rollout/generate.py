@@ -252,7 +252,7 @@ class Generator:
             # A stream holds back text that may be cut off yet.
             if not newest or flight.request.stop or not backend.has_whole_events:
                 raise
-            return backend.parse_part(json.loads(newest), server.id)
+            return backend.parse_part(json.loads(newest) if so_far is None else so_far, server.id)
         except asyncio.CancelledError:
             abort = asyncio.ensure_future(self._abort(server, wire_id))
             self.aborts.add(abort)

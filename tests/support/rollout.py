@@ -269,8 +269,15 @@ class FakeServer:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
 
+        num_shown = 0
+
         async def show(answer: dict[str, Any]) -> None:
-            answer["meta_info"]["finish_reason"] = answer["meta_info"]["finish_reason"] if answer["final"] else None
+            nonlocal num_shown
+            notes, first = answer["meta_info"], num_shown if body.get("stream_only_new") else 0
+            num_shown = len(answer["output_ids"])
+            answer["output_ids"] = answer["output_ids"][first:]
+            notes["output_token_logprobs"] = notes["output_token_logprobs"][first:]
+            notes["finish_reason"] = notes["finish_reason"] if answer["final"] else None
             await response.write(b"data: " + json.dumps(answer).encode() + b"\n\n")
 
         await show({**await self._sample(body, show), "final": True})

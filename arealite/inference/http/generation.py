@@ -45,7 +45,7 @@ TokenIds = Annotated[list[NonNegativeInt], Field(fail_fast=True)]
 
 class GenerateBody(Body):
     """Of one prompt. `num_prompt_tokens` is ours: so many leading tokens are the prompt, what follows was generated
-    before the request was interrupted."""
+    before the request was interrupted; so is `stream_only_new`: events have just what came since the one before."""
 
     text: str | None = None
     input_ids: TokenIds | None = None
@@ -59,6 +59,7 @@ class GenerateBody(Body):
     lora_path: str | None = None
     num_prompt_tokens: PositiveInt | None = None
     stream: bool = False
+    stream_only_new: bool = False
     return_prompt_token_ids: bool = False
 
 
@@ -70,6 +71,7 @@ class GenerateCall:
     batched: bool
     stream: bool
     return_prompt_token_ids: bool
+    only_new: bool
 
 
 def parse_generate(body: Any, limits: ServedLimits) -> GenerateCall:
@@ -91,7 +93,8 @@ def parse_generate(body: Any, limits: ServedLimits) -> GenerateCall:
         raise RequestError(f"{len(requests)} sequences in one body (prompts times n); at most {MAX_REQUESTS} are taken")
     if len({request.rid for request in requests}) != len(requests):
         raise RequestError(f"rid: expected different strings in a batch, found {shown(together['rid'])}")
-    return GenerateCall(requests, bool(places) or len(requests) > 1, one.stream, one.return_prompt_token_ids)
+    is_batch = bool(places) or len(requests) > 1
+    return GenerateCall(requests, is_batch, one.stream, one.return_prompt_token_ids, one.stream_only_new)
 
 
 def _rows(body: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -139,7 +139,7 @@ class ServerRoutes:
     async def _events(self, call: GenerateCall) -> AsyncGenerator[dict[str, Any], None]:
         async with aclosing(self._submissions.growing(call.requests)) as growing:
             async for i, answer in growing:
-                entry = entry_of(answer, call, self._settings.incremental_streaming)
+                entry = entry_of(answer, call, call.only_new or self._settings.incremental_streaming)
                 yield {**entry, "index": i} if call.batched else entry
 
     async def chat(self, request: web.Request) -> web.StreamResponse:

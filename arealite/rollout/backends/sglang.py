@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
@@ -188,6 +189,23 @@ class NativeBackend(SGLangBackend):
 
     def detect(self, facts: Mapping[str, Any], server_id: str) -> NativeBackend:
         return self
+
+    def generate_call(
+        self, request: GenerationRequest, wire_id: str, so_far: list[int], is_followed: bool = False
+    ) -> Call:
+        call = super().generate_call(request, wire_id, so_far, is_followed)
+        return replace(call, body={**(call.body or {}), "stream_only_new": True}) if is_followed else call
+
+    def _joined(self, so_far: Any, event: Any) -> Any:
+        """Of events that have the tokens that are new; what they say of the whole answer, each says anew."""
+        if so_far is None:
+            return event
+        logprobs = so_far["meta_info"]["output_token_logprobs"]
+        logprobs += event["meta_info"]["output_token_logprobs"]
+        so_far["output_ids"] += event["output_ids"]
+        so_far["text"] += event["text"]
+        so_far["meta_info"] = {**event["meta_info"], "output_token_logprobs": logprobs}
+        return so_far
 
     def update_plan(self, meta: WeightUpdateMeta, pause_mode: str) -> UpdatePlan:
         """Everything is read and checked beside the live weights; the session's end swaps it in."""
