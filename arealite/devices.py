@@ -106,7 +106,7 @@ def name_of(device: torch.device) -> str:
 def wait_for(device: torch.device) -> None:
     """Until `device` has done what it was asked for; the CPU always has."""
     if is_gpu(device):
-        torch.accelerator.synchronize(device)
+        torch.get_device_module(device).synchronize(device)
 
 
 def wait_for_stream(device: torch.device) -> None:

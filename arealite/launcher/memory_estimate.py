@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from arealite.api.cli_args import GRPOConfig, LoRAConfig, RunConfig, TrainEngineConfig
 from arealite.api.types import Dims
@@ -60,21 +62,26 @@ class ModelShape:
                 tensors |= {name: math.prod(tensor["shape"]) for name, tensor in header.items()}
             if not tensors:
                 return None
-            hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
-            head_size = config.get("head_dim") or hidden // num_heads
-            return cls(
-                num_parameters=sum(tensors.values()),
-                num_layers=config["num_hidden_layers"],
-                hidden=hidden,
-                intermediate=config.get("intermediate_size", 4 * hidden),
-                vocabulary=config["vocab_size"],
-                query_width=num_heads * head_size,
-                kv_width=(config.get("num_key_value_heads") or num_heads) * head_size,
-                context_length=config.get("max_position_embeddings", KV_TOKENS_PER_SEQUENCE),
-                is_tied="lm_head.weight" not in tensors,
-            )
+            return cls.of(config, sum(tensors.values()), is_tied="lm_head.weight" not in tensors)
         except (OSError, ValueError, KeyError):
             return None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], num_parameters: int, is_tied: bool) -> ModelShape:
+        """That of a model's config.json. Raises KeyError: it is no plain decoder's."""
+        hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
+        head_size = config.get("head_dim") or hidden // num_heads
+        return cls(
+            num_parameters=num_parameters,
+            num_layers=config["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=config.get("intermediate_size", 4 * hidden),
+            vocabulary=config["vocab_size"],
+            query_width=num_heads * head_size,
+            kv_width=(config.get("num_key_value_heads") or num_heads) * head_size,
+            context_length=config.get("max_position_embeddings", KV_TOKENS_PER_SEQUENCE),
+            is_tied=is_tied,
+        )
 
     @property
     def end(self) -> int:
@@ -224,7 +231,7 @@ def _activations(
 ) -> list[tuple[str, float, str]]:
     """What a micro-batch keeps for its backward pass, and the head's working memory."""
     size, checkpointing = DTYPE_BYTES[engine.dtype], engine.gradient_checkpointing
-    total, longest = _tokens(config, shape, engine.share_prompts)
+    total, longest = step_tokens(config, shape, engine.share_prompts)
     total = math.ceil(total / dims.d)
     num_batches = max(1, math.ceil(total / engine.max_tokens_per_mb))
     tokens = max(math.ceil(total / num_batches), min(longest, total))
@@ -244,7 +251,7 @@ def _activations(
     ]
 
 
-def _tokens(config: RunConfig, shape: ModelShape, share_prompts: bool) -> tuple[int, int]:
+def step_tokens(config: RunConfig, shape: ModelShape, share_prompts: bool) -> tuple[int, int]:
     """Computed tokens of a step, over all ranks, and of its longest sequence, if every answer has its full length."""
     source = config.train_dataset
     if not isinstance(config, GRPOConfig):

@@ -1,0 +1,49 @@
+"""Run in a process of its own, which has an accelerator without numbers from then on: `support/shapes.py FOLDER` prints
+one line of JSON, what ranks of the model there take and what is refused."""
+
+import json
+import sys
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
+
+from arealite import devices
+from arealite.api.cli_args import GRPOConfig
+from arealite.api.errors import ConfigError
+from arealite.api.types import Dims
+from arealite.engine import micro_batch
+from arealite.launcher.memory_estimate import trainer_parts
+from arealite.prove.dry_run import KIND, accelerator, run_rank
+
+LAYOUTS = [Dims(), Dims(d=2, t=2, c=2, p=2)]
+
+
+def main(folder: str) -> None:
+    config = GRPOConfig()
+    config.actor.path, config.server.context_length, config.gconfig.max_new_tokens = folder, 128, 64
+    found: dict[str, object] = {}
+    for dims in LAYOUTS:
+        of_stages = [
+            run_rank(folder, config, "actor", config.actor, dims, i * dims.size // dims.p) for i in range(dims.p)
+        ]
+        estimated = {p.name: p.num_bytes for p in trainer_parts(config, of_stages[0][1], dims, None, on_gpu=True)}
+        found[str(dims)] = {"estimated": estimated, "ranks": [(run.num_layers, run.parts) for run, _ in of_stages]}
+    here = devices.accelerator()
+    assert here == accelerator()[0] and devices.num_accelerators() == 1 and devices.device_of(None) == here
+    assert devices.collective_backend(here) == KIND and devices.device_of(f"{KIND}:0") == here
+    try:
+        run_rank(folder, config, "actor", config.actor, Dims(t=3), 0)
+    except ConfigError as error:
+        found["refused"] = str(error)
+    ref, _ = run_rank(folder, config, "ref", config.actor, Dims(d=2), 0)
+    found["ref"] = ref.parts
+    try:  # an index that was left on the CPU
+        with patch.object(micro_batch, "on_device", lambda x, _: torch.from_numpy(x)):
+            run_rank(folder, config, "actor", config.actor, Dims(), 0)
+    except (FakeTensorDeviceMismatchError, RuntimeError) as error:
+        found["mixed up"] = str(error)
+    print(json.dumps(found))
+
+
+main(sys.argv[1])
