@@ -3,10 +3,11 @@
 arealite run examples/arealite/openai_agent.py --config examples/arealite/openai_agent.yaml
 """
 
+import logging
 import sys
 
 from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
-from agents.exceptions import MaxTurnsExceeded
+from agents.exceptions import MaxTurnsExceeded, ModelBehaviorError
 from openai import AsyncOpenAI
 
 from arealite.api.cli_args import GRPOConfig
@@ -18,6 +19,7 @@ from arealite.workflow.agents import AgentWorkflow
 from arealite.workflow.runners import AgentCoroutine
 
 set_tracing_disabled(True)  # it would be sent to OpenAI
+logging.getLogger("openai.agents").setLevel(logging.CRITICAL)  # it tells what the policy does wrong, each time
 
 
 @function_tool
@@ -27,7 +29,8 @@ def add(a: int, b: int) -> int:
 
 
 async def agent(task: Task, base_url: str, api_key: str) -> float:
-    """What its final answer is worth; nothing, if it finds none in four turns."""
+    """What its final answer is worth. Without one in four turns, or where an answer is cut at its length or calls what
+    is not there, the package raises: that is worth nothing. What is raised further would be a failure, and no zero."""
     question = task.messages[-1]["content"]
     async with AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
         adder = Agent(
@@ -39,7 +42,7 @@ async def agent(task: Task, base_url: str, api_key: str) -> float:
         )
         try:
             result = await Runner.run(adder, question, max_turns=4)
-        except MaxTurnsExceeded:
+        except (MaxTurnsExceeded, ModelBehaviorError):
             return 0.0
     return number_reward(question, str(result.final_output), [], [], answer=task.answer)
 
