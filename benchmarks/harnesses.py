@@ -178,7 +178,9 @@ def check(calls: Calls, trajectory: Any, session: Any, model: Any) -> tuple[list
         )
         start += length
         inside = [
-            rid for rid, (ids, done) in calls.items() if row[: len(ids) + len(done.token_ids)] == [*ids, *done.token_ids]
+            rid
+            for rid, (ids, done) in calls.items()
+            if row[: len(ids) + len(done.token_ids)] == [*ids, *done.token_ids]
         ]
         if not any(len(calls[rid][0]) + len(calls[rid][1].token_ids) == length for rid in inside):
             problems.append("P1: a row ends where no answer of the server does")
@@ -333,7 +335,8 @@ def train(argv: list[str]) -> None:
 def two_steps(name: str, folder: str, root: Path) -> dict[str, Any]:
     """What `arealite run` says of two steps with the harness."""
     overrides = [
-        "total_train_steps=2", "train_dataset.batch_size=2", "valid_dataset=null", "evaluator.freq_steps=null", "gconfig.n_samples=2",
+        "total_train_steps=2", "train_dataset.batch_size=2", "valid_dataset=null", "gconfig.n_samples=2",
+        "evaluator.freq_steps=null",
         "gconfig.max_new_tokens=256", "server.dtype=float32", f"server.context_length={CONTEXT}",
         f"server.kv_cache_tokens={2 * CONTEXT}", "server.args={forced-decoding: true}", "actor.dtype=float32",
         f"actor.path={folder}", "rollout.max_head_offpolicyness=0", "gateway.session_timeout_s=400",
