@@ -102,7 +102,7 @@ class Chaos:
         found = {beat.process: beat.pid for beat in beats if beat is not None and psutil.pid_exists(beat.pid)}
         if self.victims != Chaos.victims and "launcher" in found:
             found["head"] = found["launcher"]
-        for process in psutil.process_iter() if self.victims != Chaos.victims else ():
+        for process in psutil.process_iter() if "server-0" in found else ():  # before, the agent need not have joined
             with contextlib.suppress(psutil.Error, OSError, ValueError):
                 words = process.cmdline()
                 if words[1:3] == ["-m", "arealite.launcher.agent"] and self.is_own(words, process.environ()):

@@ -281,6 +281,8 @@ def test_agents_of_all_nodes_come_together_and_some_are_lost(tmp_path, monkeypat
     while sum(bool(node.loss) for node in head.far) < 2:
         real_time.sleep(0.001)
     plan, nodes = head.gather(lambda machines: plan_on(machines, config))
+    said = capfd.readouterr().err.splitlines()
+    assert all(f"arealite: node node-{slot} is lost: the connection was closed" in said for slot in (11, 12))
     assert len(nodes) == NUM_NODES - 3 and {p.node for p in plan.processes} == set(range(NUM_NODES - 3))
     closing = threading.Thread(target=head.close, args=(0,), daemon=True)
     closing.start()

@@ -232,6 +232,17 @@ def test_drained_servers_are_ended_and_nobody_is_missed(tmp_path):
         assert f"server-1 ({places[1]}) is ended: drained: it has ended" in run.text() and "restart" not in run.text()
 
 
+def test_the_last_server_beside_drained_ones_is_missed(tmp_path):
+    with Launched(tmp_path / "run", WAITING, ["ok", "ok"], **{"recover.mode": "off"}) as run:
+        run.pids("server-1", "trainer-0")
+        run.until(run.folder.servers.is_file, "list of servers")
+        places = run.folder.servers.read_text().split()
+        run.folder.servers_json.write_text(json.dumps({"left": {f"http://{places[1]}": "drained"}}))
+        run.until(lambda: run.folder.servers.read_text().split() == places[:1], "shorter list")
+        os.kill(run.pid("server-0"), signal.SIGKILL)
+        assert run.wait() == 1 and "the run stopped: server-0 (pid" in run.text()
+
+
 def test_a_port_is_held_for_the_process_that_is_to_listen():
     with hold_port() as held:
         host, port = held.getsockname()

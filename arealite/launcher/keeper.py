@@ -123,13 +123,13 @@ class Keeper:
         if not self._is_told:
             self._write_addresses()
         num_lost = sum(replica.state == "given up" for replica in self.replicas)
-        return not num_lost or (self.has_begun and num_lost < len(self.replicas))
+        return not num_lost or (self.has_begun and bool(self.addresses()))
 
     def _end_drained(self) -> None:
         """What the client has let go (rollout/roster.py) has no work left, and its place is wanted for something."""
         try:
             left = json.loads(self._folder.servers_json.read_text())["left"]
-        except (OSError, ValueError):  # it is not there yet, or a shared folder shows half of it
+        except (OSError, ValueError, KeyError):  # it is not there yet, or a shared folder shows something else
             return
         reasons = {urlsplit(url).netloc: reason for url, reason in left.items()}
         for replica in self.replicas:
