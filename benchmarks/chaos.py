@@ -1,16 +1,18 @@
 """Kill -9 of every role of a real run at random moments, in turn; then account for every sample.
 
-    python benchmarks/chaos.py [--launcher local|slurm|ray] [--kills 10] [--faults scancel,node,freeze] [--seed 0]
-        [--steps 48] [--wall-minutes 2] [key=value ...]
+    python benchmarks/chaos.py [--launcher local|slurm|ray|agents] [--kills 10] [--faults scancel,node,freeze]
+        [--seed 0] [--steps 48] [--wall-minutes 2] [key=value ...]
 
-local: the quickstart with SmolLM2-135M; trainer, server and launcher are killed. slurm and ray: the quickstart with a
-tiny random model on two nodes of a real Slurm (slurmctld, slurmd) or two raylets, all of this machine; trainer, server,
-head and agent are killed, and then each of --faults happens once: freeze (SIGSTOP to the agent for 60 s), node (the
-agent's node is lost), on Slurm also scancel, requeue, and memory (a second run asks for more than a node has). With
---wall-minutes each of the jobs has that limit. The command is given again whenever it was the victim or gave up, until
-the run is done. Ends with the audit of the ledger and one JSON line: faults, which of them nobody named within 10 s (of
-a frozen agent: after launcher.node_silence_s), lives, samples trained exactly once, violations, checkpoints lost,
-processes left.
+local: the quickstart with SmolLM2-135M; trainer, server and launcher are killed. agents: on this machine too, with a
+tiny random model and the programs of tests/support/agent_run.py, which leave daemons; a program is killed as well,
+daemons are counted among the processes left, and so are rewards that no program has given. slurm and ray: the
+quickstart with a tiny random model on two nodes of a real Slurm (slurmctld, slurmd) or two raylets, all of this
+machine; trainer, server, head and agent are killed, and then each of --faults happens once: freeze (SIGSTOP to the
+agent for 60 s), node (the agent's node is lost), on Slurm also scancel, requeue, and memory (a second run asks for
+more than a node has). With --wall-minutes each of the jobs has that limit. The command is given again whenever it was
+the victim or gave up, until the run is done. Ends with the audit of the ledger and one JSON line: faults, which of them
+nobody named within 10 s (of a frozen agent: after launcher.node_silence_s), lives, samples trained exactly once,
+violations, checkpoints lost, processes left.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from support.agent_run import daemons, programs, wrong_rewards  # noqa: E402
 from support.ray_nodes import RayNodes  # noqa: E402
 from support.runs import TINY, save_tiny_model  # noqa: E402
 from support.slurm import SlurmNodes  # noqa: E402
@@ -68,11 +71,12 @@ class Chaos:
     """One run in `root`, what was done to it, and what it said. `victims` are killed in turn."""
 
     victims = ("trainer-0", "server-0", "launcher")
+    script, config, name = "examples/arealite/quickstart.py", "examples/arealite/quickstart.yaml", "quickstart/addition"
     words: tuple[str, ...] = ()
 
     def __init__(self, root: Path, args: argparse.Namespace) -> None:
         self.root, self.args = root, args
-        self.run, self.log = root / "quickstart" / "addition", root / "terminal"
+        self.run, self.log = root / self.name, root / "terminal"
         self.env: dict[str, str] = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         self.choose = random.Random(args.seed)
         self.done: list[str] = []
@@ -89,8 +93,8 @@ class Chaos:
     def command(self, *others: str) -> subprocess.Popen[bytes]:
         """`arealite run`, given once more."""
         words = [
-            sys.executable, "-m", "arealite.cli", "run", "examples/arealite/quickstart.py",
-            "--config", "examples/arealite/quickstart.yaml", f"cluster.fileroot={self.root}", *self.words, *QUICKSTART,
+            sys.executable, "-m", "arealite.cli", "run", self.script, "--config", self.config,
+            f"cluster.fileroot={self.root}", *self.words, *QUICKSTART,
             f"total_train_steps={self.args.steps}", *self.args.override, *others,
         ]  # fmt: skip
         with open(self.log, "ab") as log:
@@ -198,7 +202,7 @@ class Chaos:
         summary = json.loads((self.run / "summary.json").read_text())
         num_trained = sum(state == "trained" for state in audited.states.values())
         end = time.monotonic() + 30
-        while (left := processes_of_run(self.run.resolve())) and time.monotonic() < end:
+        while (left := self.processes()) and time.monotonic() < end:
             time.sleep(0.2)
         figures = {
             "benchmark": "chaos", "launcher": self.args.launcher, "faults": len(self.done),
@@ -208,10 +212,19 @@ class Chaos:
             "samples_trained_once": num_trained, "samples_expected": num_expected,
             "violations": len(audited.violations), "checkpoints_lost": self.lost, "processes_left": len(left),
             "shared_memory_left": len(set(os.listdir("/dev/shm")) - self.shared_memory),
-            "steps": summary["steps"], "wall_s": round(wall_s, 1), **surroundings(),
+            "steps": summary["steps"], "wall_s": round(wall_s, 1), **self.rewards(), **surroundings(),
         }  # fmt: skip
         print(json.dumps(figures))
-        return int(bool(audited.violations or self.lost or left or self.unnamed or num_trained != num_expected))
+        is_wrong = audited.violations or self.lost or left or self.unnamed or figures.get("rewards_wrong")
+        return int(bool(is_wrong) or num_trained != num_expected)
+
+    def processes(self) -> list[int]:
+        """What lives of the run."""
+        return list(processes_of_run(self.run.resolve()))
+
+    def rewards(self) -> dict[str, int]:
+        """What is wrong with them, where that is known."""
+        return {}
 
     def requeues(self) -> int:
         """Times that Slurm has queued a job again."""
@@ -227,6 +240,24 @@ def surroundings() -> dict[str, Any]:
     commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     load = round(os.getloadavg()[2], 1)
     return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "commit": commit, "date": time.strftime("%F")}
+
+
+class OfAgents(Chaos):
+    """On this machine, with programs as agents."""
+
+    victims = ("trainer-0", "server-0", "program", "launcher")
+    script, config, name = "tests/support/agent_run.py", "examples/arealite/black_box_agent.yaml", "agents/black_box"
+
+    def living(self) -> dict[str, int]:
+        found = super().living()
+        running = programs(found["trainer-0"]) if "trainer-0" in found else []
+        return found | ({"program": self.choose.choice(running)} if running else {})
+
+    def processes(self) -> list[int]:
+        return [*super().processes(), *daemons(str(self.root))]
+
+    def rewards(self) -> dict[str, int]:
+        return dict(zip(("sessions_failed", "rewards_wrong"), wrong_rewards(self.run), strict=True))
 
 
 class OnSlurm(Chaos):
@@ -281,6 +312,12 @@ def chaos_of(args: argparse.Namespace) -> Iterator[Chaos]:
         if args.launcher == "local":
             yield Chaos(root, args)
             return
+        model = save_tiny_model(resolve_model("smollm2-135m"), root / "model")
+        if args.launcher == "agents":
+            with_agents = OfAgents(root, args)
+            with_agents.words = (*TINY, f"actor.path={model}", "server.context_length=512")
+            yield with_agents
+            return
         nodes_dir = root / "nodes"
         nodes_dir.mkdir()
         kind = OnSlurm if args.launcher == "slurm" else OnRay
@@ -289,7 +326,6 @@ def chaos_of(args: argparse.Namespace) -> Iterator[Chaos]:
         chaos.env |= (
             {**chaos.nodes.env, "AREALITE_ADDRESS": "127.0.0.2"} if args.launcher == "slurm" else chaos.nodes.env
         )
-        model = save_tiny_model(resolve_model("smollm2-135m"), root / "model")
         limit = f", time: {args.wall_minutes}, signal: 'B:USR1@{WARNING_S}'" if args.wall_minutes else ""
         job = (*JOB, f"cluster.sbatch={{mem: 6G{limit}}}") if args.launcher == "slurm" else ("launcher.type=ray",)
         chaos.words = (*TINY, f"actor.path={model}", *NODES, *job)
@@ -299,7 +335,7 @@ def chaos_of(args: argparse.Namespace) -> Iterator[Chaos]:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--launcher", choices=("local", "slurm", "ray"), default="local")
+    parser.add_argument("--launcher", choices=("local", "slurm", "ray", "agents"), default="local")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--faults", default="", help="freeze, node; on Slurm also scancel, requeue, memory")
     parser.add_argument("--seed", type=int, default=0)

@@ -30,7 +30,7 @@ KINDS = {
         engine_roles engine_roles_apart engine_weights evaluation_command inference_openai inference_process
         gateway_process launcher_local launcher_print
         observe_watchdog prove recover_background recover_points reward_audit reward_code reward_judges reward_pool
-        reward_sandbox rollout_updates run run_life run_lora
+        reward_sandbox rollout_updates run run_agents run_life run_lora
         run_own_parts run_recovery run_roles run_stalls run_supervised run_wirings server_chaos vllm_server
         weights_group""",
     "model": """engine_actor engine_export engine_flops engine_lora engine_objective gpu_kernels gpu_server gpu_training
@@ -56,6 +56,7 @@ LONG = """
     test_ppo_with_a_critic_in_its_own_layout test_hostile_agents_meet_limits_and_others_are_not_affected
     test_a_session_of_300_turns_is_linear test_two_runs_on_the_same_nodes_do_not_touch_each_other
     test_a_node_that_is_lost_is_named_and_another_takes_its_place
+    test_kills_of_all_that_agents_need_leave_an_exact_ledger_and_no_process
 """
 
 

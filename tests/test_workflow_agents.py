@@ -30,10 +30,11 @@ class Engine:
     """Samples the words given, one after the other, in each session."""
 
     def __init__(self, tokenizer, words):
-        self.tokenizer, self.words, self.prompts = tokenizer, words, []
+        self.tokenizer, self.words, self.prompts, self.rids = tokenizer, words, [], []
 
     async def agenerate(self, request, on_tokens=None):
         self.prompts.append(request.input_ids)
+        self.rids.append(request.rid)
         await asyncio.sleep(0)
         turn = sum(1 for prompt in self.prompts if prompt[: len(request.input_ids)] == request.input_ids) - 1
         said = self.tokenizer.decode(request.input_ids).count("<|im_start|>assistant") - 1
@@ -169,6 +170,26 @@ def test_a_reward_that_comes_later(tokenizer, then, told):
         assert (t.status, t.reward, t.reward_parts) == ("ok", told, parts)
     else:
         assert t.status == ("failed" if told == "bad luck" else "reward_error") and told in t.error
+
+
+def test_a_late_reward_is_not_given_to_the_same_task_of_the_next_start(tokenizer, monkeypatch):
+    """Which samples the same, in a session of another id; with the key that somebody elsewhere knows."""
+    monkeypatch.setenv("AREALITE_ADMIN_API_KEY", "known-elsewhere")
+    seen, headers = [], {"Authorization": "Bearer known-elsewhere"}
+
+    async def agent(task, base_url, api_key):
+        seen.append(base_url.split("/")[-2])
+        if len(seen) > 1:
+            request = urllib.request.Request(
+                base_url.partition("/s/")[0] + f"/sessions/{seen[0]}/reward", b'{"value": 9}', headers
+            )
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                await asyncio.to_thread(urllib.request.urlopen, request, timeout=20)
+        return await two_turns(task, base_url, api_key)
+
+    engines = [run(tokenizer, AgentCoroutine(agent))[1] for _ in range(2)]
+    assert seen[0] != seen[1] and all(name.startswith("e0-r7.0-") for name in seen)
+    assert engines[0].rids == engines[1].rids == ["e0-r7.0.0", "e0-r7.0.1"]
 
 
 async def hostile(task, base_url, api_key):
