@@ -260,7 +260,7 @@ def act_out(name: str, num_sessions: int, folder: str, address: str, model: Any)
             return done
 
     config = GRPOConfig()
-    config.gconfig.n_samples, config.gconfig.max_new_tokens, config.gateway.session_timeout_s = 2, 256, 180.0
+    config.gconfig.n_samples, config.gconfig.max_new_tokens, config.gateway.session_timeout_s = 2, 256, 600.0
     config.gateway.context_length, config.gateway.max_turns = CONTEXT, 16
     config.rollout.consumer_batch_size = config.rollout.max_concurrent_rollouts = 1
     workflow = make_workflow(name, config.gconfig, AutoTokenizer.from_pretrained(folder), config)
