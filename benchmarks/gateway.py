@@ -3,13 +3,16 @@
 python benchmarks/gateway.py [--model smollm2-135m] [--calls 200] [--sessions 1000]
 
 Starts `arealite serve`, and a gateway in this process. First the same request goes through the gateway and to the
-server, in turns; the client's own work counts as the gateway's. Then all sessions ask at once for a stream, and one of
-them does not read. Ends with one JSON line: milliseconds at the median, and memory.
+server, in turns; the client's own work counts as the gateway's. Then a tenth of the sessions, a third and all of them
+ask at once for a stream: first without a slow one among them, then with one that does not read before the others have
+ended. Memory is this process's, client included, while the sessions are open. Ends with one JSON line: milliseconds and
+seconds at the median, and memory.
 """
 
 import argparse
 import asyncio
 import json
+import platform
 import re
 import statistics
 import subprocess
@@ -70,15 +73,30 @@ async def streamed(url: str, key: str, is_slow: bool, released: asyncio.Event) -
     return time.perf_counter() - begun
 
 
-async def crowd(places: list[tuple[str, str]]) -> dict[str, float]:
+async def crowd(places: list[tuple[str, str]], has_slow: bool) -> dict[str, float]:
     released = asyncio.Event()
-    slow = asyncio.create_task(streamed(*places[0], True, released))
+    slow = asyncio.create_task(streamed(*places[0], has_slow, released))
     others = await asyncio.gather(*(streamed(*place, False, released) for place in places[1:]))
-    was_waiting = not slow.done()
+    figures = {"median_s": statistics.median(others), "last_s": max(others)}
+    if has_slow:
+        figures = {f"{name}_beside_slow": value for name, value in figures.items()}
+        figures["slow_was_waiting"] = not slow.done()
     released.set()
     await slow
-    return {"num_sessions": len(places), "slow_was_waiting": was_waiting, "median_s": statistics.median(others),
-            "last_s": max(others)}  # fmt: skip
+    return figures
+
+
+def crowds(engine, gateway, num_sessions: int) -> dict[str, float]:
+    """So many sessions, twice."""
+    before, opened, figures = psutil.Process().memory_info().rss, [], {"num_sessions": num_sessions}
+    for has_slow in (False, True):
+        names = [f"crowd {num_sessions} {has_slow} {i}" for i in range(num_sessions)]
+        sessions = engine.loop.call(lambda names=names: [gateway.new_session(name) for name in names], "open")
+        figures |= asyncio.run(crowd([(s.base_url, s.key) for s in sessions], has_slow))
+        opened += sessions
+    figures["kib_per_session"] = (psutil.Process().memory_info().rss - before) / 1024 / len(opened)
+    engine.loop.call(lambda: [session.finish() for session in opened], "finish")
+    return {name: round(value, 3) for name, value in figures.items()}
 
 
 def main() -> None:
@@ -96,21 +114,20 @@ def main() -> None:
             engine = RemoteNativeEngine(InferenceEngineConfig(max_concurrent_rollouts=args.sessions))
             engine.initialize(addresses=[address])
             tokenizer = AutoTokenizer.from_pretrained(args.model)
-            gateway = Gateway(engine, tokenizer, GatewayConfig(), GenerationHyperparameters(max_new_tokens=64))
+            limits = GatewayConfig(max_sessions=2 * args.sessions + 1)
+            gateway = Gateway(engine, tokenizer, limits, GenerationHyperparameters(max_new_tokens=64))
             engine.loop.run(gateway.start(), "start", LIMIT_S)
             figures = engine.loop.run(compared(engine, gateway, args.calls), "calls", LIMIT_S)
-            before = psutil.Process().memory_info().rss
-            sessions = [
-                engine.loop.call(lambda i=i: gateway.new_session(f"crowd {i}"), "open") for i in range(args.sessions)
-            ]
-            figures |= asyncio.run(crowd([(s.base_url, s.key) for s in sessions]))
-            figures["kib_per_session"] = (psutil.Process().memory_info().rss - before) / 1024 / args.sessions
+            sizes = [max(2, args.sessions // part) for part in (10, 3, 1)]
+            found = [crowds(engine, gateway, size) for size in sizes]
             engine.loop.run(gateway.close(), "close", LIMIT_S)
             engine.destroy()
         finally:
             watchdog.cancel()
             server.kill()
-    print(json.dumps({"benchmark": "gateway", **{k: round(v, 3) for k, v in figures.items()}}))
+    figures = {name: round(value, 3) for name, value in figures.items()}
+    machine = {"machine": platform.processor() or platform.machine(), "cores": psutil.cpu_count()}
+    print(json.dumps({"benchmark": "gateway", **machine, **figures, "crowds": found}))
 
 
 if __name__ == "__main__":
