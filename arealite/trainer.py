@@ -23,19 +23,13 @@ from arealite.evaluation.evaluator import Evaluator
 from arealite.launcher.allocation import AllocationMode, trainer_dims, trainer_layouts
 from arealite.reward.named import named_reward
 from arealite.reward.pool import RewardFunction
-from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine, RemotevLLMEngine
+from arealite.rollout.client import ENGINES, RemoteInferenceEngine
 from arealite.run import Evaluate, Run
 from arealite.weights.handshake import MismatchGuard
 from arealite.weights.link import WeightLink
 from arealite.workflow.agents import AgentWorkflow
 from arealite.workflow.rlvr import RLVRWorkflow
 from arealite.workflow.runners import AgentRunner
-
-ENGINES: dict[str, Callable[..., RemoteInferenceEngine]] = {
-    "native": RemoteNativeEngine,
-    "sglang": RemoteSGLangEngine,
-    "vllm": RemotevLLMEngine,
-}
 
 # Makes a workflow of how it is to sample, for training or for held-out tasks, and the policy's tokenizer: any callable,
 # such as a class.

@@ -92,7 +92,8 @@ class Completion:
 
     `token_ids`, `logprobs` (natural log, full vocabulary, after temperature) and `versions` (of the weights that
     produced the token) have one entry per generated token, the matched stop token included. `num_interruptions`: places
-    where it was stopped and went on, with the same weights or with others.
+    where it was stopped and went on, with the same weights or with others. `num_cached_tokens` of the prompt were in
+    the server's cache when it began.
     """
 
     token_ids: list[int]
@@ -104,6 +105,7 @@ class Completion:
     server_id: str = ""
     latency_s: float = 0.0
     num_interruptions: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Ask:
     is `prompt` instead. `tools` are in the chat form, {"type": "function", "function": {...}}; `tool_choice` is none,
     auto, required or a function's name. `sampling` holds what the client asked for, by the keys of GenerationRequest;
     `num_samples` answers are wanted, each a turn of its own. `template_options` are variables of the chat template.
+    `wants_logprobs`: the answer is to have `sampled`.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -32,6 +33,7 @@ class Ask:
     wire: str = "chat"
     model: str = ""
     template_options: dict[str, Any] = field(default_factory=dict)
+    wants_logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Answer:
     num_tokens: int = 0
     num_cached_tokens: int = 0
     num_reasoning_tokens: int = 0
+    sampled: tuple[tuple[str, list[int], float], ...] = ()  # text, UTF-8 and logprob of each token, if asked for
 
     def message(self) -> Message:
         """The assistant's message of it, as a client would send it back."""

@@ -21,11 +21,8 @@ from arealite.gateway.open_session import OpenSession, RecordedSession
 from arealite.gateway.server import MAX_ENDED_KEYS, MAX_ENDED_SESSIONS, AnySession, Gateway
 from arealite.models.fetch import resolve_model
 from arealite.models.folder import open_config, open_tokenizer
-from arealite.rollout.client import RemoteInferenceEngine, RemoteNativeEngine, RemoteSGLangEngine, RemotevLLMEngine
+from arealite.rollout.client import ENGINES
 
-ENGINES: dict[str, type[RemoteInferenceEngine]] = {
-    "native": RemoteNativeEngine, "sglang": RemoteSGLangEngine, "vllm": RemotevLLMEngine
-}  # fmt: skip
 START_LIMIT_S = 60.0
 LOG_NAME, KEY_NAME = "sessions.jsonl", "admin_key"
 

@@ -5,11 +5,13 @@ Used by session.py; one reader per turn.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PreTrainedTokenizerBase
 
 from arealite.api.types import Completion, GenerationRequest
 from arealite.gateway.asks import Answer, AnswerReason, CallOfTool
-from arealite.inference.core.answers import held_back
+from arealite.inference.core.answers import held_back, token_bytes
 from arealite.inference.openai.tools import ToolCall, ToolUse, read_calls
 
 OPEN_THOUGHT, CLOSE_THOUGHT = "<think>", "</think>"
@@ -49,13 +51,16 @@ class AnswerReader:
             self._begin, self._end = self._end, len(ids)
         return self._answer(held_back(self.said, self._stop), len(ids), None, None)
 
-    def whole(self, completion: Completion) -> Answer:
+    def whole(self, completion: Completion, wants_logprobs: bool = False) -> Answer:
         ids, matched = completion.token_ids, completion.matched
         text = self.said = self._decoded(ids[:-1] if is_ended_by_token(completion) else ids)
         if isinstance(matched, str) and matched in text:
             text = text[: text.rindex(matched)]
         reason: AnswerReason = "length" if completion.finish_reason == "length" else "stop"
-        return self._answer(text, len(ids), reason, matched if isinstance(matched, str) else None)
+        answer = self._answer(text, len(ids), reason, matched if isinstance(matched, str) else None)
+        pairs = zip(ids, completion.logprobs, strict=True) if wants_logprobs else ()
+        sampled = tuple((self._decoded([id]), token_bytes(self._tokenizer, id), logprob) for id, logprob in pairs)
+        return replace(answer, sampled=sampled, num_cached_tokens=completion.num_cached_tokens)
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)) if ids else ""

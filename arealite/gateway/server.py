@@ -28,9 +28,9 @@ from arealite.gateway.forest import Turn
 from arealite.gateway.open_session import OpenSession, RecordedSession, digest_of
 from arealite.gateway.prompting import Prompter
 from arealite.gateway.session import SessionLimits
-from arealite.gateway.wires.anthropic_messages import MessagesReply, anthropic_error, ask_of
-from arealite.gateway.wires.forms import Refusal, Reply
-from arealite.gateway.wires.openai_chat import ChatReply, CompletionReply, clean_messages, openai_error
+from arealite.gateway.wires.anthropic_messages import MessagesReply, anthropic_error
+from arealite.gateway.wires.forms import Refusal, Reply, clean_messages
+from arealite.gateway.wires.openai_chat import ChatReply, CompletionReply, openai_error
 from arealite.gateway.wires.openai_responses import ResponsesReply
 from arealite.inference.http.bodies import read_json, shown
 
@@ -203,8 +203,8 @@ class Gateway:
     async def _count_tokens(self, request: web.Request) -> web.Response:
         """No turn comes of it."""
         session = self._session(request)
-        ask, _ = ask_of(await read_json(request), self.model)
-        return web.json_response({"input_tokens": session.num_prompt_tokens(ask)})
+        reply = MessagesReply(await read_json(request), self.model)
+        return web.json_response({"input_tokens": session.num_prompt_tokens(reply.ask)})
 
     async def _models(self, request: web.Request) -> web.Response:
         self._session(request)

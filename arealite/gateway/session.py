@@ -353,7 +353,11 @@ class Session:
                 listener(answer)
 
         completion = await self.engine.agenerate(request, tell if listeners else None)  # nobody reads: no stream
-        turn.completion, turn.answer, turn.ended_at = completion, reader.whole(completion), time.time()
+        turn.completion, turn.answer, turn.ended_at = (
+            completion,
+            reader.whole(completion, ask.wants_logprobs),
+            time.time(),
+        )
         self._num_tokens += len(completion.token_ids)
         self._num_calls += len(turn.answer.calls)
         if completion.token_ids:

@@ -256,13 +256,12 @@ class RemoteInferenceEngine:
         """Counts and means since the last call, and the servers that take requests now (rank 0; empty elsewhere)."""
         if not self.is_head:
             return {}
-        live = self._live
 
         def drain() -> dict[str, float]:
-            num_alive = sum(server.state in ("serving", "draining") for server in live.router.servers)
-            return live.counters.drain() | {"num_servers_alive": float(num_alive)}
+            num_alive = sum(server.state in ("serving", "draining") for server in self._live.router.servers)
+            return self._live.counters.drain() | {"num_servers_alive": float(num_alive)}
 
-        return live.call(drain, "rollout.stats")
+        return self._live.call(drain, "rollout.stats")
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state for a recovery point: what is in flight, and finished groups that were not trained on."""
@@ -389,3 +388,6 @@ class RemotevLLMEngine(RemoteInferenceEngine):
     """Client of vLLM servers."""
 
     backend = VLLMBackend
+
+
+ENGINES = {engine.backend.name: engine for engine in (RemoteNativeEngine, RemoteSGLangEngine, RemotevLLMEngine)}

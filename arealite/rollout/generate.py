@@ -43,6 +43,7 @@ class Flight:
     told: list[int] = field(default_factory=list)  # to `on_tokens`
     text: str = ""
     cut_mass: float = 0.0  # see Segment
+    num_cached: int | None = None  # of the first part
     cuts: set[int] = field(default_factory=set)  # numbers of tokens after which it was stopped, and went on
     num_failures: int = 0  # in a row
     num_empty_aborts: int = 0  # in a row
@@ -55,6 +56,7 @@ class Flight:
         self.versions += part.versions
         self.text += part.text
         self.cut_mass += part.cut_mass
+        self.num_cached = part.num_cached if self.num_cached is None else self.num_cached
 
     def tell(self, new_ids: list[int]) -> None:
         """Whoever follows: `new_ids` came after those that are kept. What was told and lost is not told otherwise."""
@@ -304,6 +306,7 @@ class Generator:
             server_id=flight.server_id,
             latency_s=latency_s,
             num_interruptions=num_interruptions,
+            num_cached_tokens=flight.num_cached or 0,
         )
 
 

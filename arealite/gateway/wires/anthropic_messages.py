@@ -5,27 +5,13 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from arealite.gateway.asks import Answer, Ask, CallOfTool, Message
-from arealite.gateway.wires.forms import (
-    AnswerBlock,
-    AnswerBlocks,
-    BlockKind,
-    Refusal,
-    Reply,
-    SamplingBody,
-    blocks_of,
-    checked_choice,
-    function_tool,
-    new_id,
-    sampling_of,
-    sse,
-    text_of,
-    text_part,
-)
-from arealite.gateway.wires.openai_chat import clean_messages
-from arealite.inference.http.bodies import checked, json_object, shown
+from arealite.gateway.asks import Answer, Message
+from arealite.gateway.wires import forms
+from arealite.gateway.wires.forms import Refusal, Reply
+from arealite.inference.core.requests import Body, StopStrings
+from arealite.inference.http.bodies import checked
 
 REASONS = {"stop": "end_turn", "stop_string": "stop_sequence", "length": "max_tokens", "tool_calls": "tool_use"}
 KINDS = {
@@ -35,20 +21,60 @@ KINDS = {
 }  # fmt: skip
 SIGNATURE = "arealite"  # clients want one beside what was thought, and send it back
 BILLING = "x-anthropic-billing-header:"  # a line of Claude Code's that changes with each call
-CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-_PREFIXES: dict[BlockKind, str] = {"reasoning": "thinking", "text": "text", "call": "toolu"}
+CHOICES = {"any": "required"}
+BLOCKS = ("tool_result", "tool_use", "thinking", "redacted_thinking")  # all others are text
+DELTAS = {"reasoning": "thinking", "text": "text", "call": "input_json"}
+KEYS = {"reasoning": "thinking", "text": "text", "call": "partial_json"}
 
 
-class MessagesBody(SamplingBody):
-    model: str = ""
-    messages: list[Any]
-    system: Any = ""
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop_sequences: list[str] = Field(default_factory=list)
-    tools: list[Any] = Field(default_factory=list)
+class ContentBlock(Body):
+    """Of a message, whatever its type."""
+
+    type: str = ""
+    text: str = ""
+    thinking: str = ""
+    id: str = ""
+    name: Any = None
+    input: Any = None
+    tool_use_id: str = ""
+    content: forms.Texts = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_text(cls, given: Any) -> Any:
+        is_other = isinstance(given, dict) and given.get("type") in BLOCKS
+        return given if is_other else {"type": "text", "text": forms.text_of(given)}
+
+
+class ClaudeMessage(Body):
+    role: Any = None
+    content: Annotated[list[ContentBlock], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+
+    def messages(self) -> list[Message]:
+        """Results of tools come before what its author says."""
+        blocks = self.content
+        results: list[Message] = [
+            {"role": "tool", "content": "\n".join(b.content), "tool_call_id": b.tool_use_id}
+            for b in blocks
+            if b.type == "tool_result"
+        ]
+        texts = [b.text for b in blocks if b.type == "text"]
+        message: Message = {"role": self.role, "content": ("" if self.role == "assistant" else "\n").join(texts)}
+        if calls := [forms.call_message(b.id, b.name, b.input or {}) for b in blocks if b.type == "tool_use"]:
+            message["tool_calls"] = calls
+        if thought := "".join(b.thinking for b in blocks):
+            message["reasoning_content"] = thought
+        return [*results, *([message] if texts or self.role != "user" else [])]
+
+
+class MessagesBody(forms.AskBody):
+    messages: list[ClaudeMessage]
+    system: forms.Texts = Field(default_factory=list)
+    max_tokens: forms.Length = None
+    stop_sequences: StopStrings = ()
     tool_choice: dict[str, Any] = Field(default_factory=dict)
     thinking: dict[str, Any] = Field(default_factory=dict)
-    stream: bool = False
+    output_config: dict[str, Any] = Field(default_factory=dict)
 
 
 def anthropic_error(refusal: Refusal, request_id: str = "") -> dict[str, Any]:
@@ -57,120 +83,65 @@ def anthropic_error(refusal: Refusal, request_id: str = "") -> dict[str, Any]:
     return {"type": "error", "error": error, "request_id": request_id or None}
 
 
-def _system(given: Any) -> list[Message]:
-    blocks = [{"text": given}] if isinstance(given, str) else given
-    if isinstance(blocks, list):
-        blocks = [b for b in blocks if not (isinstance(b, dict) and str(b.get("text", "")).startswith(BILLING))]
-    text = text_of("system", blocks)
-    return [{"role": "system", "content": text}] if text else []
-
-
-def _messages(place: str, given: Any) -> list[Message]:
-    """Of one message: results of tools come before what its author says."""
-    fields = json_object(place, given)
-    role, content = fields.get("role"), fields.get("content")
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(blocks, list):
-        raise Refusal(400, f"{place}.content: expected text or a list of blocks, found {shown(content)}")
-    results: list[Message] = []
-    calls, texts, thought = [], [], ""
-    for i, given_block in enumerate(blocks):
-        block = json_object(f"{place}.content[{i}]", given_block)
-        kind, at = block.get("type"), f"{place}.content[{i}]"
-        if kind == "tool_result":
-            text = text_of(f"{at}.content", block.get("content"))
-            results.append({"role": "tool", "content": text, "tool_call_id": str(block.get("tool_use_id", ""))})
-        elif kind == "tool_use":
-            function = {"name": block.get("name"), "arguments": block.get("input") or {}}
-            calls.append({"id": str(block.get("id", "")), "type": "function", "function": function})
-        elif kind == "thinking":
-            thought += text_of(f"{at}.thinking", block.get("thinking"))
-        elif kind == "document":
-            source = json_object(f"{at}.source", block.get("source"))
-            texts.append(text_part(at, source.get("data") if source.get("type") == "text" else block))
-        elif kind != "redacted_thinking":
-            texts.append(text_part(at, block))
-    message: Message = {"role": role, "content": ("" if role == "assistant" else "\n").join(texts)}
-    message |= {"tool_calls": calls} if calls else {}
-    message |= {"reasoning_content": thought} if thought else {}
-    return [*results, *([message] if texts or role != "user" else [])]
-
-
-def _tools(given: list[Any]) -> list[dict[str, Any]]:
-    """Those that a model can be told of; tools that Anthropic's servers run have a type and no schema."""
-    tools = []
-    for i, tool in enumerate(given):
-        fields = json_object(f"tools[{i}]", tool)
-        if "input_schema" not in fields and fields.get("type", "custom") != "custom":
-            continue
-        if not isinstance(fields.get("name"), str):
-            raise Refusal(400, f"tools[{i}].name: expected a name, found {shown(fields.get('name'))}")
-        tools.append(function_tool(fields["name"], fields.get("description"), fields.get("input_schema")))
-    return tools
-
-
-def ask_of(fields: dict[str, Any], model: str) -> tuple[Ask, bool]:
-    """What is asked, and whether as a stream. Raises RequestError: the body is wrong."""
-    body = checked(MessagesBody, fields)
-    tools = _tools(body.tools)
-    kind = body.tool_choice.get("type", "auto")
-    choice = body.tool_choice.get("name") if kind == "tool" else CHOICES.get(kind, kind)
-    given = [m for i, message in enumerate(body.messages) for m in _messages(f"messages[{i}]", message)]
-    thinks = body.thinking.get("type")
-    ask = Ask(
-        messages=clean_messages([*_system(body.system), *given] if body.messages else []),
-        tools=tools,
-        tool_choice=checked_choice(choice, tools),
-        sampling=sampling_of(body, body.max_tokens, body.stop_sequences),
-        wire="messages",
-        model=body.model or model,
-        template_options={} if thinks is None else {"enable_thinking": thinks != "disabled"},
-    )
-    return ask, body.stream
-
-
 class MessagesReply(Reply):
     """Of messages. Raises RequestError: the body is wrong."""
 
-    ping: ClassVar[bytes] = sse({"type": "ping"}, "ping")
+    ping: ClassVar[bytes] = b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def __init__(self, fields: dict[str, Any], model: str) -> None:
-        self.ask, self.is_stream = ask_of(fields, model)
-        self.id = new_id("msg")
-        self._blocks = AnswerBlocks(_PREFIXES)
-        self._has_begun = False
+        body = checked(MessagesBody, fields)
+        forms.refuse_format("output_config.format", body.output_config.get("format"))
+        # Tools that Anthropic's servers run have a type and no schema; a model cannot be told of them.
+        tools = [
+            forms.function_tool(f"tools[{i}]", tool, tool.get("input_schema"))
+            for i, tool in enumerate(body.tools)
+            if "input_schema" in tool or tool.get("type", "custom") == "custom"
+        ]
+        kind, thinks = body.tool_choice.get("type", "auto"), body.thinking.get("type")
+        system = "\n".join(text for text in body.system if not text.startswith(BILLING))
+        said = [message for given in body.messages for message in given.messages()]
+        told = [{"role": "system", "content": system}] if system and said else []
+        ask = body.ask(
+            "messages",
+            model,
+            body.max_tokens,
+            body.stop_sequences,
+            messages=forms.clean_messages([*told, *said]),
+            tools=tools,
+            tool_choice=body.tool_choice.get("name") if kind == "tool" else CHOICES.get(kind, kind),
+            template_options={} if thinks is None else {"enable_thinking": thinks != "disabled"},
+        )
+        super().__init__(ask, body.stream, "msg")
 
-    def grown(self, choice: int, answer: Answer) -> bytes:
-        events: list[tuple[str, dict[str, Any]]] = []
-        if not self._has_begun:
-            begun = {**self._message([], answer), "stop_reason": None, "stop_sequence": None}
-            events.append(("message_start", {"message": begun}))
-            self._has_begun = True
-        for act, block, text in self._blocks.news(answer):
-            if act == "open":
-                events.append(("content_block_start", {"index": block.index, "content_block": _opening(block)}))
-            elif act == "more":
-                events.append(("content_block_delta", {"index": block.index, "delta": _delta(block, text)}))
-            else:
-                if block.kind == "reasoning":
-                    signed = {"type": "signature_delta", "signature": SIGNATURE}
-                    events.append(("content_block_delta", {"index": block.index, "delta": signed}))
-                events.append(("content_block_stop", {"index": block.index}))
-        return b"".join(sse({"type": name, **payload}, name) for name, payload in events)
+    def first_events(self, answer: Answer) -> list[dict[str, Any]]:
+        begun = {**self._message([], answer), "stop_reason": None, "stop_sequence": None}
+        return [{"type": "message_start", "message": begun}]
 
-    def ended(self, answers: list[Answer]) -> bytes:
-        (answer,) = answers
-        delta = {"stop_reason": REASONS[answer.reason or "stop"], "stop_sequence": answer.matched}
-        told: dict[str, Any] = {"delta": delta, "usage": _usage(answer)}
-        events: list[tuple[str, dict[str, Any]]] = [("message_delta", told), ("message_stop", {})]
-        return b"".join(sse({"type": name, **payload}, name) for name, payload in events)
+    def events(
+        self, choice: int, answer: Answer, act: forms.Act, part: forms.AnswerPart, text: str
+    ) -> list[dict[str, Any]]:
+        place = {"index": part.index}
+        if act == "open":
+            return [{"type": "content_block_start", **place, "content_block": _block(part, "")}]
+        if act == "more":
+            delta = {"type": f"{DELTAS[part.kind]}_delta", KEYS[part.kind]: text}
+            return [{"type": "content_block_delta", **place, "delta": delta}]
+        if act == "end":
+            return []
+        signature = {"type": "signature_delta", "signature": SIGNATURE}
+        signed = [{"type": "content_block_delta", **place, "delta": signature}] if part.kind == "reasoning" else []
+        return [*signed, {"type": "content_block_stop", **place}]
+
+    def last_events(self, answers: list[Answer]) -> list[dict[str, Any]]:
+        message = self._message([], answers[0])
+        delta = {key: message[key] for key in ("stop_reason", "stop_sequence")}
+        return [{"type": "message_delta", "delta": delta, "usage": message["usage"]}, {"type": "message_stop"}]
 
     def whole(self, answers: list[Answer]) -> dict[str, Any]:
-        (answer,) = answers
-        return self._message([_content(block) for block in blocks_of(answer, _PREFIXES)], answer)
+        return self._message([_block(part, SIGNATURE) for part in forms.parts_of(answers[0])], answers[0])
 
-    def failed(self, refusal: Refusal) -> bytes:
-        return sse(anthropic_error(refusal, self.id), "error")
+    def error(self, refusal: Refusal) -> dict[str, Any]:
+        return anthropic_error(refusal, self.id)
 
     def _message(self, content: list[dict[str, Any]], answer: Answer) -> dict[str, Any]:
         return {
@@ -181,41 +152,19 @@ class MessagesReply(Reply):
             "content": content,
             "stop_reason": REASONS[answer.reason or "stop"],
             "stop_sequence": answer.matched,
-            "usage": _usage(answer),
+            "usage": {
+                "input_tokens": answer.num_prompt_tokens - answer.num_cached_tokens,
+                "cache_read_input_tokens": answer.num_cached_tokens,
+                "cache_creation_input_tokens": 0,
+                "output_tokens": answer.num_tokens,
+                "output_tokens_details": {"thinking_tokens": answer.num_reasoning_tokens},
+            },
         }
 
 
-def _usage(answer: Answer) -> dict[str, Any]:
-    return {
-        "input_tokens": answer.num_prompt_tokens - answer.num_cached_tokens,
-        "cache_read_input_tokens": answer.num_cached_tokens,
-        "cache_creation_input_tokens": 0,
-        "output_tokens": answer.num_tokens,
-        "output_tokens_details": {"thinking_tokens": answer.num_reasoning_tokens},
-    }
-
-
-def _content(block: AnswerBlock) -> dict[str, Any]:
-    if block.kind == "reasoning":
-        return {"type": "thinking", "thinking": block.text, "signature": SIGNATURE}
-    if block.call is not None:
-        return _tool_use(block.call, json.loads(block.text or "{}"))
-    return {"type": "text", "text": block.text, "citations": None}
-
-
-def _opening(block: AnswerBlock) -> dict[str, Any]:
-    if block.kind == "reasoning":
-        return {"type": "thinking", "thinking": "", "signature": ""}
-    return {"type": "text", "text": ""} if block.call is None else _tool_use(block.call, {})
-
-
-def _tool_use(call: CallOfTool, given: Any) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call.id, "name": call.name, "input": given}
-
-
-def _delta(block: AnswerBlock, text: str) -> dict[str, Any]:
-    if block.kind == "reasoning":
-        return {"type": "thinking_delta", "thinking": text}
-    if block.kind == "call":
-        return {"type": "input_json_delta", "partial_json": text}
-    return {"type": "text_delta", "text": text}
+def _block(part: forms.AnswerPart, signature: str) -> dict[str, Any]:
+    if part.kind == "reasoning":
+        return {"type": "thinking", "thinking": part.text, "signature": signature}
+    if part.call is not None:
+        return {"type": "tool_use", "id": part.call.id, "name": part.call.name, "input": json.loads(part.text or "{}")}
+    return {"type": "text", "text": part.text, "citations": None}

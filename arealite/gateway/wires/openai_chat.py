@@ -4,26 +4,16 @@ chat_template_kwargs). Called by gateway/server.py.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from arealite.api.errors import PromptError
-from arealite.dataset.prompts import REASONING, chat_messages
+from arealite.dataset.prompts import REASONING
 from arealite.gateway.asks import Answer, Ask, Message
-from arealite.gateway.wires.forms import (
-    AnswerBlock,
-    AnswerBlocks,
-    BlockKind,
-    Refusal,
-    Reply,
-    SamplingBody,
-    checked_choice,
-    new_id,
-    sampling_of,
-    sse,
-    text_of,
-)
+from arealite.gateway.wires import forms
+from arealite.gateway.wires.forms import Refusal, Reply
+from arealite.inference.core.requests import Body, StopStrings
 from arealite.inference.http.bodies import checked, json_object
 from arealite.inference.openai.chat import ToolBody
 from arealite.inference.openai.completions import StreamOptions, frame, token_usage
@@ -31,23 +21,41 @@ from arealite.inference.openai.completions import StreamOptions, frame, token_us
 MAX_CHOICES = 128
 REASONS = {"stop": "stop", "stop_string": "stop", "length": "length", "tool_calls": "tool_calls"}
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_PREFIXES: dict[BlockKind, str] = {"reasoning": "rs", "text": "msg", "call": "fc"}
 
 
-class CompletionsBody(SamplingBody):
-    model: str = ""
+class CompletionsBody(forms.AskBody):
     prompt: str | list[int] | list[str] = ""
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
+    max_tokens: forms.Length = None
+    stop: StopStrings = ()
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    logprobs: bool | int = False  # a truth value of a chat, a number of a completion, where 0 asks for some too
+    response_format: Any = None
+
+
+class ChatMessage(Body):
+    """Without keys that templates could take for something else."""
+
+    role: Any = None
+    content: forms.Texts = Field(default_factory=list)
+    reasoning_content: Any = None
+    reasoning: Any = None
+    thinking: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+    name: Any = None
+
+    def message(self) -> Message:
+        role = {"developer": "system", "function": "tool"}.get(str(self.role), self.role)
+        kept = {key: vars(self)[key] for key in ("tool_calls", "tool_call_id", "name") if vars(self)[key]}
+        thoughts = [vars(self)[key] for key in REASONING if role == "assistant" and isinstance(vars(self)[key], str)]
+        thought = {"reasoning_content": thoughts[0]} if thoughts and thoughts[0] else {}
+        return {"role": role, "content": "\n".join(self.content), **thought, **kept}
 
 
 class AgentChatBody(CompletionsBody):
-    messages: list[Any]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: list[Any] = Field(default_factory=list)
+    messages: list[ChatMessage]
+    max_completion_tokens: forms.Length = None
     tool_choice: Any = "auto"
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -59,114 +67,144 @@ def openai_error(refusal: Refusal) -> dict[str, Any]:
     return {"error": {"message": str(refusal), "type": kind, "param": None, "code": refusal.code}}
 
 
-def clean_messages(messages: list[Message], name: str = "messages") -> list[Message]:
-    """In the form of an Ask; `name` is the client's. Raises Refusal: there is none, or one is wrong."""
-    if not messages:
-        raise Refusal(400, f"{name}: it is empty; at least one message is needed")
-    try:
-        return chat_messages(name, messages)
-    except PromptError as error:
-        raise Refusal(400, str(error)) from error
-
-
-def _message(place: str, given: Any) -> Message:
-    """Without keys that templates could take for something else."""
-    fields = json_object(place, given)
-    role = {"developer": "system", "function": "tool"}.get(fields.get("role", ""), fields.get("role"))
-    message = {"role": role, "content": text_of(f"{place}.content", fields.get("content"))}
-    thought = next((fields[key] for key in REASONING if isinstance(fields.get(key), str)), "")
-    return {
-        **message,
-        **({"reasoning_content": thought} if thought and role == "assistant" else {}),
-        **{key: fields[key] for key in ("tool_calls", "tool_call_id", "name") if fields.get(key)},
-    }
-
-
-def _choice_of_tool(choice: Any) -> Any:
-    if isinstance(choice, dict) and isinstance(allowed := choice.get("allowed_tools"), dict):
-        choice = allowed.get("mode", "auto")
-    elif isinstance(choice, dict):
-        choice = json_object("tool_choice.function", choice.get("function")).get("name")
-    return choice
-
-
 class ChatReply(Reply):
     """Of chat/completions. Raises RequestError: the body is wrong."""
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
-    _opening: ClassVar[dict[str, Any]] = {"delta": {"role": "assistant", "content": ""}}
-    _closing: ClassVar[dict[str, Any]] = {"delta": {}}
+    opening: ClassVar[dict[str, Any]] = {"delta": {"role": "assistant", "content": ""}}
+    closing: ClassVar[dict[str, Any]] = {"delta": {}}
 
     def __init__(self, fields: dict[str, Any], model: str) -> None:
+        forms.refuse_format("response_format", fields.get("response_format"))
+        forms.refuse_fields(fields, "top_logprobs")
         body = checked(AgentChatBody, fields)
-        tools = []
         for i, tool in enumerate(body.tools):
-            checked(ToolBody, json_object(f"tools[{i}]", tool), within=f"tools[{i}].")
-            tools.append({"type": "function", "function": tool["function"]})
-        options = dict(body.chat_template_kwargs)
-        if body.reasoning_effort is not None:
-            options.setdefault("reasoning_effort", body.reasoning_effort)
-        length = body.max_completion_tokens or body.max_tokens
-        self._begin(
-            body,
-            Ask(
-                messages=clean_messages([_message(f"messages[{i}]", m) for i, m in enumerate(body.messages)]),
-                tools=tools,
-                tool_choice=checked_choice(_choice_of_tool(body.tool_choice), tools),
-                sampling=sampling_of(body, length, body.stop),
-                num_samples=body.n,
-                wire="chat",
-                model=body.model or model,
-                template_options=options,
-            ),
+            checked(ToolBody, tool, within=f"tools[{i}].")
+        effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+        choice = body.tool_choice
+        if isinstance(choice, dict) and isinstance(allowed := choice.get("allowed_tools"), dict):
+            choice = allowed.get("mode", "auto")
+        elif isinstance(choice, dict):
+            choice = json_object("tool_choice.function", choice.get("function")).get("name")
+        ask = body.ask(
+            "chat",
+            model,
+            body.max_completion_tokens or body.max_tokens,
+            body.stop,
+            messages=forms.clean_messages([message.message() for message in body.messages]),
+            tools=[{"type": "function", "function": tool["function"]} for tool in body.tools],
+            tool_choice=choice,
+            num_samples=body.n,
+            template_options=effort | body.chat_template_kwargs,
+            wants_logprobs=body.logprobs is not False,
         )
+        self._begin(body, ask, "chatcmpl")
 
-    def _begin(self, body: CompletionsBody, ask: Ask) -> None:
-        self.ask, self.is_stream, self._options = ask, body.stream, body.stream_options
-        self.id = new_id("chatcmpl")
-        self._choices = [AnswerBlocks(_PREFIXES) for _ in range(ask.num_samples)]
+    def _begin(self, body: CompletionsBody, ask: Ask, prefix: str) -> None:
+        super().__init__(ask, body.stream, prefix)
+        self._tells_usage = body.stream_options.include_usage
 
-    def grown(self, choice: int, answer: Answer) -> bytes:
-        blocks = self._choices[choice]
-        is_first, was_closed = not blocks.blocks, blocks.is_closed
-        deltas = [self._delta(*news) for news in blocks.news(answer)]
-        if is_first and blocks.blocks:
-            deltas.insert(0, self._opening)
-        events = [self._chunk(choice, delta, None) for delta in deltas if delta]
-        if blocks.is_closed and not was_closed:
-            events.append(self._chunk(choice, self._closing, REASONS[answer.reason or "stop"]))
-        return b"".join(events)
+    def events(
+        self, choice: int, answer: Answer, act: forms.Act, part: forms.AnswerPart, text: str
+    ) -> list[dict[str, Any]]:
+        if act == "end":
+            told = {
+                **self.closing,
+                "logprobs": self.logprobs(answer),
+                "finish_reason": REASONS[answer.reason or "stop"],
+            }
+            return [self._chunk(choice, told)]
+        opening = [self.opening] if act == "open" and part.index == 0 and self.opening else []
+        return [self._chunk(choice, told) for told in (*opening, self.delta(act, part, text)) if told]
+
+    def last_events(self, answers: list[Answer]) -> list[dict[str, Any]]:
+        usage = {**frame(self.id, self.chunk_kind, self.ask.model), "choices": [], "usage": _usage(answers)}
+        return [usage] if self._tells_usage else []
 
     def ended(self, answers: list[Answer]) -> bytes:
-        counts = {**frame(self.id, self.chunk_kind, self.ask.model), "choices": [], "usage": _usage(answers)}
-        return (sse(counts) if self._options.include_usage else b"") + b"data: [DONE]\n\n"
+        return super().ended(answers) + b"data: [DONE]\n\n"
+
+    def error(self, refusal: Refusal) -> dict[str, Any]:
+        return openai_error(refusal)
 
     def whole(self, answers: list[Answer]) -> dict[str, Any]:
-        choices = []
-        for i, answer in enumerate(answers):
-            message = answer.message()
-            message["content"] = message["content"] if message["content"].strip() or not answer.calls else None
-            reason = REASONS[answer.reason or "stop"]
-            message |= {"refusal": None}
-            choices.append({"index": i, "message": message, "logprobs": None, "finish_reason": reason})
+        choices = [
+            {
+                "index": i,
+                **self.said(answer),
+                "logprobs": self.logprobs(answer),
+                "finish_reason": REASONS[answer.reason or "stop"],
+            }
+            for i, answer in enumerate(answers)
+        ]
         return {**frame(self.id, self.kind, self.ask.model), "choices": choices, "usage": _usage(answers)}
 
-    def failed(self, refusal: Refusal) -> bytes:
-        return sse(openai_error(refusal))
+    def said(self, answer: Answer) -> dict[str, Any]:
+        """Of a whole choice."""
+        message = answer.message()
+        content = message["content"] if message["content"].strip() or not answer.calls else None
+        return {"message": {**message, "content": content, "refusal": None}}
 
-    def _chunk(self, choice: int, delta: dict[str, Any], reason: str | None) -> bytes:
-        told = {"index": choice, **delta, "logprobs": None, "finish_reason": reason}
-        return sse({**frame(self.id, self.chunk_kind, self.ask.model), "choices": [told]})
-
-    def _delta(self, act: str, block: AnswerBlock, text: str) -> dict[str, Any]:
-        if act == "open" and block.call is not None:
-            call = {"id": block.call.id, "type": "function", "function": {"name": block.call.name, "arguments": ""}}
-            return {"delta": {"tool_calls": [{"index": block.ordinal, **call}]}}
+    def delta(self, act: forms.Act, part: forms.AnswerPart, text: str) -> dict[str, Any]:
+        """Of a chunk; empty: none."""
+        if act == "open" and part.call is not None:
+            call = forms.call_message(part.call.id, part.call.name, "")
+            return {"delta": {"tool_calls": [{"index": part.ordinal, **call}]}}
         if act != "more":
             return {}
-        if block.kind == "call":
-            return {"delta": {"tool_calls": [{"index": block.ordinal, "function": {"arguments": text}}]}}
-        return {"delta": {"content" if block.kind == "text" else "reasoning_content": text}}
+        if part.kind == "call":
+            return {"delta": {"tool_calls": [{"index": part.ordinal, "function": {"arguments": text}}]}}
+        return {"delta": {"content" if part.kind == "text" else "reasoning_content": text}}
+
+    def logprobs(self, answer: Answer) -> dict[str, Any] | None:
+        """Of all sampled tokens, those of thoughts and calls among them; a stream has them at its end."""
+        if not self.ask.wants_logprobs:
+            return None
+        content = [{"token": t, "bytes": b, "logprob": p, "top_logprobs": []} for t, b, p in answer.sampled]
+        return {"content": content, "refusal": None}
+
+    def _chunk(self, choice: int, told: dict[str, Any]) -> dict[str, Any]:
+        choices = [{"index": choice, "logprobs": None, "finish_reason": None, **told}]
+        return {**frame(self.id, self.chunk_kind, self.ask.model), "choices": choices}
+
+
+class CompletionReply(ChatReply):
+    """Of completions: one prompt, as text or token ids, is gone on with."""
+
+    kind = chunk_kind = "text_completion"
+    opening: ClassVar[dict[str, Any]] = {}
+    closing: ClassVar[dict[str, Any]] = {"text": ""}
+
+    def __init__(self, fields: dict[str, Any], model: str) -> None:
+        forms.refuse_format("response_format", fields.get("response_format"))
+        forms.refuse_fields(fields, "echo", "suffix", "best_of")
+        body = checked(CompletionsBody, fields)
+        if body.logprobs not in (False, 0, 1):
+            raise Refusal(400, f"logprobs: of the sampled tokens alone are known here: 0 or 1, found {body.logprobs}")
+        prompt: Any = body.prompt
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+            prompt = prompt[0] if len(prompt) == 1 else []
+        if not prompt:
+            raise Refusal(400, "prompt: expected one text or the token ids of one, and not empty")
+        wants = body.logprobs is not False
+        ask = body.ask(
+            "completions", model, body.max_tokens, body.stop, prompt=prompt, num_samples=body.n, wants_logprobs=wants
+        )
+        self._begin(body, ask, "cmpl")
+
+    def said(self, answer: Answer) -> dict[str, Any]:
+        return {"text": answer.text}
+
+    def delta(self, act: forms.Act, part: forms.AnswerPart, text: str) -> dict[str, Any]:
+        return {"text": text} if act == "more" and part.kind == "text" else {}
+
+    def logprobs(self, answer: Answer) -> dict[str, Any] | None:
+        if not self.ask.wants_logprobs:
+            return None
+        tokens = [text for text, _, _ in answer.sampled]
+        offsets = [0, *accumulate(map(len, tokens))][: len(tokens)]
+        logprobs = [logprob for _, _, logprob in answer.sampled]
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
 
 
 def _usage(answers: list[Answer]) -> dict[str, Any]:
@@ -174,41 +212,3 @@ def _usage(answers: list[Answer]) -> dict[str, Any]:
     first = answers[0]
     usage = token_usage(first.num_prompt_tokens, sum(a.num_tokens for a in answers), first.num_cached_tokens)
     return {**usage, "completion_tokens_details": {"reasoning_tokens": sum(a.num_reasoning_tokens for a in answers)}}
-
-
-class CompletionReply(ChatReply):
-    """Of completions: one prompt, as text or token ids, is gone on with."""
-
-    kind = chunk_kind = "text_completion"
-    _opening: ClassVar[dict[str, Any]] = {}
-    _closing: ClassVar[dict[str, Any]] = {"text": ""}
-
-    def __init__(self, fields: dict[str, Any], model: str) -> None:
-        for name in ("echo", "suffix", "best_of"):
-            if fields.get(name):
-                raise Refusal(400, f"{name}: not supported here; leave it out")
-        body = checked(CompletionsBody, fields)
-        prompt: Any = body.prompt
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
-            prompt = prompt[0] if len(prompt) == 1 else []
-        if not prompt:
-            raise Refusal(400, "prompt: expected one text or the token ids of one, and not empty")
-        ask = Ask(
-            prompt=prompt,
-            sampling=sampling_of(body, body.max_tokens, body.stop),
-            num_samples=body.n,
-            wire="completions",
-            model=body.model or model,
-        )
-        self._begin(body, ask)
-        self.id = new_id("cmpl")
-
-    def whole(self, answers: list[Answer]) -> dict[str, Any]:
-        choices = [
-            {"index": i, "text": a.text, "logprobs": None, "finish_reason": REASONS[a.reason or "stop"]}
-            for i, a in enumerate(answers)
-        ]
-        return {**frame(self.id, self.kind, self.ask.model), "choices": choices, "usage": _usage(answers)}
-
-    def _delta(self, act: str, block: AnswerBlock, text: str) -> dict[str, Any]:
-        return {"text": text} if act == "more" and block.kind == "text" else {}

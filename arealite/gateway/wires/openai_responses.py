@@ -5,123 +5,103 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from arealite.gateway.asks import Answer, Ask, Message
-from arealite.gateway.wires.forms import (
-    AnswerBlock,
-    AnswerBlocks,
-    BlockKind,
-    Refusal,
-    Reply,
-    SamplingBody,
-    checked_choice,
-    function_tool,
-    new_id,
-    sampling_of,
-    sse,
-    text_of,
-)
-from arealite.gateway.wires.openai_chat import clean_messages, openai_error
-from arealite.inference.http.bodies import checked, json_object, shown
+from arealite.gateway.asks import Answer, Message
+from arealite.gateway.wires import forms
+from arealite.gateway.wires.forms import AnswerPart, Refusal, Reply
+from arealite.gateway.wires.openai_chat import openai_error
+from arealite.inference.core.requests import Body
+from arealite.inference.http.bodies import checked, shown
 
 RAW_INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}  # of a custom tool
 ENCRYPTED = "reasoning.encrypted_content"
 SEAL = "arealite:"  # begins what stands for encrypted content: what was thought, for clients that keep only that
-_PREFIXES: dict[BlockKind, str] = {"reasoning": "rs", "text": "msg", "call": "fc"}
+PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc"}  # of ids
+ECHOED = frozenset((
+    "instructions", "max_output_tokens", "metadata", "parallel_tool_calls", "previous_response_id", "store",
+    "temperature", "tool_choice", "tools", "top_p",
+))  # fmt: skip
+Kind = Literal[
+    "message", "reasoning", "function_call", "custom_tool_call", "function_call_output", "custom_tool_call_output"
+]
 
 
-class ResponsesBody(SamplingBody):
-    model: str = ""
-    input: str | list[Any] = ""
+class InputItem(Body):
+    """Of any type."""
+
+    type: Kind = "message"
+    role: Any = None
+    content: forms.Texts = Field(default_factory=list)
+    summary: forms.Texts = Field(default_factory=list)
+    encrypted_content: str = ""
+    call_id: str = ""
+    name: Any = None
+    arguments: Any = None
+    input: str = ""
+    output: forms.Texts = Field(default_factory=list)
+
+    def thought(self) -> str:
+        """Raises Refusal: it is sealed, by others."""
+        if self.content or not self.encrypted_content.startswith(SEAL):
+            return "".join(self.content) or "\n".join(self.summary)
+        try:
+            return base64.b64decode(self.encrypted_content.removeprefix(SEAL), validate=True).decode()
+        except ValueError as error:
+            raise Refusal(400, "input: encrypted_content is not what was sent by this server") from error
+
+
+def _as_items(given: Any) -> Any:
+    """Text is what a user says."""
+    if not isinstance(given, list):
+        return _as_items([given] if given else []) if isinstance(given, str) else given
+    return [{"role": "user", "content": one} if isinstance(one, str) else one for one in given]
+
+
+class ResponsesBody(forms.AskBody):
+    input: Annotated[list[InputItem], BeforeValidator(_as_items)] = Field(default_factory=list)
     instructions: str | None = None
     previous_response_id: str | None = None
-    tools: list[Any] = Field(default_factory=list)
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: forms.Length = None
     reasoning: dict[str, Any] = Field(default_factory=dict)
+    text: dict[str, Any] = Field(default_factory=dict)
     include: list[str] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
     store: bool = True
-    stream: bool = False
 
 
-class Folding:
-    """Input items as messages: what was thought, said and called in one turn is one message."""
-
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
-        self._turn: Message | None = None  # the assistant's, as long as it may go on
-
-    def add(self, place: str, given: Any) -> None:
-        """Raises Refusal: it is not an item that a model can be shown."""
-        part = json_object(place, {"role": "user", "content": given} if isinstance(given, str) else given)
-        kind = part.get("type", "message")
-        if kind == "message" and part.get("role") != "assistant":
-            role = {"developer": "system"}.get(part.get("role", ""), part.get("role"))
-            self._other({"role": role, "content": text_of(f"{place}.content", part.get("content"))})
-        elif kind == "message":
-            text = text_of(f"{place}.content", part.get("content"), "")
-            turn = self._open(bool(self._turn and self._turn["content"] and "tool_calls" not in self._turn))
-            turn["content"] += text
-        elif kind == "reasoning":
-            thought = _thought(place, part)
-            turn = self._open(bool(self._turn and (self._turn["content"] or "tool_calls" in self._turn)))
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + thought
-        elif kind in ("function_call", "custom_tool_call"):
-            arguments = part.get("arguments") if kind == "function_call" else {"input": part.get("input", "")}
-            function = {"name": part.get("name"), "arguments": arguments}
-            calls = self._open(False).setdefault("tool_calls", [])
-            calls.append({"id": str(part.get("call_id", "")), "type": "function", "function": function})
-        elif kind in ("function_call_output", "custom_tool_call_output"):
-            text = text_of(f"{place}.output", part.get("output"))
-            self._other({"role": "tool", "content": text, "tool_call_id": str(part.get("call_id", ""))})
+def folded(items: Iterable[InputItem]) -> list[Message]:
+    """Items as messages: what was thought, said and called in one turn is one message."""
+    messages: list[Message] = []
+    turn: Message | None = None  # the assistant's, as long as it may go on
+    for item in items:
+        if item.type == "message" and item.role != "assistant":
+            role = "system" if item.role == "developer" else item.role
+            messages.append({"role": role, "content": "\n".join(item.content)})
+            turn = None
+        elif item.type.endswith("_output"):
+            messages.append({"role": "tool", "content": "\n".join(item.output), "tool_call_id": item.call_id})
+            turn = None
         else:
-            raise Refusal(400, f"{place}.type: {shown(kind)} cannot be shown to the model here")
-
-    def _other(self, message: Message) -> None:
-        self.messages.append(message)
-        self._turn = None
-
-    def _open(self, is_next: bool) -> Message:
-        if self._turn is None or is_next:
-            self._turn = {"role": "assistant", "content": ""}
-            self.messages.append(self._turn)
-        return self._turn
-
-
-def _thought(place: str, part: dict[str, Any]) -> str:
-    sealed = part.get("encrypted_content")
-    if part.get("content"):
-        return text_of(f"{place}.content", part["content"], "")
-    if isinstance(sealed, str) and sealed.startswith(SEAL):
-        try:
-            return base64.b64decode(sealed.removeprefix(SEAL), validate=True).decode()
-        except ValueError as error:
-            raise Refusal(400, f"{place}.encrypted_content: not what was sent by this server") from error
-    return text_of(f"{place}.summary", part.get("summary"))
-
-
-def _tools(given: list[Any]) -> tuple[list[dict[str, Any]], frozenset[str]]:
-    """Functions, and the names of custom tools among them, whose argument is a text. Tools that OpenAI's servers run
-    are left out: clients declare them whether they are there or not."""
-    tools, customs = [], set()
-    for i, tool in enumerate(given):
-        fields = json_object(f"tools[{i}]", tool)
-        kind, name = fields.get("type"), fields.get("name")
-        if kind not in ("function", "custom"):
-            continue
-        if not isinstance(name, str):
-            raise Refusal(400, f"tools[{i}].name: expected a name, found {shown(name)}")
-        if kind == "custom":
-            customs.add(name)
-        parameters = RAW_INPUT if kind == "custom" else fields.get("parameters")
-        tools.append(function_tool(name, fields.get("description"), parameters))
-    return tools, frozenset(customs)
+            has_called = bool(turn and "tool_calls" in turn)
+            begins_anew = {"message": turn and turn["content"] and not has_called,
+                           "reasoning": turn and (turn["content"] or has_called)}  # fmt: skip
+            if turn is None or begins_anew.get(item.type):
+                turn = {"role": "assistant", "content": ""}
+                messages.append(turn)
+            if item.type == "message":
+                turn["content"] += "".join(item.content)
+            elif item.type == "reasoning":
+                turn["reasoning_content"] = turn.get("reasoning_content", "") + item.thought()
+            else:
+                arguments = item.arguments if item.type == "function_call" else {"input": item.input}
+                turn.setdefault("tool_calls", []).append(forms.call_message(item.call_id, item.name, arguments))
+    return messages
 
 
 class ResponsesReply(Reply):
@@ -129,161 +109,151 @@ class ResponsesReply(Reply):
     and the answer come to it under this one's. Raises RequestError: the body is wrong."""
 
     def __init__(self, fields: dict[str, Any], model: str, earlier: Mapping[str, list[Message]]) -> None:
-        for name in ("conversation", "background", "prompt"):
-            if fields.get(name):
-                raise Refusal(400, f"{name}: not supported here; leave it out")
+        forms.refuse_fields(fields, "conversation", "background", "prompt", "top_logprobs")
         self._body = body = checked(ResponsesBody, fields)
-        tools, self._customs = _tools(body.tools)
+        forms.refuse_format("text.format", body.text.get("format"))
+        # Tools that OpenAI's servers run are left out: clients declare them whether they are there or not.
+        kinds = {"function": lambda tool: tool.get("parameters"), "custom": lambda tool: RAW_INPUT}
+        tools = [
+            forms.function_tool(f"tools[{i}]", tool, kinds[tool["type"]](tool))
+            for i, tool in enumerate(body.tools)
+            if tool.get("type") in kinds
+        ]
+        self._customs = {tool["name"] for tool in body.tools if tool.get("type") == "custom"}
         choice = body.tool_choice
         if isinstance(choice, dict):
             choice = choice.get("mode", "auto") if choice.get("type") == "allowed_tools" else choice.get("name")
         before: list[Message] = []
-        if body.previous_response_id is not None:
-            if body.previous_response_id not in earlier:
-                raise Refusal(
-                    400,
-                    f"previous_response_id: this session has no stored response {shown(body.previous_response_id)};"
-                    " send the whole input",
-                    "previous_response_not_found",
-                )
-            before = earlier[body.previous_response_id]
-        folding = Folding()
-        for i, part in enumerate([body.input] if isinstance(body.input, str) and body.input else body.input or []):
-            folding.add(f"input[{i}]", part)
-        self.conversation = [*before, *clean_messages(folding.messages, "input")]
+        if (last := body.previous_response_id) is not None:
+            if last not in earlier:
+                told = f"this session has no stored response {shown(last)}; send the whole input"
+                raise Refusal(400, f"previous_response_id: {told}", "previous_response_not_found")
+            before = earlier[last]
+        self.conversation = [*before, *forms.clean_messages(folded(body.input), "input")]
         instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
         effort = body.reasoning.get("effort")
-        self.ask = Ask(
+        ask = body.ask(
+            "responses",
+            model,
+            body.max_output_tokens,
             messages=instructions + self.conversation,
             tools=tools,
-            tool_choice=checked_choice(choice, tools),
-            sampling=sampling_of(body, body.max_output_tokens, None),
-            wire="responses",
-            model=body.model or model,
+            tool_choice=choice,
             template_options={} if effort is None else {"reasoning_effort": effort},
         )
-        self.id, self.is_stream, self.is_stored = new_id("resp"), body.stream, body.store
-        self._blocks = AnswerBlocks(_PREFIXES)
-        self._created_at = time.time()
-        self._num_events = 0
+        super().__init__(ask, body.stream, "resp")
+        self.is_stored = body.store
+        self._created_at, self._num_events = time.time(), 0
 
-    def grown(self, choice: int, answer: Answer) -> bytes:
-        events = b""
-        if not self._num_events:
-            begun = self._response("in_progress", None)
-            events = self._event("response.created", response=begun)
-            events += self._event("response.in_progress", response=begun)
-        for act, block, text in self._blocks.news(answer):
-            place = {"output_index": block.index}
-            if act == "open":
-                output = self._output(block, "in_progress")
-                events += self._event("response.output_item.added", item=output, **place)
-            inner = {**place, "item_id": block.id} | ({} if block.call else {"content_index": 0})
-            name, done = self._names(block)
-            if act == "open" and block.call is None:
-                events += self._event("response.content_part.added", part=_part(block), **inner)
-            elif act == "more" and block.call is None:
-                logprobs: dict[str, Any] = {"logprobs": []} if block.kind == "text" else {}
-                events += self._event(f"{name}.delta", delta=text, **inner, **logprobs)
-            elif act == "more" and block.call and block.call.name not in self._customs:
-                events += self._event(f"{name}.delta", delta=text, **inner)
-            elif act == "close":
-                events += self._event(f"{name}.done", **done, **inner)
-                if block.call is None:
-                    events += self._event("response.content_part.done", part=_part(block), **inner)
-                events += self._event("response.output_item.done", item=self._output(block, "completed"), **place)
+    def sent(self, events: Iterable[dict[str, Any]]) -> bytes:
+        """Numbered."""
+        numbered = [{**event, "sequence_number": i} for i, event in enumerate(events, self._num_events)]
+        self._num_events += len(numbered)
+        return super().sent(numbered)
+
+    def first_events(self, answer: Answer) -> list[dict[str, Any]]:
+        begun = self._response("in_progress", None)
+        return [{"type": f"response.{name}", "response": begun} for name in ("created", "in_progress")]
+
+    def events(self, choice: int, answer: Answer, act: forms.Act, part: AnswerPart, text: str) -> list[dict[str, Any]]:
+        place = {"output_index": part.index}
+        inner = {**place, "item_id": _id(part)} | ({} if part.call else {"content_index": 0})
+        name, done = self._names(part)
+        events: list[dict[str, Any]] = []
+        if act == "open":
+            item = self._item(part, "in_progress")
+            events.append({"type": "response.output_item.added", "item": item, **place})
+            if part.call is None:
+                events.append({"type": "response.content_part.added", "part": _content(part), **inner})
+        elif act == "more" and not (part.call and part.call.name in self._customs):
+            logprobs: dict[str, Any] = {"logprobs": []} if part.kind == "text" else {}
+            events.append({"type": f"{name}.delta", "delta": text, **inner, **logprobs})
+        elif act == "close":
+            events.append({"type": f"{name}.done", **done, **inner})
+            if part.call is None:
+                events.append({"type": "response.content_part.done", "part": _content(part), **inner})
+            item = self._item(part, "completed")
+            events.append({"type": "response.output_item.done", "item": item, **place})
         return events
 
-    def ended(self, answers: list[Answer]) -> bytes:
-        response = self._ended(answers[0])
-        return self._event(f"response.{response['status']}", response=response)
+    def last_events(self, answers: list[Answer]) -> list[dict[str, Any]]:
+        response = self._ended(answers[0], self.choices[0].parts)
+        return [{"type": f"response.{response['status']}", "response": response}]
 
     def whole(self, answers: list[Answer]) -> dict[str, Any]:
-        list(self._blocks.news(answers[0]))
-        return self._ended(answers[0])
+        return self._ended(answers[0], forms.parts_of(answers[0]))
 
-    def failed(self, refusal: Refusal) -> bytes:
+    def error(self, refusal: Refusal) -> dict[str, Any]:
         error = openai_error(refusal)["error"]
-        if not self._num_events:
-            return self._event("error", **error, error=error)
+        if not self.has_begun:
+            return {**error, "type": "error", "error": error}
         failed = {**self._response("failed", None), "error": {"code": "server_error", "message": error["message"]}}
-        return self._event("response.failed", response=failed)
+        return {"type": "response.failed", "response": failed}
 
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        self._num_events += 1
-        return sse({**fields, "type": kind, "sequence_number": self._num_events - 1}, kind)
+    def _names(self, part: AnswerPart) -> tuple[str, dict[str, Any]]:
+        """Of the events about a part's text, and what the last of them has."""
+        if part.kind == "reasoning":
+            return "response.reasoning_text", {"text": part.text}
+        if part.call is None:
+            return "response.output_text", {"text": part.text, "logprobs": []}
+        if part.call.name in self._customs:
+            return "response.custom_tool_call_input", {"input": _raw_input(part)}
+        return "response.function_call_arguments", {"arguments": part.text, "name": part.call.name}
 
-    def _names(self, block: AnswerBlock) -> tuple[str, dict[str, Any]]:
-        """Of the events about a block's text, and what the last of them has."""
-        if block.kind == "reasoning":
-            return "response.reasoning_text", {"text": block.text}
-        if block.call is None:
-            return "response.output_text", {"text": block.text, "logprobs": []}
-        if block.call.name in self._customs:
-            return "response.custom_tool_call_input", {"input": _raw_input(block)}
-        return "response.function_call_arguments", {"arguments": block.text, "name": block.call.name}
-
-    def _ended(self, answer: Answer) -> dict[str, Any]:
-        response = self._response("incomplete" if answer.reason == "length" else "completed", answer)
-        return {**response, "output": [self._output(block, response["status"]) for block in self._blocks.blocks]}
-
-    def _output(self, block: AnswerBlock, status: Literal["in_progress", "completed", "incomplete"]) -> dict[str, Any]:
+    def _item(self, part: AnswerPart, status: Literal["in_progress", "completed", "incomplete"]) -> dict[str, Any]:
         is_done = status != "in_progress"
-        part: dict[str, Any] = {"id": block.id, "status": status}
-        if block.kind == "reasoning":
-            part |= {"type": "reasoning", "summary": [], "content": [_part(block)] if is_done else []}
-            if ENCRYPTED in self._body.include:
-                part["encrypted_content"] = SEAL + base64.b64encode(block.text.encode()).decode()
-        elif block.call is None:
-            content = [_part(block)] if is_done else []
-            part |= {"type": "message", "role": "assistant", "content": content}
-        elif block.call.name in self._customs:
-            part |= {"type": "custom_tool_call", "call_id": block.call.id, "name": block.call.name}
-            part["input"] = _raw_input(block) if is_done else ""
-        else:
-            part |= {"type": "function_call", "call_id": block.call.id, "name": block.call.name}
-            part["arguments"] = block.text if is_done else ""
-        return part
+        item: dict[str, Any] = {"id": _id(part), "status": status}
+        if part.call is None:
+            kind = {"type": "reasoning", "summary": []}
+            item |= kind if part.kind == "reasoning" else {"type": "message", "role": "assistant"}
+            item["content"] = [_content(part)] if is_done else []
+            if part.kind == "reasoning" and ENCRYPTED in self._body.include:
+                item["encrypted_content"] = SEAL + base64.b64encode(part.text.encode()).decode()
+            return item
+        is_custom = part.call.name in self._customs
+        item |= {"type": "custom_tool_call" if is_custom else "function_call", "call_id": part.call.id}
+        key, given = ("input", _raw_input(part)) if is_custom else ("arguments", part.text)
+        return {**item, "name": part.call.name, key: given if is_done else ""}
+
+    def _ended(self, answer: Answer, parts: list[AnswerPart]) -> dict[str, Any]:
+        status: Literal["incomplete", "completed"] = "incomplete" if answer.reason == "length" else "completed"
+        return {**self._response(status, answer), "output": [self._item(part, status) for part in parts]}
 
     def _response(self, status: str, answer: Answer | None) -> dict[str, Any]:
-        body = self._body
-        incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
+            **self._body.model_dump(include=set(ECHOED)),
             "id": self.id,
             "object": "response",
             "created_at": self._created_at,
             "status": status,
             "error": None,
-            "incomplete_details": incomplete,
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens,
-            "metadata": body.metadata,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "model": self.ask.model,
             "output": [],
-            "parallel_tool_calls": body.parallel_tool_calls,
-            "previous_response_id": body.previous_response_id,
-            "reasoning": {"effort": body.reasoning.get("effort"), "summary": None},
-            "store": body.store,
-            "temperature": body.temperature,
+            "reasoning": {"effort": self._body.reasoning.get("effort"), "summary": None},
             "text": {"format": {"type": "text"}},
-            "tool_choice": body.tool_choice,
-            "tools": body.tools,
-            "top_p": body.top_p,
             "truncation": "disabled",
             "usage": None if answer is None else _usage(answer),
         }
 
 
-def _part(block: AnswerBlock) -> dict[str, Any]:
-    if block.kind == "reasoning":
-        return {"type": "reasoning_text", "text": block.text}
-    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
+def _id(part: AnswerPart) -> str:
+    return f"{PREFIXES[part.kind]}_{part.id}"
 
 
-def _raw_input(block: AnswerBlock) -> str:
+def _content(part: AnswerPart) -> dict[str, Any]:
+    if part.kind == "reasoning":
+        return {"type": "reasoning_text", "text": part.text}
+    return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": []}
+
+
+def _raw_input(part: AnswerPart) -> str:
     """The text that a custom tool is called with; of arguments that are others, all of them."""
-    given = json.loads(block.text or "{}").get("input")
-    return given if isinstance(given, str) else block.text
+    try:
+        given = json.loads(part.text or "{}").get("input")
+    except ValueError:  # it has not all come yet
+        return ""
+    return given if isinstance(given, str) else part.text
 
 
 def _usage(answer: Answer) -> dict[str, Any]:

@@ -136,13 +136,14 @@ class ShownAnswer:
     def token_text(self, token: int) -> str:
         return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
 
-    def token_bytes(self, token: int) -> list[int]:
-        """Its UTF-8. Part of a character has no text: its bytes are read from the vocabulary, which writes them in
-        GPT-2's alphabet or as <0xNN>."""
-        text = self.token_text(token)
-        piece = self.tokenizer.convert_ids_to_tokens(token) if UNFINISHED_CHARACTER in text else ""
-        if len(piece) == len("<0xNN>") and piece.startswith("<0x"):
-            return [int(piece[1:-1], 16)]
-        if piece and all(symbol in _BYTE_OF for symbol in piece):
-            return [_BYTE_OF[symbol] for symbol in piece]
-        return list(text.encode())
+
+def token_bytes(tokenizer: Any, token: int) -> list[int]:
+    """Its UTF-8. Part of a character has no text: its bytes are read from the vocabulary, which writes them in GPT-2's
+    alphabet or as <0xNN>."""
+    text = "" if tokenizer is None else str(tokenizer.decode([token]))
+    piece = tokenizer.convert_ids_to_tokens(token) if UNFINISHED_CHARACTER in text else ""
+    if len(piece) == len("<0xNN>") and piece.startswith("<0x"):
+        return [int(piece[1:-1], 16)]
+    if piece and all(symbol in _BYTE_OF for symbol in piece):
+        return [_BYTE_OF[symbol] for symbol in piece]
+    return list(text.encode())

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from arealite.api.errors import PromptError, RequestError
 from arealite.dataset.prompts import chat_messages, check_variables, render
-from arealite.inference.core.answers import ShownAnswer
+from arealite.inference.core.answers import ShownAnswer, token_bytes
 from arealite.inference.core.requests import Body
 from arealite.inference.http.bodies import checked, json_object, shown
 from arealite.inference.http.generation import TokenIds, json_number
@@ -195,7 +195,7 @@ class ChatChoice(Choice):
 
     def logprobs(self, answer: ShownAnswer) -> dict[str, Any]:
         def named(logprob: float, token: int) -> dict[str, Any]:
-            text, utf8 = answer.token_text(token), answer.token_bytes(token)
+            text, utf8 = answer.token_text(token), token_bytes(answer.tokenizer, token)
             return {"token": text, "bytes": utf8, "logprob": json_number(logprob)}
 
         sequence = answer.sequence

@@ -34,7 +34,8 @@ class Call:
 @dataclass(frozen=True)
 class Segment:
     """One answer: the tokens sampled since the request was last sent. The lists have one entry per token. `cut_mass`:
-    the probability that top-k, top-p and min-p cut, summed over the tokens, where the server tells it."""
+    the probability that top-k, top-p and min-p cut, summed over the tokens, where the server tells it. `num_cached`:
+    tokens of what was sent that were in its cache."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -43,6 +44,7 @@ class Segment:
     matched: int | str | None
     text: str
     cut_mass: float = 0.0
+    num_cached: int = 0
 
 
 @dataclass(frozen=True)

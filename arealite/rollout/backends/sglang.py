@@ -100,6 +100,7 @@ class SGLangBackend(Backend):
             matched=matched[0] if isinstance(matched, list) else matched,
             text=answer.get("text") or "",
             cut_mass=float(notes.get("cut_mass") or 0.0),  # the built-in server's
+            num_cached=int(notes.get("cached_tokens") or 0),
         )
 
     def score_call(self, tokens: list[int], wire_id: str, lora: str | None) -> Call:
