@@ -224,7 +224,7 @@ class Session:
             finish_reason=reason,
             status=status,
             error=self.error or ("" if rows else "no token was sampled") if status != "ok" else "",
-            prompt_text=self._text(rows[0].tokens, rows[0].loss_mask) if rows else "",
+            prompt_text=self._decoded(rows[0].tokens[: rows[0].loss_mask.index(True)]) if rows else "",
             completion_text=self.text(),
             generate_s=time.monotonic() - self.started,
         )
@@ -235,8 +235,7 @@ class Session:
         if not turns:
             return ""
         ids = ids_through(self.turns, turns[-1].id)
-        first = path_of(self.turns, turns[-1].id)[0]
-        return str(self.prompter.tokenizer.decode(ids[len(first.added_ids) :], clean_up_tokenization_spaces=False))
+        return self._decoded(ids[len(path_of(self.turns, turns[-1].id)[0].added_ids) :])
 
     def trace(self) -> dict[str, Any]:
         """Everything that is known, ready for JSON."""
@@ -353,11 +352,8 @@ class Session:
                 listener(answer)
 
         completion = await self.engine.agenerate(request, tell if listeners else None)  # nobody reads: no stream
-        turn.completion, turn.answer, turn.ended_at = (
-            completion,
-            reader.whole(completion, ask.wants_logprobs),
-            time.time(),
-        )
+        turn.completion, turn.ended_at = completion, time.time()
+        turn.answer = reader.whole(completion, ask.wants_logprobs)
         self._num_tokens += len(completion.token_ids)
         self._num_calls += len(turn.answer.calls)
         if completion.token_ids:
@@ -387,8 +383,7 @@ class Session:
             found[f"stop_{self.stop_reason}"] = 1
         return {name: float(value) for name, value in found.items()}
 
-    def _text(self, tokens: list[int], loss_mask: list[bool]) -> str:
-        ids = tokens[: loss_mask.index(True)] if True in loss_mask else tokens
+    def _decoded(self, ids: list[int]) -> str:
         return str(self.prompter.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 

@@ -30,7 +30,7 @@ Kind = Literal[
 ]
 
 
-class InputItem(Body):
+class InputPiece(Body):
     """Of any type."""
 
     type: Kind = "message"
@@ -54,15 +54,15 @@ class InputItem(Body):
             raise Refusal(400, "input: encrypted_content is not what was sent by this server") from error
 
 
-def _as_items(given: Any) -> Any:
+def _as_pieces(given: Any) -> Any:
     """Text is what a user says."""
     if not isinstance(given, list):
-        return _as_items([given] if given else []) if isinstance(given, str) else given
+        return _as_pieces([given] if given else []) if isinstance(given, str) else given
     return [{"role": "user", "content": one} if isinstance(one, str) else one for one in given]
 
 
 class ResponsesBody(forms.AskBody):
-    input: Annotated[list[InputItem], BeforeValidator(_as_items)] = Field(default_factory=list)
+    input: Annotated[list[InputPiece], BeforeValidator(_as_pieces)] = Field(default_factory=list)
     instructions: str | None = None
     previous_response_id: str | None = None
     tool_choice: Any = "auto"
@@ -75,32 +75,32 @@ class ResponsesBody(forms.AskBody):
     store: bool = True
 
 
-def folded(items: Iterable[InputItem]) -> list[Message]:
-    """Items as messages: what was thought, said and called in one turn is one message."""
+def folded(pieces: Iterable[InputPiece]) -> list[Message]:
+    """Pieces as messages: what was thought, said and called in one turn is one message."""
     messages: list[Message] = []
     turn: Message | None = None  # the assistant's, as long as it may go on
-    for item in items:
-        if item.type == "message" and item.role != "assistant":
-            role = "system" if item.role == "developer" else item.role
-            messages.append({"role": role, "content": "\n".join(item.content)})
+    for piece in pieces:
+        if piece.type == "message" and piece.role != "assistant":
+            role = "system" if piece.role == "developer" else piece.role
+            messages.append({"role": role, "content": "\n".join(piece.content)})
             turn = None
-        elif item.type.endswith("_output"):
-            messages.append({"role": "tool", "content": "\n".join(item.output), "tool_call_id": item.call_id})
+        elif piece.type.endswith("_output"):
+            messages.append({"role": "tool", "content": "\n".join(piece.output), "tool_call_id": piece.call_id})
             turn = None
         else:
             has_called = bool(turn and "tool_calls" in turn)
             begins_anew = {"message": turn and turn["content"] and not has_called,
                            "reasoning": turn and (turn["content"] or has_called)}  # fmt: skip
-            if turn is None or begins_anew.get(item.type):
+            if turn is None or begins_anew.get(piece.type):
                 turn = {"role": "assistant", "content": ""}
                 messages.append(turn)
-            if item.type == "message":
-                turn["content"] += "".join(item.content)
-            elif item.type == "reasoning":
-                turn["reasoning_content"] = turn.get("reasoning_content", "") + item.thought()
+            if piece.type == "message":
+                turn["content"] += "".join(piece.content)
+            elif piece.type == "reasoning":
+                turn["reasoning_content"] = turn.get("reasoning_content", "") + piece.thought()
             else:
-                arguments = item.arguments if item.type == "function_call" else {"input": item.input}
-                turn.setdefault("tool_calls", []).append(forms.call_message(item.call_id, item.name, arguments))
+                arguments = piece.arguments if piece.type == "function_call" else {"input": piece.input}
+                turn.setdefault("tool_calls", []).append(forms.call_message(piece.call_id, piece.name, arguments))
     return messages
 
 
@@ -161,8 +161,8 @@ class ResponsesReply(Reply):
         name, done = self._names(part)
         events: list[dict[str, Any]] = []
         if act == "open":
-            item = self._item(part, "in_progress")
-            events.append({"type": "response.output_item.added", "item": item, **place})
+            output = self._output(part, "in_progress")
+            events.append({"type": "response.output_item.added", "item": output, **place})
             if part.call is None:
                 events.append({"type": "response.content_part.added", "part": _content(part), **inner})
         elif act == "more" and not (part.call and part.call.name in self._customs):
@@ -172,8 +172,8 @@ class ResponsesReply(Reply):
             events.append({"type": f"{name}.done", **done, **inner})
             if part.call is None:
                 events.append({"type": "response.content_part.done", "part": _content(part), **inner})
-            item = self._item(part, "completed")
-            events.append({"type": "response.output_item.done", "item": item, **place})
+            output = self._output(part, "completed")
+            events.append({"type": "response.output_item.done", "item": output, **place})
         return events
 
     def last_events(self, answers: list[Answer]) -> list[dict[str, Any]]:
@@ -200,24 +200,24 @@ class ResponsesReply(Reply):
             return "response.custom_tool_call_input", {"input": _raw_input(part)}
         return "response.function_call_arguments", {"arguments": part.text, "name": part.call.name}
 
-    def _item(self, part: AnswerPart, status: Literal["in_progress", "completed", "incomplete"]) -> dict[str, Any]:
+    def _output(self, part: AnswerPart, status: Literal["in_progress", "completed", "incomplete"]) -> dict[str, Any]:
         is_done = status != "in_progress"
-        item: dict[str, Any] = {"id": _id(part), "status": status}
+        output: dict[str, Any] = {"id": _id(part), "status": status}
         if part.call is None:
             kind = {"type": "reasoning", "summary": []}
-            item |= kind if part.kind == "reasoning" else {"type": "message", "role": "assistant"}
-            item["content"] = [_content(part)] if is_done else []
+            output |= kind if part.kind == "reasoning" else {"type": "message", "role": "assistant"}
+            output["content"] = [_content(part)] if is_done else []
             if part.kind == "reasoning" and ENCRYPTED in self._body.include:
-                item["encrypted_content"] = SEAL + base64.b64encode(part.text.encode()).decode()
-            return item
+                output["encrypted_content"] = SEAL + base64.b64encode(part.text.encode()).decode()
+            return output
         is_custom = part.call.name in self._customs
-        item |= {"type": "custom_tool_call" if is_custom else "function_call", "call_id": part.call.id}
+        output |= {"type": "custom_tool_call" if is_custom else "function_call", "call_id": part.call.id}
         key, given = ("input", _raw_input(part)) if is_custom else ("arguments", part.text)
-        return {**item, "name": part.call.name, key: given if is_done else ""}
+        return {**output, "name": part.call.name, key: given if is_done else ""}
 
     def _ended(self, answer: Answer, parts: list[AnswerPart]) -> dict[str, Any]:
         status: Literal["incomplete", "completed"] = "incomplete" if answer.reason == "length" else "completed"
-        return {**self._response(status, answer), "output": [self._item(part, status) for part in parts]}
+        return {**self._response(status, answer), "output": [self._output(part, status) for part in parts]}
 
     def _response(self, status: str, answer: Answer | None) -> dict[str, Any]:
         return {
