@@ -64,7 +64,7 @@ def test_thoughts_stay_in_one_row_where_they_are_kept(family):
 def test_a_template_that_drops_thoughts_begins_a_new_row_at_the_next_question():
     first, second, third, text = think_and_call("qwen3", "template", "<|im_end|>")
     assert (first.parent, second.parent) == (None, None)  # its call is written with a blank more
-    assert third.reason == "the template writes the history otherwise" and "hm" not in text
+    assert third.reason == "rewritten history" and "hm" not in text
 
 
 def test_a_thought_that_the_template_still_shows_is_extended_under_either_policy():

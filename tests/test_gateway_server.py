@@ -15,6 +15,7 @@ from support.gateway import ADMIN, WAIT_S, scripted
 from transformers import AutoTokenizer
 
 from arealite.api.cli_args import GatewayConfig
+from arealite.gateway import exchange
 
 USER = {"role": "user", "content": "What is 1 + 2?"}
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
@@ -255,7 +256,10 @@ def test_control(running, gpt, script):
     _, answer = call(made["base_url"] + "/v1/messages", {"messages": [USER], "max_tokens": 9}, made["key"])
     assert call(f"{here}/reward", {"value": 0.5, "turn": answer["id"]}, ADMIN)[0] == 200
     assert call(f"{here}/reward", {"value": 1}, ADMIN)[0] == 200
+    assert call(f"{here}/reward", {"value": 0.25, "lineage": answer["id"], "name": "sub-agent"}, ADMIN)[0] == 200
     for wrong in (
+        {"value": 1, "turn": 0, "lineage": 0},
+        {"value": 1, "lineage": 7},
         {"value": "much"},
         {"value": 1, "turn": 7},
         {"value": 1, "turn": "msg_0"},
@@ -272,6 +276,7 @@ def test_control(running, gpt, script):
         and turn["answer"]["content"] == "Hello there"
     )
     assert len(turn["sampled_ids"]) == len(turn["logprobs"]) == 3
+    assert (turn["rewards"], turn["lineage_rewards"]) == ({"outcome": 0.5}, {"sub-agent": 0.25})
     assert [state for id, state in running.changes if id == made["id"]] == ["open", "finished"]
     assert call(here, None, ADMIN, "DELETE")[0] == 200
     assert call(f"{here}/trace", None, ADMIN)[0] == 404
@@ -325,3 +330,62 @@ def test_a_session_that_is_finished_gives_up_what_is_sampled(running, session, s
     running.call(session.finish, "failed", "its agent died")
     asking.join(WAIT_S)
     assert statuses[0][0] == 410 and session.turns[0].completion is None
+
+
+def test_a_stream_that_broke_off_is_asked_for_again(running, session, script, monkeypatch):
+    monkeypatch.setattr(exchange, "BEAT_S", 0.05)
+    monkeypatch.setattr(exchange, "HEADERS_S", 0.1)
+    script[""] = text = "five six seven eight nine ten"
+    held = running.engine.held[text] = running.call(asyncio.Event)
+    body = json.dumps({"messages": [USER], "stream": True}).encode()
+
+    def post():
+        headers = {"x-api-key": session.key, "Idempotency-Key": "one"}
+        request = urllib.request.Request(session.base_url + "/v1/chat/completions", body, headers)
+        return urllib.request.urlopen(request, timeout=WAIT_S)
+
+    with post() as broken:
+        assert b"assistant" in broken.readline()
+    again = post()
+    running.call(held.set)
+    with again:
+        events = [json.loads(line[6:]) for line in again.read().splitlines() if line.startswith(b"data: {")]
+    assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == text and len(session.turns) == 1
+
+
+def test_a_slow_first_token_is_waited_for_with_signs_of_life(running, session, script, monkeypatch):
+    monkeypatch.setattr(exchange, "BEAT_S", 0.05)
+    monkeypatch.setattr(exchange, "HEADERS_S", 0.1)
+    script[""] = text = "six"  # held before its first token is told
+    held = running.engine.held[text] = running.call(asyncio.Event)
+    for path, sign in (("chat/completions", b": waiting\n"), ("messages", b"event: ping\n")):
+        running.call(held.clear)
+        body = json.dumps({"messages": [USER], "stream": True, "max_tokens": 9}).encode()
+        headers = {"x-api-key": session.key}
+        request = urllib.request.Request(f"{session.base_url}/v1/{path}", body, headers)
+        with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+            lines = [answer.readline()]
+            while sign not in lines:
+                lines.append(answer.readline())
+            running.call(held.set)
+            assert b"six" in answer.read() and not any(b"six" in line for line in lines)
+
+
+def test_a_huge_result_of_a_tool_holds_nobody_up(tokenizer):
+    config = GatewayConfig()
+    config.context_length = 2048
+    with scripted(tokenizer, lambda request: "Yes", config) as running, ThreadPoolExecutor(1) as pool:
+        huge, small = running.new_session(), running.new_session()
+        called = {"id": "c", "type": "function", "function": {"name": "read", "arguments": "{}"}}
+        result = {"role": "tool", "tool_call_id": "c", "content": "a word, " * (10 << 17)}
+        body = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [called]}, result]}
+        slow = pool.submit(call, huge.base_url + "/v1/chat/completions", body, huge.key)
+        longest, num_asked = 0.0, 0
+        while not slow.done() or not num_asked:
+            begin = time.monotonic()
+            url = small.base_url + "/v1/models"
+            assert call(url, None, small.key)[0] == 200
+            longest, num_asked = max(longest, time.monotonic() - begin), num_asked + 1
+        status, answer = slow.result()
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and not huge.turns
+        assert longest < 5.0, "of a busy machine; the whole text would take far longer"

@@ -262,3 +262,31 @@ def test_errors_have_the_form_of_their_format():
     begun.grown(0, Answer("a"))
     assert events_of(begun.failed(Refusal(503, "gone")))[0]["type"] == "response.failed"
     assert b"event: error\n" in responses().failed(refusal) and b"event: error\n" in messages().failed(refusal)
+
+
+def test_logprobs_are_told_where_they_are_asked_for():
+    sampled = (("Hi", [72, 105], -0.5), (" you", [32, 121, 111, 117], -0.25))
+    answer = Answer("Hi you", reason="stop", num_tokens=2, sampled=sampled)
+    assert chat().whole([answer])["choices"][0]["logprobs"] is None
+    reply = chat(logprobs=True, stream=True)
+    assert reply.ask.wants_logprobs and not chat(logprobs=False).ask.wants_logprobs
+    content = [{"token": t, "bytes": b, "logprob": p, "top_logprobs": []} for t, b, p in sampled]
+    assert chat(logprobs=True).whole([answer])["choices"][0]["logprobs"]["content"] == content
+    told = [c["logprobs"] for event in events_of(streamed(reply, answer, 0)) for c in event["choices"]]
+    assert [x["content"] for x in told if x] == [content]
+    text = CompletionReply({"prompt": "x", "logprobs": 0}, "m").whole([answer])["choices"][0]["logprobs"]
+    assert (text["tokens"], text["token_logprobs"]) == (["Hi", " you"], [-0.5, -0.25]) and text["text_offset"] == [0, 2]
+
+
+def test_formats_of_answers_are_refused_and_text_is_none():
+    schema, text = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}, {"type": "text"}
+    chat(response_format=text), responses(text={"format": text, "verbosity": "low"}), messages(output_config={})
+    for build, name in (
+        (lambda: chat(response_format=schema), "response_format"),
+        (lambda: chat(response_format={"type": "json_object"}), "response_format"),
+        (lambda: responses(text={"format": schema}), "text.format"),
+        (lambda: messages(output_config={"format": schema}), "output_config.format"),
+        (lambda: chat(logprobs=True, top_logprobs=3), "top_logprobs"),
+    ):
+        with pytest.raises(RequestError, match=rf"^{name}: (answers cannot be held to a format|not supported) here"):
+            build()

@@ -18,6 +18,11 @@ from arealite.api.types import Completion
 from arealite.gateway.asks import Answer, Ask
 
 Label = Literal["agent", "auxiliary", "discarded"]
+FIRST = "first"  # of a session's turns, which is no split; the others are
+REWRITTEN = "rewritten history"
+SPLITS = (REWRITTEN, *(f"other {what}" for what in (
+    "messages", "text", "tokens", "system message", "tools", "template options", "model"
+)))  # fmt: skip
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Turn:
     completion: Completion | None = None  # None while it is sampled, or when that failed
     answer: Answer = field(default_factory=Answer)
     rewards: dict[str, float] = field(default_factory=dict)
+    lineage_rewards: dict[str, float] = field(default_factory=dict)  # of the first turn of a lineage, for all of it
     is_auxiliary: bool = False  # named so by a hook
     executed: dict[str, object] = field(default_factory=dict)  # sampling as it was done
     started_at: float = 0.0
@@ -59,6 +65,12 @@ class Turn:
             "versions": [] if c is None else c.versions,
             "server": "" if c is None else c.server_id,
         }
+
+
+def splits_of(turns: Iterable[Turn]) -> dict[str, int]:
+    """Turns that begin a row although others were there, by each of SPLITS."""
+    found = Counter(turn.reason for turn in turns if turn.parent is None)
+    return {reason: found[reason] for reason in SPLITS}
 
 
 @dataclass(frozen=True)
@@ -203,18 +215,35 @@ def _add(row: SessionRow, turn: Turn, is_trained: bool) -> None:
     row.turn_of.extend([-1] * num_added + [turn.id if is_trained else -1] * num_sampled)
 
 
-def returns_of(rows: list[SessionRow], rewards: dict[int, float], outcome: float, turn_discount: float) -> list[float]:
+def lineage_rewards_of(turns: dict[int, Turn], labels: dict[int, Label]) -> dict[int, float]:
+    """Sums, by the first turn of lineages that are trained. One that goes on with another's tokens is part of it."""
+    root_of = {turn.id: path_of(turns, turn.id)[0].id for turn in turns.values() if turn.lineage_rewards}
+    trained = {path_of(turns, id)[0].id for id, label in labels.items() if label == "agent"} if root_of else set()
+    sums: dict[int, float] = dict.fromkeys(trained, 0.0)
+    for id, root in root_of.items():
+        if root in trained:
+            sums[root] += sum(turns[id].lineage_rewards.values())
+    return sums
+
+
+def returns_of(
+    rows: list[SessionRow],
+    rewards: dict[int, float],
+    outcome: float,
+    turn_discount: float,
+    of_lineages: Mapping[int, float] | None = None,
+) -> list[float]:
     """The return of every token of the rows, end to end, float [T]; 0 outside the loss.
 
-    G of a turn = its reward + turn_discount * G of the next turn of the row that trains it; `outcome` comes with the
-    row's last turn. So time goes along the path that was taken, not by the order of arrival, and what other lineages
-    do is nobody's merit here.
+    G of a turn = its reward + turn_discount * G of the next turn of the row that trains it; `outcome`, and the reward
+    of its lineage by the first turn's id, come with the row's last turn. So time goes along the path that was taken, not
+    by the order of arrival, and what other lineages do is nobody's merit here.
     """
     out: list[float] = []
     for row in rows:
-        following, of_turn = 0.0, {}
+        following, of_turn, at_end = 0.0, {}, outcome + (of_lineages or {}).get(row.path[0], 0.0)
         for i, turn in enumerate(reversed(row.path)):
-            following = rewards.get(turn, 0.0) + (outcome if i == 0 else turn_discount * following)
+            following = rewards.get(turn, 0.0) + (at_end if i == 0 else turn_discount * following)
             of_turn[turn] = following
         out += [of_turn.get(turn, 0.0) for turn in row.turn_of]
     return out

@@ -93,14 +93,17 @@ class RecordedSession:
         self.turn_ids: dict[str, int] = record.get("reply_turns", {})
         self.state: SessionState = record["state"]
 
-    def reward(self, value: float, turn: int | None = None, name: str = OUTCOME) -> None:
+    def reward(self, value: float, turn: int | None = None, name: str = OUTCOME, is_of_lineage: bool = False) -> None:
         """As Session.reward. Raises Refusal: there is no such turn, or its turns were lost."""
         if "turns" not in self._record:
             raise Refusal(410, f"session {self.id} is {self.state}: {self._record['error']}", "session_ended")
         turns = self._record["turns"]
         if turn is not None and not 0 <= turn < len(turns):
             raise Refusal(400, f"turn {turn}: session {self.id} has {len(turns)} turns")
-        (self._record if turn is None else turns[turn])["rewards"][name] = value
+        while turn is not None and is_of_lineage and turns[turn]["parent"] is not None:
+            turn = turns[turn]["parent"]
+        key = "rewards" if turn is None or not is_of_lineage else "lineage_rewards"
+        (self._record if turn is None else turns[turn])[key][name] = value
 
     def finish(self, state: SessionState = "finished", error: str = "") -> None:
         """It has ended already."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from arealite.api.errors import ConfigError, PromptError, RequestError
 from arealite.dataset.prompts import chat_messages, check_variables, encode
 from arealite.gateway.asks import Ask, Message
-from arealite.gateway.forest import Prefixes, Turn, as_bytes
+from arealite.gateway.forest import FIRST, REWRITTEN, Prefixes, Turn, as_bytes
 from arealite.gateway.reading import is_ended_by_token
 from arealite.inference.openai.chat import ChatBody, ChatTemplate
 from arealite.inference.openai.tools import ToolUse
@@ -25,7 +25,6 @@ from arealite.inference.openai.tools import ToolUse
 History = Literal["keep", "template"]
 MARK = "\u2042answer\u2042"  # stands where an answer is, to find what the template writes around it
 QUESTION: Message = {"role": "user", "content": "?"}
-FIRST = "first"
 # Variables by which templates of some families keep the thoughts of earlier turns, set where they know them.
 KEEPING = {
     "preserve_thinking": True,
@@ -173,7 +172,7 @@ class Memory:
             if ids is not None:
                 ids += prompter.ids(forced) if forced else []
                 return NextPrompt(told.turn.id, ids, "", use, thinks, place + 1, asked)
-            reason = f"other {changed[0]}" if changed else "the template writes the history otherwise"
+            reason = f"other {changed[0]}" if changed else REWRITTEN
         return NextPrompt(None, prompter.ids(asked.text), reason, use, thinks, 0, asked)
 
     def _candidates(self, messages: list[Message], states: list[hashlib.blake2b]) -> list[tuple[int, _Told]]:

@@ -259,17 +259,23 @@ class Gateway:
         await session.wait_finished(self.config.session_timeout_s, self.config.idle_timeout_s)
 
     async def _reward(self, request: web.Request) -> web.Response:
-        """{value, turn?, name?}: of the session, or of a turn, by its number or by the id of its reply."""
+        """{value, turn? | lineage?, name?}: of the session, of a turn, or of the lineage that a turn belongs to, by the
+        turn's number or by the id of its reply."""
         session, fields = self._of_control(request), await read_json(request)
-        value, turn, name = fields.get("value"), fields.get("turn"), fields.get("name", "outcome")
+        value, name = fields.get("value"), str(fields.get("name", "outcome"))
+        places = [key for key in ("turn", "lineage") if fields.get(key) is not None]
+        if len(places) > 1:
+            raise Refusal(400, "turn and lineage: give one of them, a reward is of one thing")
+        turn = fields[places[0]] if places else None
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             raise Refusal(400, f"value: expected a finite number, found {shown(value)}")
         number = session.turn_ids.get(turn) if isinstance(turn, str) else turn
         if turn is not None and type(number) is not int:
-            raise Refusal(400, f"turn: this session has no turn {shown(turn)}")
-        session.reward(float(value), number, str(name))
+            raise Refusal(400, f"{places[0]}: this session has no turn {shown(turn)}")
+        reward = {"value": float(value), "turn": number, "name": name, "is_of_lineage": places == ["lineage"]}
+        session.reward(**reward)
         if session.state != "open":
-            self._on_late_reward(session, {"value": float(value), "turn": number, "name": str(name)})
+            self._on_late_reward(session, reward)
         return web.json_response({})
 
     async def _finish(self, request: web.Request) -> web.Response:

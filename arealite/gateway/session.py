@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -18,9 +18,10 @@ from arealite.api.errors import RequestError
 from arealite.api.protocols import InferenceEngine
 from arealite.api.types import FinishReason, GenerationRequest, Status, Task, Trajectory
 from arealite.dataset.prompts import encode
+from arealite.gateway import forest
 from arealite.gateway.asks import Answer, Ask
-from arealite.gateway.forest import Turn, account_of, ids_through, joined, labels_of, path_of, returns_of, rows_of
-from arealite.gateway.prompting import FIRST, NextPrompt, Prompter
+from arealite.gateway.forest import Turn, ids_through, joined, labels_of, path_of, returns_of, rows_of
+from arealite.gateway.prompting import NextPrompt, Prompter
 from arealite.gateway.reading import AnswerReader
 
 OUTCOME = "outcome"
@@ -137,16 +138,17 @@ class Session:
             on_answer(turn.answer)
         return turn
 
-    def reward(self, value: float, turn: int | None = None, name: str = OUTCOME) -> None:
-        """Give the session, or one of its turns, a reward; given again under the same name, the later one counts.
+    def reward(self, value: float, turn: int | None = None, name: str = OUTCOME, is_of_lineage: bool = False) -> None:
+        """Give the session, one of its turns, or the lineage of that turn, such as a sub-agent, a reward; given again
+        under the same name, the later one counts.
 
         Raises RequestError: there is no such turn."""
-        if turn is None:
-            self.rewards[name] = float(value)
-        elif turn in self.turns:
-            self.turns[turn].rewards[name] = float(value)
-        else:
+        if turn is not None and turn not in self.turns:
             raise RequestError(f"turn {turn}: session {self.id} has turns {sorted(self.turns)}")
+        rewards = self.rewards if turn is None else self.turns[turn].rewards
+        if turn is not None and is_of_lineage:
+            rewards = path_of(self.turns, turn)[0].lineage_rewards
+        rewards[name] = float(value)
         self._touch()
 
     def finish(self, state: SessionState = "finished", error: str = "") -> None:
@@ -188,8 +190,8 @@ class Session:
     ) -> Trajectory:
         """The session as one attempt at `task`, all its rows end to end; of `status` where `outcome` is None.
 
-        Its reward is `outcome` and the rewards of all turns, for each of its tokens. With a discount each turn has a
-        return of its own (forest.returns_of), and the reward is that of the first turn.
+        Its reward is `outcome` and the rewards of all turns and lineages, for each of its tokens. With a discount each
+        turn has a return of its own (forest.returns_of), and the reward is that of the first turn.
         """
         turns = joined(self.turns.values())
         labels = labels_of(turns)
@@ -199,11 +201,12 @@ class Session:
         elif self.state == "aborted":
             status = "aborted"
         of_turns = {turn.id: sum(turn.rewards.values()) for turn in turns.values() if labels[turn.id] == "agent"}
+        of_lineages = forest.lineage_rewards_of(turns, labels)
         returns, reward = [], None
         if status == "ok" and outcome is not None:
-            reward = outcome + sum(of_turns.values())
+            reward = outcome + sum(of_turns.values()) + sum(of_lineages.values())
             if turn_discount is not None:
-                returns = returns_of(rows, of_turns, outcome, turn_discount)
+                returns = returns_of(rows, of_turns, outcome, turn_discount, of_lineages)
                 reward = returns[rows[0].loss_mask.index(True)]
         last = max(turns.values(), key=lambda turn: turn.id, default=None)
         reason: FinishReason = "abort"
@@ -241,8 +244,7 @@ class Session:
         """Everything that is known, ready for JSON."""
         turns = joined(self.turns.values())
         labels = labels_of(turns)
-        account = account_of(turns, labels, rows_of(turns, labels))
-        splits = Counter(turn.reason for turn in self.turns.values() if turn.parent is None and turn.reason != FIRST)
+        account = forest.account_of(turns, labels, rows_of(turns, labels))
         return {
             "id": self.id,
             "state": self.state,
@@ -252,7 +254,7 @@ class Session:
             "rewards": self.rewards,
             "num_refused": self.num_refused,
             "tokens": account,
-            "splits": splits,
+            "splits": {reason: num for reason, num in forest.splits_of(self.turns.values()).items() if num},
             "turns": [
                 {
                     **turn.record(self.turns),
@@ -377,6 +379,7 @@ class Session:
             "num_rows": num_rows,
             "num_tool_calls": self._num_calls,
             "num_refused": self.num_refused,
+            **{f"split_{why.replace(' ', '_')}": num for why, num in forest.splits_of(self.turns.values()).items()},
             **{f"num_{label}": sum(x == label for x in labels.values()) for label in ("auxiliary", "discarded")},
         }
         if self.stop_reason:

@@ -29,10 +29,10 @@ class ScriptedEngine:
         reason = "stop" if len(ids) <= request.max_new_tokens else "length"
         ids = ids[: request.max_new_tokens]
         for n in range(1, len(ids) + 1):
-            if on_tokens is not None:
-                on_tokens(ids[:n])
             if text in self.held and n == len(ids) // 2:
                 await asyncio.wait_for(self.held[text].wait(), WAIT_S)
+            if on_tokens is not None:
+                on_tokens(ids[:n])
             await asyncio.sleep(0)
         matched = self.tokenizer.eos_token_id if reason == "stop" else None
         return Completion(ids, [-1.0] * len(ids), [0] * len(ids), reason, matched, text, "scripted")
