@@ -236,8 +236,8 @@ def returns_of(
     """The return of every token of the rows, end to end, float [T]; 0 outside the loss.
 
     G of a turn = its reward + turn_discount * G of the next turn of the row that trains it; `outcome`, and the reward
-    of its lineage by the first turn's id, come with the row's last turn. So time goes along the path that was taken, not
-    by the order of arrival, and what other lineages do is nobody's merit here.
+    of its lineage by the first turn's id, come with the row's last turn. So time goes along the path that was taken,
+    not by the order of arrival, and what other lineages do is nobody's merit here.
     """
     out: list[float] = []
     for row in rows:
