@@ -272,7 +272,12 @@ class Gateway:
         number = session.turn_ids.get(turn) if isinstance(turn, str) else turn
         if turn is not None and type(number) is not int:
             raise Refusal(400, f"{places[0]}: this session has no turn {shown(turn)}")
-        reward = {"value": float(value), "turn": number, "name": name, "is_of_lineage": places == ["lineage"]}
+        reward: dict[str, Any] = {
+            "value": float(value),
+            "turn": number,
+            "name": name,
+            "is_of_lineage": places == ["lineage"],
+        }
         session.reward(**reward)
         if session.state != "open":
             self._on_late_reward(session, reward)
