@@ -28,8 +28,8 @@ LONGEST = [f"test_{name}.py" for name in (
 KINDS = {
     "process": """cli_refusals docs engine_layouts engine_loading engine_pipeline engine_ranks engine_resume
         engine_roles engine_roles_apart engine_weights evaluation_command inference_openai inference_process
-        gateway_process launcher_local launcher_print
-        observe_watchdog prove prove_dry_run recover_background recover_points reward_audit reward_code reward_judges reward_pool
+        gateway_process launcher_local launcher_print prove_dry_run
+        observe_watchdog prove recover_background recover_points reward_audit reward_code reward_judges reward_pool
         reward_sandbox rollout_updates run run_agents run_life run_lora
         run_own_parts run_recovery run_roles run_stalls run_supervised run_wirings server_chaos vllm_server
         weights_group""",
