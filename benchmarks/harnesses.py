@@ -158,20 +158,20 @@ def make_workflow(name: str, gconfig: Any, tokenizer: Any, config: Any) -> Any:
     return workflow
 
 
-Calls = dict[str, tuple[list[int], Any]]  # by request: what the server was asked, and its completion
+Calls = dict[int, tuple[list[int], Any]]  # by turn: what the server was asked, and its completion
 
 
-Calls = dict[str, tuple[list[int], Any]]  # by request: what the server was asked, and its completion
+Calls = dict[int, tuple[list[int], Any]]  # by turn: what the server was asked, and its completion
 
 
-Calls = dict[str, tuple[list[int], Any]]  # by request: what the server was asked, and its completion
+Calls = dict[int, tuple[list[int], Any]]  # by turn: what the server was asked, and its completion
 
 
 def check(calls: Calls, trajectory: Any, session: Any, model: Any) -> tuple[list[str], float]:
     """What is wrong with one session, and the largest difference of a logprob."""
     import torch
 
-    problems, worst, start, placed = [], 0.0, 0, Counter[str]()
+    problems, worst, start, placed = [], 0.0, 0, Counter[int]()
     for length in trajectory.row_lengths or [len(trajectory.tokens)]:
         row, mask, said = (
             column[start : start + length] for column in (trajectory.tokens, trajectory.loss_mask, trajectory.logprobs)
@@ -200,7 +200,7 @@ def check(calls: Calls, trajectory: Any, session: Any, model: Any) -> tuple[list
             hidden = model.model(torch.tensor([row])).last_hidden_state[0, at - 1]
             found = model.lm_head(hidden).log_softmax(-1).gather(1, torch.tensor(row)[at, None])[:, 0]
         worst = max(worst, float((found - torch.tensor(said)[at]).abs().max()))
-    labels = {f"{session.id}.{turn['id']}": turn["label"] for turn in session.trace()["turns"]}
+    labels = {turn["id"]: turn["label"] for turn in session.trace()["turns"]}
     for rid in calls:
         if placed[rid] != int(labels.get(rid) == "agent"):
             problems.append(f"P2: {labels.get(rid)} tokens are trained in {placed[rid]} places")
@@ -256,7 +256,10 @@ def act_out(name: str, num_sessions: int, folder: str, address: str, model: Any)
     class Recorded(RemoteNativeEngine):
         async def agenerate(self, request: Any, on_tokens: Any = None) -> Any:
             done = await super().agenerate(request, on_tokens)
-            calls.setdefault(request.group_id, {})[request.rid] = (list(request.input_ids), done)
+            calls.setdefault(request.group_id, {})[int(request.rid.rpartition(".")[2])] = (
+                list(request.input_ids),
+                done,
+            )
             return done
 
     config = GRPOConfig()
