@@ -100,7 +100,8 @@ def measure_turns(
                 single(engine, f"{name}.{i}", [words(f"{name}.{i}", asked)], num_turns * NUM_SAMPLED) for i in places
             ]
         before = words(name, (num_turns - 1) * step) if kind == "alike" else []
-        all_of(engine, single(engine, f"{name}.before", [before] if before else [], 1))
+        lengths = range(step, len(before) + 1, step)  # one by one: a page is found by the whole of what it holds
+        all_of(engine, single(engine, f"{name}.before", [before[:length] for length in lengths], 1))
         prompts = [
             [before[: turn * step] + words(f"{name}.{i}.{turn}", NUM_ASKED) for turn in range(num_turns)]
             for i in places
