@@ -315,7 +315,7 @@ def chaos_of(args: argparse.Namespace) -> Iterator[Chaos]:
         model = save_tiny_model(resolve_model("smollm2-135m"), root / "model")
         if args.launcher == "agents":
             with_agents = OfAgents(root, args)
-            with_agents.words = (*TINY, f"actor.path={model}", "server.context_length=512")
+            with_agents.words = (*TINY, f"actor.path={model}", "server.context_length=512", "valid_dataset=null")
             yield with_agents
             return
         nodes_dir = root / "nodes"

@@ -40,7 +40,7 @@ class AgentRun(Run):
 
 
 def test_kills_of_all_that_agents_need_leave_an_exact_ledger_and_no_process(tmp_path, tiny_llama):
-    limits = ["server.context_length=512", "gateway.session_timeout_s=60", "evaluator.freq_steps=null"]
+    limits = ["server.context_length=512", "gateway.session_timeout_s=60", "valid_dataset=null"]
     with AgentRun(tmp_path, tiny_llama, f"total_train_steps={NUM_STEPS}", *limits) as run:
         run.kill("agent", 1)
         run.kill("server-0", 2)
