@@ -27,16 +27,19 @@ class Speaker:
 
     def __init__(self, tokenizer, *texts, finish="stop"):
         self.tokenizer, self.texts, self.finish, self.requests = tokenizer, list(texts), finish, []
+        self.version = 0
 
     async def agenerate(self, request, on_tokens=None):
         self.requests.append(request)
         ids = self.tokenizer(self.texts.pop(0), add_special_tokens=False)["input_ids"]
         ids += [self.tokenizer.eos_token_id] if self.finish == "stop" else []
+        versions = []
         for i in range(1, len(ids) + 1):
+            versions.append(self.version)
             await asyncio.sleep(0)
             if on_tokens is not None:
                 on_tokens(ids[:i])
-        return Completion(ids, [-1.0] * len(ids), [0] * len(ids), self.finish, matched=ids[-1])
+        return Completion(ids, [-1.0] * len(ids), versions, self.finish, matched=ids[-1])
 
 
 def session_of(tokenizer, *texts, finish="stop", limits=None, history="keep"):
@@ -112,18 +115,60 @@ def test_one_attempt_is_one_turn_however_often_it_is_asked(tokenizer):
     assert len(session.turns) == 1 and len({id(turn) for turn in turns}) == 1
 
 
-def test_a_changed_system_message_or_tool_begins_a_new_row(tokenizer):
+def test_a_changed_system_message_or_tool_begins_a_new_row_and_is_counted(tokenizer):
     async def talk():
         session = session_of(tokenizer, "a", "b", "c")
         system = {"role": "system", "content": "one"}
         first = await session.ask(Ask([system, user("go")]))
         history = [user("go"), first.answer.message(), user("on")]
-        return [
+        turns = [
             await session.ask(Ask([{**system, "content": "two"}, *history])),
             await session.ask(Ask([system, *history], tools=TOOLS)),
         ]
+        return turns, session.trajectory(Task("t", []), 0, 1.0).statistics
 
-    assert [turn.reason for turn in asyncio.run(talk())] == ["other system message", "other tools"]
+    turns, statistics = asyncio.run(talk())
+    assert [turn.reason for turn in turns] == ["other system message", "other tools"]
+    splits = {name: number for name, number in statistics.items() if name.startswith("split_") and number}
+    assert splits == {"split_other_system_message": 1, "split_other_tools": 1}
+
+
+def test_weights_that_change_within_an_answer_are_told_for_each_token(tokenizer):
+    async def talk():
+        session = session_of(tokenizer, "one two three four five six", "seven")
+
+        def swap(answer):
+            session.engine.version = 4 if answer.text.startswith("one two three") else 3
+
+        session.engine.version = 3
+        first = await session.ask(Ask([user("go")]), on_answer=swap)
+        await session.ask(Ask([user("go"), first.answer.message(), user("on")]))
+        return first, session.trajectory(Task("t", []), 0, 1.0)
+
+    first, trajectory = asyncio.run(talk())
+    assert first.completion.versions == sorted(first.completion.versions)
+    assert first.completion.versions.count(3) > 1 < first.completion.versions.count(4)
+    trained = [v for v, is_trained in zip(trajectory.versions, trajectory.loss_mask, strict=True) if is_trained]
+    assert trained == [*first.completion.versions, 4, 4] and not trajectory.row_lengths
+
+
+def test_a_reward_of_a_lineage_is_for_its_turns_alone(tokenizer):
+    async def talk():
+        session = session_of(tokenizer, "a", "b", "c", "d")
+        parent = await session.ask(Ask([user("go")]))
+        aside = await session.ask(Ask([user("a part of it")]))
+        await session.ask(Ask([user("a part of it"), aside.answer.message(), user("on")]))
+        await session.ask(Ask([user("go"), parent.answer.message(), user("on")]))
+        session.reward(4.0, turn=2, is_of_lineage=True)
+        session.reward(1.0, turn=3)
+        task = Task("t", [])
+        return session, session.trajectory(task, 0, 0.5), session.trajectory(task, 0, 0.5, turn_discount=0.5)
+
+    session, whole, discounted = asyncio.run(talk())
+    assert session.turns[1].lineage_rewards == {"outcome": 4.0} and not session.turns[2].lineage_rewards
+    assert whole.reward == 5.5
+    of_turns = [r for r, is_trained in zip(discounted.returns, discounted.loss_mask, strict=True) if is_trained]
+    assert of_turns == [0.75] * 2 + [1.5] * 2 + [2.25] * 2 + [4.5] * 2
 
 
 def test_a_script_is_shown_the_whole_conversation(tokenizer):

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import signal
+import sys
 import threading
 from collections import OrderedDict, deque
 from pathlib import Path
@@ -146,9 +147,6 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             f"--host {args.host}: other machines can reach it; set {ADMIN_KEY_VARIABLE} for control calls"
         )
-    stopping = threading.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stopping.set())
     config = GatewayConfig(
         host=args.host, advertised_host=args.advertised_host, port=args.port, history=args.history,
         session_timeout_s=args.session_timeout_s, idle_timeout_s=args.idle_timeout_s,
@@ -159,13 +157,18 @@ def main(argv: list[str]) -> int:
     sampling = GenerationHyperparameters(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     log = SessionLog(args.folder)
     engine = ENGINES[args.backend](InferenceEngineConfig())
+    stopping, stops = threading.Event(), (signal.SIGTERM, signal.SIGINT)
     try:
+        for number in stops:  # servers may be long in coming
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         engine.initialize(addresses=args.servers.split(","))
         tokenizer, admin_key = open_tokenizer(args.model), keys.admin or _drawn_key(args.folder)
         gateway = Gateway(
             engine, tokenizer, config, sampling, admin_key=admin_key, on_change=log.note, on_late_reward=log.note_late
         )
         gateway.remember(log.ended.values(), log.key_digests)
+        for number in stops:
+            signal.signal(number, lambda *_: stopping.set())
         engine.loop.run(gateway.start(), "gateway.start", START_LIMIT_S)
         lost = f"; {log.num_lost} sessions of a killed one are aborted" if log.num_lost else ""
         print(f"listening on {gateway.address}, sessions in {args.folder / LOG_NAME}{lost}", flush=True)

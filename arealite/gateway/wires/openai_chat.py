@@ -30,7 +30,6 @@ class CompletionsBody(forms.AskBody):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stream_options: StreamOptions = StreamOptions()
     logprobs: bool | int = False  # a truth value of a chat, a number of a completion, where 0 asks for some too
-    response_format: Any = None
 
 
 class ChatMessage(Body):
