@@ -3,6 +3,7 @@ result depends on budgets, order, or the layout of the ranks."""
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -241,6 +242,7 @@ class Told:
     """An engine or the servers' client: notes what it is told."""
 
     def __init__(self, told: list[str]) -> None:
+        self.mesh = SimpleNamespace(device=torch.device("cpu"))
         self.sleep, self.wake, self.pause, self.resume = (
             lambda word=word: told.append(word) for word in ("sleep", "wake", "pause", "resume")
         )

@@ -107,13 +107,13 @@ def test_flags_are_checked():
     assert parse_arguments(["--model", "m", "--max-running-requests", "7"]).max_running_requests == 7
     for wrong in (
         *(["--kv-cache-tokens", "0"], ["--dtype", "int8"], ["--max-running-requests", "-1"], ["--port", "65536"]),
-        *(["--hold-limit-s", "nan"], ["--hold-limit-s", "-1"], ["--device", "gpu"], ["--device", "cuda:x"]),
+        *(["--hold-limit-s", "nan"], ["--hold-limit-s", "-1"]),
     ):
         with pytest.raises(SystemExit):
             parse_arguments(["--model", "m", *wrong])
 
 
-@pytest.mark.parametrize("flags", [["--kv-cache-tokens", str(10**13)], ["--device", "cuda:99"]])
+@pytest.mark.parametrize("flags", [["--kv-cache-tokens", str(10**13)], ["--device", "cuda:99"], ["--device", "gpu"]])
 def test_what_the_machine_has_not_is_refused(folder, capsys, flags):
     assert main(["--model", str(folder), *flags]) == 2
     assert flags[0] in capsys.readouterr().err

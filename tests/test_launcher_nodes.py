@@ -176,7 +176,7 @@ def test_nodes_that_do_not_come_are_named_and_bad_ones_are_left_out(folder, tmp_
         Agent(folder, 2, under=[*bound, str(folder)]) as two,
     ):
         assert run.wait() == 0 and [agent.process.wait(20) for agent in (one, two)] == [0, 0], run.text() + two.text()
-        assert re.search(r"\n +1 .* LEFT OUT: node .* has torch 9\.9, \S+ on node", run.text())
+        assert re.search(r"\n +1 .* LEFT OUT: node .* has torch 9\.9, \S+ on node", run.text()), run.text()
         assert re.search(r"\n +2 .* LEFT OUT: node .* Read-only file system", run.text())
 
 

@@ -137,7 +137,7 @@ class FarNode:
             self.line = line if is_free else self.line
             return is_free
 
-    def join(self, told: dict[str, Any]) -> None:
+    def see(self, told: dict[str, Any]) -> None:
         """It has told what its node is."""
         self.name, self.address, self.machine = (
             told["machine"]["name"],
@@ -145,7 +145,7 @@ class FarNode:
             record(Machine, told["machine"]),
         )
         self.shares, self.clock_s, self.ended = told["shares"], told["clock"] - time.time(), told["ended"]
-        self._children, self.loss = {}, ""
+        self._children = {}
 
     def hear(self, told: dict[str, Any]) -> None:
         if "cleaned" in told:
@@ -278,8 +278,9 @@ class RunHead:
                     node = self._let_in(line, told) if told else None
                 elif "machine" in told:
                     line.silence_s = self._config.launcher.node_silence_s
-                    node.join(told)
+                    node.see(told)
                     node.unfit = self._fault(node, told["versions"])
+                    node.loss = ""  # last: from here on a plan may use it
                 elif "unfit" in told:
                     node.unfit = f"node {node.name}: {told['unfit']}"
                 elif "stop" in told and not self._stops:
