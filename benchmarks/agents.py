@@ -23,6 +23,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from surroundings import surroundings
+
 from arealite.api.cli_args import SFTConfig
 from arealite.launcher.head import RunHead
 from arealite.launcher.plan import Plan, ProcessPlan
@@ -122,7 +124,7 @@ def main() -> None:
     fewest, most = measured[given.nodes[0]], measured[given.nodes[-1]]
     ratio = given.nodes[-1] / given.nodes[0]
     growth = {name: round(most[name] / fewest[name] / ratio, 2) for name in most if fewest[name]}
-    print(json.dumps({"agents": measured, "processes": given.processes, "growth": growth}))
+    print(json.dumps({"agents": measured, "processes": given.processes, "growth": growth} | surroundings()))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from surroundings import surroundings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -230,16 +231,6 @@ class Chaos:
         """Times that Slurm has queued a job again."""
         last = dict(re.findall(r"job (\d+): .*, after (\d+) requeues", self.log.read_text(errors="replace")))
         return sum(map(int, last.values()))
-
-
-def surroundings() -> dict[str, Any]:
-    """Kind of CPU, load, commit."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    load = round(os.getloadavg()[2], 1)
-    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "commit": commit, "date": time.strftime("%F")}
 
 
 class OfAgents(Chaos):

@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from surroundings import surroundings
+
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.load_config import load_config_file
 from arealite.launcher.allocation import trainer_dims
@@ -61,11 +63,16 @@ def main(measured: Path) -> None:
     for case in {case["checkpointing"]: case for case in cases if case["case"].startswith("1.5B")}.values():
         [found] = told([*one, f"actor.gradient_checkpointing={case['checkpointing']}"])
         ratio = found["peak_gib"] / case["peak_gib"]
-        print(json.dumps({"case": case["case"], "measured_gib": case["peak_gib"], **found, "ratio": round(ratio, 3)}))
+        print(
+            json.dumps(
+                {"case": case["case"], "measured_gib": case["peak_gib"], **found, "ratio": round(ratio, 3)}
+                | surroundings()
+            )
+        )
     for model, modes in ALLOCATIONS.items():
         for mode in modes:
             ranks = told([*lengths, f"actor.path={model}", f"allocation_mode={mode}", "cluster.num_gpus_per_node=8"])
-            print(json.dumps({"model": model, "allocation": mode, "ranks": ranks}), flush=True)
+            print(json.dumps({"model": model, "allocation": mode, "ranks": ranks} | surroundings()), flush=True)
 
 
 if __name__ == "__main__":

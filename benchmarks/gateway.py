@@ -12,7 +12,6 @@ seconds at the median, and memory.
 import argparse
 import asyncio
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ import time
 
 import aiohttp
 import psutil
+from surroundings import surroundings
 from transformers import AutoTokenizer
 
 from arealite.api.cli_args import GatewayConfig, GenerationHyperparameters, InferenceEngineConfig
@@ -126,8 +126,7 @@ def main() -> None:
             watchdog.cancel()
             server.kill()
     figures = {name: round(value, 3) for name, value in figures.items()}
-    machine = {"machine": platform.processor() or platform.machine(), "cores": psutil.cpu_count()}
-    print(json.dumps({"benchmark": "gateway", **machine, **figures, "crowds": found}))
+    print(json.dumps({"benchmark": "gateway", **surroundings(), **figures, "crowds": found}))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from surroundings import surroundings
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDINGS = ROOT / "benchmarks" / "recordings"
@@ -383,7 +384,7 @@ def main() -> None:
                     result |= two_steps(name, folder, Path(root))
                     result["failed"] += result["trained_steps"] != 2
             num_failed += result.get("failed", 0)
-            print(json.dumps(result), flush=True)
+            print(json.dumps(result | surroundings()), flush=True)
     sys.exit(1 if num_failed else 0)
 
 

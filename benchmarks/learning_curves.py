@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from surroundings import surroundings
 
 ENDS = 5  # steps
 
@@ -115,25 +116,7 @@ def main() -> None:
         }
         for seed, found in runs.items()
     }
-    print(
-        json.dumps(
-            {
-                "benchmark": "learning_curves",
-                "config": args.config,
-                "cpu": cpu(),
-                "cores": os.cpu_count(),
-                "seeds": result,
-            }
-        )
-    )
-
-
-def cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    print(json.dumps({"benchmark": "learning_curves", "config": args.config, **surroundings(), "seeds": result}))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -33,6 +32,7 @@ from typing import Any
 
 import psutil
 from serving import ServerProcess, servers
+from surroundings import surroundings
 
 from arealite.api.cli_args import InferenceEngineConfig
 from arealite.api.types import GenerationRequest
@@ -181,8 +181,7 @@ def main() -> None:
         engine.initialize(addresses=[server.url])
         try:
             figures = {
-                "benchmark": "multi_turn", "model": args.model, "machine": platform.processor() or platform.machine(),
-                "cores": len(cores), "command": server.command,
+                "benchmark": "multi_turn", "model": args.model, "command": server.command, **surroundings(),
                 "turns": measure_turns(engine, server, args.sessions, args.turns, args.rounds),
                 "long": measure_long(engine, server, args.long_turns),
                 "burst": measure_burst(engine, server, args.burst),

@@ -22,6 +22,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from surroundings import surroundings
+
 WORLD_SIZE = 2
 
 
@@ -131,7 +133,7 @@ def main() -> None:
     print(f"colocated: a step {colocated['step_s']} s; apart: {apart['step_s']} s; sum of the parts: {total} s")
     figures = {"colocated": colocated, "apart": apart, "sum_s": total, "share": round(apart["step_s"] / total, 3)}
     cpu_share = round(apart["cpu_s"] / colocated["cpu_s"], 3)
-    print(json.dumps({"model": args.model, **figures, "cpu_share": cpu_share, "parts_s": parts}))
+    print(json.dumps({"model": args.model, **figures, "cpu_share": cpu_share, "parts_s": parts} | surroundings()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -107,6 +108,20 @@ def test_packages_of_agents_over_a_real_model_and_a_kill(address, tiny_llama, tm
     path.write_text('{"id": "x"}\n')
     with pytest.raises(ConfigError, match="no record of a session from byte 0 on: KeyError.'started_at'"):
         SessionLog(tmp_path)
+
+
+def test_a_signal_ends_it_while_it_waits_for_servers(tiny_llama, tmp_path, free_port):
+    words = ["--servers", f"127.0.0.1:{free_port()}", "--model", tiny_llama, "--folder", str(tmp_path), "--port", "0"]
+    with subprocess.Popen([sys.executable, "-m", "arealite.cli", "gateway", *words]) as process:
+        try:
+            end = time.monotonic() + WAIT_S
+            while not (tmp_path / "sessions.jsonl").exists():
+                assert time.monotonic() < end and process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) in (128 + signal.SIGTERM, -signal.SIGTERM)
+        finally:
+            process.kill()
 
 
 def records(path):
