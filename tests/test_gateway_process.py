@@ -111,7 +111,7 @@ def test_packages_of_agents_over_a_real_model_and_a_kill(address, tiny_llama, tm
 
 
 def test_a_signal_ends_it_while_it_waits_for_servers(tiny_llama, tmp_path, free_port):
-    words = ["--servers", f"127.0.0.1:{free_port()}", "--model", tiny_llama, "--folder", str(tmp_path), "--port", "0"]
+    words = ["--servers", f"127.0.0.1:{free_port}", "--model", tiny_llama, "--folder", str(tmp_path), "--port", "0"]
     with subprocess.Popen([sys.executable, "-m", "arealite.cli", "gateway", *words]) as process:
         try:
             end = time.monotonic() + WAIT_S
