@@ -140,6 +140,8 @@ def plan_of(folder: Path, trainers: list[str], servers: list[str], num_nodes: in
 class Launched:
     """A launcher in a process of its own; the context manager ends whatever is left of it."""
 
+    limit_s = LIMIT_S
+
     def __init__(
         self, folder: Path, trainers: list[str], servers: list[str], stdout=None, env=None, **overrides: object
     ) -> None:
@@ -172,7 +174,7 @@ class Launched:
         return self.log.read_text()
 
     def until(self, condition, what: str) -> None:
-        end = time.monotonic() + LIMIT_S
+        end = time.monotonic() + self.limit_s
         while not condition():
             assert time.monotonic() < end, f"no {what}; log:\n{self.text()}"
             time.sleep(0.02)
@@ -192,7 +194,7 @@ class Launched:
         return [self.pid(name, old) for name in names]
 
     def wait(self) -> int:
-        return self.process.wait(LIMIT_S)
+        return self.process.wait(self.limit_s)
 
 
 def is_alive(pid: int) -> bool:

@@ -25,6 +25,7 @@ from arealite.observe.run_folder import RunFolder
 from support.dummies import Launched, config_with
 
 START_LIMIT_S = 90.0
+START_ATTEMPTS = 3  # Ray gives up by itself where a busy machine takes 30 s for what it awaits
 END_LIMIT_S = 20.0
 OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes, about
 FLAGS = (
@@ -72,6 +73,16 @@ class RayNodes:
         """Start node `index`; 0 is Ray's head, on a port of its own choice. Returns when it has joined."""
         if index in self._starts:
             self._starts[index].wait(END_LIMIT_S)
+        for _ in range(START_ATTEMPTS):
+            if has_started(said := self._try_to_start(index)):
+                break
+        else:
+            raise AssertionError(f"ray start of node {index} says: {said[-3000:]}")
+        if index == 0:
+            self.env["RAY_ADDRESS"] = re.search(r"--address='([^']+)'", said)[1]
+
+    def _try_to_start(self, index: int) -> str:
+        """What `ray start` says until it has started; where it does not, nothing of it is left."""
         head = ["--head", "--port=0", "--include-dashboard=false"]
         words = [*head, f"--temp-dir={self._folder}"] if index == 0 else [f"--address={self.address}"]
         log = self._folder / f"node{index}.log"
@@ -83,13 +94,14 @@ class RayNodes:
                 start_new_session=True,
             )  # fmt: skip
         self._starts[index] = process
-        end = time.monotonic() + START_LIMIT_S
-        while "Ray runtime started" not in log.read_text():
-            said = log.read_text()
-            assert process.poll() is None and time.monotonic() < end, f"ray start of node {index} says: {said[-3000:]}"
-            time.sleep(0.1)
-        if index == 0:
-            self.env["RAY_ADDRESS"] = re.search(r"--address='([^']+)'", log.read_text())[1]
+        end, others = time.monotonic() + START_LIMIT_S, list(self._seen)
+        while not has_started(said := log.read_text()):
+            self._of(index)
+            if process.poll() is not None or time.monotonic() > end:
+                self._end([p for pid, p in self._seen.items() if pid not in others])
+                break
+            time.sleep(0.2)
+        return said
 
     def raylet(self, index: int) -> psutil.Process:
         """The raylet of a node."""
@@ -120,16 +132,26 @@ class RayNodes:
         for process in self._starts.values():
             with suppress(subprocess.TimeoutExpired):
                 process.wait(END_LIMIT_S)
-        left = [p for p in self._seen.values() if p.is_running()]  # compares the times of their starts, too
+        self._end(list(self._seen.values()))
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @staticmethod
+    def _end(processes: list[psutil.Process]) -> None:
+        left = [p for p in processes if p.is_running()]  # compares the times of their starts, too
         for p in left:
             with suppress(psutil.NoSuchProcess):
                 p.kill()
         psutil.wait_procs(left, END_LIMIT_S)
-        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def has_started(said: str) -> bool:
+    return "Ray runtime started" in said
 
 
 class OnRay(Launched):
     """The launcher of the dummies on nodes of Ray, under a driver that is a process of its own."""
+
+    limit_s = 3 * Launched.limit_s  # Ray starts interpreters of its own before ours
 
     def __init__(self, folder: Path, trainers: list[str], servers: list[str], env: dict, **overrides: object) -> None:
         self.folder = RunFolder(folder)
