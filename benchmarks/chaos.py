@@ -11,7 +11,7 @@ machine; trainer, server, head and agent are killed, and then each of --faults h
 agent for 60 s), node (the agent's node is lost), on Slurm also scancel, requeue, and memory (a second run asks for
 more than a node has). With --wall-minutes each of the jobs has that limit. The command is given again whenever it was
 the victim or gave up, until the run is done. Ends with the audit of the ledger and one JSON line: faults, which of them
-nobody named within 10 s (of a frozen agent: after launcher.node_silence_s), lives, samples trained exactly once,
+nobody named within 10 s, lives, samples trained exactly once,
 violations, checkpoints lost, processes left.
 """
 
@@ -64,7 +64,7 @@ NAMED = {
     "trainer-0": r"trainer-0 .*(SIGKILL|is lost)", "server-0": r"server-0 .*(SIGKILL|is lost)",
     "head": r"Killed|the head was killed by SIGKILL", "agent": r"is lost",
     "scancel": r"CANCELLED|cancelled", "requeue": r"requeue|COMPLETING|PENDING|SIGTERM", "node": r"is lost|NODE_FAIL",
-    "freeze": r"is lost", "memory": r"Slurm refused the job.*[Mm]emory",
+    "freeze": r"says nothing|is lost", "memory": r"Slurm refused the job.*[Mm]emory",
 }  # fmt: skip
 
 
@@ -159,9 +159,9 @@ class Chaos:
         began = time.monotonic()
         self.done.append(name)
         print(f"--- {name} ({len(self.done)})", flush=True)
-        pattern, limit_s = NAMED.get(name), NAMED_LIMIT_S + (15 if name == "freeze" else 0)  # node_silence_s
+        pattern = NAMED.get(name)
         while pattern and not re.search(pattern, self.log.read_bytes()[offset:].decode(errors="replace")):
-            if time.monotonic() - began > limit_s:
+            if time.monotonic() - began > NAMED_LIMIT_S:
                 self.unnamed.append(name)
                 print(f"not named; said was:\n{self.log.read_text(errors='replace')[-3000:]}", flush=True)
                 break

@@ -119,6 +119,19 @@ def test_a_frozen_agent_is_fenced(folder):
         assert run.wait() == 0 and agent.process.wait(20) == 0, run.text() + agent.text()
 
 
+def test_a_silence_is_told_before_it_is_the_end(folder):
+    silence = {"launcher.node_silence_s": 60.0}
+    with over_two_nodes(folder, ["wait", "wait@1"], ["ok"], **silence) as run, Agent(folder, 1) as agent:
+        old = run.pids("server-0", "trainer-0", "trainer-1")
+        agent.process.send_signal(signal.SIGSTOP)
+        run.until(lambda: "says nothing for 6 s" in run.text(), "word of the silence")
+        agent.process.send_signal(signal.SIGCONT)
+        run.until(lambda: "speaks again" in run.text(), "word of the node")
+        assert run.pids("server-0", "trainer-0", "trainer-1") == old
+        (folder / "go").touch()
+        assert run.wait() == 0, run.text()
+
+
 def test_agents_end_all_when_the_head_is_killed_and_wait_for_the_next(folder):
     with Agent(folder, 1) as agent:
         with over_two_nodes(folder, ["wait", "wait@1"], ["ok@1"]) as run:

@@ -24,13 +24,23 @@ from arealite.launcher.check import UNLIMITED, amount, table
 from arealite.launcher.child import KILL_LIMIT_S, Hands, OwnNode, obituary, say
 from arealite.launcher.machine import Machine, interface_env, own_address, versions
 from arealite.launcher.plan import Plan, ProcessPlan
-from arealite.launcher.rendezvous import HEAD_VARIABLE, AgentLine, Meeting, find_head, publish, read, record
+from arealite.launcher.rendezvous import (
+    HEAD_VARIABLE,
+    MAX_BEAT_S,
+    AgentLine,
+    Meeting,
+    find_head,
+    publish,
+    read,
+    record,
+)  # fmt: skip
 from arealite.launcher.supervisor import TICK_S, RunFailed, StopRequested
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
 from arealite.observe.waits import waiting
 
 LEAVE_LIMIT_S = 10.0
+LATE_S = 3 * MAX_BEAT_S  # silence of an agent before it is told, long before launcher.node_silence_s
 LOOK_S = 0.3  # how often the thread of an agent looks whether the run is over
 MAX_CLOCK_S = 5.0  # between two nodes, before it is told
 MIN_FREE_BYTES = 1 << 30  # of a node's memory and of each of its GPUs, beneath which something else is there
@@ -110,6 +120,7 @@ class FarNode:
         self._numbers = itertools.count(1)
         self._cleaned, self._lock = threading.Event(), threading.Lock()
         self._killed: list[str] = []
+        self._is_silent = False
 
     def start(self, plan: ProcessPlan, head: str, env: dict[str, str]) -> FarChild:
         child = FarChild(plan, self, next(self._numbers))
@@ -146,6 +157,12 @@ class FarNode:
         )
         self.shares, self.clock_s, self.ended = told["shares"], told["clock"] - time.time(), told["ended"]
         self._children = {}
+
+    def mind(self, is_silent: bool) -> None:
+        """Its agent has said nothing for LATE_S, or it has spoken."""
+        if is_silent != self._is_silent:
+            self._is_silent = is_silent
+            say(f"node {self.name} " + (f"says nothing for {LATE_S:.0f} s" if is_silent else "speaks again"))
 
     def hear(self, told: dict[str, Any]) -> None:
         if "cleaned" in told:
@@ -274,6 +291,8 @@ class RunHead:
         try:
             while self._exit_code is None:
                 told = line.receive(LOOK_S)
+                if node is not None and not node.loss:
+                    node.mind(not told and line.silent_s > LATE_S)
                 if node is None:
                     node = self._let_in(line, told) if told else None
                 elif "machine" in told:

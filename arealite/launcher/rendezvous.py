@@ -28,7 +28,8 @@ READ_LIMIT_S = 15.0  # for the folder to show the file; a file system that hangs
 HANDSHAKE_LIMIT_S = 10.0
 MAX_MESSAGE_BYTES = 8 << 20
 R = TypeVar("R")
-NUM_BEATS = 3  # within the time after which silence is the end
+NUM_BEATS = 3  # at least, within the time after which silence is the end
+MAX_BEAT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ class AgentLine:
 
     def receive(self, limit_s: float) -> dict[str, Any]:
         """The next message; empty when none has come within `limit_s`. Raises OSError: the other side is gone."""
-        now = time.monotonic()
-        if now - self.heard_s > self.silence_s:  # before anything is read: it was perhaps this side that was frozen
-            raise ConnectionError(f"nothing was heard for {now - self.heard_s:.1f} s")
-        if now - self._sent_s > self.silence_s / NUM_BEATS:
+        now, silent_s = time.monotonic(), self.silent_s
+        if silent_s > self.silence_s:  # before anything is read: it was perhaps this side that was frozen
+            raise ConnectionError(f"nothing was heard for {silent_s:.1f} s")
+        if now - self._sent_s > min(MAX_BEAT_S, self.silence_s / NUM_BEATS):
             self.send()
         if not self._link.poll(limit_s):
             return {}
@@ -150,6 +151,11 @@ class AgentLine:
             raise ConnectionError("the connection was closed") from None
         self.heard_s = time.monotonic()
         return dict(message)
+
+    @property
+    def silent_s(self) -> float:
+        """How long the other side has said nothing."""
+        return time.monotonic() - self.heard_s
 
     def close(self) -> None:
         with suppress(OSError):
