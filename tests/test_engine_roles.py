@@ -63,6 +63,7 @@ def preference_batch(num_pairs=5) -> Batch:
     batch = random_batch(num_groups=num_pairs, size=2)
     mask = np.zeros(len(batch.tokens), bool)
     mask[batch.cu_seqlens[1:] - 1] = True
+    batch.tokens[batch.cu_seqlens[4] - 2] += 1  # no pair of equal answers, whose order rounding would decide
     return replace(batch, loss_mask=mask, rewards=np.tile([1.0, 0.0], num_pairs))
 
 
