@@ -24,7 +24,7 @@ USER = {"role": "user", "content": "Count to three."}
 
 @pytest.fixture(scope="module")
 def address(tiny_llama):
-    with LocalServer(served(tiny_llama)) as server:
+    with LocalServer(served(tiny_llama), kv_tokens=1536) as server:  # less than the model's own limit
         yield server.url.removeprefix("http://")
 
 
@@ -108,6 +108,16 @@ def test_packages_of_agents_over_a_real_model_and_a_kill(address, tiny_llama, tm
     path.write_text('{"id": "x"}\n')
     with pytest.raises(ConfigError, match="no record of a session from byte 0 on: KeyError.'started_at'"):
         SessionLog(tmp_path)
+
+
+def test_the_context_is_what_the_servers_take(address, tiny_llama, tmp_path):
+    with gateway(address, tiny_llama, tmp_path) as (_, _, control):
+        made = control("/sessions", {})
+        gpt = openai.OpenAI(base_url=made["base_url"] + "/v1", api_key=made["key"], timeout=WAIT_S)
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 1536") as refused:
+            gpt.completions.create(model="any", prompt=[5] * 1536)
+        assert refused.value.code == "context_length_exceeded"
+        assert gpt.completions.create(model="any", prompt=[5] * 1530).usage.completion_tokens <= 6
 
 
 def test_a_signal_ends_it_while_it_waits_for_servers(tiny_llama, tmp_path, free_port):

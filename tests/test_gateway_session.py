@@ -25,6 +25,8 @@ def tokenizer(smollm2):
 class Speaker:
     """Answers with what it is given, in order."""
 
+    context_length = None
+
     def __init__(self, tokenizer, *texts, finish="stop"):
         self.tokenizer, self.texts, self.finish, self.requests = tokenizer, list(texts), finish, []
         self.version = 0

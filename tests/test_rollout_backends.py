@@ -6,6 +6,7 @@ import pytest
 
 from arealite.api.errors import ConfigError, RequestError, WeightSyncError
 from arealite.api.types import GenerationRequest, TensorSlot, WeightUpdateMeta
+from arealite.rollout.backends.protocol import context_length_of
 from arealite.rollout.backends.sglang import NativeBackend, SGLangBackend
 from arealite.rollout.backends.vllm import (
     GENERATE,
@@ -102,6 +103,12 @@ def test_sglang_of_unknown_version_is_taken_for_the_newest_known():
     for facts in ({}, {"/server_info": {}}, {"/get_server_info": {"version": "main"}}):
         assert SGLangBackend().detect(facts, "server-0").version == SGLangBackend().version
     assert SGLangBackend().detect({"/get_server_info": {"version": "0.5.10.post1"}}, "s").version == (0, 5, 10)
+
+
+def test_the_context_of_a_server_is_what_its_card_says():
+    for card, length in (({"id": "x", "max_model_len": 4096}, 4096), ({"id": "x", "max_model_len": None}, None)):
+        assert context_length_of({"object": "list", "data": [card, {**card, "id": "adapter"}]}) == length
+    assert context_length_of(None) is context_length_of({"data": []}) is None
 
 
 def test_sglang_quirks_of_answers():

@@ -29,6 +29,8 @@ def tokenizer(smollm2):
 class Engine:
     """Samples the words given, one after the other, in each session."""
 
+    context_length = None
+
     def __init__(self, tokenizer, words):
         self.tokenizer, self.words, self.prompts, self.rids = tokenizer, words, [], []
 

@@ -140,7 +140,7 @@ class GatewayConfig(Section):
     history: Literal["keep", "template"] = setting(
         "keep", "what was thought in earlier turns stays in the prompt; template: as the chat template has it"
     )
-    context_length: int | None = derived("tokens of a prompt and its answer: server.context_length")
+    context_length: int | None = derived("tokens of prompt and answer: server.context_length, or what servers say")
     max_sessions: int = setting(4096, "sessions that are open at a time; one more is refused", low=1)
     max_turns: int = setting(200, "turns of a session", low=1)
     max_session_tokens: int = setting(1_000_000, "tokens that a session samples at most, over all its turns", low=1)

@@ -119,6 +119,11 @@ class WeightSender(Protocol):
 class InferenceEngine(Protocol):
     """The client over the run's inference servers, as workflows and the trainer's engine call it."""
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of a prompt and its answer that each server takes; None: it is not known. In the loop of
+        `agenerate`."""
+
     async def agenerate(self, request: GenerationRequest, on_tokens: OnTokens | None = None) -> Completion:
         """Sample one sequence; resumes through interruptions; never returns "abort" before the run ends.
 

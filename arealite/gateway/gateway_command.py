@@ -21,7 +21,7 @@ from arealite.api.keys import ADMIN_KEY_VARIABLE, Keys, is_exposed
 from arealite.gateway.open_session import OpenSession, RecordedSession
 from arealite.gateway.server import MAX_ENDED_KEYS, MAX_ENDED_SESSIONS, AnySession, Gateway
 from arealite.models.fetch import resolve_model
-from arealite.models.folder import open_config, open_tokenizer
+from arealite.models.folder import open_tokenizer
 from arealite.rollout.client import ENGINES
 
 START_LIMIT_S = 60.0
@@ -125,7 +125,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--advertised-host", default="", help="the address that agents are told, where it is another one")
     add("--port", type=int, default=default.port, help="port; 0 takes a free one and prints it")
     add("--history", default=default.history, choices=["keep", "template"], help="what becomes of earlier thoughts")
-    add("--context-length", type=int, help="tokens of a prompt and its answer; default: the model's")
+    add("--context-length", type=int, help="tokens of a prompt and its answer; default: the servers'")
     add("--max-new-tokens", type=int, default=2048, help="tokens of an answer at most")
     add("--temperature", type=float, default=1.0, help="of all sampling, whatever agents ask for")
     add("--session-timeout-s", type=float, default=default.session_timeout_s, help="longest life of a session")
@@ -151,9 +151,7 @@ def main(argv: list[str]) -> int:
         host=args.host, advertised_host=args.advertised_host, port=args.port, history=args.history,
         session_timeout_s=args.session_timeout_s, idle_timeout_s=args.idle_timeout_s,
     )  # fmt: skip
-    config.context_length = args.context_length or int(
-        open_config(args.model).get_text_config().max_position_embeddings
-    )
+    config.context_length = args.context_length
     sampling = GenerationHyperparameters(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     log = SessionLog(args.folder)
     engine = ENGINES[args.backend](InferenceEngineConfig())

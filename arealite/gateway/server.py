@@ -123,7 +123,7 @@ class Gateway:
         numbered = (plain if i == 1 else f"{plain}~{i}" for i in itertools.count(1))
         place = next(place for place in numbered if place + self._life not in self._by_id)
         limits = SessionLimits(
-            config.context_length or SessionLimits.context_length,
+            config.context_length,
             config.max_turns,
             config.max_session_tokens,
             config.max_tool_calls,

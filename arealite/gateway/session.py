@@ -37,8 +37,8 @@ Script = Callable[[Ask, int], list[int] | None]  # what the answer of the turn o
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """What a session may use. `context_length`: tokens of a prompt and its answer; `max_tokens`: sampled ones in all;
-    `timeout_s`: from its start to its end."""
+    """What a session may use. `context_length`: tokens of a prompt and its answer, what the servers take if not given;
+    `max_tokens`: sampled ones in all; `timeout_s`: from its start to its end."""
 
     context_length: int | None = None
     max_turns: int = 64
@@ -273,7 +273,7 @@ class Session:
             self._check_size(ask)
             prompt = self._memory.next_prompt(ask)
             input_ids = [*ids_through(self.turns, prompt.parent), *prompt.added_ids]
-            most = self.limits.context_length
+            most = self._context_length
             room = self.gconfig.max_new_tokens if most is None else most - len(input_ids)
             if room < 1:
                 raise LimitReached("context", _too_long(len(input_ids), most))
@@ -294,9 +294,13 @@ class Session:
         asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be nobody's any more
         return _Asking(time.monotonic(), asking, listeners)
 
+    @property
+    def _context_length(self) -> int | None:
+        return self.limits.context_length or self.engine.context_length
+
     def _check_size(self, ask: Ask) -> None:
         """Refuse what is far too long by its beginning: to encode all of it would hold up every other session."""
-        most = self.limits.context_length
+        most = self._context_length
         if most is None:
             return
         said = ask.prompt if isinstance(ask.prompt, str) else "".join(str(m.get("content")) for m in ask.messages)

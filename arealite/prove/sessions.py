@@ -17,12 +17,11 @@ from arealite.api.types import Completion, GenerationRequest, Task, Trajectory
 from arealite.gateway.asks import Ask, Message
 from arealite.gateway.forest import account_of, joined, labels_of, rows_of
 from arealite.gateway.prompting import History, Prompter
-from arealite.gateway.session import Session, SessionLimits
+from arealite.gateway.session import Session
 from arealite.prove.step import Finding
 
 NUM_MEMBERS, NUM_TURNS = 2, 3
 MAX_NEW_TOKENS = 12
-LIMITS = SessionLimits(context_length=2048)
 PARAMETERS = {"type": "object", "properties": {"place": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]
 
@@ -34,6 +33,10 @@ class Witness:
         self.engine = engine
         self.seen: dict[int, list[int]] = {}  # all tokens, those of the prompt first
         self.num_sampled = 0
+
+    @property
+    def context_length(self) -> int | None:
+        return self.engine.context_length
 
     async def agenerate(self, request: GenerationRequest, on_tokens: OnTokens | None = None) -> Completion:
         completion = await self.engine.agenerate(request, on_tokens)
@@ -68,7 +71,7 @@ class WitnessedSessions:
 
     async def _member(self, engine: InferenceEngine, task: Task, member: int) -> Trajectory:
         witness = Witness(engine)
-        session = Session(f"{task.id}.{member}", witness, self.prompter, self.gconfig, LIMITS)  # type: ignore[arg-type]
+        session = Session(f"{task.id}.{member}", witness, self.prompter, self.gconfig)  # type: ignore[arg-type]
         messages: list[Message] = [{"role": "user", "content": f"What is the weather in place {member}?"}]
         for i in range(NUM_TURNS):
             turn = await session.ask(Ask([*messages], tools=TOOLS))

@@ -119,6 +119,11 @@ class RemoteInferenceEngine:
         """Where `agenerate` can be awaited. Rank 0 only."""
         return self._live
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of a prompt and its answer that each server takes; None: none says. In the client's own loop."""
+        return min((s.context_length for s in self._live.router.servers if s.context_length), default=None)
+
     async def agenerate(self, request: GenerationRequest, on_tokens: OnTokens | None = None) -> Completion:
         """Sample one sequence; awaited by workflows, in the client's own loop. Errors: see generate.py.
 

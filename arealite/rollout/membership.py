@@ -17,7 +17,7 @@ from arealite.api.atomic import write_json
 from arealite.api.errors import ArealiteError, ConfigError, RequestError, ServerUnreachable, WaitTimeout
 from arealite.observe import waits
 from arealite.observe.run_folder import RunFolder
-from arealite.rollout.backends.protocol import Backend, Call
+from arealite.rollout.backends.protocol import MODELS_PATH, Backend, Call, context_length_of
 from arealite.rollout.fleet import Fleet
 from arealite.rollout.roster import FRESH_S, Asked, read_asked, roster_of
 from arealite.rollout.router import Address, ConnectionLost, Limits, Server, State, addresses_of
@@ -220,9 +220,10 @@ class Watch:
         if not server.is_detected:
             facts = {}
             limit_s = self._fleet.config.setup_timeout_s  # vLLM looks at all of its machine before it first tells
-            for path in server.backend.facts_paths:
+            for path in (*server.backend.facts_paths, MODELS_PATH):
                 with suppress(RequestError):  # this version has no such route
                     facts[path] = await self._router.transport.send(server, Call(path, method="GET"), limit_s)
+            server.context_length = context_length_of(facts.pop(MODELS_PATH, None))
             server.backend, server.is_detected = server.backend.detect(facts, server.id), True
         await self._fleet.catch_up(server)
 

@@ -218,6 +218,7 @@ class Server(Address):
     state: State = "joining"
     why: str = "not asked yet"  # it is in that state
     is_detected: bool = False
+    context_length: int | None = None  # tokens of a prompt and its answer, if it says
     refusal: ConfigError | None = None  # it cannot be used as it was started
     update: WeightUpdateMeta | None = None  # the last that it took
     is_verified: bool = False  # by checksums of what is live

@@ -130,6 +130,8 @@ class ScriptedModel:
     """Stands for a server: `say(request)` is a text to answer with, and the token that ends it; None: it is cut off.
     The versions of an answer's halves differ."""
 
+    context_length = None
+
     def __init__(self, tokenizer: Any, say: Any) -> None:
         self.tokenizer, self.say = tokenizer, say
         self.requests: list[Any] = []

@@ -16,6 +16,8 @@ CHAT = [{"role": "user", "content": "What is 2 + 3?"}]
 class ScriptedEngine:
     """Says the next of its member's texts to each request; a text may be an exception, which is raised instead."""
 
+    context_length = None
+
     def __init__(self, tokenizer, *members):
         self.tokenizer, self.left = tokenizer, [list(texts) for texts in members]
         self.prompts = defaultdict(list)  # of each member, as text

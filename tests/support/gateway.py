@@ -17,6 +17,8 @@ ADMIN = "the-admin"
 class ScriptedEngine:
     """Answers with `write(request)`, a text; ends with the tokenizer's end token, or is cut at max_new_tokens."""
 
+    context_length = None
+
     def __init__(self, tokenizer, write: Callable[[GenerationRequest], str] = lambda request: "Hello there") -> None:
         self.tokenizer, self.write = tokenizer, write
         self.requests: list[GenerationRequest] = []

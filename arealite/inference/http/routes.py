@@ -238,7 +238,7 @@ class ServerRoutes:
             "owned_by": "arealite",
             "root": self._engine.batcher.model.path,
             "parent": None,
-            "max_model_len": self._served.limits.context_length,
+            "max_model_len": self._served.limits.max_tokens,
         }
         adapters = [
             {**card, "id": adapter, "root": adapter, "parent": name} for adapter in self._served.limits.adapters

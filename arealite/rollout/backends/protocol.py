@@ -15,6 +15,7 @@ from arealite.api.errors import ConfigError, RequestError
 from arealite.api.types import FinishReason, GenerationRequest, GroupPlace, WeightUpdateMeta
 
 UNNAMED_VERSION = "default"  # what SGLang and vLLM call their weights before the first update
+MODELS_PATH = "/v1/models"  # of servers of any kind
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,13 @@ def token_versions(spans: list[Any], whole: Any, num_tokens: int, server_id: str
         start, end = max(0, int(span["start"])), min(num_tokens, int(span["end"]))
         versions[start:end] = [version_number(span["version"], server_id)] * max(0, end - start)
     return versions
+
+
+def context_length_of(cards: Any) -> int | None:
+    """Tokens of a prompt and its answer, by a server's answer to MODELS_PATH; None: it does not say."""
+    card = (cards or {}).get("data") or [{}]
+    length = card[0].get("max_model_len")
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def version_number(version: Any, server_id: str) -> int:
