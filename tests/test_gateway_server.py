@@ -1,4 +1,4 @@
-"""The gateway, asked by the packages of OpenAI and Anthropic as they are, and by clients that mean no good."""
+"""The gateway, asked by the packages of OpenAI and Anthropic as they are."""
 
 import asyncio
 import json
@@ -6,15 +6,13 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from urllib.error import HTTPError
 
 import anthropic
 import openai
 import pytest
-from support.gateway import ADMIN, WAIT_S, scripted
+from support.gateway import ADMIN, WAIT_S, call, scripted
 from transformers import AutoTokenizer
 
-from arealite.api.cli_args import GatewayConfig
 from arealite.gateway import exchange
 
 USER = {"role": "user", "content": "What is 1 + 2?"}
@@ -64,18 +62,6 @@ def claude(session):
         yield client
 
 
-def call(url, body=None, key="", method=None):
-    """Status and body of a plain call."""
-    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    request = urllib.request.Request(url, data, headers, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
-            return answer.status, json.loads(answer.read() or b"{}")
-    except HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
 def rows(session):
     """The parents of its turns."""
     return [turn.parent for turn in session.turns.values()]
@@ -119,6 +105,37 @@ def test_responses_with_a_state_that_the_gateway_keeps(session, gpt, script):
     assert rows(session) == [None, 0, 0]
     with pytest.raises(openai.BadRequestError, match="no stored response"):
         gpt.responses.create(model="any", input="x", previous_response_id="resp_0")
+
+
+def test_a_response_has_the_logprobs_of_its_text_where_they_are_to_be_included(
+    running, session, gpt, script, tokenizer
+):
+    for said, thought, called in (("Hi yöu", "", ""), ("think 漢 So:", THOUGHT, CALLS)):
+        script[""] = thought + said + called
+        tool = {"type": "function", "name": "add", "parameters": PARAMETERS, "strict": False}
+        asked = {"model": "any", "input": said, "tools": [tool], "include": ["message.output_text.logprobs"]}
+        whole, plain = gpt.responses.create(**asked), gpt.responses.create(**{**asked, "include": []})
+        with gpt.responses.stream(**asked) as stream:
+            events = list(stream)
+            streamed = stream.get_final_response()
+        (done,) = [event for event in events if event.type == "response.output_text.done"]
+        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+        for response in (whole, streamed):
+            (text,) = [part for item in response.output if item.type == "message" for part in item.content]
+            assert text.text.strip() == said and len([i for i in response.output if i.type == "function_call"]) == (
+                2 if called else 0
+            )
+            assert [(p.logprob, p.token) for p in text.logprobs][: len(ids)] == [
+                (-1.0, tokenizer.decode(i)) for i in ids
+            ]
+            assert bytes(byte for p in text.logprobs for byte in p.bytes).decode().strip() == said
+        assert [p.token for p in done.logprobs] == [p.token for p in text.logprobs]
+        assert len([event for event in events if event.type == "response.output_text.delta"]) > 1, "as they come"
+        assert not [
+            p for item in plain.output if item.type == "message" for part in item.content for p in part.logprobs
+        ]
+    with pytest.raises(openai.BadRequestError, match="top_logprobs"):
+        gpt.responses.create(**asked, top_logprobs=2)
 
 
 def test_messages_with_thoughts_and_calls(session, claude, script):
@@ -282,39 +299,6 @@ def test_control(running, gpt, script):
     assert call(f"{here}/trace", None, ADMIN)[0] == 404
 
 
-def test_limits(tokenizer):
-    config = GatewayConfig(max_sessions=2, max_turns=1, idle_timeout_s=0.2)
-    config.context_length = 128
-    with scripted(tokenizer, lambda request: "Yes", config) as running:
-        control, session = f"{running.gateway.address}/sessions", running.new_session()
-        body, long = {"messages": [USER]}, {"messages": [{**USER, "content": "long " * 200}]}
-        status, answer = call(session.base_url + "/v1/chat/completions", long, session.key)
-        assert status == 400 and answer["error"]["code"] == "context_length_exceeded"  # harnesses shorten their history
-        assert call(session.base_url + "/v1/chat/completions", body, session.key)[0] == 200
-        status, answer = call(session.base_url + "/v1/chat/completions", body, session.key)
-        assert status == 400 and answer["error"]["code"] == "session_limit" and "turns" in answer["error"]["message"]
-        _, made = call(control, {}, ADMIN)
-        assert call(control, {}, ADMIN)[0] == 429
-        deadline = time.monotonic() + WAIT_S
-        while call(made["base_url"] + "/v1/models", None, made["key"])[0] != 410:  # it asks nothing, and so it ends
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert session.state == "open", "workflows say themselves when theirs have ended"
-
-
-def test_hostile_bodies(running, session):
-    url = session.base_url + "/v1/chat/completions"
-    for raw, wrong in ((b"{", "not valid JSON"), (b"[]", "expected a JSON object"), (b"", "messages: it is missing")):
-        status, answer = call(url, raw, session.key)
-        assert status == 400 and wrong in answer["error"]["message"]
-    status, answer = call(session.base_url + "/v1/messages", b"\xff", session.key)
-    assert status == 400 and answer["type"] == "error"
-    assert call(session.base_url + "/v1/responses/compact", {}, session.key)[0] == 404
-    assert call(url, None, session.key)[0] == 405
-    assert call(url, b'{"x": "' + b"a" * (64 << 20) + b'"}', session.key)[0] == 413
-    assert not session.turns
-
-
 def test_a_session_that_is_finished_gives_up_what_is_sampled(running, session, script):
     script[""] = text = "four five six seven"
     running.engine.held[text] = running.call(asyncio.Event)
@@ -369,23 +353,3 @@ def test_a_slow_first_token_is_waited_for_with_signs_of_life(running, session, s
                 lines.append(answer.readline())
             running.call(held.set)
             assert b"six" in answer.read() and not any(b"six" in line for line in lines)
-
-
-def test_a_huge_result_of_a_tool_holds_nobody_up(tokenizer):
-    config = GatewayConfig()
-    config.context_length = 2048
-    with scripted(tokenizer, lambda request: "Yes", config) as running, ThreadPoolExecutor(1) as pool:
-        huge, small = running.new_session(), running.new_session()
-        called = {"id": "c", "type": "function", "function": {"name": "read", "arguments": "{}"}}
-        result = {"role": "tool", "tool_call_id": "c", "content": "a word, " * (10 << 17)}
-        body = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [called]}, result]}
-        slow = pool.submit(call, huge.base_url + "/v1/chat/completions", body, huge.key)
-        longest, num_asked = 0.0, 0
-        while not slow.done() or not num_asked:
-            begin = time.monotonic()
-            url = small.base_url + "/v1/models"
-            assert call(url, None, small.key)[0] == 200
-            longest, num_asked = max(longest, time.monotonic() - begin), num_asked + 1
-        status, answer = slow.result()
-        assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and not huge.turns
-        assert longest < 5.0, "of a busy machine; the whole text would take far longer"

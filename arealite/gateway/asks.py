@@ -6,9 +6,11 @@ Made by wires/ from requests and by workflows; prompting.py makes tokens of an A
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 Message = dict[str, Any]
+CLOSE_THOUGHT = "</think>"
 AnswerReason = Literal["stop", "length", "tool_calls", "stop_string"]
 
 
@@ -60,6 +62,16 @@ class Answer:
     num_cached_tokens: int = 0
     num_reasoning_tokens: int = 0
     sampled: tuple[tuple[str, list[int], float], ...] = ()  # text, UTF-8 and logprob of each token, if asked for
+
+    def sampled_text(self) -> tuple[tuple[str, list[int], float], ...]:
+        """Of `sampled`, the tokens that `text` is of; all of them where its bytes are not found in one piece."""
+        said, text = b"".join(bytes(token[1]) for token in self.sampled), self.text.encode("utf-8", "surrogatepass")
+        close = CLOSE_THOUGHT.encode() if self.reasoning else b""
+        begin = said.find(text, said.find(close) + len(close))
+        ends = accumulate(len(token[1]) for token in self.sampled)
+        places = [(end - len(token[1]), end, token) for end, token in zip(ends, self.sampled, strict=True)]
+        end = begin + len(text)
+        return self.sampled if begin < 0 else tuple(token for low, high, token in places if low < end and begin < high)
 
     def message(self) -> Message:
         """The assistant's message of it, as a client would send it back."""

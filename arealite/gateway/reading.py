@@ -10,11 +10,11 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from arealite.api.types import Completion, GenerationRequest
-from arealite.gateway.asks import Answer, AnswerReason, CallOfTool
+from arealite.gateway.asks import CLOSE_THOUGHT, Answer, AnswerReason, CallOfTool
 from arealite.inference.core.answers import held_back, token_bytes
 from arealite.inference.openai.tools import ToolCall, ToolUse, read_calls
 
-OPEN_THOUGHT, CLOSE_THOUGHT = "<think>", "</think>"
+OPEN_THOUGHT = "<think>"
 UNFINISHED = "\ufffd"  # what the beginning of a character of several tokens reads as
 
 

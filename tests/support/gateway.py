@@ -1,9 +1,12 @@
 """A gateway for tests: over an engine that writes given texts, token by token, in a loop of its own."""
 
 import asyncio
+import json
 import threading
+import urllib.request
 from collections.abc import Callable
 from contextlib import contextmanager
+from urllib.error import HTTPError
 
 from arealite.api.cli_args import GatewayConfig, GenerationHyperparameters
 from arealite.api.protocols import OnTokens
@@ -86,3 +89,15 @@ def scripted(tokenizer, write, config=None, **gconfig):
         yield running
     finally:
         running.close()
+
+
+def call(url, body=None, key="", method=None):
+    """Status and body of a plain call."""
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    request = urllib.request.Request(url, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+            return answer.status, json.loads(answer.read() or b"{}")
+    except HTTPError as error:
+        return error.code, json.loads(error.read())

@@ -229,6 +229,11 @@ class Reply:
         raise NotImplementedError
 
 
+def token_logprobs(sampled: Iterable[tuple[str, list[int], float]]) -> list[dict[str, Any]]:
+    """As OpenAI's formats have them, of Answer.sampled."""
+    return [{"token": t, "bytes": b, "logprob": p, "top_logprobs": []} for t, b, p in sampled]
+
+
 def parts_of(answer: Answer) -> list[AnswerPart]:
     """Of a whole answer."""
     parts = AnswerParts()

@@ -159,8 +159,7 @@ class ChatReply(Reply):
         """Of all sampled tokens, those of thoughts and calls among them; a stream has them at its end."""
         if not self.ask.wants_logprobs:
             return None
-        content = [{"token": t, "bytes": b, "logprob": p, "top_logprobs": []} for t, b, p in answer.sampled]
-        return {"content": content, "refusal": None}
+        return {"content": forms.token_logprobs(answer.sampled), "refusal": None}
 
     def _chunk(self, choice: int, told: dict[str, Any]) -> dict[str, Any]:
         choices = [{"index": choice, "logprobs": None, "finish_reason": None, **told}]

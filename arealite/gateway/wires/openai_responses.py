@@ -6,6 +6,7 @@ import base64
 import json
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -18,7 +19,7 @@ from arealite.inference.core.requests import Body
 from arealite.inference.http.bodies import checked, shown
 
 RAW_INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}  # of a custom tool
-ENCRYPTED = "reasoning.encrypted_content"
+ENCRYPTED, LOGPROBS = "reasoning.encrypted_content", "message.output_text.logprobs"  # what may be included
 SEAL = "arealite:"  # begins what stands for encrypted content: what was thought, for clients that keep only that
 PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc"}  # of ids
 ECHOED = frozenset((
@@ -140,10 +141,16 @@ class ResponsesReply(Reply):
             tools=tools,
             tool_choice=choice,
             template_options={} if effort is None else {"reasoning_effort": effort},
+            wants_logprobs=LOGPROBS in body.include,
         )
         super().__init__(ask, body.stream, "resp")
         self.is_stored = body.store
         self._created_at, self._num_events = time.time(), 0
+
+    def grown(self, choice: int, answer: Answer) -> bytes:
+        """Logprobs are known with the last token: where they are wanted, a text ends with it, and then calls come."""
+        waits = self.ask.wants_logprobs and answer.reason is None
+        return super().grown(choice, replace(answer, calls=()) if waits else answer)
 
     def sent(self, events: Iterable[dict[str, Any]]) -> bytes:
         """Numbered."""
@@ -158,21 +165,21 @@ class ResponsesReply(Reply):
     def events(self, choice: int, answer: Answer, act: forms.Act, part: AnswerPart, text: str) -> list[dict[str, Any]]:
         place = {"output_index": part.index}
         inner = {**place, "item_id": _id(part)} | ({} if part.call else {"content_index": 0})
-        name, done = self._names(part)
+        name, done = self._names(part, answer)
         events: list[dict[str, Any]] = []
         if act == "open":
-            output = self._output(part, "in_progress")
+            output = self._output(part, "in_progress", answer)
             events.append({"type": "response.output_item.added", "item": output, **place})
             if part.call is None:
-                events.append({"type": "response.content_part.added", "part": _content(part), **inner})
+                events.append({"type": "response.content_part.added", "part": _content(part, Answer()), **inner})
         elif act == "more" and not (part.call and part.call.name in self._customs):
             logprobs: dict[str, Any] = {"logprobs": []} if part.kind == "text" else {}
             events.append({"type": f"{name}.delta", "delta": text, **inner, **logprobs})
         elif act == "close":
             events.append({"type": f"{name}.done", **done, **inner})
             if part.call is None:
-                events.append({"type": "response.content_part.done", "part": _content(part), **inner})
-            output = self._output(part, "completed")
+                events.append({"type": "response.content_part.done", "part": _content(part, answer), **inner})
+            output = self._output(part, "completed", answer)
             events.append({"type": "response.output_item.done", "item": output, **place})
         return events
 
@@ -190,23 +197,25 @@ class ResponsesReply(Reply):
         failed = {**self._response("failed", None), "error": {"code": "server_error", "message": error["message"]}}
         return {"type": "response.failed", "response": failed}
 
-    def _names(self, part: AnswerPart) -> tuple[str, dict[str, Any]]:
+    def _names(self, part: AnswerPart, answer: Answer) -> tuple[str, dict[str, Any]]:
         """Of the events about a part's text, and what the last of them has."""
         if part.kind == "reasoning":
             return "response.reasoning_text", {"text": part.text}
         if part.call is None:
-            return "response.output_text", {"text": part.text, "logprobs": []}
+            return "response.output_text", {"text": part.text, "logprobs": forms.token_logprobs(answer.sampled_text())}
         if part.call.name in self._customs:
             return "response.custom_tool_call_input", {"input": _raw_input(part)}
         return "response.function_call_arguments", {"arguments": part.text, "name": part.call.name}
 
-    def _output(self, part: AnswerPart, status: Literal["in_progress", "completed", "incomplete"]) -> dict[str, Any]:
+    def _output(
+        self, part: AnswerPart, status: Literal["in_progress", "completed", "incomplete"], answer: Answer
+    ) -> dict[str, Any]:
         is_done = status != "in_progress"
         output: dict[str, Any] = {"id": _id(part), "status": status}
         if part.call is None:
             kind = {"type": "reasoning", "summary": []}
             output |= kind if part.kind == "reasoning" else {"type": "message", "role": "assistant"}
-            output["content"] = [_content(part)] if is_done else []
+            output["content"] = [_content(part, answer)] if is_done else []
             if part.kind == "reasoning" and ENCRYPTED in self._body.include:
                 output["encrypted_content"] = SEAL + base64.b64encode(part.text.encode()).decode()
             return output
@@ -217,7 +226,7 @@ class ResponsesReply(Reply):
 
     def _ended(self, answer: Answer, parts: list[AnswerPart]) -> dict[str, Any]:
         status: Literal["incomplete", "completed"] = "incomplete" if answer.reason == "length" else "completed"
-        return {**self._response(status, answer), "output": [self._output(part, status) for part in parts]}
+        return {**self._response(status, answer), "output": [self._output(part, status, answer) for part in parts]}
 
     def _response(self, status: str, answer: Answer | None) -> dict[str, Any]:
         return {
@@ -241,10 +250,11 @@ def _id(part: AnswerPart) -> str:
     return f"{PREFIXES[part.kind]}_{part.id}"
 
 
-def _content(part: AnswerPart) -> dict[str, Any]:
+def _content(part: AnswerPart, answer: Answer) -> dict[str, Any]:
     if part.kind == "reasoning":
         return {"type": "reasoning_text", "text": part.text}
-    return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": []}
+    logprobs = forms.token_logprobs(answer.sampled_text())
+    return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": logprobs}
 
 
 def _raw_input(part: AnswerPart) -> str:
