@@ -138,12 +138,39 @@ def test_what_begins_a_new_row_is_named():
             ([system, *history], {"tools": TOOLS, "model": "another"}),
             ([system, user("a summary"), user("u2")], {"tools": TOOLS}),
         ]
-        return [(await ask(session, messages, **options))[0].reason for messages, options in asks], session
+        for messages, options in asks:
+            await ask(session, messages, **options)
+        return session.trace()
 
-    reasons, session = asyncio.run(talk())
+    trace = asyncio.run(talk())
     names = ["other system message", "other tools", "other model", "other messages"]
-    assert reasons == ["", *names]
-    assert session.trace()["splits"] == dict.fromkeys(names, 1)
+    assert [turn["reason"] for turn in trace["turns"]] == ["first", "", *names]
+    assert trace["splits"] == dict.fromkeys(names, 1)
+
+
+@pytest.mark.parametrize("history", ["keep", "template"])
+def test_what_begins_a_branch_is_named(history):
+    """Answers that are sent back otherwise: the first, the last, and one that others go on from."""
+
+    async def talk():
+        session = session_of("llama3", [(f"a{i}", "<|eot|>") for i in range(9)], history)
+        first, _ = await ask(session, [user("u1")])
+        history_1 = [user("u1"), first.answer.message(), user("u2")]
+        await ask(session, history_1)
+        rewritten = {"role": "assistant", "content": "what I meant"}
+        third, _ = await ask(session, [*history_1, rewritten, user("u3")])
+        await ask(session, [*history_1, rewritten, user("u3"), third.answer.message(), user("u4")])
+        await ask(session, [user("u1"), rewritten, user("u2")])
+        await ask(session, [user("u1"), first.answer.message(), user("of another agent")])
+        await asyncio.gather(ask(session, history_1), ask(session, [user("u1")]))
+        return session.trace()
+
+    trace = asyncio.run(talk())
+    assert [(turn["parent"], turn["reason"]) for turn in trace["turns"]] == [
+        (None, "first"), (0, ""), (0, "rewritten answer"), (2, ""), (None, "rewritten answer"), (0, "other messages"),
+        (0, "another sample"), (None, "another sample"),
+    ]  # fmt: skip
+    assert trace["splits"] == {"another sample": 2, "rewritten answer": 2, "other messages": 1}
 
 
 def test_raw_prompts_go_on_by_text_and_by_tokens():
@@ -154,13 +181,14 @@ def test_raw_prompts_go_on_by_text_and_by_tokens():
         session.engine.say = lambda request: ("x", None)
         turns += [await session.ask(Ask(prompt=ids)), await session.ask(Ask(prompt=[*ids, *turns[0].sampled]))]
         decode = session.prompter.tokenizer.decode
-        return [(turn.parent, turn.reason, decode(turn.added_ids)) for turn in turns], session
+        reasons = [turn["reason"] for turn in session.trace()["turns"]]
+        return [(t.parent, why, decode(t.added_ids)) for t, why in zip(turns, reasons, strict=True)], session
 
     turns, session = asyncio.run(talk())
     assert turns[:4] == [
         (None, "first", "a"),
         (0, "", " c"),
-        (0, "", " cd"),  # the end of the answer, which was sampled, is not in it
+        (0, "other text", " cd"),  # the end of the answer, which was sampled, is not in it
         (1, "", "e"),
     ]
     assert turns[4][:2] == (None, "other tokens")

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from arealite.api.cli_args import GenerationHyperparameters
 from arealite.api.types import Completion, Task
+from arealite.gateway import forest
 from arealite.gateway.asks import Ask
 from arealite.gateway.prompting import Prompter
 from arealite.gateway.session import LimitReached, Session, SessionEnded, SessionLimits
@@ -87,7 +88,11 @@ def test_a_call_and_its_result_extend_the_row_and_a_title_does_not(tokenizer):
     session, grown, first, second, title = asyncio.run(talk())
     assert first.answer.reason == "tool_calls" and [c.arguments for c in first.answer.calls] == ['{"a": 1}']
     assert all(b.text.startswith(a.text) for a, b in pairwise(grown))
-    assert second.parent == first.id and title.parent is None and title.reason == "other messages"
+    assert (
+        second.parent == first.id
+        and title.parent is None
+        and forest.reasons_of([first, title]) == {0: "first", 2: "other messages"}
+    )
     assert tokenizer.decode(second.added_ids) == "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
     tokens = session.trace()["tokens"]
     assert tokens["trained"] == len(first.sampled) + len(second.sampled) and tokens["auxiliary"] == len(title.sampled)

@@ -19,19 +19,22 @@ from arealite.gateway.asks import Answer, Ask
 
 Label = Literal["agent", "auxiliary", "discarded"]
 FIRST = "first"  # of a session's turns, which is no split; the others are
-REWRITTEN = "rewritten history"
-SPLITS = (REWRITTEN, *(f"other {what}" for what in (
-    "messages", "text", "tokens", "system message", "tools", "template options", "model"
+ANEW = "another sample"  # of the same prompt
+REWRITTEN = "rewritten history"  # the template writes what was sampled otherwise
+REWRITTEN_ANSWER = "rewritten answer"  # it was sent back otherwise than it was sampled
+OTHER_MESSAGES = "other messages"
+SPLITS = (ANEW, REWRITTEN, REWRITTEN_ANSWER, OTHER_MESSAGES, *(f"other {what}" for what in (
+    "text", "tokens", "system message", "tools", "template options", "model"
 )))  # fmt: skip
 
 
 @dataclass
 class Turn:
     """One answer and what it was sampled from. `id` counts the session's turns in the order in which they were asked;
-    the prompt is the parent's tokens, its sampled ones included, and then `added_ids`. Without a parent `reason` says
-    why: "first", or what differs from the turns before. `ask` has those messages only that the parent's ask and answer
-    had not, so that a long session does not hold its history over and over. `rewards` are those of this turn alone, by
-    name."""
+    the prompt is the parent's tokens, its sampled ones included, and then `added_ids`. `reason`, one of SPLITS, says
+    what differs from the turns before, should it begin a row or a branch (reasons_of). `ask` has those messages only
+    that the parent's ask and answer had not, so that a long session does not hold its history over and over. `rewards`
+    are those of this turn alone, by name."""
 
     id: int
     parent: int | None
@@ -67,9 +70,23 @@ class Turn:
         }
 
 
+def reasons_of(turns: Iterable[Turn]) -> dict[int, str]:
+    """Why turns with tokens begin a row, or a branch of one: FIRST, or one of SPLITS. Those that go on, as the first to
+    do so, with what their parent ended with are not there."""
+    reasons: dict[int, str] = {}
+    prompts: dict[int | None, list[list[int]]] = {}  # by their parent, what its turns added
+    for turn in sorted(turns, key=lambda turn: turn.id):
+        if turn.sampled:
+            others = prompts.setdefault(turn.parent, [])
+            if others or turn.parent is None:
+                reasons[turn.id] = (ANEW if turn.added_ids in others else turn.reason) if others else FIRST
+            others.append(turn.added_ids)
+    return reasons
+
+
 def splits_of(turns: Iterable[Turn]) -> dict[str, int]:
-    """Turns that begin a row although others were there, by each of SPLITS."""
-    found = Counter(turn.reason for turn in turns if turn.parent is None)
+    """Turns that begin a row or a branch although others were there, by each of SPLITS."""
+    found = Counter(reasons_of(turns).values())
     return {reason: found[reason] for reason in SPLITS}
 
 

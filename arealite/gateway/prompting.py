@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from arealite.api.errors import ConfigError, PromptError, RequestError
 from arealite.dataset.prompts import chat_messages, check_variables, encode
 from arealite.gateway.asks import Ask, Message
-from arealite.gateway.forest import FIRST, REWRITTEN, Prefixes, Turn, as_bytes
+from arealite.gateway.forest import OTHER_MESSAGES, REWRITTEN, REWRITTEN_ANSWER, Prefixes, Turn, as_bytes
 from arealite.gateway.reading import is_ended_by_token
 from arealite.inference.openai.chat import ChatBody, ChatTemplate
 from arealite.inference.openai.tools import ToolUse
@@ -46,8 +46,8 @@ class _Asked:
 
 @dataclass(frozen=True)
 class NextPrompt:
-    """`added_ids` come after all tokens of turn `parent`; without one they are the whole prompt, for `reason`. `use`:
-    the functions that the answer may call. `thinks`: the prompt ends with the opening of a thought. `num_known` of its
+    """`added_ids` come after all tokens of turn `parent`; without one they are all. `reason`: of Turn. `use`: the
+    functions that the answer may call. `thinks`: the prompt ends with the opening of a thought. `num_known` of its
     messages were there with the parent's answer; `asked` is for Memory.note."""
 
     parent: int | None
@@ -117,7 +117,7 @@ class Memory:
         self._prompter = prompter
         self._told: dict[bytes, list[_Told]] = {}  # by the digest of all messages with the answer
         self._raw: dict[type, Prefixes] = {str: Prefixes(), list: Prefixes()}  # of text, and of tokens
-        self._num_noted = 0
+        self._asked: set[bytes] = set()  # digests of all messages that were answered
 
     def next_prompt(self, ask: Ask) -> NextPrompt:
         """Raises RequestError: messages or tools cannot be read, or the chat template refuses them."""
@@ -128,10 +128,10 @@ class Memory:
 
     def note(self, turn: Turn, ask: Ask, prompt: NextPrompt, said: str) -> None:
         """A turn is finished: `ask` became `prompt`. `said` is the text of its tokens, without one that ended it."""
-        self._num_noted += 1
         if prompt.asked is not None:
             answer, text = chat_messages("messages", [turn.answer.message()])[0], prompt.asked.text + said
             told = _Told(turn, answer, len(text), _digest(text), prompt.asked.fixed)
+            self._asked.add(prompt.asked.state.digest())
             self._told.setdefault(_states([answer], prompt.asked.state)[-1].digest(), []).append(told)
         elif isinstance(ask.prompt, str):
             said = str(self._prompter.tokenizer.decode(turn.sampled, clean_up_tokenization_spaces=False))
@@ -139,20 +139,17 @@ class Memory:
         elif ask.prompt is not None:
             self._raw[list].add(as_bytes([*ask.prompt, *turn.sampled]), turn.id)
 
-    def _root(self, reason: str) -> str:
-        return reason if self._num_noted else FIRST
-
     def _after_text(self, prompt: str | list[int]) -> NextPrompt:
         """Text goes on from a turn if it begins with all that this one's tokens say, the one that ended it included."""
         if isinstance(prompt, str):
             content = _utf8(prompt)
             num_shared, parent = self._raw[str].longest(content)
             if parent is None:
-                return NextPrompt(None, self._prompter.ids(prompt, is_raw=True), self._root("other text"))
+                return NextPrompt(None, self._prompter.ids(prompt, is_raw=True), "other text")
             rest = content[num_shared:].decode("utf-8", "surrogatepass")
-            return NextPrompt(parent, self._prompter.ids(rest) if rest else [])
+            return NextPrompt(parent, self._prompter.ids(rest) if rest else [], "other text")
         num_shared, parent = self._raw[list].longest(as_bytes(prompt))
-        return NextPrompt(parent, prompt[num_shared // 8 :], "" if parent is not None else self._root("other tokens"))
+        return NextPrompt(parent, prompt[num_shared // 8 :], "other tokens")
 
     def _after_messages(self, ask: Ask) -> NextPrompt:
         prompter = self._prompter
@@ -165,13 +162,16 @@ class Memory:
         whole = prompter.text(messages, tools, True, ask)
         thinks, states = whole.rstrip().endswith("<think>"), _states(messages)
         asked = _Asked(whole + forced, states[-1], _fixed(ask, messages))
-        reason = self._root("other messages")
-        for place, told in self._candidates(messages, states):
+        candidates = self._candidates(messages, states)
+        rewritten = self._rewritten(messages, states, {place for place, _ in candidates})
+        reason = OTHER_MESSAGES if rewritten < 0 else REWRITTEN_ANSWER
+        for place, told in candidates:
             changed = [name for name, value in asked.fixed.items() if told.fixed[name] != value]
             ids = None if changed else self._suffix(told, messages, place, tools, ask, whole)
             if ids is not None:
                 ids += prompter.ids(forced) if forced else []
-                return NextPrompt(told.turn.id, ids, "", use, thinks, place + 1, asked)
+                reason = OTHER_MESSAGES if rewritten < place and reason == REWRITTEN_ANSWER else reason
+                return NextPrompt(told.turn.id, ids, reason, use, thinks, place + 1, asked)
             reason = f"other {changed[0]}" if changed else REWRITTEN
         return NextPrompt(None, prompter.ids(asked.text), reason, use, thinks, 0, asked)
 
@@ -184,6 +184,11 @@ class Memory:
                 known = reversed(self._told.get(states[place].digest(), []))
                 out += [(place, told) for told in known if _same_thought(messages[place], told.message)]
         return out
+
+    def _rewritten(self, messages: list[Message], states: list[hashlib.blake2b], known: set[int]) -> int:
+        """The last place with another answer than those that were sampled to what lies before it; -1: there is none."""
+        answers = (i for i, m in enumerate(messages) if i and m["role"] == "assistant" and i not in known)
+        return max((i for i in answers if states[i - 1].digest() in self._asked), default=-1)
 
     def _suffix(
         self, told: _Told, messages: list[Message], place: int, tools: list[dict[str, Any]], ask: Ask, whole: str

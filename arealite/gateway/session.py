@@ -245,6 +245,7 @@ class Session:
         turns = joined(self.turns.values())
         labels = labels_of(turns)
         account = forest.account_of(turns, labels, rows_of(turns, labels))
+        reasons = forest.reasons_of(self.turns.values())
         return {
             "id": self.id,
             "state": self.state,
@@ -258,6 +259,7 @@ class Session:
             "turns": [
                 {
                     **turn.record(self.turns),
+                    "reason": reasons.get(turn.id, ""),
                     "label": labels.get(turn.id, "failed"),
                     "joins": turns[turn.id].parent if turn.id in turns else None,
                 }
@@ -270,10 +272,10 @@ class Session:
     def _begin(self, ask: Ask, on_answer: OnAnswer | None) -> _Asking:
         self._check_limits()
         try:
-            self._check_size(ask)
+            most = self.limits.context_length or self.engine.context_length
+            self._check_size(ask, most)
             prompt = self._memory.next_prompt(ask)
             input_ids = [*ids_through(self.turns, prompt.parent), *prompt.added_ids]
-            most = self._context_length
             room = self.gconfig.max_new_tokens if most is None else most - len(input_ids)
             if room < 1:
                 raise LimitReached("context", _too_long(len(input_ids), most))
@@ -294,13 +296,8 @@ class Session:
         asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be nobody's any more
         return _Asking(time.monotonic(), asking, listeners)
 
-    @property
-    def _context_length(self) -> int | None:
-        return self.limits.context_length or self.engine.context_length
-
-    def _check_size(self, ask: Ask) -> None:
+    def _check_size(self, ask: Ask, most: int | None) -> None:
         """Refuse what is far too long by its beginning: to encode all of it would hold up every other session."""
-        most = self._context_length
         if most is None:
             return
         said = ask.prompt if isinstance(ask.prompt, str) else "".join(str(m.get("content")) for m in ask.messages)
