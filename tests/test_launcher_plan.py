@@ -151,7 +151,13 @@ def test_vllm_command_and_environment(tiny_llama):
     server = plan.servers[0]
     assert server.command[:3] == ("other/python", "-m", "vllm.entrypoints.openai.api_server")
     words = " ".join(server.command)
-    for pair in ("--max-model-len 256", "--logprobs-mode processed_logprobs", "--enable-scale-out", "--enforce-eager"):
+    for pair in (
+        "--max-model-len 256",
+        "--logprobs-mode processed_logprobs",
+        "--enable-scale-out",
+        "--enforce-eager",
+        "--enable-prompt-tokens-details",
+    ):
         assert pair in words
     assert f"--kv-cache-memory-bytes {1000 * 2 * 2 * 32 * 2}" in words  # tokens x (K and V) x layers x width x bfloat16
     assert server.env["VLLM_CPU_OMP_THREADS_BIND"] == "4" and server.env["VLLM_SERVER_DEV_MODE"] == "1"

@@ -187,6 +187,7 @@ def test_vllm_streams_are_joined_from_what_is_new():
     backend = VLLMBackend(version=3)
     assert "stream" not in backend.generate_call(request(), "wire", []).body
     assert backend.generate_call(request(), "wire", [], is_followed=True).body["stream"] is True
+    usage = {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 7}}  # null unless it was started so
 
     def followed(*choices):
         answer, ids = None, []
@@ -200,6 +201,13 @@ def test_vllm_streams_are_joined_from_what_is_new():
     assert (part.finish_reason, part.versions) == ("abort", [3, 3])
     part, _ = followed(*events, choice(logprobs={"content": [{"logprob": 0}] * 2})["choices"][0])
     assert (part.token_ids, part.finish_reason, part.versions) == ([5, 6, 5, 6], "stop", [0, 3, 3, 3])
+    assert part.num_cached == 0
+    answer = None
+    for event in ({"choices": [events[0]], "usage": None}, choice(), {"choices": [], "usage": usage}):
+        answer, ids = backend.follow(answer, json.dumps(event).encode(), "server-0")
+    assert backend.parse_part(answer, "server-0").num_cached == 7 and ids == [5, 5, 6]
+    for told, num in ((usage, 7), ({**usage, "prompt_tokens_details": None}, 0), (None, 0)):
+        assert backend.parse_part({**choice(), "usage": told}, "server-0").num_cached == num
     with pytest.raises(RequestError, match="server-0 streamed an event without 'choices'"):
         backend.follow(None, b"{}", "server-0")
 

@@ -288,7 +288,7 @@ def server_command(config: GRPOConfig, rollout: Component, model: str, machine: 
             options |= {"enable_lora": True, "max_lora_rank": lora.rank, "lora_target_modules": lora.target_modules}
     else:
         options |= {"tensor_parallel_size": dims.t, "logprobs_mode": "processed_logprobs", "enable_scale_out": True}
-        options |= {"worker_extension_cls": VLLM_WORKER_EXTENSION}
+        options |= {"worker_extension_cls": VLLM_WORKER_EXTENSION, "enable_prompt_tokens_details": True}
         options |= {"enforce_eager": not machine.gpus}  # compiling for the CPU takes a minute at each start
         if not machine.gpus or server.kv_cache_tokens:  # else it takes what is left of gpu_memory_utilization
             shape = ModelShape.read(model)

@@ -91,12 +91,14 @@ class VLLMBackend(Backend):
             # The server draws its numbers in order: after an interruption the same seed would draw the first ones again
             sampling["seed"] = (request.seed + SEED_STEP * len(so_far)) % 2**31
         call = self._sample_call(wire_id, tokens, sampling, request.lora)
-        return replace(call, body={**(call.body or {}), "stream": True}) if is_followed else call
+        followed = {"stream": True, "stream_options": {"include_usage": True}}
+        return replace(call, body={**(call.body or {}), **followed}) if is_followed else call
 
     def _joined(self, so_far: Any, event: Any) -> Any:
         """Of vLLM's events, each of which has what is new; only the last tells why it ended, and the versions."""
         ended = {"finish_reason": "abort", "stop_reason": None, "weight_versions": None}  # unless one says so
         whole = so_far or {"choices": [{"token_ids": [], "logprobs": {}, "text": "", **ended}]}
+        whole["usage"] = event.get("usage") or whole.get("usage")
         [choice] = whole["choices"]
         for new in event["choices"]:  # none with the usage
             choice["token_ids"] += new["token_ids"] or []
@@ -125,7 +127,9 @@ class VLLMBackend(Backend):
         reason, matched = choice["finish_reason"], choice["stop_reason"]
         if reason == "stop" and matched is None and token_ids:
             matched = token_ids[-1]  # vLLM does not name the end-of-sequence token
-        return Segment(token_ids, known, versions, reason, matched, choice.get("text") or "")
+        details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}  # of --enable-prompt-tokens-details
+        cached = details.get("cached_tokens") or 0
+        return Segment(token_ids, known, versions, reason, matched, choice.get("text") or "", num_cached=cached)
 
     def _scores(self, answer: Any, server_id: str) -> list[Any]:
         entries = self._prompt_logprobs(answer)
