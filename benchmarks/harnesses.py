@@ -104,7 +104,7 @@ HARNESSES = load_harnesses()
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--harness", action="append", choices=list(HARNESSES), help="one of them, may be repeated")
-    parser.add_argument("--sessions", type=int, default=20)
+    parser.add_argument("--sessions", type=int, default=20, help="0: training alone")
     parser.add_argument("--path", default="", help="folders of programs, before those of PATH")
     parser.add_argument("--no-training", action="store_true")
     return parser.parse_args()
@@ -157,12 +157,6 @@ def make_workflow(name: str, gconfig: Any, tokenizer: Any, config: Any) -> Any:
     workflow = Acting(runner, gconfig, tokenizer, gateway=config.gateway, config=config.rollout, reward_fn=reward)
     workflow.sessions, workflow.told = {}, Counter()
     return workflow
-
-
-Calls = dict[int, tuple[list[int], Any]]  # by turn: what the server was asked, and its completion
-
-
-Calls = dict[int, tuple[list[int], Any]]  # by turn: what the server was asked, and its completion
 
 
 Calls = dict[int, tuple[list[int], Any]]  # by turn: what the server was asked, and its completion
@@ -343,21 +337,24 @@ def two_steps(name: str, folder: str, root: Path) -> dict[str, Any]:
         "evaluator.freq_steps=null",
         "gconfig.max_new_tokens=256", "server.dtype=float32", f"server.context_length={CONTEXT}",
         f"server.kv_cache_tokens={2 * CONTEXT}", "server.args={forced-decoding: true}", "actor.dtype=float32",
-        f"actor.path={folder}", "rollout.max_head_offpolicyness=0", "gateway.session_timeout_s=400",
+        f"actor.path={folder}", "rollout.max_head_offpolicyness=0", "rollout.max_concurrent_rollouts=1",
+        "gateway.session_timeout_s=600",
         f"cluster.fileroot={root}", f"trial_name={name}", "launcher.pin_cores=false", "watchdog.stall_s=300",
     ]  # fmt: skip
     script, config = Path(__file__), ROOT / "examples/arealite/quickstart.yaml"
     words = [sys.executable, "-m", "arealite.cli", "run", str(script), "--config", str(config), *overrides]
+    started = time.monotonic()
     done = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, HARNESS_VARIABLE: name}, capture_output=True, text=True, timeout=900
+        words, cwd=ROOT, env={**os.environ, HARNESS_VARIABLE: name}, capture_output=True, text=True, timeout=1800
     )
-    run = root / "quickstart" / name
+    seconds, run = time.monotonic() - started, root / "quickstart" / name
     if done.returncode or not (run / "summary.json").exists():
         return {"trained_steps": 0, "error": (done.stdout + done.stderr)[-2000:]}
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         "trained_steps": json.loads((run / "summary.json").read_text())["steps"],
         "trained_rewards": [step["reward_mean"] for step in steps],
+        "train_s": round(seconds, 1),
         "trained_sessions": sum(step["num_samples"] - step["num_samples_failed"] for step in steps),
         "grad_norms": [round(step["grad_norm"], 4) for step in steps],
     }
@@ -378,11 +375,12 @@ def main() -> None:
             if not result["version"]:
                 result["missing"] = f"neither a program nor a package {harness.package or harness.words[0]}"
             else:
-                with served(folder) as address:
-                    result |= act_out(name, given.sessions, folder, address, model)
+                if given.sessions:
+                    with served(folder) as address:
+                        result |= act_out(name, given.sessions, folder, address, model)
                 if not given.no_training:
                     result |= two_steps(name, folder, Path(root))
-                    result["failed"] += result["trained_steps"] != 2
+                    result["failed"] = result.get("failed", 0) + (result["trained_steps"] != 2)
             num_failed += result.get("failed", 0)
             print(json.dumps(result | surroundings()), flush=True)
     sys.exit(1 if num_failed else 0)
