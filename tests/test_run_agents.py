@@ -40,8 +40,8 @@ class AgentRun(Run):
 
 
 def test_kills_of_all_that_agents_need_leave_an_exact_ledger_and_no_process(tmp_path, tiny_llama):
-    limits = ["server.context_length=512", "gateway.session_timeout_s=60", "valid_dataset=null"]
-    with AgentRun(tmp_path, tiny_llama, f"total_train_steps={NUM_STEPS}", *limits) as run:
+    limits = ["server.context_length=512", "gateway.session_timeout_s=60", f"total_train_steps={NUM_STEPS}"]
+    with AgentRun(tmp_path, tiny_llama, "valid_dataset=null", "evaluator.freq_steps=null", *limits) as run:
         run.kill("agent", 1)
         run.kill("server-0", 2)
         run.kill("trainer-0", 3)
