@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -17,6 +17,7 @@ from arealite.api.errors import ConfigError, RewardError
 from arealite.api.types import Task
 from arealite.launcher.child import kill_leftovers
 from arealite.observe.run_folder import RunFolder
+from arealite.workflow import warden
 from arealite.workflow.runners import AgentCommand, AgentCoroutine, AgentFailed, AgentService, Assignment
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
@@ -189,6 +190,7 @@ def test_nothing_that_a_command_started_outlives_it(tmp_path, rest):
 HEAD = """
 import asyncio, sys
 from arealite.api.types import Task
+from arealite.workflow import warden
 from arealite.workflow.runners import AgentCommand, Assignment
 async def main():
     runner = AgentCommand(["WORDS"], is_locked_up=LOCKED)
@@ -217,6 +219,39 @@ def test_nothing_is_left_of_a_command_when_the_rollout_head_is_killed(tmp_path):
         head.wait(10)
     assert len(list(folder.agents_dir.iterdir())) == 1  # its folder, which the next start removes
     assert is_gone(int(pid_file.read_text())) and all(is_gone(warden.pid) for warden in wardens)
+
+
+def programs():
+    """Words of all that this process and what it started have started, oldest first."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # they come and go
+            found.append((process, process.cmdline()))
+    return sorted(found, key=lambda each: each[0].create_time())
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["outer", "inner"])
+@pytest.mark.parametrize("is_locked_up", [False, True], ids=["plain", "locked up"])
+def test_a_command_whose_warden_is_killed_has_failed_and_leaves_nothing(which, is_locked_up):
+    agent = DAEMON.replace("PID_FILE", "pid").replace("REST", "time.sleep(1000)")
+    runner = AgentCommand([*PYTHON, agent], is_locked_up=is_locked_up, reward="last_line")
+
+    async def kill():
+        while not any(words[:1] == ["daemon"] for _, words in programs()):
+            await asyncio.sleep(0.02)
+        found = programs()
+        [process for process, words in found if warden.__file__ in words][which].kill()
+        return [process for process, _ in found]
+
+    async def run():
+        killing = asyncio.create_task(asyncio.wait_for(kill(), 20.0))
+        with pytest.raises(AgentFailed, match="killed by signal 9|exit code -9"):
+            async with runner.run(assignment()):
+                pass
+        return await killing
+
+    left = asyncio.run(run())
+    assert all(is_gone(process.pid) for process in left)
 
 
 @asynccontextmanager

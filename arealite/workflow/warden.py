@@ -14,8 +14,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LIBC = ctypes.CDLL(None)
@@ -31,19 +32,38 @@ CHUNK_BYTES = 1 << 16
 def main(order: dict[str, Any]) -> int:
     """Run the order's `words` to the end and return the exit code, BY_SIGNAL and more for a signal. `parent` is the
     process without which nothing goes on; `marks`, variables by which others find what it started and kill it, which
-    this process has not: it must outlive that; `gateway`, in a lock-up, the place [host, port] of connections."""
+    this process has not: it must outlive that; `gateway`, in a lock-up, the place [host, port] of connections.
+
+    There are two of it, parent and child, since one may be killed too: each ends all if the other is gone."""
+    outer = os.getpid()
+    return guard(order["parent"], lambda: code_of(os.fork() or inner(outer, order)))
+
+
+def inner(outer: int, order: dict[str, Any]) -> NoReturn:
+    os._exit(guard(outer, lambda: run(order["words"], order["marks"], order["gateway"])))
+
+
+def guard(parent: int, act: Callable[[], int]) -> int:
+    """What `act` returns; whatever it has started is ended then, or when this process's `parent` is gone."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))  # what runners.py sends, and the kernel when it died
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
-    if os.getppid() != order["parent"]:
-        return ENDED
     try:
-        return run(order["words"], order["marks"], order["gateway"])
+        return act() if os.getppid() == parent else ENDED
     except SystemExit:
         return ENDED
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         end_all()
+
+
+def code_of(child: int) -> int:
+    """Of a child, when it has ended; orphans, which come here, are waited for meanwhile."""
+    while True:
+        pid, status = os.waitpid(-1, 0)
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else BY_SIGNAL - code
 
 
 def run(words: list[str], marks: dict[str, str], gateway: list[Any] | None) -> int:
@@ -59,11 +79,7 @@ def run(words: list[str], marks: dict[str, str], gateway: list[Any] | None) -> i
     theirs.close()
     if gateway is not None:
         threading.Thread(target=carry, args=(ours, (gateway[0], gateway[1])), daemon=True).start()
-    while True:
-        pid, status = os.waitpid(-1, 0)  # orphans of the program among them
-        if pid == child:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else BY_SIGNAL - code
+    return code_of(child)
 
 
 def execute(words: list[str]) -> None:

@@ -56,7 +56,9 @@ def programs(trainer: int) -> list[int]:
     """Agents that run now, by the trainer's process."""
     with suppress(psutil.NoSuchProcess):  # they come and go
         wardens = [p for p in psutil.Process(trainer).children() if any("warden.py" in word for word in p.cmdline())]
-        return [child.pid for warden in wardens for child in warden.children() if AGENT in child.cmdline()]
+        return [
+            child.pid for warden in wardens for child in warden.children(recursive=True) if AGENT in child.cmdline()
+        ]
     return []
 
 
