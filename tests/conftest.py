@@ -31,7 +31,7 @@ KINDS = {
         gateway_process launcher_local launcher_print prove_dry_run
         observe_watchdog prove recover_background recover_points reward_audit reward_code reward_judges reward_pool
         reward_sandbox rollout_updates run run_agents run_life run_lora
-        run_own_parts run_recovery run_roles run_stalls run_supervised run_wirings server_chaos vllm_server
+        run_online run_own_parts run_recovery run_roles run_stalls run_supervised run_wirings server_chaos vllm_server
         weights_group""",
     "model": """engine_actor engine_export engine_flops engine_lora engine_objective gpu_kernels gpu_server gpu_training
         evaluation_statistics inference_fuzz inference_gpu inference_lora inference_model inference_pause
@@ -57,6 +57,7 @@ LONG = """
     test_a_session_of_300_turns_is_linear test_two_runs_on_the_same_nodes_do_not_touch_each_other
     test_a_node_that_is_lost_is_named_and_another_takes_its_place
     test_kills_of_all_that_agents_need_leave_an_exact_ledger_and_no_process
+    test_a_reward_that_comes_after_a_kill_of_the_trainer_is_refused_and_the_ledger_is_exact
 """
 
 
