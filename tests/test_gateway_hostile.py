@@ -1,5 +1,7 @@
 """The gateway, asked by clients that mean no good, or know no better."""
 
+import itertools
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +10,11 @@ from support.gateway import ADMIN, WAIT_S, call, scripted
 from transformers import AutoTokenizer
 
 from arealite.api.cli_args import GatewayConfig
+from arealite.api.errors import RequestError
+from arealite.gateway.prompting import Prompter
+from arealite.gateway.wires.anthropic_messages import MessagesReply
+from arealite.gateway.wires.openai_chat import ChatReply, CompletionReply
+from arealite.gateway.wires.openai_responses import ResponsesReply
 
 USER = {"role": "user", "content": "What is 1 + 2?"}
 
@@ -79,3 +86,85 @@ def test_a_huge_result_of_a_tool_holds_nobody_up(tokenizer):
         status, answer = slow.result()
         assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and not huge.turns
         assert longest < 5.0, "of a busy machine; the whole text would take far longer"
+
+
+def call_of(arguments):
+    return {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+ADD = {"type": "object", "properties": {"a": {"type": "integer"}}}
+FULL = {  # bodies with all that is read, by the class of their reply
+    ChatReply: {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call_of('{"a": 1}')], "reasoning_content": "r"},
+            {"role": "tool", "tool_call_id": "c1", "content": "3"},
+        ],
+        "max_tokens": 4, "max_completion_tokens": 4, "n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "seed": 1,
+        "stop": ["zz"], "stream": False, "stream_options": {"include_usage": True}, "tool_choice": "auto",
+        "tools": [{"type": "function", "function": {"name": "add", "description": "d", "parameters": ADD}}],
+        "response_format": {"type": "text"}, "reasoning_effort": "low", "logprobs": True, "chat_template_kwargs": {},
+    },
+    CompletionReply: {"prompt": "once", "max_tokens": 4, "n": 1, "stop": ["zz"], "logprobs": 1, "stream": False},
+    ResponsesReply: {
+        "input": [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "t"}], "encrypted_content": ""},
+            {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a":1}'},
+            {"type": "function_call_output", "call_id": "c1", "output": "3"},
+        ],
+        "instructions": "be", "max_output_tokens": 4, "temperature": 1.0, "stream": False, "tool_choice": "auto",
+        "tools": [{"type": "function", "name": "add", "parameters": ADD}, {"type": "custom", "name": "patch"}],
+        "reasoning": {"effort": "low"}, "text": {"format": {"type": "text"}},
+        "include": ["reasoning.encrypted_content"],
+        "store": True, "metadata": {}, "parallel_tool_calls": True,
+    },
+    MessagesReply: {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "t", "signature": "s"}, {"type": "text", "text": "a"},
+                {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 1}},
+            ]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "3"}]},
+        ],
+        "max_tokens": 4, "system": [{"type": "text", "text": "s"}], "tools": [{"name": "add", "input_schema": ADD}],
+        "tool_choice": {"type": "auto"}, "thinking": {"type": "enabled"}, "output_config": {"effort": "low"},
+        "stop_sequences": ["zz"], "stream": False, "temperature": 1.0,
+    },
+}  # fmt: skip
+WRONG = [
+    None, True, 0, -1, 1.5, 10**400, float("nan"), "", "x", "\0", [], [None], [[]], ["x"], [1], {}, [{}],
+    {"type": "x"}, {"type": []}, {"a": None}, {"type": "image_url", "image_url": {"url": "x"}},
+]  # fmt: skip
+
+
+def places(value, place=()):
+    yield from [place] if place else []
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from places(part, (*place, key))
+
+
+def changed(body, place, value):
+    body = json.loads(json.dumps(body))
+    within = body
+    for key in place[:-1]:
+        within = within[key]
+    within[place[-1]] = value
+    return body
+
+
+@pytest.mark.parametrize("kind", FULL, ids=lambda kind: kind.__name__)
+def test_a_wrong_value_anywhere_is_refused_by_its_name_or_can_be_read(tokenizer, kind):
+    prompter, more = Prompter(tokenizer), [{}] if kind is ResponsesReply else []
+    assert prompter.memory().next_prompt(kind(FULL[kind], "m", *more).ask).added_ids
+    num_refused = 0
+    for place, value in itertools.product(places(FULL[kind]), WRONG):
+        try:
+            prompter.memory().next_prompt(kind(changed(FULL[kind], place, value), "m", *more).ask)
+        except RequestError as error:
+            num_refused += 1
+            names = [key for key in place if isinstance(key, str)]
+            assert any(name in str(error) for name in names), (place, value, str(error))
+    assert num_refused > 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -34,8 +34,8 @@ class ContentBlock(Body):
     text: str = ""
     thinking: str = ""
     id: str = ""
-    name: Any = None
-    input: Any = None
+    name: str = ""
+    input: dict[str, Any] = Field(default_factory=dict)
     tool_use_id: str = ""
     content: forms.Texts = Field(default_factory=list)
 
@@ -44,6 +44,10 @@ class ContentBlock(Body):
     def _as_text(cls, given: Any) -> Any:
         is_other = isinstance(given, dict) and given.get("type") in BLOCKS
         return given if is_other else {"type": "text", "text": forms.text_of(given)}
+
+    @model_validator(mode="after")
+    def _is_named(self) -> Self:
+        return forms.has(self, "name") if self.type == "tool_use" else self
 
 
 class ClaudeMessage(Body):
@@ -60,7 +64,7 @@ class ClaudeMessage(Body):
         ]
         texts = [b.text for b in blocks if b.type == "text"]
         message: Message = {"role": self.role, "content": ("" if self.role == "assistant" else "\n").join(texts)}
-        if calls := [forms.call_message(b.id, b.name, b.input or {}) for b in blocks if b.type == "tool_use"]:
+        if calls := [forms.call_message(b.id, b.name, b.input) for b in blocks if b.type == "tool_use"]:
             message["tool_calls"] = calls
         if thought := "".join(b.thinking for b in blocks):
             message["reasoning_content"] = thought
@@ -72,7 +76,7 @@ class MessagesBody(forms.AskBody):
     system: forms.Texts = Field(default_factory=list)
     max_tokens: forms.Length = None
     stop_sequences: StopStrings = ()
-    tool_choice: dict[str, Any] = Field(default_factory=dict)
+    tool_choice: forms.Typed = Field(default_factory=dict)
     thinking: dict[str, Any] = Field(default_factory=dict)
     output_config: dict[str, Any] = Field(default_factory=dict)
 

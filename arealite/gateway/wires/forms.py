@@ -10,9 +10,9 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from arealite.api.errors import PromptError, RequestError
@@ -54,13 +54,30 @@ Texts = Annotated[
 Length = Annotated[int, Field(ge=1)] | None
 
 
+def _typed(given: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(given.get("type"), str | None):
+        raise PydanticCustomError("type", "its type is to be text")
+    return given
+
+
+B = TypeVar("B", bound=Body)
+Typed = Annotated[dict[str, Any], AfterValidator(_typed)]  # an object of a type that others may know
+
+
+def has(part: B, name: str) -> B:
+    """Raises PydanticCustomError: its field of that name is empty."""
+    if not vars(part)[name]:
+        raise PydanticCustomError("missing_part", "{name} is missing", {"name": name})
+    return part
+
+
 class AskBody(Body):
     """What the bodies of all formats have. What is asked of sampling is recorded, and done as far as the run's own
     settings are the same."""
 
     model: str = ""
     stream: bool = False
-    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tools: list[Typed] = Field(default_factory=list)
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: int | None = None

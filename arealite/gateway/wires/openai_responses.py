@@ -7,9 +7,9 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from arealite.gateway.asks import Answer, Message
 from arealite.gateway.wires import forms
@@ -35,15 +35,20 @@ class InputPiece(Body):
     """Of any type."""
 
     type: Kind = "message"
-    role: Any = None
+    role: str = ""
     content: forms.Texts = Field(default_factory=list)
     summary: forms.Texts = Field(default_factory=list)
     encrypted_content: str = ""
     call_id: str = ""
-    name: Any = None
+    name: str = ""
     arguments: Any = None
     input: str = ""
     output: forms.Texts = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        needed = {"message": "role", "function_call": "name", "custom_tool_call": "name"}.get(self.type)
+        return forms.has(self, needed) if needed else self
 
     def thought(self) -> str:
         """Raises Refusal: it is sealed, by others."""
