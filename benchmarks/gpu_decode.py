@@ -3,10 +3,11 @@ second, the host's part of a step, and how near all that is to what reading weig
 
     python benchmarks/gpu_decode.py [--device cuda] [--shape 0.5B 1.5B 7B] [--rows 64 256] [--context 256 1024 4096]
                                     [--steps 32] [--profile]
+    python benchmarks/gpu_decode.py --device cpu       (from start to end with a tiny shape)
 
 The roofline is (weights + keys and values) / the rate at which this card copies, measured in the same run. `eager` is
 the same step without CUDA graphs (as with AREALITE_GRAPHS=0). A table comes first and one JSON line last; what has no
-room on the card is left out and says so. On a CPU: `--device cpu --shape tiny --rows 4 --context 64`.
+room on the card is left out and says so.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ SHAPES = {
     "1.5B": (28, 1536, 8960, 12, 2, 151936, True),
     "7B": (28, 3584, 18944, 28, 4, 152064, False),
 }
+CASES = ["0.5B", "1.5B", "7B"], [64, 256], [256, 1024, 4096]  # shapes, rows, contexts
+CPU_CASES = ["tiny"], [4], [64]
 WARM_UP = 6  # steps before the clock: graphs are captured in the first ones
 PREFILL = 8192
 ROOM_BYTES = 6 << 30  # for the work of a step
@@ -223,13 +226,14 @@ def show(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shape", nargs="+", default=["0.5B", "1.5B", "7B"], choices=SHAPES)
-    parser.add_argument("--rows", nargs="+", type=int, default=[64, 256])
-    parser.add_argument("--context", nargs="+", type=int, default=[256, 1024, 4096])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES)
+    parser.add_argument("--rows", nargs="+", type=int)
+    parser.add_argument("--context", nargs="+", type=int)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--profile", action="store_true", help="kernels of eager steps, of the first rows and context")
     args = parser.parse_args()
     device = torch.device(args.device)
+    shapes, rows, contexts = CPU_CASES if device.type == "cpu" else CASES
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         devices.use(device)
@@ -237,17 +241,17 @@ def main() -> None:
     show([found])
     results: list[Row] = []
     num = PREFILL if device.type == "cuda" else 64
-    for shape in args.shape:
+    for shape in args.shape or shapes:
         model = make_model(shape, device)
-        for num_rows in args.rows:
-            for context in args.context:
+        for num_rows in args.rows or rows:
+            for context in args.context or contexts:
                 results.append(decode(model, num_rows, context, args.steps, found["copy_tb_per_s"] * 1e12))
                 show(results[-1:])
         for cached in (0, num):
             results.append(prefill(model, cached, num, found["product_tflops"] * 1e12))
             show(results[-1:])
         if args.profile:
-            print(profile(model, args.rows[0], args.context[0]), flush=True)
+            print(profile(model, (args.rows or rows)[0], (args.context or contexts)[0]), flush=True)
         del model
         if device.type == "cuda":
             torch.cuda.empty_cache()
