@@ -11,8 +11,7 @@ from arealite.api.cli_args import GRPOConfig
 from arealite.api.load_config import load_config
 from arealite.api.types import Task
 from arealite.reward.number import number_reward
-from arealite.trainer import PPOTrainer
-from arealite.workflow.agents import AgentWorkflow
+from arealite.trainer import PPOTrainer, agent_workflow
 from arealite.workflow.runners import AgentCoroutine
 
 NUMBER = {"type": "integer"}
@@ -52,11 +51,7 @@ async def agent(task: Task, base_url: str, api_key: str) -> float:
 
 def main(argv: list[str]) -> None:
     config = load_config(argv, GRPOConfig)
-
-    def workflow(gconfig, tokenizer):
-        return AgentWorkflow(AgentCoroutine(agent), gconfig, tokenizer, gateway=config.gateway, config=config.rollout)
-
-    PPOTrainer(config, workflow=workflow).train()
+    PPOTrainer(config, workflow=agent_workflow(config, AgentCoroutine(agent))).train()
 
 
 if __name__ == "__main__":

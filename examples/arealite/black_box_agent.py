@@ -9,8 +9,7 @@ from pathlib import Path
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.load_config import load_config
 from arealite.reward.number import number_reward
-from arealite.trainer import PPOTrainer
-from arealite.workflow.agents import AgentWorkflow
+from arealite.trainer import PPOTrainer, agent_workflow
 from arealite.workflow.runners import AgentCommand
 
 PROGRAM = Path(__file__).parent / "black_box"
@@ -24,14 +23,8 @@ def reward(prompt, completion, prompt_ids, completion_ids, *, answer, workspace,
 
 def main(argv: list[str]) -> None:
     config = load_config(argv, GRPOConfig)
-
-    def workflow(gconfig, tokenizer):
-        runner = AgentCommand(["sh", "agent.sh", "{prompt}"], files=PROGRAM, is_locked_up=True)
-        return AgentWorkflow(
-            runner, gconfig, tokenizer, gateway=config.gateway, config=config.rollout, reward_fn=reward
-        )
-
-    PPOTrainer(config, workflow=workflow).train()
+    runner = AgentCommand(["sh", "agent.sh", "{prompt}"], files=PROGRAM, is_locked_up=True)
+    PPOTrainer(config, workflow=agent_workflow(config, runner, reward)).train()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ import psutil
 
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.load_config import load_config
-from arealite.trainer import PPOTrainer
-from arealite.workflow.agents import AgentWorkflow
+from arealite.trainer import PPOTrainer, agent_workflow
 from arealite.workflow.runners import AgentCommand
 
 DAEMON_NAME = "arealite-chaos-daemon"
@@ -74,13 +73,8 @@ def wrong_rewards(run_dir: Path) -> tuple[int, int]:
 
 def main(argv: list[str]) -> None:
     config = load_config(argv, GRPOConfig)
-
-    def workflow(gconfig, tokenizer):
-        words = [sys.executable, "-I", "-S", "-c", AGENT, "{prompt}", config.cluster.fileroot]
-        runner = AgentCommand(words, reward="last_line")
-        return AgentWorkflow(runner, gconfig, tokenizer, gateway=config.gateway, config=config.rollout)
-
-    PPOTrainer(config, workflow=workflow).train()
+    words = [sys.executable, "-I", "-S", "-c", AGENT, "{prompt}", config.cluster.fileroot]
+    PPOTrainer(config, workflow=agent_workflow(config, AgentCommand(words, reward="last_line"))).train()
 
 
 if __name__ == "__main__":
