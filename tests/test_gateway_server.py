@@ -230,6 +230,10 @@ def test_retries_are_one_turn(running, session, script):
         assert {task.result(WAIT_S) for task in [first, *copies]} == {text}
     assert post(2) == text and len(session.turns) == 1
     assert post(0) == text and len(session.turns) == 2, "the same body anew is a new sample"
+    for content in ("a", "b", "a"):
+        body = {"messages": [{"role": "user", "content": content}]}
+        call(session.base_url + "/v1/chat/completions", body, session.key, headers={"Idempotency-Key": "one"})
+    assert len(session.turns) == 4, "a key of another body is another call"
 
 
 def test_errors_of_an_engine(running, session, gpt, claude, script):

@@ -5,6 +5,7 @@ Made by wires/ from requests and by workflows; prompting.py makes tokens of an A
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal
@@ -36,6 +37,16 @@ class Ask:
     model: str = ""
     template_options: dict[str, Any] = field(default_factory=dict)
     wants_logprobs: bool = False
+
+    def said(self) -> str:
+        """About what a chat template makes of it; of a prompt of text, that."""
+        if self.prompt is not None:
+            return self.prompt if isinstance(self.prompt, str) else ""
+        texts = [json.dumps(self.tools) if self.tools else ""]
+        for message in self.messages:
+            texts += [str(message.get("content")), str(message.get("reasoning_content", ""))]
+            texts += [json.dumps(message["tool_calls"])] if "tool_calls" in message else []
+        return "".join(texts)
 
 
 @dataclass(frozen=True)

@@ -53,19 +53,20 @@ class OpenSession(Session):
         self._attempt_of: OrderedDict[bytes, str] = OrderedDict()  # by the digest of a body
 
     def num_prompt_tokens(self, ask: Ask) -> int:
-        """Of the prompt that it would have. Raises RequestError: it cannot be made one."""
+        """Of the prompt that it would have. Raises RequestError: it cannot be made one, or is far too long."""
+        self._context_for(ask)
         prompt = self._memory.next_prompt(ask)
         return len(ids_through(self.turns, prompt.parent)) + len(prompt.added_ids)
 
     def attempt_key(self, headers: Mapping[str, str], path: str, raw: bytes) -> str | None:
         """The name of the attempt that a call belongs to. A retry, told by the clients' counter, is of the last call
         with this body; the first call of a counting client gets a new name, others have none."""
+        body = hashlib.sha256(path.encode() + raw).digest()
         if key := headers.get("Idempotency-Key"):
-            return f"key {key}"
+            return f"key {key} {body.hex()}"  # with another body it is another call
         count = headers.get("x-stainless-retry-count")
         if count is None:
             return None
-        body = hashlib.sha256(path.encode() + raw).digest()
         if count == "0" or body not in self._attempt_of:
             self._attempt_of[body] = secrets.token_hex(8)
             self._attempt_of.move_to_end(body)

@@ -148,6 +148,9 @@ class Memory:
                 return NextPrompt(None, self._prompter.ids(prompt, is_raw=True), "other text")
             rest = content[num_shared:].decode("utf-8", "surrogatepass")
             return NextPrompt(parent, self._prompter.ids(rest) if rest else [], "other text")
+        num_known = len(self._prompter.tokenizer)
+        if (wrong := next((id for id in prompt if not 0 <= id < num_known), None)) is not None:
+            raise RequestError(f"prompt: {wrong} is no token of this model, which has {num_known}")
         num_shared, parent = self._raw[list].longest(as_bytes(prompt))
         return NextPrompt(parent, prompt[num_shared // 8 :], "other tokens")
 

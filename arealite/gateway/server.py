@@ -13,6 +13,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -27,14 +28,14 @@ from arealite.gateway.exchange import ENDED, Feed, exchange, refusal_of
 from arealite.gateway.forest import Turn
 from arealite.gateway.open_session import OpenSession, RecordedSession, digest_of
 from arealite.gateway.prompting import Prompter
-from arealite.gateway.session import SessionLimits
+from arealite.gateway.session import OUTCOME, SessionLimits
 from arealite.gateway.wires.anthropic_messages import MessagesReply, anthropic_error
 from arealite.gateway.wires.forms import Refusal, Reply, clean_messages
 from arealite.gateway.wires.openai_chat import ChatReply, CompletionReply, openai_error
 from arealite.gateway.wires.openai_responses import ResponsesReply
 from arealite.inference.http.bodies import read_json, shown
 
-MAX_BODY_BYTES = 64 << 20
+MAX_BODY_BYTES, LARGE_BYTES = 64 << 20, 1 << 20
 MAX_ENDED_KEYS = 65536  # late calls with these are told that their session has ended
 MAX_ENDED_SESSIONS = 256  # that can still be asked for and rewarded
 STOP_LIMIT_S = 5.0
@@ -184,13 +185,7 @@ class Gateway:
         session = self._session(request)
         fields, raw = await read_json(request), await request.read()
         path = f"/v1{request.path.partition('/v1')[2]}"
-        reply: Reply
-        if path == "/v1/responses":
-            reply = ResponsesReply(fields, self.model, session.conversations)
-        elif path == "/v1/messages":
-            reply = MessagesReply(fields, self.model)
-        else:
-            reply = (ChatReply if path == "/v1/chat/completions" else CompletionReply)(fields, self.model)
+        reply = await self._read(path, fields, len(raw), session)
         feed = Feed(session, reply, session.attempt_key(request.headers, path, raw))
 
         def note(turns: list[Turn]) -> None:
@@ -200,10 +195,21 @@ class Gateway:
 
         return await exchange(request, feed, reply, note)
 
+    async def _read(self, path: str, fields: dict[str, Any], num_bytes: int, session: OpenSession) -> Reply:
+        """What is asked; of a large body in a thread, so that it holds nobody up. Raises RequestError."""
+        build: Callable[[], Reply]
+        if path == "/v1/responses":
+            build = partial(ResponsesReply, fields, self.model, session.conversations)
+        elif path == "/v1/messages":
+            build = partial(MessagesReply, fields, self.model)
+        else:
+            build = partial(ChatReply if path == "/v1/chat/completions" else CompletionReply, fields, self.model)
+        return build() if num_bytes < LARGE_BYTES else await asyncio.to_thread(build)
+
     async def _count_tokens(self, request: web.Request) -> web.Response:
         """No turn comes of it."""
         session = self._session(request)
-        reply = MessagesReply(await read_json(request), self.model)
+        reply = await self._read("/v1/messages", await read_json(request), len(await request.read()), session)
         return web.json_response({"input_tokens": session.num_prompt_tokens(reply.ask)})
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -247,10 +253,7 @@ class Gateway:
     async def _create(self, request: web.Request) -> web.Response:
         """{name?} -> {id, key, base_url}. It ends by itself when it has asked nothing for gateway.idle_timeout_s."""
         self._check_admin(request)
-        name = (await read_json(request)).get("name", "")
-        if not isinstance(name, str):
-            raise Refusal(400, f"name: expected text, found {shown(name)}")
-        session = self.new_session(name)
+        session = self.new_session(_text_of("name", await read_json(request)))
         self._watches[session.id] = asyncio.create_task(self._watch(session))
         return web.json_response({"id": session.id, "key": session.key, "base_url": session.base_url})
 
@@ -262,7 +265,7 @@ class Gateway:
         """{value, turn? | lineage?, name?}: of the session, of a turn, or of the lineage that a turn belongs to, by the
         turn's number or by the id of its reply."""
         session, fields = self._of_control(request), await read_json(request)
-        value, name = fields.get("value"), str(fields.get("name", "outcome"))
+        value, name = fields.get("value"), _text_of("name", fields, OUTCOME)
         places = [key for key in ("turn", "lineage") if fields.get(key) is not None]
         if len(places) > 1:
             raise Refusal(400, "turn and lineage: give one of them, a reward is of one thing")
@@ -289,7 +292,7 @@ class Gateway:
         state = fields.get("state", "finished")
         if state not in ("finished", "failed", "aborted"):
             raise Refusal(400, f"state: expected finished, failed or aborted, found {shown(state)}")
-        session.finish(state, str(fields.get("error", "")))
+        session.finish(state, _text_of("error", fields))
         return web.json_response({})
 
     async def _trace(self, request: web.Request) -> web.Response:
@@ -322,6 +325,8 @@ class Gateway:
             return web.Response(status=499)
         except web.HTTPRequestEntityTooLarge:
             refusal = Refusal(413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB")
+        except web.RequestPayloadError as error:
+            refusal = Refusal(400, f"the body cannot be read: {error}")
         except web.HTTPException as error:
             refusal = Refusal(error.status, f"{request.method} {request.path}: {error.reason}")
         except Exception as error:  # HTTP boundary: an error in one call must not end the gateway
@@ -330,3 +335,10 @@ class Gateway:
             headers["Retry-After"] = "1"
         body = anthropic_error(refusal) if "/v1/messages" in request.path else openai_error(refusal)
         return web.json_response(body, status=refusal.status, headers=headers)
+
+
+def _text_of(name: str, fields: dict[str, Any], default: str = "") -> str:
+    """Raises Refusal: it is another value."""
+    if not isinstance(text := fields.get(name, default), str):
+        raise Refusal(400, f"{name}: expected text, found {shown(text)}")
+    return text

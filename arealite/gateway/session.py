@@ -25,7 +25,7 @@ from arealite.gateway.prompting import NextPrompt, Prompter
 from arealite.gateway.reading import AnswerReader
 
 OUTCOME = "outcome"
-MANY_CHARACTERS = 8  # for a token
+MANY_CHARACTERS, FEW_TOKENS = 8, 4  # for a token, and for a message with what a template writes around it
 MAX_ATTEMPTS = 64  # whose answers are kept for clients that ask again
 ATTEMPT_LIFE_S = 600.0
 
@@ -272,8 +272,7 @@ class Session:
     def _begin(self, ask: Ask, on_answer: OnAnswer | None) -> _Asking:
         self._check_limits()
         try:
-            most = self.limits.context_length or self.engine.context_length
-            self._check_size(ask, most)
+            most = self._context_for(ask)
             prompt = self._memory.next_prompt(ask)
             input_ids = [*ids_through(self.turns, prompt.parent), *prompt.added_ids]
             room = self.gconfig.max_new_tokens if most is None else most - len(input_ids)
@@ -296,14 +295,19 @@ class Session:
         asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be nobody's any more
         return _Asking(time.monotonic(), asking, listeners)
 
-    def _check_size(self, ask: Ask, most: int | None) -> None:
-        """Refuse what is far too long by its beginning: to encode all of it would hold up every other session."""
+    def _context_for(self, ask: Ask) -> int | None:
+        """Tokens of the context. Raises LimitReached: it is far too long, as its beginning or the number of messages
+        says; to encode all of it would hold up every other session."""
+        most = self.limits.context_length or self.engine.context_length
         if most is None:
-            return
-        said = ask.prompt if isinstance(ask.prompt, str) else "".join(str(m.get("content")) for m in ask.messages)
+            return None
+        if (num := FEW_TOKENS * len(ask.messages)) > most:
+            raise LimitReached("context", f"{_too_long(num, most)}, with {len(ask.messages)} messages")
+        said = ask.said()
         beginning = said[: MANY_CHARACTERS * most]
         if len(beginning) < len(said) and (num := len(encode(self.prompter.tokenizer, beginning))) > most:
             raise LimitReached("context", f"{_too_long(num, most)}, of which this is the beginning alone")
+        return most
 
     def _check_limits(self) -> None:
         limits = self.limits

@@ -91,10 +91,10 @@ def scripted(tokenizer, write, config=None, **gconfig):
         running.close()
 
 
-def call(url, body=None, key="", method=None):
+def call(url, body=None, key="", method=None, headers=None):
     """Status and body of a plain call."""
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", **(headers or {})}
     request = urllib.request.Request(url, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=WAIT_S) as answer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -51,7 +51,7 @@ class ContentBlock(Body):
 
 
 class ClaudeMessage(Body):
-    role: Any = None
+    role: Literal["user", "assistant", "system"]
     content: Annotated[list[ContentBlock], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
 
     def messages(self) -> list[Message]:

@@ -5,7 +5,7 @@ chat_template_kwargs). Called by gateway/server.py.
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,7 +35,7 @@ class CompletionsBody(forms.AskBody):
 class ChatMessage(Body):
     """Without keys that templates could take for something else."""
 
-    role: Any = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: forms.Texts = Field(default_factory=list)
     reasoning_content: Any = None
     reasoning: Any = None
@@ -45,7 +45,7 @@ class ChatMessage(Body):
     name: Any = None
 
     def message(self) -> Message:
-        role = {"developer": "system", "function": "tool"}.get(str(self.role), self.role)
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         kept = {key: vars(self)[key] for key in ("tool_calls", "tool_call_id", "name") if vars(self)[key]}
         thoughts = [vars(self)[key] for key in REASONING if role == "assistant" and isinstance(vars(self)[key], str)]
         thought = {"reasoning_content": thoughts[0]} if thoughts and thoughts[0] else {}

@@ -35,7 +35,7 @@ class InputPiece(Body):
     """Of any type."""
 
     type: Kind = "message"
-    role: str = ""
+    role: Literal["", "user", "assistant", "system", "developer"] = ""
     content: forms.Texts = Field(default_factory=list)
     summary: forms.Texts = Field(default_factory=list)
     encrypted_content: str = ""
