@@ -34,7 +34,8 @@ LIMIT_S = 580.0
 
 def run(overrides: list[str]) -> list[dict[str, Any]]:
     """The first and the last stage."""
-    from arealite.prove.dry_run import folder_of, run_rank
+    from arealite.models.public import folder_of
+    from arealite.prove.dry_run import run_rank
 
     config = load_config_file(CONFIG, overrides, GRPOConfig)
     dims, found = trainer_dims(config), []

@@ -211,7 +211,7 @@ def quickstart(args: argparse.Namespace) -> Numbers:
         command += [f"allocation_mode={mode}", f"cluster.fileroot={scratch}", *args.overrides.split()]
         command += [f"actor.path={args.model}"] if args.model else []
         began = time.perf_counter()
-        code = subprocess.run(command, cwd=ROOT, timeout=540, check=False).returncode
+        code = subprocess.run(command, cwd=ROOT, timeout=_limit_s("quickstart", args) - 10, check=False).returncode
         took = time.perf_counter() - began
         [run] = Path(scratch).glob("quickstart/*")
         summary = json.loads((run / "summary.json").read_text())
@@ -293,10 +293,14 @@ def _cpu() -> str:
     return " ".join([name, *(flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f" {flag}" in text)])
 
 
+def _limit_s(name: str, args: argparse.Namespace) -> float:
+    return CHECKS[name].limit_s * (4 if args.device == "cpu" else 1)
+
+
 def _in_child(name: str, args: argparse.Namespace, folder: Path) -> Numbers:
     """Run one check in a process group of its own; its output goes to a file, the end of it here if it fails."""
-    check, began = CHECKS[name], time.perf_counter()
-    limit_s = check.limit_s * (4 if args.device == "cpu" else 1)
+    began = time.perf_counter()
+    limit_s = _limit_s(name, args)
     result = folder / f"{name.replace(' ', '-')}.json"
     command = [sys.executable, __file__, *sys.argv[1:], "--check", name, "--result", str(result)]
     log = folder / f"{name.replace(' ', '-')}.log"

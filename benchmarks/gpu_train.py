@@ -35,7 +35,8 @@ from arealite.api.types import Batch, Dims
 from arealite.engine.logprobs import token_logprobs
 from arealite.engine.optim import clip_gradients, gradient_norms
 from arealite.engine.ppo.actor import FSDPPPOActor
-from arealite.launcher.memory_estimate import ModelShape, trainer_parts
+from arealite.launcher.memory_estimate import trainer_parts
+from arealite.models.rank_memory import ModelShape
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

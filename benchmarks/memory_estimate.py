@@ -25,9 +25,10 @@ import numpy as np
 from arealite.api.cli_args import GRPOConfig
 from arealite.api.load_config import load_config_file
 from arealite.launcher.allocation import AllocationMode
-from arealite.launcher.memory_estimate import ModelShape, trainer_parts
+from arealite.launcher.memory_estimate import trainer_parts
 from arealite.launcher.plan import ALLOCATOR_ENV
 from arealite.models.fetch import resolve_model
+from arealite.models.rank_memory import ModelShape
 
 QUICKSTART = "examples/arealite/quickstart.yaml"
 LONGER = ["train_dataset.batch_size=4", "gconfig.max_new_tokens=128", "actor.max_tokens_per_mb=4096"]

@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, Llam
 
 from arealite.api.cli_args import NormConfig, OptimizerConfig
 from arealite.api.errors import ConfigError, NumericalError
+from arealite.engine import memory
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import CUT_OFF, NOT_FINITE, FSDPPPOActor
 
@@ -53,6 +55,25 @@ def test_an_untied_head_changes_nothing(tiny_llama, tmp_path):
     train_one_step(straight, batch)
     assert "lm_head.weight" in weights_of(straight)
     assert "lm_head.weight" not in weights_of(make(tiny_llama))
+
+
+def test_checkpointing_follows_the_memory_that_is_free(tiny_llama, monkeypatch, caplog):
+    """Said in one line, with what decided it; and the step goes that way."""
+    batch, products = random_batch(), {}
+    train_one_step(make(tiny_llama), batch)  # the first step measures what this machine can do
+    for kind, free in {"none": 1 << 40, "full": 1 << 10}.items():
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        for chosen in (kind, "auto"):
+            caplog.clear()
+            with caplog.at_level("INFO", logger=memory.__name__):
+                actor = make(tiny_llama, gradient_checkpointing=chosen)
+            with FlopCounterMode(display=False) as counted:
+                train_one_step(actor, batch)
+            products[chosen] = counted.get_flop_counts()["Global"][torch.ops.aten.mm]
+        [told] = caplog.messages
+        assert told.startswith(f"gradient_checkpointing auto is {kind}: {free / 2**30:.2f} GiB are free for a rank")
+        assert products["auto"] == products[kind]
+    assert products["full"] > products["none"]
 
 
 def test_checkpointing_and_prompt_sharing_change_nothing_but_the_work(tiny_llama):

@@ -2,13 +2,17 @@
 
 import json
 import os
+from dataclasses import replace
+
+import pytest
 
 from arealite.api.cli_args import GRPOConfig, LoRAConfig, PPOActorConfig
 from arealite.api.types import Dims
 from arealite.launcher import check
 from arealite.launcher.machine import Machine
-from arealite.launcher.memory_estimate import ModelShape, server_parts, trainer_parts
+from arealite.launcher.memory_estimate import server_parts, trainer_parts
 from arealite.launcher.plan import make_plan
+from arealite.models.rank_memory import ModelShape, PassTokens, rank_parts, settled
 
 
 def test_the_shape_of_a_model_is_read_from_its_folder(tiny_llama, tmp_path):
@@ -49,6 +53,36 @@ def test_memory_grows_with_what_is_said_to_drive_it(tiny_llama):
     config.actor.optimizer.kind, config.actor.lora = "adamw", LoRAConfig(rank=4)
     adapters = 4 * shape.num_layers * (7 * 64 + 2 * 64 + 2 * 32 + 3 * 128)  # rank x (inputs + outputs)
     assert of(Dims())["gradients"] == 4 * adapters and of(Dims())["weights"] == 2 * count + 4 * adapters
+
+
+def test_checkpointing_is_as_little_as_fits(tiny_llama):
+    """By the estimate's own figures; what does not fit at all is tried with most of it."""
+    shape = ModelShape.read(tiny_llama)
+    config = GRPOConfig()
+    config.actor.gradient_checkpointing = "auto"
+    dims = Dims(t=2)  # where something lies between none and full
+    _, needed = settled(config.actor, shape, dims, 0, on_gpu=True)
+    assert list(needed) == ["none", "selective", "full"] and needed["none"] > needed["selective"] > needed["full"]
+    for kind, num_bytes in needed.items():
+        assert settled(config.actor, shape, dims, num_bytes, on_gpu=True)[0].gradient_checkpointing == kind
+        parts = trainer_parts(config, shape, dims, None, on_gpu=True, free_bytes=num_bytes)
+        assert next(p.assumption for p in parts if p.name == "activations").endswith(f"checkpointing {kind}")
+    assert settled(config.actor, shape, dims, 1, on_gpu=True)[0].gradient_checkpointing == "full"
+    assert settled(replace(config.actor, gradient_checkpointing="none"), shape, dims, 1, on_gpu=True)[1] == {}
+
+
+def test_the_fullest_stage_of_a_pipeline():
+    """The head counts as work of the last stage, so that the first one has more layers than its share."""
+    widths = {"hidden": 1536, "intermediate": 8960, "query_width": 1536, "kv_width": 256}  # Qwen2.5-1.5B's
+    count, vocabulary = 1_543_714_304, 151936
+    shape = ModelShape(count, 28, vocabulary=vocabulary, context_length=4096, is_tied=True, **widths)
+    parts = rank_parts(PPOActorConfig(), shape, Dims(p=2), PassTokens(8192, 2), on_gpu=True)
+    found = {part.name: part.num_bytes for part in parts}
+    assert found["weights"] == pytest.approx(4 * (16 * (count - shape.end) / 28 + shape.end))
+    assert found["activations"] == pytest.approx(8192 * 2 * 16 * 2 * 2 * sum(widths.values()))
+    assert found["logits"] == 0  # of the last stage, which needs less than the first
+    parts = rank_parts(PPOActorConfig(), shape, Dims(p=2), PassTokens(100, 2), on_gpu=True)
+    assert {part.name: part.num_bytes for part in parts}["logits"] > 4 * shape.end  # here that needs more
 
 
 def test_the_memory_of_gpus(monkeypatch, tiny_llama, tmp_path):

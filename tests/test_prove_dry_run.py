@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from arealite.api.errors import ConfigError
+from arealite.models import public
 from arealite.prove import dry_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,8 +53,8 @@ def test_a_tensor_on_the_wrong_device_is_found(found):
 
 def test_sizes_of_public_models(tmp_path):
     """Without a network; what is unknown is asked for."""
-    folder = dry_run.folder_of("Qwen/Qwen2.5-32B-Instruct", tmp_path)
+    folder = public.folder_of("Qwen/Qwen2.5-32B-Instruct", tmp_path)
     config = json.loads((Path(folder) / "config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"], config["model_type"]) == (64, 5120, "qwen2")
     with pytest.raises(ConfigError, match="give a folder with its config.json"):
-        dry_run.folder_of("someone/unknown-7B", tmp_path)
+        public.folder_of("someone/unknown-7B", tmp_path)

@@ -190,10 +190,10 @@ class TrainEngineConfig(Section):
     max_tokens_per_mb: int = setting(8192, "packed tokens per micro-batch", low=1)
     logprob_chunk_tokens: int = setting(1024, "tokens whose logits exist at one time", low=1)
     share_prompts: bool = setting(True, "compute what sequences of a micro-batch share once; off: each by itself")
-    gradient_checkpointing: Literal["none", "full", "selective"] = setting(
+    gradient_checkpointing: Literal["none", "full", "selective", "auto"] = setting(
         "none",
         "what the backward pass computes again to save memory: none; full: all of a layer but its input; selective: all"
-        " but the results of matrix products",
+        " but the results of matrix products; auto: as little as fits into the memory that is free at the start",
     )
     lora: LoRAConfig | None = setting(None, "train adapters instead of the weights; needs peft (arealite[lora])")
     offload: Literal["none", "optimizer", "all"] = setting(

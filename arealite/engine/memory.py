@@ -7,19 +7,28 @@ under way at once, and waited for once.
 
 from __future__ import annotations
 
+import logging
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.nn.attention import varlen  # noqa: F401  (registers its operation)
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from arealite.api.cli_args import TrainEngineConfig
 from arealite.api.errors import ConfigError
-from arealite.devices import CPU, give_back, is_gpu, sizes, wait_for
+from arealite.api.types import Dims
+from arealite.devices import CPU, free_bytes, give_back, is_gpu, sizes, wait_for
+from arealite.engine.parallel.ranks import RankCollective
+from arealite.models.rank_memory import ModelShape, settled
+
+logger = logging.getLogger(__name__)
 
 # What selective checkpointing keeps: products of matrices, and attention on GPUs.
 KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.torch_attn._varlen_attn.default}
@@ -95,6 +104,32 @@ class Placement:
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`tensor` itself if it is there already; a copy of a GPU's tensor is there after `wait_for`."""
     return tensor.to(device, non_blocking=True)
+
+
+def shape_of(model: Any) -> ModelShape:
+    """Of a whole transformers model. Raises KeyError: it is no plain decoder."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    num_parameters = sum(p.numel() for p in model.parameters())
+    is_tied = head is None or bool(model.config.tie_word_embeddings)
+    return ModelShape.of(config.to_dict(), num_parameters, is_tied)
+
+
+def settle_checkpointing(
+    config: TrainEngineConfig, model: Any, dims: Dims, device: torch.device, ranks: RankCollective
+) -> TrainEngineConfig:
+    """`config` with `gradient_checkpointing: auto` decided for a model that is to be loaded: what is free where a rank
+    has least of it decides for all. The ranks of a host share its memory evenly. Collective."""
+    if config.gradient_checkpointing != "auto":
+        return config
+    each = ranks.gather((platform.node(), free_bytes(device) or psutil.virtual_memory().available))
+    hosts = [host for host, _ in each]
+    free = min(num_bytes / (1 if is_gpu(device) else hosts.count(host)) for host, num_bytes in each)
+    chosen, needed = settled(config, shape_of(model), dims, free, is_gpu(device))
+    told = ", ".join(f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in needed.items())
+    if ranks.rank == 0:
+        words = "gradient_checkpointing auto is %s: %.2f GiB are free for a rank, which needs with %s"
+        logger.info(words, chosen.gradient_checkpointing, free / 2**30, told)
+    return chosen
 
 
 def checkpoint_activations(model: Any, kind: str) -> None:

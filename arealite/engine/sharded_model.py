@@ -24,7 +24,7 @@ from arealite.engine import export
 from arealite.engine.flops import ModelFlops
 from arealite.engine.loading import Checkpoint, materialize
 from arealite.engine.lora import add_adapters, base_name, file_name, freeze
-from arealite.engine.memory import Placement, checkpoint_activations
+from arealite.engine.memory import Placement, checkpoint_activations, settle_checkpointing
 from arealite.engine.optim import RoundingWatch, make_optimizer
 from arealite.engine.packed_model import LANGUAGE, Head, PackedModel, load_model, zero_new_head
 from arealite.engine.parallel.pipeline import Runner, over_stages, split_stages
@@ -108,6 +108,8 @@ def build_sharded(
         seed(config.seed + collective.rank)
     folder = resolve_model(config.path)
     hf_model = load_model(folder, head)
+    if trainable:
+        config = settle_checkpointing(config, hf_model, mesh.dims, mesh.device, collective)
     return spread_model(
         config, hf_model, Checkpoint(folder, hf_model, head.may_lack), mesh, collective, head, trainable
     )

@@ -28,7 +28,7 @@ from arealite.kernels import build
 from arealite.launcher.allocation import AllocationMode, trainer_dims
 from arealite.launcher.dataflow import dataflow
 from arealite.launcher.machine import Machine
-from arealite.launcher.memory_estimate import COLOCATED_KV_SHARE, KV_SHARE, ModelShape, rank_parts, server_parts
+from arealite.launcher.memory_estimate import COLOCATED_KV_SHARE, KV_SHARE, models_parts, server_parts
 from arealite.launcher.plan import Plan, make_plan
 from arealite.launcher.slurm import job_script
 from arealite.models.fetch import MODELS, resolve_model
@@ -40,6 +40,7 @@ from arealite.models.folder import (
     read_config,
     tokenizer_fault,
 )
+from arealite.models.rank_memory import ModelShape
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
 
@@ -184,7 +185,9 @@ def memory(plan: Plan, config: RunConfig, machine: Machine, width: int) -> list[
     }
     for p in plan.trainers:
         dims = trainer_dims(config, p.models[0])
-        parts[kinds[p.name]] = rank_parts(config, p.models, shapes, dims, bool(machine.gpus))
+        beside = 1 if machine.gpus else sum(q.node == p.node for q in plan.trainers)
+        free = (machine.gpu_bytes if machine.gpus else machine.memory_bytes) / beside
+        parts[kinds[p.name]] = models_parts(config, p.models, shapes, dims, bool(machine.gpus), free)
     each = {kind: sum(part.num_bytes for part in of_kind) for kind, of_kind in parts.items()}
     lines = []
     for kind, of_kind in parts.items():

@@ -20,9 +20,10 @@ from arealite.api.errors import ConfigError, listed
 from arealite.api.types import VLLM_WORKER_EXTENSION
 from arealite.launcher.allocation import DIMENSIONS, AllocationMode, Component, models_of_ranks
 from arealite.launcher.machine import VISIBLE_GPUS, Machine
-from arealite.launcher.memory_estimate import RUNNING_REQUESTS, ModelShape, kv_cache_bytes
+from arealite.launcher.memory_estimate import RUNNING_REQUESTS, kv_cache_bytes
 from arealite.launcher.placement import Place, place_processes, share_cores
 from arealite.models.fetch import resolve_model
+from arealite.models.rank_memory import ModelShape
 
 PORT, HOST, HEAD = "{port}", "{host}", "{head}"
 LOOPBACK = "127.0.0.1"  # the address of every process, where there is one node

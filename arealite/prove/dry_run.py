@@ -8,9 +8,7 @@ What is counted is a rank's memory.
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import tempfile
 import time
 import warnings
@@ -30,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools import fake_collectives  # noqa: F401  (what collectives make of such tensors)
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.nn.attention import varlen  # noqa: F401  (registers its operation)
 from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves
@@ -41,6 +40,7 @@ from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_run_config
 from arealite.api.types import Dims
 from arealite.engine.loading import Checkpoint
+from arealite.engine.memory import shape_of
 from arealite.engine.micro_batch import MicroBatch, assemble
 from arealite.engine.optim import clip_gradients
 from arealite.engine.packed_model import LANGUAGE, REWARD, VALUE, load_model
@@ -49,38 +49,19 @@ from arealite.engine.sharded_model import ShardedModel, spread_model
 from arealite.kernels.functions import use_kernels
 from arealite.launcher.allocation import trainer_dims
 from arealite.launcher.check import UNLIMITED, amount, indented, table
-from arealite.launcher.memory_estimate import ModelShape, step_tokens, trainer_parts
-from arealite.models.fetch import resolve_model
+from arealite.launcher.memory_estimate import CARD_BYTES, pass_tokens, step_tokens, trainer_parts
 from arealite.models.naming import hub_parts
+from arealite.models.public import folder_of
+from arealite.models.rank_memory import ModelShape, settled
 
 KIND = "shapes"  # the accelerator without numbers
-# Of models on the hub that are not on this machine what their config.json says: type; vocabulary, hidden and
-# intermediate size, layers, heads, key heads; whether embedding and head are one weight.
-PUBLIC: dict[str, tuple[str, tuple[int, int, int, int, int, int], bool]] = {
-    "Qwen/Qwen2.5-0.5B": ("qwen2", (151936, 896, 4864, 24, 14, 2), True),
-    "Qwen/Qwen2.5-1.5B": ("qwen2", (151936, 1536, 8960, 28, 12, 2), True),
-    "Qwen/Qwen2.5-3B": ("qwen2", (151936, 2048, 11008, 36, 16, 2), True),
-    "Qwen/Qwen2.5-7B": ("qwen2", (152064, 3584, 18944, 28, 28, 4), False),
-    "Qwen/Qwen2.5-14B": ("qwen2", (152064, 5120, 13824, 48, 40, 8), False),
-    "Qwen/Qwen2.5-32B": ("qwen2", (152064, 5120, 27648, 64, 40, 8), False),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": ("qwen2", (151936, 1536, 8960, 28, 12, 2), False),
-    "Qwen/Qwen3-1.7B": ("qwen3", (151936, 2048, 6144, 28, 16, 8), True),
-    "Qwen/Qwen3-8B": ("qwen3", (151936, 4096, 12288, 36, 32, 8), False),
-    "Qwen/Qwen3-32B": ("qwen3", (151936, 5120, 25600, 64, 64, 8), False),
-}
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-HEAD_DIM = 128  # of all Qwen3
 LIMIT_S = 600.0
 # What an accelerator does in place, and PyTorch's stand-in for tensors without numbers does not.
 IN_PLACE = {torch.ops.aten._fused_adamw_.default, torch.ops.aten._fused_adamw_.tensor_lr}
 PEAK_STEP = 1.002  # by which memory grows before its parts are looked at again
+
+
+ATTENTION_GRAD = torch.ops.torch_attn._varlen_attn_backward.default
 
 
 class _Accelerator(backend_registration._DummyBackendModule):
@@ -179,7 +160,11 @@ class Shapes(FakeTensorMode):
             return 1
         if func in IN_PLACE:
             return None
+        own = _attention_grads(*args[1:3]) if func is ATTENTION_GRAD else ()
+        for x in own:
+            self._note(x.untyped_storage())
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        del own
         if not given and isinstance(out, torch.Tensor) and is_for_cpu and not out.is_floating_point():
             return func(*args, **kwargs)
         for x in tree_leaves(out):
@@ -233,6 +218,12 @@ def _is_whole(x: torch.Tensor) -> bool:
     return type(x) is torch.Tensor and x.device.type == "cpu" and not x.is_floating_point()
 
 
+def _attention_grads(query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
+    """What the kernel writes, and its stand-in does not: gradients of keys and values for each of their query heads."""
+    num_kinds = 0 if query.shape[1] == key.shape[1] else 2
+    return [query.new_empty(len(key), *query.shape[1:]) for _ in range(num_kinds)]
+
+
 class _NoFiles(Checkpoint):
     """A checkpoint whose numbers nobody wants."""
 
@@ -269,9 +260,8 @@ def run_rank(
         model = load_model(folder, head)
         if any(p.ndim == 3 for p in model.parameters()):
             raise ConfigError(f"{folder} has experts, and where tokens go depends on numbers: no dry run of it")
-        num_parameters = sum(p.numel() for p in model.parameters())
-        is_tied = model.get_output_embeddings() is None or bool(model.config.tie_word_embeddings)
-        shape = ModelShape.of(model.config.get_text_config().to_dict(), num_parameters, is_tied)
+        shape = shape_of(model)
+        engine, _ = settled(engine, shape, dims, CARD_BYTES, on_gpu=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Set timeout is now only supported")
             mesh, ranks = RankMesh(dims, device, LIMIT_S), RankCollective(LIMIT_S, dims, backend=KIND)
@@ -288,15 +278,22 @@ def run_rank(
 
 
 def _micro_batches(config: RunConfig, engine: TrainEngineConfig, shape: ModelShape, mesh: RankMesh) -> list[MicroBatch]:
-    """Those of a step, or the first of them, of answers of full length that share nothing."""
-    total, longest = step_tokens(config, shape, share_prompts=False)
-    of_share = -(-total // mesh.dims.d)
-    num = max(1, min(engine.max_tokens_per_mb, of_share) // longest)
-    answer = min(longest, config.gconfig.max_new_tokens) if isinstance(config, GRPOConfig) else longest
-    begins, tokens = np.arange(num) * (longest + 1), np.zeros(num * (longest + 1), np.int64)
-    wanted = np.arange(longest + 1 - answer, longest + 1)
-    micro = assemble(tokens, begins, [wanted] * num, np.arange(num), mesh.device, share=False)
-    return [micro] * min(mesh.dims.p + 1, -(-of_share // (num * longest)))
+    """Those of a step, or the first of them: as many nodes as the estimate has, of answers of full length."""
+    passes = pass_tokens(config, engine, shape, mesh.dims)
+    _, longest = step_tokens(config, shape, share_prompts=False)
+    answer, in_group = longest, 1
+    if isinstance(config, GRPOConfig):
+        answer = min(longest, config.gconfig.max_new_tokens)
+        in_group = config.gconfig.n_samples if engine.share_prompts else 1
+    prompt = longest + 1 - answer  # its last token predicts the answer's first
+    groups, rest = divmod(passes.tokens, prompt + in_group * (answer - 1))
+    num = max(1, groups * in_group + max(0, rest - prompt) // max(1, answer - 1))
+    begins, rows = np.arange(num) * (longest + 1), np.arange(num)
+    is_prompt = np.arange(longest + 1) < prompt
+    tokens = np.where(is_prompt, (rows // in_group)[:, None], num + rows[:, None]).reshape(-1).astype(np.int64)
+    wanted = np.arange(prompt, longest + 1)
+    micro = assemble(tokens, begins, [wanted] * num, rows, mesh.device, share=engine.share_prompts)
+    return [micro] * min(mesh.dims.p + 1, passes.num_batches)
 
 
 def _step(sharded: ShardedModel, shapes: Shapes, micro_batches: list[MicroBatch], is_trained: bool) -> dict[str, int]:
@@ -348,26 +345,6 @@ def dry_run(config_path: str, overrides: Sequence[str]) -> str:
             runs = [run_rank(folder, config, role, engine, dims, stage * (dims.size // dims.p)) for stage in stages]
             lines += _told(config, role, engine, dims, runs)
     return "\n".join(["DRY RUN (every rank's own code on tensors without numbers)", *indented(lines)])
-
-
-def folder_of(path: str, written: Path) -> str:
-    """A folder with the model's config.json: its own, or one that is `written`. Raises ConfigError: nothing is known of
-    the model here."""
-    path = resolve_model(path, asks_hub=False)
-    name = re.sub("-(Instruct|Base)$", "", path)
-    if Path(path).is_dir():
-        return path
-    if name not in PUBLIC:
-        raise ConfigError(
-            f"{path} is not on this machine, and its sizes are not among those of {', '.join(PUBLIC)}: give a folder"
-            " with its config.json, no weights are needed"
-        )
-    kind, sizes, is_tied = PUBLIC[name]
-    config = {**dict(zip(SIZES, sizes, strict=True)), "model_type": kind, "tie_word_embeddings": is_tied}
-    config |= {"architectures": [f"{kind.capitalize()}ForCausalLM"], "max_position_embeddings": 32768}
-    config |= {"head_dim": HEAD_DIM} if kind == "qwen3" else {}
-    (written / "config.json").write_text(json.dumps(config))
-    return str(written)
 
 
 def _told(

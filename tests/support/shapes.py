@@ -6,7 +6,6 @@ import sys
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
 from arealite import devices
 from arealite.api.cli_args import GRPOConfig
@@ -41,7 +40,7 @@ def main(folder: str) -> None:
     try:  # an index that was left on the CPU
         with patch.object(micro_batch, "on_device", lambda x, _: torch.from_numpy(x)):
             run_rank(folder, config, "actor", config.actor, Dims(), 0)
-    except (FakeTensorDeviceMismatchError, RuntimeError) as error:
+    except Exception as error:  # its class depends on torch's release
         found["mixed up"] = str(error)
     print(json.dumps(found))
 
