@@ -43,6 +43,19 @@ def test_each_rank_holds_its_share(found):
     assert "optimizer" not in found["ref"] and "gradients" not in found["ref"]
 
 
+def test_what_is_offloaded_takes_no_memory_of_the_device(found):
+    _, alone = found["d1"]["ranks"][0]
+    offloaded = found["offloaded"]
+    assert "optimizer" not in offloaded and offloaded["weights"] < 0.05 * alone["weights"]
+    assert offloaded["activations"] == pytest.approx(alone["activations"], rel=0.1)
+
+
+def test_experts_are_shared_out_as_if_evenly_chosen(found):
+    alone, spread = found["experts"]
+    assert spread["weights"] == pytest.approx(alone["weights"] / 4, rel=0.1)
+    assert spread["activations"] > 0 and spread["optimizer"] == pytest.approx(alone["optimizer"] / 4, rel=0.1)
+
+
 def test_what_does_not_divide_is_refused(found):
     assert "cannot be spread by t = 3" in found["refused"] and "These work: " in found["refused"]
 

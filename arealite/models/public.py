@@ -22,6 +22,7 @@ PUBLIC: dict[str, tuple[str, tuple[int, int, int, int, int, int], bool]] = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": ("qwen2", (151936, 1536, 8960, 28, 12, 2), False),
     "Qwen/Qwen3-1.7B": ("qwen3", (151936, 2048, 6144, 28, 16, 8), True),
     "Qwen/Qwen3-8B": ("qwen3", (151936, 4096, 12288, 36, 32, 8), False),
+    "Qwen/Qwen3-30B-A3B": ("qwen3_moe", (151936, 2048, 6144, 48, 32, 4), False),
     "Qwen/Qwen3-32B": ("qwen3", (151936, 5120, 25600, 64, 64, 8), False),
 }
 SIZES = (
@@ -33,6 +34,7 @@ SIZES = (
     "num_key_value_heads",
 )
 HEAD_DIM = 128  # of all Qwen3
+EXPERTS = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
 
 
 def folder_of(path: str, written: Path) -> str:
@@ -49,7 +51,9 @@ def folder_of(path: str, written: Path) -> str:
         )
     kind, sizes, is_tied = PUBLIC[name]
     config = {**dict(zip(SIZES, sizes, strict=True)), "model_type": kind, "tie_word_embeddings": is_tied}
-    config |= {"architectures": [f"{kind.capitalize()}ForCausalLM"], "max_position_embeddings": 32768}
-    config |= {"head_dim": HEAD_DIM} if kind == "qwen3" else {}
+    name = "".join(word.capitalize() for word in kind.split("_"))
+    config |= {"architectures": [f"{name}ForCausalLM"], "max_position_embeddings": 32768}
+    config |= {"head_dim": HEAD_DIM} if kind.startswith("qwen3") else {}
+    config |= EXPERTS if kind == "qwen3_moe" else {}
     (written / "config.json").write_text(json.dumps(config))
     return str(written)

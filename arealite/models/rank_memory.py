@@ -40,6 +40,7 @@ class ModelShape:
     kv_width: int  # KV heads x head size
     context_length: int
     is_tied: bool  # embedding and head are one weight
+    num_chosen: int = 0  # experts that a token goes to
 
     @classmethod
     def read(cls, folder: str | Path) -> ModelShape | None:
@@ -64,17 +65,19 @@ class ModelShape:
         """That of a model's config.json. Raises KeyError: it is no plain decoder's."""
         hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
         head_size = config.get("head_dim") or hidden // num_heads
+        num_chosen = config.get("num_experts_per_tok") or 0
         return cls(
             num_parameters=num_parameters,
             num_layers=config["num_hidden_layers"],
             hidden=hidden,
-            intermediate=config.get("moe_intermediate_size", config.get("intermediate_size", 4 * hidden))
-            * (config.get("num_experts_per_tok") or 1),
+            intermediate=(config.get("moe_intermediate_size") or config.get("intermediate_size", 4 * hidden))
+            * max(num_chosen, 1),
             vocabulary=config["vocab_size"],
             query_width=num_heads * head_size,
             kv_width=(config.get("num_key_value_heads") or num_heads) * head_size,
             context_length=config.get("max_position_embeddings", UNKNOWN_LENGTH),
             is_tied=is_tied,
+            num_chosen=num_chosen,
         )
 
     @property
@@ -125,18 +128,24 @@ def rank_parts(
     trained, frozen = (held, 0.0) if lora is None else (held_parameters(shape, dims, num_trained), held)
     moments = 2 if kind == "adamw" else 2 / shape.hidden
     in_type = f"weights in {engine.dtype}, gathered or kept between the passes"
-    # What the CPU holds instead of the GPU, when all is offloaded; the moments alone go there and back for an update.
+    # What the CPU holds instead of the GPU, when all is offloaded.
     resident = [
         ("weights", 4 * trained + size * frozen, f"float32 masters, {dims}; what is frozen in {engine.dtype}"),
         ("gradients", 4 * trained, "float32"),
         ("optimizer", 4 * moments * trained, kind),
     ]
     passing = (working or size * held) if lora is None else 0
+    of_passes = [
+        ("passing gradients", passing, f"{engine.dtype}, on their way to the float32 ones"),
+        *_activations(engine, shape, dims, passes, on_gpu),
+    ]
+    if on_gpu and engine.offload == "optimizer":  # its moments come when the passes are over
+        beyond = 4 * moments * trained - sum(num_bytes for _, num_bytes, _ in of_passes)
+        resident[-1] = ("optimizer", max(0.0, beyond), f"{kind}, in the place of what the passes needed")
     parts = [
         *(resident if not (on_gpu and engine.offload == "all") else []),
         ("working copy", working, in_type),
-        ("passing gradients", passing, f"{engine.dtype}, on their way to the float32 ones"),
-        *_activations(engine, shape, dims, passes, on_gpu),
+        *of_passes,
     ]
     return [MemoryPart(*part) for part in parts]
 
@@ -207,6 +216,8 @@ def _activations(
     layer = 2 * size * (shape.hidden + shape.query_width + shape.kv_width * num_keys + shape.intermediate)
     selective = layer + size * shape.hidden
     layer += 2 * size * shape.hidden * (dims.t - 1)  # tokens of the other ranks, gathered for two products
+    if shape.num_chosen:  # the token for each of its experts, what these make of it, and the parts of their activation
+        layer += size * (3 * shape.num_chosen * shape.hidden + 2 * shape.intermediate)
     kept = {"none": layer, "full": size * shape.hidden, "selective": min(layer, selective)}[checkpointing]
     num_layers, last = _stage_layers(shape, dims)
     per_token = num_layers * kept * min(dims.p, passes.num_batches) + max(layer - kept, 0)

@@ -36,7 +36,6 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from arealite import devices
 from arealite.api.cli_args import GRPOConfig, RunConfig, TrainEngineConfig
-from arealite.api.errors import ConfigError
 from arealite.api.load_config import load_run_config
 from arealite.api.types import Dims
 from arealite.engine.loading import Checkpoint
@@ -44,6 +43,7 @@ from arealite.engine.memory import shape_of
 from arealite.engine.micro_batch import MicroBatch, assemble
 from arealite.engine.optim import clip_gradients
 from arealite.engine.packed_model import LANGUAGE, REWARD, VALUE, load_model
+from arealite.engine.parallel import layers
 from arealite.engine.parallel.ranks import RankCollective, RankMesh
 from arealite.engine.sharded_model import ShardedModel, spread_model
 from arealite.kernels.functions import use_kernels
@@ -206,16 +206,25 @@ class Shapes(FakeTensorMode):
             return result
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
+        by_numbers, layers.shared_out = layers.shared_out, _evenly
         try:
             with self:
                 yield
         finally:
             torch.UntypedStorage.resize_ = plain  # type: ignore[method-assign]
+            layers.shared_out = by_numbers
 
 
 def _is_whole(x: torch.Tensor) -> bool:
     """Whether it has numbers, on the CPU, and they are whole."""
     return type(x) is torch.Tensor and x.device.type == "cpu" and not x.is_floating_point()
+
+
+def _evenly(chosen: torch.Tensor, num_own: int, group: Any) -> tuple[list[int], list[int], torch.Tensor]:
+    """As layers.shared_out, where nobody knows what was chosen: every rank gets equally many."""
+    num_ranks = dist.get_world_size(group)
+    each = [len(part) for part in np.array_split(np.zeros(len(chosen)), num_ranks)]
+    return each, each, chosen.new_empty(sum(each))
 
 
 def _attention_grads(query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
@@ -258,8 +267,6 @@ def run_rank(
     try:
         kernels.device = devices.CPU
         model = load_model(folder, head)
-        if any(p.ndim == 3 for p in model.parameters()):
-            raise ConfigError(f"{folder} has experts, and where tokens go depends on numbers: no dry run of it")
         shape = shape_of(model)
         engine, _ = settled(engine, shape, dims, CARD_BYTES, on_gpu=True)
         with warnings.catch_warnings():

@@ -3,6 +3,7 @@ one line of JSON, what ranks of the model there take and what is refused."""
 
 import json
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -16,6 +17,7 @@ from arealite.launcher.memory_estimate import trainer_parts
 from arealite.prove.dry_run import KIND, accelerator, run_rank
 
 LAYOUTS = [Dims(), Dims(d=2, t=2, c=2, p=2)]
+EXPERT_LAYOUTS = [Dims(), Dims(d=4, e=2)]
 
 
 def main(folder: str) -> None:
@@ -35,6 +37,17 @@ def main(folder: str) -> None:
         run_rank(folder, config, "actor", config.actor, Dims(t=3), 0)
     except ConfigError as error:
         found["refused"] = str(error)
+    config.actor.offload = "all"
+    found["offloaded"] = run_rank(folder, config, "actor", config.actor, Dims(), 0)[0].parts
+    config.actor.offload = "none"
+    with_experts = Path(folder) / "experts"
+    with_experts.mkdir()
+    kind = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 64}
+    experts = {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+    told = json.loads((Path(folder) / "config.json").read_text()) | kind | experts
+    (with_experts / "config.json").write_text(json.dumps(told))
+    runs = [run_rank(str(with_experts), config, "actor", config.actor, dims, 0)[0] for dims in EXPERT_LAYOUTS]
+    found["experts"] = [run.parts for run in runs]
     ref, _ = run_rank(folder, config, "ref", config.actor, Dims(d=2), 0)
     found["ref"] = ref.parts
     try:  # an index that was left on the CPU

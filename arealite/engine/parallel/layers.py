@@ -216,16 +216,11 @@ def _by_dispatch(compute: Experts, num_own: int, group: Any) -> Experts:
     """`compute` has the experts of this rank, `num_own`, numbered from 0; the result is that of all ranks' experts."""
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        num_chosen, num_ranks = top_k_index.shape[-1], dist.get_world_size(group)
-        chosen = top_k_index.flatten()
+        num_chosen, chosen = top_k_index.shape[-1], top_k_index.flatten()
         order = chosen.argsort(stable=True)  # by expert, so by rank
-        sent = torch.bincount(chosen, minlength=num_ranks * num_own).view(num_ranks, num_own)
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=group)
-        there, here = torch.stack([sent.sum(1), received.sum(1)]).tolist()
+        there, here, experts = shared_out(chosen, num_own, group)
         out_and_in = partial(_sent, group, there, here), partial(_sent, group, here, there)
         tokens = communicate(hidden_states[order // num_chosen], *out_and_in)
-        experts = torch.arange(num_own, device=chosen.device).repeat(num_ranks).repeat_interleave(received.flatten())
         if not len(tokens):  # a token of zeros, so that all experts get their (zero) gradients
             tokens, experts = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])]), experts.new_zeros(1)
         out = compute(tokens, experts[:, None], top_k_weights.new_ones(len(tokens), 1))[: sum(here)]
@@ -234,6 +229,18 @@ def _by_dispatch(compute: Experts, num_own: int, group: Any) -> Experts:
         return (back * top_k_weights[:, :, None]).sum(1).to(hidden_states.dtype)
 
     return forward
+
+
+def shared_out(chosen: torch.Tensor, num_own: int, group: Any) -> tuple[list[int], list[int], torch.Tensor]:
+    """Of tokens that chose these experts [N]: how many go to each rank of the group, how many come from each, and which
+    of this rank's experts, `num_own`, those that come have chosen. Collective."""
+    num_ranks = dist.get_world_size(group)
+    sent = torch.bincount(chosen, minlength=num_ranks * num_own).view(num_ranks, num_own)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    there, here = torch.stack([sent.sum(1), received.sum(1)]).tolist()
+    experts = torch.arange(num_own, device=chosen.device).repeat(num_ranks)
+    return there, here, experts.repeat_interleave(received.flatten())
 
 
 def _sent(group: Any, send: list[int], receive: list[int], rows: torch.Tensor) -> torch.Tensor:
