@@ -136,7 +136,7 @@ def accelerator() -> tuple[torch.device, ShapeKernels]:
 
 class Shapes(FakeTensorMode):
     """Within, tensors have no numbers, but for whole numbers on the CPU, by which code decides; a number that is asked
-    of any other is 1. Counts the memory on the accelerator: `parts` are those of the peak, by `phase` of birth."""
+    of any other is 1, and two are equal. Counts the memory on the accelerator: `at_peak` by `phase` of birth."""
 
     avoid_device_init = True
 
@@ -149,7 +149,7 @@ class Shapes(FakeTensorMode):
         self._gathered: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
         if func is torch.ops.aten._pin_memory.default:
             return args[0].clone()
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -158,6 +158,8 @@ class Shapes(FakeTensorMode):
             return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1
+        if func is torch.ops.aten.equal.default:
+            return True
         if func in IN_PLACE:
             return None
         own = _attention_grads(*args[1:3]) if func is ATTENTION_GRAD else ()
