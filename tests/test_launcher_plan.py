@@ -93,6 +93,10 @@ def test_gpus_of_servers_and_ranks():
         assert p.env["WORLD_SIZE"] == p.env["LOCAL_WORLD_SIZE"] == "4"
         assert p.cores == ()  # pinning is for CPU-only machines
         assert p.env["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+        assert p.env["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1" and "CUDA_DEVICE_MAX_CONNECTIONS" not in p.env
+    staged = plan_for("sglang:d2t2+fsdp:d2p2", gpu_machine(8), weight_update="disk")
+    assert {p.env.get("CUDA_DEVICE_MAX_CONNECTIONS") for p in staged.trainers} == {"1"}
+    assert not any("CUDA_DEVICE_MAX_CONNECTIONS" in p.env for p in staged.servers)
     colocated = plan_for("native:d2|fsdp:d2", gpu_machine(2))
     assert [p.devices for p in colocated.processes] == [("0",), ("1",), ("0",), ("1",)]
 

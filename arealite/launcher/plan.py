@@ -18,8 +18,8 @@ from typing import Any, Literal
 from arealite.api.cli_args import GRPOConfig, RunConfig
 from arealite.api.errors import ConfigError, listed
 from arealite.api.types import VLLM_WORKER_EXTENSION
-from arealite.launcher.allocation import DIMENSIONS, AllocationMode, Component, models_of_ranks
-from arealite.launcher.machine import VISIBLE_GPUS, Machine
+from arealite.launcher.allocation import DIMENSIONS, AllocationMode, Component, models_of_ranks, trainer_dims
+from arealite.launcher.machine import GPU_RANK_ENV, PIPELINE_ENV, VISIBLE_GPUS, Machine
 from arealite.launcher.memory_estimate import RUNNING_REQUESTS, kv_cache_bytes
 from arealite.launcher.placement import Place, place_processes, share_cores
 from arealite.models.fetch import resolve_model
@@ -54,8 +54,6 @@ COMMON_ENV = {
     # A server that changes its title would overwrite the environment by which its processes are found.
     "SPT_NOENV": "1",
 }
-# On a GPU sizes change from micro-batch to micro-batch: blocks of fixed sizes would be cut up more and more.
-GPU_ALLOCATOR_ENV = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 # A training step on the CPU allocates and frees the same large tensors again and again. By default glibc maps each one
 # anew and gives it back at once, and the kernel zeroes its pages every time: 15 to 20% of a step. Kept in the heap, on
 # huge pages, they are reused; the trainer keeps the memory of its peak.
@@ -155,7 +153,9 @@ def make_plan(config: RunConfig, machines: Sequence[Machine], model: str, traine
                 "MASTER_ADDR": HEAD,
             }
             env |= {"WORLD_SIZE": str(len(ranks)), "LOCAL_WORLD_SIZE": str(len(beside))}
-            env |= GPU_ALLOCATOR_ENV if machine.gpus else ALLOCATOR_ENV
+            env |= GPU_RANK_ENV if machine.gpus else ALLOCATOR_ENV
+            is_stage = any(trainer_dims(config, model_key).p > 1 for model_key in models[rank])
+            env |= PIPELINE_ENV if machine.gpus and is_stage else {}
         env[VISIBLE_GPUS] = ",".join(visible)  # without GPUs too: the machine may have some all the same
         pinned = own_cores if config.launcher.pin_cores and not machine.gpus else ()
         env |= config.launcher.env

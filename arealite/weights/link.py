@@ -26,7 +26,7 @@ from arealite.weights.wire import GroupSender, checksum, raw_bytes, slot_of, wri
 
 logger = logging.getLogger(__name__)
 
-BUCKET_BYTES = 64 << 20  # of one broadcast
+BUCKET_BYTES, GPU_BUCKET_BYTES = 64 << 20, 512 << 20  # of one broadcast, for which servers are called once each
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every dtype's size
 CHECKED_SHARE = 16  # one tensor in so many is confirmed at every version, and another one in so many by turns
 NUM_VERSIONS_KEPT = 2
@@ -49,7 +49,7 @@ class WeightLink(GroupSender):
     which NCCL takes one process only. For these it is the WeightSender of the rollout engine.
     """
 
-    def __init__(self, kind: str, folder: str | Path, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, kind: str, folder: str | Path, bucket_bytes: int | None = None) -> None:
         if kind not in WEIGHT_UPDATES:
             raise ConfigError(f"weight_update is {kind!r}; expected one of {', '.join(WEIGHT_UPDATES)}")
         if kind == "shm" and not Path("/proc/self/fd").is_dir():
@@ -61,7 +61,8 @@ class WeightLink(GroupSender):
         self.kind = kind
         self.folder = Path(folder)
         self._segment = _Segment() if kind == "shm" else None
-        self._buckets = Buckets(self.device, bucket_bytes)
+        usual = GPU_BUCKET_BYTES if devices.is_gpu(self.device) else BUCKET_BYTES
+        self._buckets = Buckets(self.device, bucket_bytes or usual)
 
     def publish(
         self,
