@@ -285,6 +285,7 @@ def test_control(running, gpt, script):
         {"value": 1, "turn": 7},
         {"value": 1, "turn": "msg_0"},
         {"value": True, "turn": -1},
+        {"value": 1, "name": {}},
     ):
         assert call(f"{here}/reward", wrong, ADMIN)[0] == 400, wrong
     assert call(f"{here}/finish", {"state": "lost"}, ADMIN)[0] == 400

@@ -339,6 +339,6 @@ class Gateway:
 
 def _text_of(name: str, fields: dict[str, Any], default: str = "") -> str:
     """Raises Refusal: it is another value."""
-    if not isinstance(text := fields.get(name, default), str):
+    if not isinstance(text := fields.get(name), str | None):
         raise Refusal(400, f"{name}: expected text, found {shown(text)}")
-    return text
+    return default if text is None else text
