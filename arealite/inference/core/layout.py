@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ATTENTION_NAME = "arealite_kv"  # under which transformers knows `packed_attention`
 WIDTH_STEP = 16  # page numbers of a row of decode are filled up to a multiple: the kernel reads aligned rows faster
 QUERIES_PER_CALL = 512  # queries of long spans whose scores exist at one time
-QUERIES_PER_PIECE = 64  # of one span that a core computes at a time in the kernels
+QUERIES_PER_PIECE = 64  # of one span that a core computes at a time: their scores stay near it
 KEYS_PER_CALL = 4096  # keys of short spans gathered at one time: stays in a core's cache
 ALIGNMENT = 16  # bytes between tensors that are copied together
 KEYS_PER_CALL_GPU = 1 << 20  # there, few large calls
@@ -215,18 +215,21 @@ def paged_attention(q: torch.Tensor, layout: KVLayout, setting: LayerSetting) ->
         batch = kv_heads * n
         # The query heads of one key head stand below each other: keys are not repeated.
         grouped = q[:, block.first : block.last].view(kv_heads, -1, n, num_queries, head_dim).transpose(1, 2)
+        placed = out[block.first : block.last].view(n, num_queries, heads, head_dim)
         k = keys.index_select(1, block.table).view(batch, -1, head_dim)
         v = values.index_select(1, block.table).view(batch, -1, head_dim)
-        scores = matmul(grouped.reshape(batch, -1, head_dim), k.transpose(1, 2)).float().mul_(scale)
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        hidden = block.keys > block.queries  # what comes later, or too long before
-        if window is not None:
-            hidden.logical_or_(block.keys <= block.queries - window)
-        scores.view(kv_heads, n, -1, num_queries, k.shape[1]).masked_fill_(hidden, -torch.inf)
-        result = matmul(torch.softmax(scores, -1).to(v.dtype), v)
-        result = result.view(kv_heads, n, -1, num_queries, head_dim).permute(1, 3, 0, 2, 4)
-        out[block.first : block.last] = result.reshape(-1, heads, head_dim)
+        step = num_queries if is_gpu(q) else QUERIES_PER_PIECE
+        for part in (slice(start, start + step) for start in range(0, num_queries, step)):
+            queries, shape = block.queries[:, :, part], (kv_heads, n, heads // kv_heads, -1)
+            scores = matmul(grouped[..., part, :].reshape(batch, -1, head_dim), k.transpose(1, 2)).float().mul_(scale)
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            hidden = block.keys > queries  # what comes later, or too long before
+            if window is not None:
+                hidden.logical_or_(block.keys <= queries - window)
+            scores.view(*shape, k.shape[1]).masked_fill_(hidden, -torch.inf)
+            result = matmul(torch.softmax(scores, -1).to(v.dtype), v).view(*shape, head_dim)
+            placed[:, part] = result.permute(1, 3, 0, 2, 4).reshape(n, -1, heads, head_dim)
     return out
 
 
