@@ -25,9 +25,9 @@ from arealite.gateway.prompting import NextPrompt, Prompter
 from arealite.gateway.reading import AnswerReader
 
 OUTCOME = "outcome"
-MANY_CHARACTERS, FEW_TOKENS = 8, 4  # for a token, and for a message with what a template writes around it
-MAX_ATTEMPTS = 64  # whose answers are kept for clients that ask again
-ATTEMPT_LIFE_S = 600.0
+MANY_CHARACTERS = 8  # for a token
+FEW_TOKENS, SMALL_TOKENS = 4, 16384  # for a message, where they make more than the latter in all
+MAX_ATTEMPTS, ATTEMPT_LIFE_S = 64, 600.0  # of answers that are kept for clients that ask again
 
 LimitName = Literal["turns", "tokens", "time", "tool_calls", "context"]
 SessionState = Literal["open", "finished", "failed", "aborted"]
@@ -296,15 +296,15 @@ class Session:
         return _Asking(time.monotonic(), asking, listeners)
 
     def _context_for(self, ask: Ask) -> int | None:
-        """Tokens of the context. Raises LimitReached: it is far too long, as its beginning or the number of messages
-        says; to encode all of it would hold up every other session."""
+        """Tokens of the context. Raises LimitReached: it is far too long, as the number of its messages or its
+        beginning says; to encode all of it would hold up every other session."""
         most = self.limits.context_length or self.engine.context_length
         if most is None:
             return None
-        if (num := FEW_TOKENS * len(ask.messages)) > most:
-            raise LimitReached("context", f"{_too_long(num, most)}, with {len(ask.messages)} messages")
-        said = ask.said()
-        beginning = said[: MANY_CHARACTERS * most]
+        num = len(ask.prompt) if isinstance(ask.prompt, list) else FEW_TOKENS * len(ask.messages)
+        if num > max(most, SMALL_TOKENS):
+            raise LimitReached("context", _too_long(num, most))
+        beginning = (said := ask.said())[: MANY_CHARACTERS * most]
         if len(beginning) < len(said) and (num := len(encode(self.prompter.tokenizer, beginning))) > most:
             raise LimitReached("context", f"{_too_long(num, most)}, of which this is the beginning alone")
         return most
