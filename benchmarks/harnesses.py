@@ -107,6 +107,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sessions", type=int, default=20, help="0: training alone")
     parser.add_argument("--path", default="", help="folders of programs, before those of PATH")
     parser.add_argument("--no-training", action="store_true")
+    parser.add_argument("--groups", type=int, default=2, help="of two sessions in a training step")
     return parser.parse_args()
 
 
@@ -330,11 +331,11 @@ def train(argv: list[str]) -> None:
     PPOTrainer(config, workflow=lambda g, tokenizer: make_workflow(name, g, tokenizer, config)).train()
 
 
-def two_steps(name: str, folder: str, root: Path) -> dict[str, Any]:
+def two_steps(name: str, num_groups: int, folder: str, root: Path) -> dict[str, Any]:
     """What `arealite run` says of two steps with the harness."""
     overrides = [
-        "total_train_steps=2", "train_dataset.batch_size=2", "valid_dataset=null", "gconfig.n_samples=2",
-        "evaluator.freq_steps=null",
+        "total_train_steps=2", f"train_dataset.batch_size={num_groups}", "valid_dataset=null", "gconfig.n_samples=2",
+        "evaluator.freq_steps=null", "stats_logger.probe_every_steps=0",
         "gconfig.max_new_tokens=256", "server.dtype=float32", f"server.context_length={CONTEXT}",
         f"server.kv_cache_tokens={2 * CONTEXT}", "server.args={forced-decoding: true}", "actor.dtype=float32",
         f"actor.path={folder}", "rollout.max_head_offpolicyness=0", "rollout.max_concurrent_rollouts=1",
@@ -379,7 +380,7 @@ def main() -> None:
                     with served(folder) as address:
                         result |= act_out(name, given.sessions, folder, address, model)
                 if not given.no_training:
-                    result |= two_steps(name, folder, Path(root))
+                    result |= two_steps(name, given.groups, folder, Path(root))
                     result["failed"] = result.get("failed", 0) + (result["trained_steps"] != 2)
             num_failed += result.get("failed", 0)
             print(json.dumps(result | surroundings()), flush=True)
