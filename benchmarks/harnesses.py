@@ -1,6 +1,6 @@
 """Agents that others wrote, unchanged, each acting out sessions through the gateway; every token of them is checked.
 
-    python benchmarks/harnesses.py [--harness NAME] [--sessions 20] [--path FOLDER:FOLDER] [--no-training]
+    python benchmarks/harnesses.py [--harness NAME] [--sessions 20] [--path FOLDER:FOLDER] [key=value ...]
 
 recordings/harnesses.yaml says how each is started and what the model says. Programs are looked for in --path,
 then in PATH, packages in this environment; what is not there is said. A tiny random model is served with
@@ -107,7 +107,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sessions", type=int, default=20, help="0: training alone")
     parser.add_argument("--path", default="", help="folders of programs, before those of PATH")
     parser.add_argument("--no-training", action="store_true")
-    parser.add_argument("--groups", type=int, default=2, help="of two sessions in a training step")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration of the training run")
     return parser.parse_args()
 
 
@@ -331,16 +331,17 @@ def train(argv: list[str]) -> None:
     PPOTrainer(config, workflow=lambda g, tokenizer: make_workflow(name, g, tokenizer, config)).train()
 
 
-def two_steps(name: str, num_groups: int, folder: str, root: Path) -> dict[str, Any]:
+def two_steps(name: str, overrides: list[str], folder: str, root: Path) -> dict[str, Any]:
     """What `arealite run` says of two steps with the harness."""
     overrides = [
-        "total_train_steps=2", f"train_dataset.batch_size={num_groups}", "valid_dataset=null", "gconfig.n_samples=2",
+        "total_train_steps=2", "train_dataset.batch_size=2", "valid_dataset=null", "gconfig.n_samples=2",
         "evaluator.freq_steps=null", "stats_logger.probe_every_steps=0",
         "gconfig.max_new_tokens=256", "server.dtype=float32", f"server.context_length={CONTEXT}",
         f"server.kv_cache_tokens={2 * CONTEXT}", "server.args={forced-decoding: true}", "actor.dtype=float32",
         f"actor.path={folder}", "rollout.max_head_offpolicyness=0", "rollout.max_concurrent_rollouts=1",
         "gateway.session_timeout_s=600",
         f"cluster.fileroot={root}", f"trial_name={name}", "launcher.pin_cores=false", "watchdog.stall_s=300",
+        *overrides,
     ]  # fmt: skip
     script, config = Path(__file__), ROOT / "examples/arealite/quickstart.yaml"
     words = [sys.executable, "-m", "arealite.cli", "run", str(script), "--config", str(config), *overrides]
@@ -380,7 +381,7 @@ def main() -> None:
                     with served(folder) as address:
                         result |= act_out(name, given.sessions, folder, address, model)
                 if not given.no_training:
-                    result |= two_steps(name, given.groups, folder, Path(root))
+                    result |= two_steps(name, given.overrides, folder, Path(root))
                     result["failed"] = result.get("failed", 0) + (result["trained_steps"] != 2)
             num_failed += result.get("failed", 0)
             print(json.dumps(result | surroundings()), flush=True)
