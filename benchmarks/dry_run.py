@@ -62,7 +62,8 @@ def told(overrides: list[str]) -> Any:
 
 def main(measured: Path) -> None:
     lengths = ["server.context_length=2049", "gconfig.max_new_tokens=1025", "actor.max_tokens_per_mb=16400"]
-    one = [*lengths, "gconfig.n_samples=8", "train_dataset.batch_size=1", "actor.path=Qwen/Qwen2.5-1.5B"]
+    one = [*lengths, "gconfig.n_samples=8", "train_dataset.batch_size=1", "actor.share_prompts=false"]
+    one += ["actor.path=Qwen/Qwen2.5-1.5B"]
     one += ["train_dataset.path=none", "train_dataset.max_prompt_tokens=1024", "allocation_mode=native:d1|fsdp:d1"]
     lines = [json.loads(line) for line in measured.read_text().splitlines()]
     cases = [
