@@ -4,9 +4,11 @@ the trainer was killed and is there again."""
 import json
 import os
 import signal
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from support.dummies import is_alive
 from support.gateway import ADMIN, call
 from support.runs import Run
 
@@ -88,6 +90,14 @@ def serve(people):
     return server
 
 
+def is_listening(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
+    except OSError:
+        return False
+    return True
+
+
 class OnlineRun(Run):
     example, name = "black_box_agent", "agents/black_box"
 
@@ -108,8 +118,12 @@ def test_a_reward_that_comes_after_a_kill_of_the_trainer_is_refused_and_the_ledg
             run.until(lambda: run.steps(), "a step")
             people.holds = True
             run.until(lambda: len(people.held) >= 4, "sessions that wait for their reward")
-            os.kill(run.pids()["trainer-0"], signal.SIGKILL)
-            people.holds, held, num_asked = False, list(people.held), people.num_asked
+            killed = run.pids()["trainer-0"]
+            os.kill(killed, signal.SIGKILL)
+            run.until(lambda: not is_alive(killed), "end of the trainer and of its gateway")
+            people.holds, held = False, list(people.held)
+            run.until(lambda: is_listening(free_port), "the gateway of the new trainer")
+            num_asked = people.num_asked
             run.until(lambda: people.num_asked > num_asked, "an agent of the new trainer")
             before = len(people.refused)
             for i, told in enumerate(held):

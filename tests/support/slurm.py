@@ -155,9 +155,12 @@ class SlurmNodes:
 
     def fail(self, node: str) -> None:
         """As when its power goes: nothing of it is left, and nobody says so."""
-        for process in [self.daemons[node], *self.processes(node)]:
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                process.kill()
+        self.daemons[node].kill()
+        while found := self.processes(node):  # again: one of them may have started another meanwhile
+            for process in found:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.05)
         self.daemons[node].wait(LIMIT_S)
 
     def revive(self) -> None:
