@@ -239,9 +239,10 @@ def test_a_command_whose_warden_is_killed_has_failed_and_leaves_nothing(which, i
     async def kill():
         while not any(words[:1] == ["daemon"] for _, words in programs()):
             await asyncio.sleep(0.02)
-        found = programs()
-        [process for process, words in found if warden.__file__ in words][which].kill()
-        return [process for process, _ in found]
+        wardens = [process for process, words in programs() if warden.__file__ in words]
+        found = [wardens[0], *wardens[0].children(recursive=True)]
+        wardens[which].kill()
+        return found
 
     async def run():
         killing = asyncio.create_task(asyncio.wait_for(kill(), 20.0))
