@@ -128,7 +128,7 @@ def settle_checkpointing(
     told = ", ".join(f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in needed.items())
     if ranks.rank == 0:
         words = "gradient_checkpointing auto is %s: %.2f GiB are free for a rank, which needs with %s"
-        logger.info(words, chosen.gradient_checkpointing, free / 2**30, told)
+        logger.warning(words, chosen.gradient_checkpointing, free / 2**30, told)
     return chosen
 
 
