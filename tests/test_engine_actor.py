@@ -11,10 +11,19 @@ import torch
 from support.batches import actor_config, make, random_batch, started, train_one_step
 from support.inference import plain_logprobs
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, Llama4ForCausalLM, Llama4TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+)
 
-from arealite.api.cli_args import NormConfig, OptimizerConfig
+from arealite.api.cli_args import NormConfig, OptimizerConfig, TrainEngineConfig
 from arealite.api.errors import ConfigError, NumericalError
+from arealite.api.types import Dims
 from arealite.engine import memory
 from arealite.engine.fsdp_engine import FSDPEngine
 from arealite.engine.ppo.actor import CUT_OFF, NOT_FINITE, FSDPPPOActor
@@ -74,6 +83,13 @@ def test_checkpointing_follows_the_memory_that_is_free(tiny_llama, monkeypatch, 
         assert told.startswith(f"gradient_checkpointing auto is {kind}: {free / 2**30:.2f} GiB are free for a rank")
         assert products["auto"] == products[kind]
     assert products["full"] > products["none"]
+
+
+def test_checkpointing_auto_refuses_what_the_estimate_does_not_know():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    config = TrainEngineConfig(path="a/model", gradient_checkpointing="auto")
+    with pytest.raises(ConfigError, match="of a/model has no 'hidden_size', .*; set none, selective or full"):
+        memory.settle_checkpointing(config, model, Dims(), torch.device("cpu"), None)
 
 
 def test_checkpointing_and_prompt_sharing_change_nothing_but_the_work(tiny_llama):

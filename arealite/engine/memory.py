@@ -118,13 +118,21 @@ def settle_checkpointing(
     config: TrainEngineConfig, model: Any, dims: Dims, device: torch.device, ranks: RankCollective
 ) -> TrainEngineConfig:
     """`config` with `gradient_checkpointing: auto` decided for a model that is to be loaded: what is free where a rank
-    has least of it decides for all. The ranks of a host share its memory evenly. Collective."""
+    has least of it decides for all. The ranks of a host share its memory evenly. Raises ConfigError: it is of a kind
+    whose memory the estimate does not know. Collective."""
     if config.gradient_checkpointing != "auto":
         return config
+    try:
+        shape = shape_of(model)
+    except KeyError as error:
+        raise ConfigError(
+            f"gradient_checkpointing is auto, and the configuration of {config.path} has no {error}, by which its"
+            " memory would be estimated; set none, selective or full"
+        ) from error
     each = ranks.gather((platform.node(), free_bytes(device) or psutil.virtual_memory().available))
     hosts = [host for host, _ in each]
     free = min(num_bytes / (1 if is_gpu(device) else hosts.count(host)) for host, num_bytes in each)
-    chosen, needed = settled(config, shape_of(model), dims, free, is_gpu(device))
+    chosen, needed = settled(config, shape, dims, free, is_gpu(device))
     told = ", ".join(f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in needed.items())
     if ranks.rank == 0:
         words = "gradient_checkpointing auto is %s: %.2f GiB are free for a rank, which needs with %s"

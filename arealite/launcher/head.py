@@ -33,7 +33,7 @@ from arealite.launcher.rendezvous import (
     publish,
     read,
     record,
-)  # fmt: skip
+)
 from arealite.launcher.supervisor import TICK_S, RunFailed, StopRequested
 from arealite.observe.progress import terminal_width
 from arealite.observe.run_folder import RunFolder
